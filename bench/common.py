@@ -19,7 +19,9 @@ README = ROOT / "bench" / "README.md"
 
 def origin() -> dict[str, Any]:
     """When, where, from which commit and by which command a result came about."""
-    command = ["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    # Folders outside the repository are a matter of the machine: their names are enough.
+    arguments = [f"…/{Path(word).name}" if word.startswith("/") else word for word in sys.argv[1:]]
+    command = ["python", f"bench/{Path(sys.argv[0]).name}", *arguments]
     return {"schema": 1, "made": now(), "command": command, "device": device_name(), "versions": versions(),
             "git": git_state()}  # fmt: skip
 
@@ -29,12 +31,23 @@ def commit(result: dict[str, Any]) -> str:
     return (result["git"]["hash"] or "unknown")[:7] + (" (dirty)" if result["git"]["dirty"] else "")
 
 
-def write_block(name: str, title: str, table: str) -> None:
-    """Replace the table between the marks of one benchmark in bench/README.md; a missing section is added."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    text = README.read_text(encoding="utf-8") if README.is_file() else "# Measurements\n"
+def write_block(name: str, title: str, table: str, page: Path = README) -> None:
+    """Replace the table between the marks of one benchmark in a page; a missing section is added."""
+    begin, end = marks(name)
+    text = page.read_text(encoding="utf-8") if page.is_file() else "# Measurements\n"
     if begin not in text:
         text += f"\n## {title}\n\nMade by `python bench/{name}.py`.\n\n{begin}\n{end}\n"
+    artifacts.write_text_atomic(page, with_block(text, name, table))
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines before and after a generated block."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def with_block(text: str, name: str, block: str) -> str:
+    """A page with another block between the marks of that name, which it has."""
+    begin, end = marks(name)
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
-    artifacts.write_text_atomic(README, f"{before}{begin}\n{table}\n{end}{after}")
+    return f"{before}{begin}\n{block}\n{end}{after}"

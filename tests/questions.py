@@ -42,10 +42,10 @@ def questions(seed: int, count: int, size: tuple[int, int] = (72, 56)) -> list[S
     return samples
 
 
-def adapted(model: Any, seed: int = 1) -> Any:
+def adapted(model: Any, seed: int = 1, dropout: float = 0.0) -> Any:
     """The model with LoRA of rank 4 on q, v and o whose B matrices are not zero, so that A gets gradients too."""
     targets = resolve_targets(model, ["q_proj", "v_proj", "o_proj"])
-    wrapped = add_lora(model, targets, r=4, alpha=8, dropout=0.0, seed=seed, base_name="tiny")
+    wrapped = add_lora(model, targets, r=4, alpha=8, dropout=dropout, seed=seed, base_name="tiny")
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -54,12 +54,12 @@ def adapted(model: Any, seed: int = 1) -> Any:
     return wrapped
 
 
-def tiny(family: str, dtype: torch.dtype, attention: str) -> tuple[Any, Encoder]:
+def tiny(family: str, dtype: torch.dtype, attention: str, dropout: float = 0.0) -> tuple[Any, Encoder]:
     """An adapted tiny model whose language model uses one of our attention functions, and its encoder."""
     model, processor = tiny_models.build(family)
     model = model.to(dtype)
     set_attention(model, attention)
-    return adapted(model), Encoder(processor, PROMPT)
+    return adapted(model, dropout=dropout), Encoder(processor, PROMPT)
 
 
 def pack(bundles: list[Bundle], groups: list[EncodedGroup], dtype: torch.dtype = torch.float32) -> PackedBatch:

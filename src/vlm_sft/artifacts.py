@@ -19,6 +19,7 @@ RECIPE = "recipe.json"  # the resolved recipe with every default
 DATA = "data.json"  # counts of samples, images, tokens; what was left out and why
 LEFT_OUT = "left_out.jsonl"  # one line a sample that was left out: id, reason
 METRICS = "metrics.jsonl"  # one line a log event of the training
+ANOMALIES = "anomalies.jsonl"  # one line an event of the training that should not happen; not there when none did
 RESULTS = "results.json"  # the table: benchmark, n, base, tuned, difference
 PREDICTIONS = "predictions.jsonl"  # one line an evaluated question
 IDENTITY = "identity.json"  # what made the predictions beside it: model, adapter, prompt, limit of an answer
@@ -27,10 +28,32 @@ GUARD = "guard.json"  # what each evaluated step of a guarded training lost else
 PROMPT = "prompt.json"  # prompt template and image settings: they travel with a base or an adapter
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_PARTIAL = ".adapter.partial"  # the adapter while it is written
+MANIFEST = "manifest.json"  # of a checkpoint, and of the adapter: every file's size and SHA-256, what it belongs to
+MANIFEST_CHECKSUM = "manifest.sha256"  # the checksum of manifest.json, as sha256sum writes it
+VERIFY = "verify.json"  # what vlm-sft verify found: is a resume exact, which checkpoints are damaged
+LOCK = ".lock"  # held by the run that writes the folder; says which one
+FULL_WEIGHTS = "model.safetensors"  # a whole model, where all weights were trained; large ones are in shards
+FULL_WEIGHTS_INDEX = "model.safetensors.index.json"
+MODEL_FILES = (  # patterns of what a folder of a whole model holds besides ours
+    "model*.safetensors", FULL_WEIGHTS_INDEX, "config.json", "generation_config.json", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)
+IMPORT = "import.json"  # what `vlm-sft data import` read, wrote and left out
+CHANGED = "changed.jsonl"  # one line a question that is not exactly as it was in another program's layout
+EXCHANGE = "export_data.json"  # the same of `vlm-sft data export`
+EXPORT = "export.json"  # what `vlm-sft export` made, of what, and how it was verified
+CARD = "README.md"  # the model card of an export
 REPORT = "report.html"
 COMPARE_JSON = "compare.json"  # the paired comparison of runs: differences, tests, verdicts, items that changed
 COMPARE_MARKDOWN = "compare.md"  # the same as a table to read
 EVALUATION_FOLDER = "evaluation"  # evaluation/base/<benchmark>/…, evaluation/tuned/<benchmark>/…
+
+
+def holds_full_model(folder: Path) -> bool:
+    """Whether a folder holds the weights of a whole model."""
+    return any((folder / name).is_file() for name in (FULL_WEIGHTS, FULL_WEIGHTS_INDEX))
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
@@ -76,7 +99,12 @@ def write_text_atomic(path: str | Path, text: str) -> Path:
 
 def write_json(path: str | Path, value: Any) -> Path:
     """Write `value` as indented JSON, atomically; NaN and infinity are refused (they are not JSON)."""
-    return write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_text_atomic(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: str | Path) -> Any:

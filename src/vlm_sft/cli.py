@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
-from vlm_sft import __version__
-from vlm_sft.errors import VlmSftError
-
-VERBS = ("train", "eval", "score", "compare", "data", "report")
-
-
-def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
-    """Build the parser; only the flags of `verb` are filled in, so that `--help` stays fast."""
-    parser = argparse.ArgumentParser(
-        prog="vlm-sft", description="Fine-tune vision-language models to answer questions about images."
-    )
-    parser.add_argument("--version", action="version", version=f"vlm-sft {__version__}")
-    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name in VERBS:
-        module = importlib.import_module(f"vlm_sft.commands.{name}")
-        child = subparsers.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
-        if verb in (name, None):
-            module.add_arguments(child)
-    return parser
+from vlm_sft.commands.parser import build_parser
+from vlm_sft.errors import InterruptedRunError, VlmSftError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,19 +18,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program name; the process's own by default.
 
     Returns:
-        The exit code: 0 when all went well, 2 for a mistake that the user can correct, 130 when interrupted.
+        The exit code: 0 when all went well, 2 for a mistake that the user can correct, 75 for a training that a
+        signal stopped and that can be started again, 130 when interrupted otherwise.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _launcher_flag_last(list(sys.argv[1:] if argv is None else argv))
     verb = next((word for word in argv if not word.startswith("-")), "")
     args = build_parser(verb).parse_args(argv)
     try:
         return int(importlib.import_module(f"vlm_sft.commands.{args.verb}").run(args))
     except VlmSftError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if not isinstance(error, InterruptedRunError) or os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{error.label}: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
+
+
+def _launcher_flag_last(argv: list[str]) -> list[str]:
+    """`deepspeed --module vlm_sft VERB …` puts its flag before the verb, whose flag it is."""
+    leading = [word for word in argv[:1] if word.startswith("--local_rank=")]
+    return argv[len(leading) :] + leading
 
 
 if __name__ == "__main__":

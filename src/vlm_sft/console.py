@@ -17,9 +17,23 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+_muted = False
+
+
+@contextmanager
+def muted(wanted: bool = True) -> Iterator[None]:
+    """Let `say` tell nothing while the block runs: what it would say was said before."""
+    global _muted
+    before, _muted = _muted, wanted or _muted
+    try:
+        yield
+    finally:
+        _muted = before
+
+
 def say(text: str) -> None:
     """Tell the user one thing, on standard output, from rank 0 only."""
-    if is_main_process():
+    if is_main_process() and not _muted:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 

@@ -16,6 +16,7 @@ class VlmSftError(ValueError):
     """
 
     exit_code = 2
+    label = "error"  # what the command line calls it
 
     def __init__(self, what: str, fix: str = "") -> None:
         self.what = what
@@ -47,3 +48,40 @@ class GuardError(VlmSftError):
     """A finished training no checkpoint of which keeps to its guard; everything is on disk."""
 
     exit_code = 3
+
+
+class ForecastError(VlmSftError):
+    """A run that does not fit into the memory or onto the disk that there is."""
+
+    exit_code = 4
+
+
+class NumericalError(VlmSftError):
+    """A training whose numbers went bad: not finite too often in a row."""
+
+
+class DeviceMemoryError(VlmSftError):
+    """A forward or backward pass that does not fit into the memory of the device."""
+
+
+class HostLostError(VlmSftError):
+    """A machine or process of a run that is gone; the run can be started again as it was."""
+
+    exit_code = 75  # as for an interrupted run
+    label = "interrupted"
+
+
+class InterruptedRunError(VlmSftError):
+    """A run that a signal ended; it can be started again as it was.
+
+    Args:
+        what, fix: as for every error.
+        everywhere: whether all ranks raise it together.
+    """
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: "try again"; schedulers can requeue on it
+    label = "interrupted"
+
+    def __init__(self, what: str, fix: str = "", everywhere: bool = False) -> None:
+        super().__init__(what, fix)
+        self.everywhere = everywhere

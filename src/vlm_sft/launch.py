@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from vlm_sft.artifacts import read_json
-from vlm_sft.errors import RunError
+from vlm_sft.errors import RunError, VlmSftError
 
 ZERO_STAGES = {"zero2": 2, "zero3": 3}
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,3 +167,32 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def gather(value: Any) -> list[Any]:
+    """What every rank passes, by rank, on every rank; all ranks must call it."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def agree(work: Callable[[], Result]) -> Result:
+    """Do something on rank 0 and give its result, or the user's mistake that it raised, to every rank.
+
+    Raises:
+        VlmSftError: as `work` raised it.
+    """
+    box: list[Any] = [None, None]
+    connected = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if not connected or torch.distributed.get_rank() == 0:
+        try:
+            box[0] = work()
+        except VlmSftError as error:
+            box[1] = error
+    if connected:
+        torch.distributed.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from vlm_sft import __version__, artifacts
-from vlm_sft.console import is_main_process
+from vlm_sft.console import is_main_process, warn
+from vlm_sft.errors import RunError
 
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "deepspeed", "datasets", "numpy")
 
@@ -71,6 +72,15 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def resident_bytes() -> int:
+    """Memory of this process now, resident; its peak where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    except (OSError, ValueError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return pages * resource.getpagesize()
+
+
 def folder_bytes(paths: list[Path]) -> int:
     """Bytes of all files below the paths."""
     total = 0
@@ -91,6 +101,7 @@ class RunRecord:
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.path = folder / artifacts.RUN
         self._began = time.monotonic()
+        self._warned = False
         self.values: dict[str, Any] = {
             "schema": 1,
             "status": "running",
@@ -134,8 +145,15 @@ class RunRecord:
     def write(self) -> None:
         """Write the file."""
         self.values["wall_seconds"] = round(time.monotonic() - self._began, 3)
-        if is_main_process():
+        if not is_main_process():
+            return
+        try:
             artifacts.write_json(self.path, self.values)
+        except RunError as error:
+            # A full disk ends no training that could go on.
+            if not self._warned:
+                warn(f"{error.what}; {self.path.name} is out of date until it can")
+            self._warned = True
 
 
 def now() -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -130,19 +132,37 @@ def test_a_recorded_score_is_measured_again_exactly(place: Path, by_metric: Path
     assert result["accuracy"] == evaluations(by_metric)[step]["eval_exact_match"]
 
 
-def test_two_ranks_measure_the_same_and_choose_the_same(place: Path, by_metric: Path) -> None:
-    out = place / "two_ranks"
-    options = command(place, out, "--metric_for_best_model", "exact_match", "--eval_samples", "11")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "vlm_sft"]
+DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus=2", "--module", "vlm_sft"]
+
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    ["ddp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
+)
+def test_two_ranks_measure_the_same_and_choose_the_same(place: Path, by_metric: Path, parallel: str) -> None:
+    launcher = TORCHRUN if parallel == "ddp" else DEEPSPEED
+    stage = ["--deepspeed", parallel] if parallel == "zero3" else []  # ZeRO-2 is the default under this launcher
+    out = place / parallel
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = f"--master_port={free.getsockname()[1]}"
+    options = command(place, out, "--metric_for_best_model", "exact_match", "--eval_samples", "11", *stage)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "vlm_sft", *options],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+        [launcher[0], *launcher[1:-2], port, *launcher[-2:], *options], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    facts = [json.loads((run / "run.json").read_text()) for run in (out, by_metric)]
+    assert (facts[0]["parallel"], facts[0]["world_size"]) == (parallel, 2)
     for step in (1, 2, 3):
         rows = [lines(run / "validation" / f"step-{step}" / "own" / "predictions.jsonl") for run in (out, by_metric)]
         assert rows[0] == rows[1]
-    best = [json.loads((run / "run.json").read_text())["best"] for run in (out, by_metric)]
-    assert best[0] == best[1]
+    assert facts[0]["best"] == facts[1]["best"]
 
 
 def test_a_prompt_other_than_that_of_the_training_is_refused(

@@ -80,7 +80,9 @@ def alone(line: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert (found[name] - tensor).abs().max() <= 1e-5, name
+        # The norm, not the largest element: Adam divides a gradient by its own size, so an element whose gradient is
+        # all rounding moves by up to a learning rate in a direction that rounding chooses.
+        assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
 def test_torchrun_gives_the_same_adapter(line: list[str], alone: dict[str, torch.Tensor], tmp_path: Path) -> None:

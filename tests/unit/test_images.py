@@ -99,3 +99,44 @@ def test_decompression_bombs_are_refused_before_decoding():
     bomb[29:33] = __import__("zlib").crc32(bytes(bomb[12:29])).to_bytes(4, "big")
     with pytest.raises(DataError, match="too large"):
         decode_rgb(bytes(bomb), "bomb.png")
+
+
+def test_every_exif_orientation_is_shown_upright():
+    upright = Image.new("RGB", (20, 10), "black")
+    upright.paste("red", (0, 0, 5, 5))  # the corner that must be at the top left again
+    stored = {
+        1: upright, 2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: upright.transpose(Image.Transpose.ROTATE_180),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM), 5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.transpose(Image.Transpose.ROTATE_90), 7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.transpose(Image.Transpose.ROTATE_270),
+    }  # fmt: skip
+    for orientation, image in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        seen = decode_rgb(encoded(image, "PNG", exif=exif.tobytes()), "x")
+        assert seen.size == (20, 10) and seen.tobytes() == upright.tobytes(), orientation
+
+
+def test_animations_of_other_kinds_show_their_first_frame():
+    frames = [Image.new("RGB", (8, 8), color) for color in ("lime", "blue")]
+    for kind, how in (("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **how)
+        assert decode_rgb(data, kind).getpixel((4, 4)) == (0, 255, 0), kind
+
+
+def test_damaged_bytes_never_raise_anything_else():
+    random = np.random.default_rng(0)
+    noise = Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    sound = [encoded(noise, kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")]
+    refused = 0
+    for number in range(700):
+        data = bytearray(sound[number % len(sound)])
+        for _ in range(1 + number % 8):
+            data[random.integers(len(data))] = random.integers(256)
+        try:
+            assert decode_rgb(bytes(data[: len(data) - number % 5]), "x").mode == "RGB"
+        except DataError as error:
+            refused += 1
+            assert error.what.startswith("x: ") and error.fix
+    assert refused > 100

@@ -47,7 +47,7 @@ def test_file_loads_without_notes_and_keeps_its_values(name: str) -> None:
     given = json.loads((CONFIGS / name).read_text(encoding="utf-8"))
     assert loaded.notes == []
     assert loaded.recipe.to_dict() == {key.name: key.default for key in KEYS.values()} | given | {
-        "report_to": ["tensorboard"]
+        "report_to": ["tensorboard"], "train": ["language"],
     }
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from vlm_sft.report import formats
 from vlm_sft.report.collect import parse_results
 from vlm_sft.report.fields import Fields
-from vlm_sft.report.figures import thumbnail
 from vlm_sft.report.markdown import results_table
+from vlm_sft.report.pictures import thumbnail
 from vlm_sft.report.predictions import OUTCOMES, Answer, Prediction, choose, tally
 
 RESULTS = {
@@ -164,5 +164,5 @@ def test_thumbnail_of_transparent_and_tiny_pictures(tmp_path: Path) -> None:
 
     Image.new("RGBA", (10, 5), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     address = thumbnail(tmp_path / "clear.png")
-    assert address is not None and address.startswith("data:image/png;base64,")
+    assert address is not None and address.startswith("data:image/webp;base64,")
     assert thumbnail(tmp_path / "none.png") is None and thumbnail(None) is None

@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
@@ -61,7 +63,7 @@ def test_refused(text, part):
 
 
 def test_a_folder_of_parquet_asks_for_its_schema(tmp_path):
-    (tmp_path / "train.parquet").write_bytes(b"")
+    pq.write_table(pa.table({"query": ["a"], "label": ["b"]}), tmp_path / "train.parquet")
     with pytest.raises(DataError, match="write chartqa@"):
         parse_datasets(str(tmp_path))
     with pytest.raises(DataError, match="give the path alone"):

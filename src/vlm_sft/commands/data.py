@@ -1,4 +1,4 @@
-"""`vlm-sft data`: `check` loads a data set, checks every image, writes a preview; `cache` shows what is kept."""
+"""`vlm-sft data`: `check` loads a data set and writes a preview; `import`, `export`, `cache` are beside it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_sft.commands.data_cache import add_cache_arguments, run_cache
+from vlm_sft.commands.data_exchange import add_exchange_arguments, run_export, run_import
 
 if TYPE_CHECKING:
     from vlm_sft.data.audit import AuditReport
     from vlm_sft.data.sample import LeftOut, Sample
     from vlm_sft.data.sources.spec import DatasetSpec
 
-HELP = "check a data set without training, or list and clear the cache of prepared data"
+HELP = "check a data set, import and export other programs' data sets, list and clear the cache of prepared data"
 CHECK_HELP = "check a data set without training: read everything, decode every image, write a preview"
 PREVIEW = "preview.html"
 DRAW_SEED = 0
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the actions of `data`."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     add_cache_arguments(actions)
+    add_exchange_arguments(actions)
     check = actions.add_parser("check", help=CHECK_HELP, description=CHECK_HELP, allow_abbrev=False)
     check.add_argument("dataset", metavar="DATASET", help="NAME[@PATH][:WEIGHT], comma separated: chartqa, textvqa, "
                        "easy_vqa, demo, chartqa@FOLDER of parquet, or your own .jsonl/.json file or folder")
@@ -38,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one action of `data`; see `_check` and `run_cache` for what they raise."""
-    return run_cache(args) if args.action == "cache" else _check(args)
+    """Run one action of `data`; see the function of each for what it raises."""
+    return {"cache": run_cache, "import": run_import, "export": run_export, "check": _check}[args.action](args)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -82,7 +84,7 @@ def _check(args: argparse.Namespace) -> int:
     say(f"counts: {data}\nleft out: {gone}\npreview with pictures: {preview}")
     enforce(unreadable, len(drawn), args.max_left_out, gone)
     enforce(left_out, loaded, args.max_left_out, gone)
-    recipe = "--sft_config configs/sft_config_smoketest.json"
+    recipe = "--sft_config smoketest"
     say(f"next: vlm-sft train {recipe} --dataset {shlex.quote(args.dataset)} --output_dir outputs/first")
     return 0
 

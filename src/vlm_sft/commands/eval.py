@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=("transformers", "vllm"), default="transformers",
         help="what generates; vllm needs a GPU and the optional extra vlm-sft[vllm] (default: %(default)s)",
     )
+    add_cache_arguments(parser)
     parser.add_argument("--max_left_out", type=float, default=0.01, metavar="SHARE", help="share of unusable questions")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
@@ -55,10 +56,29 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, note: str) -> None:
     parser.add_argument("--system", type=prompt_text, metavar="TEXT", help=f"system text: {note}")
 
 
+def add_cache_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that say what is kept on disk; training has them too."""
+    parser.add_argument(
+        "--cache_dir", type=Path, metavar="DIR",
+        help="where prepared data is kept (default: $VLM_SFT_CACHE, or ~/.cache/vlm_sft)",
+    )
+    parser.add_argument(
+        "--prepared_cache", default="on", metavar="on|off",
+        help="keep processed images and tokens for later epochs, ranks and runs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--feature_cache", default="auto", metavar="auto|off|SIZE",
+        help="keep the outputs of the frozen vision tower: where it pays and fits, never, or up to a size such as 20GB "
+        "(default: %(default)s)",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
+    from vlm_sft.evaluate.caches import CacheOptions
     from vlm_sft.evaluate.command import EvalOptions, evaluate
 
-    names = EvalOptions.__dataclass_fields__
-    evaluate(EvalOptions(**{name: getattr(args, name) for name in names}))
+    caches = CacheOptions.read(args.cache_dir, args.prepared_cache, args.feature_cache)
+    names = [name for name in EvalOptions.__dataclass_fields__ if name != "caches"]
+    evaluate(EvalOptions(caches=caches, **{name: getattr(args, name) for name in names}))
     return 0

@@ -18,6 +18,7 @@ from vlm_sft.data.sources.rows import in_threads
 from vlm_sft.errors import DataError
 
 MAX_LEFT_OUT_FRACTION = 0.01
+HISTOGRAM_BINS = 24
 UNREADABLE = "image cannot be read"
 
 
@@ -100,6 +101,28 @@ def audit(
 
 def _spread(values: list[int]) -> dict[str, float]:
     return {"minimum": min(values), "median": median(values), "maximum": max(values)} if values else {}
+
+
+def histogram(values: Sequence[int], bins: int = HISTOGRAM_BINS) -> dict[str, list[int]]:
+    """Count how values are spread, in bins of one whole width.
+
+    Args:
+        values: whole numbers; none give an empty histogram.
+        bins: at most so many.
+
+    Returns:
+        `edges` and `counts`: `counts[i]` values lie from `edges[i]` up to, not including, `edges[i + 1]`.
+    """
+    if not values:
+        return {"edges": [], "counts": []}
+    low, high = min(values), max(values)
+    width = -(-(high - low + 1) // bins)
+    counts = Counter((value - low) // width for value in values)
+    last = (high - low) // width
+    return {
+        "edges": [low + width * place for place in range(last + 2)],
+        "counts": [counts[place] for place in range(last + 1)],
+    }
 
 
 def check_images(samples: Sequence[Sample]) -> tuple[list[Sample], list[LeftOut]]:

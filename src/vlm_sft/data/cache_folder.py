@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from vlm_sft.artifacts import read_json, write_json
 from vlm_sft.errors import RunError
 
-FORMAT = 1  # of everything in the cache; part of every key
+FORMAT = 2  # of everything in the cache; part of every key
 ENTRY = "entry.json"
 IMAGES, TOKENS, FEATURES = "images", "tokens", "features"
 KINDS = (IMAGES, TOKENS, FEATURES)
@@ -76,6 +76,7 @@ def open_entry(root: Path, kind: str, settings: Mapping[str, Any], what: str) ->
     folder = root / kind / settings_key(settings)
     marker = folder / ENTRY
     try:
+        _sweep([*folder.glob(".*.tmp"), *root.glob(".probe*")])
         if marker.is_file():
             os.utime(marker)
         else:
@@ -84,6 +85,16 @@ def open_entry(root: Path, kind: str, settings: Mapping[str, Any], what: str) ->
     except OSError as error:
         raise RunError(f"the cache {folder} cannot be written: {error.strerror}", "pass another --cache_dir") from error
     return folder
+
+
+def _sweep(paths: Iterable[Path]) -> None:
+    """Remove what killed processes left half-written; what is younger than a day may be in the works."""
+    for path in paths:
+        try:
+            if path.stat().st_mtime < time.time() - _SECONDS_A_DAY:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except FileNotFoundError:  # another process was faster
+            continue
 
 
 def list_entries(root: Path) -> list[Entry]:

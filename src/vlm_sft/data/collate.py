@@ -157,6 +157,76 @@ def collate(pack: Sequence[Bundle], groups: Groups) -> PackedBatch:
     )
 
 
+def split_pack(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch] | None:
+    """Cut a pack with answers into two, between images, or between the questions of its only image.
+
+    Args:
+        batch: the pack.
+
+    Returns:
+        Two packs that hold its questions in order, with their dropout keys, so that the sum of their losses is the
+        loss of the whole; None for a pack of one question.
+    """
+    counts = [len(ends) - 2 for ends in batch.ends]
+    if len(counts) > 1:
+        sizes = [ends[-1] - ends[0] for ends in batch.ends]
+        cut = min(range(1, len(sizes)), key=lambda place: abs(2 * sum(sizes[:place]) - sum(sizes)))
+        picks = [(image, range(count)) for image, count in enumerate(counts)]
+        return _part(batch, picks[:cut]), _part(batch, picks[cut:])
+    if counts[0] < 2:
+        return None
+    half = counts[0] // 2
+    return _part(batch, [(0, range(half))]), _part(batch, [(0, range(half, counts[0]))])
+
+
+def _part(batch: PackedBatch, picks: Sequence[tuple[int, range]]) -> PackedBatch:
+    """The pack that holds some questions of some images of another pack, in the same order."""
+    firsts = [0]
+    for places in batch.ends:
+        firsts.append(firsts[-1] + len(places) - 2)
+    pieces: list[torch.Tensor] = []
+    group: list[torch.Tensor] = []
+    branch: list[torch.Tensor] = []
+    ends: list[list[int]] = []
+    questions: list[int] = []
+    length = 0
+    for image, picked in picks:
+        bounds = batch.ends[image]
+        spans = [(0, bounds[0], bounds[1])]
+        for number in picked:
+            questions.append(firsts[image] + number)
+            spans.append((len(questions), bounds[1 + number], bounds[2 + number]))
+        ends.append([length])
+        for label, start, end in spans:
+            pieces.append(torch.arange(start, end, device=batch.group.device))
+            group.append(torch.full_like(pieces[-1], len(ends) - 1))
+            branch.append(torch.full_like(pieces[-1], label))
+            length += end - start
+            ends[-1].append(length)
+    tokens = torch.cat(pieces)
+    place = torch.zeros_like(batch.group)
+    place[tokens] = torch.arange(length, device=tokens.device)
+    renamed = torch.zeros(len(batch.sample_ids) + 1, dtype=torch.long, device=tokens.device)
+    chosen = torch.tensor(questions, device=tokens.device)
+    renamed[chosen + 1] = torch.arange(1, 1 + len(chosen), device=tokens.device)
+    kept = renamed[batch.target_branch] > 0
+    return replace(
+        batch,
+        input_ids=batch.input_ids[:, tokens],
+        ends=ends,
+        group=torch.cat(group),
+        branch=torch.cat(branch),
+        offset=batch.offset[tokens],
+        prefix_types=batch.prefix_types[tokens],
+        predict=place[batch.predict[kept]],
+        targets=batch.targets[kept],
+        target_branch=renamed[batch.target_branch[kept]],
+        keys=batch.keys[tokens],
+        sample_ids=[batch.sample_ids[number] for number in questions],
+        tensors=[batch.tensors[image] for image, _ in picks],
+    )
+
+
 def _key(group: int, part: int) -> int:
     """A number for the prefix (part 0) or a question of an image, far from that of any other."""
     return (group * 1_048_576 + part) * 65_536

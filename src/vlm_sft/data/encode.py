@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlm_sft.data.images import FIX, decode_rgb
+from vlm_sft.data.images import decode_rgb, read_bytes
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
-from vlm_sft.errors import DataError, ModelError
+from vlm_sft.errors import ModelError
 
 # Two user texts that share no first token: what their sequences share is the part before the question.
 _PROBES = ("A", "9")
@@ -320,11 +320,7 @@ def _pictures(sample: Sample) -> list[Image.Image]:
 
 
 def _picture(image: ImageRef) -> Image.Image:
-    try:
-        data = image.load()
-    except OSError as error:
-        raise DataError(f"{image.source}: the image cannot be read: {error.strerror or error}", FIX) from error
-    return decode_rgb(data, image.source)
+    return decode_rgb(read_bytes(image), image.source)
 
 
 def picture_sizes(sample: Sample) -> tuple[tuple[int, int], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import threading
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,7 +16,35 @@ from vlm_sft.errors import DataError
 # Pillow can open many more formats; some of them (EPS) start other programs, so only picture formats are let in.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # a phone's MPO opens as JPEG
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own threshold for "could be a decompression bomb": 256 MiB as RGB
+MAX_FILE_BYTES = 1024**3  # no picture within the limit above is stored in more
+READ_SECONDS = 40.0  # for one file; a hung network disk is told from a slow one within a minute
 FIX = "replace the image, or remove the questions about it"
+
+
+def read_bytes(ref: ImageRef) -> bytes:
+    """Read the encoded bytes of an image, waiting at most `READ_SECONDS`.
+
+    Raises:
+        DataError: they cannot be read, or do not come.
+    """
+    found: list[bytes | OSError] = []
+
+    def read() -> None:
+        try:
+            found.append(ref.load())
+        except OSError as error:
+            found.append(error)
+
+    # A read that hangs cannot be called off; its thread is left behind.
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(READ_SECONDS)
+    if not found:
+        what = f"{ref.source}: the image cannot be read: nothing came within {READ_SECONDS:g} s"
+        raise DataError(what, "look at the disk or network that it lies on")
+    if isinstance(found[0], OSError):
+        raise DataError(f"{ref.source}: the image cannot be read: {found[0].strerror or found[0]}", FIX) from found[0]
+    return found[0]
 
 
 def decode_rgb(data: bytes, source: str) -> Image.Image:
@@ -66,11 +95,7 @@ def check_image(ref: ImageRef) -> ImageRef:
     """
     if ref.width and ref.height:
         return ref
-    try:
-        data = ref.load()
-    except OSError as error:
-        raise DataError(f"{ref.source}: the image cannot be read: {error.strerror or error}", FIX) from error
-    width, height = decode_rgb(data, ref.source).size
+    width, height = decode_rgb(read_bytes(ref), ref.source).size
     return dataclasses.replace(ref, width=width, height=height)
 
 

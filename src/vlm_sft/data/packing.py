@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import overload
 
 import numpy as np
 
@@ -77,23 +79,88 @@ def global_batches(
     Returns:
         Batches in the order of training; every question of every image exactly once.
     """
-    random = np.random.default_rng([seed, epoch])
     cap = batch_size
     if max_questions_per_image is not None:
         images = max(1, sum(size > 0 for size in sizes))
         cap = min(cap, max(max_questions_per_image, -(-batch_size // images)))
-    bundles: list[Bundle] = []
-    for group, size in enumerate(sizes):
-        order = random.permutation(size)
-        bundles.extend(
-            Bundle(group, tuple(int(question) for question in order[start : start + cap]))
-            for start in range(0, size, cap)
-        )
-    queue = deque(bundles[index] for index in random.permutation(len(bundles)))
+    order = EpochOrder.draw(sizes, cap, seed, epoch)
+    if cap == batch_size:
+        return list(_Batches(order, batch_size))
+    queue = deque(order.bundles(0, len(order.groups)))
     batches = []
     while queue:
         batches.append(_next_batch(queue, batch_size, cap))
     return batches
+
+
+@dataclass(frozen=True, slots=True)
+class EpochOrder:
+    """The questions of an epoch in the order in which batches are filled.
+
+    Attributes:
+        groups: (questions,) index of each question's image.
+        questions: (questions,) its index within the image.
+        places: (questions,) number of its bundle in the order of the bundles.
+    """
+
+    groups: np.ndarray
+    questions: np.ndarray
+    places: np.ndarray
+
+    @classmethod
+    def draw(cls, sizes: Sequence[int], cap: int, seed: int, epoch: int) -> EpochOrder:
+        """Shuffle the questions of each image, cut them into bundles of at most `cap`, and shuffle the bundles.
+
+        Args:
+            sizes: number of questions of each image.
+            cap: questions of the largest bundle.
+            seed, epoch: they alone decide the order.
+        """
+        random = np.random.default_rng([seed, epoch])
+        counts = np.asarray(sizes, dtype=np.int64)
+        groups = np.repeat(np.arange(len(counts)), counts)
+        firsts = np.cumsum(counts) - counts
+        number = np.arange(len(groups)) - np.repeat(firsts, counts)
+        # Sorted by image and then by a random key: a shuffle within each image, for all images at once.
+        questions = number[np.argsort(groups + random.random(len(groups)), kind="stable")]
+        begins = np.flatnonzero(number % cap == 0)
+        order = random.permutation(len(begins))
+        lengths = np.diff(np.append(begins, len(groups)))[order]
+        moved = begins[order] - (np.cumsum(lengths) - lengths)
+        by_place = np.repeat(moved, lengths) + np.arange(len(groups))
+        return cls(groups[by_place], questions[by_place], np.repeat(np.arange(len(order)), lengths))
+
+    def bundles(self, start: int, stop: int) -> list[Bundle]:
+        """The questions from `start` to before `stop`, those of one bundle together."""
+        places = self.places[start:stop]
+        cuts = np.flatnonzero(np.diff(places)) + start + 1
+        ends = [*cuts.tolist(), start + len(places)]
+        return [
+            Bundle(int(self.groups[begin]), tuple(self.questions[begin:end].tolist()))
+            for begin, end in zip([start, *ends], ends, strict=False)
+        ]
+
+
+class _Batches(Sequence[list[Bundle]]):
+    """Batches of consecutive questions, each made when it is asked for, so that any of them is there at once."""
+
+    def __init__(self, order: EpochOrder, batch_size: int) -> None:
+        self._order, self._size = order, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._order.groups) // self._size)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Bundle]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[list[Bundle]]: ...
+
+    def __getitem__(self, index: int | slice) -> list[Bundle] | list[list[Bundle]]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        return self._order.bundles(number * self._size, (number + 1) * self._size)
 
 
 def _next_batch(queue: deque[Bundle], batch_size: int, cap: int) -> list[Bundle]:
@@ -241,15 +308,20 @@ class EpochPlanner:
         if not self.lengths:
             raise DataError("there is no question to train on", "look at left_out.jsonl for the reasons")
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch."""
         return -(-self.questions_per_epoch // self.global_batch_size)
 
-    @property
+    @cached_property
     def questions_per_epoch(self) -> int:
         """Questions of one epoch."""
-        return sum(len(group.questions) for group in self.lengths)
+        return sum(self._sizes)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Number of questions of each image."""
+        return [len(group.questions) for group in self.lengths]
 
     def separate(self) -> EpochPlanner:
         """The same plan with one question in every pack, for models whose questions cannot share an image."""
@@ -262,11 +334,16 @@ class EpochPlanner:
 
     def epoch(self, epoch: int) -> list[Step]:
         """Plan one epoch, for all ranks."""
-        sizes = [len(group.questions) for group in self.lengths]
-        batches = global_batches(sizes, self.global_batch_size, self.seed, epoch, self.max_questions_per_image)
-        return [self._step(batch) for batch in batches]
+        return [self.step_of(batch) for batch in self.batches(epoch)]
 
-    def _step(self, bundles: list[Bundle]) -> Step:
+    def batches(self, epoch: int) -> Sequence[list[Bundle]]:
+        """The global batches of one epoch; what `step_of` packs. A batch is made when it is asked for."""
+        if self.max_questions_per_image is None:
+            order = EpochOrder.draw(self._sizes, self.global_batch_size, self.seed, epoch)
+            return _Batches(order, self.global_batch_size)
+        return global_batches(self._sizes, self.global_batch_size, self.seed, epoch, self.max_questions_per_image)
+
+    def step_of(self, bundles: list[Bundle]) -> Step:
         """Pack one global batch and count it."""
         if not self.share_images:
             bundles = [Bundle(bundle.group, (question,)) for bundle in bundles for question in bundle.questions]

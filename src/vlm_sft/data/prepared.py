@@ -5,18 +5,24 @@ Tokens of all questions are held; image tensors are taken from the cache, or mad
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vlm_sft.data.audit import histogram
 from vlm_sft.data.cache import DataCache
 from vlm_sft.data.cache_folder import default_cache_dir
 from vlm_sft.data.collate import PackedBatch, collate
 from vlm_sft.data.encode import EncodedGroup, Encoder, group_by_image
+from vlm_sft.data.faults import UNREADABLE, WORKER_HUNG, DataFault, substitutes
 from vlm_sft.data.packing import Bundle, EpochPlanner, GroupLengths
 from vlm_sft.data.sample import LeftOut, Sample
+from vlm_sft.data.workers import WorkerLost, WorkerPool
 from vlm_sft.errors import DataError
 
 
@@ -55,6 +61,19 @@ class PreparedData:
         """One image with its questions and its tensors."""
         return replace(self._groups[index], tensors=self.encoder.image_tensors(self._samples[index][0]))
 
+    @property
+    def visual_tokens(self) -> tuple[int, ...]:
+        """Image tokens of each image."""
+        return tuple(group.image_tokens for group in self._groups)
+
+    def sample_ids(self, bundle: Bundle) -> tuple[str, ...]:
+        """Ids of the questions of a bundle."""
+        return tuple(self._samples[bundle.group][number].id for number in bundle.questions)
+
+    def datasets(self) -> list[str]:
+        """Name of the data set of each image."""
+        return [members[0].dataset for members in self._samples]
+
     def image_samples(self) -> list[Sample]:
         """One sample of each image."""
         return [members[0] for members in self._samples]
@@ -67,11 +86,11 @@ class PreparedData:
 
     def summary(self) -> dict[str, Any]:
         """Counts for data.json: samples, images, tokens, questions per image."""
-        histogram: dict[str, int] = {}
+        by_size: dict[str, int] = {}
         by_dataset: dict[str, int] = {}
         for group in self._groups:
             size = str(len(group.questions))
-            histogram[size] = histogram.get(size, 0) + 1
+            by_size[size] = by_size.get(size, 0) + 1
         for sample, _, _ in self.samples():
             by_dataset[sample.dataset] = by_dataset.get(sample.dataset, 0) + 1
         questions = [question for group in self._groups for question in group.questions]
@@ -82,8 +101,13 @@ class PreparedData:
             "image_tokens": sum(group.image_tokens for group in self._groups),
             "prompt_tokens": sum(len(question.prompt_ids) for question in questions),
             "prefix_tokens": sum(len(group.prefix_ids) for group in self._groups),
-            "questions_per_image": dict(sorted(histogram.items(), key=lambda item: int(item[0]))),
+            "questions_per_image": dict(sorted(by_size.items(), key=lambda item: int(item[0]))),
             "by_dataset": by_dataset,
+            "token_histograms": {
+                "image_tokens": histogram([group.image_tokens for group in self._groups]),
+                "question_tokens": histogram([question.tokens for question in questions]),
+                "answer_tokens": histogram([len(question.answer_ids) for question in questions]),
+            },
         }
 
     def marked_example(self) -> str:
@@ -120,14 +144,18 @@ class StepPacks:
     """What one rank computes in one optimizer step.
 
     Attributes:
-        packs: the packs, the same number on every rank.
-        supervised: supervised tokens of the whole step over all ranks.
+        packs: the packs, the same number on every rank; none where a fault is fatal.
+        supervised: supervised tokens of the whole step over all ranks, by the plan.
         questions: questions of the whole step over all ranks.
+        change: supervised tokens that this rank has more than planned, where images had to be replaced.
+        faults: what went wrong while the step was read.
     """
 
     packs: list[PackedBatch]
     supervised: int
     questions: int
+    change: int = 0
+    faults: list[DataFault] = field(default_factory=list)
 
 
 class StepDataset(Dataset[StepPacks]):
@@ -137,13 +165,22 @@ class StepDataset(Dataset[StepPacks]):
         data: the encoded data.
         planner: plans the epochs.
         rank: this process's number.
+        replace_bad: train another image of the same data set in place of one that cannot be read; otherwise the step
+            comes back without packs and with a fatal fault.
+
+    Attributes:
+        slot, at, bad: as in `workers.Steps`.
     """
 
-    def __init__(self, data: PreparedData, planner: EpochPlanner, rank: int) -> None:
+    def __init__(self, data: PreparedData, planner: EpochPlanner, rank: int, replace_bad: bool = False) -> None:
         self.data = data
         self.planner = planner
         self.rank = rank
-        self._planned: tuple[int, list[Any]] = (-1, [])
+        self.replace_bad = replace_bad
+        self.slot = 0
+        self.at = torch.full((1, 2), -1.0, dtype=torch.float64)
+        self.bad: dict[int, str] = {}
+        self._planned: tuple[int, Sequence[list[Bundle]]] = (-1, [])
 
     def __len__(self) -> int:
         """Steps of one epoch."""
@@ -153,18 +190,70 @@ class StepDataset(Dataset[StepPacks]):
         """Build the packs of one step."""
         epoch, step = index
         if self._planned[0] != epoch:
-            self._planned = (epoch, self.planner.epoch(epoch))
-        planned = self._planned[1][step]
-        packs = [self._pack(pack, planned.ranks) for pack in planned.ranks[self.rank]]
-        return StepPacks(packs, planned.supervised, planned.questions)
+            self._planned = (epoch, self.planner.batches(epoch))
+        planned = self.planner.step_of(self._planned[1][step])
+        built = StepPacks([], planned.supervised, planned.questions)
+        for pack in planned.ranks[self.rank]:
+            collated = self._pack(pack, planned.ranks, built)
+            if collated is None:
+                built.packs = []
+                break
+            built.packs.append(collated)
+        return built
 
-    def _pack(self, pack: tuple[Bundle, ...], ranks: tuple[tuple[tuple[Bundle, ...], ...], ...]) -> PackedBatch:
+    def _pack(
+        self, pack: tuple[Bundle, ...], ranks: tuple[tuple[tuple[Bundle, ...], ...], ...], built: StepPacks
+    ) -> PackedBatch | None:
         """Collate one pack; an empty one becomes a weightless copy of a small part of the step."""
         if pack:
-            return collate(pack, self.data)
+            return self._collate(pack, built, counted=True)
         bundles = [bundle for packs in ranks for other in packs for bundle in other]
         smallest = min(bundles, key=lambda bundle: self.data.lengths[bundle.group].prefix)
-        return replace(collate([Bundle(smallest.group, smallest.questions[:1])], self.data), weight=0.0)
+        copy = self._collate([Bundle(smallest.group, smallest.questions[:1])], built, counted=False)
+        return copy and replace(copy, weight=0.0)
+
+    def _collate(self, pack: Sequence[Bundle], built: StepPacks, counted: bool) -> PackedBatch | None:
+        """Read the images of a pack, others where one cannot be read, and put them together."""
+        images: dict[int, EncodedGroup] = {}
+        found = []
+        for bundle in pack:
+            taken = self._read(bundle, images, built)
+            if taken is None:
+                return None
+            built.change += (self._supervised(taken) - self._supervised(bundle)) if counted else 0
+            found.append(taken)
+        return collate(found, images)
+
+    def _supervised(self, bundle: Bundle) -> int:
+        return sum(self.data.lengths[bundle.group].supervised[question] for question in bundle.questions)
+
+    def _read(self, bundle: Bundle, images: dict[int, EncodedGroup], built: StepPacks) -> Bundle | None:
+        """Read the image of a bundle into `images`; returns the bundle that can be trained, or None."""
+        reason = self._try(bundle.group, images)
+        if not reason:
+            return bundle
+        ids = self.data.sample_ids(bundle)
+        if self.replace_bad:
+            for other in substitutes(bundle, self.data.lengths, self.data.datasets(), self.planner.seed):
+                if not self._try(other.group, images):
+                    built.faults.append(DataFault(UNREADABLE, ids, reason, self.data.sample_ids(other)))
+                    return other
+        built.faults.append(DataFault(UNREADABLE, ids, reason, fatal=True))
+        return None
+
+    def _try(self, group: int, images: dict[int, EncodedGroup]) -> str:
+        """Read one image; returns why that failed, or ""."""
+        if group in images:
+            return ""
+        if group in self.bad:
+            return self.bad[group]
+        self.at[self.slot, 1] = time.monotonic()
+        self.at[self.slot, 0] = group
+        try:
+            images[group] = self.data[group]
+        except DataError as error:
+            return error.what
+        return ""
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -194,18 +283,15 @@ class StepLoader(DataLoader[StepPacks]):
 
     Args:
         dataset: the steps of this rank.
-        workers: loader processes.
+        workers: loader processes. A lost one is started again; an image that loses its worker twice, or that a worker
+            hangs at, counts as one that cannot be read.
     """
 
+    LOSSES = 8  # of workers in one epoch, after which something else than an image must be wrong
+
     def __init__(self, dataset: StepDataset, workers: int) -> None:
-        super().__init__(
-            dataset,
-            batch_size=None,
-            sampler=EpochSampler(len(dataset)),
-            num_workers=workers,
-            persistent_workers=False,
-            prefetch_factor=2 if workers else None,
-        )
+        dataset.at = torch.full((max(1, workers), 2), -1.0, dtype=torch.float64).share_memory_()
+        super().__init__(dataset, batch_size=None, sampler=EpochSampler(len(dataset)), num_workers=workers)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields; called by the Trainer."""
@@ -215,4 +301,44 @@ class StepLoader(DataLoader[StepPacks]):
         """Let the next iteration begin at a step within the epoch."""
         self.sampler.start = step  # type: ignore[attr-defined]
 
+    def __iter__(self) -> Iterator[StepPacks]:  # type: ignore[override]
+        """Yield what is left of the current epoch."""
+        indices = list(self.sampler)
+        if not self.num_workers:
+            return map(self.dataset.__getitem__, indices)
+        return self._from_workers(indices)
 
+    def _from_workers(self, indices: list[Any]) -> Iterator[StepPacks]:
+        pool = WorkerPool(self.dataset, indices, self.num_workers)  # type: ignore[arg-type]
+        losses: Counter[int] = Counter()
+        faults: list[DataFault] = []
+        try:
+            for _ in indices:
+                step = None
+                while step is None:
+                    try:
+                        step = pool.next()
+                    except WorkerLost as lost:
+                        losses[lost.image] += 1
+                        faults.append(self._judge(lost, losses))
+                        if faults[-1].fatal:
+                            step = StepPacks([], 1, 0)
+                        else:
+                            pool.restart()
+                step.faults[:0] = faults
+                faults = []
+                yield step
+        finally:
+            pool.close()
+
+    def _judge(self, lost: WorkerLost, losses: Counter[int]) -> DataFault:
+        """Whether the training can go on without a worker, and whether the image that it was reading is to blame."""
+        steps: StepDataset = self.dataset  # type: ignore[assignment]
+        known = lost.image >= 0
+        every = range(len(steps.data.lengths[lost.image].questions)) if known else range(0)
+        ids = steps.data.sample_ids(Bundle(lost.image, tuple(every)))
+        blamed = known and (lost.kind == WORKER_HUNG or losses[lost.image] > 1)
+        if blamed:
+            steps.bad[lost.image] = lost.reason
+        fatal = (blamed and not steps.replace_bad) or losses.total() > self.LOSSES
+        return DataFault(lost.kind, ids, lost.reason, fatal=fatal)

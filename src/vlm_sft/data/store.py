@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from vlm_sft.artifacts import write_bytes_atomic, write_json
+from vlm_sft.artifacts import json_text, write_bytes_atomic, write_json
 from vlm_sft.console import warn
 from vlm_sft.data.cache_folder import ENTRY, FORMAT
 from vlm_sft.errors import RunError
+from vlm_sft.manifest import file_sha256
 
 SHARD_BYTES = 128 * 1024**2  # a shard is held in memory twice while it is written
 SHARD_RECORDS = 20_000
@@ -30,7 +31,6 @@ _TYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
-_READ_BYTES = 8 * 1024**2
 
 
 class CacheFullError(OSError):
@@ -117,8 +117,13 @@ class Store:
 
     def _open_shard(self, index: Path, needed: set[str], verify: bool) -> None:
         """Map one shard when it holds something that is needed."""
-        value = json.loads(index.read_text(encoding="utf-8"))
+        text = index.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if text != json_text(value):
+            raise ValueError("its index is damaged")
         records = value["records"]
+        if value.pop("check") != _check(value):
+            raise ValueError("the checksum of its index does not match")
         if value["format"] != FORMAT or needed.isdisjoint(records):
             return
         path = index.with_suffix(".safetensors")
@@ -126,7 +131,7 @@ class Store:
             raise ValueError("only its index is there")
         if path.stat().st_size != value["bytes"]:
             raise ValueError(f"it has {path.stat().st_size:,} bytes instead of {value['bytes']:,}")
-        if verify and _file_sha256(path) != value["sha256"]:
+        if verify and file_sha256(path) != value["sha256"]:
             raise ValueError("its checksum does not match")
         shard = _Shard(path, records.values())
         self._opened.add(index.name)
@@ -166,6 +171,7 @@ class Store:
         write_bytes_atomic(path, data)
         rows = {key: row for row, key in enumerate(records)}
         value = {"format": FORMAT, "bytes": len(data), "sha256": digest, "records": rows}
+        value["check"] = _check(value)
         try:
             index = write_json(path.with_suffix(".json"), value)
         except RunError as error:
@@ -224,9 +230,6 @@ class Writer:
             raise
 
 
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _check(value: dict[str, Any]) -> str:
+    """Checksum of what an index says: a changed row or key would give the tensors of another record."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vlm_sft import artifacts
@@ -11,10 +11,11 @@ from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.errors import EvaluationError
 from vlm_sft.evaluate.backends import Backend, SharedPrefixBackend, VllmBackend, require_vllm
+from vlm_sft.evaluate.caches import CacheOptions, Caches
 from vlm_sft.evaluate.identity import identity_of
 from vlm_sft.evaluate.run import Evaluator, barrier, save_pictures
 from vlm_sft.evaluate.scoring import format_score
-from vlm_sft.evaluate.tasks import benchmark_names, load_tasks, parse_token_limits
+from vlm_sft.evaluate.tasks import Task, benchmark_names, load_tasks, parse_token_limits
 from vlm_sft.launch import Launch, pack_tokens, quiet_libraries, read_launch, start_ranks
 from vlm_sft.model.adapt import check_adapter_folder, load_adapter
 from vlm_sft.model.load import Base, find_base, load_model
@@ -39,6 +40,7 @@ class EvalOptions:
         flash_attn: use FlashAttention where it can run.
         backend: "transformers" (shared prefixes) or "vllm".
         max_left_out: share of questions that may be left out, 0 to 1.
+        caches: what is kept on disk; it changes no answer.
         local_rank: from the deepspeed launcher.
     """
 
@@ -58,6 +60,7 @@ class EvalOptions:
     flash_attn: bool = False
     backend: str = "transformers"
     max_left_out: float = MAX_LEFT_OUT_FRACTION
+    caches: CacheOptions = field(default_factory=CacheOptions)
     local_rank: int | None = None
 
 
@@ -88,10 +91,11 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, object]]:
         artifacts.write_jsonl(options.output_dir / artifacts.LEFT_OUT, map(asdict, left_out))
     enforce(left_out, questions + len(left_out), options.max_left_out, options.output_dir / artifacts.LEFT_OUT)
     identity = identity_of(base.name, base.path, base.prompt, options.adapter)
-    evaluator = Evaluator(
-        _backend(options, base, launch), options.tokens_per_pack or pack_tokens(launch), launch.rank, launch.world_size
-    )
+    backend = _backend(options, base, launch)
     record = RunRecord(options.output_dir, _facts(options, launch, base))
+    if isinstance(backend, SharedPrefixBackend):
+        _prepare(options, launch, backend, tasks, record)
+    evaluator = Evaluator(backend, options.tokens_per_pack or pack_tokens(launch), launch.rank, launch.world_size)
     results = {}
     for task in tasks:
         folder = options.output_dir / task.name
@@ -135,12 +139,22 @@ def _backend(options: EvalOptions, base: Base, launch: Launch) -> Backend:
     """Load what answers."""
     if options.backend == "vllm":
         return VllmBackend(base, options.adapter)
-    model = load_model(base)
+    model = load_model(base).requires_grad_(False)  # frozen features are kept of a frozen tower only
     if options.adapter:
         model = load_adapter(model, options.adapter)
     if not launch.cpu:
         model.to(f"cuda:{launch.local_rank}")
     return SharedPrefixBackend(base, model)
+
+
+def _prepare(
+    options: EvalOptions, launch: Launch, backend: SharedPrefixBackend, tasks: list[Task], record: RunRecord
+) -> None:
+    """Let images and their vision features come from the cache, as in the evaluation that ends a training."""
+    caches = Caches(options.caches, launch, backend.base.name)
+    asked = [sample for task in tasks for sample in task.samples]
+    caches.describe([caches.evaluation_cache(backend.model, backend.encoder, asked)])
+    record.update(engine=caches.facts)
 
 
 def _find_base(options: EvalOptions) -> Base:

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -34,6 +34,22 @@ PICTURES = 240  # images a benchmark that are saved for the report
 PICTURE_SIDE = 480  # pixels
 
 
+class EvaluationStopped(Exception):
+    """A run was asked to stop while it answered questions; every rank raises it at the same place."""
+
+
+class StopRequest(Protocol):
+    """Something that knows whether a run is to stop."""
+
+    def asked(self) -> bool:
+        """Whether this rank was asked to."""
+        ...
+
+    def stop_agreed(self) -> bool:
+        """Whether any rank was; every rank must call it."""
+        ...
+
+
 class Evaluator:
     """Answers benchmarks with one backend.
 
@@ -43,6 +59,7 @@ class Evaluator:
         rank, world_size: this process answers every `world_size`-th pack.
         in_step: every rank computes the same number of packs (ZeRO-3); what is too many is thrown away.
         replace: predictions of another model in a folder are removed; otherwise they are an error.
+        stop: looked at between packs; None where nothing asks an evaluation to stop.
     """
 
     def __init__(
@@ -54,12 +71,14 @@ class Evaluator:
         *,
         in_step: bool = False,
         replace: bool = False,
+        stop: StopRequest | None = None,
     ) -> None:
         self.backend = backend
         self.tokens_per_pack = tokens_per_pack
         self.rank, self.world_size = rank, world_size
         self.in_step = in_step
         self.replace = replace
+        self.stop = stop
         self._image_tokens = image_counter(backend.encoder.processor)
 
     def run(
@@ -79,12 +98,15 @@ class Evaluator:
 
         Raises:
             EvaluationError: the folder holds predictions of another model, and `replace` is off.
+            EvaluationStopped: `stop` asked for it; what was answered is kept.
         """
         limit = max_new_tokens or task.benchmark.max_new_tokens
         done = self._begin(folder, identity | {"max_new_tokens": limit})
         began = time.monotonic()
         self._answer(task, folder, label, done, limit)
         barrier(self.world_size)
+        if self.stop is not None and self.stop.stop_agreed():
+            raise EvaluationStopped
         seconds = time.monotonic() - began
         result = self._finish(task, folder, limit, seconds, len(task.samples) - len(done)) if self.rank == 0 else {}
         barrier(self.world_size)
@@ -111,12 +133,20 @@ class Evaluator:
         ):
             answers = self.backend.answers(own + self._extra(packs, done, len(own)), limit)
             for number, pairs in enumerate(answers):
+                if self._stop_now():
+                    break
                 if number >= len(own):
                     continue
                 rows = [prediction_row(task.benchmark, sample, text) for sample, text in pairs]
                 stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                 stream.flush()
                 bar.advance(len(rows))
+
+    def _stop_now(self) -> bool:
+        """Where packs are computed in step the ranks must leave at the same one; elsewhere they meet afterwards."""
+        if self.stop is None:
+            return False
+        return self.stop.stop_agreed() if self.in_step else self.stop.asked()
 
     def _extra(self, packs: list[Pack], done: set[str], own: int) -> list[Pack]:
         """Packs that this rank computes only because others have more of them and need it."""
@@ -180,11 +210,16 @@ def save_pictures(tasks: Sequence[Task], folder: Path) -> None:
             path = folder / picture_name(sample.images[0])
             if path.is_file():
                 continue
-            picture = decode_rgb(sample.images[0].load(), sample.images[0].source)
-            picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG", optimize=True)
-            path.write_bytes(buffer.getvalue())
+            path.write_bytes(scaled_picture(sample.images[0]))
+
+
+def scaled_picture(image: ImageRef) -> bytes:
+    """The copy of an image that the report shows: PNG, at most `PICTURE_SIDE` pixels wide and high."""
+    picture = decode_rgb(image.load(), image.source)
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def barrier(world_size: int) -> None:

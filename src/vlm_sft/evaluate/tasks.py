@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlm_sft.data.audit import check_images
 from vlm_sft.data.mixture import stratified_limit
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.registry import benchmark_split, is_synthetic, load_split
-from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
+from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets
 from vlm_sft.errors import DataError, EvaluationError
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
 
@@ -34,11 +34,16 @@ class Task:
 
 def dataset_text(specs: list[DatasetSpec]) -> str:
     """The data sets again in the grammar of `--benchmark`, without weights."""
-    return ",".join(
-        # A folder of the user's own takes no label.
-        str(spec.path or spec.name) if spec.path is None or (spec.own and spec.path.is_dir())
-        else f"{spec.name}@{spec.path}" for spec in specs
-    )  # fmt: skip
+    return ",".join(map(_entry_text, specs))
+
+
+def _entry_text(spec: DatasetSpec) -> str:
+    if spec.stream is not None:
+        return f"{spec.name}@{STREAM}"
+    if spec.path is None:
+        return spec.name
+    # A folder of the user's own takes no label.
+    return str(spec.path) if spec.own and spec.path.is_dir() else f"{spec.name}@{spec.path}"
 
 
 def benchmark_names(text: str) -> list[str]:
@@ -77,7 +82,8 @@ def load_tasks(text: str, limit: int | None, split: str | None = None) -> tuple[
     tasks, left_out = [], []
     for spec in parse_datasets(text):
         for name in _parts(spec):
-            loaded = load_split(DatasetSpec(name, spec.path, None), split or benchmark_split(name))
+            at_most = limit if spec.stream is not None else None  # generated benchmarks are sampled like the others
+            loaded = load_split(replace(spec, name=name, weight=None), split or benchmark_split(name), at_most)
             sound, broken = check_images(stratified_limit(loaded.samples, limit, SAMPLE_SEED))
             left_out += [*loaded.left_out, *broken]
             if not sound:

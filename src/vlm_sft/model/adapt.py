@@ -1,4 +1,4 @@
-"""LoRA on the language model: find the modules, wrap them, count what is trained. Imports peft and model.dropout."""
+"""Adapters: find the modules, wrap them, open saved ones, count what is trained. Imports peft and model.dropout."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
 
+from vlm_sft.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, holds_full_model, read_json
 from vlm_sft.errors import ModelError
+from vlm_sft.manifest import folder_problems
 from vlm_sft.model.dropout import KeyedDropout
 
 ALL_LINEAR = "all-linear"
@@ -25,11 +30,13 @@ class Targets:
         paths: full module paths, all inside the language model.
         peft: what PEFT is given: short names where they are unambiguous, else a pattern of the full path.
         by_name: how many modules each short name matched.
+        saved: paths of the modules that are trained in full and saved with the adapter.
     """
 
     paths: tuple[str, ...]
     peft: list[str] | str
     by_name: dict[str, int]
+    saved: tuple[str, ...] = ()
 
 
 def language_model_path(model: Any) -> str:
@@ -82,8 +89,22 @@ def resolve_targets(model: Any, names: Sequence[str]) -> Targets:
     return Targets(paths, pattern if ambiguous else list(names), by_name)
 
 
+def no_targets() -> Targets:
+    """No LoRA at all, for an adapter that holds fully trained modules only."""
+    return Targets((), DUMMY_TARGET_MODULES, {})
+
+
 def add_lora(
-    model: Any, targets: Targets, *, r: int, alpha: int, dropout: float, seed: int, base_name: str
+    model: Any,
+    targets: Targets,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    seed: int,
+    base_name: str,
+    use_rslora: bool = False,
+    use_dora: bool = False,
 ) -> PeftModel:
     """Wrap the model with a new LoRA adapter; only the adapter is trainable.
 
@@ -94,12 +115,22 @@ def add_lora(
         dropout: probability on the adapter's input.
         seed: seeds the initial weights (independent of everything drawn before) and the dropout masks.
         base_name: written into the adapter's config.
+        use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
+        use_dora: train the length of every weight column apart (Liu et al. 2024).
 
     Raises:
         ModelError: PEFT wrapped other modules than the resolved ones.
     """
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets.peft, task_type="CAUSAL_LM", bias="none"
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets.peft,
+        modules_to_save=list(targets.saved) or None,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        task_type="CAUSAL_LM",
+        bias="none",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -117,13 +148,15 @@ def check_wrapped(wrapped: PeftModel, targets: Targets) -> None:
         ModelError: they differ.
     """
     base = wrapped.get_base_model()
-    hit = {path for path, module in base.named_modules() if hasattr(module, "lora_A")}
-    if hit != set(targets.paths):
-        extra, lost = sorted(hit - set(targets.paths))[:3], sorted(set(targets.paths) - hit)[:3]
-        raise ModelError(
-            f"PEFT wrapped {len(hit)} modules, {len(targets.paths)} were meant (unasked: {extra}; left out: {lost})",
-            "name the target modules by longer paths",
-        )
+    lora = {path for path, module in base.named_modules() if isinstance(module, LoraLayer)}
+    saved = {path for path, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    for hit, meant in ((lora, set(targets.paths)), (saved, set(targets.saved))):
+        if hit != meant:
+            extra, lost = sorted(hit - meant)[:3], sorted(meant - hit)[:3]
+            raise ModelError(
+                f"PEFT wrapped {len(hit)} modules, {len(meant)} were meant (unasked: {extra}; left out: {lost})",
+                "name the target modules by longer paths",
+            )
 
 
 def use_keyed_dropout(wrapped: PeftModel, dropout: float, seed: int) -> None:
@@ -144,20 +177,43 @@ def check_adapter_folder(folder: Path) -> None:
     Raises:
         ModelError: it does not.
     """
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
+        if holds_full_model(folder):
+            raise ModelError(
+                f"--adapter {folder}: it holds a whole model (trained with --train all), no adapter",
+                f"pass it as --base_model {folder}, without --adapter",
+            )
         raise ModelError(
             f"--adapter {folder}: no adapter_config.json with adapter_model.safetensors there",
             "pass the output folder of a finished training run, or one of its checkpoint folders",
         )
 
 
+def base_of_adapter(adapter: Path, base_model: str | None) -> str:
+    """Name of the base that an adapter belongs to.
+
+    Args:
+        adapter: an adapter folder.
+        base_model: what the user says; None for what the adapter says.
+
+    Raises:
+        ModelError: the folder is no adapter, or nobody says.
+    """
+    check_adapter_folder(adapter)
+    name = base_model or read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"--adapter {adapter} does not say which base it belongs to", "pass --base_model")
+    return str(name)
+
+
 def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> PeftModel:
     """Open a saved adapter on its base.
 
     Raises:
-        ModelError: the folder is no adapter, or its weights do not fit the base.
+        ModelError: the folder is no adapter, it is damaged, or its weights do not fit the base.
     """
     check_adapter_folder(Path(folder))
+    _check_undamaged(Path(folder))
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, use_safetensors=True)
     except (ValueError, RuntimeError, KeyError) as error:
@@ -168,7 +224,31 @@ def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> Pef
         ) from error
 
 
+def _check_undamaged(folder: Path) -> None:
+    """Compare an adapter with its manifest, where it has one (adapters of other programs have none).
+
+    Raises:
+        ModelError: a byte differs.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    problems = folder_problems(folder, [ADAPTER_WEIGHTS, ADAPTER_CONFIG])
+    if problems:
+        raise ModelError(
+            f"--adapter {folder}: {'; '.join(problems)}",
+            f"use one of the run's checkpoints, or write it again with vlm-sft train --resume; if you changed it "
+            f"yourself, delete {MANIFEST}",
+        )
+
+
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
     """Trainable and total parameters; partitioned ones (ZeRO-3) are counted whole."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    sizes = [(_weights_in(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
+
+
+def _weights_in(parameter: torch.nn.Parameter) -> int:
+    """How many weights a parameter holds; of 4-bit ones (bitsandbytes) there are two in a byte."""
+    if hasattr(parameter, "quant_state"):
+        return 2 * parameter.numel() * parameter.element_size()
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

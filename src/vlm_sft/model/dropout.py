@@ -12,23 +12,25 @@ from contextlib import contextmanager
 
 import torch
 
-_keys: torch.Tensor | None = None
+_keys: tuple[torch.Tensor, ...] = ()  # of all tokens, and of those rows that a trimmed layer keeps
 _step = 0
 
 _PRIME_A, _PRIME_B = 0x2C1B3C6D, 0x297A2D39  # odd 31-bit multipliers: products wrap around in int32
 
 
 @contextmanager
-def dropout_keys(keys: torch.Tensor | None, step: int) -> Iterator[None]:
+def dropout_keys(keys: torch.Tensor | None, step: int, rows: torch.Tensor | None = None) -> Iterator[None]:
     """Set what the masks are made from while the block runs (forward and backward of one pack).
 
     Args:
         keys: (L,) int64, a number a token, from `PackedBatch.keys`; None for ordinary dropout.
         step: number of the optimizer step.
+        rows: (S,) int64, the tokens that a trimmed last layer keeps (`model/trim.py`); their keys go with them.
     """
     global _keys, _step
     previous, previous_step = _keys, _step
-    _keys, _step = keys, step
+    _keys = () if keys is None else (keys,) if rows is None else (keys, keys[rows])
+    _step = step
     try:
         yield
     finally:
@@ -91,10 +93,12 @@ class KeyedDropout(torch.nn.Module):
         """Drop values of a (1, L, C) activation and scale the others by 1 / (1 - probability)."""
         if not self.training or self.p == 0.0:
             return values
-        if _keys is None or values.shape[-2] != len(_keys):
+        if not _keys:
             return torch.nn.functional.dropout(values, self.p)
+        keys = next((keys for keys in _keys if len(keys) == values.shape[-2]), None)
+        assert keys is not None, f"{values.shape[-2]} tokens in a layer of a pack of {len(_keys[0])}"
         seed = _mix(self.seed * 1_000_003 + _step)
-        keep = keep_mask(_keys, values.shape[-1], self.p, seed)
+        keep = keep_mask(keys, values.shape[-1], self.p, seed)
         return values * keep.to(values.dtype).mul_(1.0 / (1.0 - self.p))
 
     def extra_repr(self) -> str:

@@ -23,25 +23,31 @@ class Family:
         image_blocks: the tokens of an image see each other in both directions (type 1 in the processor's token types).
         masks_by_layer: the model accepts a mask for each type of layer, so sliding windows can be told apart.
         answer_type: token type of an answer, where it differs from that of a prompt.
+        projector: paths, below the inner model, of what turns the tower's output into embeddings.
     """
 
     reason: str = ""
     image_blocks: bool = False
     masks_by_layer: bool = False
     answer_type: int = 0
+    projector: tuple[str, ...] = ("multi_modal_projector",)
 
 
 # By config.model_type; each one is proven in tests/parity against separate sequences in plain transformers.
 FAMILIES = {
-    "qwen2_vl": Family(),
-    "qwen2_5_vl": Family(),
-    "qwen3_vl": Family(),
-    "smolvlm": Family(),
-    "idefics3": Family(),
+    "qwen2_vl": Family(projector=("visual.merger",)),
+    "qwen2_5_vl": Family(projector=("visual.merger",)),
+    "qwen3_vl": Family(projector=("visual.merger", "visual.deepstack_merger_list")),
+    "smolvlm": Family(projector=("connector",)),
+    "idefics3": Family(projector=("connector",)),
     "llava": Family(),
     "gemma3": Family(image_blocks=True, masks_by_layer=True),
     "paligemma": Family(reason="its image tokens read the question", answer_type=1),
 }
+
+
+# By model_type of the language model: its decoder layer is x + attention(norm(x)), then + mlp(norm(·)), nothing else.
+PLAIN_LAYERS = {"llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"}
 
 
 @dataclass(frozen=True, slots=True)

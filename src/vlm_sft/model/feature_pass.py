@@ -17,11 +17,12 @@ from vlm_sft.data.cache import DataCache, record_key
 from vlm_sft.data.features import AUTO, OFF, feature_record
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.store import CacheFullError, Record, Store, record_bytes
-from vlm_sft.errors import RunError
+from vlm_sft.errors import DataError, RunError
 from vlm_sft.model.features import encode_images, tower_settings, whole_tower, why_not
 
 BATCH_PATCHES = 8192  # patches of one tower call in the preparation pass
 PROBES = 4  # images that `auto` measures on
+_LOOK = "look at the image; its questions are named if their loss is not finite"
 DISK_SHARE = 0.5  # of the free disk that `auto` may fill
 
 
@@ -102,7 +103,10 @@ def use_features(
             missing = [key for key in samples if key not in store]
             decision = None
             if ranks.rank == 0:
-                decision = _decide(model, cache, [samples[key] for key in missing], len(samples), looks, budget)
+                try:
+                    decision = _decide(model, cache, [samples[key] for key in missing], len(samples), looks, budget)
+                except (RunError, DataError) as error:  # the other ranks wait for a decision
+                    decision = Decision(False, error.what)
             decision = ranks.agree(decision)
             if not decision.used:
                 return decision
@@ -191,7 +195,7 @@ def _compute_missing(
         ranks.wait()
         try:
             _compute(model, cache, store, {key: samples[key] for key in missing[rank::count]}, limit)
-        except (CacheFullError, OSError) as error:
+        except (CacheFullError, OSError, DataError) as error:
             problem = f"they cannot be kept: {error}"
         ranks.wait()
         store.open(samples, verify=False)
@@ -210,6 +214,7 @@ def _compute(model: Any, cache: DataCache, store: Store, samples: Mapping[str, S
     Raises:
         CacheFullError: budget or disk have no room.
         OSError: the folder cannot be written.
+        DataError: an image cannot be read, or has features that are not finite.
     """
     if not samples:
         return
@@ -217,6 +222,8 @@ def _compute(model: Any, cache: DataCache, store: Store, samples: Mapping[str, S
     with progress(len(samples), "vision features", "images") as bar:
         for keys, images in _batches(cache, samples):
             for key, image, features in zip(keys, images, encode_images(model, images), strict=True):
+                if not all(value.isfinite().all() for value in features.values()):
+                    raise DataError(f"{samples[key].images[0].source}: its vision features are not finite", _LOOK)
                 writer.add(key, feature_record(features, image))
             bar.advance(len(keys))
     writer.close()

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.data.features import PREFIX, features_of
 from vlm_sft.data.store import Record
+from vlm_sft.model.families import family_of
 
 POOLED, DEEPSTACK = "pooled", "deepstack"
 
@@ -167,8 +170,22 @@ def why_not(model: Any) -> str:
     if not towers or not hasattr(base.model, "get_image_features"):
         return f"{name} has no separate vision tower"
     if any(parameter.requires_grad for module in towers.values() for parameter in module.parameters()):
-        return "the vision tower is trained"
+        return _trained_part(base, towers)
+    # An adapter with a tower or projector of its own gives other features than its base, behind the same switch.
+    parts = [part for tower in towers.values() for part in tower.modules()]
+    if any(isinstance(part, BaseTunerLayer | ModulesToSaveWrapper) for part in parts):
+        return "the adapter has its own vision tower or projector"
     return ""
+
+
+def _trained_part(base: Any, towers: Mapping[str, torch.nn.Module]) -> str:
+    """Why features cannot be kept while something behind the pixels is trained: they are the projector's outputs."""
+    projectors = [module for path, module in base.model.named_modules() if path in family_of(base.config).projector]
+    own = {id(parameter) for module in projectors for parameter in module.parameters()}
+    tower = [parameter for module in towers.values() for parameter in module.parameters() if id(parameter) not in own]
+    if any(parameter.requires_grad for parameter in tower):
+        return "the vision tower is trained"
+    return "the projector is trained, and kept features are what it puts out"
 
 
 def tower_settings(model: Any) -> dict[str, Any]:

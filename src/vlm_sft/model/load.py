@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,12 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.errors import ModelError
-from vlm_sft.model.attention import SHARED_FLASH, SHARED_SDPA
+from vlm_sft.model.attention import SHARED_FLASH, SHARED_SDPA, SHARED_WINDOWS
+from vlm_sft.model.features import tower_modules
+from vlm_sft.model.fused import fuse_modules
 from vlm_sft.model.pocket import WEIGHTS
+from vlm_sft.model.trim import trim_last_layer
 
 POCKET = "pocket"
 DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -33,6 +43,7 @@ class Base:
         function: name of the attention function of the language model.
         dtype: of the weights and the computation.
         notes: what the user should know: a request that could not be met, and what is done instead.
+        load_in_4bit: hold the weights of the language model in 4 bits (QLoRA).
     """
 
     name: str
@@ -43,6 +54,7 @@ class Base:
     function: str
     dtype: torch.dtype
     notes: tuple[str, ...]
+    load_in_4bit: bool = False
 
     @property
     def attention(self) -> str:
@@ -131,6 +143,7 @@ def find_base(
     prompt: PromptSettings | None = None,
     template: str | None = None,
     system: str | None = None,
+    load_in_4bit: bool = False,
 ) -> Base:
     """Find a base model and load everything but its weights.
 
@@ -141,10 +154,13 @@ def find_base(
         min_pixels, max_pixels: bounds of the image area in pixels; None keeps the model's own.
         prompt: settings that replace the model's own, e.g. those saved with an adapter.
         template, system: prompt template and system text; None keeps those of the settings.
+        load_in_4bit: hold the weights of the language model in 4 bits.
 
     Raises:
         ModelError: the model cannot be found, reached or opened, or is not an image-text-to-text model.
     """
+    if load_in_4bit:
+        require_4bit()
     path = resolve_path(name)
     function, notes = choose_attention(flash_attn)
     config = _open(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), name)
@@ -163,23 +179,68 @@ def find_base(
         function=function,
         dtype=default_dtype(bf16),
         notes=tuple(notes),
+        load_in_4bit=load_in_4bit,
     )
 
 
+def require_4bit() -> None:
+    """Refuse 4-bit weights where they cannot be used.
+
+    Raises:
+        ModelError: there is no GPU, or bitsandbytes is not installed.
+    """
+    if not torch.cuda.is_available():
+        raise ModelError(
+            "--load_in_4bit true: 4-bit weights need a GPU, and there is none here",
+            "leave it out: LoRA on the weights in their own format trains the same adapter with more memory",
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "--load_in_4bit true: the package bitsandbytes is not installed", "pip install 'vlm-sft[qlora]'"
+        )
+
+
 def load_model(base: Base) -> Any:
-    """Load the weights of a base model, in its dtype, on the CPU.
+    """Load the weights of a base model, in its dtype, on the CPU; in 4 bits on this process's GPU.
 
     Raises:
         ModelError: the weights cannot be opened.
     """
     model = _open(
         lambda: AutoModelForImageTextToText.from_pretrained(
-            base.path, dtype=base.dtype, attn_implementation="sdpa", trust_remote_code=False, use_safetensors=True
+            base.path,
+            dtype=base.dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,
+            **(_in_4bit(base) if base.load_in_4bit else {}),
         ),
         base.name,
     )
     set_attention(model, base.function)
+    trim_last_layer(model)
+    fuse_modules(model)
     return model
+
+
+def _in_4bit(base: Base) -> dict[str, Any]:
+    """Loader arguments for QLoRA's number format (Dettmers et al. 2023): NormalFloat4 with quantised constants.
+
+    The vision tower, the projector and the vocabulary projection keep their format: they are small, image features
+    stay exact, and a projector may be trained.
+    """
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+        empty = AutoModelForImageTextToText.from_config(config)
+    kept = ["lm_head", *(f"model.{name}" for name in tower_modules(empty))]
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=base.dtype,
+        llm_int8_skip_modules=kept,
+    )
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
 
 
 def _stop_ids(path: str) -> tuple[int, ...]:
@@ -192,10 +253,15 @@ def _stop_ids(path: str) -> tuple[int, ...]:
 
 
 def set_attention(model: Any, attention: str) -> None:
-    """Let the language model attend through one of our functions; the vision tower keeps a stock one."""
+    """Let the language model attend through one of our functions, and a vision tower that has windows, too."""
     vision = "flash_attention_2" if attention == SHARED_FLASH else "sdpa"
     parts = {name: vision for name in model.config.sub_configs if name != "text_config"}
     model.set_attn_implementation({**parts, "text_config": attention})
+    if vision == "sdpa":
+        for module in (part for tower in tower_modules(model).values() for part in tower.modules()):
+            if hasattr(module, "config") and "cu_seqlens" in inspect.signature(module.forward).parameters:
+                # Not by set_attn_implementation, which takes every name with "flash" for a package to import.
+                module.config._attn_implementation = SHARED_WINDOWS
 
 
 def _open(load: Callable[[], Any], name: str) -> Any:

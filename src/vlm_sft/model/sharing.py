@@ -40,6 +40,7 @@ def choose_mode(model: Any, encoder: Encoder) -> PackMode:
         with a note for the user.
     """
     base = prefix.unwrap(model)
+    dtype = base.get_input_embeddings().weight.dtype
     kind: Kind = "blockwise" if is_blockwise(base) else "dense"
     declared = declared_mode(base.config, kind)
     if declared is not None:
@@ -52,7 +53,7 @@ def choose_mode(model: Any, encoder: Encoder) -> PackMode:
     except Exception as failure:  # an unknown architecture may raise anything
         reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
         return separate_mode(base.config, f"shared questions cannot be computed ({reason})")
-    if error <= TOLERANCE[base.dtype]:
+    if error <= TOLERANCE[dtype]:
         return mode
     return separate_mode(base.config, f"shared questions differ from separate ones (by {error:.2g} of the logits)")
 
@@ -80,8 +81,11 @@ def sharing_error(model: Any, encoder: Encoder, mode: PackMode) -> float:
 
 def _logits(model: Any, pack: list[Bundle], groups: list[EncodedGroup], mode: PackMode) -> torch.Tensor:
     """Logits of the supervised positions of a pack, (S, V) float64."""
-    batch = collate(pack, groups).to(prefix.unwrap(model).device)
-    with prefix.packed(batch, mode, 0):
+    base = prefix.unwrap(model)
+    batch = collate(pack, groups).to(base.device)
+    # What is trained in full is held in float32 beside frozen weights in bfloat16.
+    narrow = base.get_input_embeddings().weight.dtype == torch.bfloat16
+    with prefix.packed(batch, mode, 0), torch.autocast(batch.group.device.type, torch.bfloat16, enabled=narrow):
         return prefix.forward(model, batch, mode).logits[0].double()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from vlm_sft.recipe.rules import ALIASES, Mistake, find_contradictions, raise_mistakes, suggestion
 from vlm_sft.recipe.schema import KEYS, Recipe
+from vlm_sft.recipe.shipped import RECIPES
 from vlm_sft.recipe.values import check_value, parse_text, shown
 
 COMMAND_LINE = "command line"
@@ -132,7 +133,8 @@ def _read_object(path: Path, mistakes: list[Mistake]) -> Mapping[str, object]:
     except FileNotFoundError:
         beside = sorted(file.name for file in path.parent.glob("*.json"))
         near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.0)
-        return failed("the file does not exist", f"did you mean {path.parent / near[0]}?" if near else "check its path")
+        names = f"check its path, or name a recipe of the package: {', '.join(RECIPES.values())}"
+        return failed("the file does not exist", f"did you mean {path.parent / near[0]}?" if near else names)
     except OSError as error:
         return failed(f"cannot be read ({error.strerror})", "give a JSON file that you may read")
     except UnicodeDecodeError as error:

@@ -25,6 +25,9 @@ ALIASES = {
     "optimizer": "optim",
     "gradient_clipping": "max_grad_norm",
     "lora_rank": "lora_r",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+    "qlora": "load_in_4bit",
     "lora_target": "target_modules",
     "lora_target_modules": "target_modules",
     "max_train_samples": "max_train",
@@ -165,6 +168,20 @@ CONTRADICTIONS = (
         ("min_pixels", "max_pixels"),
         lambda v: None not in (v["min_pixels"], v["max_pixels"]) and v["min_pixels"] > v["max_pixels"],
         "the smallest area is above the largest", "use a min_pixels of at most max_pixels"),
+    Contradiction(
+        ("train",), lambda v: "all" in v["train"] and len(v["train"]) > 1,
+        "all and a part of it", "keep all, or name the parts"),
+    Contradiction(
+        ("train", "load_in_4bit"), lambda v: v["load_in_4bit"] and "language" not in v["train"],
+        "weights in 4 bits cannot be trained themselves, and nothing else of the language model is trained here",
+        "use train language, or load_in_4bit false"),
+    Contradiction(
+        ("train", "use_dora"), lambda v: v["use_dora"] and "language" not in v["train"],
+        "DoRA is a kind of LoRA, and there is no LoRA without the language model", "use train language, or no DoRA"),
+    Contradiction(
+        ("train", "use_rslora"), lambda v: v["use_rslora"] and "language" not in v["train"],
+        "rsLoRA is a kind of LoRA, and there is no LoRA without the language model",
+        "use train language, or no rsLoRA"),
     Contradiction(
         ("report_to",), lambda v: "none" in v["report_to"] and len(v["report_to"]) > 1,
         "none and a tracker together", "keep one of them"),

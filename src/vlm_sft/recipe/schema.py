@@ -54,6 +54,7 @@ POSITIVE = Range(0, None, low_open=True)
 FRACTION = Range(0, 1, high_open=True)
 COUNT = Range(1)
 STRATEGIES = ("steps", "epoch", "no")
+PARTS = ("language", "projector", "vision", "all")  # of a model, that can be trained
 AUTO = ("auto",)
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -116,6 +117,9 @@ class Recipe:
     global_batch_size: int | None = _key(
         64, "questions per optimizer step whatever the number of devices; null: per_device_train_batch_size x "
             "gradient_accumulation_steps x devices", "question-answer pairs", COUNT)
+    max_questions_per_image: int | None = _key(
+        None, "at most so many questions of one image in one optimizer step; null: no cap", "question-answer pairs",
+        COUNT)
     per_device_train_batch_size: int | None = _key(None, "questions per device in one forward pass; null: as many as "
                                                          "fit tokens_per_pack", "question-answer pairs", COUNT)
     gradient_accumulation_steps: int | None = _key(None, "forward passes per optimizer step; null: what the global "
@@ -131,6 +135,12 @@ class Recipe:
     lora_alpha: int = _key(32, "LoRA's update is scaled by lora_alpha / lora_r", "", COUNT)
     lora_dropout: float = _key(0.05, "dropout on the input of the LoRA matrices", "probability", FRACTION)
     target_modules: tuple[str, ...] = _key(("q_proj", "v_proj", "o_proj"), "layers of the language model that get LoRA")
+    train: tuple[str, ...] = _key(
+        ("language",), "what is trained: LoRA on the language model, projector and vision tower in full, or all "
+        "weights in full", choices=PARTS)
+    use_rslora: bool = _key(False, "scale LoRA's update by lora_alpha / sqrt(lora_r) instead of lora_alpha / lora_r")
+    use_dora: bool = _key(False, "train the length of every weight column apart from its direction (DoRA)")
+    load_in_4bit: bool = _key(False, "hold the frozen language model in 4 bits (QLoRA; needs a GPU and bitsandbytes)")
     max_pixels: int | None = _key(None, "larger images are scaled down to this area; null: the base model's own limit",
                                   "pixels", Range(256))
     min_pixels: int | None = _key(None, "smaller images are scaled up to this area; null: the base model's own limit",

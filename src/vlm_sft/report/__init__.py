@@ -1,1 +1,1 @@
-"""Report: renders what a run left on disk as HTML and Markdown. May import artifacts and errors only; no torch."""
+"""Report: renders what runs left on disk; no torch. May import artifacts, console, errors, evaluate and forecast."""

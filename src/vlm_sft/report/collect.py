@@ -3,182 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from vlm_sft import artifacts
 from vlm_sft.errors import RunError
 from vlm_sft.report.fields import Fields, finite
-from vlm_sft.report.predictions import Prediction, read_predictions
+from vlm_sft.report.predictions import read_predictions
+from vlm_sft.report.records import (
+    PLOTTABLE,
+    QUANTITIES,
+    Benchmark,
+    Best,
+    DataFacts,
+    DataPart,
+    Forecast,
+    GuardStep,
+    Histogram,
+    LeftOutRow,
+    RunRecord,
+    RunReport,
+    Score,
+    SplitScore,
+)
 
 SCHEMA = 1
-PLOTTABLE = 1e15  # matplotlib cannot scale an axis up to the largest float; a loss beyond this is no number to look at
-Interval = tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """Accuracy of one model on one benchmark (0 to 1), its 95 % interval, and the seconds the evaluation took."""
-
-    accuracy: float | None
-    interval: Interval | None
-    seconds: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class SplitScore:
-    """Accuracies (0 to 1) on one part of a benchmark."""
-
-    name: str
-    n: int | None
-    base: float | None
-    tuned: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Benchmark:
-    """One row of the headline table; `difference` is tuned minus base, as a fraction."""
-
-    name: str
-    n: int | None
-    metric: str
-    synthetic: bool
-    base: Score | None
-    tuned: Score | None
-    difference: float | None
-    difference_interval: Interval | None
-    p_value: float | None
-    verdict: str
-    splits: tuple[SplitScore, ...]
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds of both evaluations together."""
-        known = [score.seconds for score in (self.base, self.tuned) if score and score.seconds is not None]
-        return sum(known) if known else None
-
-    @property
-    def direction(self) -> str:
-        """`better` or `worse` when the interval of the difference leaves out zero, else `same`."""
-        if self.difference_interval is None:
-            return "same"
-        low, high = self.difference_interval
-        return "better" if low > 0 else "worse" if high < 0 else "same"
-
-
-@dataclass(frozen=True, slots=True)
-class Best:
-    """The step that load_best_model_at_end chose, by which metric, and its value."""
-
-    step: int
-    metric: str
-    value: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class RunRecord:
-    """The content of run.json; a value that is not there is None or empty."""
-
-    status: str
-    command: tuple[str, ...]
-    started: str
-    finished: str
-    wall_seconds: float | None
-    seconds: dict[str, float]
-    base_model: str
-    datasets: tuple[str, ...]
-    device: str
-    world_size: int | None
-    parallel: str
-    attention: str
-    dtype: str
-    lora: dict[str, str]
-    trainable_parameters: int | None
-    total_parameters: int | None
-    steps: int | None
-    questions_seen: int | None
-    best: Best | None
-    bytes: dict[str, float]
-    peak_memory_bytes: int | None
-    versions: dict[str, str]
-    git_hash: str
-    git_dirty: bool | None
-    notes: tuple[str, ...]
-
-    @property
-    def recipe_name(self) -> str:
-        """The recipe file named on the command line, without its folder; "" when there was none."""
-        for position, word in enumerate(self.command):
-            flag, _, value = word.partition("=")
-            if flag == "--sft_config":
-                following = self.command[position + 1 : position + 2]
-                return Path(value or (following[0] if following else "")).name
-        return ""
-
-
-@dataclass(frozen=True, slots=True)
-class DataPart:
-    """Counts of the training or the evaluation part of the data."""
-
-    samples: int | None
-    images: int | None
-    supervised_tokens: int | None
-    image_tokens: int | None
-    prompt_tokens: int | None
-    questions_per_image: dict[str, float]
-    by_dataset: dict[str, float]
-    synthetic: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DataFacts:
-    """The content of data.json."""
-
-    train: DataPart | None
-    eval: DataPart | None
-    left_out: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOutRow:
-    """One sample that was left out, and why."""
-
-    id: str
-    reason: str
-    detail: str
-
-
-@dataclass(slots=True)
-class RunReport:
-    """Everything a report shows of one run.
-
-    Attributes:
-        folder: the run folder.
-        name: its name, unique among the runs of one report.
-        series: metric name to (step, value) pairs, in the order of the steps.
-        checksums: file name to SHA-256, of the files that define the run and its result.
-        problems: one sentence for every artifact or value that could not be read.
-        Others: None or empty where the artifact does not exist (yet).
-    """
-
-    folder: Path
-    name: str
-    record: RunRecord | None = None
-    recipe: dict[str, str] = field(default_factory=dict)
-    data: DataFacts | None = None
-    left_out: tuple[LeftOutRow, ...] = ()
-    series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    benchmarks: tuple[Benchmark, ...] = ()
-    predictions: tuple[Prediction, ...] = ()
-    checksums: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def status(self) -> str:
-        """The status of run.json, or `unknown`."""
-        return (self.record.status if self.record else "") or "unknown"
 
 
 def collect_runs(folders: Sequence[Path]) -> list[RunReport]:
@@ -229,6 +80,8 @@ def _collect(folder: Path, name: str) -> RunReport:
     rows = _read_lines(folder / artifacts.LEFT_OUT, problems)
     report.left_out = tuple(LeftOutRow(row.text("id"), row.text("reason"), row.text("detail")) for row in rows)
     report.series = _read_series(folder / artifacts.METRICS, problems)
+    if (fields := _read_object(folder / artifacts.GUARD, problems)) is not None:
+        report.guard = tuple(_parse_guard(fields))
     report.predictions = read_predictions(folder, problems)
     for file in (artifacts.RECIPE, artifacts.DATA, artifacts.RESULTS, artifacts.ADAPTER_WEIGHTS):
         if (folder / file).is_file():
@@ -277,6 +130,7 @@ def _read_series(path: Path, problems: list[str]) -> dict[str, list[tuple[int, f
 def _parse_run(fields: Fields) -> RunRecord:
     best, lora, git = fields.inside("best"), fields.inside("lora"), fields.inside("git")
     best_step = best.whole("step")
+    forecast = fields.inside("forecast")
     return RunRecord(
         status=fields.text("status"), command=fields.texts("command"),
         started=fields.text("started"), finished=fields.text("finished"),
@@ -289,8 +143,34 @@ def _parse_run(fields: Fields) -> RunRecord:
         best=None if best_step is None else Best(best_step, best.text("metric"), best.number("value")),
         bytes=fields.numbers("bytes"), peak_memory_bytes=fields.whole("peak_memory_bytes"),
         versions=fields.inside("versions").plain(), git_hash=git.text("hash"), git_dirty=git.flag("dirty"),
-        notes=fields.texts("notes"),
+        notes=fields.texts("notes"), forecasts=tuple(_parse_forecast(forecast)),
+        forecast_basis=forecast.text("basis"), forecast_assumptions=forecast.texts("assumptions"),
     )
+
+
+def _parse_forecast(fields: Fields) -> Iterator[Forecast]:
+    items, actual = fields.inside("items"), fields.inside("actual")
+    for quantity in QUANTITIES:
+        if not fields.given(quantity):
+            continue
+        inner = fields.inside(quantity)
+        low, high = inner.number("low"), inner.number("high")
+        yield Forecast(
+            quantity, inner.number("value"), None if low is None or high is None else (low, high),
+            actual.number(quantity), items.numbers(quantity),
+        )
+
+
+def _parse_guard(fields: Fields) -> Iterator[GuardStep]:
+    for evaluation in fields.entries("evaluations"):
+        step = evaluation.whole("step")
+        for guard in evaluation.entries("guards"):
+            base, score, allowed = (guard.number(key) for key in ("base", "score", "allowed_points"))
+            if step is None or base is None or score is None or allowed is None or abs(step) >= PLOTTABLE:
+                continue
+            if max(abs(base), abs(score), abs(allowed)) < PLOTTABLE:
+                kept = guard.flag("qualifies")
+                yield GuardStep(step, guard.text("benchmark"), base, score, base - allowed / 100, kept is not False)
 
 
 def _parse_data(fields: Fields) -> DataFacts:
@@ -306,7 +186,21 @@ def _parse_data_part(fields: Fields) -> DataPart:
         supervised_tokens=fields.whole("supervised_tokens"), image_tokens=fields.whole("image_tokens"),
         prompt_tokens=fields.whole("prompt_tokens"), questions_per_image=fields.numbers("questions_per_image"),
         by_dataset=fields.numbers("by_dataset"), synthetic=fields.texts("synthetic"),
+        token_histograms={
+            name: found
+            for name, inner in fields.inside("token_histograms").objects()
+            if (found := _parse_histogram(inner)) is not None
+        },
     )
+
+
+def _parse_histogram(fields: Fields) -> Histogram | None:
+    """A histogram that can be drawn: rising edges, one more than the counts."""
+    edges, counts = fields.series("edges"), fields.series("counts")
+    rising = all(low < high for low, high in pairwise(edges))
+    if not counts or len(edges) != len(counts) + 1 or not rising or max(map(abs, edges + counts)) >= PLOTTABLE:
+        return None
+    return Histogram(edges, counts)
 
 
 def parse_results(results: dict[str, Any], problems: list[str] | None = None) -> tuple[Benchmark, ...]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vlm_sft.report import formats
-from vlm_sft.report.collect import DataPart, RunReport
+from vlm_sft.report.records import DataPart, RunReport
 
 Rows = list[tuple[str, str]]
 
@@ -46,6 +46,55 @@ def cost_rows(run: RunReport) -> Rows:
     ])
 
 
+def forecast_rows(run: RunReport) -> list[tuple[str, ...]]:
+    """Quantity, forecast, range, actual, relative error, whether the actual value lies within the range."""
+    if run.record is None:
+        return []
+    return [
+        (
+            one.label, one.text(one.value),
+            formats.NOTHING if one.interval is None else " to ".join(one.text(end) for end in one.interval),
+            one.text(one.actual), formats.typeset(formats.relative(one.error)),
+            {True: "within", False: "outside", None: formats.NOTHING}[one.held],
+        )
+        for one in run.record.forecasts
+    ]
+
+
+def forecast_items(run: RunReport) -> Rows:
+    """What the forecasts are made of."""
+    if run.record is None:
+        return []
+    return [
+        (f"{one.label}: {name}", one.text(value)) for one in run.record.forecasts for name, value in one.items.items()
+    ]
+
+
+def parameter_differences(runs: Sequence[RunReport]) -> tuple[list[str], list[tuple[str, list[str]]], int]:
+    """What was set differently between runs.
+
+    Returns:
+        The names of the parameters that differ; (run name, its values); how many recipe keys are the same in all.
+    """
+    settings = [_settings(run) for run in runs]
+    keys = list(dict.fromkeys(key for values in settings for key in values))
+    differing = [key for key in keys if len({values.get(key, formats.NOTHING) for values in settings}) > 1]
+    rows = [
+        (run.name, [values.get(key, formats.NOTHING) for key in differing])
+        for run, values in zip(runs, settings, strict=True)
+    ]
+    return differing, rows, len(keys) - len(differing)
+
+
+def _settings(run: RunReport) -> dict[str, str]:
+    record = run.record
+    about = {} if record is None else {
+        "base model": record.base_model, "data": ", ".join(record.datasets), "device": record.device,
+        "processes": formats.count(record.world_size), "parallel": record.parallel, "number type": record.dtype,
+    }
+    return {**about, **run.recipe}
+
+
 def environment_rows(run: RunReport) -> Rows:
     """Device, parallelism, adapter, versions and hashes."""
     record = run.record
@@ -60,7 +109,11 @@ def environment_rows(run: RunReport) -> Rows:
             ("Attention", record.attention),
             ("Number type", record.dtype),
             ("Trained parameters", _trained(record.trainable_parameters, record.total_parameters)),
-            *((f"LoRA: {key}", value) for key, value in record.lora.items() if not key.endswith("_parameters")),
+            *(
+                (f"LoRA: {key}", value)
+                for key, value in record.lora.items()
+                if not key.endswith("_parameters") and key != "modules"
+            ),
             ("Git commit", record.git_hash and record.git_hash + state),
             *((f"Version: {name}", version) for name, version in sorted(record.versions.items())),
         ]

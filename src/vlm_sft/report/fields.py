@@ -72,6 +72,27 @@ class Fields:
             return ()
         return tuple(as_text(entry) for entry in self._values[key])
 
+    def entries(self, key: str) -> Iterator[Fields]:
+        """The objects of a list, one by one; nothing when there is none."""
+        if not self.given(key):
+            return
+        if not isinstance(self._values[key], list):
+            self._note(key, "a list")
+            return
+        for number, entry in enumerate(self._values[key], start=1):
+            yield Fields(entry, f"{self._place} {key!r} {number}", self._problems)
+
+    def series(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers, or ()."""
+        if not self.given(key):
+            return ()
+        value = self._values[key]
+        numbers = [finite(entry) for entry in value] if isinstance(value, list) else [None]
+        if None in numbers:
+            self._note(key, "a list of finite numbers")
+            return ()
+        return tuple(number for number in numbers if number is not None)
+
     def interval(self, key: str) -> tuple[float, float] | None:
         """A pair of finite numbers, lower and upper end, or None."""
         if not self.given(key):

@@ -42,6 +42,11 @@ def number(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.4g}"
 
 
+def relative(fraction: float | None) -> str:
+    """A relative difference in signed percent: 0.056 is "+5.6 %"."""
+    return NOTHING if fraction is None else f"{100 * fraction:+.1f} %"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as "8.3 s", "4 min 05 s", "2 h 07 min" or "3 d 04 h"."""
     if seconds is None:
@@ -74,6 +79,19 @@ def size(byte_count: float | None) -> str:
     return f"{value:.1f} {unit}" if round(value, 2) >= 10 else f"{value:.2f} {unit}"
 
 
+def typeset(text: str) -> str:
+    """A formatted number with minus signs instead of hyphens."""
+    return text.replace("-", "\u2212")
+
+
 def shorten(text: str, limit: int = 600) -> str:
     """Cut a text of more than `limit` characters and say how long it was."""
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters in all)"
+
+
+def shorten_name(text: str, limit: int) -> str:
+    """Cut the middle out of a name of more than `limit` characters: both of its ends tell it from others."""
+    if len(text) <= limit:
+        return text
+    front = (limit - 1) // 2
+    return f"{text[:front]}…{text[front + 1 - limit :]}"

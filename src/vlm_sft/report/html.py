@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -12,22 +15,15 @@ from markupsafe import Markup
 
 from vlm_sft import artifacts
 from vlm_sft.errors import RunError
-from vlm_sft.report import facts, figures, formats
-from vlm_sft.report.collect import Benchmark, RunReport, benchmark_names, collect_runs
-from vlm_sft.report.predictions import OUTCOMES, Prediction, choose, tally
+from vlm_sft.report import comparison, facts, figures, formats, quality
+from vlm_sft.report.browser import browser
+from vlm_sft.report.canvas import Drawing
+from vlm_sft.report.collect import benchmark_names, collect_runs
+from vlm_sft.report.predictions import OUTCOMES, tally
+from vlm_sft.report.records import Benchmark, RunReport
 
-PICTURES_OF_ONE_RUN = 12
-PICTURES_OF_MANY_RUNS = 36  # shared out between the runs, so that a file with many runs still opens quickly
-PICTURES_AT_LEAST = 4
 LEFT_OUT_SHOWN = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """One prediction with its picture as a data address (None: missing)."""
-
-    prediction: Prediction
-    picture: str | None
+RUNS_WITH_FIGURES = 12  # beyond, the figures that compare runs have to do: each run has several of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +32,12 @@ class RunView:
 
     key: str
     run: RunReport
-    accuracy: figures.Drawing | None
-    curves: list[figures.Drawing]
-    cards: list[Card]
-    tallies: dict[str, dict[str, int]]  # benchmark -> outcome -> number of questions
-    outcomes: list[str]  # those that occur
+    accuracy: Drawing | None
+    curves: list[Drawing]
+    histograms: list[Drawing]
+    forecast: Drawing | None
+    forecast_rows: list[tuple[str, ...]]
+    forecast_items: facts.Rows
     summary: facts.Rows
     cost: facts.Rows
     data: list[tuple[str, str, str]]
@@ -70,59 +67,96 @@ def write_report(run_folders: list[Path], output: Path) -> Path:
     return artifacts.write_text_atomic(output, render(collect_runs([Path(folder) for folder in run_folders])))
 
 
-def render(runs: Sequence[RunReport]) -> str:
+def render(runs: Sequence[RunReport], version: str | None = None) -> str:
     """Render collected runs as one HTML page.
 
     Args:
         runs: at least one run, as `collect_runs` returns them.
+        version: of a page that is served and loads itself anew when `/version` says something else; None for a file.
 
     Returns:
-        The page; it holds no script and no address other than data and anchors.
+        The page. It holds no address other than data and anchors; the only scripts that a browser will run in it are
+        its own, named by their hash in its content security policy.
     """
     environment = Environment(
         loader=PackageLoader("vlm_sft.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=formats.percent, percent_interval=formats.percent_interval, points=formats.points,
-        points_interval=formats.points_interval, p_value=formats.p_value, count=formats.count,
-        duration=formats.duration, shorten=formats.shorten, number=formats.number, markup=Markup,
+        percent=formats.percent, percent_interval=formats.percent_interval,
+        points=lambda value: formats.typeset(formats.points(value)),
+        points_interval=lambda ends: formats.typeset(formats.points_interval(ends)),
+        p_value=formats.p_value, count=formats.count, duration=formats.duration, size=formats.size,
+        shorten=formats.shorten, number=formats.number, markup=Markup,
     )
-    limit = PICTURES_OF_ONE_RUN
-    if len(runs) > 1:
-        limit = min(limit, max(PICTURES_AT_LEAST, PICTURES_OF_MANY_RUNS // len(runs)))
+    many = len(runs) > 1
+    names = benchmark_names(runs)
+    choices = quality.choices(runs, names)
+    leading = [one.name for choice in choices for one in choice.candidates if one.on_front and not one.is_base]
+    tallies = [(run.name, name, counts) for run in runs for name, counts in tally(run.predictions).items()]
+    scripts = [_script("report.js"), *([_script("watch.js")] if version is not None else [])]
     page = environment.get_template("report.html.j2").render(
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
-        views=[_view(run, f"run{number}", limit) for number, run in enumerate(runs, start=1)],
-        comparison=_comparison(runs) if len(runs) > 1 else {},
+        title=f"{len(runs)} runs" if many else runs[0].name,
+        views=[_view(run, f"run{number}", len(runs)) for number, run in enumerate(runs, start=1)],
+        comparison=_comparison(runs, names) if many else {},
+        choices=choices,
+        overlays=comparison.overlays(runs, list(dict.fromkeys(leading))) if many else [],
+        differences=facts.parameter_differences(runs) if many else ([], [], 0),
+        browser=browser(runs),
+        tallies=tallies,
+        outcomes=[one for one in OUTCOMES if any(one in counts for _, _, counts in tallies)],
         left_out_shown=LEFT_OUT_SHOWN,
+        runs_with_figures=RUNS_WITH_FIGURES,
+        scripts=scripts,
+        hashes=[_hash(script) for script in scripts],
+        version=version,
     )
     return _clean(page)
 
 
-def _view(run: RunReport, key: str, limit: int) -> RunView:
+def _view(run: RunReport, key: str, number_of_runs: int) -> RunView:
+    drawn = number_of_runs <= RUNS_WITH_FIGURES
+    record = run.record
     curves = (
-        figures.loss_drawing(run.series, run.record.best if run.record else None, key),
+        figures.loss_drawing(run.series, record.best if record else None, key),
+        figures.metric_drawing(run.series, key),
+        figures.guard_drawing(run.guard, key),
         figures.learning_rate_drawing(run.series, key),
-    )
-    tallies = tally(run.predictions)
+        figures.gradient_drawing(run.series, key),
+    ) if drawn else ()
     return RunView(
         key=key, run=run,
-        accuracy=figures.accuracy_drawing(run.benchmarks, key),
+        accuracy=figures.accuracy_drawing(run.benchmarks, key) if drawn else None,
         curves=[drawing for drawing in curves if drawing is not None],
-        cards=[Card(one, figures.thumbnail(one.image)) for one in choose(run.predictions, limit)],
-        tallies=tallies, outcomes=[one for one in OUTCOMES if any(one in counts for counts in tallies.values())],
+        histograms=figures.data_drawings(run.data.train if run.data else None, key) if drawn else [],
+        forecast=figures.forecast_drawing(record.forecasts if record else (), key) if drawn else None,
+        forecast_rows=facts.forecast_rows(run), forecast_items=facts.forecast_items(run),
         summary=facts.summary_rows(run), cost=facts.cost_rows(run), data=facts.data_rows(run),
         environment=facts.environment_rows(run),
     )
 
 
-def _comparison(runs: Sequence[RunReport]) -> dict[str, list[tuple[str, Benchmark | None]]]:
-    """Benchmark name to (run name, its row), with a place for every run that lacks it."""
+def _comparison(
+    runs: Sequence[RunReport], names: Sequence[str]
+) -> dict[str, list[tuple[str, RunReport, Benchmark | None]]]:
+    """Benchmark name to (key of the run in the page, run, its row), with a place for every run that lacks it."""
     return {
-        name: [(run.name, next((one for one in run.benchmarks if one.name == name), None)) for run in runs]
-        for name in benchmark_names(runs)
+        name: [
+            (f"run{number}", run, next((one for one in run.benchmarks if one.name == name), None))
+            for number, run in enumerate(runs, start=1)
+        ]
+        for name in names
     }
+
+
+def _script(name: str) -> str:
+    """A script of this package, as it stands between its tags."""
+    return "\n" + resources.files("vlm_sft.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    """A script's name in a content security policy: browsers run no other."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
 
 def _clean(page: str) -> str:

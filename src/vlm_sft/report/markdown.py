@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vlm_sft.report import formats
-from vlm_sft.report.collect import Benchmark, Score, parse_results
+from vlm_sft.report.collect import parse_results
+from vlm_sft.report.records import Benchmark, Score
 
 HEADER = ("benchmark", "n", "base", "tuned", "difference", "time")
 
@@ -25,8 +27,20 @@ def results_table(results: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = [HEADER]
     for benchmark in parse_results(results):
         rows.extend(_rows(benchmark))
+    return table(rows)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Render a Markdown table whose columns are aligned in plain text too; the first column to the left.
+
+    Args:
+        rows: of equal length; the first is the header.
+
+    Returns:
+        The table without a final newline.
+    """
     cells = [[_cell(text) for text in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADER))]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(rows[0]))]
     lines = [_line(row, widths) for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":"
                                    for i, width in enumerate(widths)) + "|")

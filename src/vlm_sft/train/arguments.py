@@ -46,7 +46,6 @@ def training_arguments(
         eval_steps=schedule.eval_steps or None,
         save_strategy="steps" if schedule.save_steps else "no",
         save_steps=schedule.save_steps or 500,
-        save_total_limit=recipe.save_total_limit,
         load_best_model_at_end=recipe.load_best_model_at_end,
         metric_for_best_model=recipe.metric_for_best_model,
         greater_is_better=recipe.best_is_greatest,
@@ -58,7 +57,8 @@ def training_arguments(
         use_cpu=launch.cpu,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        ddp_find_unused_parameters=False,
+        # A tower may have layers that nothing reads (LLaVA takes the last but one), which then get no gradient.
+        ddp_find_unused_parameters=bool({"vision", "all"} & set(recipe.train)),
         ddp_backend="gloo" if launch.cpu and launch.world_size > 1 else None,
         deepspeed=launch.deepspeed,
         report_to=[tracker for tracker in recipe.report_to if tracker != "none"] or "none",

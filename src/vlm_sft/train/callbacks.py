@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlm_sft.artifacts import read_jsonl, write_jsonl
-from vlm_sft.console import Bar, say
+from vlm_sft.console import Bar, say, warn
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.recipe.rules import Schedule
 from vlm_sft.recipe.schema import EVALUATION_METRICS
@@ -37,11 +38,13 @@ class MetricsFile(TrainerCallback):
         self.planner = planner
         self.seconds_before = 0.0
         if path.is_file():
-            kept = [row for row in read_jsonl(path) if row["step"] <= resumed_step]
+            # The summary of a run that was resumed after its end comes again.
+            kept = [row for row in read_jsonl(path) if row["step"] <= resumed_step and "train_loss" not in row]
             self.seconds_before = kept[-1]["time"] if kept else 0.0
             write_jsonl(path, kept)
         self.began = time.monotonic()
         self._last = (resumed_step, self.began)
+        self._waiting = ""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -70,8 +73,26 @@ class MetricsFile(TrainerCallback):
             questions = (state.global_step - step) * self.planner.global_batch_size
             row["questions_per_second"] = round(questions / max(now - moment, 1e-9), 3)
             self._last = (state.global_step, now)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        self._append(json.dumps(row) + "\n")
+
+    def _append(self, line: str) -> None:
+        """Write a line, whole or not at all; where the disk is full it is kept and written with the next one."""
+        first = not self._waiting
+        self._waiting += line
+        try:
+            with self.path.open("ab") as stream:
+                end = stream.tell()
+                try:
+                    stream.write(self._waiting.encode())
+                    stream.flush()
+                except OSError:
+                    os.truncate(self.path, end)
+                    raise
+        except OSError as error:
+            if first:
+                warn(f"{self.path} cannot be written ({error.strerror}); its lines are kept until it can")
+            return
+        self._waiting = ""
 
 
 class Progress(TrainerCallback):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,15 @@ import torch
 
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say
+from vlm_sft.data.cache import DataCache
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.identity import identity_of
 from vlm_sft.evaluate.run import Evaluator, barrier, results_table, save_pictures
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.launch import Launch
 from vlm_sft.model.adapt import load_adapter
-from vlm_sft.model.load import load_model
+from vlm_sft.model.load import Base, load_model
+from vlm_sft.model.parts import ALL
 from vlm_sft.record import folder_bytes
 from vlm_sft.report.html import write_report
 from vlm_sft.report.markdown import results_table as format_results
@@ -37,30 +41,48 @@ def evaluate_run(run: Run, plan: Plan, tasks: list[Task]) -> dict[str, Any]:
     _forget_deepspeed(launch)
     barrier(launch.world_size)
     folder = options.output_dir / artifacts.EVALUATION_FOLDER
-    weights = load_model(base)
-    if not launch.cpu:
-        weights.to(f"cuda:{launch.local_rank}")
-    model = load_adapter(weights, options.output_dir)
-    # A resumed run may have evaluated an earlier adapter: its predictions are replaced.
-    backend = SharedPrefixBackend(base, model)
-    evaluator = Evaluator(backend, run.tokens_per_pack, launch.rank, launch.world_size, replace=True)
-    asked = [sample for task in tasks for sample in task.samples]
-    untuned = identity_of(base.name, base.path, base.prompt, None)
-    tuned = identity_of(base.name, base.path, base.prompt, options.output_dir)
     with run.record.timed("evaluate"):
-        cache = plan.engine.evaluation_cache(model, backend.encoder, asked, looks=2)
-        plan.engine.describe([plan.cache, cache])
+        if ALL in run.recipe.train:
+            place = str(options.output_dir)
+            caches = [
+                _answer(run, plan, tasks, base, None, ("base",)),
+                _answer(run, plan, tasks, replace(base, name=place, path=place), None, ("tuned",)),
+            ]
+        else:
+            caches = [_answer(run, plan, tasks, base, options.output_dir, ("base", "tuned"))]
+        plan.engine.describe([plan.cache, *caches])
         run.record.update(engine=plan.engine.facts)
-        for task in tasks:
-            with model.disable_adapter():
-                evaluator.run(task, folder / "base" / task.name, f"{task.name}: base", untuned)
-            evaluator.run(task, folder / "tuned" / task.name, f"{task.name}: tuned", tuned)
     if not is_main_process():
         return {}
     save_pictures(tasks, folder)
     results = results_table(tasks, folder)
     artifacts.write_json(options.output_dir / artifacts.RESULTS, results)
     return results
+
+
+def _answer(
+    run: Run, plan: Plan, tasks: list[Task], base: Base, adapter: Path | None, sides: tuple[str, ...]
+) -> DataCache:
+    """Answer the benchmarks with one model, for each side: "base" is the model without its adapter."""
+    launch = run.launch
+    model = load_model(base)
+    if not launch.cpu and not base.load_in_4bit:
+        model.to(f"cuda:{launch.local_rank}")
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    # A resumed run may have evaluated an earlier adapter: its predictions are replaced.
+    backend = SharedPrefixBackend(base, model)
+    evaluator = Evaluator(backend, run.tokens_per_pack, launch.rank, launch.world_size, replace=True)
+    asked = [sample for task in tasks for sample in task.samples]
+    cache = plan.engine.evaluation_cache(model, backend.encoder, asked)
+    for task in tasks:
+        for side in sides:
+            tuned = adapter if side == "tuned" else None
+            with model.disable_adapter() if adapter is not None and tuned is None else nullcontext():
+                folder = run.options.output_dir / artifacts.EVALUATION_FOLDER / side / task.name
+                identity = identity_of(base.name, base.path, base.prompt, tuned)
+                evaluator.run(task, folder, f"{task.name}: {side}", identity)
+    return cache
 
 
 def _forget_deepspeed(launch: Launch) -> None:
@@ -77,7 +99,9 @@ def _forget_deepspeed(launch: Launch) -> None:
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of what the run left on disk."""
     return {
-        "adapter": folder_bytes([folder / artifacts.ADAPTER_WEIGHTS, folder / artifacts.ADAPTER_CONFIG]),
+        "adapter": folder_bytes(
+            [folder / artifacts.ADAPTER_WEIGHTS, folder / artifacts.ADAPTER_CONFIG, *folder.glob("model*.safetensors")]
+        ),
         "checkpoints": folder_bytes(list(folder.glob("checkpoint-*"))),
         "logs": folder_bytes([path for path in (folder / artifacts.METRICS, folder / "runs") if path.exists()]),
     }
@@ -92,6 +116,10 @@ def report_run(folder: Path, results: dict[str, Any]) -> None:
         say(format_results(results))
     report = write_report([folder], folder / artifacts.REPORT)
     say("")
-    say(f"adapter, metrics and predictions: {folder}")
+    full = artifacts.holds_full_model(folder)
+    say(f"{'model' if full else 'adapter'}, metrics and predictions: {folder}")
     say(f"report: {report}")
-    say(f"next: open the report, or evaluate again: vlm-sft eval --base_model … --adapter {folder} --benchmark …")
+    model = f"--base_model {folder}" if full else f"--adapter {folder}"
+    say(f"next: open the report; try it: vlm-sft ask IMAGE \"QUESTION\" {model}")
+    if not full:
+        say(f"      one folder for other programs: vlm-sft export {model} --merge --output_dir {folder}-merged")

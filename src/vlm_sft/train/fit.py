@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,25 +12,31 @@ from transformers import PrinterCallback
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say
 from vlm_sft.data.packing import EpochPlanner
-from vlm_sft.launch import Launch
-from vlm_sft.model.adapt import add_lora, parameter_counts, resolve_targets
+from vlm_sft.errors import ModelError
+from vlm_sft.evaluate.caches import one_an_image
+from vlm_sft.forecast.run import FEATURES, LOAD, SAVES
+from vlm_sft.launch import Launch, agree
+from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base, load_model
+from vlm_sft.model.parts import ALL
 from vlm_sft.model.sharing import choose_mode
+from vlm_sft.model.tune import described, tune
 from vlm_sft.recipe.schema import Recipe
+from vlm_sft.record import versions
 from vlm_sft.train.arguments import training_arguments
 from vlm_sft.train.callbacks import LastStep, MetricsFile, Progress
+from vlm_sft.train.case import checkpoints_activations
 from vlm_sft.train.checkpoints import checkpoint_step
-from vlm_sft.train.engine import one_an_image
+from vlm_sft.train.foretell import Clock, Foretelling
 from vlm_sft.train.options import Run
 from vlm_sft.train.prepare import Plan
+from vlm_sft.train.probe import Probe
+from vlm_sft.train.saving import CheckpointPolicy
 from vlm_sft.train.trainer import PackTrainer
 from vlm_sft.train.validation import Validation, ValidationPlan
 
-# Gradient checkpointing pays where activations are large against the memory: models above this many parameters.
-CHECKPOINTING_PARAMETERS = 1_000_000_000
 
-
-def fit(run: Run, plan: Plan, asked: ValidationPlan | None) -> bool:
+def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling) -> bool:
     """Train the adapter and save it in the run's folder; returns whether a checkpoint keeps to the guard."""
     options, recipe, launch, checkpoint = run.options, run.recipe, run.launch, run.checkpoint
     base, schedule, planner, eval_planner = plan.base, plan.schedule, plan.planner, plan.eval_planner
@@ -40,7 +48,9 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None) -> bool:
     if not mode.shares:
         say(mode.note)
         planner, eval_planner = planner.separate(), eval_planner.separate() if eval_planner else None
+    told.lap(LOAD)
     _keep_features(plan, model, asked)
+    told.lap(FEATURES)
     done = checkpoint_step(checkpoint)
     metrics = [MetricsFile(options.output_dir / artifacts.METRICS, planner, done)]
     validation = Validation(asked, base, options.output_dir, run.tokens_per_pack, launch, done) if asked else None
@@ -54,23 +64,51 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None) -> bool:
         planner=planner,
         eval_planner=eval_planner,
         prompt=base.prompt,
+        base=base,
         mode=mode,
         validation=validation,
+        policy=_policy(run, plan),
+        faults=run.faults,
         callbacks=[
             Progress(planner, schedule.total_steps), *(metrics if is_main_process() else []), LastStep(schedule),
+            Clock(told),
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    with plan.engine.counted(model):
+    told.lap(LOAD)
+    if options.probe:
+        _probe(run, plan, told, trainer, mode, (planner, eval_planner))
+    with plan.engine.counted(model), run.signals.at_step_end() if run.signals else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model()
+    trainer.save_adapter()
     plan.engine.describe([plan.cache])
     run.record.update(engine=plan.engine.facts)
     _record_training(run, trainer, planner)
-    say(f"adapter written to {options.output_dir}")
+    say(f"{'model' if ALL in recipe.train else 'adapter'} written to {options.output_dir}")
     kept = validation.finish(trainer.state.best_global_step) if validation else True
     trainer.accelerator.free_memory()
+    told.lap(SAVES)
     return kept
+
+
+def _probe(
+    run: Run, plan: Plan, told: Foretelling, trainer: PackTrainer, mode: PackMode,
+    planners: tuple[EpochPlanner, EpochPlanner | None],
+) -> None:  # fmt: skip
+    """Measure a few passes and forecast again."""
+    if run.launch.deepspeed is not None:
+        say("--probe: a few passes cannot be run apart from DeepSpeed's engine; the forecast stays as it is")
+        return
+    case = replace(told.case, features=plan.cache.features is not None)
+    probe = Probe(run, plan, trainer.model, mode, trainer.compute_loss_context_manager, case, *planners)
+    calibration = probe.calibrate(told.tasks, told.seconds)
+    told.refine(agree(lambda: calibration), case, plan.engine.root)
+
+
+def _policy(run: Run, plan: Plan) -> CheckpointPolicy:
+    """How checkpoints are kept, and what their manifests say."""
+    facts = {"parallel": run.launch.parallel, "identity": plan.identity, "versions": versions()}
+    return CheckpointPolicy(run.recipe.save_total_limit, run.options.on_save_error, facts, run.record.note)
 
 
 def _keep_features(plan: Plan, model: Any, asked: ValidationPlan | None) -> None:
@@ -87,40 +125,18 @@ def _keep_features(plan: Plan, model: Any, asked: ValidationPlan | None) -> None
 
 
 def _adapted(base: Base, recipe: Recipe, launch: Launch) -> tuple[Any, dict[str, Any]]:
-    """Load the weights and put LoRA on them; returns the model and what run.json says about the adapter."""
-    weights = load_model(base)
-    targets = resolve_targets(weights, recipe.target_modules)
-    model = add_lora(
-        weights,
-        targets,
-        r=recipe.lora_r,
-        alpha=recipe.lora_alpha,
-        dropout=recipe.lora_dropout,
-        seed=recipe.seed,
-        base_name=base.name,
-    )
-    trainable, total = parameter_counts(model)
-    names = ", ".join(f"{name} x {count}" for name, count in targets.by_name.items())
-    say(f"LoRA: {len(targets.paths)} modules ({names}); {trainable:,} of {total:,} parameters are trained")
-    _set_checkpointing(model, recipe, launch, total)
-    return model, {
-        "r": recipe.lora_r,
-        "alpha": recipe.lora_alpha,
-        "dropout": recipe.lora_dropout,
-        "target_modules": list(recipe.target_modules),
-        "matched_modules": len(targets.paths),
-        "modules": list(targets.paths),
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-    }
+    """Load the weights and make trainable what is trained; returns the model and what run.json says about that."""
+    if base.load_in_4bit and launch.parallel == "zero3":
+        raise ModelError("--load_in_4bit true: ZeRO-3 cannot partition 4-bit weights", "use --deepspeed zero2")
+    model, lora = tune(load_model(base), recipe, base.name, master=launch.deepspeed is None)
+    say(described(lora))
+    _set_checkpointing(model, recipe, launch, lora["total_parameters"])
+    return model, lora
 
 
 def _set_checkpointing(model: Any, recipe: Recipe, launch: Launch, parameters: int) -> None:
     """Turn gradient checkpointing on where the recipe or the memory asks for it."""
-    wanted = recipe.gradient_checkpointing
-    if wanted == "auto":
-        wanted = not launch.cpu and parameters > CHECKPOINTING_PARAMETERS
-    if wanted:
+    if checkpoints_activations(recipe, parameters, not launch.cpu):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

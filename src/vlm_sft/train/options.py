@@ -10,7 +10,9 @@ from vlm_sft.launch import Launch, pack_tokens
 from vlm_sft.model.load import DEFAULT_BASE
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import RunRecord
+from vlm_sft.train.anomalies import MAX_BAD_STEPS, FaultPolicy
 from vlm_sft.train.engine import EngineOptions
+from vlm_sft.train.signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,18 @@ class TrainOptions:
         local_rank: from the deepspeed launcher.
         resume: None, "auto" or a checkpoint folder.
         overwrite: start over in a folder that holds a run.
+        allow_changes: resume although recipe, data, base model or prompt are not those of the checkpoint.
+        on_save_error: "continue" or "stop" when a checkpoint cannot be written.
+        on_bad_sample: "stop" or "replace" when an image cannot be read during the training.
+        max_bad_steps: steps in a row without finite numbers that end the training.
         eval_benchmarks: benchmarks of the final evaluation; None for those of the data sets, "none" for no evaluation.
         max_left_out: share of samples that may be left out, 0 to 1.
         eval_samples: questions a benchmark that are answered at each evaluation; None for `EVAL_SAMPLES` where a task
             metric or a guard needs them, and no such questions elsewhere.
         guard: `BENCHMARK:POINTS,…` that a checkpoint may lose against the base at most; None for no guard.
         prompt_template, system: instead of what the base comes with; None keeps that.
+        probe: run a few passes before the training to make the forecast of time and memory better.
+        ignore_forecast: start although memory or disk surely do not suffice.
         engine: caches and packing; they change no result.
     """
 
@@ -47,12 +55,18 @@ class TrainOptions:
     local_rank: int | None = None
     resume: str | None = None
     overwrite: bool = False
+    allow_changes: bool = False
+    on_save_error: str = "continue"
+    on_bad_sample: str = "stop"
+    max_bad_steps: int = MAX_BAD_STEPS
     eval_benchmarks: str | None = None
     max_left_out: float = 0.01
     eval_samples: int | None = None
     guard: str | None = None
     prompt_template: str | None = None
     system: str | None = None
+    probe: bool = False
+    ignore_forecast: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -67,6 +81,7 @@ class Run:
         launch: ranks and device.
         record: run.json.
         checkpoint: what it goes on from, or None.
+        signals: what watches for signals, or None.
     """
 
     options: TrainOptions
@@ -75,8 +90,14 @@ class Run:
     launch: Launch
     record: RunRecord
     checkpoint: Path | None
+    signals: StopSignals | None = None
 
     @property
     def tokens_per_pack(self) -> int:
         """Token budget of one forward pass."""
         return self.recipe.tokens_per_pack or pack_tokens(self.launch)
+
+    @property
+    def faults(self) -> FaultPolicy:
+        """What happens when numbers, images or processes fail."""
+        return FaultPolicy(self.options.max_bad_steps, self.options.on_bad_sample == "replace", self.signals)

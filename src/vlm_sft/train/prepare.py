@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say, warn
@@ -11,7 +12,7 @@ from vlm_sft.data.audit import enforce
 from vlm_sft.data.cache import DataCache
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import mix, stratified_limit
-from vlm_sft.data.packing import EpochPlanner
+from vlm_sft.data.packing import EpochPlanner, GroupLengths
 from vlm_sft.data.prepared import PreparedData
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.registry import is_synthetic, load_split
@@ -23,6 +24,7 @@ from vlm_sft.model.load import Base, find_base
 from vlm_sft.recipe.rules import Schedule, effective_global_batch_size, resolve_schedule
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.train.engine import Engine
+from vlm_sft.train.identity import refuse_changes, run_identity
 from vlm_sft.train.options import Run, TrainOptions
 from vlm_sft.train.validation import ValidationPlan, plan_validation
 
@@ -39,6 +41,7 @@ class Plan:
         data, evaluation: encoded questions; `evaluation` is None when there is no evaluation loss.
         planner, eval_planner: how they are packed.
         engine, cache: where prepared data comes from.
+        identity: what its checkpoints belong to.
     """
 
     base: Base
@@ -49,6 +52,7 @@ class Plan:
     eval_planner: EpochPlanner | None
     engine: Engine
     cache: DataCache
+    identity: dict[str, Any]
 
 
 def load_data(specs: list[DatasetSpec], recipe: Recipe) -> tuple[list[Sample], list[Sample], list[LeftOut]]:
@@ -105,7 +109,7 @@ def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], l
         VlmSftError: the base cannot be found, or too many samples cannot be used.
     """
     options, recipe, launch = run.options, run.recipe, run.launch
-    base = _find_base(options, recipe)
+    base = find_run_base(options, recipe)
     total = len(train_samples) + len(eval_samples) + len(left_out)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     engine = Engine(options.engine, launch, base.name)
@@ -113,20 +117,14 @@ def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], l
         cache = engine.cache(encoder)
         data = PreparedData(train_samples, encoder, "preparing", cache)
         evaluation = PreparedData(eval_samples, encoder, "preparing (evaluation)", cache) if eval_samples else None
+    identity = run_identity(recipe, launch, base, data, evaluation)
+    for line in refuse_changes(run.checkpoint, identity, options.allow_changes):
+        warn(f"changed since the checkpoint: {line}")
+        run.record.note(f"changed since the checkpoint: {line}")
     left_out = left_out + data.left_out + (evaluation.left_out if evaluation else [])
     _write_data_facts(options.output_dir, options.dataset, data, evaluation, left_out)
     enforce(left_out, total, options.max_left_out, options.output_dir / artifacts.LEFT_OUT)
-    batch = effective_global_batch_size(recipe, launch.world_size)
-    planner = EpochPlanner(
-        data.lengths,
-        batch,
-        run.tokens_per_pack,
-        launch.world_size,
-        recipe.seed,
-        max_questions_per_pack=recipe.per_device_train_batch_size,
-        share_images=options.engine.share_images,
-        packing=options.engine.packing,
-    )
+    planner = planner_over(run, data.lengths)
     eval_planner = replace(planner, lengths=evaluation.lengths) if evaluation and len(evaluation) else None
     if eval_planner is None and recipe.eval_strategy != "no":
         raise DataError("there is no question to compute the evaluation loss on", "pass --eval_strategy no")
@@ -134,10 +132,26 @@ def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], l
     _tell_plan(recipe, schedule, data, planner)
     if is_main_process():
         artifacts.write_json(options.output_dir / artifacts.RECIPE, recipe.to_dict())
-    return Plan(base, schedule, data, evaluation, planner, eval_planner, engine, cache)
+    return Plan(base, schedule, data, evaluation, planner, eval_planner, engine, cache, identity)
 
 
-def _find_base(options: TrainOptions, recipe: Recipe) -> Base:
+def planner_over(run: Run, lengths: tuple[GroupLengths, ...]) -> EpochPlanner:
+    """The plan of the epochs that a run's settings give over some questions."""
+    recipe, launch, engine = run.recipe, run.launch, run.options.engine
+    return EpochPlanner(
+        lengths,
+        effective_global_batch_size(recipe, launch.world_size),
+        run.tokens_per_pack,
+        launch.world_size,
+        recipe.seed,
+        max_questions_per_image=recipe.max_questions_per_image,
+        max_questions_per_pack=recipe.per_device_train_batch_size,
+        share_images=engine.share_images,
+        packing=engine.packing,
+    )
+
+
+def find_run_base(options: TrainOptions, recipe: Recipe) -> Base:
     """Find the base model and say what could not be had."""
     base = find_base(
         options.base_model,
@@ -147,6 +161,7 @@ def _find_base(options: TrainOptions, recipe: Recipe) -> Base:
         max_pixels=recipe.max_pixels,
         template=options.prompt_template,
         system=options.system,
+        load_in_4bit=recipe.load_in_4bit,
     )
     for note in base.notes:
         say(note)

@@ -5,22 +5,32 @@ recipe -> data -> model -> train -> evaluate -> report; the stages meet in files
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say
+from vlm_sft.data.cache_folder import default_cache_dir
 from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
-from vlm_sft.errors import GuardError
+from vlm_sft.errors import GuardError, InterruptedRunError, RunError
+from vlm_sft.evaluate.guard import Guard
 from vlm_sft.evaluate.run import barrier
-from vlm_sft.launch import Launch, quiet_libraries, read_launch, start_ranks
+from vlm_sft.launch import Launch, agree, quiet_libraries, read_launch, start_ranks
 from vlm_sft.recipe.load import read_recipe
-from vlm_sft.record import RunRecord, device_name
-from vlm_sft.train.checkpoints import choose_resume, claim_folder, clear_run
+from vlm_sft.recipe.schema import Recipe
+from vlm_sft.record import RunRecord, device_name, now
+from vlm_sft.train.checkpoints import checkpoint_step, choose_resume, tidy
 from vlm_sft.train.final import evaluate_run, report_run, sizes
 from vlm_sft.train.fit import fit
+from vlm_sft.train.folder import DISK_ERRORS, claim_folder, clear_run, disk_error
+from vlm_sft.train.foretell import Foretelling, cache_bytes
+from vlm_sft.train.hosts import HostWatch
+from vlm_sft.train.identity import check_ranks, recipe_identity, refuse_changes
+from vlm_sft.train.lock import RunLock
 from vlm_sft.train.options import Run, TrainOptions
 from vlm_sft.train.prepare import final_tasks, load_data, prepare, validation_plan
+from vlm_sft.train.signals import StopSignals, resume_line
 from vlm_sft.train.validation import check_request
 
 
@@ -41,33 +51,66 @@ def train(options: TrainOptions) -> dict[str, Any]:
     guards = check_request(recipe, specs, options.guard, options.eval_samples)
     launch = read_launch(options.local_rank, options.deepspeed)
     claim_folder(options.output_dir, options.resume, options.overwrite)
-    checkpoint = choose_resume(options.output_dir, options.resume)
-    _announce(options, launch, loaded.notes, checkpoint)
-    start_ranks(launch)
-    barrier(launch.world_size)
-    if options.overwrite and options.resume is None and is_main_process():
+    with RunLock(options.output_dir, wanted=is_main_process()):
+        start_ranks(launch)
+        checkpoint = agree(lambda: _open_folder(options, recipe, launch))
+        _announce(options, launch, loaded.notes, checkpoint)
+        return _carry_out(options, recipe, specs, guards, launch, checkpoint)
+
+
+def _open_folder(options: TrainOptions, recipe: Recipe, launch: Launch) -> Path | None:
+    """On rank 0: put the folder in order and find the checkpoint to go on from; what differs at once is refused."""
+    tidy(options.output_dir)
+    if options.overwrite and options.resume is None:
         clear_run(options.output_dir)
-    record = RunRecord(options.output_dir, _facts(options, specs, launch))
-    run = Run(options, recipe, specs, launch, record, checkpoint)
-    try:
-        with record.timed("data"):
-            train_samples, eval_samples, left_out = load_data(specs, recipe)
-            tasks = final_tasks(run)
-            asked = validation_plan(run, guards)
-        with record.timed("load"):
-            plan = prepare(run, train_samples, eval_samples, left_out)
-        with record.timed("train"):
-            kept = fit(run, plan, asked)
-        results = evaluate_run(run, plan, tasks)
-        record.update(bytes=sizes(options.output_dir))
-        record.finish("finished")
-    except KeyboardInterrupt:
-        record.finish("interrupted")
-        raise
-    except BaseException as error:
-        record.note(f"{type(error).__name__}: {error}")
-        record.finish("failed")
-        raise
+    checkpoint = choose_resume(options.output_dir, options.resume)
+    check_ranks(checkpoint, launch)
+    refuse_changes(checkpoint, {"recipe": recipe_identity(recipe, launch.world_size)}, options.allow_changes)
+    return checkpoint
+
+
+def _carry_out(
+    options: TrainOptions, recipe: Recipe, specs: list[DatasetSpec], guards: list[Guard], launch: Launch,
+    checkpoint: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Prepare, train, evaluate, report; returns as `train` does."""
+    record = RunRecord(options.output_dir, _facts(options, specs, launch, checkpoint))
+    signals = StopSignals(resume_line(sys.argv, launch), lambda: record.finish("interrupted"))
+    run = Run(options, recipe, specs, launch, record, checkpoint, signals)
+    with signals, HostWatch(launch, signals.again, lambda reason: _lose(record, reason)) as hosts:
+        try:
+            cache_before = cache_bytes(options.engine.cache_dir or default_cache_dir())
+            with record.timed("data"):
+                train_samples, eval_samples, left_out = load_data(specs, recipe)
+                tasks = final_tasks(run)
+                asked = validation_plan(run, guards)
+            with record.timed("load"):
+                plan = prepare(run, train_samples, eval_samples, left_out)
+            told = Foretelling.begin(run, plan, asked, tasks, cache_before)
+            with record.timed("train"):
+                kept = fit(run, plan, asked, told)
+            results = evaluate_run(run, plan, tasks)
+            record.update(bytes=sizes(options.output_dir))
+            told.finish(plan.engine.root)
+            record.finish("finished")
+        except InterruptedRunError as stop:
+            record.finish("interrupted")
+            if stop.everywhere:
+                # A launcher ends the other ranks as soon as one is gone: none goes before run.json is written.
+                barrier(launch.world_size)
+            raise
+        except KeyboardInterrupt:
+            record.finish("interrupted")
+            raise
+        except BaseException as error:
+            if (lost := hosts.explain(error)) is not None:
+                _lose(record, str(lost))
+                raise lost from error
+            record.note(f"{type(error).__name__}: {error}")
+            record.finish("failed")
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise disk_error(error) from error
+            raise
     report_run(options.output_dir, results)
     barrier(launch.world_size)
     if not kept:
@@ -77,6 +120,12 @@ def train(options: TrainOptions) -> dict[str, Any]:
             "train less or with a lower learning rate, mix data of the guarded benchmark in, or allow more points",
         )
     return results
+
+
+def _lose(record: RunRecord, reason: str) -> None:
+    """Record that a machine or process of the run is gone."""
+    record.note(reason)
+    record.finish("interrupted")
 
 
 def _announce(
@@ -92,9 +141,12 @@ def _announce(
         say(f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting from the beginning")
 
 
-def _facts(options: TrainOptions, specs: list[DatasetSpec], launch: Launch) -> dict[str, Any]:
+def _facts(
+    options: TrainOptions, specs: list[DatasetSpec], launch: Launch, checkpoint: Path | None
+) -> dict[str, Any]:
     """What run.json says from the start."""
     return {
+        "resumes": _resumes(options.output_dir, checkpoint),
         "base_model": options.base_model,
         "datasets": [spec.name for spec in specs],
         "dataset": options.dataset,
@@ -103,3 +155,14 @@ def _facts(options: TrainOptions, specs: list[DatasetSpec], launch: Launch) -> d
         "world_size": launch.world_size,
         "parallel": launch.parallel,
     }
+
+
+def _resumes(folder: Path, checkpoint: Path | None) -> list[dict[str, Any]]:
+    """When and at which step this run was resumed, earlier times first."""
+    if checkpoint is None or not is_main_process():
+        return []
+    try:
+        earlier = artifacts.read_json(folder / artifacts.RUN).get("resumes", [])
+    except (RunError, AttributeError):
+        earlier = []
+    return [*earlier, {"step": checkpoint_step(checkpoint), "at": now()}]

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from vlm_sft import artifacts
 from vlm_sft.console import say, warn
@@ -24,11 +23,12 @@ from vlm_sft.errors import RecipeError
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.guard import Guard, judge, parse_guards, tradeoff
 from vlm_sft.evaluate.identity import identity_of
-from vlm_sft.evaluate.run import Evaluator, barrier
+from vlm_sft.evaluate.run import Evaluator, StopRequest, barrier
 from vlm_sft.evaluate.tasks import Task, benchmark_names, dataset_text, load_tasks, rules_of
 from vlm_sft.launch import Launch
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base
+from vlm_sft.model.tune import untuned
 from vlm_sft.recipe.schema import Recipe
 
 EVAL_SAMPLES = 200  # questions a benchmark at each evaluation
@@ -125,6 +125,7 @@ class Validation:
 
     Attributes:
         image_source: as that of `Encoder`: where processed images or their features are kept; None for nowhere.
+        stop: looked at while questions are answered; None where nothing asks for a stop.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Validation:
         self.launch = launch
         self._evaluations = self._earlier(resumed_step)
         self.image_source: Callable[[Sample], dict[str, torch.Tensor] | None] | None = None
+        self.stop: StopRequest | None = None
         self._base_rows: dict[str, list[dict[str, Any]]] = {}
 
     def _earlier(self, resumed_step: int) -> list[dict[str, Any]]:
@@ -146,7 +148,7 @@ class Validation:
             return []
         return [entry for entry in artifacts.read_json(path)["evaluations"] if entry["step"] <= resumed_step]
 
-    def measure(self, model: PeftModel, mode: PackMode, step: int, loss: float) -> dict[str, float]:
+    def measure(self, model: Any, mode: PackMode, step: int, loss: float) -> dict[str, float]:
         """Answer all questions and score them; must be called on every rank.
 
         Args:
@@ -162,9 +164,7 @@ class Validation:
         in_step = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
         backend = SharedPrefixBackend(self.base, model, mode, in_step)
         backend.encoder.image_source = self.image_source
-        evaluator = Evaluator(
-            backend, self.tokens_per_pack, self.launch.rank, self.launch.world_size, in_step=in_step, replace=True
-        )
+        evaluator = self._evaluator(backend)
         self._score_base(evaluator, model)
         folder = self.folder / f"step-{step}"
         if self.launch.rank == 0:
@@ -181,13 +181,24 @@ class Validation:
         scores, self._evaluations = self._from_first_rank((scores, self._evaluations))
         return scores
 
-    def _score_base(self, evaluator: Evaluator, model: PeftModel) -> None:
-        """Answer the guarded questions once without the adapter."""
+    def _evaluator(self, backend: SharedPrefixBackend) -> Evaluator:
+        launch = self.launch
+        return Evaluator(
+            backend, self.tokens_per_pack, launch.rank, launch.world_size, in_step=backend.in_step, replace=True,
+            stop=self.stop,
+        )
+
+    def _score_base(self, evaluator: Evaluator, model: Any) -> None:
+        """Answer the guarded questions once as the base does."""
         guarded = {guard.name for guard in self.plan.guards}
         if self._base_rows or not guarded:
             return
         identity = identity_of(self.base.name, self.base.path, self.base.prompt, None)
-        with model.disable_adapter():
+        with untuned(model, self.base) as base_model:
+            if base_model is not model:
+                own = evaluator.backend
+                assert isinstance(own, SharedPrefixBackend)
+                evaluator = self._evaluator(SharedPrefixBackend(self.base, base_model, own.mode, own.in_step))
             for task in self.plan.tasks:
                 if task.name in guarded:
                     self._base_rows[task.name] = self._ask(

@@ -19,6 +19,7 @@ from vlm_sft.data.sample import ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.rows import RowProblem, finish_split, in_threads, left_out
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import LoadedSplit, files_by_split, plan_split
+from vlm_sft.data.sources.stream import first_rows, split_stream
 from vlm_sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -85,8 +86,10 @@ def load_table(source: TableSource, spec: DatasetSpec, split: str) -> LoadedSpli
     """
     if spec.path is None:
         plan = plan_split(source.official, split, source.name)
-        dataset, hub_id = open_hub(source, source.official[plan.source])
+        dataset, hub_id = open_hub(source, source.official[plan.source], spec.stream)
         label, folder = f"{hub_id} {source.official[plan.source]}", None
+        if spec.stream is not None:
+            label += f" (streamed: its first rows, {len(dataset):,} at most, mixed within a buffer)"
         wheres = [(0, label)]
     else:
         files = _local_files(source, spec.path)
@@ -97,6 +100,8 @@ def load_table(source: TableSource, spec: DatasetSpec, split: str) -> LoadedSpli
         wheres = [(start, str(file)) for start, file in zip(starts, files[plan.source], strict=False)]
     official = next(name for name, role in source.roles.items() if role == plan.source)
     samples, left = _read_rows(source, dataset, official, wheres, folder)
+    if spec.stream is not None:
+        plan, samples = split_stream(plan, samples, source.hold_out_fraction)
     return finish_split(plan, samples, left, source.hold_out_fraction, f"{source.title} {official} from {label}")
 
 
@@ -150,8 +155,13 @@ def open_parquet(files: list[Path], columns: tuple[str, ...], split: str) -> tup
     return _undecoded(table, str(files[0])), counts
 
 
-def open_hub(source: TableSource, hub_split: str) -> tuple[Dataset, str]:
+def open_hub(source: TableSource, hub_split: str, rows: int | None = None) -> tuple[Dataset, str]:
     """Open a split of a Hub data set, from the local cache where it is already there.
+
+    Args:
+        source: the data set.
+        hub_split: the split's name on the Hub.
+        rows: fetch so many rows only; None for all.
 
     Returns:
         The memory-mapped table with undecoded images, and the Hub id it came from.
@@ -166,7 +176,9 @@ def open_hub(source: TableSource, hub_split: str) -> tuple[Dataset, str]:
     for hub_id in source.hub_ids:
         try:
             with _offline(not online):
-                table = datasets.load_dataset(hub_id, split=hub_split)
+                table = datasets.load_dataset(hub_id, split=hub_split) if rows is None else first_rows(
+                    hub_id, hub_split, rows
+                )  # fmt: skip
             _require_columns(table, source, hub_id)
             columns = ["image", *source.columns]
             return _undecoded(table.select_columns(columns), hub_id), hub_id

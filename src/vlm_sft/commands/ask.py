@@ -1,0 +1,54 @@
+"""`vlm-sft ask`: questions about an image, answered in the terminal by a base and its adapter side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "ask questions about an image; with an adapter, base and tuned answer side by side"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this verb."""
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture: PNG, JPEG, WebP, …")
+    parser.add_argument("questions", nargs="+", metavar="QUESTION", help="one or several; the image is computed once")
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say who answers; the demo has them too."""
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="folder of an adapter (a run or a checkpoint)")
+    parser.add_argument(
+        "--base_model", metavar="MODEL",
+        help="Hub id, folder, or 'pocket' (default: the one that the adapter names; 'pocket' without an adapter)",
+    )
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="limit of an answer in tokens (default: 32)")
+    parser.add_argument("--flash_attn", action="store_true", help="use FlashAttention where it is available")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask."""
+    from vlm_sft.console import say
+    from vlm_sft.data.images import check_image
+    from vlm_sft.data.sample import ImageRef
+    from vlm_sft.errors import DataError
+    from vlm_sft.evaluate.asking import open_asker
+
+    try:
+        image = check_image(ImageRef.from_path(args.image))
+    except OSError as error:
+        raise DataError(f"{args.image}: {error.strerror or error}", "pass the path of a picture") from error
+    asker = open_asker(args.base_model, args.adapter, args.flash_attn, args.max_new_tokens)
+    say(f"{args.image}, {image.width} x {image.height} pixels, asked of {asker.title}")
+    for answer in asker.ask(image, args.questions):
+        say(f"\n{answer.question}")
+        if answer.tuned is None:
+            say(f"  {answer.base}")
+        else:
+            say(f"  base:  {answer.base}")
+            say(f"  tuned: {answer.tuned}")
+    say("")
+    flags = [f"--base_model {asker.base_name}", *([f"--adapter {args.adapter}"] if args.adapter else [])]
+    say(f"nothing was written; next: measure it (vlm-sft eval {' '.join(flags)} --benchmark …), or see it in a page "
+        f"(vlm-sft demo {' '.join(flags)})")  # fmt: skip
+    return 0

@@ -1,0 +1,54 @@
+"""`vlm-sft export`: a merged model or an adapter folder that other programs open, verified and with a card."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "make a merged model or an adapter folder that other programs open, verified, with a model card"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this verb."""
+    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="a run's folder, or a checkpoint")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="the new folder")
+    parser.add_argument("--merge", action="store_true", help="put the adapter into the base's weights: a whole model")
+    parser.add_argument(
+        "--base_model", metavar="MODEL", help="Hub id, folder, or 'pocket' (default: the one that the adapter names)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="number format of merged weights (default: that of the base)",
+    )
+    parser.add_argument(
+        "--questions", type=int, default=8, metavar="N",
+        help="questions that the export and the adapter are compared on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--peft_only", action="store_true", help="export an adapter that vLLM does not load (DoRA, trained projector)"
+    )
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the result to the Hugging Face Hub")
+    parser.add_argument("--public", action="store_true", help="a new repository is public (default: private)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export."""
+    from vlm_sft.errors import RunError
+    from vlm_sft.export.run import ExportOptions, export
+
+    if args.questions < 1:
+        raise RunError(f"--questions {args.questions}: an export is compared on at least one", "pass 1 or more")
+    export(
+        ExportOptions(
+            adapter=args.adapter,
+            output_dir=args.output_dir,
+            merge=args.merge,
+            base_model=args.base_model,
+            dtype=args.dtype,
+            questions=args.questions,
+            peft_only=args.peft_only,
+            repository=args.push_to_hub,
+            public=args.public,
+        )
+    )
+    return 0

@@ -1,0 +1,168 @@
+"""Our data sets into other programs' layouts: files that they open, images beside them, and a report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vlm_sft.artifacts import CHANGED, EXCHANGE, LEFT_OUT, write_json, write_jsonl, write_text_atomic
+from vlm_sft.console import progress
+from vlm_sft.data.exchange.importing import ImportReport, claim_output
+from vlm_sft.data.exchange.layouts import SUPERVISED_NOTE, write_record
+from vlm_sft.data.exchange.pictures import ImageStore
+from vlm_sft.data.sample import LeftOut, Sample
+from vlm_sft.data.sources.rows import RowProblem, left_out
+from vlm_sft.data.sources.splits import DATASET_INFO
+from vlm_sft.errors import DataError, RunError
+
+ROW_GROUP = 100  # rows with their images that are held in memory together
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is exported.
+
+    Attributes:
+        layout: one of `layouts.FORMATS`.
+        output: the folder to write; new or empty.
+        style: of LLaMA-Factory: "sharegpt" or "alpaca".
+        name: what the data set is called there.
+    """
+
+    layout: str
+    output: Path
+    style: str = "sharegpt"
+    name: str = "data"
+
+
+def export_data(request: ExportRequest, splits: dict[str, list[Sample]], gone: list[LeftOut]) -> ImportReport:
+    """Write samples in another program's layout.
+
+    Args:
+        request: how and where.
+        splits: the samples of each split, e.g. {"train": […]}.
+        gone: what was left out before, to be named too.
+
+    Returns:
+        What was written and what was not; the same is in export_data.json, left_out.jsonl and changed.jsonl.
+
+    Raises:
+        DataError: not one sample can be said in this layout.
+        RunError: the output folder holds something else, or cannot be written.
+    """
+    claim_output(request.output)
+    report = ImportReport(left_out=list(gone))
+    store = ImageStore(request.output)
+    with progress(sum(map(len, splits.values())), "exporting", "questions") as bar:
+        for split, samples in splits.items():
+            rows = _rows(request, samples, split, store, report, bar.advance)
+            try:
+                path = _write(request, split, rows)
+            except OSError as error:
+                raise RunError(f"cannot write {request.output}: {error.strerror}", "make room, then again") from error
+            if report.questions[split]:
+                report.files.append(path)
+            else:
+                path.unlink(missing_ok=True)
+    write_jsonl(request.output / LEFT_OUT, map(asdict, report.left_out))
+    if not report.files:
+        reasons = ", ".join(sorted({item.reason for item in report.left_out}))
+        raise DataError(f"no question can be said as {request.layout}: {reasons}", "choose another --format")
+    if report.changed:
+        lines = [{"id": own_id, "change": note} for note, ids in report.changed.items() for own_id in ids]
+        write_jsonl(request.output / CHANGED, lines)
+    if request.layout == "llamafactory":
+        write_json(request.output / DATASET_INFO, _dataset_info(request, report.files))
+    _write_facts(request, report)
+    return report
+
+
+def _rows(
+    request: ExportRequest, samples: list[Sample], split: str, store: ImageStore, report: ImportReport, tick: Any
+) -> Iterator[dict[str, Any]]:
+    """The records of one split; what cannot be said is named in the report."""
+    for sample in samples:
+        tick()
+        report.records += 1
+        try:
+            record = write_record(sample, [store.keep(image) for image in sample.images], request.layout, request.style)
+        except RowProblem as problem:
+            report.left_out.append(left_out(sample.id, sample.images[0].source, problem))
+            continue
+        if request.layout == "llamafactory" and sample.history:
+            report.changed.setdefault(SUPERVISED_NOTE, []).append(sample.id)
+        report.questions[split] += 1
+        yield record
+
+
+def _write(request: ExportRequest, split: str, rows: Iterator[dict[str, Any]]) -> Path:
+    """Write one split's file."""
+    folder = request.output
+    if request.layout == "trl":
+        return _write_parquet(folder / f"{split}.parquet", rows, folder)
+    if request.layout == "csv":
+        return write_text_atomic(folder / f"{split}.csv", _csv_text(rows))
+    if request.layout == "llamafactory":
+        return write_text_atomic(folder / f"{split}.json", json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
+    return write_jsonl(folder / f"{split}.jsonl", rows)
+
+
+def _csv_text(rows: Iterable[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ("id", "image", "question", "answer", "split"), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], folder: Path) -> Path:
+    """Write records with the bytes of their images inside, as `datasets` reads and decodes them."""
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Features, Image, List, Value
+
+    text = Value("string")
+    message = {"role": text, "content": List({"type": text, "text": text})}
+    features = Features({
+        "id": text, "images": List(Image()), "prompt": List(message), "completion": List(message),
+        "answers": List(text), "split": text,
+    })  # fmt: skip
+    schema = features.arrow_schema
+    partial = path.with_name(f"{path.name}.partial")
+    with pyarrow.parquet.ParquetWriter(partial, schema) as writer:
+        while group := list(islice(rows, ROW_GROUP)):
+            for row in group:
+                row["images"] = [{"bytes": (folder / name).read_bytes(), "path": name} for name in row["images"]]
+            writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
+    return partial.replace(path)
+
+
+def _dataset_info(request: ExportRequest, files: list[Path]) -> dict[str, Any]:
+    """What LLaMA-Factory reads to find the files; the folder is its dataset_dir."""
+    if request.style == "alpaca":
+        columns = {"prompt": "instruction", "query": "input", "response": "output"}
+        described: dict[str, Any] = {"columns": columns | {"system": "system", "images": "images"}}
+    else:
+        columns = {"messages": "conversations", "system": "system", "images": "images"}
+        described = {"formatting": "sharegpt", "columns": columns}
+    return {f"{request.name}_{file.stem}": {"file_name": file.name} | described for file in files}
+
+
+def _write_facts(request: ExportRequest, report: ImportReport) -> None:
+    facts = {
+        "schema": 1,
+        "format": request.layout,
+        "style": request.style if request.layout == "llamafactory" else "",
+        "questions": dict(report.questions),
+        "left_out": dict(Counter(item.reason for item in report.left_out)),
+        "changed": {note: len(ids) for note, ids in report.changed.items()},
+        "files": [path.name for path in report.files],
+    }
+    write_json(request.output / EXCHANGE, facts)

@@ -1,0 +1,256 @@
+"""Other programs' data sets into ours: a folder of JSON lines and images, and a report of what was dropped and why."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from vlm_sft.artifacts import CHANGED, IMPORT, LEFT_OUT, write_json
+from vlm_sft.console import say
+from vlm_sft.data.exchange.layouts import read_record, row_of
+from vlm_sft.data.exchange.pictures import FOLDER, ImageStore
+from vlm_sft.data.exchange.tables import input_files, names_for, records
+from vlm_sft.data.sample import LeftOut
+from vlm_sft.data.sources.records import Question
+from vlm_sft.data.sources.rows import RowProblem, in_threads, left_out
+from vlm_sft.data.sources.splits import SPLIT_WORDS
+from vlm_sft.errors import DataError, RunError
+
+BATCH = 256  # questions whose images are read together
+TELL_EVERY = 20_000  # questions between two lines of progress
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class ImportRequest:
+    """What is imported.
+
+    Attributes:
+        source: a file, or a folder of files.
+        layout: one of `layouts.FORMATS`.
+        output: the folder to write; new or empty.
+        images: what image paths are relative to; None for the folder of each file.
+        columns: our name of a column to the file's.
+        allow_urls: whether images may be fetched from the web.
+        limit: at most so many questions; None for all.
+    """
+
+    source: Path
+    layout: str
+    output: Path
+    images: Path | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    allow_urls: bool = False
+    limit: int | None = None
+
+
+@dataclass
+class ImportReport:
+    """What came of an import.
+
+    Attributes:
+        records: records read.
+        questions: questions written, by split.
+        conversations: records that became several questions.
+        left_out: what cannot be used.
+        changed: ids of what is not exactly as it was, by reason.
+        files: the data files written.
+    """
+
+    records: int = 0
+    questions: Counter[str] = field(default_factory=Counter)
+    conversations: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)
+    changed: dict[str, list[str]] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Questions written and left out."""
+        return sum(self.questions.values()) + len(self.left_out)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One question on its way."""
+
+    id: str
+    where: str
+    split: str
+    part: str
+    folder: Path
+    question: Question
+
+
+def import_data(request: ImportRequest) -> ImportReport:
+    """Carry out one import; files get their names when everything is written.
+
+    Returns:
+        What was written and what was not; the same is in import.json, left_out.jsonl and changed.jsonl.
+
+    Raises:
+        DataError: the input cannot be read, or not one question can be used.
+        RunError: the output folder holds something else, or cannot be written.
+    """
+    files = input_files(request.source, request.layout)
+    if request.images is not None and not request.images.is_dir():
+        raise DataError(f"--images {request.images} is not a folder", "pass the folder that holds the pictures")
+    claim_output(request.output)
+    store = ImageStore(request.output, request.allow_urls)
+    report = ImportReport()
+    writer = _Writer(request.output, report)
+    with writer:
+        items = islice(_items(request, files, report, writer), request.limit)
+        while batch := list(islice(items, BATCH)):
+            told = report.total
+            for item, kept in zip(batch, _keep_images(batch, store), strict=True):
+                writer.put(item, kept)
+            if report.total // TELL_EVERY > told // TELL_EVERY:
+                say(f"imported so far: {sum(report.questions.values()):,} questions, {len(report.left_out):,} left out")
+    if not report.files:
+        first = "".join(f"\n  - {item.reason}: {item.detail}" for item in report.left_out[:3])
+        raise DataError(f"{request.source}: no question can be used as {request.layout}; the first reasons:{first}",
+                        f"is it another --format? all reasons are in {request.output / LEFT_OUT}")
+    _write_facts(request, report)
+    return report
+
+
+def claim_output(output: Path) -> None:
+    """Refuse a folder that holds anything but what an unfinished import or export left.
+
+    Raises:
+        RunError: it does, or it is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise RunError(f"--output {output} is a file", "choose a folder")
+    others = [path.name for path in output.iterdir() if path.name != FOLDER and not path.name.endswith(PARTIAL)] \
+        if output.is_dir() else []  # fmt: skip
+    if others and set(others) != {LEFT_OUT}:
+        raise RunError(f"--output {output} is not empty: {', '.join(sorted(others)[:3])}", "choose another folder")
+
+
+def _items(
+    request: ImportRequest, files: dict[str, list[Path]], report: ImportReport, writer: _Writer
+) -> Iterator[_Item]:
+    """Read the records and cut them into questions; what cannot be used goes to the writer."""
+    used: Counter[str] = Counter()
+    for file_split, paths in files.items():
+        for path in paths:
+            names = names_for(path, request.columns)
+            for number, label, record in records(path, request.layout, request.columns):
+                report.records += 1
+                where, numbered = f"{path} {label} {number}", f"{path.stem}/{number:06d}"
+                try:
+                    if isinstance(record, RowProblem):
+                        raise record
+                    questions = read_record(record, request.layout, names)
+                except RowProblem as problem:
+                    writer.drop(left_out(numbered, where, problem))
+                    continue
+                report.conversations += len(questions) > 1
+                yield from _named(request, path, file_split, where, _own_id(record, numbered, used), record, questions,
+                                  writer)
+
+
+def _named(
+    request: ImportRequest, path: Path, file_split: str, where: str, base: str, record: dict[str, Any],
+    questions: list[Question], writer: _Writer,
+) -> Iterator[_Item]:  # fmt: skip
+    """The questions of one record, with ids and splits."""
+    part = str(record.get("split") or "").strip()
+    word = SPLIT_WORDS.get(part.lower())
+    for question in questions:
+        own_id = base if len(questions) == 1 else f"{base}/turn{question.turn}"
+        if question.problem:
+            writer.drop(left_out(own_id, where, question.problem))
+        else:
+            folder = request.images or path.parent
+            yield _Item(own_id, where, word or file_split, "" if word else part, folder, question)
+
+
+def _own_id(record: dict[str, Any], numbered: str, used: Counter[str]) -> str:
+    """The record's own id, or its place; an id that was used before gets the place behind it."""
+    own = record.get("id")
+    name = str(own).strip() if isinstance(own, (str, int)) and not isinstance(own, bool) else ""
+    name = name.encode("utf-8", "replace").decode("utf-8") or numbered
+    used[name] += 1
+    return name if used[name] == 1 else f"{name}:{numbered}"
+
+
+def _keep_images(batch: list[_Item], store: ImageStore) -> list[list[str] | RowProblem]:
+    """Find, check and write the images of some questions, in threads; each different place once."""
+
+    def keep(item: _Item) -> list[str] | RowProblem:
+        try:
+            if not item.question.images:
+                raise RowProblem("no image", "the question has no image")
+            return [store.keep(store.find(item.folder, image)) for image in item.question.images]
+        except RowProblem as problem:
+            return problem
+
+    return in_threads(keep, batch, len(batch), "reading images")
+
+
+class _Writer:
+    """Writes questions, and what was left out or changed, line by line; names become final at a good end."""
+
+    def __init__(self, output: Path, report: ImportReport) -> None:
+        self._output, self._report = output, report
+        self._open: dict[str, TextIO] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Writer:
+        self._line(LEFT_OUT)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stack.close()
+        if kind is None:
+            for name in self._open:
+                (self._output / f"{name}{PARTIAL}").replace(self._output / name)
+            self._report.files += [self._output / name for name in self._open if name not in (LEFT_OUT, CHANGED)]
+
+    def put(self, item: _Item, images: list[str] | RowProblem) -> None:
+        """Write one question, or why not."""
+        if isinstance(images, RowProblem):
+            self.drop(left_out(item.id, item.where, images))
+            return
+        self._line(f"{item.split}.jsonl", row_of(item.question, images, item.id, item.part))
+        self._report.questions[item.split] += 1
+        if item.question.note:
+            self._report.changed.setdefault(item.question.note, []).append(item.id)
+            self._line(CHANGED, {"id": item.id, "change": item.question.note, "where": item.where})
+
+    def drop(self, item: LeftOut) -> None:
+        """Name what cannot be used."""
+        self._report.left_out.append(item)
+        self._line(LEFT_OUT, asdict(item))
+
+    def _line(self, name: str, row: dict[str, Any] | None = None) -> None:
+        if name not in self._open:
+            path = self._output / f"{name}{PARTIAL}"
+            self._open[name] = self._stack.enter_context(path.open("w", encoding="utf-8"))
+        if row is not None:
+            self._open[name].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write_facts(request: ImportRequest, report: ImportReport) -> None:
+    facts = {
+        "schema": 1,
+        "source": str(request.source),
+        "format": request.layout,
+        "records": report.records,
+        "conversations": report.conversations,
+        "questions": dict(report.questions),
+        "left_out": dict(Counter(item.reason for item in report.left_out)),
+        "changed": {note: len(ids) for note, ids in report.changed.items()},
+    }
+    write_json(request.output / IMPORT, facts)
+
+

@@ -1,0 +1,257 @@
+"""The record layouts of TRL, LLaMA-Factory, ms-swift and CSV. Imports the source helpers.
+
+In: a record becomes one that `records.questions_of` cuts into questions. Out: one question becomes one record.
+TRL: "Dataset formats" (`prompt`, `completion`, `messages`, `images`); LLaMA-Factory: data/README (alpaca, sharegpt,
+dataset_info.json); ms-swift: "Custom dataset" (`messages`, `images`, `query`, `response`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vlm_sft.data.sample import Sample
+from vlm_sft.data.sources.records import PLACEHOLDER, Question, questions_of
+from vlm_sft.data.sources.rows import RowProblem, clean_text
+
+FORMATS = ("trl", "llamafactory", "msswift", "csv", "jsonl")
+MEDIA = ("videos", "video", "audios", "audio")
+PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag")
+SUPERVISED_NOTE = "LLaMA-Factory also learns the earlier answers of a conversation, unless mask_history: true"
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the keys of a record are called, where a dataset_info.json or the command line says so.
+
+    Attributes:
+        columns: our name of a column to the one in the file.
+        tags: LLaMA-Factory's names inside of a message.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_record(record: Any, layout: str, names: Names) -> list[Question]:
+    """Cut one record of a layout into questions.
+
+    Args:
+        record: one JSON value.
+        layout: one of `FORMATS`.
+        names: how its keys are called.
+
+    Returns:
+        One question for each answer that is learned there; a turn that cannot be used carries its problem.
+
+    Raises:
+        RowProblem: the whole record cannot be used here.
+    """
+    if not isinstance(record, dict):
+        raise RowProblem("not a record", f"a JSON object is needed, not {type(record).__name__}")
+    record = {key: value for key, value in record.items() if value is not None}
+    _refuse(record)
+    if layout == "llamafactory":
+        record = _from_llamafactory(record, names)
+    elif layout == "msswift":
+        record = _from_msswift(record)
+    questions = questions_of(record)
+    answers = record.get("answers")
+    if "question" not in record and len(questions) == 1 and isinstance(answers, list) and answers:
+        questions = [replace(questions[0], answers=tuple(clean_text(answer, "answer") for answer in answers))]
+    return questions
+
+
+def _refuse(record: dict[str, Any]) -> None:
+    """Name what a question about images cannot hold."""
+    for key in (*MEDIA, "tools", "objects"):
+        if record.get(key):
+            raise RowProblem(f"record with {key}", f"{key} cannot be learned here: questions about images only")
+    for key in PREFERENCE:
+        if key in record:
+            raise RowProblem("preference record", f"{key}: records of preferences are not questions with answers")
+
+
+def _from_llamafactory(record: dict[str, Any], names: Names) -> dict[str, Any]:
+    """Alpaca or sharegpt records; an image list may have a name of its own."""
+    columns = names.columns
+    images = record.get(columns.get("images", "images"), record.get("image", []))
+    system = record.get(columns.get("system", "system"), "")
+    messages_key = columns.get("messages", "conversations")
+    if messages_key not in record and "messages" in record:
+        messages_key = "messages"
+    if messages_key in record:
+        messages = _retagged(record[messages_key], names.tags)
+    else:
+        messages = _from_alpaca(record, columns)
+    if system:
+        messages = [{"role": "system", "content": system}, *messages]
+    kept = {key: record[key] for key in ("id", "split", "answers") if key in record}
+    return kept | {"messages": messages, "images": images}
+
+
+def _from_alpaca(record: dict[str, Any], columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    prompt, response = columns.get("prompt", "instruction"), columns.get("response", "output")
+    missing = [key for key in (prompt, response) if key not in record]
+    if missing:
+        raise RowProblem("missing key", f"no {' nor '.join(missing)}; its keys are: {', '.join(map(str, record))}")
+    parts = [record[prompt], record.get(columns.get("query", "input"), "")]
+    if not all(isinstance(part, str) for part in parts):
+        raise RowProblem("question is not text")
+    pairs = record.get(columns.get("history", "history")) or []
+    messages = _pairs(pairs)
+    messages.append({"role": "user", "content": "\n".join(part for part in parts if part)})
+    return [*messages, {"role": "assistant", "content": record[response]}]
+
+
+def _pairs(pairs: Any) -> list[dict[str, Any]]:
+    """Messages of a history in pairs of question and answer."""
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise RowProblem("history is not pairs", "history must be a list of [question, answer]")
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+
+
+def _retagged(messages: Any, tags: Mapping[str, str]) -> Any:
+    """Messages under the names that dataset_info.json gives; without it both usual ways are understood."""
+    if not tags or not isinstance(messages, list):
+        return messages
+    roles = {tags.get(f"{role}_tag", usual): role
+             for role, usual in (("user", "human"), ("assistant", "gpt"), ("system", "system"))}  # fmt: skip
+    role_key, content_key = tags.get("role_tag", "from"), tags.get("content_tag", "value")
+    return [
+        {"role": roles.get(str(message.get(role_key)), message.get(role_key)), "content": message.get(content_key),
+         **({"loss": message["loss"]} if "loss" in message else {})}
+        if isinstance(message, dict) else message for message in messages
+    ]  # fmt: skip
+
+
+def _from_msswift(record: dict[str, Any]) -> dict[str, Any]:
+    """Messages, or query and response; marks of other media and of places in the image are refused."""
+    texts = str(record.get("messages", record.get("query", "")))
+    found = re.search(r"<(video|audio|img|bbox|ref-object|cot-process)>", texts)
+    if found:
+        raise RowProblem("unknown mark", f"{found.group()} cannot be read; images are marked {PLACEHOLDER}")
+    if "messages" not in record and "response" in record:
+        history = _pairs(record.get("history") or [])
+        turn = [{"role": "user", "content": record.get("query", "")}]
+        record = record | {"messages": [*history, *turn, {"role": "assistant", "content": record["response"]}]}
+    if record.get("system") and isinstance(record.get("messages"), list):
+        record = record | {"messages": [{"role": "system", "content": record["system"]}, *record["messages"]]}
+    return record
+
+
+def row_of(question: Question, images: list[str], sample_id: str, split: str) -> dict[str, Any]:
+    """One question as a line of our own JSONL.
+
+    Args:
+        question: the question.
+        images: its images, relative to the file.
+        sample_id: unique in the data set.
+        split: the part that is reported separately; "" for none.
+    """
+    row: dict[str, Any] = {"id": sample_id}
+    row |= {"image": images[0]} if len(images) == 1 else {"images": images}
+    row |= {"question": question.question, "answer": question.target}
+    if question.answers != (question.target,):
+        row["answers"] = list(question.answers)
+    if question.history:
+        row["history"] = [{"role": turn.role, "content": turn.text} for turn in question.history]
+    return row | {key: value for key, value in (("system", question.system), ("split", split)) if value}
+
+
+def write_record(sample: Sample, images: list[str], layout: str, style: str) -> dict[str, Any]:
+    """One question as a record of a layout.
+
+    Args:
+        sample: the question.
+        images: its images, relative to the file.
+        layout: one of `FORMATS`.
+        style: of LLaMA-Factory: "sharegpt" or "alpaca".
+
+    Raises:
+        RowProblem: the layout cannot say this.
+    """
+    texts = (sample.question, sample.target, sample.system, *(turn.text for turn in sample.history))
+    if layout not in ("jsonl", "csv") and any(PLACEHOLDER in text for text in texts):
+        raise RowProblem("text holds the image mark", f"a text holds {PLACEHOLDER}, which means an image there")
+    own_id = sample.id.removeprefix(f"{sample.dataset}/")
+    record = _WRITERS[layout](sample, images, style)
+    extra: dict[str, Any] = {"id": own_id}
+    if sample.answers != (sample.target,) and layout not in ("csv", "jsonl"):
+        extra["answers"] = list(sample.answers)
+    if sample.split and layout != "jsonl":
+        extra["split"] = sample.split
+    return extra | record
+
+
+def _messages(sample: Sample, mark: str, role: str = "role", content: str = "content",
+              names: Mapping[str, str] | None = None) -> list[dict[str, Any]]:  # fmt: skip
+    """The whole conversation; the images stand before its first words, and earlier answers are not learned."""
+    turns = [("user", sample.question), ("assistant", sample.target)]
+    turns = [*((turn.role, turn.text) for turn in sample.history), *turns]
+    named = names or {}
+    messages: list[dict[str, Any]] = []
+    first = next(index for index, turn in enumerate(turns) if turn[0] == "user")
+    for index, (who, text) in enumerate(turns):
+        message: dict[str, Any] = {role: named.get(who, who), content: mark + text if index == first else text}
+        if who == "assistant" and index < len(turns) - 1:
+            message["loss"] = False
+        messages.append(message)
+    return messages
+
+
+def _to_msswift(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
+    system = [{"role": "system", "content": sample.system}] if sample.system else []
+    return {"messages": [*system, *_messages(sample, PLACEHOLDER * len(images))], "images": images}
+
+
+def _to_llamafactory(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
+    mark = PLACEHOLDER * len(images)
+    system = {"system": sample.system} if sample.system else {}
+    if style == "sharegpt":
+        names = {"user": "human", "assistant": "gpt"}
+        return {"conversations": _messages(sample, mark, "from", "value", names), "images": images} | system
+    if sample.history:
+        raise RowProblem("conversation", "an alpaca record cannot say that earlier answers are context only")
+    return {"instruction": mark + sample.question, "input": "", "output": sample.target, "images": images} | system
+
+
+def _to_trl(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
+    """Prompt and completion: TRL learns the completion only."""
+    system = [("system", sample.system)] if sample.system else []
+    turns = [*system, *((turn.role, turn.text) for turn in sample.history), ("user", sample.question)]
+    first = next(index for index, turn in enumerate(turns) if turn[0] == "user")
+    prompt = [
+        {"role": role, "content": [*([_part("image")] * len(images) if index == first else []), _part("text", text)]}
+        for index, (role, text) in enumerate(turns)
+    ]
+    return {"images": images, "prompt": prompt,
+            "completion": [{"role": "assistant", "content": [_part("text", sample.target)]}]}  # fmt: skip
+
+
+def _part(kind: str, text: str | None = None) -> dict[str, Any]:
+    return {"type": kind, "text": text}
+
+
+def _to_csv(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
+    if len(images) != 1:
+        raise RowProblem("several images", f"a row of a CSV holds one image, not {len(images)}")
+    if sample.history or sample.system:
+        raise RowProblem("conversation", "a row of a CSV holds neither earlier turns nor a system text")
+    if set(sample.answers) != {sample.target}:
+        raise RowProblem("several answers", f"a row of a CSV holds one answer, not {len(set(sample.answers))}")
+    return {"image": images[0], "question": sample.question, "answer": sample.target, "split": sample.split}
+
+
+def _to_jsonl(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
+    question = Question((), sample.question, sample.target, sample.answers, sample.history, sample.system)
+    own_id = sample.id.removeprefix(f"{sample.dataset}/")
+    return row_of(question, images, own_id, sample.split)
+
+
+_WRITERS: dict[str, Callable[[Sample, list[str], str], dict[str, Any]]] = {
+    "trl": _to_trl, "llamafactory": _to_llamafactory, "msswift": _to_msswift, "csv": _to_csv, "jsonl": _to_jsonl,
+}  # fmt: skip

@@ -1,0 +1,236 @@
+"""One export from the command line to a verified folder, readable top to bottom. Imports the rest of this room.
+
+The folder is written aside and gets its name when it was opened again and compared; a failure leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vlm_sft import artifacts
+from vlm_sft.console import say, warn
+from vlm_sft.data.encode import Encoder
+from vlm_sft.data.sample import Sample
+from vlm_sft.errors import ModelError, RunError
+from vlm_sft.export.card import card
+from vlm_sft.export.hub import push
+from vlm_sft.export.keys import Findings, empty_model, inspect_adapter
+from vlm_sft.export.merge import AUTO, export_dtype, write_adapter, write_merged
+from vlm_sft.export.source import Source, find_source
+from vlm_sft.export.verify import Told, compare, effect, examples, find_questions, require, told_by_folder, told_by_us
+from vlm_sft.launch import quiet_libraries
+from vlm_sft.model.adapt import load_adapter
+from vlm_sft.model.load import load_model
+from vlm_sft.record import now, versions
+
+QUESTIONS = 8
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The command line of one export.
+
+    Attributes:
+        adapter: folder of the adapter: a run or a checkpoint.
+        output_dir: the new folder.
+        merge: put the adapter into the weights; otherwise the adapter itself is exported.
+        base_model: instead of the one that the adapter names.
+        dtype: "auto", "float32" or "bfloat16", of merged weights.
+        questions: how many questions the export is compared on.
+        peft_only: export an adapter that vLLM would not load.
+        repository: upload to this repository of the Hub; None for nowhere.
+        public: make a new repository public.
+    """
+
+    adapter: Path
+    output_dir: Path
+    merge: bool = False
+    base_model: str | None = None
+    dtype: str = AUTO
+    questions: int = QUESTIONS
+    peft_only: bool = False
+    repository: str | None = None
+    public: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What the adapter answers, and its base, before the export."""
+
+    samples: list[Sample]
+    origin: str
+    encoder: Encoder
+    tuned: list[Told]
+    effect: float
+
+
+def export(options: ExportOptions) -> Path:
+    """Export an adapter.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        VlmSftError: the adapter, the base or the folder cannot be used, the adapter would be passed over by loaders,
+            or the export does not answer as the adapter does.
+    """
+    quiet_libraries()
+    folder = options.output_dir
+    _require_free(folder)
+    source = find_source(options.adapter, options.base_model)
+    say(f"exporting {options.adapter} on {source.base.name}{', merged' if options.merge else ''}")
+    findings = inspect_adapter(source.adapter, source.config, empty_model(source.base))
+    _judge(findings, options)
+    partial = folder.with_name(f".{folder.name}{PARTIAL}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model = _placed(load_adapter(load_model(source.base), source.adapter))
+        reference = _reference(model, source, options.questions)
+        dtype = export_dtype(options.dtype, source.base) if options.merge else torch.float32
+        if options.merge:
+            write_merged(model.cpu(), source, partial, dtype)
+        else:
+            write_adapter(source, partial)
+        del model
+        check = _verify(partial, source, reference, dtype, options.merge)
+        report = _report(options, source, findings, dtype, check)
+        artifacts.write_text_atomic(partial / artifacts.CARD, card(source, report))
+        report["files"] = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        artifacts.write_json(partial / artifacts.EXPORT, report)
+        for path in partial.iterdir():
+            path.chmod(0o644)  # safetensors makes its file readable for its owner only
+        os.replace(partial, folder)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror or error}", "choose another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _tell(folder, report)
+    if options.repository:
+        address = push(folder, options.repository, private=not options.public)
+        say(f"uploaded to {address}")
+    return folder
+
+
+def _require_free(folder: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        RunError: it does, or it is a file.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise RunError(f"--output_dir {folder} is not empty", "choose a new folder: an export overwrites nothing")
+
+
+def _judge(findings: Findings, options: ExportOptions) -> None:
+    """Refuse adapters that do nothing, or less than they should, and say so.
+
+    Raises:
+        ModelError: with what is wrong.
+    """
+    where = f"--adapter {options.adapter}"
+    if findings.broken:
+        raise ModelError(f"{where} holds {'; '.join(findings.broken)}", "these would be passed over without a word")
+    if findings.silent:
+        raise ModelError(
+            f"{where} changes nothing: all {findings.modules} of its lora_B matrices are zero",
+            "train it, or look for another checkpoint",
+        )
+    if findings.dead:
+        warn(f"{findings.dead} of {findings.modules} adapted layers have an update of zero")
+    if findings.not_for_vllm and not options.merge:
+        text = "; ".join(findings.not_for_vllm)
+        if not options.peft_only:
+            raise ModelError(f"{where}: {text}", "pass --merge, or --peft_only for an adapter that only PEFT opens")
+        warn(f"{text}; only PEFT opens this adapter")
+
+
+def _placed(model: Any) -> Any:
+    """On the GPU where there is one with room for the model, else on the CPU; in evaluation mode."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.3 * size:
+        model = model.to("cuda")
+    return model.eval()
+
+
+def _reference(model: Any, source: Source, questions: int) -> _Reference:
+    """Ask the adapter, and its base."""
+    encoder = Encoder(source.base.processor, source.base.prompt, source.base.stop_ids)
+    samples, origin = find_questions(source.run, questions)
+    say(f"comparing on {len(samples)} questions: {origin}")
+    tuned = told_by_us(model, encoder, samples, "adapter")
+    with model.disable_adapter():
+        moved = effect(told_by_us(model, encoder, samples, "base"), tuned)
+    if not moved:
+        warn("on these questions the adapter changes nothing at all")
+    return _Reference(samples, origin, encoder, tuned, moved)
+
+
+def _verify(
+    partial: Path, source: Source, reference: _Reference, dtype: torch.dtype, merged: bool
+) -> dict[str, Any]:
+    """Open the new folder with plain transformers and PEFT, ask it the same, and compare.
+
+    Raises:
+        ModelError: it answers otherwise.
+    """
+    place = str(partial) if merged else source.base.path
+    model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32, trust_remote_code=False)
+    if not merged:
+        model = PeftModel.from_pretrained(model, str(partial))
+    processor = AutoProcessor.from_pretrained(place, trust_remote_code=False) if merged else source.base.processor
+    samples = reference.samples
+    told = told_by_folder(_placed(model), processor, reference.encoder, samples, "export")
+    result = compare(reference.tuned, told, dtype, reference.effect)
+    require(result, "the merged model" if merged else "the exported adapter")
+    shown = examples(samples, reference.tuned, told, reference.encoder.tokenizer)
+    return result | {"source": reference.origin, "examples": shown}
+
+
+def _report(
+    options: ExportOptions, source: Source, findings: Findings, dtype: torch.dtype, check: dict[str, Any]
+) -> dict[str, Any]:
+    """What export.json says; no folder of this machine is in it."""
+    weights = (source.adapter / artifacts.ADAPTER_WEIGHTS).read_bytes()
+    vllm = () if options.merge else findings.not_for_vllm
+    return {
+        "schema": 1,
+        "kind": "merged" if options.merge else "adapter",
+        "name": options.output_dir.resolve().name,
+        "made": now(),
+        "base_model": Path(source.base.name).name if Path(source.base.name).is_dir() else source.base.name,
+        "adapter_sha256": hashlib.sha256(weights).hexdigest(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "adapted_layers": findings.modules,
+        "layers_without_effect": findings.dead,
+        "vllm": {"loads": not vllm, "reasons": list(vllm)},
+        "verification": check,
+        "versions": versions(),
+    }
+
+
+def _tell(folder: Path, report: dict[str, Any]) -> None:
+    """Say what was written and what to do next."""
+    check = report["verification"]
+    say(
+        f"verified: {check['identical_answers']} of {check['questions']} answers are the adapter's own "
+        f"({check['near_ties']} near ties); logits differ by {check['largest_difference']:.2g} of their spread "
+        f"({check['tolerance']:.2g} allowed; the adapter changes them by {check['effect']:.2g})"
+    )
+    size = sum(report["files"].values()) / 1e6
+    kind = "merged model" if report["kind"] == "merged" else "adapter"
+    say(f"{kind}, {size:,.1f} MB: {folder} (card: {artifacts.CARD}, report: {artifacts.EXPORT})")
+    if report["kind"] == "merged":
+        say(f"next: vlm-sft ask IMAGE \"QUESTION\" --base_model {folder}, or vllm serve {folder}")
+    else:
+        say(f"next: vllm serve BASE --enable-lora --lora-modules tuned={folder}, or PeftModel.from_pretrained")

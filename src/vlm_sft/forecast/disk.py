@@ -1,0 +1,102 @@
+"""Bytes that a run writes: checkpoints, adapter, evaluation, logs, caches. Imports counts and memory; pure.
+
+Tensors are counted exactly; safetensors adds a header of about a hundred bytes for each. Small files of fixed content
+are constants, taken from what this version writes; the forecast is held against the bytes on disk after every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlm_sft.forecast.counts import Adapter
+from vlm_sft.forecast.shapes import ModelShape
+
+HEADER_BYTES = 142  # of one tensor in a safetensors header: its long name, shape, offsets
+STATE_HEADER_BYTES = 100  # of one tensor of the optimizer's state
+STATE_TENSORS = 3  # of AdamW, a trained tensor: two moments and a step
+CHECKPOINT_BYTES = 24_000  # random states, scheduler, manifest, PEFT's README and configuration
+RANK_BYTES = 7_000  # random states of one more rank
+HISTORY_BYTES = 165  # of one log event in trainer_state.json
+LOG_BYTES = 190  # of one log event in metrics.jsonl
+EVENT_BYTES = 330  # of one log event in TensorBoard's file
+RUN_BYTES = 42_000  # run.json, recipe.json, data.json, the adapter's manifest, README and configuration
+EVENTS_BYTES = 6_000  # of TensorBoard's file before the first event
+PREDICTION_BYTES = 230  # a line of predictions.jsonl, without question and answers
+RESULTS_BYTES = 33_000  # results.json of a benchmark, base and tuned, and its part of the run's results.json
+IMAGE_BYTES = 3_520  # of a prepared image besides its colours: table of colours, header, index
+FEATURE_BYTES = 270  # of an image's vision features besides themselves: grid, header, index
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """When checkpoints are written and how many are kept.
+
+    Attributes:
+        steps: after which steps.
+        limit: how many are kept, the best one among them; None for all.
+    """
+
+    steps: tuple[int, ...]
+    limit: int | None
+
+    @property
+    def kept(self) -> int:
+        """Checkpoints that are there at the end, at most."""
+        return len(self.steps) if self.limit is None else min(len(self.steps), self.limit)
+
+    @property
+    def at_once(self) -> int:
+        """Checkpoints on disk in the fullest moment: a new one is written before an old one goes."""
+        return min(len(self.steps), self.kept + 1)
+
+
+def adapter_bytes(model: ModelShape, adapter: Adapter) -> float:
+    """Bytes of the saved adapter (or of all weights, where all are trained)."""
+    size = 4  # what is trained is held and saved in float32
+    return adapter.parameters(model) * size + adapter.tensors(model) * HEADER_BYTES
+
+
+def optimizer_bytes(model: ModelShape, adapter: Adapter, optim: str) -> float:
+    """Bytes of the saved optimizer state."""
+    moments = 0.02 if optim == "adafactor" else 2
+    tensors = STATE_TENSORS * adapter.tensors(model)
+    return adapter.parameters(model) * 4 * moments + tensors * STATE_HEADER_BYTES
+
+
+def checkpoint_items(
+    model: ModelShape, adapter: Adapter, optim: str, saving: Saving, world_size: int, logging_steps: int
+) -> dict[str, float]:
+    """Bytes of the checkpoints that are there at the end, and of what the fullest moment adds.
+
+    Returns:
+        "checkpoints": of all that are kept; "one more while it is written": the difference to the fullest moment.
+    """
+    fixed = adapter_bytes(model, adapter) + optimizer_bytes(model, adapter, optim)
+    fixed += CHECKPOINT_BYTES + RANK_BYTES * (world_size - 1)
+    kept = saving.steps[len(saving.steps) - saving.kept :]
+    history = sum(HISTORY_BYTES * (step / logging_steps + 1) for step in kept)
+    extra = (saving.at_once - saving.kept) * fixed
+    return {"checkpoints": fixed * saving.kept + history, "one more while it is written": extra}
+
+
+def log_bytes(steps: int, logging_steps: int, evaluations: int, tensorboard: bool) -> float:
+    """Bytes of metrics.jsonl and TensorBoard's events."""
+    events = steps / logging_steps + 1 + evaluations + 1
+    return events * (LOG_BYTES + EVENT_BYTES * tensorboard) + EVENTS_BYTES * tensorboard
+
+
+def prediction_bytes(texts: Sequence[int]) -> float:
+    """Bytes of one predictions.jsonl.
+
+    Args:
+        texts: for each question the bytes of question, answers and id.
+    """
+    return float(sum(PREDICTION_BYTES + size for size in texts))
+
+
+def pixel_bytes(model: ModelShape, visual: float, images: float) -> float:
+    """Bytes of prepared images with so many visual tokens: one byte a colour value, each frame of a patch once."""
+    vision = model.vision
+    frames = 2 if model.kind.startswith("qwen") else 1
+    return visual * vision.patches_per_token * vision.patch_values / frames + IMAGE_BYTES * images

@@ -1,0 +1,331 @@
+"""The sizes of a model from its configuration alone: parameters and linear layers. Imports artifacts and errors only.
+
+Configurations are plain dictionaries as config.json holds them (`PretrainedConfig.to_dict()` gives the same), so a
+model can be sized without weights and without torch. tests/unit/test_forecast_counts.py holds every family against the
+real classes of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_sft.artifacts import read_json
+from vlm_sft.errors import ModelError
+
+PUBLISHED = Path(__file__).parent / "published" / "models.json"
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TextShape:
+    """The language model.
+
+    Attributes:
+        layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary: as in the configuration.
+        parameters: of all layers and the last norm; embeddings and head not counted.
+        tied: the head is the embedding matrix.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    parameters: int
+    tied: bool
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The linear modules of one layer: name to (inputs, outputs)."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden, queries),
+            "k_proj": (self.hidden, keys),
+            "v_proj": (self.hidden, keys),
+            "o_proj": (queries, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of the linear modules of one layer."""
+        return sum(inputs * outputs for inputs, outputs in self.linears.values())
+
+    @property
+    def embedding(self) -> int:
+        """Weights of the embedding matrix, and of the vocabulary projection."""
+        return self.vocabulary * self.hidden
+
+
+@dataclass(frozen=True, slots=True)
+class VisionShape:
+    """The vision tower with what joins it to the language model.
+
+    Attributes:
+        layers, hidden: of the tower.
+        patch_weights: weights of the products that every patch goes through: its embedding and all blocks.
+        token_weights: weights of the products that every visual token goes through, e.g. the merger.
+        parameters: of everything.
+        patches_per_token: patches behind one visual token.
+        window_patches: patches that see each other in a windowed block; 0 without windows.
+        full_layers: blocks in which all patches of an image see each other.
+        patch_values: numbers that the processor makes of one patch.
+        extra_features: further feature vectors for every visual token (the deepstack of Qwen3-VL).
+    """
+
+    layers: int
+    hidden: int
+    patch_weights: int
+    token_weights: int
+    parameters: int
+    patches_per_token: float
+    window_patches: int
+    full_layers: int
+    patch_values: int
+    extra_features: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of one vision-language model.
+
+    Attributes:
+        kind: `model_type` of its configuration.
+        text, vision: its parts.
+    """
+
+    kind: str
+    text: TextShape
+    vision: VisionShape
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; tied ones are counted once."""
+        embeddings = self.text.embedding * (1 if self.text.tied else 2)
+        return self.text.parameters + embeddings + self.vision.parameters
+
+    @property
+    def key(self) -> str:
+        """A short text that is equal for models of equal shape: past runs are looked up by it."""
+        text, vision = self.text, self.vision
+        return (
+            f"{self.kind}-{text.layers}x{text.hidden}x{text.intermediate}-v{text.vocabulary}"
+            f"-{vision.layers}x{vision.hidden}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _TextStyle:
+    """How the layers of a language model differ between families, beyond their linear modules."""
+
+    qkv_bias: bool = False
+    qk_norms: bool = False
+    norms: int = 2
+
+
+_LLAMA = _TextStyle()
+_TEXT_STYLES = {
+    "qwen2_vl": _TextStyle(qkv_bias=True),
+    "qwen2_5_vl": _TextStyle(qkv_bias=True),
+    "qwen3_vl": _TextStyle(qk_norms=True),
+    "gemma3": _TextStyle(qk_norms=True, norms=4),
+}
+
+
+def _text(config: Config, style: _TextStyle, tied: bool) -> TextShape:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    shape = TextShape(
+        config["num_hidden_layers"], hidden, config["intermediate_size"], heads, kv_heads, head_dim,
+        config["vocab_size"], 0, tied,
+    )  # fmt: skip
+    layer = shape.layer_weights + style.norms * hidden
+    if style.qkv_bias:
+        layer += (heads + 2 * kv_heads) * head_dim
+    if style.qk_norms:
+        layer += 2 * head_dim
+    return TextShape(
+        shape.layers, hidden, shape.intermediate, heads, kv_heads, head_dim, shape.vocabulary,
+        shape.layers * layer + hidden, tied,
+    )  # fmt: skip
+
+
+def _qwen_patch(vision: Config) -> int:
+    """Numbers in one patch of the Qwen-VL processors."""
+    channels = vision.get("in_channels") or vision.get("in_chans") or 3
+    return int(channels * vision["temporal_patch_size"] * vision["patch_size"] ** 2)
+
+
+def _qwen2_vision(vision: Config, text: TextShape) -> VisionShape:
+    width, depth, merge = vision["embed_dim"], vision["depth"], vision["spatial_merge_size"] ** 2
+    inner = int(width * vision["mlp_ratio"])
+    patch = _qwen_patch(vision)
+    block = 4 * width * width + 2 * width * inner
+    merger = (width * merge) ** 2 + width * merge * vision["hidden_size"]
+    biases = depth * (4 * width + inner + width + 4 * width) + 2 * width + width * merge + vision["hidden_size"]
+    patches = patch * width + depth * block
+    return VisionShape(depth, width, patches, merger, patches + merger + biases, merge, 0, depth, patch)
+
+
+def _qwen2_5_vision(vision: Config, text: TextShape) -> VisionShape:
+    width, depth, merge = vision["hidden_size"], vision["depth"], vision["spatial_merge_size"] ** 2
+    inner, patch = vision["intermediate_size"], _qwen_patch(vision)
+    block = 4 * width * width + 3 * width * inner
+    merger = (width * merge) ** 2 + width * merge * vision["out_hidden_size"]
+    biases = depth * (4 * width + 2 * inner + width + 2 * width) + width + width * merge + vision["out_hidden_size"]
+    patches = patch * width + depth * block
+    full = len([index for index in vision["fullatt_block_indexes"] if index < depth])
+    window = (vision["window_size"] // vision["patch_size"]) ** 2
+    return VisionShape(depth, width, patches, merger, patches + merger + biases, merge, window, full, patch)
+
+
+def _qwen3_vision(vision: Config, text: TextShape) -> VisionShape:
+    width, depth, merge = vision["hidden_size"], vision["depth"], vision["spatial_merge_size"] ** 2
+    inner, out, patch = vision["intermediate_size"], vision["out_hidden_size"], _qwen_patch(vision)
+    deep = len(vision["deepstack_visual_indexes"])
+    block = 4 * width * width + 2 * width * inner
+    merger = (1 + deep) * ((width * merge) ** 2 + width * merge * out)
+    biases = depth * (4 * width + inner + width + 4 * width) + width
+    biases += (1 + deep) * (width * merge + out) + 2 * width + deep * 2 * width * merge
+    patches = patch * width + depth * block
+    total = patches + merger + biases + vision["num_position_embeddings"] * width
+    return VisionShape(depth, width, patches, merger, total, merge, 0, depth, patch, deep)
+
+
+def _transformer_tower(vision: Config) -> tuple[int, int, int]:
+    """Weights of products a patch, all parameters, patches of a picture; of a CLIP or SigLIP tower without extras."""
+    width, inner, depth = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"]
+    patch = vision.get("num_channels", 3) * vision["patch_size"] ** 2
+    count = (vision["image_size"] // vision["patch_size"]) ** 2
+    products = patch * width + depth * (4 * width * width + 2 * width * inner)
+    others = depth * (4 * width + inner + width + 4 * width) + 2 * width + count * width
+    return products, products + others, count
+
+
+def _siglip(vision: Config, patches_per_token: float, token_weights: int, more: int) -> VisionShape:
+    """A SigLIP tower; `more` are its other parameters outside products."""
+    products, total, count = _transformer_tower(vision)
+    depth, width = vision["num_hidden_layers"], vision["hidden_size"]
+    values = vision.get("num_channels", 3) * vision["patch_size"] ** 2
+    total += width + more + token_weights  # the bias of the patch embedding
+    # Every tile of a picture is a picture of its own to the tower: a window.
+    return VisionShape(depth, width, products, token_weights, total, patches_per_token, count, 0, values)
+
+
+def _idefics3_vision(vision: Config, text: TextShape, scale: int) -> VisionShape:
+    return _siglip(vision, scale**2, vision["hidden_size"] * scale**2 * text.hidden, 0)
+
+
+def _gemma3_vision(vision: Config, text: TextShape, tokens: int) -> VisionShape:
+    count = (vision["image_size"] // vision["patch_size"]) ** 2
+    # transformers builds its pooling head only where vision_use_head says so; Gemma 3's towers have none.
+    return _siglip(vision, count / tokens, vision["hidden_size"] * text.hidden, vision["hidden_size"])
+
+
+def _paligemma_vision(vision: Config, text: TextShape) -> VisionShape:
+    return _siglip(vision, 1, vision["hidden_size"] * vision["projection_dim"], vision["projection_dim"])
+
+
+def _llava_vision(vision: Config, text: TextShape) -> VisionShape:
+    products, total, count = _transformer_tower(vision)
+    depth, width = vision["num_hidden_layers"], vision["hidden_size"]
+    projector = width * text.hidden + text.hidden**2
+    # Class token with its position, and the norm before the blocks; the patch embedding has no bias.
+    total += 2 * width + 2 * width + projector + 2 * text.hidden
+    values = vision.get("num_channels", 3) * vision["patch_size"] ** 2
+    return VisionShape(depth, width, products, projector, total, 1, count, 0, values)
+
+
+_VISION: dict[str, Callable[[Config, TextShape], VisionShape]] = {
+    "qwen2_vl": lambda config, text: _qwen2_vision(config["vision_config"], text),
+    "qwen2_5_vl": lambda config, text: _qwen2_5_vision(config["vision_config"], text),
+    "qwen3_vl": lambda config, text: _qwen3_vision(config["vision_config"], text),
+    "smolvlm": lambda config, text: _idefics3_vision(config["vision_config"], text, config["scale_factor"]),
+    "idefics3": lambda config, text: _idefics3_vision(config["vision_config"], text, config["scale_factor"]),
+    "llava": lambda config, text: _llava_vision(config["vision_config"], text),
+    "gemma3": lambda config, text: _gemma3_vision(config["vision_config"], text, config["mm_tokens_per_image"]),
+    "paligemma": lambda config, text: _paligemma_vision(config["vision_config"], text),
+}
+FAMILIES = tuple(_VISION)
+
+
+def model_shape(config: Config) -> ModelShape | None:
+    """Size a model from its configuration.
+
+    Args:
+        config: the content of config.json, with `text_config` and `vision_config`.
+
+    Returns:
+        The shape; None for a family that is not in the table.
+    """
+    kind = config["model_type"]
+    if kind not in _VISION:
+        return None
+    tied = bool(config.get("tie_word_embeddings", config["text_config"].get("tie_word_embeddings", False)))
+    text = _text(config["text_config"], _TEXT_STYLES.get(kind, _LLAMA), tied)
+    return ModelShape(kind, text, _VISION[kind](config, text))
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedModel:
+    """A model whose configuration is known without the network.
+
+    Attributes:
+        name: its name on the Hub.
+        shape: its sizes.
+        patch, merge: side of a patch in pixels; patches merged in each direction.
+        min_pixels, max_pixels: bounds of the image area of its processor, in pixels.
+        source: where the configuration was published.
+    """
+
+    name: str
+    shape: ModelShape
+    patch: int
+    merge: int
+    min_pixels: int
+    max_pixels: int
+    source: str
+
+
+def published_models() -> dict[str, PublishedModel]:
+    """The built-in table, by Hub name."""
+    table = read_json(PUBLISHED)
+    found = {}
+    for name, entry in table["models"].items():
+        vision = table["towers"][entry["tower"]] | entry.get("vision", {})
+        shape = model_shape({
+            "model_type": entry["model_type"],
+            "text_config": entry["text"],
+            "vision_config": vision,
+            "tie_word_embeddings": entry["tied"],
+        })
+        assert shape is not None, name
+        pixels = table["pixels"][entry["model_type"]]
+        found[name] = PublishedModel(
+            name, shape, vision["patch_size"], vision["spatial_merge_size"], pixels["min"], pixels["max"],
+            entry["source"],
+        )  # fmt: skip
+    return found
+
+
+def find_published(name: str) -> PublishedModel:
+    """Look a model up in the built-in table.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    models = published_models()
+    if name not in models:
+        raise ModelError(
+            f"--base_model {name} can neither be opened here nor found in the built-in table",
+            f"pass a folder with a config.json, or one of {', '.join(models)}",
+        )
+    return models[name]

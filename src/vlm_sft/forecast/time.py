@@ -1,0 +1,120 @@
+"""Seconds of the parts of a run from what they compute and from what a device does in a second. Imports counts; pure.
+
+A pass takes the sum of three terms: products of matrices at the rate reached for the model's sizes, simple operations
+at the memory's bandwidth (a roofline without overlap, Williams et al. 2009), and a launch for every operation, which
+is what small models are made of. A probe or past runs correct each kind of pass by a factor of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlm_sft.forecast.counts import Adapter, Work, forward_flops, tower_flops, training_flops
+from vlm_sft.forecast.hardware import Rates
+from vlm_sft.forecast.shapes import ModelShape
+
+PRODUCT_OVERHEAD = 1.25  # of products smaller than the one that is measured: adapters, heads of attention
+# Reads and writes of simple operations (norms, rotary positions, activation, residuals), in values a token and layer:
+# counted in the code of a Qwen2.5-VL layer.
+HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES = 22, 12, 5
+DROPOUT_PASSES = 34  # of the hash that makes a mask, 4-byte numbers
+LORA_PASSES = 4
+BACKWARD_PASSES = 1.6  # of those forward
+# A module's launch costs about three times that of a bare operation: Python around it.
+LAYER_LAUNCHES_FORWARD, LAYER_LAUNCHES_LORA, LAYER_LAUNCHES_BACKWARD = 135, 42, 1.5
+IMAGE_LAUNCHES = 24  # of attention, an image and layer
+TOWER_LAUNCHES = 200  # a layer and call
+TOWER_PASSES = 60  # values a patch and layer
+LOGIT_PASSES = 12  # of the loss, a vocabulary entry and position, 4-byte numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the time and the memory of a pass depend on besides its sizes.
+
+    Attributes:
+        model: the base.
+        adapter: what is trained.
+        value_bytes: of one number of the computation: 2 in bfloat16, 4 in float32.
+        checkpointing: gradient checkpointing.
+        rates: of one device.
+        four_bit: the language model's weights are held in 4 bits.
+    """
+
+    model: ModelShape
+    adapter: Adapter
+    value_bytes: int
+    checkpointing: bool
+    rates: Rates
+    four_bit: bool = False
+
+
+def _simple_bytes(setting: Setting, work: Work, dropout: bool) -> float:
+    """Bytes that the simple operations of a forward pass read and write."""
+    text, adapter = setting.model.text, setting.adapter
+    modules = adapter.modules(setting.model)
+    values = HIDDEN_PASSES * text.hidden + HEAD_PASSES * text.heads * text.head_dim + INNER_PASSES * text.intermediate
+    values += LORA_PASSES * sum(outputs for _, outputs in modules)
+    masks = DROPOUT_PASSES * 4 * sum(inputs for inputs, _ in modules) if dropout and adapter.dropout else 0
+    logits = LOGIT_PASSES * 4 * text.vocabulary * work.supervised
+    return text.layers * work.tokens * (values * setting.value_bytes + masks) + logits
+
+
+def _launches(setting: Setting, work: Work) -> float:
+    """Operations that a forward pass starts."""
+    layers, modules = setting.model.text.layers, len(setting.adapter.modules(setting.model))
+    per_pack = layers * (LAYER_LAUNCHES_FORWARD + LAYER_LAUNCHES_LORA * modules)
+    return per_pack * work.packs + layers * IMAGE_LAUNCHES * work.images
+
+
+def forward_seconds(setting: Setting, work: Work) -> float:
+    """Seconds of forward passes without gradients: the evaluation loss, and the prompt of a generation."""
+    rates = setting.rates
+    products = PRODUCT_OVERHEAD * forward_flops(setting.model, work, setting.adapter) / rates.flops
+    simple = _simple_bytes(setting, work, False) / rates.bandwidth
+    return products + simple + _launches(setting, work) * rates.launch
+
+
+def training_seconds(setting: Setting, work: Work) -> float:
+    """Seconds of forward and backward passes."""
+    rates = setting.rates
+    products = training_flops(setting.model, work, setting.adapter, setting.checkpointing) / rates.flops
+    products *= PRODUCT_OVERHEAD
+    again = 2 if setting.checkpointing else 1
+    simple = _simple_bytes(setting, work, True) * (again + BACKWARD_PASSES) / rates.bandwidth
+    launches = _launches(setting, work) * (again + LAYER_LAUNCHES_BACKWARD)
+    return products + simple + launches * rates.launch
+
+
+def tower_seconds(setting: Setting, work: Work, training: bool = False) -> float:
+    """Seconds of the vision tower on the images of some packs, one call a pack; backward only where it is trained."""
+    rates, vision = setting.rates, setting.model.vision
+    products = PRODUCT_OVERHEAD * tower_flops(setting.model, work.visual, work.visual_squares) / rates.flops
+    if training and not setting.adapter.frozen_tower:
+        products *= 3  # the gradients of weights and inputs too
+    patches = work.visual * vision.patches_per_token
+    simple = patches * vision.layers * TOWER_PASSES * vision.hidden * setting.value_bytes / rates.bandwidth
+    launches = vision.layers * (TOWER_LAUNCHES * work.packs + IMAGE_LAUNCHES * work.images)
+    return products + simple + launches * rates.launch
+
+
+def answering_seconds(setting: Setting, work: Work, tokens: float) -> float:
+    """Seconds of answering by generation.
+
+    Args:
+        setting: the model on its device.
+        work: the prompts.
+        tokens: steps of generation, summed over the packs.
+    """
+    text, rates = setting.model.text, setting.rates
+    weights = (text.layers * text.layer_weights + text.embedding) * setting.value_bytes
+    questions = work.questions / max(1.0, work.packs)
+    step = Work(packs=1, tokens=questions, squares=questions * work.tokens / max(1.0, work.packs),
+                supervised=questions, questions=questions, images=1)  # fmt: skip
+    return forward_seconds(setting, work) + tokens * (forward_seconds(setting, step) + weights / rates.bandwidth)
+
+
+def optimizer_seconds(setting: Setting, steps: float, parameters: float, tensors: int) -> float:
+    """Seconds of gradient clipping and AdamW, which read and write every trained number several times."""
+    passes = 12 * 4 * parameters / setting.rates.bandwidth
+    return steps * (passes + 6 * tensors * setting.rates.launch)

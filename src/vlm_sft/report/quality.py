@@ -1,0 +1,303 @@
+"""Quality against time: which runs no other beats, and which one to take. May import forecast.pareto, evaluate.compare.
+
+The base model takes part as a candidate that costs no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+from vlm_sft.evaluate.compare import compare_rows
+from vlm_sft.forecast.pareto import pareto_front
+from vlm_sft.report import formats
+from vlm_sft.report.canvas import Drawing, Palette, canvas, legend, rendered
+from vlm_sft.report.predictions import SIDES, Prediction
+from vlm_sft.report.records import Benchmark, Interval, RunReport, Score
+
+LABELLED = 8  # points of the front with their names in the figure
+SHARED_AT_LEAST = 30  # questions that two candidates must share to be compared
+LOG_FROM = 8.0  # ratio of the longest to the shortest training from which the axis of time is logarithmic
+TICKS_SECONDS = (
+    1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 900, 1200, 1800, 3600, 7200, 10_800, 18_000, 36_000, 86_400, 172_800,
+    432_000, 864_000,
+)  # fmt: skip
+
+Rows = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One model that could be taken.
+
+    Attributes:
+        name: the run, or the base model.
+        is_base: whether it is a model that was not trained.
+        seconds: its training took so long.
+        accuracy, interval: 0 to 1, with 95 %.
+        questions: how many it answered.
+        on_front: no other candidate is both cheaper and better.
+    """
+
+    name: str
+    is_base: bool
+    seconds: float
+    accuracy: float
+    interval: Interval | None
+    questions: int | None
+    on_front: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Quality against time on one benchmark.
+
+    Attributes:
+        benchmark: its name.
+        synthetic: drawn by a generator.
+        candidates: by rising cost.
+        recommended: the cheapest one that is not significantly worse than the best; None when there is nothing to tell.
+        best: the one with the highest accuracy.
+        reasons: sentences that explain the recommendation.
+        drawing: the figure.
+    """
+
+    benchmark: str
+    synthetic: bool
+    candidates: tuple[Candidate, ...]
+    recommended: Candidate | None
+    best: Candidate | None
+    reasons: tuple[str, ...]
+    drawing: Drawing | None
+
+
+def choices(runs: Sequence[RunReport], names: Sequence[str]) -> list[Choice]:
+    """Judge all runs on each benchmark.
+
+    Args:
+        runs: with their predictions.
+        names: the benchmarks.
+
+    Returns:
+        One choice a benchmark on which at least one finished training was measured.
+    """
+    found = []
+    for number, name in enumerate(names, start=1):
+        answers: dict[str, tuple[tuple[Prediction, ...], str]] = {}
+        candidates = _candidates(runs, name, answers)
+        if not any(not one.is_base for one in candidates):
+            continue
+        front = set(pareto_front([(one.seconds, one.accuracy) for one in candidates]))
+        ordered = sorted(
+            (replace(one, on_front=place in front) for place, one in enumerate(candidates)),
+            key=lambda one: (one.seconds, -one.accuracy),
+        )
+        recommended, best, reasons = _recommend(name, ordered, answers)
+        synthetic = any(row.synthetic for run in runs for row in run.benchmarks if row.name == name)
+        drawing = quality_drawing(name, ordered, recommended, f"quality{number}")
+        if len({run.record.device for run in runs if run.record and run.record.device}) > 1:
+            reasons.append("The runs were trained on different devices: their times compare devices too.")
+        found.append(Choice(name, synthetic, tuple(ordered), recommended, best, tuple(reasons), drawing))
+    return found
+
+
+def _candidates(
+    runs: Sequence[RunReport], benchmark: str, answers: dict[str, tuple[tuple[Prediction, ...], str]]
+) -> list[Candidate]:
+    """Every run with a result and a time, and every base model; `answers` receives what each of them answered."""
+    found: dict[str, Candidate] = {}
+    for run in runs:
+        row = next((one for one in run.benchmarks if one.name == benchmark), None)
+        if row is None or run.record is None:
+            continue
+        predictions = tuple(one for one in run.predictions if one.benchmark == benchmark)
+        base = f"base model {run.record.base_model}".strip()
+        seconds = run.record.training_seconds
+        for name, score, cost in ((base, row.base, 0.0), (run.name, row.tuned, seconds)):
+            candidate = _candidate(name, name is base, score, cost, row)
+            if candidate is not None and name not in found:
+                found[name] = candidate
+                answers[name] = (predictions, SIDES[0] if name is base else SIDES[1])
+    return list(found.values())
+
+
+def _candidate(
+    name: str, is_base: bool, score: Score | None, seconds: float | None, row: Benchmark
+) -> Candidate | None:
+    if score is None or score.accuracy is None or not 0 <= score.accuracy <= 1:
+        return None
+    if seconds is None or not 0 <= seconds < 1e9:
+        return None
+    return Candidate(name, is_base, seconds, score.accuracy, score.interval, row.n)
+
+
+def _recommend(
+    benchmark: str, ordered: Sequence[Candidate], answers: dict[str, tuple[tuple[Prediction, ...], str]]
+) -> tuple[Candidate | None, Candidate, list[str]]:
+    """The cheapest candidate of the front that the paired test does not find worse than the best, and why."""
+    best = max(ordered, key=lambda one: (one.accuracy, -one.seconds))
+    after = _rows(*answers[best.name])
+    skipped: list[str] = []
+    for candidate in (one for one in ordered if one.on_front):
+        if candidate.name == best.name:
+            break
+        result = _compared(_rows(*answers[candidate.name]), after)
+        if result is None:
+            skipped.append(f"{candidate.name} did not answer the same questions and could not be compared with it.")
+            continue
+        points, sure = formats.typeset(formats.points(-result["difference"])), formats.p_value(result["p_value"])
+        if result["verdict"] != "better":
+            reasons = [
+                f"{best.name} answers best ({formats.percent(best.accuracy)}), but {candidate.name} "
+                f"({points} points, {sure}) is not significantly worse on the same {result['n']:,} questions and "
+                f"{_cheaper(candidate, best)}.",
+            ]
+            smallest = result["smallest_detectable_difference"]
+            if smallest:
+                reasons.append(
+                    f"So many questions show differences from about {100 * smallest:.1f} points on; a smaller one "
+                    "may be there."
+                )
+            return candidate, best, reasons + skipped
+        skipped.append(f"{candidate.name} costs less and is significantly worse ({points} points, {sure}).")
+    rest = "needs no training" if best.is_base else "nothing cheaper comes near enough"
+    reasons = [f"{best.name} answers best ({formats.percent(best.accuracy)}), and {rest}."]
+    return best, best, reasons + skipped[-3:]
+
+
+def _cheaper(candidate: Candidate, best: Candidate) -> str:
+    if candidate.is_base:
+        return "needs no training"
+    return f"trains in {formats.duration(candidate.seconds)} instead of {formats.duration(best.seconds)}"
+
+
+def _rows(predictions: tuple[Prediction, ...], side: str) -> tuple[tuple[str, float, str, str, tuple[str, ...]], ...]:
+    """What a comparison needs of one side's predictions."""
+    found = []
+    for one in predictions:
+        answer = one.base if side == SIDES[0] else one.tuned
+        if answer is not None:
+            found.append((one.id, answer.score, one.image.name if one.image else "", one.question, one.answers))
+    return tuple(found)
+
+
+@lru_cache(maxsize=128)
+def _compared(before: tuple[Any, ...], after: tuple[Any, ...]) -> dict[str, Any] | None:
+    """The paired comparison on the questions that both answered; None when they are too few."""
+    first, second = ({row[0]: row for row in rows} for rows in (before, after))
+    shared = [key for key in first if key in second and first[key][3:] == second[key][3:]]
+    if len(shared) < SHARED_AT_LEAST and not (shared and len(shared) == len(first) == len(second)):
+        return None
+    keys = ("id", "score", "image", "question", "answers")
+    return compare_rows(
+        [dict(zip(keys, first[key], strict=True)) for key in shared],
+        [dict(zip(keys, second[key], strict=True)) for key in shared],
+    )
+
+
+def quality_drawing(
+    benchmark: str, candidates: Sequence[Candidate], recommended: Candidate | None, prefix: str
+) -> Drawing | None:
+    """Draw accuracy against training time, with intervals, the front, the base as a line, and the recommendation.
+
+    Args:
+        benchmark: its name.
+        candidates: by rising cost.
+        recommended: the one to mark, or None.
+        prefix: makes the ids inside the SVG unique in the page.
+    """
+    trained = [one for one in candidates if not one.is_base]
+    bases = [one for one in candidates if one.is_base]
+    front = [one for one in trained if one.on_front]
+    if not trained:
+        return None
+
+    def draw(palette: Palette) -> Figure:
+        figure, axes = canvas(palette, "training time", "accuracy, %", height=3.0)
+        for place, base in enumerate(bases):
+            if base.interval is not None:
+                axes.axhspan(*(100 * end for end in base.interval), color=palette.second, alpha=0.14, linewidth=0)
+            axes.axhline(100 * base.accuracy, color=palette.second, linewidth=1.4, linestyle=(0, (5, 3)),
+                         label=None if place else "base")
+        for group, colour, label in (
+            ([one for one in trained if not one.on_front], palette.faint, "run"), (front, palette.first, "on the front")
+        ):
+            for one in group:
+                if one.interval is not None:
+                    axes.plot([one.seconds] * 2, [100 * end for end in one.interval], color=colour, linewidth=1.2,
+                              alpha=0.7)
+            if group:
+                axes.plot([one.seconds for one in group], [100 * one.accuracy for one in group], color=colour,
+                          marker="o", markersize=6, linestyle="solid" if group is front else "none", linewidth=1.2,
+                          label=label)
+        if recommended is not None and not recommended.is_base:
+            axes.plot([recommended.seconds], [100 * recommended.accuracy], marker="o", markersize=12, linestyle="none",
+                      markerfacecolor="none", markeredgecolor=palette.text, markeredgewidth=1.4, label="recommended")
+        axes.set_ylim(*_limits(candidates))
+        _time_axis(axes, [one.seconds for one in trained])
+        _name_points(axes, front[:LABELLED] if len(trained) > LABELLED else trained, palette)
+        legend(axes, palette, columns=4)
+        return figure
+
+    words = [f"{one.name}: {formats.percent(one.accuracy)} after {formats.duration(one.seconds)} of training"
+             + (", on the front" if one.on_front else "") + "." for one in candidates[:20]]
+    if len(candidates) > 20:
+        words.append(f"{len(candidates) - 20} more are in the table.")
+    if recommended is not None:
+        words.append(f"Recommended: {recommended.name}.")
+    return rendered(f"Quality against time: {benchmark}", " ".join(words), draw, prefix)
+
+
+def _limits(candidates: Sequence[Candidate]) -> tuple[float, float]:
+    """The range of the axis of accuracy in percent: of all intervals, with some air, within 0 to 100."""
+    ends = [end for one in candidates for end in (one.interval or ()) if 0 <= end <= 1]
+    ends += [one.accuracy for one in candidates]
+    low, high = 100 * min(ends), 100 * max(ends)
+    air = max(2.0, 0.12 * (high - low))
+    return max(0.0, low - air), min(102.0, high + air)
+
+
+def _time_axis(axes: Any, seconds: Sequence[float]) -> None:
+    """An axis of time with round ticks; logarithmic where the times differ a lot."""
+    low, high = min(seconds), max(seconds)
+    if low > 0 and high / low >= LOG_FROM:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.6, high * 1.6)
+        axes.xaxis.set_major_locator(FixedLocator(_spaced([t for t in TICKS_SECONDS if low / 1.6 <= t <= high * 1.6])))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        end = 1.12 * (high or 1)
+        step = next((t for t in TICKS_SECONDS if end / t <= 6), TICKS_SECONDS[-1])
+        axes.set_xlim(0, end)
+        axes.xaxis.set_major_locator(FixedLocator([step * place for place in range(int(end / step) + 1)]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_time(value)))
+
+
+def _spaced(ticks: list[int]) -> list[int]:
+    """At most seven of the ticks."""
+    return ticks[:: len(ticks) // 7 + 1]
+
+
+def _short_time(seconds: float) -> str:
+    """Seconds as the label of a tick: "90 s", "5 min", "2 h", "3 d"."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size or (seconds >= size and seconds % size == 0):
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds else "0"
+
+
+def _name_points(axes: Any, points: Sequence[Candidate], palette: Palette) -> None:
+    """Names beside points, on the side where there is room."""
+    low, high = axes.get_xlim()
+    for one in points:
+        left = one.seconds > (low * high) ** 0.5 if axes.get_xscale() == "log" else one.seconds > (low + high) / 2
+        axes.annotate(
+            formats.shorten_name(one.name, 22), (one.seconds, 100 * one.accuracy), textcoords="offset points",
+            xytext=(-8 if left else 8, 6), ha="right" if left else "left", fontsize=8, color=palette.text,
+            parse_math=False,
+        )

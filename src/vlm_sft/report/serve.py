@@ -1,0 +1,155 @@
+"""Serves the report of runs that go on, to this machine only. May import artifacts, console, errors, report.html."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import threading
+from collections.abc import Sequence
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from vlm_sft import artifacts
+from vlm_sft.console import say
+from vlm_sft.errors import RunError
+from vlm_sft.report.collect import collect_runs
+from vlm_sft.report.html import render
+
+ADDRESS = "127.0.0.1"
+PORT = 8686
+WATCHED = (
+    artifacts.RUN, artifacts.RECIPE, artifacts.DATA, artifacts.METRICS, artifacts.RESULTS, artifacts.GUARD,
+    f"{artifacts.EVALUATION_FOLDER}/*/*/{artifacts.PREDICTIONS}",
+)
+
+
+class LiveReport:
+    """The page of some runs, rendered again when one of their files has changed.
+
+    Args:
+        folders: run folders; each must hold a run at the start.
+
+    Raises:
+        RunError: a folder is no run.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = [Path(folder) for folder in folders]
+        self._lock = threading.Lock()
+        self._version = ""
+        self._page = ""
+        self.page()
+
+    def version(self) -> str:
+        """A text that changes when a file of a run does."""
+        digest = hashlib.sha256()
+        for folder in self.folders:
+            for pattern in WATCHED:
+                for path in sorted(folder.glob(pattern)):
+                    try:
+                        state = path.stat()
+                    except OSError:  # replaced in this moment: the next look sees the new one
+                        continue
+                    digest.update(f"{path}\0{state.st_mtime_ns}\0{state.st_size}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def page(self) -> str:
+        """The page of the present state; the last one while a run cannot be read."""
+        with self._lock:  # several requests at a time would render the same page several times
+            version = self.version()
+            if version != self._version:
+                try:
+                    self._page = render(collect_runs(self.folders), version)
+                except RunError:
+                    if not self._page:
+                        raise
+                self._version = version
+            return self._page
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers `/` with the page and `/version` with its version; nothing else exists."""
+
+    def __init__(self, report: LiveReport, *arguments: Any) -> None:
+        self.report = report
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        """Answer a request, if it names this machine: a foreign page must not read the report through another name."""
+        assert isinstance(self.server, _Server)
+        port = self.server.server_port
+        if self.headers.get("Host") not in (f"{ADDRESS}:{port}", f"localhost:{port}"):
+            self.send_error(HTTPStatus.FORBIDDEN)
+        elif self.path == "/":
+            self._answer("text/html", self.report.page())
+        elif self.path == "/version":
+            self._answer("text/plain", self.report.version())
+        else:
+            self.send_error(HTTPStatus.NOT_FOUND)
+
+    def _answer(self, kind: str, text: str) -> None:
+        data = text.encode("utf-8")
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Say nothing: the page asks every few seconds."""
+
+
+class _Server(ThreadingHTTPServer):
+    """A server whose threads do not keep the program alive, and that is quiet when a reader goes away."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that closes a page in the middle of an answer is no error."""
+
+
+def make_server(folders: Sequence[Path], port: int = PORT) -> ThreadingHTTPServer:
+    """Make a server of the report of some runs, on the loopback interface only.
+
+    Args:
+        folders: run folders.
+        port: 0 chooses a free one; `server_port` tells it.
+
+    Raises:
+        RunError: a folder is no run, or the port cannot be used.
+    """
+    report = LiveReport(folders)
+    try:
+        return _Server((ADDRESS, port), partial(_Handler, report))
+    except (OSError, OverflowError) as error:
+        busy = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        raise RunError(
+            f"port {port} is in use" if busy else f"port {port} cannot be used: {error}",
+            "pass another one with --port, or --port 0 for any free one",
+        ) from error
+
+
+def watch(folders: Sequence[Path], port: int = PORT) -> None:
+    """Serve the report until the user interrupts.
+
+    Args:
+        folders: run folders.
+        port: as for `make_server`.
+
+    Raises:
+        RunError: a folder is no run, or the port cannot be used.
+    """
+    server = make_server(folders, port)
+    with server:
+        say(f"the report is at http://{ADDRESS}:{server.server_port}/ for this machine only; it follows the runs")
+        say("stop with Ctrl-C")
+        try:
+            server.serve_forever(poll_interval=0.2)
+        except KeyboardInterrupt:
+            say("stopped; `vlm-sft report RUN…` writes the page as a file")

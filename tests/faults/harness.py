@@ -1,0 +1,299 @@
+"""Runs of the launch line that are killed, starved of disk space and damaged; shared by the tests and bench/faults.py.
+
+A run is started as a user starts it, `python src/train_vlm_sft.py …`, or, to save the seconds that imports take, by a
+process that has imported the libraries already and forks: the child runs the same script with the same arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.pictures import png
+from tests.tiny_models import save
+from vlm_sft.train.checkpoints import checkpoint_problems, checkpoint_step, checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "src" / "train_vlm_sft.py"
+COLOURS = ("red", "navy", "gold", "white", "black", "green", "pink", "grey")
+STEPS, SAVE_STEPS = 8, 2
+TIMES = ("time", "questions_per_second", "eval_seconds", "eval_questions_per_second", "eval_answer_seconds")
+
+
+def environment() -> dict[str, str]:
+    """One thread, no GPU, and this checkout's package: what makes two runs bit-identical."""
+    return {
+        **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+    }  # fmt: skip
+
+
+def make_place(folder: Path) -> Path:
+    """A folder with a tiny random model and 24 questions on 8 images."""
+    save("qwen2_5_vl", folder / "model")
+    for index, colour in enumerate(COLOURS):
+        (folder / f"{index}.png").write_bytes(png(colour, (56 + 14 * (index % 3), 70)))
+    for name, count in (("train", 3), ("validation", 1)):
+        rows = [
+            {"image": f"../{index}.png", "question": f"{name} {number}?", "answer": f"{index} {number}"}
+            for index in range(len(COLOURS)) for number in range(count)
+        ]  # fmt: skip
+        path = folder / "data" / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def arguments(place: Path, output: Path, *more: str) -> list[str]:
+    """The launch line's flags: dropout on, evaluation with answers, the best checkpoint kept, rotation."""
+    return [
+        "--base_model", str(place / "model"), "--dataset", str(place / "data"), "--output_dir", str(output),
+        "--cache_dir", str(place / "cache"), "--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS),
+        "--eval_steps", str(SAVE_STEPS), "--logging_steps", "3", "--global_batch_size", "5", "--learning_rate", "0.01",
+        "--lora_dropout", "0.1", "--save_total_limit", "2", "--load_best_model_at_end", "true", "--eval_samples", "2",
+        "--eval_benchmarks", "none", "--report_to", "none", "--resume", "auto", *more,
+    ]  # fmt: skip
+
+
+class Started:
+    """A started run."""
+
+    def __init__(self, pid: int, wait: Callable[[float], int | None]) -> None:
+        self.pid, self.wait = pid, wait
+
+    def kill(self) -> None:
+        """SIGKILL to the whole process group."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def start(command: list[str], log: Path) -> Started:
+    """Start a command line in its own process group."""
+    stream = log.open("ab")
+    process = subprocess.Popen(
+        command, env=environment(), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent
+    )
+    stream.close()
+
+    def wait(seconds: float) -> int | None:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    return Started(process.pid, wait)
+
+
+def start_cold(flags: list[str], log: Path) -> Started:
+    """The launch line as a user types it."""
+    return start([sys.executable, str(SCRIPT), *flags], log)
+
+
+def start_ranks(flags: list[str], log: Path) -> Started:
+    """The launch line on two ranks."""
+    return start([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT),
+                  *flags], log)  # fmt: skip
+
+
+class Warm:
+    """A process with the libraries imported, that forks a run in a fraction of a second."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.warm"], env=environment(), cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
+
+    def start(self, flags: list[str], log: Path) -> Started:
+        """Fork a run."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"script": str(SCRIPT), "flags": flags, "log": str(log)}) + "\n")
+        self._process.stdin.flush()
+        pid = int(self._process.stdout.readline())
+        exited = Path(f"{log}.{pid}.exit")
+
+        def wait(seconds: float) -> int | None:
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                if exited.is_file() and (text := exited.read_text()):
+                    exited.unlink()
+                    return int(text)
+                time.sleep(0.005)
+            return None
+
+        return Started(pid, wait)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+# What is being done when a run is killed: a file that shows it, and how long it may go on, in seconds.
+MOMENTS: dict[str, tuple[str, float]] = {
+    "caching": ("*/*/*", 0.15),
+    "training": ("metrics.jsonl", 0.5),
+    "saving": ("checkpoint-*.partial/*", 0.03),
+    "sealing": ("checkpoint-*.partial/trainer_state.json", 0.01),
+    "rotating": ("checkpoint-*.removed", 0.002),
+    "evaluating": ("validation/step-*", 0.3),
+    "finishing": (".adapter.partial/*", 0.02),
+    "anywhere": ("run.json", 5.0),
+}
+
+
+def await_moment(moment: str, output: Path, cache: Path, run: Started, rng: random.Random) -> bool:
+    """Wait for a moment that had not begun before, then for a random part of it; False when the run ended first."""
+    pattern, seconds = MOMENTS[moment]
+    folder = cache if moment == "caching" else output
+    seen = set(folder.glob(pattern)) if moment in ("caching", "evaluating") else set()
+    written = _bytes(output / "metrics.jsonl")
+    while True:
+        found = set(folder.glob(pattern)) - seen if folder.is_dir() else set()
+        if moment == "training":
+            found = {folder} if _bytes(output / "metrics.jsonl") > written else set()
+        if found:
+            time.sleep(rng.random() * seconds)
+            return True
+        if run.wait(0.0005) is not None:
+            return False
+
+
+def _bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+@dataclass
+class Reference:
+    """What an uninterrupted run comes to."""
+
+    adapter: bytes
+    rows: list[dict[str, Any]]
+    best: Any
+
+    @classmethod
+    def of(cls, output: Path) -> Reference:
+        """Read a finished run."""
+        facts = json.loads((output / "run.json").read_text())
+        assert facts["status"] == "finished", facts["notes"]
+        return cls((output / "adapter_model.safetensors").read_bytes(), metrics(output), facts["best"])
+
+    def differences(self, output: Path) -> list[str]:
+        """In what a finished run differs; empty when it is bit-identical."""
+        other = Reference.of(output)
+        pairs = {"adapter": (self.adapter, other.adapter), "metrics": (self.rows, other.rows),
+                 "best": (self.best, other.best)}  # fmt: skip
+        return [name for name, (left, right) in pairs.items() if left != right]
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without their times."""
+    rows = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+@dataclass
+class Tally:
+    """What a torture came to."""
+
+    kills: dict[str, int] = field(default_factory=dict)
+    finished: int = 0
+    identical: int = 0
+    trouble: list[str] = field(default_factory=list)
+    most_lost_steps: int = 0
+    left_over: int = 0
+
+    def count(self, moment: str) -> None:
+        """One more kill at a moment."""
+        self.kills[moment] = self.kills.get(moment, 0) + 1
+
+
+def check_folder(output: Path, tally: Tally, before: int) -> int:
+    """After a kill: what has a checkpoint's name verifies, and at most one save interval is lost.
+
+    Args:
+        output: the run's folder.
+        tally: takes what is wrong.
+        before: the step of the newest checkpoint before the run that was killed.
+
+    Returns:
+        The step of the newest checkpoint.
+    """
+    for path in checkpoints(output):
+        problems = checkpoint_problems(path)
+        if problems:
+            tally.trouble.append(f"{path.name} after a kill: {problems}")
+    newest = checkpoint_step(checkpoints(output)[-1]) if checkpoints(output) else 0
+    if newest < before:
+        tally.trouble.append(f"checkpoint {before} was there and {newest} is the newest")
+    steps = [row["step"] for row in map(_row, _lines(output / "metrics.jsonl")) if row]
+    tally.most_lost_steps = max(tally.most_lost_steps, max(steps, default=0) - newest)
+    return newest
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return None
+
+
+def torture(
+    begin: Callable[[list[str], Path], Started], place: Path, reference: Reference, moments: list[str], folder: Path,
+    tally: Tally, rng: random.Random, more: tuple[str, ...] = (), tell: Callable[[str], None] = lambda text: None,
+) -> None:  # fmt: skip
+    """Kill one training at each of some moments, resume it every time, and compare what it comes to.
+
+    Args:
+        begin: starts a run.
+        place: model and data.
+        reference: of the uninterrupted run.
+        moments: names of `MOMENTS`; those that the rest of the training does not reach again are not counted.
+        folder: for this training; `cache` in it is its own cache.
+        tally: counts.
+        rng: draws the time of each kill within its moment.
+        more: further flags.
+        tell: told about each kill.
+    """
+    output, cache, log = folder / "run", folder / "cache", folder / "log"
+    folder.mkdir(parents=True)
+    flags = arguments(place, output, "--cache_dir", str(cache), *more)
+    newest = 0
+    for moment in [*moments, ""]:
+        run = begin(flags, log)
+        if moment and await_moment(moment, output, cache, run, rng):
+            run.kill()
+            run.wait(30)
+            newest = check_folder(output, tally, newest)
+            tally.count(moment)
+            tell(f"killed while {moment}; newest checkpoint {newest}")
+            continue
+        code = run.wait(300)
+        if code != 0:
+            tally.trouble.append(f"exit code {code}: {log.read_text()[-1500:]}")
+            return
+        break
+    tally.finished += 1
+    different = reference.differences(output)
+    tally.identical += not different
+    if different:
+        tally.trouble.append(f"{folder.name} after {moments}: {', '.join(different)} differ")
+    left = [path.name for path in output.iterdir() if path.name.endswith((".partial", ".removed", ".replaced", ".tmp"))]
+    tally.left_over += len(left)

@@ -1,0 +1,271 @@
+"""Numbers gone bad: the step is passed over on every rank, the samples are named, the training ends when it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.faults import training
+from tests.questions import questions, tiny
+from vlm_sft.data.collate import collate
+from vlm_sft.data.packing import Bundle
+from vlm_sft.data.prepared import PreparedData
+from vlm_sft.errors import DeviceMemoryError, NumericalError
+from vlm_sft.model import prefix
+from vlm_sft.model.attention import SHARED_SDPA
+from vlm_sft.model.families import PackMode
+from vlm_sft.train.anomalies import AdapterWatch, FaultPolicy, SpikeDetector
+from vlm_sft.train.step import StepGradients
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data() -> PreparedData:
+    return training.prepared(training.samples())
+
+
+def test_gradients_are_those_of_backward(data: PreparedData) -> None:
+    made, encoder = tiny("qwen2_5_vl", torch.float32, SHARED_SDPA)
+    groups = [encoder.encode(questions(seed, 3)) for seed in range(4)]
+    plans = [Bundle(0, (0, 1, 2)), Bundle(1, (0, 2))], [Bundle(2, (1,)), Bundle(3, (0,))]
+    packs = [collate(plan, groups) for plan in plans]
+    computed = StepGradients(made, PackMode(), 0, 0.05, contextlib.nullcontext)
+    for pack in packs:
+        computed.add(pack)
+        with prefix.packed(pack, PackMode(), 0):
+            losses = prefix.token_losses(prefix.forward(made, pack, PackMode()).logits, pack)
+            (losses.sum() * 0.05).backward()
+    assert len(computed.parameters) == 12
+    for parameter, gradient in zip(computed.parameters, computed.sums, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    found = torch.autograd.grad(computed.surrogate(), computed.parameters)
+    assert all(torch.equal(one, other) for one, other in zip(found, computed.sums, strict=True))
+
+
+def optimizer_state(trainer: Any) -> list[torch.Tensor]:
+    state = trainer.optimizer.state_dict()["state"]
+    return [value.clone() for entry in state.values() for value in entry.values() if torch.is_tensor(value)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_loss_changes_nothing(
+    value: float, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.spoil_loss(monkeypatch, lambda step, ids: step == 3, value)
+    made = training.trainer(data, tmp_path)
+    seen, states = training.watch_steps(made), []
+    made.create_optimizer_and_scheduler(6)
+    made.optimizer.register_step_post_hook(lambda *_: states.append(optimizer_state(made)))
+    made.train()
+    assert training.moved(seen) == [True, True, True, False, True, True]
+    for one, other in zip(states[2], states[3], strict=True):
+        assert torch.equal(one, other)  # moments and counts
+    assert not all(torch.equal(one, other) for one, other in zip(states[3], states[4], strict=True))
+    (event,) = training.events(tmp_path)
+    assert (event["step"], event["kind"], event["source"], event["action"]) == (4, "not_finite", "loss", "step skipped")
+    assert event["loss"] == repr(value) or event["loss"] == "nan"
+    assert event["samples"] >= 1 and all(name.startswith("picture ") for name in event["sample_ids"])
+    assert all(torch.isfinite(tensor).all() for tensor in seen[-1].values())
+    assert made.state.global_step == 6
+    assert all(row["loss"] == row["loss"] for row in made.state.log_history if "loss" in row)
+
+
+def test_only_the_bad_question_is_named(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    culprits: list[str] = []
+
+    def first_pack(step: int, ids: list[str]) -> bool:
+        if step == 1 and not culprits:
+            culprits.append(ids[0])
+            return True
+        return False
+
+    training.spoil_loss(monkeypatch, first_pack)
+    training.trainer(data, tmp_path, max_steps=2).train()
+    assert training.events(tmp_path)[0]["sample_ids"] == culprits
+
+
+def test_a_bad_gradient(data: PreparedData, tmp_path: Path) -> None:
+    made = training.trainer(data, tmp_path, max_steps=4)
+    seen = training.watch_steps(made)
+    name, parameter = next((n, p) for n, p in made.model.named_parameters() if "lora_B" in n)
+    parameter.register_hook(lambda gradient: gradient * (float("inf") if made.state.global_step == 1 else 1.0))
+    made.train()
+    assert training.moved(seen) == [True, False, True, True]
+    (event,) = training.events(tmp_path)
+    assert (event["step"], event["source"], event["samples"]) == (2, "gradient", 6)
+
+
+def test_a_bad_image_tensor_names_its_questions(tmp_path: Path) -> None:
+    data = training.prepared(training.samples())
+    real = data.encoder.process_images
+
+    def process(sample: Any) -> dict[str, torch.Tensor]:
+        tensors = real(sample)
+        if sample.images[0].source == "picture 5":
+            tensors["pixel_values"] = tensors["pixel_values"].clone()
+            tensors["pixel_values"][0, 0] = float("nan")
+        return tensors
+
+    data.encoder.image_source = process
+    training.trainer(data, tmp_path, max_steps=4).train()
+    found = training.events(tmp_path)
+    assert found and {event["source"] for event in found} == {"image"}
+    named = [name for event in found for name in event["sample_ids"]]
+    assert sorted(named) == ["picture 5/0", "picture 5/1", "picture 5/2"]
+
+
+def test_three_in_a_row_end_the_training(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training.spoil_loss(monkeypatch, lambda step, ids: step in (1, 3, 4, 5))
+    made = training.trainer(data, tmp_path, max_steps=20)
+    with pytest.raises(NumericalError, match="3 steps in a row, the last of them step 6") as caught:
+        made.train()
+    assert "anomalies.jsonl" in str(caught.value) and "picture " in str(caught.value)
+    assert [event["in_a_row"] for event in training.events(tmp_path) if event["step"] > 3] == [1, 2, 3]
+    again = training.trainer(data, tmp_path, max_steps=20, policy=FaultPolicy(max_bad_steps=2))
+    with pytest.raises(NumericalError, match="2 steps in a row, the last of them step 5"):
+        again.train()
+
+
+def test_never_best(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations at steps 1 to 4: not finite at 1, sound at 2, after a dropped step at 3, sound at 4."""
+    training.spoil_loss(monkeypatch, lambda step, ids: step == 2)
+    made = training.trainer(
+        data, tmp_path, evaluation=data, max_steps=4, eval_strategy="steps", eval_steps=1, save_steps=1,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    results = iter([float("nan"), 3.0, 1.0, 2.0])
+    monkeypatch.setattr(made, "_evaluation_loss", lambda steps: next(results))
+    made.train()
+    assert (made.state.best_global_step, made.state.best_metric) == (4, 2.0)
+
+
+def test_spikes_are_told_from_noise() -> None:
+    found = SpikeDetector()
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(0)).tolist()
+    assert max(found.score(2.0 - index / 400 + 0.1 * value) for index, value in enumerate(noise)) < 6
+    assert found.score(4.0) > 12
+    assert found.score(1.5) < 2  # one outlier does not move the median
+    flat = SpikeDetector()
+    assert max(flat.score(1.0) for _ in range(40)) == 0.0
+    assert flat.score(1.05) < 8 < flat.score(1.5)
+
+
+def test_a_spike_is_recorded(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training.spoil_loss(monkeypatch, lambda step, ids: step == 18, 500.0)
+    made = training.trainer(data, tmp_path, max_steps=20)
+    seen = training.watch_steps(made)
+    made.train()
+    (event,) = training.events(tmp_path)
+    assert (event["step"], event["kind"], event["samples"]) == (19, "loss_spike", 6)
+    assert event["score"] > 8 and all(training.moved(seen))  # told, not dropped
+
+
+def test_dead_adapters_are_found_and_sound_ones_are_not(data: PreparedData, tmp_path: Path) -> None:
+    made = training.trainer(data, tmp_path, max_steps=8, warmup_ratio=0.4, lr_scheduler_type="linear")
+    names = [name for name, _ in made.model.named_parameters() if "q_proj.lora_B" in name]
+    dict(made.model.named_parameters())[names[0]].register_hook(torch.zeros_like)
+    made.train()
+    (event,) = training.events(tmp_path)
+    assert (event["kind"], event["parameter"], event["step"]) == ("dead_adapter", names[0], 5)
+
+
+def test_a_matrix_waits_for_its_partner() -> None:
+    pair = {"x.lora_A": torch.nn.Parameter(torch.ones(2, 2)), "x.lora_B": torch.nn.Parameter(torch.zeros(2, 2))}
+    watch = AdapterWatch(pair)
+    gradients = {"x.lora_A": torch.zeros(2, 2), "x.lora_B": torch.ones(2, 2)}
+    assert [watch.look(gradients, lambda *v: list(v)) for _ in range(9)] == [[]] * 9  # B never moved
+    with torch.no_grad():
+        pair["x.lora_B"].add_(1.0)
+    assert [watch.look(gradients, lambda *v: list(v)) for _ in range(5)] == [[], [], [], [], ["x.lora_A"]]
+    assert not watch.active
+
+
+def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, tokens: int, in_backward: bool) -> None:
+    """Packs of more tokens raise what a GPU raises, in the forward or within the backward pass."""
+    sound = prefix.forward
+
+    def forward(model: Any, batch: Any, mode: Any, **extra: Any) -> Any:
+        if batch.tokens > tokens and not in_backward:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        output = sound(model, batch, mode, **extra)
+        if batch.tokens > tokens:
+            output.logits.register_hook(_no_memory)
+        return output
+
+    monkeypatch.setattr(prefix, "forward", forward)
+
+
+def _no_memory(gradient: torch.Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_pack_that_does_not_fit_is_cut_in_two(
+    in_backward: bool, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = training.trainer(data, tmp_path / "whole", max_steps=3, lora_dropout=0.05)
+    whole.train()
+    assert training.events(tmp_path / "whole") == []
+    out_of_memory_above(monkeypatch, 200, in_backward)
+    (tmp_path / "cut").mkdir()
+    cut = training.trainer(data, tmp_path / "cut", max_steps=3, lora_dropout=0.05)
+    cut.train()
+    found = training.events(tmp_path / "cut")
+    assert [event["step"] for event in found] == [1, 2, 3]
+    assert {(event["kind"], event["action"], event["samples"]) for event in found} == {("out_of_memory", "split", 6)}
+    expected, got = training.weights(whole), training.weights(cut)
+    assert max(float((got[name] - expected[name]).abs().max()) for name in expected) < 2e-6
+    losses = [[row["loss"] for row in made.state.log_history if "loss" in row] for made in (whole, cut)]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-6)
+
+
+def test_what_never_fits_ends_with_advice(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out_of_memory_above(monkeypatch, 20, in_backward=False)
+    made = training.trainer(data, tmp_path, max_steps=2)
+    before = training.weights(made)
+    with pytest.raises(DeviceMemoryError, match="--tokens_per_pack 256") as caught:
+        made.train()
+    assert "step 1" in str(caught.value) and "--gradient_checkpointing" in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in training.weights(made).items())
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("zero2", marks=training.full), "zero3"])
+def test_no_rank_steps_when_one_has_bad_numbers(parallel: str, tmp_path: Path) -> None:
+    if parallel != "ddp" and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    shared = os.environ | {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.faults.training", str(tmp_path), parallel]
+    ranks = [
+        subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert found[0]["moved"] == found[1]["moved"] == [True, False, True, False, True, True]
+    assert found[0]["rates"] == found[1]["rates"] == [1e-3] * 6
+    assert all(loss == loss for loss in found[0]["losses"])
+    bad = training.events(tmp_path)
+    assert [(event["step"], event["rank"]) for event in bad] == [(2, 1), (4, 1)]
+    assert {event["kind"] for event in bad} == {"not_finite"}

@@ -1,0 +1,238 @@
+"""Signals to a rank, to all of them or to the launcher: one agreed step, a checkpoint, an exit code meaning "again"."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_models
+from tests.faults import training
+from tests.faults.test_workers import alive
+from tests.questions import questions
+from vlm_sft.artifacts import read_jsonl
+from vlm_sft.launch import Launch
+from vlm_sft.train.checkpoints import checkpoint_problems
+from vlm_sft.train.signals import resume_line
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "src" / "train_vlm_sft.py"
+BIN = Path(sys.executable).parent
+LONG = 100_000  # steps: no test waits for the end
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of a training of a tiny model that goes on for hours if nobody stops it."""
+    folder = tmp_path_factory.mktemp("signals")
+    base = tiny_models.save("qwen2_5_vl", folder / "base")
+    rows = []
+    for seed in range(20):
+        (folder / f"{seed}.png").write_bytes(questions(seed, 1)[0].images[0].load())
+        rows += [{"image": f"{seed}.png", "question": s.question, "answer": s.target} for s in questions(seed, 2)]
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        "--base_model", str(base), "--dataset", str(data), "--global_batch_size", "4", "--lora_r", "4",
+        "--eval_benchmarks", "none", "--report_to", "none", "--logging_steps", "1", "--save_strategy", "no",
+        "--eval_strategy", "no", "--cache_dir", str(folder / "cache"), "--load_best_model_at_end", "false",
+        "--learning_rate", "1e-3", "--lr_scheduler_type", "constant",
+    ]  # fmt: skip
+
+
+def start(command: list[str], output: Path, line: list[str], *more: str) -> subprocess.Popen[str]:
+    """Start a training in a process group of its own."""
+    kept = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    return subprocess.Popen(
+        [*command, *line, "--output_dir", str(output), *more], env=environment, cwd=output.parent, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for_step(output: Path, step: int, run: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 200
+    while time.monotonic() < until:
+        assert run.poll() is None, run.communicate()[0][-3000:]
+        path = output / "metrics.jsonl"
+        if path.is_file() and any(row["step"] >= step for row in read_jsonl(path)):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the training does not get there")
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        own = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return own + [one for child in own for one in descendants(child)]
+
+
+def ranks_of(pid: int) -> list[int]:
+    """Process ids of the ranks below a launcher, first rank first."""
+    found = {}
+    for one in descendants(pid):
+        environment = Path(f"/proc/{one}/environ").read_bytes().split(b"\0")
+        parent = int(Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[1])
+        rank = next((int(item[5:]) for item in environment if item.startswith(b"RANK=")), None)
+        if rank is not None and found.get(rank, parent) == parent:
+            found.setdefault(rank, one)
+    return [found[rank] for rank in sorted(found)]
+
+
+def stopped(output: Path, name: str) -> int:
+    """Check what a stopped run left; returns the step of its checkpoint."""
+    facts = json.loads((output / "run.json").read_text())
+    assert facts["status"] == "interrupted"
+    (checkpoint,) = output.glob("checkpoint-*")
+    assert checkpoint_problems(checkpoint) == [], name
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def end(run: subprocess.Popen[str], seconds: float) -> str:
+    """Wait for the end, and for that of everything it started."""
+    below = descendants(run.pid)
+    try:
+        said, _ = run.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        raise AssertionError(run.communicate()[0][-3000:]) from None
+    until = time.monotonic() + 5
+    while time.monotonic() < until and any(map(alive, below)):
+        time.sleep(0.05)
+    assert not any(map(alive, below))
+    return said
+
+
+def test_stop_and_go_on(line: list[str], tmp_path: Path) -> None:
+    """SIGTERM to a training with workers; the line it names ends where an undisturbed run ends, bit for bit."""
+    output = tmp_path / "run"
+    first = start([sys.executable, str(SCRIPT)], output, line, "--max_steps", str(LONG), "--dataloader_num_workers",
+                  "1", "--resume", "auto")  # fmt: skip
+    wait_for_step(output, 3, first)
+    began = time.monotonic()
+    os.killpg(first.pid, signal.SIGTERM)  # as a scheduler does: workers too
+    said = end(first, 60)
+    assert first.returncode == 75 and "Traceback" not in said, said[-2000:]
+    assert time.monotonic() - began < 20
+    step = stopped(output, "alone")
+    assert f"interrupted: stopped by SIGTERM after step {step}, with its checkpoint" in said
+    assert f"--output_dir {output}" in said.split("go on with: ")[1] and "--resume auto" in said
+    total = str(step + 3)
+    went_on = start([sys.executable, str(SCRIPT)], output, line, "--max_steps", total, "--resume", "auto",
+                    "--allow_changes")  # fmt: skip
+    said = end(went_on, 120)
+    assert went_on.returncode == 0, said[-3000:]
+    steps = [row["step"] for row in read_jsonl(output / "metrics.jsonl") if "loss" in row]
+    assert steps == list(range(1, step + 4))
+    whole = start([sys.executable, str(SCRIPT)], tmp_path / "whole", line, "--max_steps", total)
+    assert end(whole, 120) and whole.returncode == 0
+    name = "adapter_model.safetensors"
+    assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_second_signal_ends_at_once(line: list[str], tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time, signal\n"
+        "from vlm_sft.train import signals\n"
+        "signals.REPEAT_SECONDS = 0.3\n"
+        "with signals.StopSignals('again', lambda: None) as stop:\n"
+        "    with stop.at_step_end():\n"
+        "        sys.stdout.write('ready\\n'); sys.stdout.flush()\n"
+        "        while True: time.sleep(60)\n"
+    )
+    for second in (signal.SIGINT, signal.SIGTERM) if training.EVERYTHING else (signal.SIGINT,):
+        run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert run.stdout is not None and run.stdout.readline() == "ready\n"
+        run.send_signal(signal.SIGUSR1)
+        run.send_signal(second)  # a launcher passes on what a rank has got already: one request
+        time.sleep(1.0)
+        assert run.poll() is None
+        run.send_signal(second)
+        _, said = run.communicate(timeout=10)
+        assert run.returncode == 128 + second
+        assert "saving after this step" in said
+
+
+def test_before_the_training_a_signal_ends_the_run(line: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run = start([sys.executable, str(SCRIPT)], output, line, "--max_steps", "5")
+    until = time.monotonic() + 100
+    while not (output / "run.json").is_file() and time.monotonic() < until:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    said = end(run, 60)
+    assert run.returncode == 75 and "interrupted: stopped by SIGINT\n" in said, said[-2000:]
+    assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
+    assert list(output.glob("checkpoint-*")) == []
+
+
+def port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"--master_port={free.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "target, number", [("one rank", signal.SIGUSR1), pytest.param("launcher", signal.SIGTERM, marks=training.full)]
+)
+def test_under_torchrun(target: str, number: int, line: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [str(BIN / "torchrun"), "--nproc_per_node=2", port(), str(SCRIPT)]
+    run = start(command, output, line, "--max_steps", str(LONG))
+    wait_for_step(output, 3, run)
+    began = time.monotonic()
+    os.kill(run.pid if target == "launcher" else ranks_of(run.pid)[1], number)
+    said = end(run, 60)
+    assert time.monotonic() - began < 30 and run.returncode not in (0, None)
+    step = stopped(output, target)
+    name = "SIGTERM" if target == "launcher" else "a signal to another rank"
+    assert f"interrupted: stopped by {name} after step {step}, with its checkpoint" in said, said[-3000:]
+    assert "go on with: torchrun --nproc_per_node=2" in said
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@training.full
+def test_under_deepspeed(line: list[str], tmp_path: Path) -> None:
+    """`deepspeed` does not pass SIGTERM on: its ranks notice that it is gone."""
+    output = tmp_path / "run"
+    launcher = shutil.which("deepspeed", path=str(BIN)) or shutil.which("deepspeed")
+    assert launcher is not None
+    run = start([launcher, "--num_gpus=2", port(), str(SCRIPT)], output, line, "--max_steps", str(LONG))
+    wait_for_step(output, 3, run)
+    below = descendants(run.pid)
+    run.terminate()
+    said, _ = run.communicate(timeout=60)  # ends with the last process that holds the pipe
+    assert run.returncode not in (0, None)
+    assert not any(map(alive, below)), said[-2000:]
+    step = stopped(output, "deepspeed")
+    assert f"interrupted: stopped by SIGTERM after step {step}, with its checkpoint" in said, said[-3000:]
+    assert "go on with: deepspeed --num_gpus=2" in said
+
+
+def test_the_line_to_go_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Launch(0, 0, 1, True, None, "single")
+    two = Launch(0, 0, 2, True, None, "ddp")
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    words = ["/bin/vlm-sft", "train", "--output_dir", "a b", "--overwrite_output_dir", "--resume"]
+    assert resume_line(words, alone) == "vlm-sft train --output_dir 'a b' --resume auto"
+    words = ["src/train.py", "--resume", "x/checkpoint-3", "--output_dir", "o"]
+    assert resume_line(words, alone) == "python src/train.py --output_dir o --resume auto"
+    words = ["src/train.py", "--local_rank=1", "--output_dir", "o", "--resume", "--seed", "3"]
+    assert resume_line(words, two) == "deepspeed --num_gpus=2 src/train.py --output_dir o --seed 3 --resume auto"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert resume_line(["t.py", "--seed", "3"], two) == "torchrun --nproc_per_node=4 t.py --seed 3 --resume auto"

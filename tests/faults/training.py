@@ -1,0 +1,171 @@
+"""A short training of a tiny model in this process, or on ranks of its own, for tests of faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny_models
+from tests.questions import PROMPT, questions
+from vlm_sft.data.encode import Encoder
+from vlm_sft.data.packing import EpochPlanner
+from vlm_sft.data.prepared import PreparedData
+from vlm_sft.data.sample import Sample
+from vlm_sft.launch import Launch, quiet_libraries, read_launch, start_ranks
+from vlm_sft.model.adapt import add_lora, resolve_targets
+from vlm_sft.model.attention import SHARED_SDPA
+from vlm_sft.model.families import PackMode
+from vlm_sft.model.load import set_attention
+from vlm_sft.recipe.rules import resolve_schedule
+from vlm_sft.recipe.schema import Recipe
+from vlm_sft.train.anomalies import FaultPolicy
+from vlm_sft.train.arguments import training_arguments
+from vlm_sft.train.trainer import PackTrainer
+
+EVERYTHING = bool(os.environ.get("VLM_SFT_ALL_FAULTS"))
+full = pytest.mark.skipif(not EVERYTHING, reason="takes half a minute; runs with VLM_SFT_ALL_FAULTS=1")
+ALONE = Launch(rank=0, local_rank=0, world_size=1, cpu=True, deepspeed=None, parallel="single")
+RECIPE = Recipe(
+    max_steps=6, global_batch_size=6, learning_rate=1e-3, lora_dropout=0.0, bf16=False, eval_strategy="no",
+    save_steps=0, logging_steps=1, report_to=("none",), warmup_ratio=0.0, lr_scheduler_type="constant",
+)  # fmt: skip
+
+
+@dataclass
+class Step:
+    """What an optimizer step found and left behind."""
+
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+    state_before: dict[str, torch.Tensor]
+    state_after: dict[str, torch.Tensor]
+
+
+def samples(images: int = 8, each: int = 3) -> list[Sample]:
+    return [sample for seed in range(images) for sample in questions(seed, each)]
+
+
+def prepared(found: list[Sample]) -> PreparedData:
+    quiet_libraries()
+    _, processor = tiny_models.build("qwen2_5_vl")
+    return PreparedData(found, Encoder(processor, PROMPT), "encoding")
+
+
+def trainer(
+    data: PreparedData, folder: Path, *, launch: Launch = ALONE, budget: int = 1000, policy: FaultPolicy | None = None,
+    evaluation: PreparedData | None = None, recipe: Recipe = RECIPE, **changes: Any,
+) -> PackTrainer:  # fmt: skip
+    """A trainer of LoRA on a tiny Qwen2.5-VL."""
+    recipe = replace(recipe, **changes)
+    planner = EpochPlanner(data.lengths, recipe.global_batch_size, budget, launch.world_size, recipe.seed)
+    schedule = resolve_schedule(recipe, planner.steps_per_epoch)
+    arguments = training_arguments(recipe, schedule, launch, folder, bf16=False)
+    model, _ = tiny_models.build("qwen2_5_vl")
+    set_attention(model, SHARED_SDPA)
+    targets = resolve_targets(model, recipe.target_modules)
+    adapter = add_lora(model, targets, r=4, alpha=8, dropout=0.0, seed=recipe.seed, base_name="tiny")
+    return PackTrainer(
+        model=adapter,
+        args=arguments,
+        train_data=data,
+        eval_data=evaluation,
+        planner=planner,
+        eval_planner=replace(planner, lengths=evaluation.lengths) if evaluation else None,
+        prompt=PROMPT,
+        mode=PackMode(),
+        faults=policy,
+    )
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "anomalies.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def weights(made: PackTrainer) -> dict[str, torch.Tensor]:
+    """The trained parameters, whole."""
+    found = {}
+    for name, parameter in made.model.named_parameters():
+        if parameter.requires_grad:
+            if hasattr(parameter, "ds_id"):
+                from deepspeed import zero
+
+                with zero.GatheredParameters([parameter]):
+                    found[name] = parameter.detach().clone()
+            else:
+                found[name] = parameter.detach().clone()
+    return found
+
+
+def watch_steps(made: PackTrainer) -> list[dict[str, torch.Tensor]]:
+    """The parameters after each step, from the start on, filled while the training runs."""
+    from transformers import TrainerCallback
+
+    class Keep(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            seen.append(weights(made))
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seen.append(weights(made))
+
+    seen: list[dict[str, torch.Tensor]] = []
+    made.add_callback(Keep())
+    return seen
+
+
+def moved(seen: list[dict[str, torch.Tensor]]) -> list[bool]:
+    """For each step whether it changed any bit of the parameters."""
+    return [
+        any(not torch.equal(one[name], other[name]) for name in one)
+        for one, other in zip(seen, seen[1:], strict=False)
+    ]
+
+
+def spoil_loss(monkeypatch: Any, when: Callable[[int, list[str]], bool], value: float = float("nan")) -> None:
+    """Make the token losses of a question not finite; `when(step, sample ids)` chooses the packs."""
+    from vlm_sft.model import prefix
+
+    sound = prefix.token_losses
+    current = {"step": 0}
+    real = prefix.packed
+
+    def packed(batch: Any, mode: Any, step: int) -> Any:
+        current["step"] = step
+        return real(batch, mode, step)
+
+    def token_losses(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        losses = sound(logits, batch)
+        if when(current["step"], batch.sample_ids):
+            first = batch.target_branch == 1
+            losses = losses + torch.where(first, value, 0.0)
+        return losses
+
+    monkeypatch.setattr(prefix, "packed", packed)
+    monkeypatch.setattr(prefix, "token_losses", token_losses)
+
+
+def on_ranks(folder: Path, parallel: str) -> None:
+    """In a rank's own process: steps 2 and 4 are bad on rank 1; writes what the steps did."""
+    launch = read_launch(None, parallel if parallel.startswith("zero") else None)
+    start_ranks(launch)
+    patch = pytest.MonkeyPatch()
+    spoil_loss(patch, lambda step, ids: launch.rank == 1 and step in (1, 3))
+    made = trainer(prepared(samples()), folder, launch=launch, budget=300)
+    seen = watch_steps(made)
+    made.train()
+    rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
+    losses = [row["loss"] for row in made.state.log_history if "loss" in row]
+    value = {"moved": moved(seen), "rates": rates, "losses": losses, "names": len(seen[0])}
+    (folder / f"rank{launch.rank}.json").write_text(json.dumps(value))
+
+
+if __name__ == "__main__":
+    on_ranks(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,60 @@
+"""A process that imports the libraries once and forks a run for each line of its input."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import vlm_sft.train.run  # noqa: F401  what takes seconds to import
+
+
+def child(order: dict[str, Any]) -> None:
+    """Become the launch line's script; does not return."""
+    os.setsid()
+    stream = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for number in (1, 2):
+        os.dup2(stream, number)
+    sys.argv = [order["script"], *order["flags"]]
+    code = 1
+    try:
+        runpy.run_path(order["script"], run_name="__main__")
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def reap(pid: int, path: Path) -> None:
+    """Wait for a run and write down how it ended."""
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    path.with_suffix(".writing").write_text(str(status))
+    os.replace(path.with_suffix(".writing"), path)
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
+
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            child(order)
+        threading.Thread(target=reap, args=(pid, Path(f"{order['log']}.{pid}.exit"))).start()
+        sys.stdout.write(f"{pid}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The guides and the notebook are carried out, block by block, in a folder of their own, as a reader would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.documents import ROOT, Block, arguments_of, blocks, lines_of, pages
+from vlm_sft.cli import main
+
+YOUR_DATA = ROOT / "docs" / "YOUR_DATA.md"
+GUIDES = [page for page in pages() if page != YOUR_DATA and any(block.mark == "run" for block in blocks(page))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VLM_SFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def run_shell(text: str) -> None:
+    """Run the lines of a block: ours in this process, which has loaded torch already, others in a shell."""
+    for line in lines_of(text):
+        words = arguments_of(line)
+        if words is not None:
+            assert main(words) == 0, line
+        else:
+            subprocess.run(["bash", "-c", line], check=True)
+
+
+def carry_out(block: Block) -> None:
+    if block.mark.startswith("file "):
+        Path(block.mark.removeprefix("file ")).write_text(block.text, encoding="utf-8")
+    elif block.mark == "run" and block.language == "python":
+        exec(compile(block.text, "block", "exec"), {"__name__": "block"})
+    elif block.mark == "run":
+        run_shell(block.text)
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_guide(page: Path, folder: Path) -> None:
+    for block in blocks(page):
+        carry_out(block)
+
+
+def test_your_own_data_ends_with_a_model_that_plain_transformers_opens(folder: Path) -> None:
+    for block in blocks(YOUR_DATA):
+        carry_out(block)
+    results = json.loads((folder / "outputs" / "mine" / "results.json").read_text())
+    (row,) = results["benchmarks"].values()
+    assert 0 < row["n"] < 48 and row["synthetic"] is False
+    assert (folder / "report.html").stat().st_size > 20_000
+    code = (
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+        "AutoProcessor.from_pretrained('outputs/mine-merged')\n"
+        "print(sum(p.numel() for p in AutoModelForImageTextToText.from_pretrained('outputs/mine-merged').parameters()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 1_000_000
+
+
+def test_the_notebook_runs_from_data_to_report(folder: Path) -> None:
+    notebook: dict[str, Any] = json.loads((ROOT / "notebooks" / "first_run.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        source = "".join(cell["source"])
+        if source.startswith("!"):
+            run_shell(source.replace("\n!", "\n").removeprefix("!"))
+        else:
+            exec(compile(source, "cell", "exec"), names)
+    assert names["results"]["benchmarks"]["demo_charts"]["n"] == 12
+    assert (folder / "outputs" / "notebook" / "report.html").is_file()
+    assert names["data"]["samples"] == 40 and names["first"]["prediction"]

@@ -1,0 +1,74 @@
+"""`vlm-sft ask`: base and tuned side by side, several questions behind one image, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.adapters import PROMPT, save_adapter, save_base
+from vlm_sft.cli import main
+from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.evaluate.asking import open_asker
+from vlm_sft.evaluate.backends import SharedPrefixBackend
+from vlm_sft.model.adapt import load_adapter
+from vlm_sft.model.features import TowerUse
+from vlm_sft.model.load import find_base, load_model
+
+QUESTIONS = ["How many bars are there?", "Which one is red?"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ask")
+    save_adapter(save_base(folder / "base"), folder / "adapter")
+    Image.effect_noise((80, 60), 90).convert("RGB").save(folder / "chart.png")
+    return folder
+
+
+def alone(place: Path, question: str, tuned: bool) -> str:
+    """The answer of one model to one question, loaded for it alone."""
+    base = find_base(str(place / "base"), prompt=PROMPT)
+    model = load_model(base)
+    model = load_adapter(model, place / "adapter") if tuned else model
+    sample = Sample("0", "ask", "", (ImageRef.from_path(place / "chart.png"),), question, "", ())
+    ((pair,),) = SharedPrefixBackend(base, model).answers([[[sample]]], PROMPT.max_new_tokens)
+    return pair[1]
+
+
+def test_base_and_tuned_side_by_side(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", str(place / "chart.png"), *QUESTIONS, "--adapter", str(place / "adapter")]) == 0
+    told = capsys.readouterr().out
+    expected = [(alone(place, text, False), alone(place, text, True)) for text in QUESTIONS]
+    assert all(base != tuned for base, tuned in expected)
+    assert "80 x 60 pixels" in told
+    for text, (base, tuned) in zip(QUESTIONS, expected, strict=True):
+        assert f"{text}\n  base:  {base}\n  tuned: {tuned}\n" in told
+
+
+def test_the_image_is_computed_once_a_side(place: Path) -> None:
+    asker = open_asker(None, place / "adapter")
+    use = TowerUse(asker.backend.model)
+    answers = asker.ask(ImageRef.from_path(place / "chart.png"), QUESTIONS * 3)
+    assert len(answers) == 6 and answers[:2] == answers[2:4]
+    # A near tie between two words is decided alone, so there may be more; one an answer would be 12.
+    assert use.images <= 4
+
+
+def test_pocket_answers_without_an_adapter(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ask", str(place / "chart.png"), "What is it?"]) == 0
+    told = capsys.readouterr().out
+    assert "asked of pocket" in told and "tuned:" not in told
+
+
+def test_mistakes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, expected in (
+        (["nowhere.png", "What?"], "nowhere.png"),
+        ([str(place / "base" / "config.json"), "What?"], "not an image"),
+        ([str(place / "chart.png"), "What?", "--adapter", str(place / "base")], "it holds a whole model"),
+        ([str(place / "chart.png"), "What?", "--max_new_tokens", "0"], "--max_new_tokens 0"),
+    ):
+        assert main(["ask", *words]) == 2
+        message = capsys.readouterr().err
+        assert expected in message and message.count("error: ") == 1, message

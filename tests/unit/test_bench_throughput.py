@@ -1,0 +1,269 @@
+"""The throughput benchmark: rows, models, what is counted, what is refused, and the tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2.sandbox
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+from transformers.processing_utils import ProcessorMixin
+
+import throughput
+from cases import Row, choose, expected_work
+from peers import environment, measure
+from shapes import SHAPES, TEMPLATE, config, parameter_counts
+from tests import tiny_models
+from throughput_results import arithmetic_flops, check, median_row, ratios, summary, tables
+
+SIZES = {"language": 100, "vision": 10, "embedding": 1000, "total": 1110}
+EXPECTED = {
+    "questions": 8, "images": 4, "tokens": 800, "image_tokens": 600, "supervised": 24, "patches": 2400,
+    "distinct_patches": 1200, "distinct_prefix_tokens": 320, "own_tokens": 160,
+}  # fmt: skip
+
+
+def counts(**changes: int) -> dict[str, int]:
+    """What a side without sharing has to process in one epoch."""
+    found = {
+        "language_tokens": 832, "padding": 32, "image_tokens": 600, "supervised": 24, "patches": 2400, "tower_calls": 2,
+        "tower_images": 8,
+    }  # fmt: skip
+    return found | changes
+
+
+def measured(epochs: list[dict[str, int]], seconds: list[float], **changes: Any) -> dict[str, Any]:
+    """A worker's result."""
+    warm_up = {"flops": [50, 50 + 2 * int(arithmetic_flops(counts(), SIZES))], "epochs": [counts()]}
+    return {
+        "preparation_seconds": 2.0, "loading_seconds": 1.0, "epoch_seconds": seconds, "preparation": {},
+        "data_wait_seconds": [0.1] * len(seconds), "epochs": epochs, "warm_up": warm_up, "epoch_loss": [12.0],
+        "peak_resident_bytes": 10, "matrix_peak": 1e6, "trainable_parameters": 7, "versions": {"torch": "2"},
+    } | changes  # fmt: skip
+
+
+def peer(**changes: Any) -> dict[str, Any]:
+    """A peer's row: one epoch of four seconds."""
+    return median_row([summary(measured([counts()], [4.0], **changes), EXPECTED, SIZES, 6)])
+
+
+def processed(*epochs: dict[str, int]) -> dict[str, Any]:
+    """A peer's row with these counts."""
+    return median_row([summary(measured(list(epochs), [1.0] * len(epochs)), EXPECTED, SIZES, 6)])
+
+
+def ours(tokens: int = 500, rows: int = 24, patches: int = 1200, **changes: Any) -> dict[str, Any]:
+    """Our row: features in the preparation, three epochs."""
+    epoch = {"language_tokens": tokens, "head_rows": rows}
+    result = measured([epoch] * 3, [2.0, 1.0, 1.0], preparation={"patches": patches, "tower_calls": 4}, **changes)
+    return median_row([summary(result, EXPECTED, SIZES, 3)])
+
+
+def test_a_case_holds_whole_images_and_exactly_so_many_questions() -> None:
+    groups = {f"image{number}": [(f"q{number}{k}", "a") for k in range(1 + number % 3)] for number in range(30)}
+    chosen = choose(groups, 20, one_an_image=False)
+    assert sum(map(len, chosen.values())) == 20
+    assert all(rows == groups[key] for key, rows in chosen.items())
+    single = choose(groups, 20, one_an_image=True)
+    assert len(single) == 20 and {len(rows) for rows in single.values()} == {1}
+    with pytest.raises(ValueError, match="only 60 of 61 questions are there"):
+        choose(groups, 61, one_an_image=False)
+
+
+def test_the_template_renders_the_published_conversation_without_the_last_line_feed() -> None:
+    render = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE)
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "So."}]}
+    prompt = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|vision_end|>Why?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert render.render(messages=[user], add_generation_prompt=True) == prompt
+    assert render.render(messages=[user, answer]) == prompt + "So.<|im_end|>"
+    told = {"role": "system", "content": "Be brief."}
+    assert render.render(messages=[told, user]).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
+
+
+def test_the_shapes_have_the_sizes_that_the_tables_name() -> None:
+    with torch.device("meta"):
+        found = {name: parameter_counts(Qwen2_5_VLForConditionalGeneration(config(SHAPES[name]))) for name in SHAPES}
+    assert round(found["small"]["total"] / 1e6) == 48 and round(found["medium"]["total"] / 1e6) == 219
+    assert found["medium"]["embedding"] == 151_936 * 576
+    assert all(parts["language"] + parts["vision"] + parts["embedding"] == parts["total"] for parts in found.values())
+
+
+def test_speeds_count_preparation_once_and_extrapolate_what_was_not_run() -> None:
+    row = peer()
+    assert row["cold"] == pytest.approx(8 / 6) and row["warm"] == pytest.approx(2.0)
+    assert row["long"] == pytest.approx(6 * 8 / (2 + 6 * 4)) and row["extrapolated"]
+    assert row["padding_share"] == pytest.approx(32 / 832) and row["data_wait_share"] == pytest.approx(0.1 / 4)
+    real = ours()
+    assert real["cold"] == pytest.approx(2.0) and real["warm"] == pytest.approx(8.0)
+    assert real["long"] == pytest.approx(3 * 8 / 6) and not real["extrapolated"]
+    assert real["cold_tower_calls"] == 4 and real["warm_tower_calls"] == 0
+
+
+def test_flops_follow_parameters_tokens_and_rows_and_are_scaled_by_the_counted_step() -> None:
+    flops = 4 * 100 * 832 + 4 * 1000 * 24 + 2 * 10 * 2400
+    assert arithmetic_flops(counts(), SIZES) == flops
+    assert arithmetic_flops(counts(head_rows=800), SIZES) == flops + 4 * 1000 * 776
+    assert peer()["share_of_peak"] == pytest.approx(2 * flops / 4.0 / 1e6)
+
+
+def test_sides_that_do_the_common_work_are_reported() -> None:
+    assert check({"ours": ours(), "trl": peer(), "msswift": peer(epoch_loss=[12.0001])}, EXPECTED) == {}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (lambda: processed(counts(image_tokens=8, language_tokens=240)),
+         "8 image_tokens in epoch 1, not 600; 208 tokens in epoch 1, not 800"),
+        (lambda: peer(epoch_loss=[12.1]), "a loss of 12.10000 in epoch 1, not 12.00000"),
+        (lambda: peer(trainable_parameters=14), "14 trained parameters, not 7"),
+        (lambda: processed(counts(), counts(patches=0)), "0 patches in epoch 2, not 2,400"),
+    ],
+    ids=["one image token a question", "another loss", "another adapter", "a cached tower"],
+)  # fmt: skip
+def test_a_peer_that_does_other_work_is_refused(row: Any, reason: str) -> None:
+    refused = check({"ours": ours(), "msswift": row()}, EXPECTED)
+    assert list(refused) == ["msswift"] and "; ".join(refused["msswift"]) == reason
+
+
+def test_our_side_is_refused_when_it_leaves_out_images_questions_or_answers() -> None:
+    few = check({"ours": ours(tokens=471, rows=23, patches=1196)}, EXPECTED)["ours"]
+    assert few[:2] == ["23 supervised in epoch 1, not 24", "471 tokens in epoch 1, not 472 to 800"]
+    assert few[-1] == "1,196 patches until the end of epoch 1, not at least 1,200"
+
+
+def test_speedups_are_paired_round_by_round() -> None:
+    sides = {
+        "ours": {"by_round": {"cold": [10.0, 20.0, 60.0]}},
+        "trl": {"by_round": {"cold": [5.0, 5.0, 10.0]}},
+    }
+    assert ratios(sides, "cold") == {"trl": 4.0}  # of 2, 4 and 6
+    assert ratios({"trl": sides["trl"]}, "cold") == {}
+
+
+def test_tables_name_the_best_peer_the_origin_and_who_was_refused(tmp_path: Path) -> None:
+    slow = peer(preparation_seconds=12.0)
+    result = {
+        "case": "chartqa", "shape": "small", "sizes": SIZES | {"total": 48_000_000}, "expected": EXPECTED, "rounds": 1,
+        "epochs": 6, "sides": {"ours": ours(), "trl": slow, "msswift": peer()}, "threads": 2, "batch": 16,
+        "refused": {"llamafactory": ["a loss of 13.0"]}, "device": "CPU", "git": {"hash": "0123456789", "dirty": True},
+        "command": ["python", "bench/throughput.py"], "versions": {"torch": "2.15"},
+    }  # fmt: skip
+    (tmp_path / "throughput_chartqa_small.json").write_text(json.dumps(result))
+    text = tables(tmp_path)
+    assert "| chartqa | small, 48 M | 8 / 4 | msswift | 1.5x | 2.2x | 4.0x |" in text
+    assert "| msswift | 1.33 | 2.00 | 1.85 (extrapolated) |" in text and "commit 0123456 (dirty)" in text
+    assert "llamafactory is not reported: a loss of 13.0." in text and "| ours | 2.00 | 8.00 | 4.00 |" in text
+
+
+def test_an_environment_is_made_again_when_what_it_holds_changes(tmp_path: Path) -> None:
+    assert not environment.ready("trl", tmp_path)
+    (tmp_path / "trl").mkdir()
+    (tmp_path / "trl" / environment.DONE).write_text(environment.wanted("trl"))
+    assert environment.ready("trl", tmp_path) and environment.make("trl", tmp_path).name == "python"
+    (tmp_path / "trl" / environment.DONE).write_text("trl==0.1\n")
+    assert not environment.ready("trl", tmp_path)
+
+
+def test_a_result_that_is_there_is_taken_when_the_work_is_the_same(tmp_path: Path) -> None:
+    args = argparse.Namespace(threads=2, work_dir=tmp_path, envs=tmp_path)
+    path = tmp_path / "trl-round1.json"
+    wanted = {"jobs": [{"epochs": 1}], "threads": 2, "code": "trl==1.16.0\npeft\ndatasets"}
+    path.write_text(json.dumps({"wanted": wanted, "epoch_seconds": [3.0]}))
+    found = throughput.run_side(args, "trl", [{"epochs": 1}], path)
+    assert found is not None and found["epoch_seconds"] == [3.0]
+    assert len(throughput.code_of("ours")) == 64
+
+
+def test_unknown_names_on_the_command_line_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--sides", "ours,axolotl"])
+    with pytest.raises(SystemExit):
+        throughput.parse()
+    assert "--sides axolotl: not one of ours, trl, llamafactory, msswift" in capsys.readouterr().err
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The measuring wrappers, taken off again after the test."""
+    for owner in (qwen.Qwen2_5_VisionTransformerPretrainedModel, qwen.Qwen2_5_VLTextModel, qwen.Qwen2_5_VLModel):
+        monkeypatch.setattr(owner, "forward", owner.forward)
+    monkeypatch.setattr(Trainer, "train", Trainer.train)
+    for owner in (AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin):
+        monkeypatch.setattr(owner, "from_pretrained", owner.__dict__["from_pretrained"])
+    measure.install()
+    yield
+
+
+def test_a_meter_counts_what_a_training_really_processes(
+    counting: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, processor = tiny_models.build("qwen2_5_vl")
+    monkeypatch.setattr(measure, "IMAGE_TOKEN", model.config.image_token_id)
+    Image.new("RGB", (112, 56), "red").save(tmp_path / "a.png")
+    rows = [Row(str(tmp_path / "a.png"), "What colour?", "red"), Row(str(tmp_path / "a.png"), "A circle?", "no")]
+    expected = expected_work(rows, processor)
+    texts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]}], tokenize=False,
+            add_generation_prompt=True,
+        ) + row.answer + "<|im_end|>\n"
+        for row in rows
+    ]  # fmt: skip
+    pictures = [[Image.open(row.image)] for row in rows]
+
+    def collate(chosen: list[int]) -> dict[str, torch.Tensor]:
+        batch = processor(
+            text=[texts[i] for i in chosen], images=[pictures[i] for i in chosen], padding=True, return_tensors="pt"
+        )
+        supervised = [expected_answer(processor, rows[i]) for i in chosen]
+        labels = torch.full_like(batch["input_ids"], -100)
+        for row, (length, count) in enumerate(zip(batch["attention_mask"].sum(1).tolist(), supervised, strict=True)):
+            kept = slice(-count, None) if processor.tokenizer.padding_side == "left" else slice(length - count, length)
+            labels[row, kept] = batch["input_ids"][row, kept]
+        return {**batch, "labels": labels}
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), num_train_epochs=2, per_device_train_batch_size=2, learning_rate=1e-9,
+        use_cpu=True, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    meter = measure.Meter()
+    with measure.measuring(meter):
+        Trainer(model, arguments, train_dataset=[0, 1], data_collator=collate).train()
+    result = meter.result()
+    assert len(result["epoch_seconds"]) == 2 and result["preparation"] == {}
+    for epoch in result["epochs"]:
+        assert epoch["language_tokens"] - epoch["padding"] == expected["tokens"]
+        assert epoch["image_tokens"] == expected["image_tokens"] == 16
+        assert epoch["patches"] == expected["patches"] == 4 * 16
+        assert epoch["tower_calls"] == 1 and epoch["tower_images"] == 2
+        assert epoch["supervised"] == expected["supervised"]
+    assert result["epoch_loss"] == pytest.approx(result["logged_loss"], rel=1e-4)
+
+
+def expected_answer(processor: Any, row: Row) -> int:
+    """Tokens of the answer with what the template puts behind it."""
+    return len(processor.tokenizer(row.answer + "<|im_end|>\n")["input_ids"])

@@ -1,0 +1,273 @@
+"""Data sets in and out: `vlm-sft data import` and `data export` through the command line."""
+
+from __future__ import annotations
+
+import csv
+import http.server
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.pictures import png
+from vlm_sft.cli import main
+from vlm_sft.data.sample import Sample
+from vlm_sft.data.sources.registry import load_split, parse_datasets
+
+LAYOUTS = ("trl", "llamafactory", "msswift", "jsonl")
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def content(sample: Sample) -> tuple[Any, ...]:
+    """Everything that is trained on and scored, without the names of files and data sets."""
+    return (sample.id.partition("/")[2], sample.question, sample.target, sample.answers, sample.history, sample.system,
+            sample.split, tuple(image.load() for image in sample.images))  # fmt: skip
+
+
+def contents(path: Path, split: str = "train") -> list[tuple[Any, ...]]:
+    return [content(sample) for sample in load_split(parse_datasets(str(path))[0], split).samples]
+
+
+@pytest.fixture()
+def own(tmp_path: Path) -> Path:
+    """Data of ours: one image with two questions, several answers, two images, a conversation, a system text."""
+    folder = tmp_path / "own"
+    (folder / "pictures").mkdir(parents=True)
+    for colour in ("red", "blue"):
+        (folder / "pictures" / f"{colour}.png").write_bytes(png(colour))
+    red, blue = "pictures/red.png", "pictures/blue.png"
+    turns = [{"role": "user", "content": "Färbe?"}, {"role": "assistant", "content": "rot"}]
+    write(folder / "train.jsonl", [
+        {"id": "a", "image": red, "question": "Which colour, \"exactly\"?", "answer": "red"},
+        {"id": "b", "image": red, "question": "How\nmany?", "answer": "1", "answers": ["1", "1", "one"],
+         "split": "human"},
+        {"id": "c", "images": [red, blue], "question": "Same?", "answer": "no", "system": "Be brief."},
+        {"id": "d", "image": blue, "question": "Und jetzt?", "answer": "blau", "history": turns},
+    ])  # fmt: skip
+    write(folder / "validation.jsonl", [{"id": "e", "image": blue, "question": "Which?", "answer": "blue"}])
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_out_and_in_again_is_the_same(layout: str, own: Path, tmp_path: Path) -> None:
+    out, back = tmp_path / "out", tmp_path / "back"
+    assert main(["data", "export", str(own), "--format", layout, "--output", str(out)]) == 0
+    assert len(list((out / "images").iterdir())) == 2  # each picture once
+    assert main(["data", "import", str(out), "--format", layout, "--output", str(back)]) == 0
+    assert contents(back) == contents(own)
+    assert contents(back, "validation") == contents(own, "validation")
+    facts = json.loads((back / "import.json").read_text())
+    assert (facts["questions"], facts["left_out"]) == ({"train": 4, "validation": 1}, {})
+    assert (out / "changed.jsonl").exists() == (layout == "llamafactory")  # it learns the earlier answer too
+
+
+def test_trl_parquet_opens_with_datasets(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    out = tmp_path / "out"
+    assert main(["data", "export", str(own), "--format", "trl", "--output", str(out)]) == 0
+    row = datasets.Dataset.from_parquet(str(out / "train.parquet"))[2]
+    assert [picture.getpixel((0, 0)) for picture in row["images"]] == [(255, 0, 0), (0, 0, 255)]
+    assert [message["role"] for message in row["prompt"]] == ["system", "user"]
+    assert [part["type"] for part in row["prompt"][1]["content"]] == ["image", "image", "text"]
+    assert row["completion"][0]["content"][0]["text"] == "no"
+
+
+def test_a_folder_of_parquet_shards_is_a_data_set(own: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    assert main(["data", "export", str(own), "--format", "trl", "--output", str(out)]) == 0
+    assert [item[1:] for item in contents(out)][0] == contents(own)[0][1:]
+    assert len(contents(out)) == 4 and len(contents(out, "validation")) == 1
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for number in range(2):
+        table = pa.table({"image": [png("red"), png((number, 9, 9))], "question": ["q?", "r?"],
+                          "answers": [["x"], ["y", "z", "z"]]})  # fmt: skip
+        pq.write_table(table, plain / f"part-{number}.parquet", row_group_size=1)
+    samples = load_split(parse_datasets(str(plain))[0], "train").samples
+    samples += load_split(parse_datasets(str(plain))[0], "validation").samples
+    assert sorted(sample.target for sample in samples) == ["x", "x", "z", "z"]
+    assert len({sample.image_key for sample in samples}) == 3
+    assert main(["data", "check", f"mine@{plain / 'part-0.parquet'}", "--output_dir", str(tmp_path / "check")]) == 0
+
+
+def test_llamafactory_alpaca_and_dataset_info(own: Path, tmp_path: Path) -> None:
+    out, back = tmp_path / "out", tmp_path / "back"
+    flags = ["--format", "llamafactory", "--style", "alpaca", "--output", str(out)]
+    assert main(["data", "export", str(own), *flags]) == 2  # one of five: the conversation
+    assert [item["id"] for item in lines(out / "left_out.jsonl")] == ["own/d"]
+    assert main(["data", "import", str(out), "--format", "llamafactory", "--output", str(back)]) == 0
+    assert contents(back) == contents(own)[:3]
+    named = tmp_path / "named"
+    (named / "media").mkdir(parents=True)
+    (named / "media" / "x.png").write_bytes(png("red"))
+    (named / "set.json").write_text(json.dumps([{"talk": [
+        {"wer": "mensch", "was": "<image>Was?"}, {"wer": "maschine", "was": "Rot"}], "bilder": ["media/x.png"]}]))
+    (named / "dataset_info.json").write_text(json.dumps({"meins": {
+        "file_name": "set.json", "formatting": "sharegpt", "columns": {"messages": "talk", "images": "bilder"},
+        "tags": {"role_tag": "wer", "content_tag": "was", "user_tag": "mensch", "assistant_tag": "maschine"}}}))
+    assert main(["data", "import", str(named), "--format", "llamafactory", "--output", str(tmp_path / "n")]) == 0
+    assert [(row["question"], row["answer"]) for row in lines(tmp_path / "n" / "train.jsonl")] == [("Was?", "Rot")]
+
+
+def test_what_is_dropped_or_changed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in" / "a.png").parent.mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(png())
+    (tmp_path / "in" / "broken.png").write_bytes(b"no picture")
+
+    def talk(*turns: str, **more: Any) -> dict[str, Any]:
+        roles = ("user", "assistant")
+        messages = [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]
+        return {"messages": messages, "images": ["a.png"]} | more
+
+    source = write(tmp_path / "in" / "set.jsonl", [
+        talk("<image>one?", "1", "two?", "2"),
+        talk("look: <image> what?", "3"),
+        talk("<image>x", "4", images=["broken.png"]),
+        talk("<image>x", "4", images=["gone.png"]),
+        talk("<image><video>x", "5"),
+        talk("<image>x", "6", tools=[{"name": "t"}]),
+        talk("<image>x", "7", rejected_response="8"),
+        {"query": "<image>old?", "response": "yes", "history": [["before?", "so"]], "images": ["a.png"]},
+        talk("x", "9", images=["https://example.org/a.png"]),
+        talk("<image>x", ""),
+    ])  # fmt: skip
+    out = tmp_path / "out"
+    flags = ["data", "import", str(source), "--format", "msswift", "--output", str(out), "--max_left_out", "1"]
+    assert main(flags) == 0
+    rows = lines(out / "train.jsonl")
+    assert [(row["id"], row["answer"], len(row.get("history", []))) for row in rows] == [
+        ("set/000001/turn1", "1", 0), ("set/000001/turn2", "2", 2), ("set/000002", "3", 0),
+        ("set/000008/turn2", "yes", 2)]  # fmt: skip
+    assert {row["image"] for row in rows} == {f"images/{next((out / 'images').iterdir()).name}"}
+    assert json.loads((out / "import.json").read_text())["left_out"] == {
+        "image cannot be read": 1, "image missing": 1, "unknown mark": 1, "record with tools": 1,
+        "preference record": 1, "image is a URL": 1, "empty answer": 1, "no image": 1}  # fmt: skip
+    gone = {row["reason"]: row["detail"] for row in lines(out / "left_out.jsonl")}
+    assert "set.jsonl line 4" in gone["image missing"] and "--allow_image_urls" in gone["image is a URL"]
+    # The image of a second turn stands behind words too; the first turn does not see it.
+    assert [row["id"] for row in lines(out / "changed.jsonl")] == ["set/000002", "set/000008/turn2"]
+    assert "2 questions are not exactly as they were" in capsys.readouterr().err
+    assert main(flags) == 2 and "is not empty" in capsys.readouterr().err
+    assert main([*flags[:-3], str(tmp_path / "strict")]) == 2  # seven of twelve are more than one in a hundred
+    assert "cannot be used" in capsys.readouterr().err and (tmp_path / "strict" / "train.jsonl").is_file()
+
+
+def test_answers_without_loss_are_context(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    messages = [{"role": "user", "content": "<image>one?"}, {"role": "assistant", "content": "1", "loss": False},
+                {"role": "user", "content": "two?"}, {"role": "assistant", "content": "2", "loss": True}]
+    source = write(tmp_path / "set.jsonl", [{"messages": messages, "images": ["a.png"]}] * 3)
+    assert main(["data", "import", str(source), "--format", "msswift", "--output", str(tmp_path / "out")]) == 0
+    assert [(r["question"], len(r["history"])) for r in lines(tmp_path / "out" / "train.jsonl")] == [("two?", 2)] * 3
+
+
+def test_a_csv_and_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "scan 1.png").write_bytes(png("red"))
+    (pictures / "scan 2.jpg").write_bytes(png("blue"))
+    table = tmp_path / "questions.csv"
+    table.write_text("\ufeffPicture;Question;Label;split\nscan 1.png;\"How many;\nreally?\";3;\n"
+                     "scan 2;Colour?;blue;human\nscan 1.png;only three\nscan 9.png;x;y;\n", encoding="utf-8")
+    flags = ["data", "import", str(table), "--format", "csv", "--images", str(pictures)]
+    assert main([*flags, "--output", str(tmp_path / "out"), "--max_left_out", "0.5"]) == 0
+    rows = lines(tmp_path / "out" / "train.jsonl")
+    assert [(row["question"], row["answer"], row.get("split")) for row in rows] == [
+        ("How many;\nreally?", "3", None), ("Colour?", "blue", "human")]  # fmt: skip
+    assert [row["reason"] for row in lines(tmp_path / "out" / "left_out.jsonl")] == ["broken CSV row", "image missing"]
+    assert "vlm-sft train --dataset" in capsys.readouterr().out
+    assert [content(s)[1] for s in load_split(parse_datasets(str(tmp_path / "out"))[0], "train").samples]
+    table.write_text("bild,frage,antwort\nscan 1.png,Was?,rot\n", encoding="utf-8")
+    assert main([*flags, "--output", str(tmp_path / "no")]) == 2
+    assert "no column for the image (it has: bild, frage, antwort)" in capsys.readouterr().err
+    named = ["--columns", "image=bild,question=frage,answer=antwort", "--output", str(tmp_path / "named")]
+    assert main([*flags, *named]) == 0
+    assert lines(tmp_path / "named" / "train.jsonl")[0]["answer"] == "rot"
+
+
+def test_csv_out(own: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["data", "export", str(own), "--format", "csv", "--output", str(out), "--max_left_out", "1"]) == 0
+    with (out / "train.csv").open(encoding="utf-8", newline="") as stream:
+        assert [row["question"] for row in csv.DictReader(stream)] == ["Which colour, \"exactly\"?"]
+    reasons = [row["reason"] for row in lines(out / "left_out.jsonl")]
+    assert reasons == ["several answers", "several images", "conversation"]
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    """Serves a picture, and what a careless or hostile server would."""
+
+    def do_GET(self) -> None:  # noqa: N802
+        if self.path in ("/file", "/moved"):
+            self.send_response(302)
+            self.send_header("Location", "file:///etc/hostname" if self.path == "/file" else "/ok.png")
+            self.end_headers()
+            return
+        self.send_response(404 if self.path == "/gone" else 200)
+        self.end_headers()
+        try:
+            if self.path == "/ok.png":
+                self.wfile.write(png("red"))
+            for _ in range(400 if self.path == "/big" else 0):
+                self.wfile.write(b"x" * 100_000)
+            for _ in range(40 if self.path == "/slow" else 0):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.1)
+            if self.path == "/text":
+                self.wfile.write(b"<html>no picture</html>")
+        except OSError:  # the reader has had enough
+            pass
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture()
+def web() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_image_urls_only_when_asked(web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlm_sft.data.exchange import fetch, pictures
+
+    def hurried(url: str) -> bytes:
+        return fetch.fetch(url, seconds=0.5)
+
+    monkeypatch.setattr(pictures, "fetch", hurried)
+    paths = ("ok.png", "moved", "gone", "big", "slow", "text", "file")
+    rows = [{"id": path, "image": f"{web}/{path}", "question": "q", "answer": "a"} for path in paths]
+    rows.append({"id": "ftp", "image": "ftp://127.0.0.1/a.png", "question": "q", "answer": "a"})
+    source = write(tmp_path / "set.jsonl", rows)
+    flags = ["data", "import", str(source), "--format", "jsonl", "--max_left_out", "1", "--output"]
+    assert main([*flags, str(tmp_path / "no")]) == 2  # nothing can be used
+    asked = tmp_path / "asked"
+    assert main([*flags, str(asked), "--allow_image_urls"]) == 0
+    assert [row["id"] for row in lines(asked / "train.jsonl")] == ["ok.png", "moved"]
+    assert [path.read_bytes() for path in (asked / "images").iterdir()] == [png("red")]
+    gone = {row["id"]: (row["reason"], row["detail"]) for row in lines(asked / "left_out.jsonl")}
+    assert {own_id: reason for own_id, (reason, _) in gone.items()} == {
+        "gone": "image URL failed", "big": "image URL failed", "slow": "image URL failed", "file": "image URL failed",
+        "text": "image cannot be read", "ftp": "image missing"}  # fmt: skip
+    assert "404" in gone["gone"][1] and "33,554,432 bytes" in gone["big"][1]
+    assert "not done within 0.5 s" in gone["slow"][1] and "file:///etc/hostname' is not allowed" in gone["file"][1]

@@ -1,0 +1,163 @@
+"""Sizes and operations of the forecast against real models: parameters, FLOPs, kept activations, adapters on disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from tests import tiny_models
+from tests.questions import questions
+from vlm_sft.data.collate import collate
+from vlm_sft.data.encode import Encoder
+from vlm_sft.data.packing import Bundle, EpochPlanner
+from vlm_sft.data.prepared import group_lengths
+from vlm_sft.data.prompt import PromptSettings
+from vlm_sft.forecast import counts, disk, memory
+from vlm_sft.forecast.counts import Adapter, Work
+from vlm_sft.forecast.hardware import Rates
+from vlm_sft.forecast.images import qwen_grid
+from vlm_sft.forecast.shapes import find_published, model_shape, published_models
+from vlm_sft.forecast.time import Setting
+from vlm_sft.model import prefix
+from vlm_sft.model.adapt import add_lora, parameter_counts, resolve_targets
+from vlm_sft.model.attention import SHARED_SDPA
+from vlm_sft.model.load import set_attention
+from vlm_sft.model.sharing import choose_mode
+
+TARGETS = ("q_proj", "v_proj", "o_proj")
+RATES = Rates("test", 1e12, 1e11, 1e-6, 10**10, False, "made up", 1.3)
+# Counts that the Hub shows for the published weights.
+HUB_PARAMETERS = {
+    "Qwen/Qwen2-VL-2B-Instruct": 2_208_985_600,
+    "Qwen/Qwen2-VL-7B-Instruct": 8_291_375_616,
+    "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+}
+
+
+def adapted(family: str, dropout: float = 0.0) -> tuple[Any, Encoder]:
+    model, processor = tiny_models.build(family)
+    set_attention(model, SHARED_SDPA)
+    targets = resolve_targets(model, TARGETS)
+    return add_lora(model, targets, r=4, alpha=8, dropout=dropout, seed=0, base_name="tiny"), Encoder(
+        processor, PromptSettings()
+    )
+
+
+def pack_of(model: Any, encoder: Encoder) -> tuple[Any, Any, Work]:
+    """A pack, how it is computed, and its work."""
+    groups = [encoder.encode(questions(seed, 3)) for seed in range(2)]
+    mode = choose_mode(model, encoder)
+    pack = [Bundle(0, (0, 1, 2)), Bundle(1, (0, 1))] if mode.shares else [Bundle(0, (0,))]
+    work = counts.pack_work(pack, [group_lengths(group) for group in groups], [group.image_tokens for group in groups])
+    return collate(pack, groups), mode, work
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_parameters_and_operations(family: str) -> None:
+    model, encoder = adapted(family)
+    base = model.get_base_model()
+    shape = model_shape(base.config.to_dict())
+    assert shape is not None
+    adapter = Adapter(4, TARGETS, dropout=False)
+    trained, total = parameter_counts(model)
+    assert (adapter.parameters(shape), shape.parameters) == (trained, total - trained)
+    batch, mode, work = pack_of(model.train(), encoder)
+    assert work.tokens == batch.tokens and work.supervised == len(batch.targets)
+    with sdpa_kernel(SDPBackend.MATH), prefix.packed(batch, mode, 0), FlopCounterMode(display=False) as counter:
+        loss = prefix.token_losses(prefix.forward(model, batch, mode).logits, batch).sum()
+        forward = counter.get_total_flops()
+        loss.backward()
+    tower = counts.tower_flops(shape, work.visual, work.visual_squares)
+    assert counts.forward_flops(shape, work, adapter) + tower == pytest.approx(forward, rel=1e-3)
+    # The plain kernel keeps the scores, and the first layer's keys, which are not adapted, need no gradient.
+    product = 2 * shape.text.heads * shape.text.head_dim * work.squares
+    said = counts.training_flops(shape, work, adapter) + tower - product * (shape.text.layers + 1)
+    assert said == pytest.approx(counter.get_total_flops(), rel=2e-3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_activations_are_what_autograd_keeps(dropout: float) -> None:
+    model, encoder = adapted("qwen2_5_vl", dropout)
+    batch, mode, work = pack_of(model.train(), encoder)
+    shape = model_shape(model.get_base_model().config.to_dict())
+    assert shape is not None
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), prefix.packed(batch, mode, 0):
+        prefix.token_losses(prefix.forward(model, batch, mode).logits, batch).sum()
+    setting = Setting(shape, Adapter(4, TARGETS, dropout > 0), 4, False, RATES)
+    said = memory.activation_bytes(setting, work) + memory.logit_bytes(setting, work.supervised)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert said == pytest.approx(real, rel=0.2)
+
+
+def test_published_models_have_their_published_sizes() -> None:
+    models = published_models()
+    assert {name: models[name].shape.parameters for name in HUB_PARAMETERS} == HUB_PARAMETERS
+    assert len(models) == 9 and all(model.source for model in models.values())
+    with pytest.raises(ValueError, match="neither be opened here nor found"):
+        find_published("Qwen/Qwen9-VL")
+
+
+@pytest.mark.parametrize("size", [(600, 850), (20, 3000), (28, 28), (4000, 3000), (1, 1), (333, 777)])
+def test_image_grid_is_the_processors(size: tuple[int, int]) -> None:
+    for patch, low, high in ((14, 3136, 200_704), (16, 65_536, 1_000_000)):
+        if max(size) / min(size) > 200:
+            continue
+        rows, columns = smart_resize(*size, factor=2 * patch, min_pixels=low, max_pixels=high)
+        assert qwen_grid(*size, patch, 2, low, high) == (rows // patch, columns // patch)
+
+
+def test_epoch_adds_up_its_packs() -> None:
+    lengths = tuple(group_lengths(adapted("qwen2_vl")[1].encode(questions(seed, 4))) for seed in range(6))
+    visual = [length.prefix - 5 for length in lengths]
+    alone = counts.epoch_work(EpochPlanner(lengths, 8, 400, 1, 0), visual)
+    assert alone.slowest == alone.total and alone.total.questions == 24
+    assert alone.total.supervised == sum(sum(length.supervised) for length in lengths)
+    assert alone.largest.tokens <= 400
+    two = counts.epoch_work(EpochPlanner(lengths, 8, 400, 2, 0), visual)
+    assert two.total.questions == 24
+    assert two.total.tokens / 2 <= two.slowest.tokens < two.total.tokens
+
+
+def test_zero_and_four_bits_save_what_they_should() -> None:
+    shape = find_published("Qwen/Qwen2.5-VL-7B-Instruct").shape
+    adapter = Adapter(16, TARGETS)
+    setting = Setting(shape, adapter, 2, True, Rates("gpu", 1e14, 1e12, 1e-6, 80 * 2**30, True, "", 1.5))
+    largest = Work(packs=1, tokens=8192, squares=8 * 1024**2, supervised=100, questions=16, images=8, visual=7000)
+
+    def items(parallel: str, count: int, four_bit: bool = False) -> dict[str, float]:
+        changed = Setting(shape, adapter, 2, True, setting.rates, four_bit)
+        return memory.peak_items(changed, memory.Ranks(count, parallel), largest, 0, True, 0)
+
+    whole, shared, split = items("ddp", 8), items("zero2", 8), items("zero3", 8)
+    assert whole["weights"] == shared["weights"] == 8_292_166_656 * 2 == 8 * split["weights"]
+    assert shared["optimizer"] < whole["optimizer"] / 4
+    assert items("single", 1, four_bit=True)["weights"] < 0.45 * whole["weights"]
+
+
+def test_adapter_bytes_are_those_on_disk(tmp_path: Any) -> None:
+    model, _ = adapted("qwen2_5_vl")
+    shape = model_shape(model.get_base_model().config.to_dict())
+    assert shape is not None
+    model.save_pretrained(tmp_path)
+    said = disk.adapter_bytes(shape, Adapter(4, TARGETS))
+    assert said == pytest.approx((tmp_path / "adapter_model.safetensors").stat().st_size, rel=0.02)
+    state = {f"{name}.{part}": parameter.detach().clone() for name, parameter in model.named_parameters()
+             if parameter.requires_grad for part in ("exp_avg", "exp_avg_sq")}  # fmt: skip
+    save_file(state, tmp_path / "state.safetensors")
+    moments = disk.optimizer_bytes(shape, Adapter(4, TARGETS), "adamw_torch")
+    assert moments == pytest.approx((tmp_path / "state.safetensors").stat().st_size, rel=0.1)

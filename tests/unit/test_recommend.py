@@ -1,0 +1,153 @@
+"""Recommendations: monotone in the budget, the Pareto front, where quality comes from, the guide's flow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm_sft.forecast.calibration import DISK, MEMORY, PAST, add_past_run, from_past_runs, history_key, read_past_runs
+from vlm_sft.forecast.hardware import DEVICES, device_named, find_device
+from vlm_sft.forecast.measured import GUIDE, Quality, guide_advice, guide_comparison, qualities
+from vlm_sft.forecast.pareto import pareto_front
+from vlm_sft.forecast.recommend import PRIORITIES, Candidate, plot, recommend, worth
+
+HOUR = 3600.0
+EPOCHS = {"smoketest": 1.0, "1epoch": 1.0, "2epoch": 2.0, "5epoch": 5.0, "best": 6.0}
+
+
+def candidate(name: str, hours: float, quality: tuple[float, float] | None = None, disk: float = 1e9) -> Candidate:
+    measured = Quality(quality[0], quality[0] - quality[1], quality[0] + quality[1], "a test") if quality else None
+    seconds = hours * HOUR
+    return Candidate(name, EPOCHS.get(name, 1.0), seconds, 1.2 * seconds, 1e9, disk, measured, name == "smoketest")
+
+
+qualities_drawn = st.tuples(st.floats(0, 1), st.floats(0.001, 0.2))
+candidates_drawn = st.lists(
+    st.builds(
+        candidate, st.sampled_from(["a", "b", "c", "d", "smoketest"]), st.floats(0.1, 100), qualities_drawn
+    ),
+    min_size=1, max_size=7, unique_by=lambda one: one.name,
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(candidates_drawn, st.floats(0.1, 100), st.floats(0, 100), st.sampled_from(PRIORITIES))
+def test_more_hours_never_give_a_worse_recipe(
+    found: list[Candidate], hours: float, more: float, priority: str
+) -> None:
+    first, second = recommend(found, hours, None, priority), recommend(found, hours + more, None, priority)
+    if first.chosen is None:
+        return
+    by_name = {one.name: one for one in found}
+    if by_name[first.chosen].partial:
+        return  # nothing but a try-out was affordable
+    assert second.chosen is not None
+    assert worth(by_name[second.chosen], first.measured) >= worth(by_name[first.chosen], first.measured)
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=30))
+def test_pareto_front_holds_exactly_what_nothing_beats(points: list[tuple[int, int]]) -> None:
+    front = {points[index] for index in pareto_front(points)}
+    unbeaten = {
+        one for one in points
+        if not any(other[0] <= one[0] and other[1] >= one[1] and other != one for other in points)
+    }
+    assert front == unbeaten
+
+
+def test_cheapest_that_is_not_significantly_worse() -> None:
+    found = [candidate("1epoch", 1, (0.60, 0.02)), candidate("2epoch", 2, (0.69, 0.02)),
+             candidate("5epoch", 5, (0.70, 0.02)), candidate("best", 6, (0.66, 0.02))]  # fmt: skip
+    balanced = recommend(found, 10)
+    assert (balanced.chosen, balanced.runner_up) == ("2epoch", "5epoch")
+    assert "not significantly worse than the best affordable one, 5epoch" in balanced.reasons[0]
+    assert balanced.front == ("1epoch", "2epoch", "5epoch")
+    assert recommend(found, 10, priority="quality").chosen == "5epoch"
+    assert recommend(found, 10, priority="speed").chosen == "1epoch"
+    assert recommend(found, 1.5).chosen == "1epoch"
+    drawn = "\n".join(plot(found, balanced))
+    assert "# 2epoch" in drawn and "* 5epoch" in drawn and "o best" in drawn
+
+
+def test_what_cannot_be_afforded_is_named() -> None:
+    found = [candidate("1epoch", 1, disk=5e9), candidate("2epoch", 30)]
+    nothing = recommend(found, 10, disk_bytes=1e9)
+    assert nothing.chosen is None
+    assert nothing.reasons == (
+        "1epoch: 5 GB of disk are forecast, more than 1 GB", "2epoch: 30.00 h are forecast, more than 10 h",
+    )  # fmt: skip
+
+
+def test_guide_flow_with_the_guides_own_times() -> None:
+    """Where a recipe takes the hours that the guide gives it, the recommendation is the guide's."""
+    found = [candidate("smoketest", 0.1), candidate("1epoch", 4), candidate("2epoch", 8), candidate("5epoch", 16),
+             candidate("best", 19)]  # fmt: skip
+    for hours in (5, 7.9, 8, 12, 15.9, 16, 18.5, 20, 24):
+        assert recommend(found, hours).chosen == guide_advice(hours, "balanced"), hours
+    assert recommend(found, 22, priority="quality").chosen == guide_advice(22, "quality") == "best"
+    lines = guide_comparison({"1epoch": 0.65 * HOUR, "2epoch": HOUR, "5epoch": 2.5 * HOUR, "best": 3 * HOUR})
+    assert lines[1] == "  1epoch: the guide plans under 8 h, our forecast is 0.65 h"
+    assert lines[-1] == "  best: the guide plans 16 to 24 h, our forecast is 3.00 h"
+    assert len(lines) == 1 + sum(len({row.recipe, row.for_quality}) for row in GUIDE)
+
+
+def recorded_row(recipe: str, accuracy: float, variant: str = "as is") -> dict[str, object]:
+    return {"arm": "recipe", "recipe": recipe, "variant": variant,
+            "benchmarks": {"x": {"accuracy": accuracy, "interval": [accuracy - 0.1, accuracy + 0.1]}}}  # fmt: skip
+
+
+def test_own_runs_count_before_the_recorded_benchmark(tmp_path: Path) -> None:
+    recorded, runs = tmp_path / "recorded", tmp_path / "runs"
+    recorded.mkdir()
+    rows = [recorded_row("1epoch", 0.5), recorded_row("1epoch", 0.9, "learning_rate 1"), {"arm": "recipe",
+            "recipe": "best", "variant": "as is", "benchmarks": {}}]  # fmt: skip
+    file = {"settings": {"base_model": "pocket", "dataset": "easy_vqa"}, "rows": rows, "made": "then"}
+    (recorded / "recipes-pocket-easy_vqa.json").write_text(json.dumps(file))
+    found, source = qualities(None, "pocket", ["easy_vqa"], recorded)
+    assert {name: round(one.value, 6) for name, one in found.items()} == {"1epoch": 0.5}
+    assert source == "quality: recorded benchmark of pocket on easy_vqa, then"
+    assert "take the order, not the numbers" in qualities(None, "other", ["chartqa"], recorded)[1]
+    assert qualities(None, "pocket", ["easy_vqa"], tmp_path)[0] == {}
+    for name, when, accuracy in (("a", "2026-01-01", 0.1), ("b", "2026-01-02", 0.7)):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "run.json").write_text(json.dumps({
+            "recipe_file": "configs/sft_config_best.json", "base_model": "pocket", "datasets": ["easy_vqa"],
+            "status": "finished", "finished": when}))  # fmt: skip
+        (runs / name / "results.json").write_text(json.dumps({
+            "benchmarks": {"easy_vqa": {"tuned": {"accuracy": accuracy, "interval": [accuracy - 0.1, accuracy + 0.1]}}},
+        }))
+    own, source = qualities(runs, "pocket", ["easy_vqa"], recorded)
+    assert list(own) == ["best"] and own["best"].value == pytest.approx(0.7)
+    assert "1 of your recipes' runs" in source
+
+
+def test_past_runs_correct_what_is_alike(tmp_path: Path) -> None:
+    key = history_key("cpu", 1, "shape", {"dtype": 4})
+    for ratio in (2.0, 2.2, 2.1):
+        add_past_run(tmp_path, {
+            "key": key, "forecast": {"training steps": 10.0, MEMORY: 100.0, DISK: 50.0},
+            "actual": {"training steps": 10 * ratio, MEMORY: 150.0, DISK: 50.0},
+        })  # fmt: skip
+    rows = read_past_runs(tmp_path)
+    found = from_past_runs(rows, key)
+    assert found.basis == PAST and found.factors == {"training steps": 2.1, MEMORY: 1.5, DISK: 1.0}
+    other = from_past_runs(rows, history_key("cpu", 1, "another", {"dtype": 4}))
+    assert other.factors == {"training steps": 2.1} and other.spread > found.spread  # type: ignore[operator]
+    assert from_past_runs(rows, history_key("gpu", 1, "shape", {})).factors == {}
+
+
+def test_devices_are_found_by_their_drivers_names_and_never_guessed() -> None:
+    reported = {
+        "NVIDIA A100-SXM4-80GB": "A100-80GB", "NVIDIA H200": "H200", "NVIDIA L40S": "L40S", "NVIDIA L4": "L4",
+        "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100-PCIe", "NVIDIA GeForce RTX 4090": "RTX4090",
+        "Tesla T4": "T4", "NVIDIA A10G": "A10G", "NVIDIA A10": "A10",
+    }  # fmt: skip
+    assert {name: device.name for name in reported if (device := find_device(name))} == reported
+    assert find_device("NVIDIA B300") is None and find_device("NVIDIA A1000") is None
+    assert all(device.source for device in DEVICES)
+    with pytest.raises(ValueError, match="A100-80GB"):
+        device_named("A999")

@@ -1,0 +1,115 @@
+"""`vlm-sft report --watch`: a real server, asked over real connections."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.report_runs import Page, make_run, record
+from vlm_sft import artifacts
+from vlm_sft.cli import main
+from vlm_sft.errors import RunError
+from vlm_sft.report.serve import make_server
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    folder = make_run(tmp_path / "run", steps=20)
+    artifacts.write_json(folder / artifacts.RUN, record("running"))
+    server = make_server([folder], 0)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield folder, server.server_port
+    server.shutdown()
+    server.server_close()
+    thread.join(timeout=10)
+
+
+def ask(port: int, path: str = "/", host: str = "") -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", path, headers={"Host": host or f"127.0.0.1:{port}"})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, text
+
+
+def listening(port: int) -> set[str]:
+    """The local addresses, in the kernel's hexadecimal words, that listen on a port."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:] if Path(table).exists() else ():
+            address, state = line.split()[1], line.split()[3]
+            if int(address.rpartition(":")[2], 16) == port and state == "0A":
+                found.add(address.rpartition(":")[0])
+    return found
+
+
+def test_the_page_follows_the_run(served: tuple[Path, int]) -> None:
+    folder, port = served
+    status, text = ask(port)
+    version = ask(port, "/version")[1]
+    page = Page(text)
+    assert status == 200 and "had not finished" in page.text
+    assert [a["content"] for a in page.all("meta") if a.get("name") == "report-version"] == [version]
+    assert "connect-src 'self'" in text and ask(port)[1] == text and ask(port, "/version")[1] == version
+    with (folder / artifacts.METRICS).open("a") as stream:
+        stream.write(json.dumps({"step": 21, "loss": 0.0123}) + "\n")
+    assert ask(port, "/version")[1] != version
+    assert any("to 0.0123 at step 21" in a["aria-label"] for a in Page(ask(port)[1]).all("svg"))
+
+
+def test_it_serves_this_machine_and_nothing_else(served: tuple[Path, int]) -> None:
+    folder, port = served
+    if Path("/proc/net/tcp").exists():
+        assert listening(port) == {"0100007F"}
+    assert ask(port, host=f"localhost:{port}")[0] == 200
+    assert ask(port, host="evil.example")[0] == 403, "a name that a foreign page made point here"
+    for path in ("/run.json", "/../run.json", "//etc/passwd", "/evaluation/images/"):
+        assert ask(port, path)[0] == 404
+    with pytest.raises(RunError, match=rf"port {port} is in use(.|\n)*--port 0"):
+        make_server([folder], port)
+
+
+def test_a_run_that_vanishes_leaves_its_last_page(served: tuple[Path, int]) -> None:
+    folder, port = served
+    before = ask(port)[1]
+    folder.rename(folder.with_name("gone"))
+    assert ask(port) == (200, before)
+
+
+def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(make_run(tmp_path / "run", steps=3))
+    for flags, told in (
+        (["--watch", "--output", "x.html"], "--watch writes no file"), (["--port", "1"], "--port is only for --watch"),
+        (["--watch", "--port", "99999"], "port 99999 cannot be used"),
+    ):
+        assert main(["report", run, *flags]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_it_ends_cleanly_on_an_interrupt(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=3)
+    command = [sys.executable, "-m", "vlm_sft", "report", str(run), "--watch", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        assert process.stdout is not None
+        told = process.stdout.readline()
+        port = re.search(r"http://127\.0\.0\.1:(\d+)/", told)
+        assert port is not None, told
+        assert ask(int(port[1]))[0] == 200
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and err == "" and "stopped" in out
