@@ -21,9 +21,11 @@ from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import Sample
 from vlm_sft.model import families, prefix
 from vlm_sft.model.attention import SHARED_SDPA
-from vlm_sft.model.families import PackMode
+from vlm_sft.model.families import PLAIN_LAYERS, PackMode
 from vlm_sft.model.load import is_blockwise, set_attention
+from vlm_sft.model.norms import fuse_norms
 from vlm_sft.model.sharing import choose_mode
+from vlm_sft.model.trim import trim_last_layer
 
 SHARING = [family for family in FAMILIES if family != "paligemma"]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -116,6 +118,9 @@ def case(family: str, dtype: torch.dtype) -> Case:
                 losses = alone(model, encoder, sample)
                 truth.losses[index, number] = losses.detach()
                 truth.gradients[index, number] = gradients(model, losses.sum())
+    base = model.get_base_model()
+    assert trim_last_layer(base) == (base.config.get_text_config().model_type in PLAIN_LAYERS)
+    fuse_norms(base)
     return Case(model, encoder, groups, truth, dtype)
 
 

@@ -9,7 +9,7 @@ small problem per image. The function registered here computes those, and no L x
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 SHARED_SDPA = "vlm_sft_sdpa"
 SHARED_FLASH = "vlm_sft_flash"
+SHARED_WINDOWS = "vlm_sft_flash_windows"  # the name has to contain "flash", see `shared_windows`
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class PackLayout:
     branches: list[list[int]]
     blocks: torch.Tensor | None = None
     _masks: dict[int | None, list[torch.Tensor | None]] = field(default_factory=dict)
+    _parts: list[torch.Tensor] | None = None
     _varlen: VarlenIndex | None = None
 
     @property
@@ -73,6 +75,15 @@ class PackLayout:
         if window not in self._masks:
             self._masks[window] = [self._mask(ends, device, window) for ends in self.branches]
         return self._masks[window]
+
+    def parts(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Split ascending positions by image: for each one its rows, counted from the start of the image, int64."""
+        if self._parts is None:
+            starts = torch.tensor([start for start, _ in self.spans], device=rows.device)
+            image = torch.searchsorted(starts, rows, right=True) - 1
+            counts = torch.bincount(image, minlength=len(starts)).tolist()
+            self._parts = list((rows - starts[image]).split(counts))
+        return self._parts
 
     def _mask(self, ends: list[int], device: torch.device, window: int | None) -> torch.Tensor | None:
         """The mask of one image."""
@@ -111,6 +122,7 @@ class PackLayout:
 
 
 _active: PackLayout | None = None
+_rows: torch.Tensor | None = None
 
 
 @contextmanager
@@ -125,6 +137,17 @@ def pack_layout(layout: PackLayout | None) -> Iterator[None]:
         yield
     finally:
         _active = previous
+
+
+@contextmanager
+def attending_rows(rows: torch.Tensor) -> Iterator[None]:
+    """Let the attention functions compute only the rows (S,) of a pack while the block runs; the others are zero."""
+    global _rows
+    previous, _rows = _rows, rows
+    try:
+        yield
+    finally:
+        _rows = previous
 
 
 def branch_mask(
@@ -182,21 +205,71 @@ def shared_sdpa(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     repeats = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
     masks = layout.masks(query.device, kwargs.get("sliding_window"))
+    # split, not slices: the gradients of slices would each be a tensor of the whole pack, and their sum quadratic.
+    sizes = [end - start for start, end in layout.spans]
+    keys, values = (repeat_kv(tensor, repeats).split(sizes, dim=2) for tensor in (key, value))
+    queries: Sequence[torch.Tensor] = query.split(sizes, dim=2)
+    if _rows is not None:
+        parts = layout.parts(_rows)
+        queries = [part.index_select(2, rows) for part, rows in zip(queries, parts, strict=True)]
+        masks = [_mask_rows(mask, rows, size) for mask, rows, size in zip(masks, parts, sizes, strict=True)]
     outputs = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scaling,
-        )
-        for (start, end), mask in zip(layout.spans, masks, strict=True)
+        F.scaled_dot_product_attention(*part, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling)
+        for *part, mask in zip(queries, keys, values, masks, strict=True)
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    output = torch.cat(outputs, dim=2).transpose(1, 2)
+    if _rows is not None:
+        return output.new_zeros(1, layout.length, *output.shape[2:]).index_copy(1, _rows, output), None
+    return output.contiguous(), None
+
+
+def _mask_rows(mask: torch.Tensor | None, rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Some rows of the mask of an image of `size` tokens, (1, 1, rows, size) bool; None stands for plain causal."""
+    if mask is None:
+        return (torch.arange(size, device=rows.device)[None, :] <= rows[:, None])[None, None]
+    return mask.index_select(2, rows)
+
+
+def shared_windows(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention within windows or images of a vision tower, all of one length in one call.
+
+    transformers' `sdpa` calls the kernel once a window; towers hand the ends of the windows over only to functions
+    whose name contains "flash". The values are the same.
+
+    Args:
+        module: the attention layer.
+        query, key, value: (1, H, L, D).
+        attention_mask: not used.
+        dropout: attention dropout probability.
+        scaling: factor on the products; 1 / sqrt(D) when None.
+        cu_seq_lens_q: (windows + 1,) cumulative lengths.
+        **kwargs: not used.
+
+    Returns:
+        (1, L, H, D) and None.
+    """
+    assert cu_seq_lens_q is not None, "a tower of this kind tells the ends of its windows"
+    sizes = cu_seq_lens_q.diff().tolist()
+    states = [tensor[0].transpose(0, 1).split(sizes) for tensor in (query, key, value)]
+    outputs: list[torch.Tensor | None] = [None] * len(sizes)
+    for size in sorted(set(sizes)):
+        places = [index for index, other in enumerate(sizes) if other == size]
+        batch = [torch.stack([windows[index] for index in places]).transpose(1, 2) for windows in states]
+        found = F.scaled_dot_product_attention(*batch, dropout_p=dropout, scale=scaling).transpose(1, 2)
+        for index, window in zip(places, found, strict=True):
+            outputs[index] = window
+    return torch.cat([window for window in outputs if window is not None])[None], None
 
 
 def shared_flash(
@@ -214,11 +287,11 @@ def shared_flash(
     A prefix is one sequence. A question is one whose keys are gathered: its prefix, then itself. It has more keys than
     queries, and the causal rule is aligned to the end (flash-attn >= 2.1), so it sees the whole prefix and itself up
     to each token; a sliding window counts back from there. Tokens that see each other in both directions need a mask,
-    which this kernel does not take. Arguments and result as `shared_sdpa`.
+    which this kernel does not take; the few rows of a trimmed layer are computed under one too. Arguments and result as `shared_sdpa`.
     """
     layout = _active
     is_pack = layout is not None and query.shape[2] == key.shape[2] == layout.length
-    if layout is None or layout.blocks is not None or not is_pack:
+    if layout is None or layout.blocks is not None or _rows is not None or not is_pack:
         return shared_sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     index = layout.varlen(query.device)
     window = kwargs.get("sliding_window")
@@ -246,6 +319,6 @@ def varlen_attention() -> Callable[..., torch.Tensor]:
     return flash_attn_varlen_func
 
 
-for _name, _function in ((SHARED_SDPA, shared_sdpa), (SHARED_FLASH, shared_flash)):
+for _name, _function in ((SHARED_SDPA, shared_sdpa), (SHARED_FLASH, shared_flash), (SHARED_WINDOWS, shared_windows)):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, sdpa_mask)

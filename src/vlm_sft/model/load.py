@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,8 +14,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.errors import ModelError
-from vlm_sft.model.attention import SHARED_FLASH, SHARED_SDPA
+from vlm_sft.model.attention import SHARED_FLASH, SHARED_SDPA, SHARED_WINDOWS
+from vlm_sft.model.features import tower_modules
+from vlm_sft.model.norms import fuse_norms
 from vlm_sft.model.pocket import WEIGHTS
+from vlm_sft.model.trim import trim_last_layer
 
 POCKET = "pocket"
 DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -179,6 +183,8 @@ def load_model(base: Base) -> Any:
         base.name,
     )
     set_attention(model, base.function)
+    trim_last_layer(model)
+    fuse_norms(model)
     return model
 
 
@@ -192,10 +198,15 @@ def _stop_ids(path: str) -> tuple[int, ...]:
 
 
 def set_attention(model: Any, attention: str) -> None:
-    """Let the language model attend through one of our functions; the vision tower keeps a stock one."""
+    """Let the language model attend through one of our functions, and a vision tower that has windows, too."""
     vision = "flash_attention_2" if attention == SHARED_FLASH else "sdpa"
     parts = {name: vision for name in model.config.sub_configs if name != "text_config"}
     model.set_attn_implementation({**parts, "text_config": attention})
+    if vision == "sdpa":
+        for module in (part for tower in tower_modules(model).values() for part in tower.modules()):
+            if hasattr(module, "config") and "cu_seqlens" in inspect.signature(module.forward).parameters:
+                # Not by set_attn_implementation, which takes every name with "flash" for a package to import.
+                module.config._attn_implementation = SHARED_WINDOWS
 
 
 def _open(load: Callable[[], Any], name: str) -> Any:

@@ -1,6 +1,6 @@
 """The forward pass of a pack: positions, attention layout, images in, logits of supervised positions out.
 
-Imports data.collate and model.{attention,dropout,families}. The mathematics is that of separate sequences: every
+Imports data.collate and model.{attention,dropout,families,features,trim}. The mathematics is that of separate sequences: every
 question sees its own image prefix and itself, its positions restart right after the prefix, and the vocabulary
 projection runs only where a supervised token is predicted.
 """
@@ -20,6 +20,7 @@ from vlm_sft.model.attention import PackLayout, branch_mask, pack_layout
 from vlm_sft.model.dropout import dropout_keys
 from vlm_sft.model.families import PackMode, family_of, masks_for
 from vlm_sft.model.features import image_inputs, unwrap
+from vlm_sft.model.trim import is_trimmed, kept_rows
 
 _IMAGE_TYPE = 1  # token type of image tokens, in all processors that have token types
 
@@ -82,7 +83,8 @@ def dense_mask(batch: PackedBatch, mode: PackMode, window: int | None = None) ->
 def packed(batch: PackedBatch, mode: PackMode, dropout_step: int) -> Iterator[None]:
     """What must hold during the forward and the backward pass of one pack: its layout and its dropout keys."""
     layout = layout_of(batch, mode) if mode.kind == "blockwise" else None
-    with pack_layout(layout), dropout_keys(batch.keys, dropout_step):
+    rows = batch.predict if mode.shares else None
+    with pack_layout(layout), kept_rows(rows, batch.tokens), dropout_keys(batch.keys, dropout_step):
         yield
 
 
@@ -101,7 +103,7 @@ def forward(model: torch.nn.Module, batch: PackedBatch, mode: PackMode, **extra:
     extra.setdefault("use_cache", False)
     if not mode.shares:
         return model(logits_to_keep=batch.predict, **separate_inputs(model, batch), **extra)
-    config = unwrap(model).config
+    base = unwrap(model)
 
     def mask(window: int | None) -> torch.Tensor:
         if mode.kind == "dense":
@@ -111,9 +113,10 @@ def forward(model: torch.nn.Module, batch: PackedBatch, mode: PackMode, **extra:
 
     return model(
         input_ids=batch.input_ids,
-        attention_mask=masks_for(config, mask),
+        attention_mask=masks_for(base.config, mask),
         position_ids=position_ids(model, batch),
-        logits_to_keep=batch.predict,
+        # 0 keeps all: a trimmed model has nothing but these rows behind its last layer.
+        logits_to_keep=0 if is_trimmed(base) else batch.predict,
         **image_inputs(batch),
         **extra,
     )
@@ -133,5 +136,5 @@ def separate_inputs(model: torch.nn.Module, batch: PackedBatch) -> dict[str, tor
 
 def token_losses(logits: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """Cross entropy of each supervised token in nats, (S,), computed in float32 or better."""
-    scores = logits[0]
+    scores = logits.squeeze(0)
     return F.cross_entropy(scores.float() if scores.dtype != torch.float64 else scores, batch.targets, reduction="none")
