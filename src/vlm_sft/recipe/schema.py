@@ -116,6 +116,9 @@ class Recipe:
     global_batch_size: int | None = _key(
         64, "questions per optimizer step whatever the number of devices; null: per_device_train_batch_size x "
             "gradient_accumulation_steps x devices", "question-answer pairs", COUNT)
+    max_questions_per_image: int | None = _key(
+        None, "at most so many questions of one image in one optimizer step; null: no cap", "question-answer pairs",
+        COUNT)
     per_device_train_batch_size: int | None = _key(None, "questions per device in one forward pass; null: as many as "
                                                          "fit tokens_per_pack", "question-answer pairs", COUNT)
     gradient_accumulation_steps: int | None = _key(None, "forward passes per optimizer step; null: what the global "

@@ -123,6 +123,7 @@ def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], l
         run.tokens_per_pack,
         launch.world_size,
         recipe.seed,
+        max_questions_per_image=recipe.max_questions_per_image,
         max_questions_per_pack=recipe.per_device_train_batch_size,
         share_images=options.engine.share_images,
         packing=options.engine.packing,
