@@ -46,7 +46,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         "--sft_config", str(ROOT / "configs" / "sft_config_1epoch.json"), "--lora_r", "16", "--lora_alpha", "32",
         "--target_modules", "q_proj,v_proj,o_proj", "--flash_attn", "--base_model", "pocket", "--dataset", str(data),
-        "--global_batch_size", "8", "--learning_rate", "5e-3", "--eval_benchmarks", "none",
+        "--global_batch_size", "8", "--learning_rate", "2e-3", "--eval_benchmarks", "none",
         "--cache_dir", str(folder / "cache"),
     ]  # fmt: skip
 
