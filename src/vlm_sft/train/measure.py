@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable
 
@@ -59,15 +60,20 @@ def measured_rates(model: ModelShape, dtype: torch.dtype) -> Rates:
 
 
 def _seconds(work: Callable[[], object], budget: float, device: torch.device) -> float:
-    """The mean of repeated calls within a budget of seconds: what else runs on the machine counts."""
+    """The median of repeated calls within a budget of seconds.
+
+    Not the mean: while a program starts beside it, a few calls wait for a core as long as all the others take.
+    """
     work()
-    calls, began = 0, time.perf_counter()
-    while time.perf_counter() - began < budget:
+    seconds: list[float] = []
+    began = now = time.perf_counter()
+    while now - began < budget:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        calls += 1
-    return (time.perf_counter() - began) / calls
+        before, now = now, time.perf_counter()
+        seconds.append(now - before)
+    return statistics.median(seconds)
 
 
 def memory_bytes() -> int:
