@@ -45,34 +45,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--deepspeed", metavar="CONFIG",
         help="zero2, zero3 or a DeepSpeed JSON file (default: zero2 under the deepspeed launcher, else none)",
     )
-    parser.add_argument(
-        "--resume", nargs="?", const="auto", metavar="CHECKPOINT",
-        help="go on from the newest checkpoint of --output_dir that verifies, or from the folder given; with nothing "
-        "to go on from, 'auto' starts from the beginning, so it can stand in every launch line",
-    )
-    parser.add_argument(
-        "--overwrite_output_dir", action="store_true", help="start over in a folder that holds another run"
-    )
-    parser.add_argument(
-        "--allow_changes", action="store_true",
-        help="resume although recipe, data, base model or prompt are not those of the checkpoint; the differences are "
-        "listed either way",
-    )
-    parser.add_argument(
-        "--on_save_error", choices=("continue", "stop"), default="continue",
-        help="when a checkpoint cannot be written (disk full, read-only, broken): train on and try again at the next "
-        "one, or end with an error; earlier checkpoints stay as they are (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--on_bad_sample", choices=("stop", "replace"), default="stop",
-        help="when an image cannot be read during the training: end with an error that names it, or train another "
-        "sample of the same data set and record both in anomalies.jsonl (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max_bad_steps", type=int, default=3, metavar="N",
-        help="end the training after N steps in a row whose loss or gradient is not finite; each one is passed over "
-        "and its samples are named in anomalies.jsonl (default: %(default)s)",
-    )
+    _add_safety_arguments(parser)
     parser.add_argument(
         "--eval_benchmarks", metavar="SETS",
         help="benchmarks of the final evaluation, or 'none' (default: those of --dataset)",
@@ -101,6 +74,38 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_prompt_arguments(parser, "instead of what the base comes with; saved with the adapter")
     _add_engine_arguments(parser)
+
+
+def _add_safety_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of going on after a stop, and of what to do when something is broken."""
+    parser.add_argument(
+        "--resume", nargs="?", const="auto", metavar="CHECKPOINT",
+        help="go on from the newest checkpoint of --output_dir that verifies, or from the folder given; with nothing "
+        "to go on from, 'auto' starts from the beginning, so it can stand in every launch line",
+    )
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="start over in a folder that holds another run"
+    )
+    parser.add_argument(
+        "--allow_changes", action="store_true",
+        help="resume although recipe, data, base model or prompt are not those of the checkpoint; the differences are "
+        "listed either way",
+    )
+    parser.add_argument(
+        "--on_save_error", choices=("continue", "stop"), default="continue",
+        help="when a checkpoint cannot be written (disk full, read-only, broken): train on and try again at the next "
+        "one, or end with an error; earlier checkpoints stay as they are (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--on_bad_sample", choices=("stop", "replace"), default="stop",
+        help="when an image cannot be read during the training: end with an error that names it, or train another "
+        "sample of the same data set and record both in anomalies.jsonl (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_bad_steps", type=int, default=3, metavar="N",
+        help="end the training after N steps in a row whose loss or gradient is not finite; each one is passed over "
+        "and its samples are named in anomalies.jsonl (default: %(default)s)",
+    )
 
 
 def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
