@@ -123,15 +123,17 @@ class Warm:
         self._process.stdin.flush()
         pid = int(self._process.stdout.readline())
         exited = Path(f"{log}.{pid}.exit")
+        ended: list[int] = []  # asked again, a run that has ended says the same
 
         def wait(seconds: float) -> int | None:
             end = time.monotonic() + seconds
-            while time.monotonic() < end:
+            while not ended and time.monotonic() < end:
                 if exited.is_file() and (text := exited.read_text()):
                     exited.unlink()
-                    return int(text)
-                time.sleep(0.005)
-            return None
+                    ended.append(int(text))
+                else:
+                    time.sleep(0.005)
+            return ended[0] if ended else None
 
         return Started(pid, wait)
 
