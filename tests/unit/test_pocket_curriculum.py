@@ -9,9 +9,11 @@ from random import Random
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from vlm_sft.data.demo.fonts import load_font
 from vlm_sft.model.pocket import curriculum
-from vlm_sft.model.pocket.canvas import CHARACTER_CLASSES, CHARACTERS, THING_CLASSES, Canvas
+from vlm_sft.model.pocket.canvas import CHARACTER_CLASSES, CHARACTERS, THING_CLASSES, UNKNOWN, Canvas, Record
 from vlm_sft.model.pocket.tokenizer import SPECIAL_TOKENS, build_tokenizer, vocabulary
 
 FINGERPRINT = """
@@ -64,7 +66,23 @@ def test_pictures_of_a_step_have_one_size_and_questions_with_answers(name: str) 
             )
             if picture.slots is not None:
                 assert picture.slots.shape == (2, height // 8, width // 4)
-                assert picture.slots[0].max() < CHARACTER_CLASSES and picture.slots[1].max() < THING_CLASSES
+                assert picture.slots[0].max() < CHARACTER_CLASSES
+                assert picture.slots[1].max() < THING_CLASSES or (picture.slots[1] == UNKNOWN).all()
+
+
+@pytest.mark.parametrize("anchor", ["ls", "ms", "rm", "lm", "mm"])
+@pytest.mark.parametrize("degrees", [0.0, 5.0])
+def test_a_record_knows_where_the_ink_of_every_character_is(anchor: str, degrees: float) -> None:
+    image, record = Image.new("L", (160, 48), 255), Record(160, 48)
+    draw = record.pen(image)
+    draw.text((80, 24), "A8k", fill=0, font=load_font("sans", 20), anchor=anchor)
+    ink = np.asarray(image.rotate(degrees, fillcolor=255)) < 128
+    slots = record.slots(degrees)
+    assert (slots[1] == UNKNOWN).all()
+    covered = np.kron(slots[0] != 0, np.ones((8, 4), bool))
+    assert ink[covered].sum() > 0.8 * ink.sum() > 0
+    seen = [CHARACTERS[value - 1] for value in dict.fromkeys(slots[0].T.ravel()) if value]
+    assert seen == ["A", "8", "k"]
 
 
 def test_every_stage_names_known_lessons_and_stages_follow_each_other() -> None:

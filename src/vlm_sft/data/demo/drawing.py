@@ -6,6 +6,7 @@ Text and bars are drawn at the final size, because they are crisp there; lines a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from PIL import Image, ImageDraw
 
@@ -13,16 +14,18 @@ from vlm_sft.data.demo.fonts import load_font
 from vlm_sft.data.demo.layout import GAP, PAD, SWATCH, Places, place, tick_labels
 from vlm_sft.data.demo.spec import ChartSpec, Paint
 
+Pen = Callable[[Image.Image], ImageDraw.ImageDraw]
 SUPERSAMPLING = 2
 GRID = "#d9d9d9"
 AXIS = "#555555"
 
 
-def draw_chart(spec: ChartSpec) -> Image.Image:
+def draw_chart(spec: ChartSpec, pen: Pen = ImageDraw.Draw) -> Image.Image:
     """Draw a chart.
 
     Args:
         spec: what to draw, from `random_chart` or made by hand.
+        pen: makes the tool that draws on the picture; one that keeps a record of the labels can be given.
 
     Returns:
         An RGB picture of `spec.width` by `spec.height` pixels.
@@ -34,15 +37,15 @@ def draw_chart(spec: ChartSpec) -> Image.Image:
     if places is None:
         raise ValueError(f"the labels of this {spec.chart_type} do not fit {spec.width}x{spec.height} pixels")
     image = Image.new("RGB", (spec.width, spec.height), spec.style.paper)
-    draw = ImageDraw.Draw(image)
+    draw = pen(image)
     _draw_title(draw, spec)
     _draw_legend(draw, spec, places)
     if spec.chart_type == "pie":
-        _draw_pie(image, spec, places)
+        _draw_pie(image, draw, spec, places)
     elif spec.chart_type == "table":
         _draw_table(draw, spec, places)
     elif spec.chart_type == "line":
-        _draw_lines(image, spec, places)
+        _draw_lines(image, draw, spec, places)
     elif spec.chart_type == "horizontal_bar":
         _draw_horizontal_bars(draw, spec, places)
     else:
@@ -158,8 +161,7 @@ def _draw_horizontal_bars(draw: ImageDraw.ImageDraw, spec: ChartSpec, places: Pl
     draw.line((places.left, places.top, places.left, places.bottom), fill=AXIS)
 
 
-def _draw_lines(image: Image.Image, spec: ChartSpec, places: Places) -> None:
-    draw = ImageDraw.Draw(image)
+def _draw_lines(image: Image.Image, draw: ImageDraw.ImageDraw, spec: ChartSpec, places: Places) -> None:
     _draw_value_axis(draw, spec, places)
     _draw_category_labels(draw, spec, places)
     slot = (places.right - places.left) / len(spec.categories)
@@ -195,12 +197,11 @@ def _label_line(draw: ImageDraw.ImageDraw, spec: ChartSpec, places: Places, trac
         _write(draw, spec, (round(x), baseline), spec.printed(value), "ms", outline=spec.style.paper)
 
 
-def _draw_pie(image: Image.Image, spec: ChartSpec, places: Places) -> None:
+def _draw_pie(image: Image.Image, draw: ImageDraw.ImageDraw, spec: ChartSpec, places: Places) -> None:
     scale = SUPERSAMPLING
     diameter = places.right - places.left
     large = Image.new("RGB", (diameter * scale, diameter * scale), spec.style.paper)
     pen = ImageDraw.Draw(large)
-    draw = ImageDraw.Draw(image)
     angle, labels = -90.0, []
     for index, share in enumerate(spec.series[0].values):
         end = angle + share * 3.6

@@ -1,25 +1,27 @@
-"""Draws synthetic signs with Pillow. Imports signs and fonts."""
+"""Draws synthetic signs with Pillow. Imports signs, fonts and drawing."""
 
 from __future__ import annotations
 
 import numpy
 from PIL import Image, ImageDraw
 
+from vlm_sft.data.demo.drawing import Pen
 from vlm_sft.data.demo.fonts import load_font
 from vlm_sft.data.demo.signs import SignSpec
 
 
-def draw_sign(spec: SignSpec) -> Image.Image:
+def draw_sign(spec: SignSpec, pen: Pen = ImageDraw.Draw) -> Image.Image:
     """Draw a sign.
 
     Args:
         spec: what to draw, from `random_sign` or made by hand.
+        pen: makes the tool that draws on the picture, as in `draw_chart`.
 
     Returns:
         An RGB picture of `spec.width` by `spec.height` pixels.
     """
     image = Image.new("RGB", (spec.width, spec.height), spec.scene)
-    draw = ImageDraw.Draw(image)
+    draw = pen(image)
     box = (spec.margin, spec.margin, spec.width - 1 - spec.margin, spec.height - 1 - spec.margin)
     frame = spec.ink if spec.border else None
     draw.rounded_rectangle(box, spec.radius, fill=spec.board, outline=frame, width=spec.border)

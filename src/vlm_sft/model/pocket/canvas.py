@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from vlm_sft.data.demo.fonts import load_font
 from vlm_sft.data.demo.vocabulary import COLOURS
@@ -21,6 +22,7 @@ CHARACTER_CLASSES = len(CHARACTERS) + 2
 # What a coloured thing is; class 0 is "nothing", the others are every kind in every colour.
 KINDS = ("text", "circle", "rectangle", "triangle")
 THING_CLASSES = 1 + len(KINDS) * len(COLOURS)
+UNKNOWN = 255  # in a map of slots: not recorded, nothing is learned from it
 SLOT_WIDTH_PX = 4
 SLOT_HEIGHT_PX = 8
 _CLASS_OF = {character: number for number, character in enumerate(CHARACTERS, start=1)}
@@ -66,15 +68,8 @@ class Canvas:
         characters, things = (ImageDraw.Draw(one) for one in self._maps)
         font = load_font(font_name, size_px)
         ImageDraw.Draw(self.image).text((x, y), text, ink, font, anchor="ls")
-        left = x
-        for count, character in enumerate(text, start=1):
-            right = x + font.getlength(text[:count])
-            if character != " ":
-                box = (round(left), round(y - 0.8 * size_px), round(right) - 1, round(y + 0.2 * size_px))
-                if box[2] >= box[0]:
-                    characters.rectangle(box, fill=_CLASS_OF.get(character, CHARACTER_CLASSES - 1))
-                    things.rectangle(box, fill=_thing("text", name) if name else 0)
-            left = right
+        for box in _name_characters(characters, x, y, text, font):
+            things.rectangle(box, fill=_thing("text", name) if name else 0)
 
     def shape(self, kind: str, box: tuple[int, int, int, int], paint: Colour, name: str) -> None:
         """Draw a shape of KINDS that fills `box` (left, top, right, bottom), in a colour called `name`."""
@@ -98,8 +93,62 @@ class Canvas:
 
     def slots(self) -> np.ndarray:
         """The classes under the middle of every slot: (2, height / 8, width / 4) uint8, characters before things."""
-        maps = np.stack([np.asarray(one) for one in self._maps])
-        return maps[:, SLOT_HEIGHT_PX // 2 :: SLOT_HEIGHT_PX, SLOT_WIDTH_PX // 2 :: SLOT_WIDTH_PX]
+        return _middles(np.stack([np.asarray(one) for one in self._maps]))
+
+
+class Record:
+    """Makes the pens of the demo drawings (`draw_chart`, `draw_sign`) and remembers where each character is written.
+
+    Args:
+        width, height: of the picture, pixels.
+    """
+
+    def __init__(self, width: int, height: int) -> None:
+        self.characters = Image.new("L", (width, height), 0)
+
+    def pen(self, image: Image.Image) -> ImageDraw.ImageDraw:
+        """The tool that draws on `image`."""
+        return _RecordingPen(image, self.characters)
+
+    def slots(self, degrees: float = 0.0) -> np.ndarray:
+        """As `Canvas.slots`, the things UNKNOWN; `degrees` is how far the drawing was turned after it was written."""
+        turned = self.characters.rotate(degrees, Image.Resampling.NEAREST) if degrees else self.characters
+        named = _middles(np.asarray(turned))
+        return np.stack([named, np.full_like(named, UNKNOWN)])
+
+
+class _RecordingPen(ImageDraw.ImageDraw):
+    def __init__(self, image: Image.Image, characters: Image.Image) -> None:
+        super().__init__(image)
+        self._characters = ImageDraw.Draw(characters)
+
+    def text(self, xy: Any, text: Any, *arguments: Any, **named: Any) -> None:
+        super().text(xy, text, *arguments, **named)
+        font, (across, along) = named["font"], named["anchor"]
+        ascent, descent = font.getmetrics()
+        x = xy[0] - {"l": 0.0, "m": 0.5, "r": 1.0}[across] * font.getlength(text)
+        y = xy[1] + {"s": 0.0, "m": (ascent - descent) / 2}[along]
+        _name_characters(self._characters, x, y, text, font)
+
+
+def _name_characters(
+    draw: ImageDraw.ImageDraw, x: float, y: float, text: str, font: ImageFont.FreeTypeFont
+) -> list[tuple[int, int, int, int]]:
+    """Fill the box of every character of a line with its class; returns the boxes. `x`, `y`: left end, baseline."""
+    boxes, left = [], x
+    for count, character in enumerate(text, start=1):
+        right = x + font.getlength(text[:count])
+        box = (round(left), round(y - 0.8 * font.size), round(right) - 1, round(y + 0.2 * font.size))
+        if character != " " and box[2] >= box[0]:
+            draw.rectangle(box, fill=_CLASS_OF.get(character, CHARACTER_CLASSES - 1))
+            boxes.append(box)
+        left = right
+    return boxes
+
+
+def _middles(pixels: np.ndarray) -> np.ndarray:
+    """The value in the middle of every slot."""
+    return pixels[..., SLOT_HEIGHT_PX // 2 :: SLOT_HEIGHT_PX, SLOT_WIDTH_PX // 2 :: SLOT_WIDTH_PX]
 
 
 def _thing(kind: str, name: str) -> int:

@@ -1,19 +1,37 @@
-"""The chart lessons of pocket: synthetic charts under questions of our own. Imports data.demo, canvas."""
+"""The lessons of pocket on the drawings of the demo sets, under questions of our own. Imports data.demo, canvas."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 import numpy as np
 
+from vlm_sft.data.demo.asking import plain
 from vlm_sft.data.demo.charts import SIZES, random_chart
 from vlm_sft.data.demo.drawing import draw_chart
+from vlm_sft.data.demo.sign_drawing import draw_sign
+from vlm_sft.data.demo.signs import SIGN_TYPES, random_sign
+from vlm_sft.data.demo.signs import SIZES as SIGN_SIZES
 from vlm_sft.data.demo.spec import ChartSpec
-from vlm_sft.model.pocket.canvas import Picture
+from vlm_sft.model.pocket.canvas import Picture, Record
 
 CHART_SIZES = SIZES
+BOARD_SIZES = SIGN_SIZES
 Pairs = list[tuple[str, str]]
-READ_VALUE = ("Read the value of {}.", "How much has {}?", "{}?", "Give the number for {}.", "What is {}'s value?")
+READ_VALUE = (
+    "Read the value of {}.", "How much has {}?", "{}?", "Give the number for {}.", "What is {}'s value?",
+    "What value do you see for {}?", "Say the value in {}.", "What is the number for {}?", "The value at {} is?",
+)
+READ_CELL = (
+    "Read {series} at {label}.", "{label}, {series}?", "Give the number of {series} for {label}.",
+    "What value has {series} in {label}?", "How much has {series} for {label}?",
+)
+QUESTIONS = 10  # of one picture, at most
+MOST = ("highest", "largest", "greatest", "biggest")
+READ_EXTREME = ("The {} value?", "Read the {} value.", "How much is the {} one?")
+LEAST = ("lowest", "smallest", "least", "minimum")
+READ_ROLE = ("Read the {}.", "What {} is written?", "Which {} do you see?", "Give the {}.", "Tell the {}.")
 
 
 def chart(rng: Random, size: tuple[int, int]) -> Picture:
@@ -23,7 +41,30 @@ def chart(rng: Random, size: tuple[int, int]) -> Picture:
         spec = random_chart(rng)
     pairs = _single(rng, spec) if len(spec.series) == 1 else _several(rng, spec)
     pairs += _structure(rng, spec)
-    return Picture("chart", np.asarray(draw_chart(spec)), tuple(rng.sample(pairs, min(6, len(pairs)))), None)
+    record = Record(spec.width, spec.height)
+    pixels = np.asarray(draw_chart(spec, record.pen))
+    return Picture("chart", pixels, tuple(rng.sample(pairs, min(QUESTIONS, len(pairs)))), record.slots())
+
+
+def board(rng: Random, size: tuple[int, int]) -> Picture:
+    """A sign of the demo set, of one size: its lines by place and by what they are."""
+    spec = random_sign(rng)
+    while (spec.width, spec.height) != size:
+        spec = random_sign(rng)
+    whole, thing = " ".join(line.text for line in spec.lines), SIGN_TYPES[spec.sign_type].thing
+    first, last = spec.lines[0].text, spec.lines[-1].text
+    pairs = [(rng.choice(READ_ROLE).format(line.role), line.text) for line in spec.lines]
+    pairs += [
+        (rng.choice(("Read everything.", "Give the whole text.", f"Read the {thing}.")), whole),
+        (rng.choice(("Top line?", "Read the text at the top.", "Which text is at the top?")), first),
+        (rng.choice(("Bottom line?", "Read the text at the bottom.", "Which text is at the bottom?")), last),
+        (rng.choice(("Name the first word.", "What is the first word?")), whole.split()[0]),
+        (rng.choice(("Name the last word.", "What is the last word?")), whole.split()[-1]),
+    ]
+    record = Record(*size)
+    pixels = np.asarray(draw_sign(spec, record.pen))
+    chosen = tuple(rng.sample(pairs, min(QUESTIONS, len(pairs))))
+    return Picture("board", pixels, chosen, record.slots(spec.rotation_degrees))
 
 
 def _single(rng: Random, spec: ChartSpec) -> Pairs:
@@ -31,38 +72,53 @@ def _single(rng: Random, spec: ChartSpec) -> Pairs:
     table = list(zip(spec.categories, values, strict=True))
     pairs: Pairs = []
     for label, value in table:
-        pairs.append((rng.choice(READ_VALUE).format(label), spec.printed(value)))
+        pairs.append((rng.choice(READ_VALUE).format(label), plain(value)))
     label, value = rng.choice(table)
-    pairs.append((f"Which {spec.noun} has {spec.printed(value)}?", label))
+    pairs.append(
+        (
+            rng.choice((f"Which {spec.noun} has {{}}?", f"{{}} is the value of which {spec.noun}?")).format(
+                spec.printed(value)
+            ),
+            label,
+        )
+    )
     top, low = max(table, key=lambda one: one[1]), min(table, key=lambda one: one[1])
     pairs += [
-        (rng.choice((f"Name the {spec.noun} at the very top of the ranking.", f"Largest {spec.noun}?")), top[0]),
-        (rng.choice((f"Name the {spec.noun} at the end of the ranking.", f"Smallest {spec.noun}?")), low[0]),
-        ("Largest value?", spec.printed(top[1])),
-        ("Smallest value?", spec.printed(low[1])),
+        (_extreme(rng, spec, MOST), top[0]),
+        (_extreme(rng, spec, LEAST), low[0]),
+        (rng.choice(READ_EXTREME).format(rng.choice(MOST)), plain(top[1])),
+        (rng.choice(READ_EXTREME).format(rng.choice(LEAST)), plain(low[1])),
     ]
     (one, first), (other, second) = rng.sample(table, 2)
-    pairs.append((f"Does {one} exceed {other}?", "Yes" if first > second else "No"))
+    pairs.append(
+        (
+            rng.choice((f"Does {one} exceed {other}?", f"Is {one} greater than {other}?", f"Is {one} above {other}?")),
+            "Yes" if first > second else "No",
+        )
+    )
     pairs.append(
         (
             rng.choice((f"Which has more, {one} or {other}?", f"Larger: {one} or {other}?")),
             max((first, one), (second, other))[1],
         )
     )
-    pairs += [
-        (f"Colour of {label}?", paint.name) for label, paint in zip(spec.categories, spec.category_paints, strict=False)
-    ]
+    for label, paint in zip(spec.categories, spec.category_paints, strict=False):
+        pairs.append((rng.choice((f"Colour of {label}?", f"What colour has {label}?")), paint.name))
+        pairs.append((rng.choice((f"Which {spec.noun} is {paint.name}?", f"What is {paint.name}?")), label))
     return pairs
+
+
+def _extreme(rng: Random, spec: ChartSpec, words: Sequence[str]) -> str:
+    """Ask which category is the largest, or the smallest."""
+    form = rng.choice(("{word} {noun}?", "Name the {noun} that has the {word} number.", "Which {noun} is the {word}?"))
+    return form.format(noun=spec.noun, word=rng.choice(words)).capitalize()
 
 
 def _several(rng: Random, spec: ChartSpec) -> Pairs:
     pairs: Pairs = []
     for series in spec.series:
         for label, value in zip(spec.categories, series.values, strict=True):
-            form = rng.choice(
-                ("Read {series} at {label}.", "{label}, {series}?", "Give the number of {series} for {label}.")
-            )
-            pairs.append((form.format(series=series.name, label=label), spec.printed(value)))
+            pairs.append((rng.choice(READ_CELL).format(series=series.name, label=label), plain(value)))
         if series.paint is not None:
             pairs.append(
                 (
@@ -83,7 +139,9 @@ def _several(rng: Random, spec: ChartSpec) -> Pairs:
 
 def _structure(rng: Random, spec: ChartSpec) -> Pairs:
     pairs = [
-        (f"Count the {spec.plural}.", str(len(spec.categories))),
+        (
+            rng.choice((f"Count the {spec.plural}.", f"How many {spec.plural} do you see?")), str(len(spec.categories))
+        ),
         (rng.choice((f"Name the first {spec.noun}.", f"Which {spec.noun} comes first?")), spec.categories[0]),
         (rng.choice((f"Name the last {spec.noun}.", f"Which {spec.noun} comes last?")), spec.categories[-1]),
         (f"List every {spec.noun}.", " ".join(spec.categories)),

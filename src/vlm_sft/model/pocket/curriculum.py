@@ -16,7 +16,7 @@ from vlm_sft.data.demo.fonts import fonts, text_width
 from vlm_sft.data.demo.vocabulary import COLOURS
 from vlm_sft.model.pocket import words
 from vlm_sft.model.pocket.canvas import KINDS, Canvas, Colour, Picture
-from vlm_sft.model.pocket.chart_lessons import CHART_SIZES, chart
+from vlm_sft.model.pocket.chart_lessons import BOARD_SIZES, CHART_SIZES, board, chart
 
 HELD_OUT_SEED = 1_000_000
 TOKEN_AREA_PX = 16 * 16
@@ -251,6 +251,7 @@ LESSONS = {
     "shapes": Lesson(shapes, ((64, 64),), 192),
     "small chart": Lesson(chart, CHART_SIZES[:2], 400),
     "chart": Lesson(chart, CHART_SIZES, 400),
+    "board": Lesson(board, BOARD_SIZES, 240),
 }
 # From which step on, in thousands: how often each lesson comes.
 STAGES: tuple[tuple[float, dict[str, float]], ...] = (
@@ -260,6 +261,7 @@ STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (4.4, {"page": 0.7, "line": 3, "sign": 2, "listing": 2, "shapes": 2, "small chart": 1.5}),
     (5.2, {"page": 0.5, "line": 1.5, "sign": 2, "listing": 2, "shapes": 1.5, "small chart": 3}),
     (7.0, {"line": 1, "sign": 2, "listing": 1.5, "shapes": 1, "small chart": 1, "chart": 4}),
+    (8.4, {"line": 1.5, "sign": 1.5, "listing": 1.5, "shapes": 0.5, "board": 2, "small chart": 2, "chart": 3}),
 )
 
 

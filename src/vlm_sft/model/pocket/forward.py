@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from vlm_sft.model.pocket.canvas import CHARACTER_CLASSES, THING_CLASSES
+from vlm_sft.model.pocket.canvas import CHARACTER_CLASSES, THING_CLASSES, UNKNOWN
 
 SLOTS = 8
 # Most slots hold nothing; at full weight the head would learn to answer that first.
@@ -34,18 +34,19 @@ class SlotHead(nn.Module):
 
         Args:
             features: (B, N, D).
-            slots: (2, B, N, 8).
+            slots: (2, B, N, 8), characters before things; a map that names nothing adds nothing.
         """
         loss, right = features.new_zeros(()), {}
         for name, head, truth in (("characters", self.characters, slots[0]), ("things", self.things, slots[1])):
             logits = head(features).reshape(truth.numel(), -1)
             flat = truth.reshape(-1)
+            present = (flat != 0) & (flat != UNKNOWN)
+            if not present.any():
+                continue
             weight = logits.new_ones(logits.shape[1])
             weight[0] = _NONE_WEIGHT
-            loss = loss + functional.cross_entropy(logits, flat, weight=weight)
-            present = flat != 0
-            if present.any():
-                right[name] = (logits.argmax(-1) == flat)[present].float().mean().item()
+            loss = loss + functional.cross_entropy(logits, flat, weight=weight, ignore_index=UNKNOWN)
+            right[name] = (logits.argmax(-1) == flat)[present].float().mean().item()
         return loss, right
 
 
