@@ -16,7 +16,7 @@ from vlm_sft.model import prefix
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS
 from vlm_sft.model.families import PLAIN_LAYERS, PackMode
 from vlm_sft.model.features import encode_images
-from vlm_sft.model.fused import fuse_norms, fuse_patches
+from vlm_sft.model.fused import fuse_head, fuse_norms, fuse_patches
 from vlm_sft.model.load import set_attention
 from vlm_sft.model.trim import is_trimmed, kept_rows, trim_last_layer
 
@@ -151,3 +151,21 @@ def test_towers_without_windows_keep_their_function() -> None:
     set_attention(model, SHARED_SDPA)
     assert model.config.vision_config._attn_implementation == "sdpa"
     assert adapted(model).get_base_model().config.get_text_config()._attn_implementation == SHARED_SDPA
+
+
+@pytest.mark.parametrize("rows", [1, 2, 32, 33])
+def test_a_head_of_few_rows_is_the_projection(rows: int) -> None:
+    model, _ = build("qwen2_5_vl")
+    head = model.lm_head
+    hidden = torch.randn(1, rows, head.in_features)
+    with torch.no_grad():
+        expected = head(hidden)
+        assert fuse_head(model) == 1
+        assert fuse_head(model) == 0  # once is enough
+        found = head(hidden)
+    assert found.shape == expected.shape
+    assert found.is_contiguous() == (rows in (1, 33))  # the others are a view of (V, rows)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    trained = head(hidden.requires_grad_())  # with gradients it is the module's own
+    trained.sum().backward()
+    assert trained.is_contiguous() and hidden.grad is not None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, DynamicLayer
 
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model import prefix
@@ -31,6 +31,34 @@ class Generated:
 
     tokens: list[list[int]]
     near_ties: list[int]
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one layer with spare room behind them: a step writes its own tokens and copies no others."""
+
+    _room: tuple[torch.Tensor, torch.Tensor]  # each (B, K, room, D)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values, (B, K, new, D), and return all of them, (B, K, L, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._room = key_states[:, :, :0], value_states[:, :, :0]
+        old, new = self.get_seq_length(), key_states.shape[2]
+        if self._room[0].shape[2] < old + new:
+            self._room = _enlarged(self._room[0], old, old + new), _enlarged(self._room[1], old, old + new)
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, old : old + new] = states
+        self.keys, self.values = (room[:, :, : old + new] for room in self._room)
+        return self.keys, self.values
+
+
+def _enlarged(room: torch.Tensor, used: int, needed: int) -> torch.Tensor:
+    """A copy of the used part of a buffer, (B, K, room, D), with space for `needed` tokens and an eighth more."""
+    larger = room.new_empty(*room.shape[:2], needed + needed // 8 + 64, room.shape[3])
+    larger[:, :, :used] = room[:, :, :used]
+    return larger
 
 
 def alone(busy: bool) -> bool:
@@ -64,7 +92,7 @@ def generate(
     device = batch.group.device
     config = prefix.unwrap(model).config.get_text_config(decoder=True)
     # A cache that knows of sliding windows forgets old tokens; behind a shared prefix the masks see to that.
-    cache = DynamicCache() if mode.shares else DynamicCache(config=config)
+    cache = Cache(layer_class_to_replicate=RoomyLayer) if mode.shares else DynamicCache(config=config)
     with prefix.packed(batch, mode, 0):
         output = prefix.forward(model, batch, mode, use_cache=True, past_key_values=cache)
     questions = len(batch.sample_ids)
@@ -95,8 +123,8 @@ def _choose(logits: torch.Tensor, near_tie: float) -> tuple[torch.Tensor, torch.
     """The best token of each row of (Q, V) logits, and whether the second best was closer than `near_tie`."""
     if not near_tie:
         return logits.argmax(-1), torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    best = logits.topk(2, dim=-1)
-    return best.indices[:, 0], best.values[:, 0] - best.values[:, 1] < near_tie
+    best = logits.max(dim=-1)
+    return best.indices, (logits > (best.values - near_tie)[:, None]).sum(dim=-1) > 1
 
 
 class _SharedSteps:

@@ -201,6 +201,8 @@ def shared_sdpa(
     layout = _active
     is_pack = layout is not None and getattr(module, "is_causal", True) and query.shape[2] == layout.length
     if layout is None or not is_pack or key.shape[2] != layout.length:
+        if attention_mask is not None and query.shape[2] < key.shape[2] and query.shape[1] > key.shape[1]:
+            return _continued(query, key, value, attention_mask, dropout, scaling), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -222,6 +224,31 @@ def shared_sdpa(
     if _rows is not None:
         return output.new_zeros(1, layout.length, *output.shape[2:]).index_copy(1, _rows, output), None
     return output.contiguous(), None
+
+
+def _continued(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, dropout: float, scale: float | None
+) -> torch.Tensor:
+    """Attention of a few tokens to a long cache that several heads share: the heads of a key are rows of one product.
+
+    Repeating the keys instead, as transformers does under a mask, would copy the whole cache in every step.
+
+    Args:
+        query: (B, H, Q, D).
+        key, value: (B, K, L, D), head h of the queries belonging to h // (H / K).
+        mask: (B or 1, 1, Q, L).
+        dropout, scale: as in `shared_sdpa`.
+
+    Returns:
+        (B, Q, H, D).
+    """
+    batch, heads, length, width = query.shape
+    repeats = heads // key.shape[1]
+    rows = query.reshape(batch, key.shape[1], repeats * length, width)
+    output = F.scaled_dot_product_attention(
+        rows, key, value, attn_mask=mask.repeat(1, 1, repeats, 1), dropout_p=dropout, scale=scale
+    )
+    return output.reshape(batch, heads, length, width).transpose(1, 2).contiguous()
 
 
 def _mask_rows(mask: torch.Tensor | None, rows: torch.Tensor, size: int) -> torch.Tensor:
