@@ -1,6 +1,6 @@
 """Kills, full disks and damaged files, on the launch line; writes a record and the table of docs/RELIABILITY.md.
 
-    python bench/faults.py --kills 200 --cold 10 --ranks 6 --disk 12 --damage 20
+    python bench/faults.py --kills 200 --cold 10 --ranks 6 --deepspeed 6 --workers 6 --disk 12 --damage 20 --soak 200
 
 Every number is how many of that kind to do now; `--add` adds them to the record of earlier calls.
 """
@@ -13,8 +13,10 @@ import json
 import os
 import random
 import shutil
+import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,13 @@ from tests.faults.damage import FAULTS, damage_everything, starve
 from tests.faults.harness import (
     MOMENTS,
     Reference,
+    Started,
     Tally,
     Warm,
     arguments,
     make_place,
     start_cold,
+    start_deepspeed,
     start_ranks,
     torture,
 )  # fmt: skip
@@ -39,6 +43,9 @@ RECORD = RESULTS / "faults.json"
 PAGE = ROOT / "docs" / "RELIABILITY.md"
 KILLS_A_TRAINING = 5
 # In the order in which a training comes by them; "finishing" comes once.
+STEPS_A_KILL = 8  # of the soak: about as many as a run takes until it is killed
+FEW = 20  # runs whose memory is compared with that of the last ones
+SOAK = "one process, one folder (soak)"
 COURSE = ("caching", "training", "saving", "evaluating", "sealing", "rotating", "anywhere", "finishing")
 
 
@@ -48,6 +55,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=0, help="SIGKILLs of runs forked from a warm process")
     parser.add_argument("--cold", type=int, default=0, help="SIGKILLs of runs started by the launch line itself")
     parser.add_argument("--ranks", type=int, default=0, help="SIGKILLs of runs on two ranks under torchrun")
+    parser.add_argument("--deepspeed", type=int, default=0, help="SIGKILLs of runs on two ranks under DeepSpeed")
+    parser.add_argument("--soak", type=int, default=0, help="SIGKILLs of one long training in one folder")
     parser.add_argument("--workers", type=int, default=0, help="SIGKILLs of runs with two loader workers")
     parser.add_argument("--disk", type=int, default=0, help="full and read-only disks; needs the right to mount")
     parser.add_argument("--damage", type=int, default=0, help="changed bytes in every file that is read back")
@@ -78,21 +87,26 @@ def _carry_out(args: argparse.Namespace, place: Path, record: dict[str, Any]) ->
             ("one process, forked", args.kills, warm.start, ()),
             ("one process, launch line", args.cold, start_cold, ()),
             # Ranks that share out the images compute vision features in other batches, with other roundings.
-            ("two ranks, torchrun", args.ranks, start_ranks, ("--cache_dir", str(place / "cache"))),
+            ("two ranks, torchrun", args.ranks, start_ranks, _shared_cache(place)),
+            ("two ranks, deepspeed", args.deepspeed, start_deepspeed, _shared_cache(place)),
             ("two loader workers, forked", args.workers, warm.start, ("--dataloader_num_workers", "2")),
         )
         for name, kills, begin, more in parts:
             tally = Tally()
-            expected = _ranks_reference(place) if begin is start_ranks and kills else reference
+            several = begin in (start_ranks, start_deepspeed)
+            expected = _reference_of(begin, place, "reference_ranks") if several and kills else reference
             while sum(tally.kills.values()) < kills and not tally.trouble:
                 count = min(KILLS_A_TRAINING, kills - sum(tally.kills.values()))
-                course = COURSE[1:] if begin is start_ranks else COURSE
+                course = COURSE[1:] if several else COURSE
                 moments = sorted(rng.choices(course, k=count), key=COURSE.index)
                 folder = place / f"{name}{tally.finished}"
                 torture(begin, place, expected, moments, folder, tally, rng, more, say)
                 shutil.rmtree(folder)
                 _kept(_merged(record, name, tally))
             record = _merged(record, name, tally)
+            troubles += tally.trouble
+        if args.soak:
+            record = _merged(record, SOAK, tally := soak(warm.start, place, args.soak, rng))
             troubles += tally.trouble
         tally = Tally()
         for number in range(args.disk):
@@ -112,10 +126,24 @@ def _carry_out(args: argparse.Namespace, place: Path, record: dict[str, Any]) ->
     return record, troubles
 
 
-def _ranks_reference(place: Path) -> Reference:
-    """Two ranks round otherwise than one: they are compared with an uninterrupted run on two ranks."""
-    output = place / "reference_ranks"
-    if start_ranks(arguments(place, output), place / "log").wait(300) != 0:
+def soak(begin: Callable[[list[str], Path], Started], place: Path, kills: int, rng: random.Random) -> Tally:
+    """Kill one long training so many times, in one folder, with nobody looking after it."""
+    tally, steps = Tally(), ("--max_steps", str(kills * STEPS_A_KILL))
+    reference = _reference_of(begin, place, "reference_soak", *steps)
+    moments = ["anywhere"] * kills
+    torture(begin, place, reference, moments, place / "soak", tally, rng, (*steps, *_shared_cache(place)), say)
+    return tally
+
+
+def _shared_cache(place: Path) -> tuple[str, str]:
+    return "--cache_dir", str(place / "cache")
+
+
+def _reference_of(begin: Callable[[list[str], Path], Started], place: Path, name: str, *more: str) -> Reference:
+    """An uninterrupted run as `begin` starts it: two ranks round otherwise than one."""
+    output = place / name
+    shutil.rmtree(output, ignore_errors=True)
+    if begin(arguments(place, output, *more), place / "log").wait(1800) != 0:
         sys.exit((place / "log").read_text())
     return Reference.of(output)
 
@@ -138,6 +166,7 @@ def _merged(record: dict[str, Any], name: str, tally: Tally) -> dict[str, Any]:
                         for key in old["kills"] | new["kills"]}  # fmt: skip
         for key in ("finished", "identical", "left_over"):
             new[key] += old[key]
+        new["peaks_mib"] = old.get("peaks_mib", []) + new["peaks_mib"]
         new["trouble"] = old["trouble"] + new["trouble"]
         new["most_lost_steps"] = max(old["most_lost_steps"], new["most_lost_steps"])
     return record | {"parts": record["parts"] | {name: new}}
@@ -158,6 +187,13 @@ def table(record: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {kills} | {sum(part['kills'].values())} | {part['finished']} | {part['identical']} | "
             f"{part['most_lost_steps']} |"
+        )
+    peaks = record["parts"].get(SOAK, {}).get("peaks_mib", [])
+    if len(peaks) >= 2 * FEW:
+        lines.append("")
+        lines.append(
+            f"Peak memory of a run in the soak: median {statistics.median(peaks[:FEW]):,.0f} MiB over the first {FEW} "
+            f"kills, {statistics.median(peaks[-FEW:]):,.0f} MiB over the last {FEW} of {len(peaks)}."
         )
     disk = record["parts"].get("disk")
     if disk:

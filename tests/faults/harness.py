@@ -6,10 +6,12 @@ process that has imported the libraries already and forks: the child runs the sa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,18 +66,28 @@ def arguments(place: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def descendants(pid: int) -> list[int]:
+    """Ids of the processes below a process."""
+    try:
+        own = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return own + [one for child in own for one in descendants(child)]
+
+
 class Started:
     """A started run."""
 
     def __init__(self, pid: int, wait: Callable[[float], int | None]) -> None:
         self.pid, self.wait = pid, wait
+        self.peak_mib: int | None = None  # of memory, once it has ended; known of forked runs
 
     def kill(self) -> None:
-        """SIGKILL to the whole process group."""
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        """SIGKILL to the whole process group, and to what a launcher has started in other groups."""
+        below = descendants(self.pid)
+        for end, pid in ((os.killpg, self.pid), *((os.kill, one) for one in below)):
+            with contextlib.suppress(ProcessLookupError):
+                end(pid, signal.SIGKILL)
 
 
 def start(command: list[str], log: Path) -> Started:
@@ -106,6 +118,16 @@ def start_ranks(flags: list[str], log: Path) -> Started:
                   *flags], log)  # fmt: skip
 
 
+def start_deepspeed(flags: list[str], log: Path) -> Started:
+    """The launch line on two ranks under DeepSpeed, ZeRO-2."""
+    launcher = Path(sys.executable).parent / "deepspeed"
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    return start([str(launcher), "--num_gpus=2", f"--master_port={port}", str(SCRIPT), *flags, "--deepspeed", "zero2"],
+                 log)  # fmt: skip
+
+
 class Warm:
     """A process with the libraries imported, that forks a run in a fraction of a second."""
 
@@ -130,12 +152,15 @@ class Warm:
             while not ended and time.monotonic() < end:
                 if exited.is_file() and (text := exited.read_text()):
                     exited.unlink()
-                    ended.append(int(text))
+                    code, peak_kib = map(int, text.split())
+                    ended.append(code)
+                    started.peak_mib = peak_kib // 1024
                 else:
                     time.sleep(0.005)
             return ended[0] if ended else None
 
-        return Started(pid, wait)
+        started = Started(pid, wait)
+        return started
 
     def close(self) -> None:
         """End the process."""
@@ -217,6 +242,7 @@ class Tally:
     trouble: list[str] = field(default_factory=list)
     most_lost_steps: int = 0
     left_over: int = 0
+    peaks_mib: list[int] = field(default_factory=list)
 
     def count(self, moment: str) -> None:
         """One more kill at a moment."""
@@ -283,6 +309,8 @@ def torture(
         if moment and await_moment(moment, output, cache, run, rng):
             run.kill()
             run.wait(30)
+            if run.peak_mib:
+                tally.peaks_mib.append(run.peak_mib)
             newest = check_folder(output, tally, newest)
             tally.count(moment)
             tell(f"killed while {moment}; newest checkpoint {newest}")

@@ -17,6 +17,7 @@ import pytest
 
 from tests import tiny_models
 from tests.faults import training
+from tests.faults.harness import descendants
 from tests.faults.test_workers import alive
 from tests.questions import questions
 from vlm_sft.artifacts import read_jsonl
@@ -70,14 +71,6 @@ def wait_for_step(output: Path, step: int, run: subprocess.Popen[str]) -> None:
             return
         time.sleep(0.1)
     raise AssertionError("the training does not get there")
-
-
-def descendants(pid: int) -> list[int]:
-    try:
-        own = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-    return own + [one for child in own for one in descendants(child)]
 
 
 def ranks_of(pid: int) -> list[int]:

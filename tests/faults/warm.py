@@ -34,9 +34,9 @@ def child(order: dict[str, Any]) -> None:
 
 
 def reap(pid: int, path: Path) -> None:
-    """Wait for a run and write down how it ended."""
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    path.with_suffix(".writing").write_text(str(status))
+    """Wait for a run and write down how it ended, and its peak memory in KiB."""
+    _, status, used = os.wait4(pid, 0)
+    path.with_suffix(".writing").write_text(f"{os.waitstatus_to_exitcode(status)} {used.ru_maxrss}")
     os.replace(path.with_suffix(".writing"), path)
 
 
