@@ -44,7 +44,7 @@ def questions(seed: int, count: int, size: tuple[int, int] = (72, 56)) -> list[S
 
 def adapted(model: Any, seed: int = 1, dropout: float = 0.0) -> Any:
     """The model with LoRA of rank 4 on q, v and o whose B matrices are not zero, so that A gets gradients too."""
-    targets = resolve_targets(model, ["q_proj", "v_proj", "o_proj"])
+    targets = resolve_targets(model, tiny_models.targets(model))
     wrapped = add_lora(model, targets, r=4, alpha=8, dropout=dropout, seed=seed, base_name="tiny")
     torch.manual_seed(seed)
     with torch.no_grad():

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoProcessor,
     CLIPImageProcessor,
@@ -24,7 +23,6 @@ from transformers import (
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -45,13 +43,11 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
+from tests import tiny_models_more
+from tests.tiny_models_parts import QWEN_TEMPLATE, byte_tokenizer, llama_text, siglip, token_ids
+
 QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
                "<|image_pad|>", "<|video_pad|>"]
-QWEN_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SMOL_TOKENS = ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", "<pad>",
                *(f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5))]
 SMOL_TEMPLATE = (
@@ -79,15 +75,6 @@ PALIGEMMA_TEMPLATE = (
 )
 
 
-def byte_tokenizer(special: list[str], **kwargs: Any) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges."""
-    vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=special, **kwargs)
-
-
 def _qwen_processor(kind: type) -> Any:
     tokenizer = byte_tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     size = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 64}
@@ -109,12 +96,8 @@ def _qwen_text(vocab: int) -> dict[str, Any]:
     }
 
 
-def _ids(tokenizer: Any, **tokens: str) -> dict[str, int]:
-    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
-
-
 def _qwen_ids(tokenizer: Any) -> dict[str, int]:
-    return _ids(
+    return token_ids(
         tokenizer, image_token_id="<|image_pad|>", video_token_id="<|video_pad|>",
         vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>",
     )
@@ -155,7 +138,7 @@ def smolvlm() -> tuple[Any, Any]:
         image_seq_len=4, chat_template=SMOL_TEMPLATE,
     )
     config = SmolVLMConfig(
-        text_config=_llama_text(tokenizer),
+        text_config=llama_text(tokenizer),
         vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
                        "image_size": 56, "patch_size": 14},
         scale_factor=2, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=tokenizer.pad_token_id,
@@ -169,7 +152,7 @@ def idefics3() -> tuple[Any, Any]:
     images = Idefics3ImageProcessor(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
     processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=SMOL_TEMPLATE)
     config = Idefics3Config(
-        text_config=_llama_text(tokenizer),
+        text_config=llama_text(tokenizer),
         vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
                        "image_size": 56, "patch_size": 14},
         scale_factor=2, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
@@ -207,25 +190,12 @@ def llava() -> tuple[Any, Any]:
         chat_template=LLAVA_TEMPLATE,
     )
     config = LlavaConfig(
-        text_config=_llama_text(tokenizer),
+        text_config=llama_text(tokenizer),
         vision_config={"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48,
                        "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 42, "patch_size": 14},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     return LlavaForConditionalGeneration(config), processor
-
-
-def _llama_text(tokenizer: Any) -> dict[str, Any]:
-    return {
-        "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _siglip(image_size: int) -> dict[str, Any]:
-    return {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "image_size": image_size, "patch_size": 14, "vision_use_head": False}
 
 
 def gemma3() -> tuple[Any, Any]:
@@ -243,8 +213,8 @@ def gemma3() -> tuple[Any, Any]:
             "query_pre_attn_scalar": 16, "pad_token_id": tokenizer.pad_token_id,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
-        vision_config=_siglip(56), mm_tokens_per_image=4,
-        **_ids(tokenizer, image_token_index="<image_soft_token>", boi_token_index="<start_of_image>",
+        vision_config=siglip(56), mm_tokens_per_image=4,
+        **token_ids(tokenizer, image_token_index="<image_soft_token>", boi_token_index="<start_of_image>",
                eoi_token_index="<end_of_image>"),
     )
     return Gemma3ForConditionalGeneration(config), processor
@@ -263,7 +233,7 @@ def paligemma() -> tuple[Any, Any]:
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
             "pad_token_id": tokenizer.pad_token_id,
         },
-        vision_config=_siglip(42) | {"projection_dim": 64}, projection_dim=64,
+        vision_config=siglip(42) | {"projection_dim": 64}, projection_dim=64,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     return PaliGemmaForConditionalGeneration(config), processor
@@ -271,8 +241,13 @@ def paligemma() -> tuple[Any, Any]:
 
 FAMILIES = {
     "qwen2_5_vl": qwen2_5_vl, "qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl, "smolvlm": smolvlm, "idefics3": idefics3,
-    "llava": llava, "gemma3": gemma3, "paligemma": paligemma,
+    "llava": llava, "gemma3": gemma3, "paligemma": paligemma, **tiny_models_more.FAMILIES,
 }
+
+
+def targets(model: Any) -> list[str]:
+    """Names of the modules that LoRA goes to: queries, values and outputs of attention."""
+    return ["q_proj", "v_proj", "out_proj" if model.config.model_type == "lfm2_vl" else "o_proj"]
 
 
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:

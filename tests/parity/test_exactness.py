@@ -27,7 +27,7 @@ from vlm_sft.model.load import is_blockwise, set_attention
 from vlm_sft.model.sharing import choose_mode
 from vlm_sft.model.trim import trim_last_layer
 
-SHARING = [family for family in FAMILIES if family != "paligemma"]
+SHARING = [family for family in FAMILIES if not families.FAMILIES[family].reason]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 SIZES = ((72, 56), (56, 56), (100, 60))  # pixels of the three pictures
 COUNTS = (10, 4, 2)  # their questions

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import tiny_models_more
 from tests.questions import questions, tiny
 from tests.tiny_models import FAMILIES
 from vlm_sft.data.cache import DataCache
@@ -21,7 +22,8 @@ from vlm_sft.model.features import TowerUse, tower_settings, why_not
 from vlm_sft.model.load import SHARED_SDPA
 from vlm_sft.model.sharing import choose_mode
 
-SIZES = [(72, 56), (140, 90), (28, 28), (56, 300)]
+# Not (28, 28): transformers' Mistral 3 cannot compute a single picture of one visual token.
+SIZES = [(72, 56), (140, 90), (30, 28), (56, 300)]
 LARGE = 10**9
 
 
@@ -51,7 +53,7 @@ def logits(model: torch.nn.Module, batch: PackedBatch, data: PreparedData) -> to
         return prefix.forward(model, batch, mode).logits
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Threads of matrix products: with several, how the rows are divided depends on the batch, and so do last bits."""
     before = torch.get_num_threads()
@@ -60,7 +62,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+SEVERAL = [family for family in FAMILIES if family not in tiny_models_more.FAMILIES]  # are enough for several threads
+
+
+@pytest.mark.parametrize(
+    ("family", "threads"), [(f, 1) for f in FAMILIES] + [(f, 2) for f in SEVERAL], indirect=["threads"]
+)
 def test_features_are_what_the_tower_computes(family: str, threads: int, tmp_path: Path) -> None:
     model, data, cache = prepared(family, tmp_path)
     online = [logits(model, batch, data) for batch in packs(model, data)]
@@ -73,9 +80,10 @@ def test_features_are_what_the_tower_computes(family: str, threads: int, tmp_pat
     assert all(any(name.startswith(PREFIX) for name in image) for batch in batches for image in batch.tensors)
     assert not any(name.startswith("pixel_") for batch in batches for image in batch.tensors for name in image)
     # The images of a pack go through the tower together, and those of the pass too: in other batches. One thread gives
-    # the same bits; several give the same values up to rounding.
+    # the same bits; several give the same values up to rounding, and so does a tower that puts all images into one
+    # sequence (Pixtral).
     for left, right in zip(online, kept, strict=True):
-        if threads == 1:
+        if threads == 1 and family != "mistral3":
             assert torch.equal(left, right)
         else:
             torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)

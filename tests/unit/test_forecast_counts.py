@@ -22,6 +22,7 @@ from vlm_sft.forecast import counts, disk, memory
 from vlm_sft.forecast.counts import Adapter, Work
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.images import qwen_grid
+from vlm_sft.forecast.shapes import FAMILIES as SIZED
 from vlm_sft.forecast.shapes import find_published, model_shape, published_models
 from vlm_sft.forecast.time import Setting
 from vlm_sft.model import prefix
@@ -59,7 +60,7 @@ def pack_of(model: Any, encoder: Encoder) -> tuple[Any, Any, Work]:
     return collate(pack, groups), mode, work
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+@pytest.mark.parametrize("family", SIZED)
 def test_parameters_and_operations(family: str) -> None:
     model, encoder = adapted(family)
     base = model.get_base_model()

@@ -23,6 +23,8 @@ from vlm_sft.errors import ModelError
 
 # Two user texts that share no first token: what their sequences share is the part before the question.
 _PROBES = ("A", "9")
+# Width and height in pixels of pictures on which the image processor alone is held against the whole processor.
+_PROBE_SIZES = ((1201, 397), (101, 61), (64, 150))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,17 +175,33 @@ class Encoder:
         """
         pictures = _pictures(sample)
         if self._alone_is_exact:
-            alone = self.processor.image_processor(images=[pictures], return_tensors="pt")
-            return {name: alone[name] for name in self._tensor_names}
-        whole = self._process(self._probe_text(sample), pictures)
-        tensors = {name: value for name, value in whole.items() if name not in TEXT_KEYS}
+            return self._process_alone(pictures)
+        tensors = self._process_whole(sample, pictures)
         if self._alone_is_exact is None:
-            alone = self.processor.image_processor(images=[pictures], return_tensors="pt")
             self._tensor_names = tuple(tensors)
-            self._alone_is_exact = all(
-                name in alone and torch.equal(torch.as_tensor(alone[name]), value) for name, value in tensors.items()
+            # One picture may look the same in both and another not: some processors cut images into tiles, or round
+            # their sizes, in their own call only.
+            shapes = [[Image.new("RGB", size, "white")] * len(pictures) for size in _PROBE_SIZES]
+            self._alone_is_exact = self._is_same(tensors, pictures) and all(
+                self._is_same(self._process_whole(sample, blank), blank) for blank in shapes
             )
         return tensors
+
+    def _process_whole(self, sample: Sample, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """What the processor makes of pictures in a conversation like the sample's, without the text."""
+        whole = self._process(self._probe_text(sample), pictures)
+        return {name: value for name, value in whole.items() if name not in TEXT_KEYS}
+
+    def _process_alone(self, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """What the image processor makes of pictures, with the settings that the processor gives it."""
+        settings = {**getattr(self.processor, "images_kwargs", {}), "return_tensors": "pt"}
+        alone = self.processor.image_processor(images=[pictures], **settings)
+        return {name: torch.as_tensor(alone[name]) for name in self._tensor_names if name in alone}
+
+    def _is_same(self, tensors: dict[str, torch.Tensor], pictures: list[Image.Image]) -> bool:
+        """Whether the image processor alone makes these tensors of these pictures."""
+        alone = self._process_alone(pictures)
+        return alone.keys() == tensors.keys() and all(torch.equal(alone[name], tensors[name]) for name in tensors)
 
     def _probe_text(self, sample: Sample) -> str:
         """A conversation with the sample's pictures and system text, and nothing else of its own."""
@@ -325,23 +343,22 @@ def _picture(image: ImageRef) -> Image.Image:
 
 def picture_sizes(sample: Sample) -> tuple[tuple[int, int], ...]:
     """Width and height of a sample's images in pixels; those that no check has measured are decoded."""
-    return tuple(
-        (image.width, image.height) if image.width else _picture(image).size
-        for image in sample.images
-    )
+    return tuple((image.width, image.height) if image.width else _picture(image).size for image in sample.images)
 
 
 def _image_token_id(processor: Any) -> int:
     """The id of the token that stands for one visual token."""
     # The tokenizer first: in Gemma 3 the processor's own token marks where an image begins.
-    for owner in (processor.tokenizer, processor):
-        value = getattr(owner, "image_token_id", None)
-        if isinstance(value, int):
-            return value
+    named = [getattr(owner, "image_token_id", None) for owner in (processor.tokenizer, processor)]
     token = getattr(processor, "image_token", None)
-    if token is None:
+    if token is not None:
+        named.append(processor.tokenizer.convert_tokens_to_ids(str(token)))
+    found = next((value for value in named if isinstance(value, int)), None)
+    if found is None:
         raise ModelError(f"{type(processor).__name__} names no image token", "use an image-text-to-text model")
-    return int(processor.tokenizer.convert_tokens_to_ids(str(token)))
+    # Molmo 2 replaces its image token by others, of which the first stands for a visual token.
+    expanded = [value for value in getattr(processor, "image_token_ids", ()) if isinstance(value, int)]
+    return found if found in expanded or len(expanded) < 2 else expanded[0]
 
 
 def apply_pixel_bounds(processor: Any, prompt: PromptSettings) -> None:
@@ -377,4 +394,3 @@ def group_by_image(samples: Sequence[Sample]) -> list[list[Sample]]:
     for sample in samples:
         groups.setdefault((sample.image_key, sample.system), []).append(sample)
     return list(groups.values())
-

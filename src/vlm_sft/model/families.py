@@ -21,6 +21,8 @@ class Family:
     Attributes:
         reason: why its questions cannot share an image; "" where they can.
         image_blocks: the tokens of an image see each other in both directions (type 1 in the processor's token types).
+        one_block: all images of a question are one such block, whatever stands between them.
+        token_types: the model wants the processor's token types in training, whatever mask it is given.
         masks_by_layer: the model accepts a mask for each type of layer, so sliding windows can be told apart.
         answer_type: token type of an answer, where it differs from that of a prompt.
         projector: paths, below the inner model, of what turns the tower's output into embeddings.
@@ -28,6 +30,8 @@ class Family:
 
     reason: str = ""
     image_blocks: bool = False
+    one_block: bool = False
+    token_types: bool = False
     masks_by_layer: bool = False
     answer_type: int = 0
     projector: tuple[str, ...] = ("multi_modal_projector",)
@@ -41,6 +45,11 @@ FAMILIES = {
     "smolvlm": Family(projector=("connector",)),
     "idefics3": Family(projector=("connector",)),
     "llava": Family(),
+    "llava_onevision": Family(),
+    "internvl": Family(),
+    "mistral3": Family(),
+    "lfm2_vl": Family(reason="its convolutions mix the last token before a question with the first of another"),
+    "molmo2": Family(image_blocks=True, one_block=True, token_types=True),
     "gemma3": Family(image_blocks=True, masks_by_layer=True),
     "paligemma": Family(reason="its image tokens read the question", answer_type=1),
 }
@@ -57,12 +66,13 @@ class PackMode:
     Attributes:
         kind: "blockwise": one small attention problem an image, through our attention functions; "dense": one mask
             over the whole pack, for any attention function; "separate": plain transformers, one question a sequence.
-        image_blocks: as in `Family`.
+        image_blocks, one_block: as in `Family`.
         note: one line for the user where sharing is given up; "" otherwise.
     """
 
     kind: Kind = "blockwise"
     image_blocks: bool = False
+    one_block: bool = False
     note: str = ""
 
     @property
@@ -102,7 +112,7 @@ def declared_mode(config: Any, kind: Kind) -> PackMode | None:
         return separate_mode(config, family.reason)
     if others and not (family.masks_by_layer and others == {SLIDING}):
         return separate_mode(config, f"its language model has layers of {', '.join(sorted(others))}")
-    return PackMode(kind, family.image_blocks) if config.model_type in FAMILIES else None
+    return PackMode(kind, family.image_blocks, family.one_block) if config.model_type in FAMILIES else None
 
 
 def separate_mode(config: Any, reason: str) -> PackMode:

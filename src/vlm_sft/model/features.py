@@ -25,6 +25,7 @@ from vlm_sft.data.store import Record
 from vlm_sft.model.families import family_of
 
 POOLED, DEEPSTACK = "pooled", "deepstack"
+_POOLED_PATCHES = "image_token_pooling"  # Molmo 2: which patches of which crop make an image token
 
 
 @dataclass
@@ -78,6 +79,11 @@ def tower_modules(model: Any) -> dict[str, torch.nn.Module]:
     }
 
 
+def loose_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Weights that belong to image features and to no module (LLaVA-OneVision: the end of a row of patches)."""
+    return dict(unwrap(model).model.named_parameters(recurse=False))
+
+
 def image_inputs(batch: PackedBatch) -> dict[str, Any]:
     """The images of a pack as arguments of the model: its features where the pack has them, else its pixels."""
     if not batch.tensors:
@@ -94,18 +100,38 @@ def image_inputs(batch: PackedBatch) -> dict[str, Any]:
 def joined_tensors(images: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Concatenate the processor's tensors of all images as one processor call on all of them would.
 
-    Tensors of rank 5 or 4 with the tile dimension second (Idefics3: (1, tiles, 3, h, w)) are joined along it and padded
-    to the largest tile; all others along the first dimension.
+    Pixels with a mask and the tile dimension second (Idefics3: (1, tiles, 3, h, w)) are joined along it, all others
+    along the first dimension. Where the images differ in another dimension, in the number of their tiles
+    (LLaVA-OneVision) or in their shape (Mistral 3), the smaller ones are padded with zeros, which the models cut off by
+    the sizes that they are given.
     """
     joined = {}
     for name in images[0]:
         values = [image[name] for image in images]
-        tiled = name in ("pixel_values", "pixel_attention_mask") and "pixel_attention_mask" in images[0]
-        if tiled:
-            height, width = (max(value.shape[dim] for value in values) for dim in (-2, -1))
-            values = [F.pad(value, (0, width - value.shape[-1], 0, height - value.shape[-2])) for value in values]
-        joined[name] = torch.cat(values, dim=1 if tiled else 0)
+        tiled = "pixel_attention_mask" in images[0] and name.startswith("pixel_") and values[0].dim() > 3
+        if name == _POOLED_PATCHES:
+            values = _counted_on(values, [image.get("pixel_values") for image in images])
+        joined[name] = _padded_cat(values, 1 if tiled else 0)
     return joined
+
+
+def _padded_cat(values: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """Concatenate along an axis, after padding all other dimensions with zeros to the largest."""
+    largest = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
+    padded = []
+    for value in values:
+        gaps = [0 if dim == axis else largest[dim] - size for dim, size in enumerate(value.shape)]
+        padded.append(F.pad(value, [side for gap in reversed(gaps) for side in (0, gap)]) if any(gaps) else value)
+    return torch.cat(padded, dim=axis)
+
+
+def _counted_on(values: Sequence[torch.Tensor], pixels: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Places of patches, -1 for none, counted over all images of a call instead of each by itself."""
+    counted, first = [], 0
+    for value, patches in zip(values, pixels, strict=True):
+        counted.append(torch.where(value >= 0, value + first, value))
+        first += 0 if patches is None else patches.shape[0] * patches.shape[1]  # (crops, patches, …)
+    return counted
 
 
 def joined_features(images: Sequence[Mapping[str, torch.Tensor]]) -> ImageFeatures:
@@ -192,10 +218,12 @@ def tower_settings(model: Any) -> dict[str, Any]:
     """All that the features of an image depend on, besides its pixels; call it inside `whole_tower`."""
     base = unwrap(model)
     digest = hashlib.sha256()
-    for path, module in tower_modules(model).items():
-        for name, value in module.state_dict().items():
-            digest.update(f"{path}.{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    values = {
+        f"{p}.{name}": value for p, part in tower_modules(model).items() for name, value in part.state_dict().items()
+    }
+    for name, value in (values | loose_parameters(model)).items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     weight = next(base.get_input_embeddings().parameters())
     vision = getattr(base.config, "vision_config", base.config)
     device = next(next(iter(tower_modules(model).values())).parameters()).device
@@ -214,6 +242,7 @@ def whole_tower(model: Any, device: str) -> Iterator[None]:
     """The tower on its device, with all of its weights in this process (ZeRO-3 shares them out among the ranks)."""
     modules = tower_modules(model)
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    parameters += loose_parameters(model).values()
     gathered: AbstractContextManager[Any] = nullcontext()
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         from deepspeed import zero

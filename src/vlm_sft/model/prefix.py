@@ -60,22 +60,25 @@ def sequence_index(batch: PackedBatch) -> torch.Tensor:
     return torch.where(batch.branch == 0, batch.offset, batch.offset + prefix_length[batch.group])
 
 
-def image_blocks(batch: PackedBatch) -> torch.Tensor:
-    """Number of the run of image tokens that a token belongs to, -1 for other tokens, (L,) int64."""
+def image_blocks(batch: PackedBatch, mode: PackMode) -> torch.Tensor | None:
+    """Number of the block of image tokens that a token belongs to, -1 for other tokens, (L,) int64; None without."""
+    if not mode.image_blocks:
+        return None
     image = batch.prefix_types == _IMAGE_TYPE
+    if mode.one_block:
+        return torch.where(image, batch.group, -1)
     starts = image & ~F.pad(image, (1, 0))[:-1]
     return torch.where(image, starts.cumsum(0) - 1, -1)
 
 
 def layout_of(batch: PackedBatch, mode: PackMode) -> PackLayout:
     """The attention layout of a pack: the ends of every image's prefix and questions."""
-    return PackLayout(batch.tokens, batch.ends, image_blocks(batch) if mode.image_blocks else None)
+    return PackLayout(batch.tokens, batch.ends, image_blocks(batch, mode))
 
 
 def dense_mask(batch: PackedBatch, mode: PackMode, window: int | None = None) -> torch.Tensor:
     """The same layout as one (1, 1, L, L) bool mask: the general path, for any attention implementation."""
-    blocks = image_blocks(batch) if mode.image_blocks else None
-    mask = branch_mask(batch.branch, sequence_index(batch), window, blocks)
+    mask = branch_mask(batch.branch, sequence_index(batch), window, image_blocks(batch, mode))
     return (mask & (batch.group[None, :] == batch.group[:, None]))[None, None]
 
 
@@ -104,6 +107,7 @@ def forward(model: torch.nn.Module, batch: PackedBatch, mode: PackMode, **extra:
     if not mode.shares:
         return model(logits_to_keep=batch.predict, **separate_inputs(model, batch), **extra)
     base = unwrap(model)
+    types = {"mm_token_type_ids": batch.prefix_types[None]} if family_of(base.config).token_types else {}
 
     def mask(window: int | None) -> torch.Tensor:
         if mode.kind == "dense":
@@ -117,6 +121,7 @@ def forward(model: torch.nn.Module, batch: PackedBatch, mode: PackMode, **extra:
         position_ids=position_ids(model, batch),
         # 0 keeps all: a trimmed model has nothing but these rows behind its last layer.
         logits_to_keep=0 if is_trimmed(base) else batch.predict,
+        **types,
         **image_inputs(batch),
         **extra,
     )

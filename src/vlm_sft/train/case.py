@@ -76,7 +76,8 @@ def _counted(config: Any) -> ModelShape:
     width = int(getattr(vision, "hidden_size", 0) or 1)
     layers = int(getattr(vision, "num_hidden_layers", 0) or getattr(vision, "depth", 0) or 1)
     products = sum(parameter.numel() for _, parameter in outside if parameter.dim() > 1)
-    patch = int(getattr(vision, "patch_size", 14))
+    size = getattr(vision, "patch_size", 14)
+    patch = int(size[0] if isinstance(size, list | tuple) else size)
     return ModelShape(
         config.model_type,
         TextShape(
