@@ -1,4 +1,4 @@
-"""Pictures of predictions as data addresses, within a budget of bytes. Imports Pillow and report.canvas."""
+"""Pictures of predictions, scaled; as data addresses, within a budget of bytes. Imports Pillow and report.canvas."""
 
 from __future__ import annotations
 
@@ -35,9 +35,8 @@ def thumbnail(path: Path | None) -> str | None:
     return _thumbnail(path, state.st_mtime_ns, state.st_size)
 
 
-@lru_cache(maxsize=4096)
-def _thumbnail(path: Path, changed: int, size: int) -> str | None:
-    """The address of a file in one state: a page that is served again and again encodes each picture once."""
+def scaled(path: Path) -> Image.Image | None:
+    """A picture on white, scaled down to PICTURE_SIDE_PIXELS, without its metadata; None when it cannot be decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -49,6 +48,15 @@ def _thumbnail(path: Path, changed: int, size: int) -> str | None:
     picture.thumbnail((PICTURE_SIDE_PIXELS, PICTURE_SIDE_PIXELS), Image.Resampling.LANCZOS)
     flat = Image.new("RGB", picture.size, "white")
     flat.paste(picture, mask=picture.getchannel("A"))
+    return flat
+
+
+@lru_cache(maxsize=4096)
+def _thumbnail(path: Path, changed: int, size: int) -> str | None:
+    """The address of a file in one state: a page that is served again and again encodes each picture once."""
+    flat = scaled(path)
+    if flat is None:
+        return None
     buffer = io.BytesIO()
     lossless = flat.width * flat.height <= LOSSLESS_UP_TO_PIXELS
     flat.save(buffer, "WEBP", lossless=lossless, quality=75, method=2)

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from vlm_sft.launch import Launch
 from vlm_sft.recipe.rules import Schedule
 from vlm_sft.recipe.schema import Recipe
+from vlm_sft.trackers.session import SHOWN_IN
 
 
 def training_arguments(
@@ -61,7 +62,8 @@ def training_arguments(
         ddp_find_unused_parameters=bool({"vision", "all"} & set(recipe.train)),
         ddp_backend="gloo" if launch.cpu and launch.world_size > 1 else None,
         deepspeed=launch.deepspeed,
-        report_to=[tracker for tracker in recipe.report_to if tracker != "none"] or "none",
+        # The others' integrations are made in vlm_sft.trackers.
+        report_to=[tracker for tracker in recipe.report_to if tracker not in ("none", *SHOWN_IN)] or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         # The loader begins at the right step by itself; skipping would compute every batch that is passed over.

@@ -103,7 +103,7 @@ def sizes(folder: Path) -> dict[str, int]:
             [folder / artifacts.ADAPTER_WEIGHTS, folder / artifacts.ADAPTER_CONFIG, *folder.glob("model*.safetensors")]
         ),
         "checkpoints": folder_bytes(list(folder.glob("checkpoint-*"))),
-        "logs": folder_bytes([path for path in (folder / artifacts.METRICS, folder / "runs") if path.exists()]),
+        "logs": folder_bytes([folder / name for name in (artifacts.METRICS, *artifacts.TRACKER_FOLDERS)]),
     }
 
 

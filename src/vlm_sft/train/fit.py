@@ -23,6 +23,7 @@ from vlm_sft.model.sharing import choose_mode
 from vlm_sft.model.tune import described, tune
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import versions
+from vlm_sft.trackers.session import Trackers
 from vlm_sft.train.arguments import training_arguments
 from vlm_sft.train.callbacks import LastStep, MetricsFile, Progress
 from vlm_sft.train.case import checkpoints_activations
@@ -36,7 +37,7 @@ from vlm_sft.train.trainer import PackTrainer
 from vlm_sft.train.validation import Validation, ValidationPlan
 
 
-def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling) -> bool:
+def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, trackers: Trackers) -> bool:
     """Train the adapter and save it in the run's folder; returns whether a checkpoint keeps to the guard."""
     options, recipe, launch, checkpoint = run.options, run.recipe, run.launch, run.checkpoint
     base, schedule, planner, eval_planner = plan.base, plan.schedule, plan.planner, plan.eval_planner
@@ -71,7 +72,7 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling) -
         faults=run.faults,
         callbacks=[
             Progress(planner, schedule.total_steps), *(metrics if is_main_process() else []), LastStep(schedule),
-            Clock(told),
+            Clock(told), *trackers.callbacks(),
         ],
     )
     trainer.remove_callback(PrinterCallback)

@@ -58,11 +58,11 @@ def clear_run(folder: Path) -> None:
             path.unlink()
     for path in checkpoints(folder):
         shutil.rmtree(path)
-    for name in (artifacts.EVALUATION_FOLDER, artifacts.VALIDATION_FOLDER, "runs"):
+    for name in (artifacts.EVALUATION_FOLDER, artifacts.VALIDATION_FOLDER, *artifacts.TRACKER_FOLDERS):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (
         artifacts.RUN, artifacts.RECIPE, artifacts.DATA, artifacts.LEFT_OUT, artifacts.METRICS, artifacts.RESULTS,
         artifacts.ADAPTER_WEIGHTS, artifacts.ADAPTER_CONFIG, artifacts.PROMPT, artifacts.REPORT, artifacts.GUARD,
-        artifacts.MANIFEST, artifacts.MANIFEST_CHECKSUM,
+        artifacts.MANIFEST, artifacts.MANIFEST_CHECKSUM, artifacts.TRACKERS,
     ):
         (folder / name).unlink(missing_ok=True)

@@ -20,6 +20,9 @@ from vlm_sft.launch import Launch, agree, quiet_libraries, read_launch, start_ra
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import RunRecord, device_name, now
+from vlm_sft.trackers.check import check_trackers
+from vlm_sft.trackers.session import Trackers
+from vlm_sft.trackers.tracker import INTERRUPTED
 from vlm_sft.train.checkpoints import checkpoint_step, choose_resume, tidy
 from vlm_sft.train.final import evaluate_run, report_run, sizes
 from vlm_sft.train.fit import fit
@@ -49,6 +52,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     recipe = loaded.recipe
     specs = parse_datasets(options.dataset)
     guards = check_request(recipe, specs, options.guard, options.eval_samples)
+    check_trackers(recipe.report_to)
     launch = read_launch(options.local_rank, options.deepspeed)
     claim_folder(options.output_dir, options.resume, options.overwrite)
     with RunLock(options.output_dir, wanted=is_main_process()):
@@ -77,7 +81,8 @@ def _carry_out(
     record = RunRecord(options.output_dir, _facts(options, specs, launch, checkpoint))
     signals = StopSignals(resume_line(sys.argv, launch), lambda: record.finish("interrupted"))
     run = Run(options, recipe, specs, launch, record, checkpoint, signals)
-    with signals, HostWatch(launch, signals.again, lambda reason: _lose(record, reason)) as hosts:
+    watch = HostWatch(launch, signals.again, lambda reason: _lose(record, reason))
+    with signals, _trackers(run) as trackers, watch as hosts:
         try:
             cache_before = cache_bytes(options.engine.cache_dir or default_cache_dir())
             with record.timed("data"):
@@ -87,16 +92,19 @@ def _carry_out(
             with record.timed("load"):
                 plan = prepare(run, train_samples, eval_samples, left_out)
             told = Foretelling.begin(run, plan, asked, tasks, cache_before)
+            agree(trackers.begin)
             with record.timed("train"):
-                kept = fit(run, plan, asked, told)
+                kept = fit(run, plan, asked, told, trackers)
             results = evaluate_run(run, plan, tasks)
+            trackers.conclude(record.values["steps"])
             record.update(bytes=sizes(options.output_dir))
             told.finish(plan.engine.root)
             record.finish("finished")
         except InterruptedRunError as stop:
             record.finish("interrupted")
+            trackers.close(INTERRUPTED)
             if stop.everywhere:
-                # A launcher ends the other ranks as soon as one is gone: none goes before run.json is written.
+                # A launcher ends the other ranks as soon as one is gone: none goes before all is written.
                 barrier(launch.world_size)
             raise
         except KeyboardInterrupt:
@@ -112,6 +120,7 @@ def _carry_out(
                 raise disk_error(error) from error
             raise
     report_run(options.output_dir, results)
+    trackers.tell()
     barrier(launch.world_size)
     if not kept:
         raise GuardError(
@@ -120,6 +129,13 @@ def _carry_out(
             "train less or with a lower learning rate, mix data of the guarded benchmark in, or allow more points",
         )
     return results
+
+
+def _trackers(run: Run) -> Trackers:
+    """What `report_to` names."""
+    options = run.options
+    facts = {"base_model": options.base_model, "dataset": options.dataset, "folder": str(options.output_dir)}
+    return Trackers(options.output_dir, run.recipe.to_dict(), facts, checkpoint_step(run.checkpoint), run.record.note)
 
 
 def _lose(record: RunRecord, reason: str) -> None:
