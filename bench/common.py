@@ -15,6 +15,7 @@ from vlm_sft.record import device_name, git_state, now, versions  # noqa: E402
 DATA = ROOT.parent / "shared" / "data" / "chartqa_real"
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "bench" / "README.md"
+WRITTEN = ("bench/results", "bench/README.md", "docs")  # by benchmarks that were run before
 
 
 def origin() -> dict[str, Any]:
@@ -23,7 +24,7 @@ def origin() -> dict[str, Any]:
     arguments = [f"…/{Path(word).name}" if word.startswith("/") else word for word in sys.argv[1:]]
     command = ["python", f"bench/{Path(sys.argv[0]).name}", *arguments]
     return {"schema": 1, "made": now(), "command": command, "device": device_name(), "versions": versions(),
-            "git": git_state()}  # fmt: skip
+            "git": git_state(WRITTEN)}  # fmt: skip
 
 
 def commit(result: dict[str, Any]) -> str:

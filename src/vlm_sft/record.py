@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,8 +34,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_state() -> dict[str, Any]:
-    """Hash and dirty flag of the checkout that the code runs from; nulls outside one."""
+def git_state(left_out: Sequence[str] = ()) -> dict[str, Any]:
+    """Hash and dirty flag of the checkout that the code runs from; nulls outside one.
+
+    Args:
+        left_out: paths from its root whose changes do not count, such as what a benchmark has just written.
+    """
     folder = Path(__file__).parent
 
     def git(*words: str) -> str | None:
@@ -47,7 +51,7 @@ def git_state() -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
-    status = git("status", "--porcelain")
+    status = git("status", "--porcelain", "--", ":/", *(f":/!{path}" for path in left_out))
     return {"hash": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
