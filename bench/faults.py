@@ -106,7 +106,7 @@ def _carry_out(args: argparse.Namespace, place: Path, record: dict[str, Any]) ->
             record = _merged(record, name, tally)
             troubles += tally.trouble
         if args.soak:
-            record = _merged(record, SOAK, tally := soak(warm.start, place, args.soak, rng))
+            record = _kept(_merged(record, SOAK, tally := soak(warm.start, place, args.soak, rng)))
             troubles += tally.trouble
         tally = Tally()
         for number in range(args.disk):
