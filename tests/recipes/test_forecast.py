@@ -32,7 +32,7 @@ def test_plan_says_what_training_does(setup: list[str], tmp_path: Path, capsys: 
     assert not run.exists()
     plan = json.loads(planned.read_text())
     assert "forecast (table):" in capsys.readouterr().out
-    assert main(["train", *setup, "--probe", "--output_dir", str(run)]) == 0
+    assert main(["train", *setup, "--feature_cache", "100MB", "--probe", "--output_dir", str(run)]) == 0
     record = json.loads((run / "run.json").read_text())
     counts = json.loads((run / "data.json").read_text())["train"]
     assert plan["schedule"]["steps"] == record["steps"]
@@ -56,6 +56,14 @@ def test_plan_says_what_training_does(setup: list[str], tmp_path: Path, capsys: 
     assert past["actual"]["training steps"] > 0
     assert main(["plan", *setup, "--output_dir", str(run)]) == 0
     assert "forecast (past runs):" in capsys.readouterr().out
+    # What the first run has put into the cache is not forecast again.
+    again = tmp_path / "again"
+    assert main(["train", *setup, "--feature_cache", "100MB", "--output_dir", str(again)]) == 0
+    warm = json.loads((again / "run.json").read_text())["forecast"]
+    assert {"vision features", "written already"} <= told["items"]["disk_bytes"].keys()
+    assert not {"vision features", "prepared images"} & warm["items"]["disk_bytes"].keys()
+    assert not warm["items"]["time_seconds"]["vision features"]
+    assert warm["actual"]["disk_bytes"] == pytest.approx(warm["disk_bytes"]["value"], rel=0.15)
 
 
 def test_what_surely_does_not_fit_is_refused_with_a_way_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft.forecast.calibration import DISK, MEMORY, PAST, add_past_run, from_past_runs, history_key, read_past_runs
+from vlm_sft.forecast.calibration import MEMORY, PAST, add_past_run, from_past_runs, history_key, read_past_runs
 from vlm_sft.forecast.hardware import DEVICES, device_named, find_device
 from vlm_sft.forecast.measured import GUIDE, Quality, guide_advice, guide_comparison, qualities
 from vlm_sft.forecast.pareto import pareto_front
@@ -129,12 +129,12 @@ def test_past_runs_correct_what_is_alike(tmp_path: Path) -> None:
     key = history_key("cpu", 1, "shape", {"dtype": 4})
     for ratio in (2.0, 2.2, 2.1):
         add_past_run(tmp_path, {
-            "key": key, "forecast": {"training steps": 10.0, MEMORY: 100.0, DISK: 50.0},
-            "actual": {"training steps": 10 * ratio, MEMORY: 150.0, DISK: 50.0},
+            "key": key, "forecast": {"training steps": 10.0, MEMORY: 100.0},
+            "actual": {"training steps": 10 * ratio, MEMORY: 150.0},
         })  # fmt: skip
     rows = read_past_runs(tmp_path)
     found = from_past_runs(rows, key)
-    assert found.basis == PAST and found.factors == {"training steps": 2.1, MEMORY: 1.5, DISK: 1.0}
+    assert found.basis == PAST and found.factors == {"training steps": 2.1, MEMORY: 1.5}
     other = from_past_runs(rows, history_key("cpu", 1, "another", {"dtype": 4}))
     assert other.factors == {"training steps": 2.1} and other.spread > found.spread  # type: ignore[operator]
     assert from_past_runs(rows, history_key("gpu", 1, "shape", {})).factors == {}

@@ -22,7 +22,7 @@ USED_RUNS = 5  # the newest ones that match
 TABLE, PROBE, PAST = "table", "probe", "past runs"
 PROBE_SPREAD, PAST_SPREAD, OTHER_SPREAD = 1.1, 1.15, 1.35
 SHORTEST_SECONDS = 0.05  # items below this say nothing about rates
-MEMORY, DISK = "memory", "disk"
+MEMORY = "memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Calibration:
 
     Attributes:
         basis: "table", "probe" or "past runs".
-        factors: what the seconds of an item are multiplied by; `MEMORY` for bytes beyond the process, `DISK` for bytes.
+        factors: what the seconds of an item are multiplied by; `MEMORY` for bytes beyond the process.
         spread: how far the outcome may lie from a corrected item, as a factor above 1; None for that of the rates.
         peak_bytes: the largest memory of a probe; None without one.
         note: one line for the list of assumptions.
@@ -96,9 +96,9 @@ def from_past_runs(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) ->
     scatter = 1.0
     for item in {name for row in chosen for name in row["forecast"]}:
         ratios = [ratio for row in chosen if (ratio := _ratio(row, item)) is not None]
-        if ratios and (same or item not in (MEMORY, DISK)):
+        if ratios and (same or item != MEMORY):
             factors[item] = statistics.median(ratios)
-            if len(ratios) > 1 and item not in (MEMORY, DISK):
+            if len(ratios) > 1 and item != MEMORY:
                 scatter = max(scatter, max(ratios) / factors[item], factors[item] / min(ratios))
     spread = max(PAST_SPREAD, min(scatter, OTHER_SPREAD)) if same else OTHER_SPREAD
     what = "of this shape" if same else "of other shapes"
@@ -108,6 +108,6 @@ def from_past_runs(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) ->
 def _ratio(row: Mapping[str, Any], item: str) -> float | None:
     """Actual over forecast of one item of a past run."""
     said, came = row["forecast"].get(item), row["actual"].get(item)
-    if not said or not came or (item not in (MEMORY, DISK) and said < SHORTEST_SECONDS and came < SHORTEST_SECONDS):
+    if not said or not came or (item != MEMORY and said < SHORTEST_SECONDS and came < SHORTEST_SECONDS):
         return None
     return float(came) / float(said)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm_sft.forecast import calibration as calibrated
 from vlm_sft.forecast import disk, memory
-from vlm_sft.forecast.calibration import DISK, MEMORY, PROBE, TABLE, Calibration
+from vlm_sft.forecast.calibration import MEMORY, PROBE, TABLE, Calibration
 from vlm_sft.forecast.counts import EpochWork, Work, tower_flops, training_flops
 from vlm_sft.forecast.memory import Ranks
 from vlm_sft.forecast.time import (
@@ -313,7 +313,7 @@ def forecast(case: Case, calibration: Calibration) -> Forecast:
     peak = sum(bytes_held.values())
     memory_spread = MEMORY_SPREAD[calibration.basis]
     process = bytes_held.get("process", 0.0)
-    stored = {item: value * calibration.factor(DISK) for item, value in disk_items(case).items()}
+    stored = disk_items(case)  # counted, not estimated: nothing that past runs could correct
     extra = stored.pop(ONE_MORE, 0.0)
     kept = sum(stored.values())
     return Forecast(
@@ -359,15 +359,10 @@ def history_row(case: Case, key: Mapping[str, Any], actual: Mapping[str, float])
     Args:
         case: the run.
         key: from `history_key`.
-        actual: seconds by item, and bytes under `MEMORY` (beyond the process) and `DISK`.
+        actual: seconds by item, and bytes beyond the process under `MEMORY`.
     """
     held = memory_items(case)
-    stored = disk_items(case)
-    stored.pop(ONE_MORE, None)
-    said = time_items(case) | {
-        MEMORY: sum(held.values()) - held.get("process", 0.0),
-        DISK: sum(stored.values()),
-    }
+    said = time_items(case) | {MEMORY: sum(held.values()) - held.get("process", 0.0)}
     return {"key": dict(key), "forecast": said, "actual": dict(actual)}
 
 

@@ -331,7 +331,7 @@ class Kept:
             except (RunError, KeyError, TypeError):
                 continue
             own = {name: value for name, value in self.settings.items() if name != "versions"}
-            if all(str(settings.get(name)) == str(value) for name, value in own.items()):
+            if settings_key(own) == settings_key({name: settings.get(name) for name in own}):  # as JSON: () is []
                 found |= _keys(marker.parent)
         return found
 

@@ -20,7 +20,6 @@ from vlm_sft.errors import ForecastError, RunError
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.forecast import run as forecasts
 from vlm_sft.forecast.calibration import (
-    DISK,
     MEMORY,
     Calibration,
     add_past_run,
@@ -179,11 +178,7 @@ class Foretelling:
         self._record({**actual, "items": {"time_seconds": rounded}})
         for line in outcome(self.found, actual):
             say(line)
-        measured = {
-            **self.seconds,
-            MEMORY: actual["peak_bytes"] - self.case.process_bytes,
-            DISK: float(actual["disk_bytes"]),
-        }
+        measured = {**self.seconds, MEMORY: actual["peak_bytes"] - self.case.process_bytes}
         rates = self.case.setting.rates
         row = forecasts.history_row(self.case, self.key, measured)
         row["rates"] = {"flops": rates.flops, "bandwidth": rates.bandwidth, "launch": rates.launch}
