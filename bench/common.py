@@ -15,7 +15,8 @@ from vlm_sft.record import device_name, git_state, now, versions  # noqa: E402
 DATA = ROOT.parent / "shared" / "data" / "chartqa_real"
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "bench" / "README.md"
-WRITTEN = ("bench/results", "bench/README.md", "docs", "src/vlm_sft/forecast/measured")  # by benchmarks that were run before
+# By benchmarks that were run before.
+WRITTEN = ("bench/results", "bench/README.md", "docs", "src/vlm_sft/forecast/measured")
 
 
 def origin() -> dict[str, Any]:

@@ -118,14 +118,18 @@ def start_ranks(flags: list[str], log: Path) -> Started:
                   *flags], log)  # fmt: skip
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def start_deepspeed(flags: list[str], log: Path) -> Started:
     """The launch line on two ranks under DeepSpeed, ZeRO-2."""
     launcher = Path(sys.executable).parent / "deepspeed"
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    return start([str(launcher), "--num_gpus=2", f"--master_port={port}", str(SCRIPT), *flags, "--deepspeed", "zero2"],
-                 log)  # fmt: skip
+    several = [str(launcher), "--num_gpus=2", f"--master_port={free_port()}", str(SCRIPT)]
+    return start([*several, *flags, "--deepspeed", "zero2"], log)
 
 
 class Warm:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from tests.faults import training
+from tests.faults.harness import free_port
 from tests.questions import questions, tiny
 from vlm_sft.data.collate import collate
 from vlm_sft.data.packing import Bundle
@@ -238,12 +238,6 @@ def test_what_never_fits_ends_with_advice(data: PreparedData, tmp_path: Path, mo
         made.train()
     assert "step 1" in str(caught.value) and "--gradient_checkpointing" in str(caught.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in training.weights(made).items())
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("zero2", marks=training.full), "zero3"])

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import pytest
 
 from tests import tiny_models
 from tests.faults import training
-from tests.faults.harness import descendants
+from tests.faults.harness import descendants, free_port
 from tests.faults.test_workers import alive
 from tests.questions import questions
 from vlm_sft.artifacts import read_jsonl
@@ -173,9 +172,7 @@ def test_before_the_training_a_signal_ends_the_run(line: list[str], tmp_path: Pa
 
 
 def port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"--master_port={free.getsockname()[1]}"
+    return f"--master_port={free_port()}"
 
 
 @pytest.mark.parametrize(

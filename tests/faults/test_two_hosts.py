@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.faults.harness import make_place
+from tests.faults.harness import free_port, make_place
 from tests.two_hosts import ROOT, TwoHosts, await_file, two_hosts
 
 STEPS = 8
@@ -41,12 +40,6 @@ def flags(place: Path, output: Path, steps: str, save_steps: str = "2") -> list[
         "--save_total_limit", "2", "--load_best_model_at_end", "false", "--eval_benchmarks", "none",
         "--report_to", "none", "--ignore_forecast",
     ]  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_two_hosts_give_the_adapter_of_one(hosts: TwoHosts, place: Path, tmp_path: Path) -> None:

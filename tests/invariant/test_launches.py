@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.faults.harness import free_port
 from tests.questions import questions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,12 +23,6 @@ BIN = Path(sys.executable).parent
 IMAGES, PER_IMAGE = 7, 3  # three steps of eight questions, the last with five
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
