@@ -17,6 +17,7 @@ class VlmSftError(ValueError):
 
     exit_code = 2
     label = "error"  # what the command line calls it
+    everywhere = False  # whether all ranks of a run raise it together
 
     def __init__(self, what: str, fix: str = "") -> None:
         self.what = what
@@ -48,6 +49,7 @@ class GuardError(VlmSftError):
     """A finished training no checkpoint of which keeps to its guard; everything is on disk."""
 
     exit_code = 3
+    everywhere = True
 
 
 class ForecastError(VlmSftError):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,8 +140,33 @@ def pack_tokens(launch: Launch) -> int:
     return CPU_PACK_TOKENS if launch.cpu else GPU_PACK_TOKENS
 
 
-def start_ranks(launch: Launch) -> None:
-    """Connect the ranks."""
+@contextmanager
+def connected(launch: Launch) -> Iterator[None]:
+    """Connect the ranks while the block runs.
+
+    At an end that all ranks come to together they part in order. The threads of a process group that is still open
+    when the interpreter goes may end a process with SIGABRT, although all its work is done.
+    """
+    ours = not torch.distributed.is_initialized()
+    _connect(launch)
+    try:
+        yield
+    except VlmSftError as error:
+        if ours and error.everywhere:
+            _part()
+        raise
+    if ours:
+        _part()
+
+
+def _part() -> None:
+    """Close the process group, also one that DeepSpeed opened for a single rank."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _connect(launch: Launch) -> None:
+    """Open the process group."""
     if launch.deepspeed is not None and launch.cpu:
         # DeepSpeed would compile its own shared-memory collectives, for minutes and with a C++ compiler; gloo serves.
         import deepspeed.ops

@@ -95,7 +95,7 @@ def folder_bytes(paths: list[Path]) -> int:
 
 
 class RunRecord:
-    """run.json, kept up to date while the run goes on; only rank 0 writes.
+    """run.json, kept up to date while the run goes on, from the first `write` on; only rank 0 writes.
 
     Args:
         folder: the run's folder.
@@ -119,7 +119,6 @@ class RunRecord:
             "git": git_state(),
             "notes": [],
         }
-        self.write()
 
     def stage(self, name: str, seconds: float) -> None:
         """Add the wall seconds of one stage."""

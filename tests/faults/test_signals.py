@@ -20,8 +20,10 @@ from tests.faults.harness import descendants, free_port
 from tests.faults.test_workers import alive
 from tests.questions import questions
 from vlm_sft.artifacts import read_jsonl
+from vlm_sft.cli import main
 from vlm_sft.launch import Launch
 from vlm_sft.train.checkpoints import checkpoint_problems
+from vlm_sft.train.hosts import HostWatch
 from vlm_sft.train.signals import resume_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,6 +171,52 @@ def test_before_the_training_a_signal_ends_the_run(line: list[str], tmp_path: Pa
     assert run.returncode == 75 and "interrupted: stopped by SIGINT\n" in said, said[-2000:]
     assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
     assert list(output.glob("checkpoint-*")) == []
+
+
+@pytest.mark.parametrize("where", ["__enter__", "__exit__"])
+def test_between_two_stages_a_signal_is_recorded(
+    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    def interrupted(self: HostWatch, *_: object) -> HostWatch | None:
+        signal.raise_signal(signal.SIGTERM)
+        return self if where == "__enter__" else None
+
+    monkeypatch.setattr(HostWatch, where, interrupted)
+    output = tmp_path / "run"
+    assert main(["train", *line, "--output_dir", str(output), "--max_steps", "2"]) == 75
+    assert "interrupted: stopped by SIGTERM" in capsys.readouterr().err
+    assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_a_signal_during_the_evaluation_loses_no_answer(line: list[str], tmp_path: Path) -> None:
+    def finished(name: str) -> list[dict[str, object]]:
+        found = [tmp_path / name / "evaluation" / model / "demo_text" / "predictions.jsonl" for model in models]
+        return [{key: row[key] for key in ("id", "prediction")} for path in found for row in read_jsonl(path)]
+
+    def answered() -> int:
+        parts = (tmp_path / "run" / "evaluation" / "base").glob("demo_text/predictions.rank*.jsonl")
+        return sum(len(path.read_text().splitlines()) for path in parts)
+
+    models = ("base", "tuned")
+    wanted = [word if word != "none" or line[place - 1] != "--eval_benchmarks" else "demo_text"
+              for place, word in enumerate(line)]  # fmt: skip
+    more = ("--max_steps", "2", "--max_eval", "200")
+    whole = start([sys.executable, str(SCRIPT)], tmp_path / "whole", wanted, *more)
+    said = end(whole, 300)
+    assert whole.returncode == 0, said[-3000:]
+    run = start([sys.executable, str(SCRIPT)], tmp_path / "run", wanted, *more)
+    until = time.monotonic() + 200
+    while not answered() and time.monotonic() < until:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    said = end(run, 60)
+    assert run.returncode == 75 and "interrupted: stopped by SIGTERM" in said, said[-2000:]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    assert 0 < answered() < 200
+    again = start([sys.executable, str(SCRIPT)], tmp_path / "run", wanted, *more, "--resume", "auto")
+    said = end(again, 300)
+    assert again.returncode == 0, said[-3000:]
+    assert finished("run") == finished("whole")
 
 
 def port() -> str:

@@ -19,7 +19,7 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.data.prepared import PreparedData
 from vlm_sft.data.sample import Sample
-from vlm_sft.launch import Launch, quiet_libraries, read_launch, start_ranks
+from vlm_sft.launch import Launch, connected, quiet_libraries, read_launch
 from vlm_sft.model.adapt import add_lora, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
@@ -155,12 +155,12 @@ def spoil_loss(monkeypatch: Any, when: Callable[[int, list[str]], bool], value: 
 def on_ranks(folder: Path, parallel: str) -> None:
     """In a rank's own process: steps 2 and 4 are bad on rank 1; writes what the steps did."""
     launch = read_launch(None, parallel if parallel.startswith("zero") else None)
-    start_ranks(launch)
     patch = pytest.MonkeyPatch()
     spoil_loss(patch, lambda step, ids: launch.rank == 1 and step in (1, 3))
-    made = trainer(prepared(samples()), folder, launch=launch, budget=300)
-    seen = watch_steps(made)
-    made.train()
+    with connected(launch):
+        made = trainer(prepared(samples()), folder, launch=launch, budget=300)
+        seen = watch_steps(made)
+        made.train()
     rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
     losses = [row["loss"] for row in made.state.log_history if "loss" in row]
     value = {"moved": moved(seen), "rates": rates, "losses": losses, "names": len(seen[0])}

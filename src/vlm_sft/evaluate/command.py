@@ -16,7 +16,7 @@ from vlm_sft.evaluate.identity import identity_of
 from vlm_sft.evaluate.run import Evaluator, barrier, save_pictures
 from vlm_sft.evaluate.scoring import format_score
 from vlm_sft.evaluate.tasks import Task, benchmark_names, load_tasks, parse_token_limits
-from vlm_sft.launch import Launch, pack_tokens, quiet_libraries, read_launch, start_ranks
+from vlm_sft.launch import Launch, connected, pack_tokens, quiet_libraries, read_launch
 from vlm_sft.model.adapt import check_adapter_folder, load_adapter
 from vlm_sft.model.load import Base, find_base, load_model
 from vlm_sft.record import RunRecord, device_name
@@ -79,7 +79,12 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, object]]:
     if options.backend == "vllm":
         _check_vllm(launch)
     # Under the deepspeed launcher too: an evaluation needs no ZeRO, every rank holds the model.
-    start_ranks(launch)
+    with connected(launch):
+        return _carry_out(options, launch, limits)
+
+
+def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> dict[str, dict[str, object]]:
+    """Load, answer, score; returns as `evaluate` does."""
     base = _find_base(options)
     for note in base.notes:
         say(note)
@@ -93,6 +98,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, object]]:
     identity = identity_of(base.name, base.path, base.prompt, options.adapter)
     backend = _backend(options, base, launch)
     record = RunRecord(options.output_dir, _facts(options, launch, base))
+    record.write()
     if isinstance(backend, SharedPrefixBackend):
         _prepare(options, launch, backend, tasks, record)
     evaluator = Evaluator(backend, options.tokens_per_pack or pack_tokens(launch), launch.rank, launch.world_size)

@@ -16,7 +16,7 @@ from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
 from vlm_sft.errors import GuardError, InterruptedRunError, RunError
 from vlm_sft.evaluate.guard import Guard
 from vlm_sft.evaluate.run import barrier
-from vlm_sft.launch import Launch, agree, quiet_libraries, read_launch, start_ranks
+from vlm_sft.launch import Launch, agree, connected, quiet_libraries, read_launch
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import RunRecord, device_name, now
@@ -55,8 +55,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     check_trackers(recipe.report_to)
     launch = read_launch(options.local_rank, options.deepspeed)
     claim_folder(options.output_dir, options.resume, options.overwrite)
-    with RunLock(options.output_dir, wanted=is_main_process()):
-        start_ranks(launch)
+    with RunLock(options.output_dir, wanted=is_main_process()), connected(launch):
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
         _announce(options, launch, loaded.notes, checkpoint)
         return _carry_out(options, recipe, specs, guards, launch, checkpoint)
@@ -81,43 +80,16 @@ def _carry_out(
     record = RunRecord(options.output_dir, _facts(options, specs, launch, checkpoint))
     signals = StopSignals(resume_line(sys.argv, launch), lambda: record.finish("interrupted"))
     run = Run(options, recipe, specs, launch, record, checkpoint, signals)
-    watch = HostWatch(launch, signals.again, lambda reason: _lose(record, reason))
-    with signals, _trackers(run) as trackers, watch as hosts:
+    trackers = _trackers(run)
+    hosts = HostWatch(launch, signals.again, lambda reason: _lose(record, reason))
+    with signals:
         try:
-            cache_before = cache_bytes(options.engine.cache_dir or default_cache_dir())
-            with record.timed("data"):
-                train_samples, eval_samples, left_out = load_data(specs, recipe)
-                tasks = final_tasks(run)
-                asked = validation_plan(run, guards)
-            with record.timed("load"):
-                plan = prepare(run, train_samples, eval_samples, left_out)
-            told = Foretelling.begin(run, plan, asked, tasks, cache_before)
-            agree(trackers.begin)
-            with record.timed("train"):
-                kept = fit(run, plan, asked, told, trackers)
-            results = evaluate_run(run, plan, tasks)
-            trackers.conclude(record.values["steps"])
-            record.update(bytes=sizes(options.output_dir))
-            told.finish(plan.engine.root)
-            record.finish("finished")
-        except InterruptedRunError as stop:
+            # Before the first line of run.json a signal leaves nothing behind, from there on it is recorded.
+            record.write()
+            with trackers, hosts:
+                results, kept = _watched(run, guards, trackers, hosts)
+        except InterruptedRunError:
             record.finish("interrupted")
-            trackers.close(INTERRUPTED)
-            if stop.everywhere:
-                # A launcher ends the other ranks as soon as one is gone: none goes before all is written.
-                barrier(launch.world_size)
-            raise
-        except KeyboardInterrupt:
-            record.finish("interrupted")
-            raise
-        except BaseException as error:
-            if (lost := hosts.explain(error)) is not None:
-                _lose(record, str(lost))
-                raise lost from error
-            record.note(f"{type(error).__name__}: {error}")
-            record.finish("failed")
-            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-                raise disk_error(error) from error
             raise
     report_run(options.output_dir, results)
     trackers.tell()
@@ -129,6 +101,61 @@ def _carry_out(
             "train less or with a lower learning rate, mix data of the guarded benchmark in, or allow more points",
         )
     return results
+
+
+def _watched(
+    run: Run, guards: list[Guard], trackers: Trackers, hosts: HostWatch
+) -> tuple[dict[str, Any], bool]:
+    """Carry out the stages and record how they ended; returns as `_stages` does."""
+    record = run.record
+    try:
+        return _stages(run, guards, trackers)
+    except InterruptedRunError as stop:
+        record.finish("interrupted")
+        trackers.close(INTERRUPTED)
+        if stop.everywhere:
+            # A launcher ends the other ranks as soon as one is gone: none goes before all is written.
+            barrier(run.launch.world_size)
+        raise
+    except KeyboardInterrupt:
+        record.finish("interrupted")
+        raise
+    except BaseException as error:
+        if (lost := hosts.explain(error)) is not None:
+            _lose(record, str(lost))
+            raise lost from error
+        record.note(f"{type(error).__name__}: {error}")
+        record.finish("failed")
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise disk_error(error) from error
+        raise
+
+
+def _stages(run: Run, guards: list[Guard], trackers: Trackers) -> tuple[dict[str, Any], bool]:
+    """Prepare, train, evaluate.
+
+    Returns:
+        results: as of `train`.
+        kept: whether a checkpoint keeps to the guards.
+    """
+    options, record = run.options, run.record
+    cache_before = cache_bytes(options.engine.cache_dir or default_cache_dir())
+    with record.timed("data"):
+        train_samples, eval_samples, left_out = load_data(run.specs, run.recipe)
+        tasks = final_tasks(run)
+        asked = validation_plan(run, guards)
+    with record.timed("load"):
+        plan = prepare(run, train_samples, eval_samples, left_out)
+    told = Foretelling.begin(run, plan, asked, tasks, cache_before)
+    agree(trackers.begin)
+    with record.timed("train"):
+        kept = fit(run, plan, asked, told, trackers)
+    results = evaluate_run(run, plan, tasks)
+    trackers.conclude(record.values["steps"])
+    record.update(bytes=sizes(options.output_dir))
+    told.finish(plan.engine.root)
+    record.finish("finished")
+    return results, kept
 
 
 def _trackers(run: Run) -> Trackers:

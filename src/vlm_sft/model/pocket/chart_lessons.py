@@ -47,13 +47,18 @@ def chart(rng: Random, size: tuple[int, int]) -> Picture:
 
 
 def board(rng: Random, size: tuple[int, int]) -> Picture:
-    """A sign of the demo set, of one size: its lines by place and by what they are."""
+    """A sign of the demo set, of one size: its lines by place and by what they are, answered in small letters.
+
+    TextVQA's metric knows small letters only, and so do the answers of the demo set.
+    """
     spec = random_sign(rng)
     while (spec.width, spec.height) != size:
         spec = random_sign(rng)
-    whole, thing = " ".join(line.text for line in spec.lines), SIGN_TYPES[spec.sign_type].thing
-    first, last = spec.lines[0].text, spec.lines[-1].text
-    pairs = [(rng.choice(READ_ROLE).format(line.role), line.text) for line in spec.lines]
+    lines, thing = [line.text.lower() for line in spec.lines], SIGN_TYPES[spec.sign_type].thing
+    whole, first, last = " ".join(lines), lines[0], lines[-1]
+    pairs = [
+        (rng.choice(READ_ROLE).format(line.role), text) for line, text in zip(spec.lines, lines, strict=True)
+    ]
     pairs += [
         (rng.choice(("Read everything.", "Give the whole text.", f"Read the {thing}.")), whole),
         (rng.choice(("Top line?", "Read the text at the top.", "Which text is at the top?")), first),
@@ -102,6 +107,17 @@ def _single(rng: Random, spec: ChartSpec) -> Pairs:
             max((first, one), (second, other))[1],
         )
     )
+    label, value = rng.choice(table)
+    level = rng.choice(values)
+    over = rng.random() < 0.5
+    word = rng.choice(("over", "higher than") if over else ("lower than", "smaller than"))
+    pairs += [
+        (f"Is {label} {word} {spec.printed(level)}?", "Yes" if (value > level if over else value < level) else "No"),
+        (
+            f"Count the {spec.plural} {word} {spec.printed(level)}.",
+            str(sum((one > level) if over else (one < level) for one in values)),
+        ),
+    ]
     for label, paint in zip(spec.categories, spec.category_paints, strict=False):
         pairs.append((rng.choice((f"Colour of {label}?", f"What colour has {label}?")), paint.name))
         pairs.append((rng.choice((f"Which {spec.noun} is {paint.name}?", f"What is {paint.name}?")), label))
