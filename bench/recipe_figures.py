@@ -13,6 +13,8 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from vlm_sft.report.labels import Label, name_points
+
 COLOURS = ("#1f5fbf", "#b4530a", "#2b7a3d", "#7a2b6f")
 TEXT, GRID = "#1d2530", "#d5dbe3"
 _DATA = re.compile(r"<desc>(.*?)</desc>", re.DOTALL)
@@ -52,6 +54,10 @@ def draw(data: dict[str, Any]) -> str:
         grid = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
         for axes, (name, panel) in zip(grid, panels.items(), strict=False):
             _panel(axes, name, panel)
+        handles = {text: line for axes in grid for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        for axes, panel in zip(grid, panels.values(), strict=False):
+            _name(axes, panel)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = re.sub(r"<metadata>.*?</metadata>\n?", "", buffer.getvalue(), flags=re.DOTALL)
@@ -69,9 +75,6 @@ def _panel(axes: Any, name: str, panel: dict[str, Any]) -> None:
         whiskers = [[point[3] - point[4] for point in points], [point[5] - point[3] for point in points]]
         axes.errorbar(seconds, percent, yerr=whiskers, color=colour, marker="o", markersize=5, linewidth=1.2,
                       elinewidth=1, capsize=2, label=variant)  # fmt: skip
-        for point in points:
-            axes.annotate(point[1], (point[2], point[3]), xytext=(4, 5), textcoords="offset points", fontsize=7,
-                          color=colour)  # fmt: skip
     axes.set_title(name.replace("_", " "), fontsize=10)
     axes.set_xlabel("training, seconds of wall time")
     axes.set_ylabel("accuracy, %")
@@ -80,7 +83,16 @@ def _panel(axes: Any, name: str, panel: dict[str, Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8, loc="best")
+
+
+def _name(axes: Any, panel: dict[str, Any]) -> None:
+    """Names beside the points, clear of all points, of intervals and curves where that can be."""
+    variants = list(dict.fromkeys(point[0] for point in panel["points"]))
+    colours = dict(zip(variants, COLOURS, strict=False))
+    curves = [[(seconds, low), (seconds, high)] for _, _, seconds, _, low, high in panel["points"]]
+    curves += [[(point[2], point[3]) for point in panel["points"] if point[0] == variant] for variant in variants]
+    labels = [Label(point[1], point[2], point[3], colours[point[0]]) for point in panel["points"]]
+    name_points(axes, labels, leader_colour=TEXT, curves=curves, radius=2.5, fontsize=7)
 
 
 def shown_data(path: Path) -> dict[str, Any] | None:

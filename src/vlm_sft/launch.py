@@ -87,6 +87,18 @@ def _share_cores(processes: int) -> None:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def threads_of_a_rank(launch: Launch) -> Iterator[None]:
+    """Compute with as many threads as one rank of a launch would have on this machine, while the block runs."""
+    before = torch.get_num_threads()
+    if launch.cpu and launch.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.world_size))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _require_deepspeed() -> None:
     from importlib.util import find_spec
 

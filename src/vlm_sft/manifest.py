@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,25 @@ def flush(path: Path) -> None:
     """
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError of the block say which file it is about: reads, writes and flushes leave that out.
+
+    Args:
+        path: the file that the block works on.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_manifest(folder: Path, names: Iterable[str] | None, facts: dict[str, Any]) -> dict[str, Any]:
@@ -68,12 +85,14 @@ def write_manifest(folder: Path, names: Iterable[str] | None, facts: dict[str, A
     for name in sorted(set(names) - {MANIFEST, MANIFEST_CHECKSUM}):
         path = folder / name
         flush(path)
-        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        with naming(path):
+            files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = {"schema": 1, **facts, "files": files}
     text = json_text(manifest)
     for name, content in ((MANIFEST, text), (MANIFEST_CHECKSUM, _checksum_line(text.encode()))):
         path = folder / name
-        path.write_text(content, encoding="utf-8")
+        with naming(path):
+            path.write_text(content, encoding="utf-8")
         flush(path)
     for place in {(folder / name).parent for name in files} | {folder}:
         flush(place)

@@ -29,6 +29,7 @@ SCRIPT = ROOT / "src" / "train_vlm_sft.py"
 COLOURS = ("red", "navy", "gold", "white", "black", "green", "pink", "grey")
 STEPS, SAVE_STEPS = 8, 2
 TIMES = ("time", "questions_per_second", "eval_seconds", "eval_questions_per_second", "eval_answer_seconds")
+FINISH_SECONDS = 1200  # for what is left after the last kill; a soak on a busy machine has hundreds of steps left
 
 
 def environment() -> dict[str, str]:
@@ -90,12 +91,13 @@ class Started:
                 end(pid, signal.SIGKILL)
 
 
-def start(command: list[str], log: Path) -> Started:
-    """Start a command line in its own process group."""
+def start(command: list[str], log: Path, more: dict[str, str] | None = None) -> Started:
+    """Start a command line in its own process group, with further variables in its environment."""
     stream = log.open("ab")
     process = subprocess.Popen(
-        command, env=environment(), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent
-    )
+        command, env=environment() | (more or {}), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+        cwd=log.parent,
+    )  # fmt: skip
     stream.close()
 
     def wait(seconds: float) -> int | None:
@@ -112,10 +114,10 @@ def start_cold(flags: list[str], log: Path) -> Started:
     return start([sys.executable, str(SCRIPT), *flags], log)
 
 
-def start_ranks(flags: list[str], log: Path) -> Started:
+def start_ranks(flags: list[str], log: Path, more: dict[str, str] | None = None) -> Started:
     """The launch line on two ranks."""
     return start([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT),
-                  *flags], log)  # fmt: skip
+                  *flags], log, more)  # fmt: skip
 
 
 def free_port() -> int:
@@ -133,19 +135,27 @@ def start_deepspeed(flags: list[str], log: Path) -> Started:
 
 
 class Warm:
-    """A process with the libraries imported, that forks a run in a fraction of a second."""
+    """A process with the libraries imported, that forks a run in a fraction of a second.
 
-    def __init__(self) -> None:
+    Args:
+        more: further variables in its environment.
+    """
+
+    def __init__(self, more: dict[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.warm"], env=environment(), cwd=ROOT, text=True,
+            [sys.executable, "-m", "tests.faults.warm"], env=environment() | (more or {}), cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
 
-    def start(self, flags: list[str], log: Path) -> Started:
-        """Fork a run."""
+    def start(
+        self, flags: list[str], log: Path, more: dict[str, str] | None = None,
+        settings: dict[str, float] | None = None,
+    ) -> Started:  # fmt: skip
+        """Fork a run; `more` goes into its environment, `settings` are values of constants, `module:NAME`."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"script": str(SCRIPT), "flags": flags, "log": str(log)}) + "\n")
+        order = {"script": str(SCRIPT), "flags": flags, "log": str(log), "more": more or {}, "settings": settings or {}}
+        self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         pid = int(self._process.stdout.readline())
         exited = Path(f"{log}.{pid}.exit")
@@ -165,6 +175,15 @@ class Warm:
 
         started = Started(pid, wait)
         return started
+
+    def start_ranks(
+        self, flags: list[str], log: Path, more: dict[str, str] | None = None,
+        settings: dict[str, float] | None = None,
+    ) -> list[Started]:  # fmt: skip
+        """Fork two ranks of one run, as torchrun would start them; nobody ends the second when the first is gone."""
+        both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        ranks = ({**(more or {}), **both, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1"))
+        return [self.start(flags, log, variables, settings) for variables in ranks]
 
     def close(self) -> None:
         """End the process."""
@@ -319,7 +338,9 @@ def torture(
             tally.count(moment)
             tell(f"killed while {moment}; newest checkpoint {newest}")
             continue
-        code = run.wait(300)
+        code = run.wait(FINISH_SECONDS)
+        if code is None:
+            run.kill()
         if code != 0:
             tally.trouble.append(f"exit code {code}: {log.read_text()[-1500:]}")
             return

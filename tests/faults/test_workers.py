@@ -104,7 +104,7 @@ def test_the_loss_counts_what_was_trained(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
-    data = training.prepared(stored(tmp_path, count=12))
+    data = training.prepared(stored(tmp_path, count=24))  # more than the workers have done at the kill
     expected = [asked(step) for step in loader(data, 0)]
     steps, found = loader(data, 2), []
     for number, step in enumerate(iter(steps)):
@@ -125,6 +125,9 @@ def children() -> set[int]:
     return {one for one, state in names.items() if state != "Z"}
 
 
+SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}
+
+
 class Trap:
     """Reads an image as a bad disk does: it kills the process that asks, or never answers."""
 
@@ -133,8 +136,8 @@ class Trap:
 
     def __call__(self) -> bytes:
         if os.getpid() != self.parent:
-            if self.how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
+            if self.how in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[self.how])
             time.sleep(600)
         return self.data
 
@@ -149,13 +152,16 @@ def trapped(folder: Path, how: str) -> PreparedData:
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize("how, kind", [("kill", "worker_died"), ("hang", "worker_hung"), ("read", "unreadable_image")])
+@pytest.mark.parametrize(
+    "how, kind",
+    [("kill", "worker_died"), ("hang", "worker_hung"), ("freeze", "worker_hung"), ("read", "unreadable_image")],
+)
 @pytest.mark.parametrize("replace_bad", [False, True])
 def test_an_image_that_takes_its_worker_down(
     how: str, kind: str, replace_bad: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = trapped(tmp_path, how)
-    monkeypatch.setattr(workers, "HANG_SECONDS", 1.5 if how == "hang" else 60.0)
+    monkeypatch.setattr(workers, "HANG_SECONDS", 1.5 if how in ("hang", "freeze") else 60.0)
     monkeypatch.setattr(images, "READ_SECONDS", 0.5 if how == "read" else 60.0)
     began = time.monotonic()
     found = []

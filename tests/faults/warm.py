@@ -19,6 +19,10 @@ def child(order: dict[str, Any]) -> None:
     stream = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for number in (1, 2):
         os.dup2(stream, number)
+    os.environ.update(order["more"])
+    for name, value in order["settings"].items():
+        module, _, constant = name.partition(":")
+        setattr(sys.modules[module], constant, value)
     sys.argv = [order["script"], *order["flags"]]
     code = 1
     try:

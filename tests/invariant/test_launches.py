@@ -1,4 +1,7 @@
-"""The launch line under every launcher gives one adapter: plain python, torchrun, deepspeed with ZeRO-2 and ZeRO-3."""
+"""The launch line under every launcher gives one adapter: plain python, torchrun, deepspeed with ZeRO-2 and ZeRO-3.
+
+What each run took of disk and memory is held against its forecast on the way.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from safetensors.torch import load_file
 
 from tests.faults.harness import free_port
 from tests.questions import questions
+from vlm_sft.forecast.disk import RUN_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "src" / "train_vlm_sft.py"
@@ -58,7 +63,21 @@ def launch(command: list[str], output: Path, line: list[str]) -> dict[str, torch
     assert done.returncode == 0, done.stdout[-3000:]
     facts = json.loads((output / "run.json").read_text())
     assert facts["status"] == "finished" and facts["steps"] == 3
+    assert_foretold(facts["forecast"], output)
     return load_file(output / "adapter_model.safetensors")
+
+
+def assert_foretold(told: dict[str, Any], output: Path) -> None:
+    """Bytes of checkpoints, adapter and all that is kept, and memory of the largest process, are as forecast."""
+    saved = [file for folder in output.glob("checkpoint-*") for file in folder.rglob("*") if file.is_file()]
+    disk, actual = told["items"]["disk_bytes"], told["actual"]
+    assert saved and disk["checkpoints"] == pytest.approx(sum(file.stat().st_size for file in saved), rel=0.02)
+    adapter = (output / "adapter_model.safetensors").stat().st_size
+    assert disk["adapter and records"] - RUN_BYTES == pytest.approx(adapter, rel=0.02)
+    assert told["disk_bytes"]["value"] == pytest.approx(actual["disk_bytes"], rel=0.02)
+    tolerance = 0.05 if told["basis"] == "probe" else 0.15
+    assert told["peak_bytes"]["value"] == pytest.approx(actual["peak_bytes"], rel=tolerance)
+    assert sum(actual["items"]["time_seconds"].values()) == pytest.approx(actual["time_seconds"], abs=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +100,9 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 def test_torchrun_gives_the_same_adapter(line: list[str], alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     command = [str(BIN / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}", str(SCRIPT)]
-    assert_same(launch(command, tmp_path / "run", line), alone)
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["parallel"] == "ddp"
+    assert_same(launch(command, tmp_path / "run", [*line, "--probe"]), alone)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["parallel"], facts["forecast"]["basis"]) == ("ddp", "probe")
 
 
 @needs_deepspeed

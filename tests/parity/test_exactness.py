@@ -57,7 +57,10 @@ class Case:
 
 @contextmanager
 def undiminished() -> Iterator[None]:
-    """Let no model round to float32 inside: their norms do, and then two float64 results agree to 1e-8 only."""
+    """Let no model round to float32 inside: their norms do, and then two float64 results agree to 1e-8 only.
+
+    Positions, whole numbers, are float32 then and frequencies may be float64: their product takes the wider one.
+    """
     to, narrow = torch.Tensor.to, torch.Tensor.float
 
     def keep(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -65,9 +68,14 @@ def undiminished() -> Iterator[None]:
             return tensor
         return to(tensor, *args, **kwargs)
 
+    def product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        wider = torch.promote_types(one.dtype, other.dtype)
+        return torch.matmul(to(one, wider), to(other, wider))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "to", keep)
         patch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else narrow(self))
+        patch.setattr(torch.Tensor, "__matmul__", product)
         yield
 
 

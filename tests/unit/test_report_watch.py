@@ -101,7 +101,11 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_it_ends_cleanly_on_an_interrupt(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=3)
     command = [sys.executable, "-m", "vlm_sft", "report", str(run), "--watch", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    # What a shell starts in the background ignores SIGINT, and so do its children.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         assert process.stdout is not None
         told = process.stdout.readline()

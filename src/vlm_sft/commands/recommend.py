@@ -65,6 +65,8 @@ def draw(advice: Advice, path: Path) -> None:
     """Draw quality against time with the Pareto front."""
     from matplotlib.figure import Figure
 
+    from vlm_sft.report.labels import Label, name_points
+
     choice = advice.recommendation
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -78,12 +80,18 @@ def draw(advice: Advice, path: Path) -> None:
         chosen = one.name == choice.chosen
         x, y = one.seconds / 3600, worth(one, choice.measured)
         axes.plot([x], [y], marker="D" if chosen else "o", color="#0072B2" if chosen else "#333333", linestyle="")
-        axes.annotate(one.name, (x, y), xytext=(6, 4), textcoords="offset points")
         if one.quality is not None and choice.measured:
             axes.vlines(x, one.quality.low, one.quality.high, color="#333333", linewidth=1)
     axes.set_xscale("log")
     axes.set_xlabel("forecast time (hours)")
     axes.set_ylabel("accuracy" if choice.measured else "epochs (quality is not measured)")
-    axes.legend(frameon=False)
+    axes.margins(0.08, 0.12)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    name_points(
+        axes,
+        [Label(one.name, one.seconds / 3600, worth(one, choice.measured), "#333333") for one in shown],
+        leader_colour="#999999",
+        fontsize=10,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

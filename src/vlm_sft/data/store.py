@@ -11,6 +11,7 @@ import json
 import mmap
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,9 @@ class Store:
                 continue
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 warn(f"cache: {index.with_suffix('.safetensors')} is damaged ({error}); its content is made again")
-                index.unlink(missing_ok=True)
-                index.with_suffix(".safetensors").unlink(missing_ok=True)
+                for path in (index, index.with_suffix(".safetensors")):
+                    with suppress(OSError):  # a disk that cannot be read may not be writable either
+                        path.unlink(missing_ok=True)
 
     def _open_shard(self, index: Path, needed: set[str], verify: bool) -> None:
         """Map one shard when it holds something that is needed."""

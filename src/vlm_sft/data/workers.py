@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -74,6 +75,28 @@ class _Worker:
     pipe: Connection
     given: deque[Any] = field(default_factory=deque)
     since: float = 0.0
+
+
+class _Fetch(threading.Thread):
+    """Takes an answer out of a pipe. Its tensors come from the worker itself, which may stand still by then.
+
+    Attributes:
+        done: whether `answer` is there.
+        answer: what the worker sent.
+    """
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__(daemon=True, name="data worker's answer")
+        self.done = False
+        self.answer: Any = None
+        self._pipe = pipe
+        self.start()
+
+    def run(self) -> None:
+        """Wait for it; once the worker is ended this ends too."""
+        with contextlib.suppress(EOFError, OSError, RuntimeError):
+            self.answer = self._pipe.recv()
+            self.done = True
 
 
 class WorkerPool:
@@ -144,12 +167,16 @@ class WorkerPool:
 
     def _answer(self, number: int) -> Any:
         worker = self._workers[number]
+        fetch: _Fetch | None = None
         while True:
-            ready = wait([worker.pipe, worker.process.sentinel], timeout=LOOK_SECONDS)
-            if worker.pipe in ready:
-                try:
-                    return worker.pipe.recv()
-                except (EOFError, OSError, RuntimeError):  # its tensors cannot be fetched from a dead process
+            if fetch is None:
+                ready = wait([worker.pipe, worker.process.sentinel], timeout=LOOK_SECONDS)
+                fetch = _Fetch(worker.pipe) if worker.pipe in ready else None
+            if fetch is not None:
+                fetch.join(LOOK_SECONDS)
+                if fetch.done:
+                    return fetch.answer
+                if not fetch.is_alive():  # its tensors cannot be fetched from a dead process
                     worker.process.join(LOOK_SECONDS)
             if not worker.process.is_alive():
                 image = int(self._steps.at[number, 0])

@@ -1,4 +1,4 @@
-"""Bytes that a run writes: checkpoints, adapter, evaluation, logs, caches. Imports counts and memory; pure.
+"""Bytes that a run writes: checkpoints, adapter, evaluation, logs, caches. Imports counts and shapes; pure.
 
 Tensors are counted exactly; safetensors adds a header of about a hundred bytes for each. Small files of fixed content
 are constants, taken from what this version writes; the forecast is held against the bytes on disk after every run.
@@ -12,11 +12,17 @@ from dataclasses import dataclass
 from vlm_sft.forecast.counts import Adapter
 from vlm_sft.forecast.shapes import ModelShape
 
-HEADER_BYTES = 142  # of one tensor in a safetensors header: its long name, shape, offsets
-STATE_HEADER_BYTES = 100  # of one tensor of the optimizer's state
+HEADER_BYTES = 144  # of one tensor in a safetensors header: its long name, shape, offsets
+STATE_HEADER_BYTES = 116  # of one tensor of the optimizer's state
 STATE_TENSORS = 3  # of AdamW, a trained tensor: two moments and a step
-CHECKPOINT_BYTES = 24_000  # random states, scheduler, manifest, PEFT's README and configuration
-RANK_BYTES = 7_000  # random states of one more rank
+CHECKPOINT_BYTES = 25_500  # random states, scheduler, manifest, PEFT's README and configuration
+RANK_BYTES = 15_300  # random states of one more rank
+# DeepSpeed 0.19 adds two programs and, in PyTorch's format, names and shapes: of the model's state, which each rank
+# writes under ZeRO-3 and rank 0 alone below, and of the optimizer's state of each rank.
+ENGINE_BYTES = 41_100
+ENGINE_MODEL_BYTES, ENGINE_MODEL_TENSOR_BYTES = 7_400, {"zero2": 760, "zero3": 980}
+ENGINE_STATE_BYTES, ENGINE_STATE_TENSOR_BYTES = 4_300, {"zero2": 60, "zero3": 0}  # the manifest's line too
+ENGINE_STATE_VALUES = 3  # of 4 bytes, a trained number: itself in float32, and two moments
 HISTORY_BYTES = 165  # of one log event in trainer_state.json
 LOG_BYTES = 190  # of one log event in metrics.jsonl
 EVENT_BYTES = 330  # of one log event in TensorBoard's file
@@ -64,16 +70,56 @@ def optimizer_bytes(model: ModelShape, adapter: Adapter, optim: str) -> float:
     return adapter.parameters(model) * 4 * moments + tensors * STATE_HEADER_BYTES
 
 
+def engine_bytes(model: ModelShape, adapter: Adapter, parallel: str, world_size: int, value_bytes: int) -> float:
+    """Bytes of DeepSpeed's own state in a checkpoint: trained weights, and the optimizer in a shard a rank.
+
+    Args:
+        model, adapter: what is trained.
+        parallel: "zero2" or "zero3"; another configuration is counted as ZeRO-2.
+        world_size: number of ranks.
+        value_bytes: of one number of the computation; weights are held in bfloat16 where it is 2.
+    """
+    kind = parallel if parallel in ENGINE_MODEL_TENSOR_BYTES else "zero2"
+    trained, tensors = adapter.parameters(model), adapter.tensors(model)
+    states = ENGINE_STATE_VALUES * 4.0 * trained
+    states += world_size * (ENGINE_STATE_BYTES + ENGINE_STATE_TENSOR_BYTES[kind] * tensors)
+    names = ENGINE_MODEL_BYTES + ENGINE_MODEL_TENSOR_BYTES[kind] * tensors
+    # Under ZeRO-3 the weights are in the optimizer's shards alone. Below, the engine leaves frozen weights out by name,
+    # and a tied head has a second name that it does not find.
+    held = trained + (model.text.embedding if model.text.tied and not adapter.everything else 0)
+    weights = world_size * names if kind == "zero3" else names + held * value_bytes
+    return ENGINE_BYTES + states + weights
+
+
+def checkpoint_bytes(
+    model: ModelShape, adapter: Adapter, optim: str, parallel: str, world_size: int, value_bytes: int
+) -> float:
+    """Bytes of one checkpoint without the history of the log; the arguments are those of `checkpoint_items`."""
+    if parallel in ("single", "ddp"):
+        state = optimizer_bytes(model, adapter, optim)
+    else:
+        state = engine_bytes(model, adapter, parallel, world_size, value_bytes)
+    return adapter_bytes(model, adapter) + state + CHECKPOINT_BYTES + RANK_BYTES * (world_size - 1)
+
+
 def checkpoint_items(
-    model: ModelShape, adapter: Adapter, optim: str, saving: Saving, world_size: int, logging_steps: int
-) -> dict[str, float]:
+    model: ModelShape, adapter: Adapter, optim: str, saving: Saving, logging_steps: int, *, parallel: str = "single",
+    world_size: int = 1, value_bytes: int = 4,
+) -> dict[str, float]:  # fmt: skip
     """Bytes of the checkpoints that are there at the end, and of what the fullest moment adds.
+
+    Args:
+        model, adapter: what is trained.
+        optim: as in the recipe; DeepSpeed always keeps AdamW's two moments.
+        saving: when checkpoints are written.
+        logging_steps: as in the recipe.
+        parallel, world_size: as in `memory.Ranks`.
+        value_bytes: as in `engine_bytes`.
 
     Returns:
         "checkpoints": of all that are kept; "one more while it is written": the difference to the fullest moment.
     """
-    fixed = adapter_bytes(model, adapter) + optimizer_bytes(model, adapter, optim)
-    fixed += CHECKPOINT_BYTES + RANK_BYTES * (world_size - 1)
+    fixed = checkpoint_bytes(model, adapter, optim, parallel, world_size, value_bytes)
     kept = saving.steps[len(saving.steps) - saving.kept :]
     history = sum(HISTORY_BYTES * (step / logging_steps + 1) for step in kept)
     extra = (saving.at_once - saving.kept) * fixed

@@ -38,6 +38,11 @@ class Ranks:
     parallel: str = "single"
 
     @property
+    def engine(self) -> bool:
+        """Whether DeepSpeed's engine runs it."""
+        return self.parallel in ("zero2", "zero3", "deepspeed")
+
+    @property
     def shared_optimizer(self) -> int:
         """Ranks that share gradients and optimizer out among them."""
         return self.count if self.parallel in ("zero2", "zero3") else 1
@@ -128,8 +133,7 @@ def peak_items(
         process_bytes: of the process before the model is loaded (on a CPU); 0 on a GPU.
     """
     trained = setting.adapter.parameters(setting.model)
-    deepspeed = ranks.parallel in ("zero2", "zero3", "deepspeed")
-    size = 2 if deepspeed and setting.value_bytes == 2 else 4
+    size = 2 if ranks.engine and setting.value_bytes == 2 else 4
     master = 4 if size == 2 else 0
     frozen = weight_bytes(setting) - trained * setting.value_bytes * setting.adapter.everything
     items = {
@@ -139,7 +143,7 @@ def peak_items(
         "gradients": trained * size / ranks.shared_optimizer,
         "optimizer": trained * (8 + master) / ranks.shared_optimizer,
     }
-    if deepspeed and setting.rates.gpu:
+    if ranks.engine and setting.rates.gpu:
         items["communication"] = min(ZERO_BUFFER_BYTES, 4.0 * trained)
         if ranks.shared_weights > 1:  # the layer that is gathered, and the next one
             items["communication"] += 2 * setting.model.text.layer_weights * setting.value_bytes

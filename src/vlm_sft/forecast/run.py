@@ -24,8 +24,12 @@ from vlm_sft.recipe.rules import Schedule
 DATA, LOAD, FEATURES = "preparing the data", "loading the model", "vision features"
 STEPS, LOSSES, ANSWERS = "training steps", "evaluation losses", "answers during training"
 SAVES, FINAL = "checkpoints", "final evaluation"
+TRACKERS = "starting trackers"
 LOAD_SECONDS = 1.2  # of building a model and a trainer, whatever its size
 LOAD_RATE = 8e8  # bytes of weights per second from a disk
+ENGINE_SECONDS = 3.5  # of importing and building DeepSpeed's engine
+ENGINE_SAVE_SECONDS = 0.3  # of what the engine does for a checkpoint, whatever its size
+TRACKER_SECONDS = 1.5  # of importing one tracker and opening its run; what it does over the network comes on top
 STEP_SECONDS = 0.004  # of callbacks and logging, an optimizer step
 SAVE_SECONDS = 0.06  # of a checkpoint, whatever its size
 ADAPTER_SECONDS = 0.3  # of the adapter and the records at the end of the training
@@ -98,6 +102,7 @@ class Case:
         final: what the final evaluation answers.
         saving: when checkpoints are written.
         optim, logging_steps, tensorboard: as in the recipe.
+        trackers: how many of them are started.
         features: whether vision features are kept in training; final_features: in the final evaluation.
         new_images: to be processed before the training; new_features: to be computed; new_final: of the benchmarks.
         prepared: whether processed images are kept on disk.
@@ -130,6 +135,7 @@ class Case:
     written_bytes: float = 0.0
     done_steps: int = 0
     longest: int = 0
+    trackers: int = 0
 
     @property
     def epochs(self) -> float:
@@ -210,10 +216,12 @@ def time_items(case: Case) -> dict[str, float]:
     trained, tensors = setting.adapter.parameters(setting.model), setting.adapter.tensors(setting.model)
     training = case.epoch.slowest.times(case.epochs)
     items = {
-        LOAD: LOAD_SECONDS + weights,
+        LOAD: LOAD_SECONDS + weights + ENGINE_SECONDS * case.ranks.engine,
         STEPS: training_seconds(setting, training) + steps * STEP_SECONDS
         + optimizer_seconds(setting, steps, trained / case.ranks.shared_optimizer, tensors),
     }  # fmt: skip
+    if case.trackers:
+        items[TRACKERS] = TRACKER_SECONDS * case.trackers
     if case.new_images.count:
         items[DATA] = case.image_seconds * case.new_images.count
     if case.features:
@@ -228,9 +236,12 @@ def time_items(case: Case) -> dict[str, float]:
         items[ANSWERS] = sum(_asked_seconds(case, asked, case.features) for asked in case.validation)
     if case.saving.steps:
         coming = sum(step > case.done_steps for step in case.saving.steps)
-        one = disk.adapter_bytes(setting.model, setting.adapter)
-        one += disk.optimizer_bytes(setting.model, setting.adapter, case.optim)
-        items[SAVES] = ADAPTER_SECONDS + coming * (SAVE_SECONDS + one / SAVE_RATE)
+        ranks = case.ranks
+        one = disk.checkpoint_bytes(
+            setting.model, setting.adapter, case.optim, ranks.parallel, ranks.count, setting.value_bytes
+        )
+        fixed = SAVE_SECONDS + ENGINE_SAVE_SECONDS * ranks.engine
+        items[SAVES] = ADAPTER_SECONDS + coming * (fixed + one / SAVE_RATE)
     if case.final:
         parts = final_parts(case)
         items[FINAL] = parts.rest + parts.tower + parts.answers
@@ -278,8 +289,9 @@ def disk_items(case: Case) -> dict[str, float]:
     setting, model = case.setting, case.setting.model
     schedule = case.schedule
     items = disk.checkpoint_items(
-        model, setting.adapter, case.optim, case.saving, case.ranks.count, case.logging_steps
-    )
+        model, setting.adapter, case.optim, case.saving, case.logging_steps,
+        parallel=case.ranks.parallel, world_size=case.ranks.count, value_bytes=setting.value_bytes,
+    )  # fmt: skip
     evaluations = len(schedule.evaluation_steps())
     items["adapter and records"] = disk.adapter_bytes(model, setting.adapter) + disk.RUN_BYTES
     items["logs"] = disk.log_bytes(schedule.total_steps, case.logging_steps, evaluations, case.tensorboard)
@@ -346,6 +358,10 @@ def assumptions(case: Case, calibration: Calibration) -> tuple[str, ...]:
         "vision features are kept and the tower runs once an image" if case.features
         else "the vision tower runs again for every image of every step",
     ]  # fmt: skip
+    if case.trackers:
+        lines.append("trackers: their start is counted; waiting for a network and uploads at the end are not")
+    if case.ranks.engine and calibration.basis == TABLE:
+        lines.append("DeepSpeed's start and what its ranks exchange are rough until a run on this machine is known")
     if case.final:
         lines.append("answers are as long as the data's; a base that does not stop takes longer")
     if calibration.note:

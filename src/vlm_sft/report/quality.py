@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
@@ -17,10 +18,14 @@ from vlm_sft.evaluate.compare import compare_rows
 from vlm_sft.forecast.pareto import pareto_front
 from vlm_sft.report import formats
 from vlm_sft.report.canvas import Drawing, Palette, canvas, legend, rendered
+from vlm_sft.report.labels import Label, name_points
 from vlm_sft.report.predictions import SIDES, Prediction
 from vlm_sft.report.records import Benchmark, Interval, RunReport, Score
 
-LABELLED = 8  # points of the front with their names in the figure
+ALL_NAMED = 12  # runs up to which every point of the figure has its name; beyond, those of the front
+MOST_NAMED = 30
+RING = 11  # around the recommended point, its diameter in points
+ROOMY_NAMES = 6  # names that a figure of the usual height has room for
 SHARED_AT_LEAST = 30  # questions that two candidates must share to be compared
 LOG_FROM = 8.0  # ratio of the longest to the shortest training from which the axis of time is logarithmic
 TICKS_SECONDS = (
@@ -216,9 +221,11 @@ def quality_drawing(
     front = [one for one in trained if one.on_front]
     if not trained:
         return None
+    named = (front if len(trained) > ALL_NAMED else trained)[:MOST_NAMED]
 
     def draw(palette: Palette) -> Figure:
-        figure, axes = canvas(palette, "training time", "accuracy, %", height=3.0)
+        height = 3.0 + 0.12 * max(0, len(named) - ROOMY_NAMES)
+        figure, axes = canvas(palette, "training time", "accuracy, %", height)
         for place, base in enumerate(bases):
             if base.interval is not None:
                 axes.axhspan(*(100 * end for end in base.interval), color=palette.second, alpha=0.14, linewidth=0)
@@ -236,12 +243,13 @@ def quality_drawing(
                           marker="o", markersize=6, linestyle="solid" if group is front else "none", linewidth=1.2,
                           label=label)
         if recommended is not None and not recommended.is_base:
-            axes.plot([recommended.seconds], [100 * recommended.accuracy], marker="o", markersize=12, linestyle="none",
-                      markerfacecolor="none", markeredgecolor=palette.text, markeredgewidth=1.4, label="recommended")
+            axes.plot([recommended.seconds], [100 * recommended.accuracy], marker="o", markersize=RING,
+                      linestyle="none", markerfacecolor="none", markeredgecolor=palette.text, markeredgewidth=1.4,
+                      label="recommended")
         axes.set_ylim(*_limits(candidates))
         _time_axis(axes, [one.seconds for one in trained])
-        _name_points(axes, front[:LABELLED] if len(trained) > LABELLED else trained, palette)
         legend(axes, palette, columns=4)
+        _name_points(axes, named, candidates, palette)
         return figure
 
     words = [f"{one.name}: {formats.percent(one.accuracy)} after {formats.duration(one.seconds)} of training"
@@ -268,7 +276,7 @@ def _time_axis(axes: Any, seconds: Sequence[float]) -> None:
     if low > 0 and high / low >= LOG_FROM:
         axes.set_xscale("log")
         axes.set_xlim(low / 1.6, high * 1.6)
-        axes.xaxis.set_major_locator(FixedLocator(_spaced([t for t in TICKS_SECONDS if low / 1.6 <= t <= high * 1.6])))
+        axes.xaxis.set_major_locator(FixedLocator(_spaced(low / 1.6, high * 1.6)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         end = 1.12 * (high or 1)
@@ -278,9 +286,14 @@ def _time_axis(axes: Any, seconds: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_time(value)))
 
 
-def _spaced(ticks: list[int]) -> list[int]:
-    """At most seven of the ticks."""
-    return ticks[:: len(ticks) // 7 + 1]
+def _spaced(low: float, high: float) -> list[int]:
+    """Round ticks of a logarithmic axis, far enough from each other for their labels."""
+    apart = max(1.5, (high / low) ** (1 / 7))
+    found: list[int] = []
+    for tick in TICKS_SECONDS:
+        if low <= tick <= high and (not found or tick >= apart * found[-1]):
+            found.append(tick)
+    return found
 
 
 def _short_time(seconds: float) -> str:
@@ -291,13 +304,17 @@ def _short_time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds else "0"
 
 
-def _name_points(axes: Any, points: Sequence[Candidate], palette: Palette) -> None:
-    """Names beside points, on the side where there is room."""
-    low, high = axes.get_xlim()
-    for one in points:
-        left = one.seconds > (low * high) ** 0.5 if axes.get_xscale() == "log" else one.seconds > (low + high) / 2
-        axes.annotate(
-            formats.shorten_name(one.name, 22), (one.seconds, 100 * one.accuracy), textcoords="offset points",
-            xytext=(-8 if left else 8, 6), ha="right" if left else "left", fontsize=8, color=palette.text,
-            parse_math=False,
-        )
+def _name_points(axes: Axes, named: Sequence[Candidate], candidates: Sequence[Candidate], palette: Palette) -> None:
+    """Names beside points, clear of all points, and of intervals, front and base where that can be."""
+    trained = [one for one in candidates if not one.is_base]
+    curves = [[(one.seconds, 100 * end) for end in one.interval] for one in trained if one.interval is not None]
+    curves.append([(one.seconds, 100 * one.accuracy) for one in trained if one.on_front])
+    curves += [[(x, 100 * one.accuracy) for x in axes.get_xlim()] for one in candidates if one.is_base]
+    name_points(
+        axes,
+        [Label(one.name, one.seconds, 100 * one.accuracy, palette.text) for one in named],
+        leader_colour=palette.faint,
+        others=[(one.seconds, 100 * one.accuracy) for one in trained if one not in named],
+        curves=curves,
+        radius=RING / 2,
+    )

@@ -22,6 +22,7 @@ from vlm_sft.console import is_main_process, warn
 from vlm_sft.data.faults import DataFault
 from vlm_sft.errors import DataError, DeviceMemoryError, NumericalError
 from vlm_sft.launch import gather
+from vlm_sft.train.lines import PatientLines
 from vlm_sft.train.signals import StopSignals
 
 MAX_BAD_STEPS = 3
@@ -58,6 +59,7 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lines = PatientLines(path)
 
     def write(self, step: int, kind: str, detail: str, sample_ids: Sequence[str] = (), **facts: Any) -> None:
         """Append one event and warn; on rank 0 only.
@@ -74,8 +76,7 @@ class EventLog:
         row: dict[str, Any] = {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds"), "kind": kind}
         row |= {"sample_ids": list(sample_ids[:_NAMED]), "samples": len(sample_ids), "detail": detail}
         row |= {name: _json(value) for name, value in facts.items()}
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._lines.append(json.dumps(row, ensure_ascii=False))
         named = f": {', '.join(sample_ids[:3])}{', …' if len(sample_ids) > 3 else ''}" if sample_ids else ""
         warn(f"step {step}: {detail}{named} (recorded in {artifacts.ANOMALIES})")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlm_sft.artifacts import read_jsonl, write_jsonl
-from vlm_sft.console import Bar, say, warn
+from vlm_sft.console import Bar, say
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.recipe.rules import Schedule
 from vlm_sft.recipe.schema import EVALUATION_METRICS
+from vlm_sft.train.lines import PatientLines
 
 _RENAMED = {"eval_runtime": "eval_seconds", "eval_samples_per_second": "eval_questions_per_second"}
 _DROPPED = (
@@ -44,7 +44,7 @@ class MetricsFile(TrainerCallback):
             write_jsonl(path, kept)
         self.began = time.monotonic()
         self._last = (resumed_step, self.began)
-        self._waiting = ""
+        self._lines = PatientLines(path)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -73,26 +73,7 @@ class MetricsFile(TrainerCallback):
             questions = (state.global_step - step) * self.planner.global_batch_size
             row["questions_per_second"] = round(questions / max(now - moment, 1e-9), 3)
             self._last = (state.global_step, now)
-        self._append(json.dumps(row) + "\n")
-
-    def _append(self, line: str) -> None:
-        """Write a line, whole or not at all; where the disk is full it is kept and written with the next one."""
-        first = not self._waiting
-        self._waiting += line
-        try:
-            with self.path.open("ab") as stream:
-                end = stream.tell()
-                try:
-                    stream.write(self._waiting.encode())
-                    stream.flush()
-                except OSError:
-                    os.truncate(self.path, end)
-                    raise
-        except OSError as error:
-            if first:
-                warn(f"{self.path} cannot be written ({error.strerror}); its lines are kept until it can")
-            return
-        self._waiting = ""
+        self._lines.append(json.dumps(row))
 
 
 class Progress(TrainerCallback):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from vlm_sft import artifacts
@@ -99,14 +100,22 @@ def publish(partial: Path) -> Path:
     """Give a complete checkpoint its name; one that has it already is replaced.
 
     Raises:
-        OSError: it cannot be renamed.
+        OSError: it cannot be renamed, or the disk does not take its name; all names are as they were before.
     """
     target = partial.with_suffix("")
     replaced = target.with_name(target.name + REPLACED)
-    if target.exists():
-        os.rename(target, replaced)
-    os.rename(partial, target)
-    flush(target.parent)
+    steps = [(target, replaced)] if target.exists() else []
+    done: list[tuple[Path, Path]] = []
+    try:
+        for before, after in [*steps, (partial, target)]:
+            os.rename(before, after)
+            done.append((before, after))
+        flush(target.parent)
+    except OSError:
+        for before, after in reversed(done):
+            with suppress(OSError):
+                os.rename(after, before)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
     return target
 

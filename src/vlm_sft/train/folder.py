@@ -16,9 +16,9 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, 
 
 def disk_error(error: OSError) -> RunError:
     """A full, broken or read-only disk in the user's words."""
-    where = f" {error.filename}" if error.filename else ""
+    where = f" with {error.filename}" if error.filename else ""
     return RunError(
-        f"cannot write{where}: {error.strerror}",
+        f"the disk fails{where}: {error.strerror}",
         "mend the disk or make room, then go on with --resume auto: the checkpoints are as they were",
     )
 

@@ -30,7 +30,7 @@ from vlm_sft.forecast.calibration import (
 from vlm_sft.forecast.fit import Shortage, shortages
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.run import Case, Forecast, forecast
-from vlm_sft.launch import agree
+from vlm_sft.launch import agree, gather
 from vlm_sft.record import device_name, folder_bytes, peak_memory_bytes, resident_bytes
 from vlm_sft.report.formats import duration, relative, size
 from vlm_sft.train.case import Known, case_of, free_bytes, history_setting, setting_of, shape_of
@@ -167,11 +167,12 @@ class Foretelling:
     def finish(self, root: Path) -> None:
         """Compare with the outcome: on the terminal, in run.json, and among the past runs of this machine."""
         self.lap(forecasts.FINAL if self.case.final else forecasts.SAVES)
+        peak = max(gather(peak_memory_bytes()))  # of the process that needed most
         if not is_main_process():
             return
         actual = {
             "time_seconds": round(time.monotonic() - self.began, 3),
-            "peak_bytes": peak_memory_bytes(),
+            "peak_bytes": peak,
             "disk_bytes": folder_bytes([self.run.options.output_dir]) + cache_bytes(root) - self.written_before,
         }
         rounded = {item: round(seconds, 3) for item, seconds in self.seconds.items()}

@@ -31,7 +31,7 @@ from vlm_sft.forecast.hardware import Device, device_named, table_rates
 from vlm_sft.forecast.images import qwen_grid
 from vlm_sft.forecast.run import Case, Forecast, forecast
 from vlm_sft.forecast.shapes import ModelShape, find_published
-from vlm_sft.launch import Launch, quiet_libraries, read_launch
+from vlm_sft.launch import Launch, quiet_libraries, read_launch, threads_of_a_rank
 from vlm_sft.model.load import Base, default_dtype
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.rules import resolve_schedule
@@ -116,7 +116,7 @@ def planned_run(options: PlanOptions) -> Planned:
     device = device_named(options.gpu_type) if options.gpu_type else None
     recipe = read_recipe(train.sft_config, train.overrides).recipe
     launch = _launch(options, device)
-    with tempfile.TemporaryDirectory(prefix="vlm_sft_plan") as folder:
+    with tempfile.TemporaryDirectory(prefix="vlm_sft_plan") as folder, threads_of_a_rank(launch):
         aside = replace(train, output_dir=Path(folder))
         specs = parse_datasets(train.dataset)
         run = Run(aside, recipe, specs, launch, RunRecord(Path(folder), {}), None)

@@ -26,6 +26,7 @@ from vlm_sft.forecast.calibration import PROBE, PROBE_SPREAD, Calibration
 from vlm_sft.forecast.counts import Pack, Work, pack_work
 from vlm_sft.forecast.run import Case, time_items
 from vlm_sft.forecast.time import answering_seconds, forward_seconds, tower_seconds, training_seconds
+from vlm_sft.launch import gather
 from vlm_sft.model import prefix
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import load_model
@@ -99,10 +100,11 @@ class Probe:
             pieces = forecasts.final_parts(target)
             corrected = pieces.rest + tower * pieces.tower + answers * pieces.answers
             factors[forecasts.FINAL] = corrected / said[forecasts.FINAL]
+        peak = max(gather(peak_memory_bytes()))  # the largest pack may be another rank's
         took = time.perf_counter() - began
         say(f"probe: {took:.1f} s; a training pass takes {training:.2f} times what the table says")
         return Calibration(
-            PROBE, factors, PROBE_SPREAD, float(peak_memory_bytes()),
+            PROBE, factors, PROBE_SPREAD, float(peak),
             f"a probe of {took:.0f} s measured passes of this run on this machine",
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
 from vlm_sft.errors import GuardError, InterruptedRunError, RunError
 from vlm_sft.evaluate.guard import Guard
 from vlm_sft.evaluate.run import barrier
+from vlm_sft.forecast.run import TRACKERS
 from vlm_sft.launch import Launch, agree, connected, quiet_libraries, read_launch
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
@@ -63,9 +64,12 @@ def train(options: TrainOptions) -> dict[str, Any]:
 
 def _open_folder(options: TrainOptions, recipe: Recipe, launch: Launch) -> Path | None:
     """On rank 0: put the folder in order and find the checkpoint to go on from; what differs at once is refused."""
-    tidy(options.output_dir)
-    if options.overwrite and options.resume is None:
-        clear_run(options.output_dir)
+    try:
+        tidy(options.output_dir)
+        if options.overwrite and options.resume is None:
+            clear_run(options.output_dir)
+    except OSError as error:
+        raise disk_error(error) from error
     checkpoint = choose_resume(options.output_dir, options.resume)
     check_ranks(checkpoint, launch)
     refuse_changes(checkpoint, {"recipe": recipe_identity(recipe, launch.world_size)}, options.allow_changes)
@@ -148,6 +152,7 @@ def _stages(run: Run, guards: list[Guard], trackers: Trackers) -> tuple[dict[str
         plan = prepare(run, train_samples, eval_samples, left_out)
     told = Foretelling.begin(run, plan, asked, tasks, cache_before)
     agree(trackers.begin)
+    told.lap(TRACKERS)
     with record.timed("train"):
         kept = fit(run, plan, asked, told, trackers)
     results = evaluate_run(run, plan, tasks)

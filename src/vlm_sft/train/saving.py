@@ -25,7 +25,7 @@ from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, warn
 from vlm_sft.errors import RunError
 from vlm_sft.launch import agree, gather
-from vlm_sft.manifest import flush, write_manifest
+from vlm_sft.manifest import flush, naming, write_manifest
 from vlm_sft.train.checkpoints import begin_checkpoint, checkpoint_problems, last_bytes, publish, rotate
 from vlm_sft.train.state import load_state, random_state, save_state, set_random_state
 
@@ -135,12 +135,14 @@ class CheckpointTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             save_state(partial / OPTIMIZER, self.optimizer.state_dict())
         if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
-            (partial / SCHEDULER).write_text(json.dumps(self.lr_scheduler.state_dict()), encoding="utf-8")
+            with naming(partial / SCHEDULER):
+                (partial / SCHEDULER).write_text(json.dumps(self.lr_scheduler.state_dict()), encoding="utf-8")
         save_state(partial / PROGRESS, progress)
         before = self.state.best_model_checkpoint
         self.state.best_model_checkpoint = self._best_path()
         try:
-            self.state.save_to_json(str(partial / TRAINER_STATE))
+            with naming(partial / TRAINER_STATE):
+                self.state.save_to_json(str(partial / TRAINER_STATE))
         finally:
             self.state.best_model_checkpoint = before
         self._check_shards(partial)
@@ -276,11 +278,14 @@ class CheckpointTrainer(Trainer):
 
 
 def _file_problem(error: Exception) -> str:
-    """Why a file could not be written, in a few words; "" when the error is no matter of files."""
+    """Which file could not be written and why, in a few words; "" when the error is no matter of files."""
     if isinstance(error, OSError):
         known = error.errno is not None and error.errno in errno.errorcode
-        return f"{error.strerror}" if known else str(error)
+        named = f"{Path(str(error.filename)).name}: " if known and error.filename else ""
+        return f"{named}{error.strerror}" if known else str(error)
     text = str(error)
-    if isinstance(error, SafetensorError) or "PytorchStreamWriter" in text or "inline_container" in text:
+    if isinstance(error, SafetensorError):
+        return f"the weights: {text.strip().splitlines()[0]}"
+    if "PytorchStreamWriter" in text or "inline_container" in text:
         return text.strip().splitlines()[0]
     return ""

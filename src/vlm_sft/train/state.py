@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 _TREE = "state"
@@ -29,11 +29,14 @@ def save_state(path: Path, value: Any) -> None:
 
     Raises:
         TypeError: the value holds something else.
-        OSError, SafetensorError: the file cannot be written.
+        OSError: the file cannot be written; the message names it.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(value, tensors)
-    save_file(tensors, path, metadata={_TREE: json.dumps(tree, allow_nan=False)})
+    try:
+        save_file(tensors, path, metadata={_TREE: json.dumps(tree, allow_nan=False)})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {str(error).strip().splitlines()[0]}") from error
 
 
 def load_state(path: Path) -> Any:

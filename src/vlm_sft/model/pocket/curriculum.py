@@ -262,7 +262,7 @@ STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (5.2, {"page": 0.5, "line": 1.5, "sign": 2, "listing": 2, "shapes": 1.5, "small chart": 3}),
     (7.0, {"line": 1, "sign": 2, "listing": 1.5, "shapes": 1, "small chart": 1, "chart": 4}),
     (8.4, {"line": 1.5, "sign": 1.5, "listing": 1.5, "shapes": 0.5, "board": 2, "small chart": 2, "chart": 3}),
-    (12.5, {"line": 2, "sign": 2, "listing": 1.5, "shapes": 0.4, "board": 1, "small chart": 2, "chart": 3}),
+    (12.5, {"line": 1.5, "sign": 1.5, "listing": 1, "shapes": 0.3, "board": 1, "small chart": 2.5, "chart": 4}),
 )
 
 
