@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests import tiny_models
 from tests.faults.test_messages import rows, write
@@ -64,6 +65,17 @@ def test_plan_says_what_training_does(setup: list[str], tmp_path: Path, capsys: 
     assert not {"vision features", "prepared images"} & warm["items"]["disk_bytes"].keys()
     assert not warm["items"]["time_seconds"]["vision features"]
     assert warm["actual"]["disk_bytes"] == pytest.approx(warm["disk_bytes"]["value"], rel=0.15)
+    # Other weights in the same folder need features of their own, and no new images.
+    weights = Path(setup[1]) / "model.safetensors"
+    value = load_file(weights)
+    save_file({name: -tensor if "visual" in name else tensor for name, tensor in value.items()}, weights,
+              {"format": "pt"})  # fmt: skip
+    other = tmp_path / "other"
+    assert main(["train", *setup, "--feature_cache", "100MB", "--output_dir", str(other)]) == 0
+    cold = json.loads((other / "run.json").read_text())["forecast"]
+    assert cold["items"]["disk_bytes"]["vision features"] == told["items"]["disk_bytes"]["vision features"]
+    assert "prepared images" not in cold["items"]["disk_bytes"]
+    assert cold["actual"]["disk_bytes"] == pytest.approx(cold["disk_bytes"]["value"], rel=0.15)
 
 
 def test_what_surely_does_not_fit_is_refused_with_a_way_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,14 +13,12 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from vlm_sft.artifacts import read_json
-from vlm_sft.data.cache import image_settings, record_key
-from vlm_sft.data.cache_folder import ENTRY, FEATURES, IMAGES, default_cache_dir, settings_key
+from vlm_sft.data.cache import record_key
+from vlm_sft.data.cache_folder import default_cache_dir
 from vlm_sft.data.encode import Encoder, picture_sizes
 from vlm_sft.data.features import AUTO, OFF
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.data.sample import ImageRef, Sample
-from vlm_sft.errors import RunError
 from vlm_sft.evaluate.caches import one_an_image
 from vlm_sft.evaluate.plan import image_counter, plan_packs
 from vlm_sft.evaluate.run import PICTURES, scaled_picture
@@ -36,6 +34,7 @@ from vlm_sft.launch import Launch
 from vlm_sft.model.load import Base
 from vlm_sft.recipe.rules import Schedule
 from vlm_sft.recipe.schema import Recipe
+from vlm_sft.train.kept import Kept
 from vlm_sft.train.options import Run
 from vlm_sft.train.prepare import Plan
 from vlm_sft.train.validation import ValidationPlan
@@ -149,7 +148,7 @@ class Known:
             evaluation.visual_tokens if evaluation else (),
             images,
             _counter(plan, images),
-            Kept(plan.engine.root, encoder),
+            Kept(plan.engine.root, encoder, plan.base.name, plan.base.path),
             image_seconds(encoder, [*final, *images[:2]]),
         )
 
@@ -307,53 +306,6 @@ def image_seconds(encoder: Encoder, samples: Sequence[Sample]) -> float:
 def _images(samples: Sequence[Sample], count: Callable[[ImageRef], int]) -> Images:
     tokens = [sum(count(image) for image in sample.images) for sample in samples]
     return Images(len(samples), float(sum(tokens)), float(sum(value**2 for value in tokens)))
-
-
-class Kept:
-    """What the cache holds of an encoder's images, read from the indexes alone.
-
-    Args:
-        root: the cache folder.
-        encoder: whose images.
-    """
-
-    def __init__(self, root: Path, encoder: Encoder) -> None:
-        self.settings = image_settings(encoder)
-        self.root = root
-        self._pixels = _keys(root / IMAGES / settings_key(self.settings))
-        self._features = self._feature_keys()
-
-    def _feature_keys(self) -> set[str]:
-        """Images that have features of any tower behind this image processor."""
-        found: set[str] = set()
-        for marker in (self.root / FEATURES).glob(f"*/{ENTRY}"):
-            try:
-                settings = read_json(marker)["settings"]
-            except (RunError, KeyError, TypeError):
-                continue
-            own = {name: value for name, value in self.settings.items() if name != "versions"}
-            if settings_key(own) == settings_key({name: settings.get(name) for name in own}):  # as JSON: () is []
-                found |= _keys(marker.parent)
-        return found
-
-    def without_images(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Those whose processed image is not there."""
-        return [sample for sample in samples if record_key(sample.image_key) not in self._pixels]
-
-    def without_features(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Those whose vision features are not there."""
-        return [sample for sample in samples if record_key(sample.image_key) not in self._features]
-
-
-def _keys(folder: Path) -> set[str]:
-    """Keys of all records of a cache entry."""
-    found: set[str] = set()
-    for index in folder.glob("*.json"):
-        try:
-            found |= set(read_json(index).get("records", ())) if index.name != ENTRY else set()
-        except (RunError, AttributeError):
-            continue
-    return found
 
 
 def keeps_features(case: Case, budget: int | str, free: float) -> bool:
