@@ -13,9 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vlm_sft.data import store as store_module
-from vlm_sft.data.cache_folder import ENTRY, clear_entries, list_entries, open_entry, settings_key
+from vlm_sft.data.cache_folder import (
+    ENTRY,
+    clear_entries,
+    entry_weights,
+    list_entries,
+    open_entry,
+    settings_key,
+    weights_mark,
+)
 from vlm_sft.data.features import parse_feature_cache
 from vlm_sft.data.pixels import CODES, PixelFormat, compress, restore
 from vlm_sft.data.store import CacheFullError, Record, Store
@@ -203,3 +212,16 @@ def test_feature_cache_sizes(text: str, value: int | str) -> None:
 def test_feature_cache_refuses(text: str) -> None:
     with pytest.raises(RunError, match="--feature_cache"):
         parse_feature_cache(text)
+
+
+def test_the_mark_of_weights_is_that_of_their_bytes(tmp_path: Path) -> None:
+    one, other, trained = (tmp_path / name for name in ("one", "other", "trained"))
+    for folder, value in ((one, 0.5), (other, 0.5), (trained, 0.25)):
+        folder.mkdir()
+        save_file({"weight": torch.full((1000,), value)}, folder / "model.safetensors")
+    assert weights_mark(str(one)) == weights_mark(str(other)) != weights_mark(str(trained))
+    assert weights_mark(str(tmp_path)) == weights_mark("nobody/such-a-model") == weights_mark("no id!/at/all") == ""
+    marks = [weights_mark(str(one)), weights_mark(str(trained))]
+    for mark in (*marks, marks[0], ""):
+        folder = open_entry(tmp_path, "features", {"seed": 4}, "pocket", mark)
+    assert entry_weights(folder / ENTRY) == marks

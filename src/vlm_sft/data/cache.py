@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from vlm_sft.console import progress, warn
-from vlm_sft.data.cache_folder import FEATURES, IMAGES, TOKENS, open_entry
+from vlm_sft.data.cache_folder import FEATURES, IMAGES, TOKENS, open_entry, weights_mark
 from vlm_sft.data.encode import EncodedGroup, EncodedQuestion, Encoder
 from vlm_sft.data.pixels import CODES, PixelFormat, compress, restore
 from vlm_sft.data.sample import Sample
@@ -44,12 +44,16 @@ class DataCache:
         name: of the base model, for `vlm-sft data cache list`.
         verify: compare the checksums of what is opened; True on one rank of a node.
         prepared: False keeps neither images nor tokens, only vision features.
+        weights: folder or Hub id of the base model; "" where it is not known.
     """
 
-    def __init__(self, encoder: Encoder, root: Path, name: str, verify: bool = True, prepared: bool = True) -> None:
+    def __init__(
+        self, encoder: Encoder, root: Path, name: str, verify: bool = True, prepared: bool = True, weights: str = ""
+    ) -> None:
         self.encoder = encoder
         self.root = root
         self.name = name
+        self.weights = weights
         self.verify = verify
         self.features: Store | None = None
         self.processed_images = 0
@@ -79,7 +83,8 @@ class DataCache:
         Raises:
             RunError: the folder cannot be written.
         """
-        return Store(open_entry(self.root, FEATURES, image_settings(self.encoder) | settings, self.name))
+        mark = weights_mark(self.weights) if self.weights else ""
+        return Store(open_entry(self.root, FEATURES, image_settings(self.encoder) | settings, self.name, mark))
 
     def image_tensors(self, sample: Sample) -> Record | None:
         """The tensors of a sample's images: features where there are any, else pixels; None where neither is kept."""

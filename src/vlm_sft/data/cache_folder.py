@@ -25,6 +25,7 @@ IMAGES, TOKENS, FEATURES = "images", "tokens", "features"
 KINDS = (IMAGES, TOKENS, FEATURES)
 VARIABLE = "VLM_SFT_CACHE"
 _SECONDS_A_DAY = 86_400
+_MARK_PARTS, _MARK_BYTES = 64, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,36 @@ def settings_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def open_entry(root: Path, kind: str, settings: Mapping[str, Any], what: str) -> Path:
+def weights_mark(model: str) -> str:
+    """What tells the weights of a model from others without reading all of them; "" where none are on this disk.
+
+    Names, sizes and 64 evenly spaced parts of each file: weights that were trained differ nearly everywhere.
+
+    Args:
+        model: its folder, or its Hub id.
+    """
+    digest, folder = hashlib.sha256(), Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(model, "config.json")
+        except HFValidationError:
+            return ""
+        folder = Path(found).parent if isinstance(found, str) else folder
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode("utf-8", "surrogatepass"))
+        with path.open("rb") as stream:
+            for part in range(_MARK_PARTS):
+                stream.seek(part * size // _MARK_PARTS)
+                digest.update(stream.read(_MARK_BYTES))
+    return digest.hexdigest()[:32] if files else ""
+
+
+def open_entry(root: Path, kind: str, settings: Mapping[str, Any], what: str, weights: str = "") -> Path:
     """Make the folder of an entry, or mark an existing one as used now.
 
     Args:
@@ -69,6 +99,7 @@ def open_entry(root: Path, kind: str, settings: Mapping[str, Any], what: str) ->
         kind: one of `KINDS`.
         settings: all that the content depends on.
         what: what `vlm-sft data cache list` calls it.
+        weights: mark of the model whose features these are, from `weights_mark`; a forecast looks for it.
 
     Raises:
         RunError: the folder cannot be written.
@@ -77,14 +108,28 @@ def open_entry(root: Path, kind: str, settings: Mapping[str, Any], what: str) ->
     marker = folder / ENTRY
     try:
         _sweep([*folder.glob(".*.tmp"), *root.glob(".probe*")])
-        if marker.is_file():
-            os.utime(marker)
-        else:
+        if not marker.is_file():
             readable = json.loads(json.dumps(settings, default=str))
-            write_json(marker, {"format": FORMAT, "kind": kind, "what": what, "settings": readable})
+            value = {"format": FORMAT, "kind": kind, "what": what, "settings": readable}
+            write_json(marker, value | ({"weights": [weights]} if weights else {}))
+        elif weights and weights not in (known := entry_weights(marker)):
+            write_json(marker, read_json(marker) | {"weights": [*known, weights]})
+        else:
+            os.utime(marker)
     except OSError as error:
         raise RunError(f"the cache {folder} cannot be written: {error.strerror}", "pass another --cache_dir") from error
     return folder
+
+
+def entry_weights(marker: Path) -> list[str]:
+    """Marks of the models whose features an entry holds.
+
+    Raises:
+        RunError: the marker cannot be read.
+    """
+    value = read_json(marker)
+    marks = value.get("weights", []) if isinstance(value, dict) else []
+    return [mark for mark in marks if isinstance(mark, str)] if isinstance(marks, list) else []
 
 
 def _sweep(paths: Iterable[Path]) -> None:

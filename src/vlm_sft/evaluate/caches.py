@@ -70,13 +70,14 @@ class Caches:
     Attributes:
         options: what is kept.
         launch: the ranks.
-        name: of the base model.
+        name, path: of the base model; its folder, or Hub id.
         facts: what run.json says under "engine".
     """
 
     options: CacheOptions
     launch: Launch
     name: str
+    path: str
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -87,7 +88,7 @@ class Caches:
     def cache(self, encoder: Encoder) -> DataCache:
         """The cache of an encoder; one rank of a node checks what it opens."""
         first = self.launch.local_rank == 0
-        return DataCache(encoder, self.root, self.name, verify=first, prepared=self.options.prepared_cache)
+        return DataCache(encoder, self.root, self.name, first, self.options.prepared_cache, self.path)
 
     @contextmanager
     def node_in_turn(self) -> Iterator[None]:

@@ -157,7 +157,7 @@ def _prepare(
     options: EvalOptions, launch: Launch, backend: SharedPrefixBackend, tasks: list[Task], record: RunRecord
 ) -> None:
     """Let images and their vision features come from the cache, as in the evaluation that ends a training."""
-    caches = Caches(options.caches, launch, backend.base.name)
+    caches = Caches(options.caches, launch, backend.base.name, backend.base.path)
     asked = [sample for task in tasks for sample in task.samples]
     caches.describe([caches.evaluation_cache(backend.model, backend.encoder, asked)])
     record.update(engine=caches.facts)

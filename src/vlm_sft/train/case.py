@@ -148,7 +148,7 @@ class Known:
             evaluation.visual_tokens if evaluation else (),
             images,
             _counter(plan, images),
-            Kept(plan.engine.root, encoder, plan.base.name, plan.base.path),
+            Kept(plan.engine.root, encoder, plan.base.path),
             image_seconds(encoder, [*final, *images[:2]]),
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlm_sft.artifacts import read_json
 from vlm_sft.data.cache import image_settings, record_key
-from vlm_sft.data.cache_folder import ENTRY, FEATURES, IMAGES, settings_key
+from vlm_sft.data.cache_folder import ENTRY, FEATURES, IMAGES, entry_weights, settings_key, weights_mark
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
 from vlm_sft.errors import RunError
@@ -19,32 +19,26 @@ class Kept:
     Args:
         root: the cache folder.
         encoder: whose images.
-        base, path: name of the base model, and its folder (or Hub id).
+        base: the base model's folder, or Hub id.
     """
 
-    def __init__(self, root: Path, encoder: Encoder, base: str, path: str) -> None:
+    def __init__(self, root: Path, encoder: Encoder, base: str) -> None:
         self.settings = image_settings(encoder)
         self.root = root
         self._pixels = _keys(root / IMAGES / settings_key(self.settings))
-        self._features = self._feature_keys(base, max(_times(Path(path)), default=0.0))
+        self._features = self._feature_keys(weights_mark(base))
 
-    def _feature_keys(self, base: str, changed: float) -> set[str]:
-        """Images that have features, as far as one can know before the weights of the tower are read.
-
-        Args:
-            base: whose features.
-            changed: when its weights were written, in seconds; features that are older are of other weights.
-        """
+    def _feature_keys(self, weights: str) -> set[str]:
+        """Images that have features of these weights, behind this image processor."""
         found: set[str] = set()
         for marker in (self.root / FEATURES).glob(f"*/{ENTRY}"):
             try:
-                entry = read_json(marker)
-                settings, named = entry["settings"], entry["what"]
+                settings, marks = read_json(marker)["settings"], entry_weights(marker)
             except (RunError, KeyError, TypeError):
                 continue
             own = {name: value for name, value in self.settings.items() if name != "versions"}
             same = settings_key(own) == settings_key({name: settings.get(name) for name in own})  # as JSON: () is []
-            if same and named == base and max(_times(marker.parent), default=0.0) >= changed:
+            if same and weights in marks:
                 found |= _keys(marker.parent)
         return found
 
@@ -55,11 +49,6 @@ class Kept:
     def without_features(self, samples: Sequence[Sample]) -> list[Sample]:
         """Those whose vision features are not there."""
         return [sample for sample in samples if record_key(sample.image_key) not in self._features]
-
-
-def _times(folder: Path) -> list[float]:
-    """When the safetensors of a folder were written, in seconds."""
-    return [path.stat().st_mtime for path in folder.glob("*.safetensors")]
 
 
 def _keys(folder: Path) -> set[str]:

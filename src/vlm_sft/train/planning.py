@@ -233,7 +233,7 @@ def _from_base(run: Run, base: Base, device: Device | None, counted: dict[str, E
     """Plan with a base whose processor is at hand."""
     options, recipe = run.options, run.recipe
     train_samples, eval_samples, tasks, asked = _questions(run)
-    engine = Engine(options.engine, run.launch, base.name)
+    engine = Engine(options.engine, run.launch, base.name, base.path)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     cache = CountingCache(encoder, engine.root, base.name, prepared=False)
     cache.counted = counted

@@ -112,7 +112,7 @@ def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], l
     base = find_run_base(options, recipe)
     total = len(train_samples) + len(eval_samples) + len(left_out)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
-    engine = Engine(options.engine, launch, base.name)
+    engine = Engine(options.engine, launch, base.name, base.path)
     with engine.node_in_turn():
         cache = engine.cache(encoder)
         data = PreparedData(train_samples, encoder, "preparing", cache)
