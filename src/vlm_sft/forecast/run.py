@@ -25,7 +25,7 @@ DATA, LOAD, FEATURES = "preparing the data", "loading the model", "vision featur
 STEPS, LOSSES, ANSWERS = "training steps", "evaluation losses", "answers during training"
 SAVES, FINAL = "checkpoints", "final evaluation"
 TRACKERS = "starting trackers"
-LOAD_SECONDS = 1.2  # of building a model and a trainer, whatever its size
+LOAD_SECONDS = 1.85  # of building a model and a trainer, whatever its size
 LOAD_RATE = 8e8  # bytes of weights per second from a disk
 ENGINE_SECONDS = 3.5  # of importing and building DeepSpeed's engine
 ENGINE_SAVE_SECONDS = 0.3  # of what the engine does for a checkpoint, whatever its size
@@ -34,7 +34,7 @@ STEP_SECONDS = 0.004  # of callbacks and logging, an optimizer step
 SAVE_SECONDS = 0.06  # of a checkpoint, whatever its size
 ADAPTER_SECONDS = 0.3  # of the adapter and the records at the end of the training
 SAVE_RATE = 2.5e8  # bytes per second, with checksums
-EVALUATION_SECONDS = 1.0  # of building the model again, and the tables
+EVALUATION_SECONDS = 1.6  # of building the model again, and the tables
 PASS_SECONDS = 0.06  # of an evaluation or a benchmark, whatever its size
 CPU_SLACK = 1.08  # of memory that the C allocator keeps
 MEMORY_SPREAD = {TABLE: 1.3, calibrated.PAST: 1.12, PROBE: 1.07}
@@ -102,7 +102,7 @@ class Case:
         final: what the final evaluation answers.
         saving: when checkpoints are written.
         optim, logging_steps, tensorboard: as in the recipe.
-        trackers: how many of them are started.
+        trackers: how many of them are started, besides TensorBoard, which is open at once.
         features: whether vision features are kept in training; final_features: in the final evaluation.
         new_images: to be processed before the training; new_features: to be computed; new_final: of the benchmarks.
         prepared: whether processed images are kept on disk.

@@ -205,7 +205,7 @@ def case_of(
         optim=recipe.optim,
         logging_steps=recipe.logging_steps,
         tensorboard="tensorboard" in recipe.report_to,
-        trackers=sum(name != "none" for name in recipe.report_to),
+        trackers=sum(name not in ("none", "tensorboard") for name in recipe.report_to),
         features=False,
         new_images=_images(new_images, known.count) + known.imagined,
         new_features=_images(featured, known.count) + known.imagined,
