@@ -73,7 +73,12 @@ def peak_memory_bytes() -> int:
     """Peak memory of this process: of the allocator on a GPU, resident set on a CPU."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        # Not ru_maxrss: on Linux that begins with what the process was before exec, a copy of its launcher.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        return _most_resident_bytes()
 
 
 def resident_bytes() -> int:
@@ -81,8 +86,13 @@ def resident_bytes() -> int:
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     except (OSError, ValueError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return _most_resident_bytes()
     return pages * resource.getpagesize()
+
+
+def _most_resident_bytes() -> int:
+    """The largest resident set as getrusage counts it: in bytes on macOS, in KiB elsewhere."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def folder_bytes(paths: list[Path]) -> int:
