@@ -82,9 +82,14 @@ def read_launch(local_rank: int | None, deepspeed: str | None) -> Launch:
 def _share_cores(processes: int) -> None:
     """Divide the cores between the processes of this machine, unless the user or the launcher has done so."""
     if "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, (os.cpu_count() or 1) // processes)
+        threads = _threads(processes)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+
+
+def _threads(processes: int) -> int:
+    """Threads of each of so many processes on this machine."""
+    return max(1, (os.cpu_count() or 1) // processes)
 
 
 @contextmanager
@@ -92,7 +97,7 @@ def threads_of_a_rank(launch: Launch) -> Iterator[None]:
     """Compute with as many threads as one rank of a launch would have on this machine, while the block runs."""
     before = torch.get_num_threads()
     if launch.cpu and launch.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.world_size))
+        torch.set_num_threads(_threads(launch.world_size))
     try:
         yield
     finally:

@@ -224,4 +224,4 @@ def test_the_mark_of_weights_is_that_of_their_bytes(tmp_path: Path) -> None:
     marks = [weights_mark(str(one)), weights_mark(str(trained))]
     for mark in (*marks, marks[0], ""):
         folder = open_entry(tmp_path, "features", {"seed": 4}, "pocket", mark)
-    assert entry_weights(folder / ENTRY) == marks
+    assert entry_weights(json.loads((folder / ENTRY).read_text())) == marks

@@ -112,8 +112,8 @@ def open_entry(root: Path, kind: str, settings: Mapping[str, Any], what: str, we
             readable = json.loads(json.dumps(settings, default=str))
             value = {"format": FORMAT, "kind": kind, "what": what, "settings": readable}
             write_json(marker, value | ({"weights": [weights]} if weights else {}))
-        elif weights and weights not in (known := entry_weights(marker)):
-            write_json(marker, read_json(marker) | {"weights": [*known, weights]})
+        elif weights and weights not in (known := entry_weights(value := read_json(marker))):
+            write_json(marker, value | {"weights": [*known, weights]})
         else:
             os.utime(marker)
     except OSError as error:
@@ -121,13 +121,12 @@ def open_entry(root: Path, kind: str, settings: Mapping[str, Any], what: str, we
     return folder
 
 
-def entry_weights(marker: Path) -> list[str]:
+def entry_weights(value: Any) -> list[str]:
     """Marks of the models whose features an entry holds.
 
-    Raises:
-        RunError: the marker cannot be read.
+    Args:
+        value: what the entry's marker says.
     """
-    value = read_json(marker)
     marks = value.get("weights", []) if isinstance(value, dict) else []
     return [mark for mark in marks if isinstance(mark, str)] if isinstance(marks, list) else []
 

@@ -33,12 +33,13 @@ class Kept:
         found: set[str] = set()
         for marker in (self.root / FEATURES).glob(f"*/{ENTRY}"):
             try:
-                settings, marks = read_json(marker)["settings"], entry_weights(marker)
+                entry = read_json(marker)
+                settings = entry["settings"]
             except (RunError, KeyError, TypeError):
                 continue
             own = {name: value for name, value in self.settings.items() if name != "versions"}
             same = settings_key(own) == settings_key({name: settings.get(name) for name in own})  # as JSON: () is []
-            if same and weights in marks:
+            if same and weights in entry_weights(entry):
                 found |= _keys(marker.parent)
         return found
 
