@@ -225,3 +225,6 @@ def test_the_mark_of_weights_is_that_of_their_bytes(tmp_path: Path) -> None:
     for mark in (*marks, marks[0], ""):
         folder = open_entry(tmp_path, "features", {"seed": 4}, "pocket", mark)
     assert entry_weights(json.loads((folder / ENTRY).read_text())) == marks
+    (folder / ENTRY).write_bytes(b"{damaged")
+    assert open_entry(tmp_path, "features", {"seed": 4}, "pocket", marks[0]) == folder
+    assert entry_weights(json.loads((folder / ENTRY).read_text())) == marks[:1]

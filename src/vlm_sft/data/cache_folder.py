@@ -108,17 +108,27 @@ def open_entry(root: Path, kind: str, settings: Mapping[str, Any], what: str, we
     marker = folder / ENTRY
     try:
         _sweep([*folder.glob(".*.tmp"), *root.glob(".probe*")])
-        if not marker.is_file():
+        value = _marker(marker) if weights else None
+        if not marker.is_file() or value == {}:
             readable = json.loads(json.dumps(settings, default=str))
             value = {"format": FORMAT, "kind": kind, "what": what, "settings": readable}
             write_json(marker, value | ({"weights": [weights]} if weights else {}))
-        elif weights and weights not in (known := entry_weights(value := read_json(marker))):
+        elif value is not None and weights not in (known := entry_weights(value)):
             write_json(marker, value | {"weights": [*known, weights]})
         else:
             os.utime(marker)
     except OSError as error:
         raise RunError(f"the cache {folder} cannot be written: {error.strerror}", "pass another --cache_dir") from error
     return folder
+
+
+def _marker(path: Path) -> dict[str, Any]:
+    """What a marker says; {} where it is missing or damaged."""
+    try:
+        value = read_json(path)
+    except RunError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def entry_weights(value: Any) -> list[str]:
