@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.adapters import save_base
 from vlm_sft.cli import main
+from vlm_sft.model import load
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +104,12 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> None:
         assert word in message, f"{word!r} is not in: {message}"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_4_bits_are_refused_without_a_gpu(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, train(base, tmp_path / "o", "--load_in_4bit", "true"), "--load_in_4bit true", "need a GPU")
+def test_4_bits_are_refused_without_the_package_for_them(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "find_spec", lambda name: None)
+    code = train(base, tmp_path / "o", "--load_in_4bit", "true")
+    refused(capsys, code, "--load_in_4bit true", "bitsandbytes is not installed", "pip install 'vlm-sft[qlora]'")
 
 
 def test_contradictions(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

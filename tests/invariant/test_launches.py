@@ -114,6 +114,8 @@ def test_deepspeed_gives_the_same_adapter(
     assert launcher is not None
     command = [launcher, "--num_gpus=2", f"--master_port={free_port()}", str(SCRIPT)]
     choice = ["--deepspeed", stage] if stage != "zero2" else []  # the default under this launcher
-    assert_same(launch(command, tmp_path / "run", [*line, *choice]), alone)
+    assert_same(launch(command, tmp_path / "run", [*line, *choice, "--probe"]), alone)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (facts["parallel"], facts["world_size"], facts["attention"]) == (stage, 2, "sdpa")
+    # Under ZeRO-3 no rank has a whole model to probe.
+    assert (facts["forecast"]["basis"] == "probe") == (stage == "zero2")

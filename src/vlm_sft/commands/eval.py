@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens_per_pack", type=int, metavar="N", help="token budget of one forward pass")
     parser.add_argument("--flash_attn", action="store_true", help="use FlashAttention where it is available")
     parser.add_argument(
+        "--load_in_4bit", action="store_true",
+        help="hold the language model in 4 bits, as a training with load_in_4bit does (extra vlm-sft[qlora])",
+    )
+    parser.add_argument(
         "--backend", choices=("transformers", "vllm"), default="transformers",
         help="what generates; vllm needs a GPU and the optional extra vlm-sft[vllm] (default: %(default)s)",
     )

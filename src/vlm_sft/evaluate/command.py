@@ -18,7 +18,7 @@ from vlm_sft.evaluate.scoring import format_score
 from vlm_sft.evaluate.tasks import Task, benchmark_names, load_tasks, parse_token_limits
 from vlm_sft.launch import Launch, connected, pack_tokens, quiet_libraries, read_launch
 from vlm_sft.model.adapt import check_adapter_folder, load_adapter
-from vlm_sft.model.load import Base, find_base, load_model
+from vlm_sft.model.load import Base, find_base, load_model, to_gpu
 from vlm_sft.record import RunRecord, device_name
 
 
@@ -38,6 +38,7 @@ class EvalOptions:
         allow_prompt_mismatch: these may differ from what the adapter was trained with.
         tokens_per_pack: token budget of one forward pass; None for the device's.
         flash_attn: use FlashAttention where it can run.
+        load_in_4bit: hold the weights of the language model in 4 bits, as a QLoRA training does.
         backend: "transformers" (shared prefixes) or "vllm".
         max_left_out: share of questions that may be left out, 0 to 1.
         caches: what is kept on disk; it changes no answer.
@@ -58,6 +59,7 @@ class EvalOptions:
     allow_prompt_mismatch: bool = False
     tokens_per_pack: int | None = None
     flash_attn: bool = False
+    load_in_4bit: bool = False
     backend: str = "transformers"
     max_left_out: float = MAX_LEFT_OUT_FRACTION
     caches: CacheOptions = field(default_factory=CacheOptions)
@@ -77,7 +79,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, object]]:
     limits = parse_token_limits(options.max_new_tokens, benchmark_names(options.benchmark))
     launch = read_launch(options.local_rank, None)
     if options.backend == "vllm":
-        _check_vllm(launch)
+        _check_vllm(launch, options.load_in_4bit)
     # Under the deepspeed launcher too: an evaluation needs no ZeRO, every rank holds the model.
     with connected(launch):
         return _carry_out(options, launch, limits)
@@ -95,7 +97,7 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
     if is_main_process():
         artifacts.write_jsonl(options.output_dir / artifacts.LEFT_OUT, map(asdict, left_out))
     enforce(left_out, questions + len(left_out), options.max_left_out, options.output_dir / artifacts.LEFT_OUT)
-    identity = identity_of(base.name, base.path, base.prompt, options.adapter)
+    identity = identity_of(base, options.adapter)
     backend = _backend(options, base, launch)
     record = RunRecord(options.output_dir, _facts(options, launch, base))
     record.write()
@@ -117,14 +119,16 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
     return results
 
 
-def _check_vllm(launch: Launch) -> None:
+def _check_vllm(launch: Launch, four_bit: bool) -> None:
     """Refuse the vLLM backend where it cannot run.
 
     Raises:
         ModelError: vLLM is not installed.
-        EvaluationError: it was started as several ranks.
+        EvaluationError: it was started as several ranks, or 4-bit weights are asked for.
     """
     require_vllm()
+    if four_bit:
+        raise EvaluationError("--backend vllm holds weights in their own format", "leave --load_in_4bit out")
     if launch.world_size > 1:
         raise EvaluationError(
             f"--backend vllm runs as one process, not as {launch.world_size} ranks", "start it with plain vlm-sft eval"
@@ -137,6 +141,7 @@ def _facts(options: EvalOptions, launch: Launch, base: Base) -> dict[str, object
         "base_model": options.base_model, "adapter": str(options.adapter) if options.adapter else None,
         "dataset": options.benchmark, "limit": options.limit, "split": options.split, "device": device_name(),
         "world_size": launch.world_size, "attention": base.attention, "dtype": base.dtype_name,
+        "load_in_4bit": base.load_in_4bit,
         "backend": options.backend,
     }  # fmt: skip
 
@@ -149,7 +154,7 @@ def _backend(options: EvalOptions, base: Base, launch: Launch) -> Backend:
     if options.adapter:
         model = load_adapter(model, options.adapter)
     if not launch.cpu:
-        model.to(f"cuda:{launch.local_rank}")
+        to_gpu(model, base, launch.local_rank)
     return SharedPrefixBackend(base, model)
 
 
@@ -181,6 +186,7 @@ def _find_base(options: EvalOptions) -> Base:
         max_pixels=options.max_pixels,
         template=options.prompt_template,
         system=options.system,
+        load_in_4bit=options.load_in_4bit,
     )
     if options.adapter and saved is None:
         warn(f"{options.adapter} has no {artifacts.PROMPT}: the prompt of its training is unknown")

@@ -1,31 +1,34 @@
-"""What a folder of predictions came from, so that no other model's are taken for its own. Imports data.prompt."""
+"""What a folder of predictions came from, so that no other model's are taken for its own. Imports errors."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_sft import artifacts
-from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from vlm_sft.model.load import Base
 
 PART = "predictions.rank{}.jsonl"
 
 
-def identity_of(name: str, path: str, prompt: PromptSettings, adapter: Path | None) -> dict[str, Any]:
+def identity_of(base: Base, adapter: Path | None) -> dict[str, Any]:
     """Describe what answers: base model, adapter and prompt.
 
     Args:
-        name: the base model as the user named it.
-        path: its folder or Hub id. The weight files of a folder count with their names, sizes and times.
-        prompt: prompt and image settings.
+        base: the base model. The weight files of a folder count with their names, sizes and times.
         adapter: folder of the adapter; its weights count by their content.
     """
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    files = sorted(Path(base.path).glob("*.safetensors")) if Path(base.path).is_dir() else []
     stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     weights = hashlib.sha256((adapter / artifacts.ADAPTER_WEIGHTS).read_bytes()).hexdigest() if adapter else None
-    return {"base_model": name, "base_files": stamps, "adapter_sha256": weights, "prompt": prompt.to_dict()}
+    return {
+        "base_model": base.name, "base_files": stamps, "load_in_4bit": base.load_in_4bit, "adapter_sha256": weights,
+        "prompt": base.prompt.to_dict(),
+    }  # fmt: skip
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:

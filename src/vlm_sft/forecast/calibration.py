@@ -21,7 +21,8 @@ KEPT_LINES = 400
 USED_RUNS = 5  # the newest ones that match
 TABLE, PROBE, PAST = "table", "probe", "past runs"
 PROBE_SPREAD, PAST_SPREAD, OTHER_SPREAD = 1.1, 1.15, 1.35
-SHORTEST_SECONDS = 0.05  # items below this say nothing about rates
+# Items below this say nothing about rates; those of another shape below that are mostly what every run has in common.
+SHORTEST_SECONDS, OTHER_SHORTEST_SECONDS = 0.05, 5.0
 MEMORY = "memory"
 
 
@@ -84,30 +85,31 @@ def from_past_runs(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) ->
     Returns:
         The calibration; that of the table where no run matches.
     """
+    # Of other shapes only what took its time: a tiny model is all overhead.
     same = [row for row in rows if row.get("key") == dict(key)][-USED_RUNS:]
     device = [
         row for row in rows
         if all(row.get("key", {}).get(name) == key[name] for name in ("device", "threads"))
     ][-USED_RUNS:]
-    chosen = same or device
-    if not chosen:
-        return Calibration()
+    chosen, shortest = (same, SHORTEST_SECONDS) if same else (device, OTHER_SHORTEST_SECONDS)
     factors: dict[str, float] = {}
     scatter = 1.0
     for item in {name for row in chosen for name in row["forecast"]}:
-        ratios = [ratio for row in chosen if (ratio := _ratio(row, item)) is not None]
+        ratios = [ratio for row in chosen if (ratio := _ratio(row, item, shortest)) is not None]
         if ratios and (same or item != MEMORY):
             factors[item] = statistics.median(ratios)
             if len(ratios) > 1 and item != MEMORY:
                 scatter = max(scatter, max(ratios) / factors[item], factors[item] / min(ratios))
+    if not factors:
+        return Calibration()
     spread = max(PAST_SPREAD, min(scatter, OTHER_SPREAD)) if same else OTHER_SPREAD
     what = "of this shape" if same else "of other shapes"
     return Calibration(PAST, factors, spread, note=f"corrected by {len(chosen)} past run(s) {what} on this device")
 
 
-def _ratio(row: Mapping[str, Any], item: str) -> float | None:
-    """Actual over forecast of one item of a past run."""
+def _ratio(row: Mapping[str, Any], item: str, shortest: float) -> float | None:
+    """Actual over forecast of one item of a past run; None where it was too short to tell."""
     said, came = row["forecast"].get(item), row["actual"].get(item)
-    if not said or not came or (item != MEMORY and said < SHORTEST_SECONDS and came < SHORTEST_SECONDS):
+    if not said or not came or (item != MEMORY and said < shortest and came < shortest):
         return None
     return float(came) / float(said)

@@ -18,7 +18,8 @@ NORM_VALUES_HALF = 8  # in bfloat16 both are float32 copies
 ATTENTION_VALUES = 4  # queries, keys, values (repeated for every head) and the output
 GATE_VALUES = 3  # gate, activated gate, up
 LOGIT_VALUES = 3  # float32 scores, their probabilities and the gradient
-FOUR_BIT_BYTES = 0.53  # a weight with its scales (QLoRA, Dettmers et al. 2023, double quantisation)
+# QLoRA (Dettmers et al. 2023): half a byte a weight, a byte for the scale of 64, 4 bytes for the scale of 256 scales.
+FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 TOWER_PATCHES = 8192  # of one call in the pass that computes features
 TOWER_VALUES = 12  # hidden vectors a patch at once, forward only
 CONTEXT_BYTES = 600 * 1024**2  # of the driver on a GPU, outside the allocator
@@ -143,6 +144,8 @@ def peak_items(
         "gradients": trained * size / ranks.shared_optimizer,
         "optimizer": trained * (8 + master) / ranks.shared_optimizer,
     }
+    if setting.four_bit:  # the largest matrix of a layer, unpacked while it is used
+        items["unpacked weights"] = setting.model.text.hidden * setting.model.text.intermediate * setting.value_bytes
     if ranks.engine and setting.rates.gpu:
         items["communication"] = min(ZERO_BUFFER_BYTES, 4.0 * trained)
         if ranks.shared_weights > 1:  # the layer that is gathered, and the next one

@@ -340,10 +340,13 @@ def forecast(case: Case, calibration: Calibration) -> Forecast:
 
 
 def _corrected_memory(case: Case, calibration: Calibration) -> dict[str, float]:
-    """The items of memory; where a probe has measured the largest pack, what it saw and what is still to come."""
+    """The items of memory; where a probe has measured the largest pack, what it saw and what several ranks change."""
     items = memory_items(case)
     if calibration.peak_bytes is not None:
-        return {"measured by the probe": calibration.peak_bytes}
+        alone = memory_items(replace(case, ranks=Ranks()))  # as the probe computed
+        shared = sum(items.values()) - sum(alone.values())
+        measured = {"measured by the probe": calibration.peak_bytes}
+        return measured | ({"several ranks": shared} if shared else {})
     process = {name: value for name, value in items.items() if name == "process"}
     slack = 1.0 if case.setting.rates.gpu else CPU_SLACK
     factor = calibration.factors.get(MEMORY, slack)

@@ -187,13 +187,8 @@ def require_4bit() -> None:
     """Refuse 4-bit weights where they cannot be used.
 
     Raises:
-        ModelError: there is no GPU, or bitsandbytes is not installed.
+        ModelError: bitsandbytes is not installed.
     """
-    if not torch.cuda.is_available():
-        raise ModelError(
-            "--load_in_4bit true: 4-bit weights need a GPU, and there is none here",
-            "leave it out: LoRA on the weights in their own format trains the same adapter with more memory",
-        )
     if find_spec("bitsandbytes") is None:
         raise ModelError(
             "--load_in_4bit true: the package bitsandbytes is not installed", "pip install 'vlm-sft[qlora]'"
@@ -201,7 +196,7 @@ def require_4bit() -> None:
 
 
 def load_model(base: Base) -> Any:
-    """Load the weights of a base model, in its dtype, on the CPU; in 4 bits on this process's GPU.
+    """Load the weights of a base model, in its dtype, on the CPU; in 4 bits on this process's GPU, where there is one.
 
     Raises:
         ModelError: the weights cannot be opened.
@@ -223,6 +218,18 @@ def load_model(base: Base) -> Any:
     return model
 
 
+def to_gpu(model: Any, base: Base, number: int) -> None:
+    """Move a model to a GPU; one in 4 bits was loaded there.
+
+    Args:
+        model: from `load_model`, or its adapter.
+        base: what it was loaded from.
+        number: of the GPU on this machine.
+    """
+    if not base.load_in_4bit:
+        model.to(f"cuda:{number}")
+
+
 def _in_4bit(base: Base) -> dict[str, Any]:
     """Loader arguments for QLoRA's number format (Dettmers et al. 2023): NormalFloat4 with quantised constants.
 
@@ -240,7 +247,8 @@ def _in_4bit(base: Base) -> dict[str, Any]:
         bnb_4bit_compute_dtype=base.dtype,
         llm_int8_skip_modules=kept,
     )
-    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def _stop_ids(path: str) -> tuple[int, ...]:

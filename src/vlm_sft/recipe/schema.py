@@ -140,7 +140,7 @@ class Recipe:
         "weights in full", choices=PARTS)
     use_rslora: bool = _key(False, "scale LoRA's update by lora_alpha / sqrt(lora_r) instead of lora_alpha / lora_r")
     use_dora: bool = _key(False, "train the length of every weight column apart from its direction (DoRA)")
-    load_in_4bit: bool = _key(False, "hold the frozen language model in 4 bits (QLoRA; needs a GPU and bitsandbytes)")
+    load_in_4bit: bool = _key(False, "hold the frozen language model in 4 bits (QLoRA; needs bitsandbytes)")
     max_pixels: int | None = _key(None, "larger images are scaled down to this area; null: the base model's own limit",
                                   "pixels", Range(256))
     min_pixels: int | None = _key(None, "smaller images are scaled up to this area; null: the base model's own limit",

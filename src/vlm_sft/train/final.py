@@ -19,7 +19,7 @@ from vlm_sft.evaluate.run import Evaluator, barrier, results_table, save_picture
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.launch import Launch
 from vlm_sft.model.adapt import load_adapter
-from vlm_sft.model.load import Base, load_model
+from vlm_sft.model.load import Base, load_model, to_gpu
 from vlm_sft.model.parts import ALL
 from vlm_sft.record import folder_bytes
 from vlm_sft.report.html import write_report
@@ -66,8 +66,8 @@ def _answer(
     """Answer the benchmarks with one model, for each side: "base" is the model without its adapter."""
     launch = run.launch
     model = load_model(base)
-    if not launch.cpu and not base.load_in_4bit:
-        model.to(f"cuda:{launch.local_rank}")
+    if not launch.cpu:
+        to_gpu(model, base, launch.local_rank)
     if adapter is not None:
         model = load_adapter(model, adapter)
     # A resumed run may have evaluated an earlier adapter: its predictions are replaced.
@@ -80,7 +80,7 @@ def _answer(
             tuned = adapter if side == "tuned" else None
             with model.disable_adapter() if adapter is not None and tuned is None else nullcontext():
                 folder = run.options.output_dir / artifacts.EVALUATION_FOLDER / side / task.name
-                identity = identity_of(base.name, base.path, base.prompt, tuned)
+                identity = identity_of(base, tuned)
                 evaluator.run(task, folder, f"{task.name}: {side}", identity)
     return cache
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from vlm_sft.evaluate.caches import one_an_image
 from vlm_sft.forecast.run import FEATURES, LOAD, SAVES
 from vlm_sft.launch import Launch, agree
 from vlm_sft.model.families import PackMode
-from vlm_sft.model.load import Base, load_model
+from vlm_sft.model.load import Base, load_model, to_gpu
 from vlm_sft.model.parts import ALL
 from vlm_sft.model.sharing import choose_mode
 from vlm_sft.model.tune import described, tune
@@ -31,7 +32,7 @@ from vlm_sft.train.checkpoints import checkpoint_step
 from vlm_sft.train.foretell import Clock, Foretelling
 from vlm_sft.train.options import Run
 from vlm_sft.train.prepare import Plan
-from vlm_sft.train.probe import Probe
+from vlm_sft.train.probe import Probe, half_precision
 from vlm_sft.train.saving import CheckpointPolicy
 from vlm_sft.train.trainer import PackTrainer
 from vlm_sft.train.validation import Validation, ValidationPlan
@@ -97,11 +98,16 @@ def _probe(
     planners: tuple[EpochPlanner, EpochPlanner | None],
 ) -> None:  # fmt: skip
     """Measure a few passes and forecast again."""
-    if run.launch.deepspeed is not None:
-        say("--probe: a few passes cannot be run apart from DeepSpeed's engine; the forecast stays as it is")
-        return
+    model, precision = trainer.model, trainer.compute_loss_context_manager
+    if run.launch.deepspeed is not None:  # its engine takes the model over when the training begins
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            say("--probe: under ZeRO-3 no rank has the whole model for a pass of its own; the forecast stays as it is")
+            return
+        if not run.launch.cpu:
+            to_gpu(model, plan.base, run.launch.local_rank)
+        precision = partial(half_precision, run.launch, plan.base)
     case = replace(told.case, features=plan.cache.features is not None)
-    probe = Probe(run, plan, trainer.model, mode, trainer.compute_loss_context_manager, case, *planners)
+    probe = Probe(run, plan, model, mode, precision, case, *planners)
     calibration = probe.calibrate(told.tasks, told.seconds)
     told.refine(agree(lambda: calibration), case, plan.engine.root)
 

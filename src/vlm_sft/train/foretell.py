@@ -41,7 +41,7 @@ from vlm_sft.train.prepare import Plan
 from vlm_sft.train.validation import ValidationPlan
 
 PROBING = "probe"
-TRAINER_SECONDS = 0.3  # between a probe and the first step
+TRAINER_SECONDS = 0.3  # between a probe and the first step, without DeepSpeed
 OUTCOMES = ("time_seconds", "peak_bytes", "disk_bytes")
 
 
@@ -145,8 +145,9 @@ class Foretelling:
         self.case, self.calibration = case, calibration
         plain = forecast(case, calibration)
         items = {**plain.items["time_seconds"], PROBING: self.seconds[PROBING]}
-        items[forecasts.LOAD] += TRAINER_SECONDS
-        added = self.seconds[PROBING] + TRAINER_SECONDS
+        starting = TRAINER_SECONDS + forecasts.ENGINE_SECONDS * case.ranks.engine
+        items[forecasts.LOAD] += starting
+        added = self.seconds[PROBING] + starting
         estimate = plain.time_seconds
         self.found = replace(
             plain,

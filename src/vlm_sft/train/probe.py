@@ -26,10 +26,10 @@ from vlm_sft.forecast.calibration import PROBE, PROBE_SPREAD, Calibration
 from vlm_sft.forecast.counts import Pack, Work, pack_work
 from vlm_sft.forecast.run import Case, time_items
 from vlm_sft.forecast.time import answering_seconds, forward_seconds, tower_seconds, training_seconds
-from vlm_sft.launch import gather
+from vlm_sft.launch import Launch, gather
 from vlm_sft.model import prefix
 from vlm_sft.model.families import PackMode
-from vlm_sft.model.load import load_model
+from vlm_sft.model.load import Base, load_model, to_gpu
 from vlm_sft.model.sharing import choose_mode
 from vlm_sft.model.tune import tune
 from vlm_sft.record import peak_memory_bytes
@@ -227,6 +227,11 @@ def _answer(backend: SharedPrefixBackend, pack: Any, limit: int) -> None:
         pass
 
 
+def half_precision(launch: Launch, base: Base) -> torch.autocast:
+    """The context of a forward pass of a base in bfloat16 whose adapter is in float32; of any other base, none."""
+    return torch.autocast("cpu" if launch.cpu else "cuda", torch.bfloat16, enabled=base.dtype == torch.bfloat16)
+
+
 def probe_plan(run: Run, plan: Plan, case: Case, tasks: Sequence[Task]) -> Calibration:
     """Load a base and its adapter for a run that is not started, and measure a few passes.
 
@@ -241,16 +246,12 @@ def probe_plan(run: Run, plan: Plan, case: Case, tasks: Sequence[Task]) -> Calib
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not run.launch.cpu:
-        model.to("cuda")
+        to_gpu(model, plan.base, run.launch.local_rank)
     mode = choose_mode(model, plan.data.encoder)
     planners = (plan.planner, plan.eval_planner)
     if not mode.shares:
         planners = (plan.planner.separate(), plan.eval_planner.separate() if plan.eval_planner else None)
-    half = plan.base.dtype == torch.bfloat16
-
-    def precision() -> Any:
-        return torch.autocast("cpu" if run.launch.cpu else "cuda", torch.bfloat16, enabled=half)
-
+    precision = partial(half_precision, run.launch, plan.base)
     loading = time.perf_counter() - began + forecasts.LOAD_SECONDS
     online = replace(case, features=False)
     probe = Probe(run, plan, model, mode, precision, online, *planners)

@@ -193,7 +193,7 @@ class Validation:
         guarded = {guard.name for guard in self.plan.guards}
         if self._base_rows or not guarded:
             return
-        identity = identity_of(self.base.name, self.base.path, self.base.prompt, None)
+        identity = identity_of(self.base, None)
         with untuned(model, self.base) as base_model:
             if base_model is not model:
                 own = evaluator.backend

@@ -1,0 +1,23 @@
+"""No test writes into the cache of whoever runs it: what it learns about tiny models would change their forecasts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+from vlm_sft.data.cache_folder import VARIABLE
+
+_FOLDER = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test is collected, so that every process which is started has it."""
+    config.stash[_FOLDER] = os.environ[VARIABLE] = tempfile.mkdtemp(prefix="vlm_sft_tests.")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove it again."""
+    shutil.rmtree(config.stash[_FOLDER], ignore_errors=True)
