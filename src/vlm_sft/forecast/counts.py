@@ -228,7 +228,13 @@ def tower_flops(model: ModelShape, visual: float, visual_squares: float) -> floa
     """
     vision = model.vision
     patches = visual * vision.patches_per_token
-    squares = visual_squares * vision.patches_per_token**2
     products = 2 * vision.patch_weights * patches + 2 * vision.token_weights * visual
+    return products + tower_attention_flops(model, visual, visual_squares)
+
+
+def tower_attention_flops(model: ModelShape, visual: float, visual_squares: float) -> float:
+    """Operations of the attention among them; arguments as for `tower_flops`."""
+    vision = model.vision
+    patches, squares = visual * vision.patches_per_token, visual_squares * vision.patches_per_token**2
     windowed = (vision.layers - vision.full_layers) * min(patches * vision.window_patches, squares)
-    return products + 4 * vision.hidden * (vision.full_layers * squares + windowed)
+    return 4 * vision.hidden * (vision.full_layers * squares + windowed)

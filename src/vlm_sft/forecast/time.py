@@ -9,11 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlm_sft.forecast.counts import Adapter, Work, forward_flops, tower_flops, training_flops
+from vlm_sft.forecast.counts import (
+    Adapter,
+    Work,
+    forward_flops,
+    tower_attention_flops,
+    tower_flops,
+    training_flops,
+)
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.shapes import ModelShape
 
 PRODUCT_OVERHEAD = 1.25  # of products smaller than the one that is measured: adapters, heads of attention
+ATTENTION_OVERHEAD = 2.0  # of scores and their softmax, over all patches of an image
 # Reads and writes of simple operations (norms, rotary positions, activation, residuals), in values a token and layer:
 # counted in the code of a Qwen2.5-VL layer.
 HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES = 22, 12, 5
@@ -89,7 +97,9 @@ def training_seconds(setting: Setting, work: Work) -> float:
 def tower_seconds(setting: Setting, work: Work, training: bool = False) -> float:
     """Seconds of the vision tower on the images of some packs, one call a pack; backward only where it is trained."""
     rates, vision = setting.rates, setting.model.vision
-    products = PRODUCT_OVERHEAD * tower_flops(setting.model, work.visual, work.visual_squares) / rates.flops
+    attention = tower_attention_flops(setting.model, work.visual, work.visual_squares)
+    products = tower_flops(setting.model, work.visual, work.visual_squares) - attention
+    products = (PRODUCT_OVERHEAD * products + ATTENTION_OVERHEAD * attention) / rates.flops
     if training and not setting.adapter.frozen_tower:
         products *= 3  # the gradients of weights and inputs too
     patches = work.visual * vision.patches_per_token
