@@ -1,6 +1,7 @@
-"""Kills, full disks and damaged files, on the launch line; writes a record and the table of docs/RELIABILITY.md.
+r"""Kills, full disks and damaged files, on the launch line; writes a record and the table of docs/RELIABILITY.md.
 
-    python bench/faults.py --kills 200 --cold 10 --ranks 6 --deepspeed 6 --workers 6 --disk 12 --damage 20 --soak 200
+    python bench/faults.py --kills 200 --cold 10 --ranks 6 --deepspeed 6 --workers 6 --disk 12 --eio 30 --damage 20 \
+        --soak 200
 
 Every number is how many of that kind to do now; `--add` adds them to the record of earlier calls.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT, commit, origin, write_block
-from tests.faults.damage import FAULTS, damage_everything, starve
+from tests.faults.damage import FAULTS, damage_everything, starve, strike
 from tests.faults.harness import (
     MOMENTS,
     Reference,
@@ -36,6 +37,7 @@ from tests.faults.harness import (
     start_ranks,
     torture,
 )  # fmt: skip
+from tests.faults.injection import layer
 from vlm_sft import artifacts
 from vlm_sft.console import say
 
@@ -59,6 +61,7 @@ def main() -> int:
     parser.add_argument("--soak", type=int, default=0, help="SIGKILLs of one long training in one folder")
     parser.add_argument("--workers", type=int, default=0, help="SIGKILLs of runs with two loader workers")
     parser.add_argument("--disk", type=int, default=0, help="full and read-only disks; needs the right to mount")
+    parser.add_argument("--eio", type=int, default=0, help="disk errors in calls of a run; needs a C compiler")
     parser.add_argument("--damage", type=int, default=0, help="changed bytes in every file that is read back")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--add", action="store_true", help="add to the record of earlier calls")
@@ -113,6 +116,8 @@ def _carry_out(args: argparse.Namespace, place: Path, record: dict[str, Any]) ->
             fault = FAULTS[number % len(FAULTS)]
             starve(warm.start, place, reference, fault, place / f"disk{number}", tally, rng)
             say(f"{fault}: {tally.kills}")
+        if args.eio:
+            strike_often(args.eio, place, reference, tally, rng)
         record = _merged(record, "disk", tally)
         troubles += tally.trouble
         if args.damage:
@@ -124,6 +129,19 @@ def _carry_out(args: argparse.Namespace, place: Path, record: dict[str, Any]) ->
     finally:
         warm.close()
     return record, troubles
+
+
+def strike_often(times: int, place: Path, reference: Reference, tally: Tally, rng: random.Random) -> None:
+    """Disk errors in so many runs, each of which is resumed on a sound disk."""
+    warm = Warm(layer(place))
+    try:
+        for number in range(times):
+            folder = place / f"eio{number}"
+            strike(warm, place, reference, ("continue", "stop")[number % 2], folder, tally, rng)
+            shutil.rmtree(folder)
+            say(f"disk errors: {number + 1} of {times}")
+    finally:
+        warm.close()
 
 
 def soak(begin: Callable[[list[str], Path], Started], place: Path, kills: int, rng: random.Random) -> Tally:
@@ -201,7 +219,7 @@ def table(record: dict[str, Any]) -> str:
         lines += [f"| {what} | {count} |" for what, count in sorted(disk["kills"].items())]
         lines.append("")
         lines.append(
-            f"After the disk was given back, {disk['finished']} of {sum(disk['kills'].values())} were resumed to the "
+            f"With a sound disk again, {disk['finished']} of {sum(disk['kills'].values())} were resumed to the "
             f"end and {disk['identical']} came to the adapter of an undisturbed run, bit for bit."
         )
     lines += ["", "| damaged file | times | found |", "|---|---|---|"]

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults.harness import SCRIPT, Reference, Started, Tally, arguments, check_folder, start
+from tests.faults.harness import SCRIPT, Reference, Started, Tally, Warm, arguments, check_folder, start
+from tests.faults.injection import EVER, Fault, Injected
 from vlm_sft.data.cache_folder import ENTRY
 from vlm_sft.data.store import Store
 from vlm_sft.errors import ModelError
@@ -173,12 +174,50 @@ def starve(
         output.chmod(0o755)
         if filler is not None:
             filler.unlink(missing_ok=True)
-        code = begin(flags, log).wait(120)
-        if code != 0:
-            tally.trouble.append(f"{fault}: resumed with exit {code}: {log.read_text()[-1500:]}")
-            return
-        tally.finished += 1
-        different = reference.differences(output)
-        tally.identical += not different
-        if different:
-            tally.trouble.append(f"{fault}: {', '.join(different)} differ after the resume")
+        _resume(begin, flags, log, output, reference, fault, tally)
+
+
+def _resume(
+    begin: Callable[[list[str], Path], Started], flags: list[str], log: Path, output: Path, reference: Reference,
+    fault: str, tally: Tally,
+) -> None:  # fmt: skip
+    """Go on with a sound disk, and compare."""
+    code = begin(flags, log).wait(120)
+    if code != 0:
+        tally.trouble.append(f"{fault}: resumed with exit {code}: {log.read_text()[-1500:]}")
+        return
+    tally.finished += 1
+    different = reference.differences(output)
+    tally.identical += not different
+    if different:
+        tally.trouble.append(f"{fault}: {', '.join(different)} differ after the resume")
+
+
+def strike(
+    warm: Warm, place: Path, reference: Reference, policy: str, folder: Path, tally: Tally, rng: random.Random
+) -> None:
+    """Let calls of a run on its own folder fail with EIO, for once or from then on; resume, and compare.
+
+    Args:
+        warm: starts runs below the layer that injects the errors.
+        place: model and data.
+        reference: of an uninterrupted run.
+        policy: of `--on_save_error`.
+        folder: for this run.
+        tally: counts; `kills` by the call that failed and the outcome.
+        rng: draws the call, and when it begins and ceases to fail.
+    """
+    output, log = folder / "run", folder / "log"
+    call = rng.choice(("write", "fsync", "rename"))
+    fault = Fault(call, f"{output}*", first=rng.randint(1, 30), count=rng.choice((1, 3, EVER)))
+    faults = Injected(folder / "faults", fault)
+    flags = arguments(place, output, "--on_save_error", policy)
+    code = warm.start(flags, log, faults.variables).wait(120)
+    check_folder(output, tally, 0)
+    told, struck = log.read_text(), faults.met[0] >= fault.first
+    name = f"EIO in {call}, {policy}" if struck else f"EIO in {call}, too late to strike"
+    silent = (struck and "Input/output" not in told) or (code and "error: " not in told)
+    if silent or code is None or "Traceback" in told:
+        tally.trouble.append(f"{fault}: exit {code}: {told[-1500:]}")
+    tally.count(f"{name}: exit {code}")
+    _resume(warm.start, flags, log, output, reference, name, tally)
