@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     every = ",".join([*tiny_models.FAMILIES, *tiny_models_more.LACKING])
     parser.add_argument("--families", default=every, help="which families, with commas (default: all)")
-    parser.add_argument("--work", type=Path, default=ROOT / "output" / "families", help="folder of the models and runs")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "families", help="of the models and runs")
     parser.add_argument("--tables", action="store_true", help="only write the table from the result file")
     return parser.parse_args()
 

@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_eval", type=int, default=400, help="held-out questions (default: %(default)s)")
     parser.add_argument("--global_batch_size", type=int, default=32, help="questions a step (default: %(default)s)")
     parser.add_argument("--learning_rate", default="2e-3", help="of all arms (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=ROOT / "output" / "grouping", help="folder of the runs")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "grouping", help="folder of the runs")
     parser.add_argument("--tables", action="store_true", help="only write the table from the result file")
     return parser.parse_args()
 
