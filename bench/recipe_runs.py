@@ -94,7 +94,7 @@ class Settings:
         """What has to stay the same while a benchmark is continued; the weights of the base are part of it."""
         base = find_base(self.base_model, flash_attn=self.flash_attn)
         return {
-            "base": identity_of(base.name, base.path, base.prompt, None), "dataset": self.dataset,
+            "base": identity_of(base, None), "dataset": self.dataset,
             "max_train": self.max_train, "max_eval": self.max_eval,
         }  # fmt: skip
 
