@@ -91,6 +91,7 @@ def _name(axes: Any, panel: dict[str, Any]) -> None:
     colours = dict(zip(variants, COLOURS, strict=False))
     curves = [[(seconds, low), (seconds, high)] for _, _, seconds, _, low, high in panel["points"]]
     curves += [[(point[2], point[3]) for point in panel["points"] if point[0] == variant] for variant in variants]
+    curves.append([(end, panel["base"]) for end in axes.get_xlim()])
     labels = [Label(point[1], point[2], point[3], colours[point[0]]) for point in panel["points"]]
     name_points(axes, labels, leader_colour=TEXT, curves=curves, radius=2.5, fontsize=7)
 

@@ -28,7 +28,7 @@ CURVE_STEP = 5.0
 CROWD = 45.0
 LENGTHS = (22, 14, 9)  # of names, in letters; shorter where there is no room
 # Costs in points of distance: of a line at all, of covering a step of a curve, and of lines that cross things.
-LEADER_COST, CURVE_COST, CROSSED_POINT, CROSSED_LEADER, CROSSED_NAME = 10.0, 5.0, 60.0, 40.0, 400.0
+LEADER_COST, CURVE_COST, CROSSED_POINT, CROSSED_LEADER, CROSSED_NAME = 10.0, 16.0, 60.0, 40.0, 400.0
 ORDER_COST = 0.7  # between one side of a point and the next best
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
