@@ -186,11 +186,7 @@ def _resume(
     if code != 0:
         tally.trouble.append(f"{fault}: resumed with exit {code}: {log.read_text()[-1500:]}")
         return
-    tally.finished += 1
-    different = reference.differences(output)
-    tally.identical += not different
-    if different:
-        tally.trouble.append(f"{fault}: {', '.join(different)} differ after the resume")
+    tally.compare(reference, output, f"{fault}, after the resume")
 
 
 def strike(

@@ -271,6 +271,14 @@ class Tally:
         """One more kill at a moment."""
         self.kills[moment] = self.kills.get(moment, 0) + 1
 
+    def compare(self, reference: Reference, output: Path, what: str) -> None:
+        """One more training that finished, held against an uninterrupted one."""
+        self.finished += 1
+        different = reference.differences(output)
+        self.identical += not different
+        if different:
+            self.trouble.append(f"{what}: {', '.join(different)} differ")
+
 
 def check_folder(output: Path, tally: Tally, before: int) -> int:
     """After a kill: what has a checkpoint's name verifies, and at most one save interval is lost.
@@ -345,10 +353,6 @@ def torture(
             tally.trouble.append(f"exit code {code}: {log.read_text()[-1500:]}")
             return
         break
-    tally.finished += 1
-    different = reference.differences(output)
-    tally.identical += not different
-    if different:
-        tally.trouble.append(f"{folder.name} after {moments}: {', '.join(different)} differ")
+    tally.compare(reference, output, f"{folder.name} after {moments}")
     left = [path.name for path in output.iterdir() if path.name.endswith((".partial", ".removed", ".replaced", ".tmp"))]
     tally.left_over += len(left)
