@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,24 @@ from vlm_sft import artifacts
 from vlm_sft.errors import RunError
 from vlm_sft.model.pocket import WEIGHTS, build, curriculum, score, train
 from vlm_sft.model.pocket.batches import build_batch
-from vlm_sft.model.pocket.canvas import CHARACTER_CLASSES, THING_CLASSES
+from vlm_sft.model.pocket.canvas import (
+    CHARACTER_CLASSES,
+    THING_CLASSES,
+    UNKNOWN,
+    VALUE_CLASSES,
+    VALUE_LENGTH,
+    VALUES_OF_LABEL,
+)
 from vlm_sft.model.pocket.card import CARD, SCORES, card
-from vlm_sft.model.pocket.forward import SLOTS, SlotHead, answer_logits, batch_loss, vision_features
+from vlm_sft.model.pocket.forward import (
+    LOOKING_LAYER,
+    SLOTS,
+    SlotHead,
+    answer_logits,
+    batch_loss,
+    looking_loss,
+    vision_features,
+)
 
 MAX_PARAMETERS = 12_000_000
 MAX_SHIPPED_BYTES = 24_000_000
@@ -117,7 +133,7 @@ def test_questions_that_share_a_picture_lose_what_they_lose_alone(model: Any, pr
     batch = build_batch(pictures, processor.tokenizer)
     with torch.no_grad():
         features = vision_features(model.model.visual, batch["patches"], batch["grid"])
-        logits = answer_logits(model, features, batch)
+        logits = answer_logits(model, features, batch)[0]
         together = torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="none")
     for row, picture in enumerate(pictures):
         alone = torch.stack(_stock_losses(model, processor, picture)).sum()
@@ -132,7 +148,7 @@ def test_a_question_does_not_see_the_question_before_it(model: Any, processor: A
         batch = build_batch([type(picture)("sign", picture.pixels, tuple(questions), None)], processor.tokenizer)
         with torch.no_grad():
             features = vision_features(model.model.visual, batch["patches"], batch["grid"])
-            last.append(answer_logits(model, features, batch)[-1])
+            last.append(answer_logits(model, features, batch)[0][-1])
     torch.testing.assert_close(last[0], last[1], rtol=TOLERANCE, atol=TOLERANCE)
 
 
@@ -148,6 +164,52 @@ def test_the_slot_head_counts_what_is_there_and_not_the_empty_slots() -> None:
     loss, right = head(torch.zeros(1, 2, 4), slots)
     assert right == {"characters": pytest.approx(0.75), "things": 1.0}
     assert loss > 1
+
+
+def test_the_values_of_labels_are_learned_where_there_are_labels_only() -> None:
+    head = SlotHead(4)
+    with torch.no_grad():
+        head.values.weight.zero_()
+        head.values.bias.zero_()
+        head.values.bias.view(-1, VALUE_CLASSES)[0, 3] = 2.0
+    values = torch.full((VALUES_OF_LABEL * VALUE_LENGTH, 1, 3), UNKNOWN)
+    values[0, 0, 0], values[1, 0, 2] = 3, 5
+    features = torch.randn(1, 3, 4, requires_grad=True)
+    loss, right = head.value_loss(features, values)
+    likely, even = math.exp(2) / (math.exp(2) + VALUE_CLASSES - 1), 1 / VALUE_CLASSES
+    assert loss.item() == pytest.approx(-(math.log(likely) + math.log(even)) / 2)
+    assert right == 0.5
+    with torch.no_grad():
+        head.values.weight.normal_()
+    head.value_loss(features, values)[0].backward()
+    assert features.grad is not None and features.grad[0, 1].abs().max() == 0 < features.grad[0, 0].abs().max()
+
+
+def test_the_share_of_attention_that_is_rewarded_is_that_of_the_stock_layer(model: Any, processor: Any) -> None:
+    picture = next(one for one in curriculum.held_out_pictures("lookup", 8) if one.sought is not None)
+    batch = build_batch([picture], processor.tokenizer)
+    hidden_size = model.config.text_config.hidden_size
+    features = torch.randn(1, batch["patches"].shape[1] // 4, hidden_size)
+    with torch.no_grad():
+        loss, share = looking_loss(model, answer_logits(model, features, batch)[1], batch)
+    rows = []
+    for (question, answer), sought in zip(picture.questions, picture.sought, strict=True):
+        if not sought.any():
+            continue
+        alone = build_batch([type(picture)("lookup", picture.pixels, ((question, answer),), None)], processor.tokenizer)
+        embedded = model.get_input_embeddings()(alone["input_ids"])
+        image = alone["input_ids"][0] == model.config.image_token_id
+        embedded[0, image] = features[0]
+        with torch.no_grad():
+            model.set_attn_implementation("eager")
+            weights = model.model.language_model(
+                inputs_embeds=embedded, position_ids=alone["position_ids"], output_attentions=True, use_cache=False
+            ).attentions[LOOKING_LAYER][0, 0]
+            model.set_attn_implementation("sdpa")
+        rows.append(weights[alone["picked"][:, 1]][:, image][:, torch.from_numpy(sought).flatten()].sum(-1))
+    theirs = torch.cat(rows)
+    assert share == pytest.approx(theirs.mean().item(), rel=1e-4)
+    assert loss.item() == pytest.approx(-theirs.log().mean().item(), rel=1e-4)
 
 
 def test_the_first_heads_begin_at_their_neighbours(model: Any) -> None:

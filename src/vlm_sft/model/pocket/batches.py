@@ -83,6 +83,24 @@ def _lay_out(
     return {"ids": ids, "targets": targets, "owner": owner, "positions": positions}
 
 
+def _sought(pictures: Sequence[Picture], owner: np.ndarray, targets: np.ndarray, start: int) -> dict[str, torch.Tensor]:
+    """From which tokens one has to look at which visual tokens, where pictures tell; `start` is the first of those."""
+    seekers, places = [], []
+    for row, picture in enumerate(pictures):
+        if picture.sought is None:
+            continue
+        maps = picture.sought.reshape(len(picture.questions), -1)
+        for column in np.flatnonzero(targets[row] != -100):
+            if maps[owner[row, column]].any():
+                seekers.append((row, column))
+                places.append(maps[owner[row, column]])
+    if not seekers:
+        return {}
+    allowed = np.zeros((len(seekers), owner.shape[1]), bool)
+    allowed[:, start : start + places[0].size] = places
+    return {"seekers": torch.tensor(seekers), "places": torch.from_numpy(allowed)}
+
+
 def build_batch(pictures: Sequence[Picture], tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
     """Build the tensors of one step.
 
@@ -90,25 +108,30 @@ def build_batch(pictures: Sequence[Picture], tokenizer: Qwen2Tokenizer) -> dict[
         pictures: of one size and one task; either all or none have slots, either all or none have questions.
 
     Returns:
-        patches (B, P, 384), grid (rows, columns), slots (2, B, N, 8) or None, task, questions
-        (their number), and, where there are questions, input_ids
+        patches (B, P, 384), grid (rows, columns), slots (2, B, N, 8) or None, values (18, B, N) or None, task,
+        questions (their number), and, where there are questions, input_ids
         (B, L), position_ids (3, B, L), mask (B, 1, L, L) bool, picked (S, 2) row and column of every token that
-        predicts a supervised one, and targets (S).
+        predicts a supervised one, and targets (S); and, where pictures tell what their questions are about, seekers
+        (T, 2) row and column of the tokens that have to look for it, and places (T, L) bool where it is.
     """
     pixels = np.stack([picture.pixels for picture in pictures])
     rows, columns = pixels.shape[1] // build.TOKEN_PX, pixels.shape[2] // build.TOKEN_PX
     known = [picture.slots for picture in pictures if picture.slots is not None]
+    named = [picture.values for picture in pictures if picture.values is not None]
+    values = np.stack(named, axis=1) if named else np.empty(0)
     batch: dict[str, Any] = {
         "patches": patches_of(pixels),
         "grid": (rows, columns),
         "slots": slots_of(np.stack(known)) if known else None,
+        "values": torch.from_numpy(values.reshape(*values.shape[:2], -1).astype(np.int64)) if named else None,
         "task": pictures[0].task,
         "questions": sum(len(picture.questions) for picture in pictures),
     }
     if not pictures[0].questions:
         return batch
     prefix = prefix_ids(tokenizer, rows * columns)
-    start = prefix_positions(len(prefix) - rows * columns - 1, rows, columns)
+    leading = len(prefix) - rows * columns - 1
+    start = prefix_positions(leading, rows, columns)
     branches = [[branch_ids(tokenizer, *pair) for pair in picture.questions] for picture in pictures]
     length = len(prefix) + max(sum(len(branch) for branch, _ in row) for row in branches)
     laid = [_lay_out(row, len(prefix), int(start.max()) + 1, length) for row in branches]
@@ -120,6 +143,7 @@ def build_batch(pictures: Sequence[Picture], tokenizer: Qwen2Tokenizer) -> dict[
     same = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -1)
     mask = same & np.tril(np.ones((length, length), bool))
     picked = np.argwhere(stacked["targets"] != -100)
+    batch |= _sought(pictures, owner, stacked["targets"], leading)
     return batch | {
         "input_ids": torch.from_numpy(stacked["ids"]),
         "position_ids": torch.from_numpy(positions),

@@ -1,12 +1,15 @@
 """Pictures drawn together with a map of what is where. Imports Pillow, numpy and data.demo.
 
 While pocket is trained from nothing, its vision tower also learns to name the character and the coloured thing under
-every slot of 4 x 8 px. That teaches it to read and to see colours much sooner than the words of the answers alone do.
+every slot of 4 x 8 px, and, under the label of a bar or a row, the values that belong to it. That teaches it to read,
+to see colours and to find values much sooner than the words of the answers alone do.
 """
 
 from __future__ import annotations
 
+import re
 import string
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,11 @@ CHARACTER_CLASSES = len(CHARACTERS) + 2
 KINDS = ("text", "circle", "rectangle", "triangle")
 THING_CLASSES = 1 + len(KINDS) * len(COLOURS)
 UNKNOWN = 255  # in a map of slots: not recorded, nothing is learned from it
+# How the values of a label are written: up to three, each of up to six characters; class 0 is its end.
+VALUE_CHARACTERS = string.digits + ".,:%$-"
+VALUE_CLASSES = 1 + len(VALUE_CHARACTERS)
+VALUES_OF_LABEL = 3
+VALUE_LENGTH = 6
 SLOT_WIDTH_PX = 4
 SLOT_HEIGHT_PX = 8
 _CLASS_OF = {character: number for number, character in enumerate(CHARACTERS, start=1)}
@@ -39,12 +47,18 @@ class Picture:
         pixels: (height, width, 3) uint8, sides multiples of 16.
         questions: pairs of question and answer; may be empty where only characters are learned.
         slots: (2, height / 8, width / 4) classes of characters and of things, see `Canvas.slots`; None where unknown.
+        values: (18, height / 16, width / 16) classes of the characters of the values that belong to the label under a
+            visual token, see `values_of_labels`; None where no picture of the task has labels.
+        sought: (questions, height / 16, width / 16) bool: where the label stands that a question is about, or its
+            answer, see `places_of_labels`; None where no picture of the task has labels.
     """
 
     task: str
     pixels: np.ndarray
     questions: tuple[tuple[str, str], ...]
     slots: np.ndarray | None
+    values: np.ndarray | None = None
+    sought: np.ndarray | None = None
 
 
 class Canvas:
@@ -59,17 +73,32 @@ class Canvas:
         self.size = (width, height)
         self.paper = paper
         self.image = Image.new("RGB", self.size, paper)
-        self._maps = [Image.new("L", self.size, 0) for _ in range(2)]
+        self._maps = [Image.new("L", self.size, 0) for _ in range(3)]
 
     def text(
-        self, x: float, y: float, text: str, font_name: str, size_px: int, ink: Colour, name: str | None = None
+        self,
+        x: float,
+        y: float,
+        text: str,
+        font_name: str,
+        size_px: int,
+        ink: Colour,
+        name: str | None = None,
+        label: int = 0,
     ) -> None:
-        """Write one line, `x` and `y` being its left end and its baseline in pixels, `name` that of its colour."""
-        characters, things = (ImageDraw.Draw(one) for one in self._maps)
+        """Write one line.
+
+        Args:
+            x, y: its left end and its baseline in pixels.
+            name: of its colour.
+            label: its number from 1 on where values belong to it.
+        """
+        characters, things, labels = (ImageDraw.Draw(one) for one in self._maps)
         font = load_font(font_name, size_px)
         ImageDraw.Draw(self.image).text((x, y), text, ink, font, anchor="ls")
         for box in _name_characters(characters, x, y, text, font):
             things.rectangle(box, fill=_thing("text", name) if name else 0)
+            labels.rectangle(box, fill=label)
 
     def shape(self, kind: str, box: tuple[int, int, int, int], paint: Colour, name: str) -> None:
         """Draw a shape of KINDS that fills `box` (left, top, right, bottom), in a colour called `name`."""
@@ -93,7 +122,11 @@ class Canvas:
 
     def slots(self) -> np.ndarray:
         """The classes under the middle of every slot: (2, height / 8, width / 4) uint8, characters before things."""
-        return _middles(np.stack([np.asarray(one) for one in self._maps]))
+        return _middles(np.stack([np.asarray(one) for one in self._maps[:2]]))
+
+    def labels(self) -> np.ndarray:
+        """The label under every visual token, see `labels_of_tokens`."""
+        return labels_of_tokens(np.asarray(self._maps[2]))
 
 
 class Record:
@@ -101,14 +134,20 @@ class Record:
 
     Args:
         width, height: of the picture, pixels.
+        labels: the texts that values belong to, with their numbers from 1 on.
     """
 
-    def __init__(self, width: int, height: int) -> None:
+    def __init__(self, width: int, height: int, labels: Mapping[str, int] | None = None) -> None:
         self.characters = Image.new("L", (width, height), 0)
+        self._labels, self._numbers = Image.new("L", (width, height), 0), labels or {}
 
     def pen(self, image: Image.Image) -> ImageDraw.ImageDraw:
         """The tool that draws on `image`."""
-        return _RecordingPen(image, self.characters)
+        return _RecordingPen(image, self.characters, self._labels, self._numbers)
+
+    def labels(self) -> np.ndarray:
+        """As `Canvas.labels`."""
+        return labels_of_tokens(np.asarray(self._labels))
 
     def slots(self, degrees: float = 0.0) -> np.ndarray:
         """As `Canvas.slots`, the things UNKNOWN; `degrees` is how far the drawing was turned after it was written."""
@@ -118,9 +157,11 @@ class Record:
 
 
 class _RecordingPen(ImageDraw.ImageDraw):
-    def __init__(self, image: Image.Image, characters: Image.Image) -> None:
+    def __init__(
+        self, image: Image.Image, characters: Image.Image, labels: Image.Image, numbers: Mapping[str, int]
+    ) -> None:
         super().__init__(image)
-        self._characters = ImageDraw.Draw(characters)
+        self._characters, self._labels, self._numbers = ImageDraw.Draw(characters), ImageDraw.Draw(labels), numbers
 
     def text(self, xy: Any, text: Any, *arguments: Any, **named: Any) -> None:
         super().text(xy, text, *arguments, **named)
@@ -128,7 +169,65 @@ class _RecordingPen(ImageDraw.ImageDraw):
         ascent, descent = font.getmetrics()
         x = xy[0] - {"l": 0.0, "m": 0.5, "r": 1.0}[across] * font.getlength(text)
         y = xy[1] + {"s": 0.0, "m": (ascent - descent) / 2}[along]
-        _name_characters(self._characters, x, y, text, font)
+        for box in _name_characters(self._characters, x, y, text, font):
+            self._labels.rectangle(box, fill=self._numbers.get(text, 0))
+
+
+def labels_of_tokens(labels: np.ndarray) -> np.ndarray:
+    """The number of the label that each visual token shows.
+
+    Args:
+        labels: (height, width) the number of the label whose text is there, 0 for none.
+
+    Returns:
+        (height / 16, width / 16) uint8; 0 where a token shows no label, or two.
+    """
+    slots = _middles(labels)
+    tokens = slots.reshape(slots.shape[0] // 2, 2, slots.shape[1] // 4, 4).transpose(0, 2, 1, 3)
+    tokens = tokens.reshape(*tokens.shape[:2], 8)
+    most, least = tokens.max(-1), np.where(tokens == 0, 255, tokens).min(-1)
+    return np.where(most == least, most, 0)
+
+
+def values_of_labels(labels: np.ndarray, values: Sequence[Sequence[str]]) -> np.ndarray:
+    """The values of the label under every visual token, written out.
+
+    Args:
+        labels: (rows, columns) see `labels_of_tokens`.
+        values: of label 1, 2 …; of each the first VALUES_OF_LABEL count.
+
+    Returns:
+        (VALUES_OF_LABEL * VALUE_LENGTH, rows, columns) uint8 classes of VALUE_CHARACTERS, 0 where a value has ended;
+            UNKNOWN for values that are not there and under tokens without a label.
+    """
+    spelled = np.full((1 + len(values), VALUES_OF_LABEL, VALUE_LENGTH), UNKNOWN, np.uint8)
+    for row, texts in zip(spelled[1:], values, strict=True):
+        for place, text in enumerate(texts[:VALUES_OF_LABEL]):
+            row[place] = 0
+            row[place, : len(text)] = [1 + VALUE_CHARACTERS.index(one) for one in text[:VALUE_LENGTH]]
+    return spelled[labels].reshape(*labels.shape, -1).transpose(2, 0, 1)
+
+
+def places_of_labels(labels: np.ndarray, texts: Sequence[str], questions: Sequence[tuple[str, str]]) -> np.ndarray:
+    """Where one has to look for the answer of every question, as far as labels tell.
+
+    Args:
+        labels: (rows, columns) see `labels_of_tokens`.
+        texts: of label 1, 2 and so on.
+        questions: pairs of question and answer.
+
+    Returns:
+        (questions, rows, columns) bool: the visual tokens that show the only label which the question mentions, or
+            else the label that is the answer; none where there is neither.
+    """
+    whole = [re.compile(rf"(?<!\w){re.escape(text)}(?!\w)") for text in texts]
+    numbers = []
+    for question, answer in questions:
+        mentioned = [number for number, one in enumerate(whole, start=1) if one.search(question)]
+        answers = [number for number, text in enumerate(texts, start=1) if text == answer]
+        numbers.append(mentioned[0] if len(mentioned) == 1 else sum(answers[:1]))
+    wanted = np.array(numbers, np.int64).reshape(-1, 1, 1)
+    return (labels == wanted) & (wanted > 0)
 
 
 def _name_characters(

@@ -1,12 +1,14 @@
 """The lessons of pocket: pictures drawn by rule, questions, right answers. Imports canvas, words, chart_lessons.
 
 Everything follows from (seed, step): the pictures of a step are the same on every machine with the same versions of
-Pillow and matplotlib's fonts. Questions are worded unlike those of easy-VQA and of the demo sets, so that fine-tuning
-has something to teach. Test pictures use seeds from `HELD_OUT_SEED` on, training refuses them.
+Pillow and matplotlib's fonts. Questions are worded unlike those of easy-VQA, and unlike a part of those of the demo
+sets (see chart_lessons), so that fine-tuning has something to teach. Test pictures use seeds from `HELD_OUT_SEED` on,
+training refuses them.
 """
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -15,8 +17,8 @@ from vlm_sft.data.demo.charts import LABEL_FONTS
 from vlm_sft.data.demo.fonts import fonts, text_width
 from vlm_sft.data.demo.vocabulary import COLOURS
 from vlm_sft.model.pocket import words
-from vlm_sft.model.pocket.canvas import KINDS, Canvas, Colour, Picture
-from vlm_sft.model.pocket.chart_lessons import BOARD_SIZES, CHART_SIZES, board, chart
+from vlm_sft.model.pocket.canvas import KINDS, Canvas, Colour, Picture, places_of_labels, values_of_labels
+from vlm_sft.model.pocket.chart_lessons import BOARD_SIZES, CHART_SIZES, READ_VALUE, board, chart
 
 HELD_OUT_SEED = 1_000_000
 TOKEN_AREA_PX = 16 * 16
@@ -159,7 +161,7 @@ def listing(rng: Random, size: Size) -> Picture:
     band = size[1] / count
     for place, (label, value) in enumerate(zip(labels, values, strict=True)):
         baseline = round(band * (place + 0.5) + height * 0.36)
-        canvas.text(3, baseline, label, font, height, ink, name)
+        canvas.text(3, baseline, label, font, height, ink, name, place + 1)
         canvas.text(column, baseline, value, font, height, ink, name)
     pairs: Pairs = [("How many rows?", str(count)), ("Read the first row.", f"{labels[0]} {values[0]}")]
     for label, value in zip(labels, values, strict=True):
@@ -167,7 +169,58 @@ def listing(rng: Random, size: Size) -> Picture:
             (rng.choice(("Which number stands beside {}?", "Read the value of {}.", "{}?")).format(label), value)
         )
         pairs.append((rng.choice(("Which label has {}?", "Whose number is {}?")).format(value), label))
-    return Picture("listing", canvas.pixels(), _pick(rng, pairs, 5), canvas.slots())
+    chosen = _pick(rng, pairs, 8)
+    return _labelled("listing", canvas, chosen, labels, values)
+
+
+def lookup(rng: Random, size: Size) -> Picture:
+    """A few short labels, each beside or below its value, and nothing else: to find the one is to answer by the other.
+
+    In charts that skill is needed together with many others; by itself it is learned first.
+    """
+    beside = size[0] > size[1] and rng.random() < 0.5
+    font, height = rng.choice(LABEL_FONTS)
+    count = rng.randint(2, size[1] // 16) if beside else rng.randint(2, min(5, size[0] // 24))
+    room = (size[0] - 6) / 2 if beside else size[0] / count - 3
+    labels = _different(rng, count, lambda: _short(rng, font, height, room))
+    values = _different(rng, count, lambda: str(rng.randrange(10 ** rng.randint(1, 3))))
+    canvas = Canvas(*size, (255, 255, 255))
+    for place, (label, value) in enumerate(zip(labels, values, strict=True)):
+        if beside:
+            spots = [(2, (place + 0.5) * size[1] / count), (size[0] / 2 + 4, (place + 0.5) * size[1] / count)]
+        else:
+            middle, top = (place + 0.5) * size[0] / count, rng.uniform(0.2, 0.6) * size[1]
+            spots = [
+                (middle - text_width(font, height, label) / 2, size[1] - height * 0.7),
+                (middle - text_width(font, height, value) / 2, top),
+            ]
+        for number, (text, (x, y)) in enumerate(zip((label, value), spots, strict=True)):
+            canvas.text(x, round(y + height * 0.36), text, font, height, (17, 17, 17), "black", (place + 1, 0)[number])
+    pairs = [(rng.choice(READ_VALUE).format(label), value) for label, value in zip(labels, values, strict=True)]
+    pairs += [(f"Which label has {value}?", label) for label, value in zip(labels, values, strict=True)]
+    chosen = _pick(rng, pairs, 6)
+    return _labelled("lookup", canvas, chosen, labels, values)
+
+
+def _labelled(
+    task: str, canvas: Canvas, questions: tuple[tuple[str, str], ...], labels: Sequence[str], values: Sequence[str]
+) -> Picture:
+    """A picture of labels with one value each."""
+    under = canvas.labels()
+    spelled = values_of_labels(under, [[value] for value in values])
+    sought = places_of_labels(under, labels, questions)
+    return Picture(task, canvas.pixels(), questions, canvas.slots(), spelled, sought)
+
+
+def _short(rng: Random, font: str, height: int, room: float) -> str:
+    """A label that fits `room` px: one or two letters, or the beginning of a word."""
+    if rng.random() < 0.4:
+        text = "".join(rng.choices(string.ascii_uppercase, k=rng.choice((1, 1, 2))))
+    else:
+        text = words.word(rng, 0.2)
+    while len(text) > 1 and text_width(font, height, text) > room:
+        text = text[:-1]
+    return text.strip()
 
 
 def _row_width(font: str, height: int, texts: Sequence[str]) -> int:
@@ -248,6 +301,7 @@ LESSONS = {
     "line": Lesson(line, ((96, 32), (128, 32), (80, 32)), 200),
     "sign": Lesson(sign, ((96, 48), (128, 64), (160, 80), (192, 96)), 240),
     "listing": Lesson(listing, ((128, 64), (128, 96), (160, 112)), 240),
+    "lookup": Lesson(lookup, ((48, 32), (64, 32), (64, 48), (96, 48), (128, 48)), 200),
     "shapes": Lesson(shapes, ((64, 64),), 192),
     "small chart": Lesson(chart, CHART_SIZES[:2], 400),
     "chart": Lesson(chart, CHART_SIZES, 400),
@@ -263,6 +317,12 @@ STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (7.0, {"line": 1, "sign": 2, "listing": 1.5, "shapes": 1, "small chart": 1, "chart": 4}),
     (8.4, {"line": 1.5, "sign": 1.5, "listing": 1.5, "shapes": 0.5, "board": 2, "small chart": 2, "chart": 3}),
     (12.5, {"line": 1.5, "sign": 1.5, "listing": 1, "shapes": 0.3, "board": 1, "small chart": 2.5, "chart": 4}),
+    (18.0, {"line": 2, "sign": 0.8, "listing": 0.5, "shapes": 0.3, "board": 3, "small chart": 2.5, "chart": 3.5}),
+    (21.2, {"line": 1.5, "sign": 0.3, "listing": 2, "shapes": 0.3, "board": 1, "small chart": 4, "chart": 3.5}),
+    (22.3, {"lookup": 5, "line": 1.2, "listing": 2, "shapes": 0.2, "board": 0.6, "small chart": 3, "chart": 2}),
+    (24.4, {"lookup": 2, "line": 2, "listing": 1.5, "shapes": 0.3, "board": 1, "small chart": 3, "chart": 3}),
+    (26.7, {"lookup": 4, "line": 1, "listing": 2, "shapes": 0.2, "board": 0.5, "small chart": 3, "chart": 2}),
+    (29.3, {"lookup": 0.7, "line": 2, "listing": 1, "shapes": 0.3, "board": 0.8, "small chart": 3, "chart": 4}),
 )
 
 

@@ -12,22 +12,36 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 
-from vlm_sft.model.pocket.canvas import CHARACTER_CLASSES, THING_CLASSES, UNKNOWN
+from vlm_sft.model.pocket.canvas import (
+    CHARACTER_CLASSES,
+    THING_CLASSES,
+    UNKNOWN,
+    VALUE_CLASSES,
+    VALUE_LENGTH,
+    VALUES_OF_LABEL,
+)
 
 SLOTS = 8
 # Most slots hold nothing; at full weight the head would learn to answer that first.
 _NONE_WEIGHT = 0.15
+# The layer of the language model whose first head is shown where to look.
+LOOKING_LAYER = 3
+LOOKING_WEIGHT = 0.5
 
 
 class SlotHead(nn.Module):
-    """Names the character and the thing under each of the eight slots of a visual token; used in training only."""
+    """Names the character and the thing under each of the eight slots of a visual token, and the values of the label.
+
+    Used in training only.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.characters = nn.Linear(width, SLOTS * CHARACTER_CLASSES)
         self.things = nn.Linear(width, SLOTS * THING_CLASSES)
+        self.values = nn.Linear(width, VALUES_OF_LABEL * VALUE_LENGTH * VALUE_CLASSES)
 
     def forward(self, features: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         """Sum of both losses, and the share of written characters and of things that are named right.
@@ -48,6 +62,20 @@ class SlotHead(nn.Module):
             loss = loss + functional.cross_entropy(logits, flat, weight=weight, ignore_index=UNKNOWN)
             right[name] = (logits.argmax(-1) == flat)[present].float().mean().item()
         return loss, right
+
+    def value_loss(self, features: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Mean loss of the characters of the values of labels, and the share of them that is named right.
+
+        Args:
+            features: (B, N, D).
+            values: (18, B, N); some are UNKNOWN.
+        """
+        under = (values != UNKNOWN).any(0)
+        truth = values[:, under].T
+        logits = self.values(features[under]).reshape(*truth.shape, VALUE_CLASSES)
+        present = truth != UNKNOWN
+        logits, truth = logits[present], truth[present]
+        return functional.cross_entropy(logits, truth), (logits.argmax(-1) == truth).float().mean().item()
 
 
 def vision_features(tower: Any, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -84,27 +112,66 @@ def vision_features(tower: Any, patches: torch.Tensor, grid: tuple[int, int]) ->
 
 def answer_logits(
     model: Qwen2_5_VLForConditionalGeneration, features: torch.Tensor, batch: dict[str, Any]
-) -> torch.Tensor:
-    """Scores of the vocabulary wherever an answer token is predicted: (S, V)."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of the vocabulary wherever an answer token is predicted: (S, V); and what enters the LOOKING_LAYER."""
     embedded = model.get_input_embeddings()(batch["input_ids"])
     length = features.shape[1]
     start = int((batch["input_ids"][0] == model.config.image_token_id).nonzero()[0, 0])
     embedded = torch.cat([embedded[:, :start], features, embedded[:, start + length :]], dim=1)
-    hidden = model.model.language_model(
-        inputs_embeds=embedded, attention_mask=batch["mask"], position_ids=batch["position_ids"], use_cache=False
-    ).last_hidden_state
+    outputs = model.model.language_model(
+        inputs_embeds=embedded,
+        attention_mask=batch["mask"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
+        output_hidden_states=True,
+    )
     picked = batch["picked"]
-    return model.lm_head(hidden[picked[:, 0], picked[:, 1]])
+    logits = model.lm_head(outputs.last_hidden_state[picked[:, 0], picked[:, 1]])
+    return logits, outputs.hidden_states[LOOKING_LAYER]
+
+
+def looking_loss(
+    model: Qwen2_5_VLForConditionalGeneration, hidden: torch.Tensor, batch: dict[str, Any]
+) -> tuple[torch.Tensor, float]:
+    """How far the first head of the LOOKING_LAYER looks past the labels that the questions are about.
+
+    To find the place in a picture that a question names is learned very slowly from answers alone: until it works, the
+    answer gives no hint of where to look.
+
+    Args:
+        hidden: (B, L, width) what enters the layer.
+        batch: with seekers and places.
+
+    Returns:
+        mean over the seekers of -log(share of attention on the right tokens), and the mean of that share.
+    """
+    language = model.model.language_model
+    layer = language.layers[LOOKING_LAYER]
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    query, key = (
+        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)[:, :1]
+        for projection in (attention.q_proj, attention.k_proj)
+    )
+    query, key = apply_rotary_pos_emb(query, key, *language.rotary_emb(normed, batch["position_ids"]))
+    rows, columns = batch["seekers"].T
+    scores = attention.scaling * (query[:, 0] @ key[:, 0].transpose(1, 2))[rows, columns]
+    scores = scores.masked_fill(~batch["mask"][rows, 0, columns], -torch.inf)
+    found = scores.masked_fill(~batch["places"], -torch.inf).logsumexp(-1) - scores.logsumexp(-1)
+    return -found.mean(), found.detach().exp().mean().item()
 
 
 def batch_loss(
     model: Qwen2_5_VLForConditionalGeneration, head: SlotHead, batch: dict[str, Any], slot_weight: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Mean loss over the supervised tokens, plus `slot_weight` times the loss of the slots.
+    """Mean loss over the supervised tokens, plus those of slots, of the labels' values and of where to look.
+
+    Args:
+        slot_weight: of the loss of slots, where there are questions.
 
     Returns:
         the loss, and numbers for the log: answer (nats a token), slots (nats), and the shares
-            tokens_right, characters, things.
+            tokens_right, characters, things, values (characters of them), looking (of attention).
     """
     features = vision_features(model.model.visual, batch["patches"], batch["grid"])
     loss = features.new_zeros(())
@@ -113,9 +180,15 @@ def batch_loss(
         slot_loss, right = head(features, batch["slots"])
         loss = loss + (slot_weight if "input_ids" in batch else 1.0) * slot_loss
         log |= {"slots": slot_loss.item()} | right
+    if batch["values"] is not None and (batch["values"] != UNKNOWN).any():
+        value_loss, log["values"] = head.value_loss(features, batch["values"])
+        loss = loss + value_loss
     if "input_ids" in batch:
-        logits = answer_logits(model, features, batch)
+        logits, hidden = answer_logits(model, features, batch)
         answer = functional.cross_entropy(logits, batch["targets"])
         loss = loss + answer
         log |= {"answer": answer.item(), "tokens_right": (logits.argmax(-1) == batch["targets"]).float().mean().item()}
+        if "seekers" in batch:
+            looked, log["looking"] = looking_loss(model, hidden, batch)
+            loss = loss + LOOKING_WEIGHT * looked
     return loss, log

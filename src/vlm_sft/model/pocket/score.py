@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm_sft import artifacts, console
 from vlm_sft.data.demo.generate import demo_samples
-from vlm_sft.model.pocket import build, curriculum
+from vlm_sft.model.pocket import build, curriculum, words
 from vlm_sft.model.pocket.card import CARD, SCORES, card
 
 if TYPE_CHECKING:
@@ -35,12 +35,19 @@ QUESTIONS = 240
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One held-out question: what is asked, the picture, the right answer, the group it is counted in."""
+    """One held-out question.
+
+    Attributes:
+        group: what it is counted in.
+        image, question, answer: the picture, what is asked, the right answer.
+        part: a part of the group that is also counted by itself; "" for none.
+    """
 
     group: str
     image: Image.Image
     question: str
     answer: str
+    part: str = ""
 
 
 def lesson_items(lesson: str, count: int) -> list[Item]:
@@ -48,12 +55,18 @@ def lesson_items(lesson: str, count: int) -> list[Item]:
     items: list[Item] = []
     for picture in curriculum.held_out_pictures(lesson, count):
         for question, answer in picture.questions:
-            group = lesson
-            if lesson == "line":
-                reading = question.casefold() in {wording.casefold() for wording in curriculum.READ_LINE}
-                group = ("numbers" if answer[0].isdigit() else "words") if reading else "letters and colours of words"
-            items.append(Item(group, Image.fromarray(picture.pixels), question, answer))
+            group, part = _line_group(question, answer) if lesson == "line" else (lesson, "")
+            items.append(Item(group, Image.fromarray(picture.pixels), question, answer, part))
     return _thinned(items, count)
+
+
+def _line_group(question: str, answer: str) -> tuple[str, str]:
+    """Group and part of a question about one line of text."""
+    if question.casefold() not in {wording.casefold() for wording in curriculum.READ_LINE}:
+        return "letters and colours of words", ""
+    if answer[0].isdigit():
+        return "numbers", ""
+    return "words", "that exist" if words.is_listed(answer) else "made-up ones, plates and prices"
 
 
 def demo_items(kind: str, count: int) -> list[Item]:
@@ -110,21 +123,24 @@ def _prompt(processor: Any, question: str) -> str:
 
 
 def accuracies(model: Any, processor: Any, items: Sequence[Item]) -> dict[str, dict[str, Any]]:
-    """Share of right answers by group, with the number of questions and the half-width of its 95 % interval.
+    """Share of right answers by group and by part of a group, with its number of questions and its half 95 % interval.
 
     The interval is the normal approximation for independent questions; questions of one picture are not quite
     independent.
     """
     hits: dict[str, list[bool]] = defaultdict(list)
     for item, reply in zip(items, answers(model, processor, items), strict=True):
-        hits[item.group].append(reply.casefold() == item.answer.casefold())
+        right = reply.casefold() == item.answer.casefold()
+        hits[item.group].append(right)
+        if item.part:
+            hits[f"{item.group}: {item.part}"].append(right)
     scores = {}
-    for group, right in hits.items():
-        share = sum(right) / len(right)
+    for group, found in hits.items():
+        share = sum(found) / len(found)
         scores[group] = {
-            "n": len(right),
+            "n": len(found),
             "accuracy": round(share, 4),
-            "plus_minus": round(1.96 * math.sqrt(share * (1 - share) / len(right)), 4),
+            "plus_minus": round(1.96 * math.sqrt(share * (1 - share) / len(found)), 4),
         }
     return scores
 
@@ -152,9 +168,8 @@ def export(run: Run, folder: Path, note: str = "", questions: int = QUESTIONS) -
     """
     build.save_folder(run.average, folder)
     model, processor = load(folder)
-    items = [
-        item for lesson in ("line", "sign", "listing", "shapes", "chart") for item in lesson_items(lesson, questions)
-    ]
+    lessons = ("line", "sign", "board", "listing", "shapes", "chart")
+    items = [item for lesson in lessons for item in lesson_items(lesson, questions)]
     items += [item for kind in ("demo_charts", "demo_text") for item in demo_items(kind, questions)]
     record: dict[str, Any] = {
         "schema": 1,

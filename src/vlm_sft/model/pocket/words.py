@@ -35,6 +35,8 @@ _CHART_WORDS = (
 )
 _ALL = tuple(word for words in WORDS.values() for word in words) + _CHART_WORDS
 
+_LISTED = frozenset(word.lower() for word in _ALL)
+
 _VOWELS, _CONSONANTS = "aeiou", "bcdfghjklmnprstvwxyz"
 
 
@@ -69,6 +71,11 @@ def plate(rng: Random) -> str:
     """A licence plate or an article number."""
     letters = "".join(rng.choice(string.ascii_uppercase) for _ in range(rng.randint(1, 3)))
     return f"{letters}{rng.choice(' -')}{rng.randrange(10 ** rng.randint(2, 4))}"
+
+
+def is_listed(text: str) -> bool:
+    """Whether a text is one of the words of the lists, in any letters; what is made up may be one by chance."""
+    return text.lower() in _LISTED
 
 
 def word(rng: Random, invented: float = 0.4) -> str:
