@@ -78,7 +78,9 @@ def _panel(axes: Any, name: str, panel: dict[str, Any]) -> None:
     axes.set_title(name.replace("_", " "), fontsize=10)
     axes.set_xlabel("training, seconds of wall time")
     axes.set_ylabel("accuracy, %")
-    axes.set_ylim(bottom=0)
+    ends = [end for point in panel["points"] for end in point[4:6]] + [panel["base"]]
+    air = max(2.0, 0.3 * (max(ends) - min(ends)))  # names need room, above and below
+    axes.set_ylim(max(0.0, min(ends) - air), max(ends) + air)
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=GRID, linewidth=0.8)
