@@ -14,6 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from vlm_sft.report.labels import Label, name_points
+from vlm_sft.report.quality import accuracy_limits
 
 COLOURS = ("#1f5fbf", "#b4530a", "#2b7a3d", "#7a2b6f")
 TEXT, GRID = "#1d2530", "#d5dbe3"
@@ -79,8 +80,7 @@ def _panel(axes: Any, name: str, panel: dict[str, Any]) -> None:
     axes.set_xlabel("training, seconds of wall time")
     axes.set_ylabel("accuracy, %")
     ends = [end for point in panel["points"] for end in point[4:6]] + [panel["base"]]
-    air = max(2.0, 0.3 * (max(ends) - min(ends)))  # names need room, above and below
-    axes.set_ylim(max(0.0, min(ends) - air), max(ends) + air)
+    axes.set_ylim(*accuracy_limits(ends, air=0.3))  # names need room
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=GRID, linewidth=0.8)

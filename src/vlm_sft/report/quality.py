@@ -265,9 +265,19 @@ def _limits(candidates: Sequence[Candidate]) -> tuple[float, float]:
     """The range of the axis of accuracy in percent: of all intervals, with some air, within 0 to 100."""
     ends = [end for one in candidates for end in (one.interval or ()) if 0 <= end <= 1]
     ends += [one.accuracy for one in candidates]
-    low, high = 100 * min(ends), 100 * max(ends)
-    air = max(2.0, 0.12 * (high - low))
-    return max(0.0, low - air), min(102.0, high + air)
+    return accuracy_limits([100 * end for end in ends])
+
+
+def accuracy_limits(ends: Sequence[float], air: float = 0.12) -> tuple[float, float]:
+    """The range of an axis of accuracy in percent.
+
+    Args:
+        ends: what it has to show, percent.
+        air: share of that range that stays free below and above, and at least 2 points, within 0 to about 100.
+    """
+    low, high = min(ends), max(ends)
+    margin = max(2.0, air * (high - low))
+    return max(0.0, low - margin), min(102.0, high + margin)
 
 
 def _time_axis(axes: Any, seconds: Sequence[float]) -> None:

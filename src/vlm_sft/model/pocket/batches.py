@@ -91,9 +91,10 @@ def _sought(pictures: Sequence[Picture], owner: np.ndarray, targets: np.ndarray,
             continue
         maps = picture.sought.reshape(len(picture.questions), -1)
         for column in np.flatnonzero(targets[row] != -100):
-            if maps[owner[row, column]].any():
+            place = maps[owner[row, column]]
+            if place.any():
                 seekers.append((row, column))
-                places.append(maps[owner[row, column]])
+                places.append(place)
     if not seekers:
         return {}
     allowed = np.zeros((len(seekers), owner.shape[1]), bool)

@@ -189,6 +189,19 @@ def labels_of_tokens(labels: np.ndarray) -> np.ndarray:
     return np.where(most == least, most, 0)
 
 
+def label_targets(
+    labels: np.ndarray, texts: Sequence[str], values: Sequence[Sequence[str]], questions: Sequence[tuple[str, str]]
+) -> dict[str, np.ndarray]:
+    """What a picture of labels teaches besides its answers, by the names of `Picture`: its values, and what is sought.
+
+    Args:
+        labels: (rows, columns) see `labels_of_tokens`.
+        texts, values: of label 1, 2 and so on.
+        questions: pairs of question and answer.
+    """
+    return {"values": values_of_labels(labels, values), "sought": places_of_labels(labels, texts, questions)}
+
+
 def values_of_labels(labels: np.ndarray, values: Sequence[Sequence[str]]) -> np.ndarray:
     """The values of the label under every visual token, written out.
 

@@ -21,7 +21,7 @@ from vlm_sft.data.demo.sign_questions import sign_questions
 from vlm_sft.data.demo.signs import SIGN_TYPES, random_sign
 from vlm_sft.data.demo.signs import SIZES as SIGN_SIZES
 from vlm_sft.data.demo.spec import ChartSpec
-from vlm_sft.model.pocket.canvas import Picture, Record, places_of_labels, values_of_labels
+from vlm_sft.model.pocket.canvas import Picture, Record, label_targets
 
 CHART_SIZES = SIZES
 BOARD_SIZES = SIGN_SIZES
@@ -65,11 +65,8 @@ def chart(rng: Random, size: tuple[int, int]) -> Picture:
     pixels = np.asarray(draw_chart(spec, record.pen))
     questions = _chosen(rng, [(one.text, one.answer) for one in asked if one.question_type in PRACTISED], pairs)
     values = [[plain(one.values[index]) for one in spec.series] for index in range(len(spec.categories))]
-    spelled, sought = (
-        values_of_labels(record.labels(), values),
-        places_of_labels(record.labels(), spec.categories, questions),
-    )
-    return Picture("chart", pixels, questions, record.slots(), spelled, sought)
+    targets = label_targets(record.labels(), spec.categories, values, questions)
+    return Picture("chart", pixels, questions, record.slots(), **targets)
 
 
 def _chosen(rng: Random, first: Pairs, rest: Pairs) -> tuple[tuple[str, str], ...]:

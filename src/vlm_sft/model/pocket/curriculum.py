@@ -17,7 +17,7 @@ from vlm_sft.data.demo.charts import LABEL_FONTS
 from vlm_sft.data.demo.fonts import fonts, text_width
 from vlm_sft.data.demo.vocabulary import COLOURS
 from vlm_sft.model.pocket import words
-from vlm_sft.model.pocket.canvas import KINDS, Canvas, Colour, Picture, places_of_labels, values_of_labels
+from vlm_sft.model.pocket.canvas import KINDS, Canvas, Colour, Picture, label_targets
 from vlm_sft.model.pocket.chart_lessons import BOARD_SIZES, CHART_SIZES, READ_VALUE, board, chart
 
 HELD_OUT_SEED = 1_000_000
@@ -206,10 +206,8 @@ def _labelled(
     task: str, canvas: Canvas, questions: tuple[tuple[str, str], ...], labels: Sequence[str], values: Sequence[str]
 ) -> Picture:
     """A picture of labels with one value each."""
-    under = canvas.labels()
-    spelled = values_of_labels(under, [[value] for value in values])
-    sought = places_of_labels(under, labels, questions)
-    return Picture(task, canvas.pixels(), questions, canvas.slots(), spelled, sought)
+    targets = label_targets(canvas.labels(), labels, [[value] for value in values], questions)
+    return Picture(task, canvas.pixels(), questions, canvas.slots(), **targets)
 
 
 def _short(rng: Random, font: str, height: int, room: float) -> str:
