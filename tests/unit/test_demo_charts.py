@@ -16,7 +16,7 @@ from PIL import Image
 from vlm_sft.data.demo.asking import Question
 from vlm_sft.data.demo.chart_questions import chart_questions
 from vlm_sft.data.demo.charts import SIZES, random_chart
-from vlm_sft.data.demo.drawing import draw_chart
+from vlm_sft.data.demo.drawing import draw_chart, mark_ends
 from vlm_sft.data.demo.fonts import fonts, load_font
 from vlm_sft.data.demo.generate import chart_spec
 from vlm_sft.data.demo.spec import CHART_TYPES, ChartSpec
@@ -371,10 +371,34 @@ def test_every_value_on_a_line_is_marked_at_its_height():
         assert per_value * spec.tick_step >= spec.style.font_size, (index, spec)
 
 
+@pytest.mark.parametrize("chart_type", ["bar", "horizontal_bar", "grouped_bar", "line"])
+def test_the_ends_of_marks_are_where_their_colour_ends(chart_type):
+    """Seen in the picture alone: a step inside is the mark's colour, a few steps beyond is not."""
+    inside, beyond = ((-2, 0), (3, 0)) if chart_type == "horizontal_bar" else ((0, 2), (0, -3))
+    seen = Counter()
+    for index in range(40):
+        # Printed values and their outlines, and the lines of other series, may cover an end.
+        spec = dataclasses.replace(random_chart(Random(f"ends/{index}"), chart_type), value_labels=False)
+        spec = dataclasses.replace(spec, series=spec.series[:1]) if chart_type == "line" else spec
+        image = draw_chart(without_ink(spec))
+        for series, ends in zip(spec.series, mark_ends(spec), strict=True):
+            for number, (x, y) in enumerate(ends):
+                paint = spec.category_paints[number] if spec.category_paints else series.paint
+                mask = mask_of(image, paint.shade)
+                if chart_type == "line":
+                    seen[bool(mask[y, x])] += 1
+                    continue
+                seen[bool(mask[y + inside[1], x + inside[0]] and not mask[y + beyond[1], x + beyond[0]])] += 1
+    assert seen[True] > 100 and seen[False] <= 0.02 * seen[True]
+    assert mark_ends(random_chart(Random(1), "pie")) == mark_ends(random_chart(Random(1), "table")) == []
+
+
 def test_a_chart_whose_labels_do_not_fit_is_refused():
     spec = dataclasses.replace(chart_spec("train", 0), title="A title that is far too long for a picture of this width")
     with pytest.raises(ValueError, match="do not fit"):
         draw_chart(spec)
+    with pytest.raises(ValueError, match="do not fit"):
+        mark_ends(spec)
 
 
 def test_every_font_loads_and_writes():

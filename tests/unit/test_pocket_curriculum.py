@@ -20,18 +20,11 @@ from vlm_sft.model.pocket.canvas import (
     CHARACTER_CLASSES,
     CHARACTERS,
     THING_CLASSES,
-    UNKNOWN,
-    VALUE_CHARACTERS,
-    VALUE_CLASSES,
-    VALUE_LENGTH,
-    VALUES_OF_LABEL,
     Canvas,
     Record,
-    labels_of_tokens,
-    places_of_labels,
-    values_of_labels,
 )
 from vlm_sft.model.pocket.chart_lessons import CHART_SIZES, chart
+from vlm_sft.model.pocket.labels import FACT_CLASSES, FACTS, LOOKS, UNKNOWN
 from vlm_sft.model.pocket.tokenizer import SPECIAL_TOKENS, build_tokenizer, vocabulary
 
 FINGERPRINT = """
@@ -77,7 +70,7 @@ def test_pictures_of_a_step_have_one_size_and_questions_with_answers(name: str) 
         height, width, channels = shapes.pop()
         assert height % 16 == 0 and width % 16 == 0 and channels == 3
         for picture in pictures:
-            assert bool(picture.questions) == (name != "page")
+            assert bool(picture.questions) == (name not in ("page", "view", "tiny view"))
             assert all(
                 question.strip() == question and answer.strip() == answer != ""
                 for question, answer in picture.questions
@@ -86,9 +79,10 @@ def test_pictures_of_a_step_have_one_size_and_questions_with_answers(name: str) 
                 assert picture.slots.shape == (2, height // 8, width // 4)
                 assert picture.slots[0].max() < CHARACTER_CLASSES
                 assert picture.slots[1].max() < THING_CLASSES or (picture.slots[1] == UNKNOWN).all()
-            if picture.values is not None:
-                assert picture.values.shape == (VALUES_OF_LABEL * VALUE_LENGTH, height // 16, width // 16)
-                assert (picture.values[picture.values != UNKNOWN] < VALUE_CLASSES).all()
+            if picture.facts is not None and picture.sought is not None:
+                assert picture.facts.shape == (FACTS, height // 16, width // 16)
+                assert (picture.facts[picture.facts != UNKNOWN] < FACT_CLASSES).all()
+                assert picture.sought.shape == (LOOKS, len(picture.questions), height // 16, width // 16)
 
 
 @pytest.mark.parametrize("anchor", ["ls", "ms", "rm", "lm", "mm"])
@@ -104,53 +98,6 @@ def test_a_record_knows_where_the_ink_of_every_character_is(anchor: str, degrees
     assert ink[covered].sum() > 0.8 * ink.sum() > 0
     seen = [CHARACTERS[value - 1] for value in dict.fromkeys(slots[0].T.ravel()) if value]
     assert seen == ["A", "8", "k"]
-
-
-def test_the_values_of_a_label_are_known_under_its_text_and_nowhere_else() -> None:
-    canvas = Canvas(96, 32, (255, 255, 255))
-    canvas.text(2, 12, "Oak", "sans", 12, (0, 0, 0), label=1)
-    canvas.text(60, 12, "17", "sans", 12, (0, 0, 0))
-    canvas.text(0, 30, "mi", "sans", 12, (0, 0, 0), label=2)
-    canvas.text(20, 30, "x", "sans", 12, (0, 0, 0), label=1)
-    spelled = values_of_labels(canvas.labels(), [["17"], ["3.5%", "1,024"]])
-    assert spelled.shape == (VALUES_OF_LABEL * VALUE_LENGTH, 2, 6)
-
-    def read(row: int, column: int) -> list[str]:
-        values = spelled[:, row, column].reshape(VALUES_OF_LABEL, VALUE_LENGTH)
-        known = [value for value in values if (value < UNKNOWN).all()]
-        return ["".join(VALUE_CHARACTERS[one - 1] for one in value if one) for value in known]
-
-    assert read(0, 0) == read(0, 1) == ["17"]
-    assert read(1, 0) == ["3.5%", "1,024"]
-    assert not any(read(0, column) for column in (2, 3, 4, 5)) and not read(1, 4)
-    labels = np.zeros((16, 32), np.uint8)
-    labels[:, :4], labels[:, 8:16], labels[:, 16:] = 1, 2, 2
-    assert labels_of_tokens(labels).tolist() == [[0, 2]]
-
-
-def test_a_question_is_about_the_only_label_that_it_mentions_or_else_about_its_answer() -> None:
-    labels = np.array([[0, 1, 1], [2, 0, 3]])
-    questions = [
-        ("Read the value of Oak.", "7"),
-        ("Which label has 7?", "Elm"),
-        ("Oak or Elm, which is more?", "Elm"),
-        ("Does Oak exceed Elm?", "Yes"),
-        ("Oaks?", "3"),
-        ("A.B?", "4"),
-    ]
-    sought = places_of_labels(labels, ["Oak", "Elm", "A.B"], questions)
-    assert sought.shape == (6, 2, 3)
-    assert [sorted(set(labels[one].tolist())) for one in sought] == [[1], [2], [2], [], [], [3]]
-    assert sought[0].sum() == 2
-
-
-def test_the_values_of_a_charts_labels_stand_where_the_labels_are_written() -> None:
-    rng, spec = Random(5), random_chart(Random(5))
-    picture = chart(rng, (spec.width, spec.height))
-    assert picture.values is not None and picture.slots is not None
-    named = (picture.values != UNKNOWN).any(0)
-    written = (picture.slots[0] != 0).reshape(named.shape[0], 2, named.shape[1], 4).any((1, 3))
-    assert named.sum() >= 2 and (written & named).sum() >= 0.95 * named.sum()
 
 
 def test_every_stage_names_known_lessons_and_stages_follow_each_other() -> None:
@@ -177,14 +124,13 @@ def test_only_what_needs_reading_is_asked_in_the_words_of_the_demo_charts() -> N
         r"difference between|by how much|larger is the|sum of|add up to|total of|average|mean of|how far apart"
         r"|how many \w+ (have|are)|for how many|than that of|have a \w+ value than|did the value|a \w+ value.*,"
         r"|largest gap|stands? for|(which \w+|what) is shown in|represent|what colou?r (is|are)|what is the title"
-        r"|at the (far|top|bottom)"
+        r"|at the (far|top|bottom)|(has|shows|is) the (second )?(highest|largest|lowest|smallest) value"
     )
     rng = Random(1)
     asked = [
         question.casefold() for _ in range(60) for size in CHART_SIZES[:2] for question, _ in chart(rng, size).questions
     ]
     assert sum("what is the value in" in question for question in asked) > 5, "values are asked in their words"
-    assert any("which" in question and "highest value" in question for question in asked)
     assert not [question for question in asked if reasoning.search(question)]
     theirs = [one.text.casefold() for _ in range(60) for one in chart_questions(random_chart(rng), rng, 8)]
     assert sum(bool(reasoning.search(question)) for question in theirs) > 60, "the pattern knows theirs"

@@ -15,14 +15,7 @@ from vlm_sft import artifacts
 from vlm_sft.errors import RunError
 from vlm_sft.model.pocket import WEIGHTS, build, curriculum, score, train
 from vlm_sft.model.pocket.batches import build_batch
-from vlm_sft.model.pocket.canvas import (
-    CHARACTER_CLASSES,
-    THING_CLASSES,
-    UNKNOWN,
-    VALUE_CLASSES,
-    VALUE_LENGTH,
-    VALUES_OF_LABEL,
-)
+from vlm_sft.model.pocket.canvas import CHARACTER_CLASSES, THING_CLASSES
 from vlm_sft.model.pocket.card import CARD, SCORES, card
 from vlm_sft.model.pocket.forward import (
     LOOKING_LAYER,
@@ -33,6 +26,7 @@ from vlm_sft.model.pocket.forward import (
     looking_loss,
     vision_features,
 )
+from vlm_sft.model.pocket.labels import COLOUR_FACT, FACT_CLASSES, FACTS, RANK_FACTS, UNKNOWN
 
 MAX_PARAMETERS = 12_000_000
 MAX_SHIPPED_BYTES = 24_000_000
@@ -166,37 +160,37 @@ def test_the_slot_head_counts_what_is_there_and_not_the_empty_slots() -> None:
     assert loss > 1
 
 
-def test_the_values_of_labels_are_learned_where_there_are_labels_only() -> None:
+def test_the_facts_about_labels_are_learned_where_there_are_labels_only() -> None:
     head = SlotHead(4)
     with torch.no_grad():
-        head.values.weight.zero_()
-        head.values.bias.zero_()
-        head.values.bias.view(-1, VALUE_CLASSES)[0, 3] = 2.0
-    values = torch.full((VALUES_OF_LABEL * VALUE_LENGTH, 1, 3), UNKNOWN)
-    values[0, 0, 0], values[1, 0, 2] = 3, 5
+        head.facts.weight.zero_()
+        head.facts.bias.zero_()
+        head.facts.bias.view(-1, FACT_CLASSES)[[0, COLOUR_FACT, RANK_FACTS], 3] = 2.0
+    facts = torch.full((FACTS, 1, 3), UNKNOWN)
+    facts[0, 0, 0], facts[1, 0, 2], facts[COLOUR_FACT, 0, 0], facts[RANK_FACTS, 0, 2] = 3, 5, 3, 4
     features = torch.randn(1, 3, 4, requires_grad=True)
-    loss, right = head.value_loss(features, values)
-    likely, even = math.exp(2) / (math.exp(2) + VALUE_CLASSES - 1), 1 / VALUE_CLASSES
-    assert loss.item() == pytest.approx(-(math.log(likely) + math.log(even)) / 2)
-    assert right == 0.5
+    loss, right = head.fact_loss(features, facts)
+    everything = math.exp(2) + FACT_CLASSES - 1
+    likely, unlikely, even = math.exp(2) / everything, 1 / everything, 1 / FACT_CLASSES
+    assert loss.item() == pytest.approx(-sum(map(math.log, (likely, even, likely, unlikely))) / 4)
+    assert right == {"values": 0.5, "colours": 1.0, "ranks": 0.0}
     with torch.no_grad():
-        head.values.weight.normal_()
-    head.value_loss(features, values)[0].backward()
+        head.facts.weight.normal_()
+    head.fact_loss(features, facts)[0].backward()
     assert features.grad is not None and features.grad[0, 1].abs().max() == 0 < features.grad[0, 0].abs().max()
 
 
 def test_the_share_of_attention_that_is_rewarded_is_that_of_the_stock_layer(model: Any, processor: Any) -> None:
-    picture = next(one for one in curriculum.held_out_pictures("lookup", 8) if one.sought is not None)
+    pictures = curriculum.held_out_pictures("tiny chart", 20)
+    picture = next(one for one in pictures if one.sought is not None and one.sought.any((1, 2, 3)).all())
     batch = build_batch([picture], processor.tokenizer)
     hidden_size = model.config.text_config.hidden_size
     features = torch.randn(1, batch["patches"].shape[1] // 4, hidden_size)
     with torch.no_grad():
         loss, share = looking_loss(model, answer_logits(model, features, batch)[1], batch)
     rows = []
-    for (question, answer), sought in zip(picture.questions, picture.sought, strict=True):
-        if not sought.any():
-            continue
-        alone = build_batch([type(picture)("lookup", picture.pixels, ((question, answer),), None)], processor.tokenizer)
+    for number, (question, answer) in enumerate(picture.questions):
+        alone = build_batch([type(picture)("chart", picture.pixels, ((question, answer),), None)], processor.tokenizer)
         embedded = model.get_input_embeddings()(alone["input_ids"])
         image = alone["input_ids"][0] == model.config.image_token_id
         embedded[0, image] = features[0]
@@ -204,9 +198,11 @@ def test_the_share_of_attention_that_is_rewarded_is_that_of_the_stock_layer(mode
             model.set_attn_implementation("eager")
             weights = model.model.language_model(
                 inputs_embeds=embedded, position_ids=alone["position_ids"], output_attentions=True, use_cache=False
-            ).attentions[LOOKING_LAYER][0, 0]
+            ).attentions[LOOKING_LAYER][0]
             model.set_attn_implementation("sdpa")
-        rows.append(weights[alone["picked"][:, 1]][:, image][:, torch.from_numpy(sought).flatten()].sum(-1))
+        for head, sought in zip(weights, picture.sought[:, number], strict=True):
+            if sought.any():
+                rows.append(head[alone["picked"][:, 1]][:, image][:, torch.from_numpy(sought).flatten()].sum(-1))
     theirs = torch.cat(rows)
     assert share == pytest.approx(theirs.mean().item(), rel=1e-4)
     assert loss.item() == pytest.approx(-theirs.log().mean().item(), rel=1e-4)

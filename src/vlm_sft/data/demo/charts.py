@@ -25,20 +25,25 @@ TITLE_FONTS = ("sans bold", "sans", "serif bold", "times bold", "computer bold",
 MAX_ATTEMPTS = 400
 
 
-def random_chart(rng: Random, chart_type: str | None = None) -> ChartSpec:
+def random_chart(rng: Random, chart_type: str | None = None, size: tuple[int, int] | None = None) -> ChartSpec:
     """Draw a random chart whose parts fit its picture.
 
     Args:
         rng: the only source of randomness; equal states give equal charts.
         chart_type: one of CHART_TYPES; drawn at random when None.
+        size: width and height in pixels, multiples of 16; one of SIZES when None. A type that is drawn at random and
+            hardly fits a small one gives way to another.
     """
+    free = chart_type is None and size is not None
     if chart_type is None:
         chart_type = rng.choices(CHART_TYPES, weights=[TYPE_WEIGHTS[name] for name in CHART_TYPES])[0]
-    size = rng.choice(SIZES)
+    size = size or rng.choice(SIZES)
     for _ in range(MAX_ATTEMPTS):
         spec = _propose(rng, chart_type, size)
         if spec is not None and place(spec) is not None:
             return spec
+    if free:
+        return random_chart(rng, size=size)
     raise AssertionError(f"no {chart_type} of {size} fits after {MAX_ATTEMPTS} attempts")
 
 

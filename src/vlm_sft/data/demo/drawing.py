@@ -53,6 +53,34 @@ def draw_chart(spec: ChartSpec, pen: Pen = ImageDraw.Draw) -> Image.Image:
     return image
 
 
+def mark_ends(spec: ChartSpec) -> list[list[tuple[int, int]]]:
+    """Where the ends of the bars or the points of the lines are.
+
+    Returns:
+        (x, y) in pixels, a list for every series with one for every category; empty for pies and tables.
+
+    Raises:
+        ValueError: as `draw_chart`.
+    """
+    places = place(spec)
+    if places is None:
+        raise ValueError(f"the labels of this {spec.chart_type} do not fit {spec.width}x{spec.height} pixels")
+    count, width, height = len(spec.categories), places.right - places.left, places.bottom - places.top
+    if spec.chart_type in ("pie", "table"):
+        return []
+    if spec.chart_type == "horizontal_bar":
+        rows = [round(places.top + (index + 0.5) * height / count) for index in range(count)]
+        ends = [places.left + round(width * value / spec.axis_top) for value in spec.series[0].values]
+        return [list(zip(ends, rows, strict=True))]
+    thickness = 0.0 if spec.chart_type == "line" else 0.86 / len(spec.series)
+    found = []
+    for number, series in enumerate(spec.series):
+        aside = (number - (len(spec.series) - 1) / 2) * thickness
+        columns = [round(places.left + (index + 0.5 + aside) * width / count) for index in range(count)]
+        found.append([(x, _height_of(spec, places, value)) for x, value in zip(columns, series.values, strict=True)])
+    return found
+
+
 def text_colour(shade: str) -> str:
     """Black or white, whichever is easier to read on a "#rrggbb" background."""
     red, green, blue = (int(shade[start:start + 2], 16) for start in (1, 3, 5))

@@ -89,12 +89,12 @@ def _sought(pictures: Sequence[Picture], owner: np.ndarray, targets: np.ndarray,
     for row, picture in enumerate(pictures):
         if picture.sought is None:
             continue
-        maps = picture.sought.reshape(len(picture.questions), -1)
+        maps = picture.sought.reshape(*picture.sought.shape[:2], -1)
         for column in np.flatnonzero(targets[row] != -100):
-            place = maps[owner[row, column]]
-            if place.any():
-                seekers.append((row, column))
-                places.append(place)
+            for head, place in enumerate(maps[:, owner[row, column]]):
+                if place.any():
+                    seekers.append((head, row, column))
+                    places.append(place)
     if not seekers:
         return {}
     allowed = np.zeros((len(seekers), owner.shape[1]), bool)
@@ -109,22 +109,22 @@ def build_batch(pictures: Sequence[Picture], tokenizer: Qwen2Tokenizer) -> dict[
         pictures: of one size and one task; either all or none have slots, either all or none have questions.
 
     Returns:
-        patches (B, P, 384), grid (rows, columns), slots (2, B, N, 8) or None, values (18, B, N) or None, task,
+        patches (B, P, 384), grid (rows, columns), slots (2, B, N, 8) or None, facts (23, B, N) or None, task,
         questions (their number), and, where there are questions, input_ids
         (B, L), position_ids (3, B, L), mask (B, 1, L, L) bool, picked (S, 2) row and column of every token that
         predicts a supervised one, and targets (S); and, where pictures tell what their questions are about, seekers
-        (T, 2) row and column of the tokens that have to look for it, and places (T, L) bool where it is.
+        (T, 3) head, row and column of the tokens that have to look for it, and places (T, L) bool where it is.
     """
     pixels = np.stack([picture.pixels for picture in pictures])
     rows, columns = pixels.shape[1] // build.TOKEN_PX, pixels.shape[2] // build.TOKEN_PX
     known = [picture.slots for picture in pictures if picture.slots is not None]
-    named = [picture.values for picture in pictures if picture.values is not None]
-    values = np.stack(named, axis=1) if named else np.empty(0)
+    named = [picture.facts for picture in pictures if picture.facts is not None]
+    facts = np.stack(named, axis=1) if named else np.empty(0)
     batch: dict[str, Any] = {
         "patches": patches_of(pixels),
         "grid": (rows, columns),
         "slots": slots_of(np.stack(known)) if known else None,
-        "values": torch.from_numpy(values.reshape(*values.shape[:2], -1).astype(np.int64)) if named else None,
+        "facts": torch.from_numpy(facts.reshape(*facts.shape[:2], -1).astype(np.int64)) if named else None,
         "task": pictures[0].task,
         "questions": sum(len(picture.questions) for picture in pictures),
     }

@@ -1,15 +1,14 @@
-"""Pictures drawn together with a map of what is where. Imports Pillow, numpy and data.demo.
+"""Pictures drawn together with a map of what is where. Imports Pillow, numpy, labels and data.demo.
 
 While pocket is trained from nothing, its vision tower also learns to name the character and the coloured thing under
-every slot of 4 x 8 px, and, under the label of a bar or a row, the values that belong to it. That teaches it to read,
-to see colours and to find values much sooner than the words of the answers alone do.
+every slot of 4 x 8 px, and, under a label, the facts that belong to it (see `labels`). That teaches it to read, to see
+colours and to find values much sooner than the words of the answers alone do.
 """
 
 from __future__ import annotations
 
-import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlm_sft.data.demo.fonts import load_font
 from vlm_sft.data.demo.vocabulary import COLOURS
+from vlm_sft.model.pocket.labels import UNKNOWN, labels_of_tokens
 
 # Class 0 is "no character"; every other character that has no class of its own counts as the last one.
 CHARACTERS = string.digits + string.ascii_letters + "%$.,:-/&!?'#+"
@@ -25,12 +25,6 @@ CHARACTER_CLASSES = len(CHARACTERS) + 2
 # What a coloured thing is; class 0 is "nothing", the others are every kind in every colour.
 KINDS = ("text", "circle", "rectangle", "triangle")
 THING_CLASSES = 1 + len(KINDS) * len(COLOURS)
-UNKNOWN = 255  # in a map of slots: not recorded, nothing is learned from it
-# How the values of a label are written: up to three, each of up to six characters; class 0 is its end.
-VALUE_CHARACTERS = string.digits + ".,:%$-"
-VALUE_CLASSES = 1 + len(VALUE_CHARACTERS)
-VALUES_OF_LABEL = 3
-VALUE_LENGTH = 6
 SLOT_WIDTH_PX = 4
 SLOT_HEIGHT_PX = 8
 _CLASS_OF = {character: number for number, character in enumerate(CHARACTERS, start=1)}
@@ -47,9 +41,9 @@ class Picture:
         pixels: (height, width, 3) uint8, sides multiples of 16.
         questions: pairs of question and answer; may be empty where only characters are learned.
         slots: (2, height / 8, width / 4) classes of characters and of things, see `Canvas.slots`; None where unknown.
-        values: (18, height / 16, width / 16) classes of the characters of the values that belong to the label under a
-            visual token, see `values_of_labels`; None where no picture of the task has labels.
-        sought: (questions, height / 16, width / 16) bool: where the label stands that a question is about, or its
+        facts: (23, height / 16, width / 16) classes of the facts about the label under a visual token, see
+            `facts_of_labels`; None where no picture of the task has labels.
+        sought: (3, questions, height / 16, width / 16) bool: where the labels stand that a question is about, or its
             answer, see `places_of_labels`; None where no picture of the task has labels.
     """
 
@@ -57,7 +51,7 @@ class Picture:
     pixels: np.ndarray
     questions: tuple[tuple[str, str], ...]
     slots: np.ndarray | None
-    values: np.ndarray | None = None
+    facts: np.ndarray | None = None
     sought: np.ndarray | None = None
 
 
@@ -91,7 +85,7 @@ class Canvas:
         Args:
             x, y: its left end and its baseline in pixels.
             name: of its colour.
-            label: its number from 1 on where values belong to it.
+            label: its number from 1 on where facts belong to it.
         """
         characters, things, labels = (ImageDraw.Draw(one) for one in self._maps)
         font = load_font(font_name, size_px)
@@ -126,7 +120,7 @@ class Canvas:
 
     def labels(self) -> np.ndarray:
         """The label under every visual token, see `labels_of_tokens`."""
-        return labels_of_tokens(np.asarray(self._maps[2]))
+        return labels_of_tokens(_middles(np.asarray(self._maps[2])))
 
 
 class Record:
@@ -134,7 +128,7 @@ class Record:
 
     Args:
         width, height: of the picture, pixels.
-        labels: the texts that values belong to, with their numbers from 1 on.
+        labels: the texts that facts belong to, with their numbers from 1 on.
     """
 
     def __init__(self, width: int, height: int, labels: Mapping[str, int] | None = None) -> None:
@@ -145,9 +139,14 @@ class Record:
         """The tool that draws on `image`."""
         return _RecordingPen(image, self.characters, self._labels, self._numbers)
 
+    def mark(self, x: int, y: int, label: int) -> None:
+        """Note that facts belong to a place that no text stands at; `x`, `y` in pixels."""
+        box = (x - SLOT_WIDTH_PX, y - SLOT_HEIGHT_PX // 2, x + SLOT_WIDTH_PX - 1, y + SLOT_HEIGHT_PX // 2 - 1)
+        ImageDraw.Draw(self._labels).rectangle(box, fill=label)
+
     def labels(self) -> np.ndarray:
         """As `Canvas.labels`."""
-        return labels_of_tokens(np.asarray(self._labels))
+        return labels_of_tokens(_middles(np.asarray(self._labels)))
 
     def slots(self, degrees: float = 0.0) -> np.ndarray:
         """As `Canvas.slots`, the things UNKNOWN; `degrees` is how far the drawing was turned after it was written."""
@@ -171,76 +170,6 @@ class _RecordingPen(ImageDraw.ImageDraw):
         y = xy[1] + {"s": 0.0, "m": (ascent - descent) / 2}[along]
         for box in _name_characters(self._characters, x, y, text, font):
             self._labels.rectangle(box, fill=self._numbers.get(text, 0))
-
-
-def labels_of_tokens(labels: np.ndarray) -> np.ndarray:
-    """The number of the label that each visual token shows.
-
-    Args:
-        labels: (height, width) the number of the label whose text is there, 0 for none.
-
-    Returns:
-        (height / 16, width / 16) uint8; 0 where a token shows no label, or two.
-    """
-    slots = _middles(labels)
-    tokens = slots.reshape(slots.shape[0] // 2, 2, slots.shape[1] // 4, 4).transpose(0, 2, 1, 3)
-    tokens = tokens.reshape(*tokens.shape[:2], 8)
-    most, least = tokens.max(-1), np.where(tokens == 0, 255, tokens).min(-1)
-    return np.where(most == least, most, 0)
-
-
-def label_targets(
-    labels: np.ndarray, texts: Sequence[str], values: Sequence[Sequence[str]], questions: Sequence[tuple[str, str]]
-) -> dict[str, np.ndarray]:
-    """What a picture of labels teaches besides its answers, by the names of `Picture`: its values, and what is sought.
-
-    Args:
-        labels: (rows, columns) see `labels_of_tokens`.
-        texts, values: of label 1, 2 and so on.
-        questions: pairs of question and answer.
-    """
-    return {"values": values_of_labels(labels, values), "sought": places_of_labels(labels, texts, questions)}
-
-
-def values_of_labels(labels: np.ndarray, values: Sequence[Sequence[str]]) -> np.ndarray:
-    """The values of the label under every visual token, written out.
-
-    Args:
-        labels: (rows, columns) see `labels_of_tokens`.
-        values: of label 1, 2 …; of each the first VALUES_OF_LABEL count.
-
-    Returns:
-        (VALUES_OF_LABEL * VALUE_LENGTH, rows, columns) uint8 classes of VALUE_CHARACTERS, 0 where a value has ended;
-            UNKNOWN for values that are not there and under tokens without a label.
-    """
-    spelled = np.full((1 + len(values), VALUES_OF_LABEL, VALUE_LENGTH), UNKNOWN, np.uint8)
-    for row, texts in zip(spelled[1:], values, strict=True):
-        for place, text in enumerate(texts[:VALUES_OF_LABEL]):
-            row[place] = 0
-            row[place, : len(text)] = [1 + VALUE_CHARACTERS.index(one) for one in text[:VALUE_LENGTH]]
-    return spelled[labels].reshape(*labels.shape, -1).transpose(2, 0, 1)
-
-
-def places_of_labels(labels: np.ndarray, texts: Sequence[str], questions: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Where one has to look for the answer of every question, as far as labels tell.
-
-    Args:
-        labels: (rows, columns) see `labels_of_tokens`.
-        texts: of label 1, 2 and so on.
-        questions: pairs of question and answer.
-
-    Returns:
-        (questions, rows, columns) bool: the visual tokens that show the only label which the question mentions, or
-            else the label that is the answer; none where there is neither.
-    """
-    whole = [re.compile(rf"(?<!\w){re.escape(text)}(?!\w)") for text in texts]
-    numbers = []
-    for question, answer in questions:
-        mentioned = [number for number, one in enumerate(whole, start=1) if one.search(question)]
-        answers = [number for number, text in enumerate(texts, start=1) if text == answer]
-        numbers.append(mentioned[0] if len(mentioned) == 1 else sum(answers[:1]))
-    wanted = np.array(numbers, np.int64).reshape(-1, 1, 1)
-    return (labels == wanted) & (wanted > 0)
 
 
 def _name_characters(

@@ -17,11 +17,13 @@ from vlm_sft.data.demo.charts import LABEL_FONTS
 from vlm_sft.data.demo.fonts import fonts, text_width
 from vlm_sft.data.demo.vocabulary import COLOURS
 from vlm_sft.model.pocket import words
-from vlm_sft.model.pocket.canvas import KINDS, Canvas, Colour, Picture, label_targets
-from vlm_sft.model.pocket.chart_lessons import BOARD_SIZES, CHART_SIZES, READ_VALUE, board, chart
+from vlm_sft.model.pocket.canvas import KINDS, Canvas, Colour, Picture
+from vlm_sft.model.pocket.chart_lessons import BOARD_SIZES, CHART_SIZES, READ_VALUE, board, chart, view
+from vlm_sft.model.pocket.labels import Label, label_targets
 
 HELD_OUT_SEED = 1_000_000
 TOKEN_AREA_PX = 16 * 16
+TINY_SIZES = ((128, 112), (160, 96), (144, 112))  # of charts: smaller than in the demo set
 Size = tuple[int, int]
 Pairs = list[tuple[str, str]]
 Drawn = tuple[str, str, float, float]  # kind, colour, middle x and y in pixels
@@ -206,7 +208,8 @@ def _labelled(
     task: str, canvas: Canvas, questions: tuple[tuple[str, str], ...], labels: Sequence[str], values: Sequence[str]
 ) -> Picture:
     """A picture of labels with one value each."""
-    targets = label_targets(canvas.labels(), labels, [[value] for value in values], questions)
+    owned = [Label(label, values=(value,)) for label, value in zip(labels, values, strict=True)]
+    targets = label_targets(canvas.labels(), owned, questions)
     return Picture(task, canvas.pixels(), questions, canvas.slots(), **targets)
 
 
@@ -301,10 +304,18 @@ LESSONS = {
     "listing": Lesson(listing, ((128, 64), (128, 96), (160, 112)), 240),
     "lookup": Lesson(lookup, ((48, 32), (64, 32), (64, 48), (96, 48), (128, 48)), 200),
     "shapes": Lesson(shapes, ((64, 64),), 192),
+    "tiny chart": Lesson(chart, TINY_SIZES, 400),
     "small chart": Lesson(chart, CHART_SIZES[:2], 400),
     "chart": Lesson(chart, CHART_SIZES, 400),
+    "tiny view": Lesson(view, TINY_SIZES, 600),
+    "view": Lesson(view, CHART_SIZES, 500),
     "board": Lesson(board, BOARD_SIZES, 240),
 }
+# Questions again, after the tower has learned to see what they are about.
+_ASKED_AGAIN = {
+    "tiny view": 2, "view": 1, "tiny chart": 5, "chart": 3, "line": 1.5, "sign": 0.5, "board": 0.5, "shapes": 0.4,
+    "listing": 0.3, "lookup": 0.5,
+}  # fmt: skip
 # From which step on, in thousands: how often each lesson comes.
 STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (0.0, {"page": 1.0}),
@@ -321,6 +332,9 @@ STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (24.4, {"lookup": 2, "line": 2, "listing": 1.5, "shapes": 0.3, "board": 1, "small chart": 3, "chart": 3}),
     (26.7, {"lookup": 4, "line": 1, "listing": 2, "shapes": 0.2, "board": 0.5, "small chart": 3, "chart": 2}),
     (29.3, {"lookup": 0.7, "line": 2, "listing": 1, "shapes": 0.3, "board": 0.8, "small chart": 3, "chart": 4}),
+    (32.0, {"tiny view": 6, "view": 1.5, "tiny chart": 2, "chart": 0.5, "line": 1, "sign": 0.4, "board": 0.3}),
+    (36.0, {"tiny view": 4, "view": 2, "tiny chart": 3, "chart": 1.5, "line": 1.5, "sign": 0.4, "board": 0.4}),
+    (36.3, _ASKED_AGAIN),
 )
 
 

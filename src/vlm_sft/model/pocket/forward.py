@@ -14,25 +14,19 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 
-from vlm_sft.model.pocket.canvas import (
-    CHARACTER_CLASSES,
-    THING_CLASSES,
-    UNKNOWN,
-    VALUE_CLASSES,
-    VALUE_LENGTH,
-    VALUES_OF_LABEL,
-)
+from vlm_sft.model.pocket.canvas import CHARACTER_CLASSES, THING_CLASSES
+from vlm_sft.model.pocket.labels import COLOUR_FACT, FACT_CLASSES, FACTS, PLACE_FACT, RANK_FACTS, UNKNOWN
 
 SLOTS = 8
 # Most slots hold nothing; at full weight the head would learn to answer that first.
 _NONE_WEIGHT = 0.15
-# The layer of the language model whose first head is shown where to look.
+# The layer of the language model whose heads are shown where to look.
 LOOKING_LAYER = 3
 LOOKING_WEIGHT = 0.5
 
 
 class SlotHead(nn.Module):
-    """Names the character and the thing under each of the eight slots of a visual token, and the values of the label.
+    """Names the character and the thing under each of the eight slots of a visual token, and the facts about its label.
 
     Used in training only.
     """
@@ -41,7 +35,7 @@ class SlotHead(nn.Module):
         super().__init__()
         self.characters = nn.Linear(width, SLOTS * CHARACTER_CLASSES)
         self.things = nn.Linear(width, SLOTS * THING_CLASSES)
-        self.values = nn.Linear(width, VALUES_OF_LABEL * VALUE_LENGTH * VALUE_CLASSES)
+        self.facts = nn.Linear(width, FACTS * FACT_CLASSES)
 
     def forward(self, features: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         """Sum of both losses, and the share of written characters and of things that are named right.
@@ -63,19 +57,27 @@ class SlotHead(nn.Module):
             right[name] = (logits.argmax(-1) == flat)[present].float().mean().item()
         return loss, right
 
-    def value_loss(self, features: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Mean loss of the characters of the values of labels, and the share of them that is named right.
+    def fact_loss(self, features: torch.Tensor, facts: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean loss of the facts about labels, and the right share of values' characters, colours, places and ranks.
 
         Args:
             features: (B, N, D).
-            values: (18, B, N); some are UNKNOWN.
+            facts: (FACTS, B, N); some are known.
         """
-        under = (values != UNKNOWN).any(0)
-        truth = values[:, under].T
-        logits = self.values(features[under]).reshape(*truth.shape, VALUE_CLASSES)
-        present = truth != UNKNOWN
-        logits, truth = logits[present], truth[present]
-        return functional.cross_entropy(logits, truth), (logits.argmax(-1) == truth).float().mean().item()
+        under = (facts != UNKNOWN).any(0)
+        truth = facts[:, under].T
+        logits = self.facts(features[under]).reshape(*truth.shape, FACT_CLASSES)
+        known = truth != UNKNOWN
+        hits, right = logits.argmax(-1) == truth, {}
+        for name, rows in (
+            ("values", slice(COLOUR_FACT)),
+            ("colours", slice(COLOUR_FACT, COLOUR_FACT + 1)),
+            ("places", slice(PLACE_FACT, PLACE_FACT + 1)),
+            ("ranks", slice(RANK_FACTS, FACTS)),
+        ):
+            if known[:, rows].any():
+                right[name] = hits[:, rows][known[:, rows]].float().mean().item()
+        return functional.cross_entropy(logits[known], truth[known]), right
 
 
 def vision_features(tower: Any, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -133,10 +135,10 @@ def answer_logits(
 def looking_loss(
     model: Qwen2_5_VLForConditionalGeneration, hidden: torch.Tensor, batch: dict[str, Any]
 ) -> tuple[torch.Tensor, float]:
-    """How far the first head of the LOOKING_LAYER looks past the labels that the questions are about.
+    """How far the heads of the LOOKING_LAYER look past the labels that the questions are about.
 
     To find the place in a picture that a question names is learned very slowly from answers alone: until it works, the
-    answer gives no hint of where to look.
+    answer gives no hint of where to look. Each head looks for a label of its own, see `labels`.
 
     Args:
         hidden: (B, L, width) what enters the layer.
@@ -150,12 +152,13 @@ def looking_loss(
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     query, key = (
-        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)[:, :1]
+        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj)
     )
     query, key = apply_rotary_pos_emb(query, key, *language.rotary_emb(normed, batch["position_ids"]))
-    rows, columns = batch["seekers"].T
-    scores = attention.scaling * (query[:, 0] @ key[:, 0].transpose(1, 2))[rows, columns]
+    heads, rows, columns = batch["seekers"].T
+    keys = key[rows, heads // attention.num_key_value_groups]
+    scores = attention.scaling * torch.einsum("td,tld->tl", query[rows, heads, columns], keys)
     scores = scores.masked_fill(~batch["mask"][rows, 0, columns], -torch.inf)
     found = scores.masked_fill(~batch["places"], -torch.inf).logsumexp(-1) - scores.logsumexp(-1)
     return -found.mean(), found.detach().exp().mean().item()
@@ -164,14 +167,15 @@ def looking_loss(
 def batch_loss(
     model: Qwen2_5_VLForConditionalGeneration, head: SlotHead, batch: dict[str, Any], slot_weight: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Mean loss over the supervised tokens, plus those of slots, of the labels' values and of where to look.
+    """Mean loss over the supervised tokens, plus those of slots, of the facts about labels and of where to look.
 
     Args:
         slot_weight: of the loss of slots, where there are questions.
 
     Returns:
         the loss, and numbers for the log: answer (nats a token), slots (nats), and the shares
-            tokens_right, characters, things, values (characters of them), looking (of attention).
+            tokens_right, characters, things, values (of their characters), colours, places, ranks, looking (of
+            attention).
     """
     features = vision_features(model.model.visual, batch["patches"], batch["grid"])
     loss = features.new_zeros(())
@@ -180,9 +184,10 @@ def batch_loss(
         slot_loss, right = head(features, batch["slots"])
         loss = loss + (slot_weight if "input_ids" in batch else 1.0) * slot_loss
         log |= {"slots": slot_loss.item()} | right
-    if batch["values"] is not None and (batch["values"] != UNKNOWN).any():
-        value_loss, log["values"] = head.value_loss(features, batch["values"])
-        loss = loss + value_loss
+    if batch["facts"] is not None and (batch["facts"] != UNKNOWN).any():
+        fact_loss, right = head.fact_loss(features, batch["facts"])
+        loss = loss + fact_loss
+        log |= right
     if "input_ids" in batch:
         logits, hidden = answer_logits(model, features, batch)
         answer = functional.cross_entropy(logits, batch["targets"])
