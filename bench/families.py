@@ -121,8 +121,8 @@ def conversation(encoder: Encoder, sample: Sample) -> tuple[np.ndarray, np.ndarr
     asked = processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     told = processor.apply_chat_template([user, answer], tokenize=False, add_generation_prompt=False)
     pictures = [[decode_rgb(ref.load(), ref.source) for ref in sample.images]]
-    by_itself = {"suffix": [sample.target]} if type(processor).__name__ in TAKE_ANSWERS else {}
-    calls = (asked, {}), (asked if by_itself else told, by_itself)
+    by_itself: dict[str, Any] = {"suffix": [sample.target]} if type(processor).__name__ in TAKE_ANSWERS else {}
+    calls: list[tuple[str, dict[str, Any]]] = [(asked, {}), (asked if by_itself else told, by_itself)]
     first, second = (processor(text=[text], images=pictures, return_tensors="pt", **more) for text, more in calls)
     return first["input_ids"][0].numpy(), second["input_ids"][0].numpy()
 

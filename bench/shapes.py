@@ -81,9 +81,15 @@ def fetch_tokenizer(folder: Path) -> Path:
 
 def processor(tokenizer: Path, max_pixels: int) -> Any:
     """A Qwen2.5-VL processor with the published image settings and the case's bound on the area in pixels."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2TokenizerFast, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+    # The old name: the peers' environments may have a transformers whose Qwen2Tokenizer is the slow one.
+    from transformers import (  # type: ignore[attr-defined]
+        Qwen2_5_VLProcessor,
+        Qwen2TokenizerFast,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
 
-    common = {
+    common: dict[str, Any] = {
         "patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, "image_mean": CLIP_MEAN,
         "image_std": CLIP_STD, "size": {"shortest_edge": MIN_PIXELS, "longest_edge": max_pixels},
     }  # fmt: skip
@@ -117,7 +123,8 @@ def config(shape: Shape) -> Any:
         "spatial_merge_size": MERGE, "temporal_patch_size": 2, "window_size": 112,
         "fullatt_block_indexes": list(shape.full_attention),
     }  # fmt: skip
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **SPECIAL)
+    special: dict[str, Any] = dict(SPECIAL)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
 
 
 def build(name: str, folder: Path, tokenizer: Path, max_pixels: int) -> Path:

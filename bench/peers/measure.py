@@ -136,7 +136,7 @@ def install() -> None:
             _attach(trainer, meter)
         return train(trainer, *args, **kwargs)
 
-    Trainer.train = measured
+    Trainer.train = measured  # type: ignore[assignment, method-assign]
 
 
 def _wrap_loading(owner: type) -> None:
@@ -167,16 +167,16 @@ def _before(owner: type, count: Callable[..., None]) -> None:
 
 
 def _count_vision(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    pixels = kwargs.get("hidden_states", args[0] if args else None)
-    grid = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
+    pixels: Any = kwargs.get("hidden_states", args[0] if args else None)
+    grid: Any = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
     meter.add(tower_calls=1, tower_images=len(grid), patches=int(pixels.shape[0]))
 
 
 def _count_language(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    tokens = kwargs.get("inputs_embeds")
+    tokens: Any = kwargs.get("inputs_embeds")
     if tokens is None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
-    mask = kwargs.get("attention_mask")
+    mask: Any = kwargs.get("attention_mask")
     processed = int(tokens.shape[0] * tokens.shape[1])
     flat = mask is not None and getattr(mask, "ndim", 0) == 2
     meter.add(language_calls=1, language_tokens=processed, padding=processed - int(mask.sum()) if flat else 0)
@@ -251,7 +251,7 @@ def _watch_loss(trainer: Any, meter: Meter) -> None:
             meter.add(image_tokens=int((ids == IMAGE_TOKEN).sum()))
         found = compute(model, inputs, *args, **kwargs)
         loss = found[0] if isinstance(found, tuple) else found
-        divided_by = kwargs.get("num_items_in_batch")
+        divided_by: Any = kwargs.get("num_items_in_batch")
         by_step = divided_by is not None and getattr(trainer, "model_accepts_loss_kwargs", False)
         meter.losses[-1] += float(loss.detach()) * float(divided_by if by_step else supervised)
         return found

@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
 
 def walk(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[Place]:
     """Every place of a parser's command line, the outermost first."""
-    flags, words, inner = [], {}, []
+    flags: list[Flag] = []
+    words: dict[str, str] = {}
+    inner = []
     for action in parser._actions:
         if action.help == argparse.SUPPRESS:
             continue

@@ -217,8 +217,8 @@ def shared_sdpa(
         queries = [part.index_select(2, rows) for part, rows in zip(queries, parts, strict=True)]
         masks = [_mask_rows(mask, rows, size) for mask, rows, size in zip(masks, parts, sizes, strict=True)]
     outputs = [
-        F.scaled_dot_product_attention(*part, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling)
-        for *part, mask in zip(queries, keys, values, masks, strict=True)
+        F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None, scale=scaling)
+        for q, k, v, mask in zip(queries, keys, values, masks, strict=True)
     ]
     output = torch.cat(outputs, dim=2).transpose(1, 2)
     if _rows is not None:
@@ -292,8 +292,8 @@ def shared_windows(
     outputs: list[torch.Tensor | None] = [None] * len(sizes)
     for size in sorted(set(sizes)):
         places = [index for index, other in enumerate(sizes) if other == size]
-        batch = [torch.stack([windows[index] for index in places]).transpose(1, 2) for windows in states]
-        found = F.scaled_dot_product_attention(*batch, dropout_p=dropout, scale=scaling).transpose(1, 2)
+        q, k, v = (torch.stack([windows[index] for index in places]).transpose(1, 2) for windows in states)
+        found = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2)
         for index, window in zip(places, found, strict=True):
             outputs[index] = window
     return torch.cat([window for window in outputs if window is not None])[None], None

@@ -53,6 +53,7 @@ def fuse_modules(model: torch.nn.Module) -> int:
 def fuse_patches(model: torch.nn.Module) -> int:
     """Let convolutions over single patches compute a matrix product; returns how many were changed."""
     changed = 0
+    module: Any
     for module in model.modules():
         plain = isinstance(module, torch.nn.Conv3d) and module.groups == 1 and module.padding == (0, 0, 0)
         if plain and module.kernel_size == module.stride and not hasattr(module, "forward_stepwise"):
@@ -99,6 +100,7 @@ def fuse_norms(model: torch.nn.Module) -> int:
         How many modules were changed.
     """
     changed = 0
+    module: Any
     for module in model.modules():
         if hasattr(module, "forward_stepwise") or not _is_rms_norm(module):
             continue
@@ -111,8 +113,9 @@ def fuse_norms(model: torch.nn.Module) -> int:
 @torch.no_grad()
 def _is_rms_norm(module: torch.nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    plain = isinstance(weight, torch.nn.Parameter) and weight.dim() == 1 and len(list(module.parameters())) == 1
-    if not plain or not hasattr(module, "variance_epsilon") or hasattr(weight, "ds_id"):
+    if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 1 or len(list(module.parameters())) != 1:
+        return False
+    if not hasattr(module, "variance_epsilon") or hasattr(weight, "ds_id"):
         return False
     if weight.device.type != "cpu" or weight.dtype not in _EXACT:
         return False

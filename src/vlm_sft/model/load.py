@@ -266,6 +266,7 @@ def set_attention(model: Any, attention: str) -> None:
     parts = {name: vision for name in model.config.sub_configs if name != "text_config"}
     model.set_attn_implementation({**parts, "text_config": attention})
     if vision == "sdpa":
+        module: Any
         for module in (part for tower in tower_modules(model).values() for part in tower.modules()):
             if hasattr(module, "config") and "cu_seqlens" in inspect.signature(module.forward).parameters:
                 # Not by set_attn_implementation, which takes every name with "flash" for a package to import.

@@ -70,8 +70,9 @@ def _last_layer(base: Any) -> Any:
         return None
     layers = getattr(base.get_decoder(), "layers", None)
     layer = layers[-1] if layers else None
-    plain = layer is not None and {name for name, _ in layer.named_children()} == _PARTS
-    return layer if plain and hasattr(layer.self_attn, "o_proj") else None
+    if layer is None or {name for name, _ in layer.named_children()} != _PARTS:
+        return None
+    return layer if hasattr(layer.self_attn, "o_proj") else None
 
 
 def _forward(layer: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

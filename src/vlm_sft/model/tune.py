@@ -118,7 +118,7 @@ def save_tuned(model: Any, folder: Path, base: Base | None, state_dict: dict[str
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         # Without the flag PEFT asks the Hub for the base's config, to learn whether the vocabulary grew.
-        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
         return
     assert base is not None, "a whole model is saved with the processor of its base"
     if folder.name.startswith(PREFIX_CHECKPOINT_DIR):

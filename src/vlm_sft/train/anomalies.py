@@ -134,7 +134,8 @@ class AdapterWatch:
         """
         dead = []
         names = list(self._waiting)
-        moving = sums(*(float(gradients[name] is not None and bool(gradients[name].any())) for name in names))
+        found = (gradients[name] for name in names)
+        moving = sums(*(float(one is not None and bool(one.any())) for one in found))
         for name, moves in zip(names, moving, strict=True):
             partner = self._partners[name]
             if moves:

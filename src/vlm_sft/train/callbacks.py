@@ -109,9 +109,9 @@ class Progress(TrainerCallback):
         if logs and "loss" in logs:
             self.loss = logs["loss"]
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, float], **_: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **arguments: Any) -> None:
         """Tell the result of an evaluation."""
-        values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in _TOLD)
+        values = ", ".join(f"{name} {value:.4f}" for name, value in arguments["metrics"].items() if name in _TOLD)
         say(f"step {state.global_step}: {values}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:

@@ -98,7 +98,8 @@ def _probe(
     planners: tuple[EpochPlanner, EpochPlanner | None],
 ) -> None:  # fmt: skip
     """Measure a few passes and forecast again."""
-    model, precision = trainer.model, trainer.compute_loss_context_manager
+    model: Any = trainer.model
+    precision: Any = trainer.compute_loss_context_manager
     if run.launch.deepspeed is not None:  # its engine takes the model over when the training begins
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             say("--probe: under ZeRO-3 no rank has the whole model for a pass of its own; the forecast stays as it is")

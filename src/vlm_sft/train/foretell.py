@@ -49,7 +49,7 @@ def best_rates(past: Sequence[dict[str, Any]], key: dict[str, Any], measured: Ra
     """The rates that past runs of this shape were forecast with, so that their corrections fit; else those measured."""
     for row in reversed(past):
         if row.get("key") == key and isinstance(row.get("rates"), dict):
-            known = {name: float(row["rates"][name]) for name in ("flops", "bandwidth", "launch")}
+            known: dict[str, Any] = {name: float(row["rates"][name]) for name in ("flops", "bandwidth", "launch")}
             return replace(measured, **known)
     return measured
 
@@ -230,10 +230,10 @@ class Clock(TrainerCallback):
         """A step with the reading of its data."""
         self.told.lap(forecasts.STEPS)
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, float], **_: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **arguments: Any) -> None:
         """An evaluation: losses, and answers where they were asked for."""
         self.told.lap(forecasts.LOSSES)
-        self.told.move(forecasts.LOSSES, forecasts.ANSWERS, metrics.get("eval_answer_seconds", 0.0))
+        self.told.move(forecasts.LOSSES, forecasts.ANSWERS, arguments["metrics"].get("eval_answer_seconds", 0.0))
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """A checkpoint."""

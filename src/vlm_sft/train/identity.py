@@ -124,7 +124,9 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     for part in ("recipe", "prompt"):
         old, new = saved.get(part, {}), now.get(part)
-        for key in sorted(old.keys() | new.keys()) if new is not None else ():
+        if new is None:
+            continue
+        for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 found.append(f"{part}: {key} was {old.get(key)!r} and is {new.get(key)!r}")
     if _changed(saved, now, "base_model_sha256"):

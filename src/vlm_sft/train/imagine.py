@@ -103,8 +103,8 @@ def known_from_numbers(run: Run, asked: Imagined) -> tuple[Known, ModelShape]:
         )
     most = run.recipe.max_train
     if most is not None and most < asked.questions:
-        images = max(1, min(most, round(asked.images * most / asked.questions)))
-        asked = replace(asked, questions=most, images=images)
+        fewer = max(1, min(most, round(asked.images * most / asked.questions)))
+        asked = replace(asked, questions=most, images=fewer)
     count, shape = _counter_and_shape(run)
     tokens = count(replace(_BLANK, width=asked.size[0], height=asked.size[1]))
     lengths = []

@@ -62,6 +62,12 @@ class CheckpointTrainer(Trainer):
         **kwargs: those of transformers.Trainer; `save_total_limit` is the policy's.
     """
 
+    # transformers says that each of these may be None, which they are only before the training begins.
+    model: Any
+    model_wrapped: Any
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(self, *, policy: CheckpointPolicy | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._policy = policy or CheckpointPolicy()
@@ -182,10 +188,10 @@ class CheckpointTrainer(Trainer):
             raise RunError(text, "make room, then go on with --resume; earlier checkpoints are as they were")
         warn(f"{text}; the training goes on, and what it does until the next checkpoint would be lost in a crash")
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the checkpoint must have been verified."""
         self._restore_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """As in transformers; the best checkpoint of a resumed run is looked up and verified again."""

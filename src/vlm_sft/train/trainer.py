@@ -18,7 +18,7 @@ from transformers.trainer_utils import speed_metrics
 from vlm_sft import artifacts
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.data.packing import EpochPlanner
-from vlm_sft.data.prepared import PreparedData, StepDataset, StepLoader, StepPacks
+from vlm_sft.data.prepared import PreparedData, StepDataset, StepLoader
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.errors import NumericalError
 from vlm_sft.evaluate.run import EvaluationStopped
@@ -105,7 +105,7 @@ class PackTrainer(CheckpointTrainer):
             step.supervised += self._health.settle(self.state.global_step + 1, step.faults, step.change)
         return batches, None
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]  # transformers calls it with names only
         """Begin a resumed epoch at the right step, without computing what was passed."""
         self._restore_progress()
         self._catch_up(**kwargs)
@@ -122,9 +122,14 @@ class PackTrainer(CheckpointTrainer):
         super()._run_epoch(**kwargs)
 
     def training_step(
-        self, model: torch.nn.Module, inputs: StepPacks, num_items_in_batch: torch.Tensor | None = None
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward of every pack of one optimizer step.
+
+        Args:
+            model: as transformers wrapped it.
+            inputs: the StepPacks of the step.
+            num_items_in_batch: not used, the packs know.
 
         Returns:
             () float32, this rank's share of the loss times the number of ranks: the mean over ranks is the loss. Of a
@@ -242,9 +247,9 @@ class PackTrainer(CheckpointTrainer):
         assert self._signals is not None
         raise self._signals.interruption(f"after step {step}, {'with its' if saved else 'without a'} checkpoint")
 
-    def floating_point_ops(self, inputs: Any) -> float:
+    def floating_point_ops(self, inputs: Any) -> int:
         """Not counted here: the estimate of transformers does not know packs."""
-        return 0.0
+        return 0
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Not counted here."""

@@ -78,8 +78,7 @@ def labels_of_tokens(slots: np.ndarray) -> np.ndarray:
         (height / 16, width / 16) uint8; 0 where a token shows no label, or two.
     """
     tokens = slots.reshape(slots.shape[0] // 2, 2, slots.shape[1] // 4, 4).transpose(0, 2, 1, 3)
-    tokens = tokens.reshape(*tokens.shape[:2], 8)
-    most, least = tokens.max(-1), np.where(tokens == 0, 255, tokens).min(-1)
+    most, least = tokens.max((2, 3)), np.where(tokens == 0, 255, tokens).min((2, 3))
     return np.where(most == least, most, 0)
 
 
