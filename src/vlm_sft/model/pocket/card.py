@@ -24,8 +24,8 @@ Questions and pictures that were never in training; {rule}.
 
 demo_charts and demo_text are the synthetic benchmarks of this package in their own wording; of the ten answers of
 demo_text only the most common one counts here. In training pocket meets other charts and signs of the same generator.
-Most questions on them are worded differently; in the benchmarks' words it is asked what signs say, and for single and
-extreme values of charts, but nothing that takes comparing, counting, adding, colours or the order of things.
+Most questions on them are worded differently; in the benchmarks' words it is asked what signs say, and for single
+values of charts, but nothing that takes extremes, comparing, counting, adding, colours or the order of things.
 
 ## Training
 
@@ -38,8 +38,9 @@ repeats it. With one thread, the same versions and the same processor the weight
 sums are rounded differently, and the weights drift apart.{note}
 
 Pictures and questions are made by `vlm_sft.model.pocket.curriculum`; no foreign data is used. During training the
-vision tower also learns which character stands where and which values belong to a label, through heads that are not
-shipped, and one attention head of the language model is shown where the label stands that a question is about.
+vision tower also learns which character stands where, and which values, ranks and colours belong to a label or to the
+end of a bar, through heads that are not shipped; and three attention heads of the language model are shown where the
+labels stand that a question is about.
 
 License: Apache-2.0.
 """

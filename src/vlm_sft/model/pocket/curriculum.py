@@ -335,6 +335,7 @@ STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (32.0, {"tiny view": 6, "view": 1.5, "tiny chart": 2, "chart": 0.5, "line": 1, "sign": 0.4, "board": 0.3}),
     (36.0, {"tiny view": 4, "view": 2, "tiny chart": 3, "chart": 1.5, "line": 1.5, "sign": 0.4, "board": 0.4}),
     (36.3, _ASKED_AGAIN),
+    (38.0, _ASKED_AGAIN | {"tiny view": 1, "tiny chart": 3.5, "chart": 4, "line": 2.5, "board": 0.8}),
 )
 
 
