@@ -14,6 +14,8 @@ from vlm_sft.model.pocket.chart_lessons import chart, chart_labels, chart_marks
 from vlm_sft.model.pocket.labels import (
     COLOUR_FACT,
     FACTS,
+    LOOKS,
+    ORDER_FACT,
     PLACE_FACT,
     RANK_FACTS,
     UNKNOWN,
@@ -39,7 +41,8 @@ def test_the_facts_of_a_label_are_known_under_its_text_and_nowhere_else() -> Non
     canvas.text(60, 12, "17", "sans", 12, (0, 0, 0))
     canvas.text(0, 30, "mi", "sans", 12, (0, 0, 0), label=2)
     canvas.text(20, 30, "x", "sans", 12, (0, 0, 0), label=1)
-    labels = [Label("Oak", values=["17"], colour="red"), Label("mi", values=["3.5%", "1,024"], place=1, ranks=(2, 0))]
+    oak, mi = ["17"], ["3.5%", "1,024"]
+    labels = [Label("Oak", values=oak, colour="red", order=3), Label("mi", values=mi, place=1, ranks=(2, 0))]
     facts = facts_of_labels(canvas.labels(), labels)
     assert facts.shape == (FACTS, 2, 6)
     assert _values(facts[:, 0, 0]) == _values(facts[:, 0, 1]) == ["17"]
@@ -47,7 +50,8 @@ def test_the_facts_of_a_label_are_known_under_its_text_and_nowhere_else() -> Non
     assert (facts[:, 0, 2:] == UNKNOWN).all() and (facts[:, 1, 4] == UNKNOWN).all()
     assert facts[COLOUR_FACT, 0, 0] == list(COLOURS).index("red") and facts[COLOUR_FACT, 1, 0] == UNKNOWN
     assert facts[PLACE_FACT, 1, 0] == 1 and facts[PLACE_FACT, 0, 0] == UNKNOWN
-    assert facts[RANK_FACTS:, 1, 0].tolist() == [2, 0, UNKNOWN]
+    assert facts[RANK_FACTS:ORDER_FACT, 1, 0].tolist() == [2, 0, UNKNOWN]
+    assert facts[ORDER_FACT, 0, 0] == 3 and facts[ORDER_FACT, 1, 0] == UNKNOWN
 
 
 def test_nothing_is_learned_after_the_end_of_a_value_or_of_a_value_that_is_too_long() -> None:
@@ -63,30 +67,49 @@ def test_a_token_with_two_labels_shows_none() -> None:
     assert labels_of_tokens(slots).tolist() == [[0, 2]]
 
 
-def test_a_question_looks_for_the_labels_that_it_mentions_or_else_for_its_answer() -> None:
+def test_a_question_looks_for_what_it_mentions_or_else_for_its_answer() -> None:
     labels = [
-        Label("Oak", values=["7"]), Label("Elm", values=["9"]), Label("A.B", values=["9"]),
-        Label("Men", "series"), Label("Women", "series"), Label("9", "value"),
-    ]
-    expected = {
-        ("Read the value of Oak.", "7"): (1, 0, 0),
-        ("Which label has 7?", "Elm"): (2, 0, 0),
-        ("Elm or Oak, which is more?", "Oak"): (2, 0, 1),
-        ("Does Oak exceed Elm, Women?", "Yes"): (1, 5, 2),
-        ("In Elm: Women or Men?", "Men"): (2, 5, 4),
-        ("Which is red?", "Men"): (0, 4, 0),
-        ("Oaks?", "3"): (0, 0, 0),
-        ("A.B?", "4"): (3, 0, 0),
-        ("The highest value?", "7"): (1, 0, 0),
-        ("The lowest value?", "9"): (0, 0, 0),
-        ("How many trees?", "7"): (0, 0, 0),
-    }
-    shown = np.array([[0, 1, 1, 2], [3, 4, 5, 6]])
+        Label("Oak", values=["7"], order=0), Label("Elm", values=["9"], order=1), Label("A.B", values=["9"], order=2),
+        Label("7", "value", order=0), Label("9", "value", order=1),
+    ]  # fmt: skip
+    _expect(labels, {
+        ("Read the value of Oak.", "7"): (1, 0, 0, 4, 0),
+        ("Which label has 7?", "Elm"): (2, 0, 0, 5, 0),
+        ("Elm or Oak, which is more?", "Oak"): (2, 0, 1, 5, 4),
+        ("Oaks?", "3"): (0, 0, 0, 0, 0),
+        ("A.B?", "4"): (3, 0, 0, 0, 0),
+        ("The highest value?", "7"): (1, 0, 0, 4, 0),
+        ("The lowest value?", "9"): (0, 0, 0, 0, 0),
+        ("How many trees?", "7"): (0, 0, 0, 0, 0),
+    })  # fmt: skip
+
+
+def test_a_question_about_several_series_looks_for_the_mark_of_its_category_and_series() -> None:
+    labels = [
+        Label("Oak", values=["7", "5"], order=0), Label("Elm", values=["9", "7"], order=1),
+        Label("Men", "series", place=0), Label("Women", "series", place=1),
+        Label("", "value", ["7"], place=0, order=0), Label("", "value", ["5"], place=1, order=0),
+        Label("", "value", ["9"], place=0, order=1), Label("", "value", ["7"], place=1, order=1),
+    ]  # fmt: skip
+    _expect(labels, {
+        ("Women in Elm?", "7"): (2, 4, 0, 8, 0),
+        ("Does Oak exceed Elm, Women?", "Yes"): (1, 4, 2, 6, 8),
+        ("In Elm: Women or Men?", "Men"): (2, 4, 3, 8, 7),
+        ("Which is red?", "Men"): (0, 3, 0, 0, 0),
+        ("The highest value of Women?", "7"): (2, 4, 0, 8, 0),
+        ("The highest value?", "9"): (0, 0, 0, 0, 0),
+        ("Where does Men peak?", "Elm"): (2, 3, 0, 7, 0),
+    })  # fmt: skip
+
+
+def _expect(labels: list[Label], expected: dict[tuple[str, str], tuple[int, ...]]) -> None:
+    """Check the labels that questions look for by their numbers, in a picture that shows each once."""
+    shown = np.arange(10).reshape(2, 5)
     sought = places_of_labels(shown, labels, list(expected))
-    assert sought.shape == (3, len(expected), 2, 4)
-    for number, wanted in enumerate(expected.values()):
-        for head, label in enumerate(wanted):
-            assert (sought[head, number] == ((shown == label) & (label > 0))).all()
+    assert sought.shape == (LOOKS, len(expected), 2, 5)
+    for number, (question, wanted) in enumerate(expected.items()):
+        for look, label in enumerate(wanted):
+            assert (sought[look, number] == ((shown == label) & (label > 0))).all(), (question, look)
 
 
 def _charts(count: int) -> list[ChartSpec]:
@@ -114,8 +137,9 @@ def test_the_labels_of_a_chart_say_what_its_table_says() -> None:
         assert bool(printed) == (spec.chart_type in ("pie", "table"))
         assert all(label.text == spec.printed(float(label.values[0])) for label in printed)
         if spec.chart_type == "pie":
-            assert {(label.colour, *label.values) for label in printed} == {
-                (labels[category].colour, *labels[category].values) for category in spec.categories
+            assert {(label.order, label.colour, *label.values) for label in printed} == {
+                (order, labels[category].colour, *labels[category].values)
+                for order, category in enumerate(spec.categories)
             }
     assert several > 10 and kinds == set(CHART_TYPES)
 
@@ -133,6 +157,7 @@ def test_the_facts_of_a_mark_are_those_of_its_category_and_its_series() -> None:
         for number, mark in enumerate(marks):
             place, category = number // count, labels[spec.categories[number % count]]
             assert list(mark.values) == [category.values[place]] and list(mark.ranks) == [category.ranks[place]]
+            assert mark.order == category.order == number % count
             series = labels.get(spec.series[place].name)
             assert mark.place == (series.place if series else None)
             several += bool(series)

@@ -18,7 +18,7 @@ from vlm_sft.model.pocket.batches import build_batch
 from vlm_sft.model.pocket.canvas import CHARACTER_CLASSES, THING_CLASSES
 from vlm_sft.model.pocket.card import CARD, SCORES, card
 from vlm_sft.model.pocket.forward import (
-    LOOKING_LAYER,
+    LOOKING,
     SLOTS,
     SlotHead,
     answer_logits,
@@ -198,11 +198,12 @@ def test_the_share_of_attention_that_is_rewarded_is_that_of_the_stock_layer(mode
             model.set_attn_implementation("eager")
             weights = model.model.language_model(
                 inputs_embeds=embedded, position_ids=alone["position_ids"], output_attentions=True, use_cache=False
-            ).attentions[LOOKING_LAYER][0]
+            ).attentions
             model.set_attn_implementation("sdpa")
-        for head, sought in zip(weights, picture.sought[:, number], strict=True):
+        for (layer, head), sought in zip(LOOKING, picture.sought[:, number], strict=True):
             if sought.any():
-                rows.append(head[alone["picked"][:, 1]][:, image][:, torch.from_numpy(sought).flatten()].sum(-1))
+                seen = weights[layer][0, head][alone["picked"][:, 1]][:, image]
+                rows.append(seen[:, torch.from_numpy(sought).flatten()].sum(-1))
     theirs = torch.cat(rows)
     assert share == pytest.approx(theirs.mean().item(), rel=1e-4)
     assert loss.item() == pytest.approx(-theirs.log().mean().item(), rel=1e-4)

@@ -91,9 +91,9 @@ def _sought(pictures: Sequence[Picture], owner: np.ndarray, targets: np.ndarray,
             continue
         maps = picture.sought.reshape(*picture.sought.shape[:2], -1)
         for column in np.flatnonzero(targets[row] != -100):
-            for head, place in enumerate(maps[:, owner[row, column]]):
+            for look, place in enumerate(maps[:, owner[row, column]]):
                 if place.any():
-                    seekers.append((head, row, column))
+                    seekers.append((look, row, column))
                     places.append(place)
     if not seekers:
         return {}
@@ -109,11 +109,12 @@ def build_batch(pictures: Sequence[Picture], tokenizer: Qwen2Tokenizer) -> dict[
         pictures: of one size and one task; either all or none have slots, either all or none have questions.
 
     Returns:
-        patches (B, P, 384), grid (rows, columns), slots (2, B, N, 8) or None, facts (23, B, N) or None, task,
+        patches (B, P, 384), grid (rows, columns), slots (2, B, N, 8) or None, facts (24, B, N) or None, task,
         questions (their number), and, where there are questions, input_ids
         (B, L), position_ids (3, B, L), mask (B, 1, L, L) bool, picked (S, 2) row and column of every token that
         predicts a supervised one, and targets (S); and, where pictures tell what their questions are about, seekers
-        (T, 3) head, row and column of the tokens that have to look for it, and places (T, L) bool where it is.
+        (T, 3) number of the look, row and column of the tokens that have to look for it, and places (T, L) bool where
+        it is.
     """
     pixels = np.stack([picture.pixels for picture in pictures])
     rows, columns = pixels.shape[1] // build.TOKEN_PX, pixels.shape[2] // build.TOKEN_PX

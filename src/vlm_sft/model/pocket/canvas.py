@@ -41,10 +41,10 @@ class Picture:
         pixels: (height, width, 3) uint8, sides multiples of 16.
         questions: pairs of question and answer; may be empty where only characters are learned.
         slots: (2, height / 8, width / 4) classes of characters and of things, see `Canvas.slots`; None where unknown.
-        facts: (23, height / 16, width / 16) classes of the facts about the label under a visual token, see
+        facts: (24, height / 16, width / 16) classes of the facts about the label under a visual token, see
             `facts_of_labels`; None where no picture of the task has labels.
-        sought: (3, questions, height / 16, width / 16) bool: where the labels stand that a question is about, or its
-            answer, see `places_of_labels`; None where no picture of the task has labels.
+        sought: (5, questions, height / 16, width / 16) bool: where the labels and marks are that a question is about,
+            see `places_of_labels`; None where no picture of the task has labels.
     """
 
     task: str

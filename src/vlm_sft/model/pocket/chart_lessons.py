@@ -89,11 +89,14 @@ def chart_labels(spec: ChartSpec) -> list[Label]:
     """The labels of a chart: its categories, its series, and the printed values of a pie or a table."""
     colours = [paint.name for paint in spec.category_paints] or [""] * len(spec.categories)
     labels = [
-        Label(text, "category", [plain(value) for value in values], colour, ranks=ranks)
-        for text, colour, values, ranks in zip(
-            spec.categories, colours, zip(*(one.values for one in spec.series), strict=True), _ranks(spec), strict=True
+        Label(text, "category", [plain(value) for value in values], colour, ranks=ranks, order=order)
+        for order, (text, colour, values, ranks) in enumerate(
+            zip(
+                spec.categories, colours, zip(*(one.values for one in spec.series), strict=True), _ranks(spec),
+                strict=True,
+            )
         )
-    ]
+    ]  # fmt: skip
     several = len(spec.series) > 1
     if several:
         labels += [
@@ -104,9 +107,9 @@ def chart_labels(spec: ChartSpec) -> list[Label]:
         texts = [spec.printed(value) for one in spec.series for value in one.values]
         taken = {label.text for label in labels} | {text for text in texts if texts.count(text) > 1}
         labels += [
-            Label(spec.printed(value), "value", [plain(value)], colour, place if several else None)
+            Label(spec.printed(value), "value", [plain(value)], colour, place if several else None, order=order)
             for place, one in enumerate(spec.series)
-            for value, colour in zip(one.values, colours, strict=True)
+            for order, (value, colour) in enumerate(zip(one.values, colours, strict=True))
             if spec.printed(value) not in taken
         ]
     return labels
@@ -127,8 +130,8 @@ def chart_marks(spec: ChartSpec) -> list[tuple[tuple[int, int], Label]]:
         for index, (value, end) in enumerate(zip(one.values, ends, strict=True)):
             paint = spec.category_paints[index] if spec.category_paints else one.paint
             several = place if len(spec.series) > 1 else None
-            colour = paint.name if paint else ""
-            marks.append((end, Label("", "value", [plain(value)], colour, several, ranks[index][place : place + 1])))
+            rank, colour = ranks[index][place : place + 1], paint.name if paint else ""
+            marks.append((end, Label("", "value", [plain(value)], colour, several, rank, index)))
     return marks
 
 

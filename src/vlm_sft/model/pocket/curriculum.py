@@ -164,7 +164,7 @@ def listing(rng: Random, size: Size) -> Picture:
     for place, (label, value) in enumerate(zip(labels, values, strict=True)):
         baseline = round(band * (place + 0.5) + height * 0.36)
         canvas.text(3, baseline, label, font, height, ink, name, place + 1)
-        canvas.text(column, baseline, value, font, height, ink, name)
+        canvas.text(column, baseline, value, font, height, ink, name, count + place + 1)
     pairs: Pairs = [("How many rows?", str(count)), ("Read the first row.", f"{labels[0]} {values[0]}")]
     for label, value in zip(labels, values, strict=True):
         pairs.append(
@@ -197,7 +197,8 @@ def lookup(rng: Random, size: Size) -> Picture:
                 (middle - text_width(font, height, value) / 2, top),
             ]
         for number, (text, (x, y)) in enumerate(zip((label, value), spots, strict=True)):
-            canvas.text(x, round(y + height * 0.36), text, font, height, (17, 17, 17), "black", (place + 1, 0)[number])
+            owner = number * count + place + 1
+            canvas.text(x, round(y + height * 0.36), text, font, height, (17, 17, 17), "black", owner)
     pairs = [(rng.choice(READ_VALUE).format(label), value) for label, value in zip(labels, values, strict=True)]
     pairs += [(f"Which label has {value}?", label) for label, value in zip(labels, values, strict=True)]
     chosen = _pick(rng, pairs, 6)
@@ -207,8 +208,10 @@ def lookup(rng: Random, size: Size) -> Picture:
 def _labelled(
     task: str, canvas: Canvas, questions: tuple[tuple[str, str], ...], labels: Sequence[str], values: Sequence[str]
 ) -> Picture:
-    """A picture of labels with one value each."""
-    owned = [Label(label, values=(value,)) for label, value in zip(labels, values, strict=True)]
+    """A picture of labels with one value each; on the canvas the numbers of the values follow those of the labels."""
+    rows = enumerate(zip(labels, values, strict=True))
+    owned = [Label(label, values=(value,), order=order) for order, (label, value) in rows]
+    owned += [Label(value, "value", (value,), order=order) for order, value in enumerate(values)]
     targets = label_targets(canvas.labels(), owned, questions)
     return Picture(task, canvas.pixels(), questions, canvas.slots(), **targets)
 
@@ -336,6 +339,7 @@ STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (36.0, {"tiny view": 4, "view": 2, "tiny chart": 3, "chart": 1.5, "line": 1.5, "sign": 0.4, "board": 0.4}),
     (36.3, _ASKED_AGAIN),
     (38.0, _ASKED_AGAIN | {"tiny view": 1, "tiny chart": 3.5, "chart": 4, "line": 2.5, "board": 0.8}),
+    (40.7, _ASKED_AGAIN | {"tiny view": 0.7, "view": 0.7, "chart": 4, "line": 2.5, "board": 1, "listing": 0.8}),
 )
 
 

@@ -6,6 +6,7 @@ attended together, with the same weights and the same result. Shapes as in `batc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from vlm_sft.model.pocket.labels import COLOUR_FACT, FACT_CLASSES, FACTS, PLACE_
 SLOTS = 8
 # Most slots hold nothing; at full weight the head would learn to answer that first.
 _NONE_WEIGHT = 0.15
-# The layer of the language model whose heads are shown where to look.
-LOOKING_LAYER = 3
+# Layers and heads of the language model that are shown where to look: three for labels, then two for marks.
+LOOKING = ((3, 0), (3, 1), (3, 2), (4, 0), (4, 1))
 LOOKING_WEIGHT = 0.5
 
 
@@ -114,8 +115,8 @@ def vision_features(tower: Any, patches: torch.Tensor, grid: tuple[int, int]) ->
 
 def answer_logits(
     model: Qwen2_5_VLForConditionalGeneration, features: torch.Tensor, batch: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores of the vocabulary wherever an answer token is predicted: (S, V); and what enters the LOOKING_LAYER."""
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Scores of the vocabulary wherever an answer token is predicted: (S, V); and what enters every layer."""
     embedded = model.get_input_embeddings()(batch["input_ids"])
     length = features.shape[1]
     start = int((batch["input_ids"][0] == model.config.image_token_id).nonzero()[0, 0])
@@ -129,39 +130,45 @@ def answer_logits(
     )
     picked = batch["picked"]
     logits = model.lm_head(outputs.last_hidden_state[picked[:, 0], picked[:, 1]])
-    return logits, outputs.hidden_states[LOOKING_LAYER]
+    return logits, outputs.hidden_states
 
 
 def looking_loss(
-    model: Qwen2_5_VLForConditionalGeneration, hidden: torch.Tensor, batch: dict[str, Any]
+    model: Qwen2_5_VLForConditionalGeneration, hidden: Sequence[torch.Tensor], batch: dict[str, Any]
 ) -> tuple[torch.Tensor, float]:
-    """How far the heads of the LOOKING_LAYER look past the labels that the questions are about.
+    """How far the heads of LOOKING look past what the questions are about.
 
     To find the place in a picture that a question names is learned very slowly from answers alone: until it works, the
-    answer gives no hint of where to look. Each head looks for a label of its own, see `labels`.
+    answer gives no hint of where to look. Each head looks for a label or a mark of its own, see `labels`.
 
     Args:
-        hidden: (B, L, width) what enters the layer.
+        hidden: (B, L, width) what enters each layer.
         batch: with seekers and places.
 
     Returns:
         mean over the seekers of -log(share of attention on the right tokens), and the mean of that share.
     """
     language = model.model.language_model
-    layer = language.layers[LOOKING_LAYER]
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
-    query, key = (
-        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj)
-    )
-    query, key = apply_rotary_pos_emb(query, key, *language.rotary_emb(normed, batch["position_ids"]))
-    heads, rows, columns = batch["seekers"].T
-    keys = key[rows, heads // attention.num_key_value_groups]
-    scores = attention.scaling * torch.einsum("td,tld->tl", query[rows, heads, columns], keys)
-    scores = scores.masked_fill(~batch["mask"][rows, 0, columns], -torch.inf)
-    found = scores.masked_fill(~batch["places"], -torch.inf).logsumexp(-1) - scores.logsumexp(-1)
-    return -found.mean(), found.detach().exp().mean().item()
+    rotation = language.rotary_emb(hidden[0], batch["position_ids"])
+    found = []
+    for look, (layer, head) in enumerate(LOOKING):
+        mine = batch["seekers"][:, 0] == look
+        if not mine.any():
+            continue
+        attention = language.layers[layer].self_attn
+        normed = language.layers[layer].input_layernorm(hidden[layer])
+        query, key = (
+            projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *rotation)
+        _, rows, columns = batch["seekers"][mine].T
+        keys = key[rows, head // attention.num_key_value_groups]
+        scores = attention.scaling * torch.einsum("td,tld->tl", query[rows, head, columns], keys)
+        scores = scores.masked_fill(~batch["mask"][rows, 0, columns], -torch.inf)
+        found.append(scores.masked_fill(~batch["places"][mine], -torch.inf).logsumexp(-1) - scores.logsumexp(-1))
+    shares = torch.cat(found)
+    return -shares.mean(), shares.detach().exp().mean().item()
 
 
 def batch_loss(

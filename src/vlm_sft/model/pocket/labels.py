@@ -1,9 +1,9 @@
 """What the labels of a picture teach: the facts that belong to each, and where to look for one. Imports numpy.
 
-The facts of a label are its values as they are written (of every series), the ranks of these values, its colour, and
-its place in the legend. The ends of bars and the printed values have facts too: what belongs to a label is seen there
-first. A question looks for up to three labels: the first category that it names, the first series, and the second of
-either kind.
+The facts of a label are its values as they are written (of every series), the ranks of these values, its colour, its
+order among the categories and its place in the legend. The ends of bars and the printed values have facts too: what
+belongs to a label is seen there first. A question looks for up to three labels, the first category that it names, the
+first series, and the second of either kind; and then for the marks where these meet.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ VALUES_OF_LABEL = 3
 VALUE_LENGTH = 6
 # Classes of one fact: of a character 0 is the end of the value, others are numbers from 0 on.
 FACT_CLASSES = 1 + len(VALUE_CHARACTERS)
-# Rows of facts: characters of the values, colour, place, ranks of the values.
+# Rows of facts: characters of the values, colour, place, ranks of the values, order.
 COLOUR_FACT = VALUES_OF_LABEL * VALUE_LENGTH
 PLACE_FACT = COLOUR_FACT + 1
 RANK_FACTS = PLACE_FACT + 1
-FACTS = RANK_FACTS + VALUES_OF_LABEL
-LOOKS = 3  # labels that one question looks for
+ORDER_FACT = RANK_FACTS + VALUES_OF_LABEL
+FACTS = ORDER_FACT + 1
+LOOKS = 5  # what one question looks for: three labels and two marks
 SOUGHT = ("category", "series")
 _NOT_A_VALUE = re.compile("(how many|count|for how many)", re.IGNORECASE)
 
@@ -45,6 +46,7 @@ class Label:
         colour: name of the colour of its mark; "" where it has none.
         place: of a series among several, from 0 on; None where there is one.
         ranks: of each value among those of its series, 0 for the largest.
+        order: of a category among all, from 0 on, and of its marks; None for a series.
     """
 
     text: str
@@ -53,6 +55,7 @@ class Label:
     colour: str = ""
     place: int | None = None
     ranks: Sequence[int] = ()
+    order: int | None = None
 
 
 def label_targets(
@@ -104,6 +107,8 @@ def facts_of_labels(shown: np.ndarray, labels: Sequence[Label]) -> np.ndarray:
             row[PLACE_FACT] = label.place
         ranks = label.ranks[:VALUES_OF_LABEL]
         row[RANK_FACTS:][: len(ranks)] = ranks
+        if label.order is not None:
+            row[ORDER_FACT] = label.order
     return facts[shown].transpose(2, 0, 1)
 
 
@@ -116,31 +121,34 @@ def places_of_labels(shown: np.ndarray, labels: Sequence[Label], questions: Sequ
         questions: pairs of question and answer.
 
     Returns:
-        (LOOKS, questions, rows, columns) bool: the visual tokens that show a label which is sought; none where there
-            is none.
+        (LOOKS, questions, rows, columns) bool: the visual tokens that show what is sought; none where there is none.
     """
     wanted = np.array([_wanted(labels, *pair) for pair in questions], np.int64).reshape(-1, LOOKS).T
     return (shown == wanted[:, :, None, None]) & (wanted > 0)[:, :, None, None]
 
 
-def _wanted(labels: Sequence[Label], question: str, answer: str) -> tuple[int, int, int]:
-    """The numbers of the labels that a question looks for, 0 for none.
+def _wanted(labels: Sequence[Label], question: str, answer: str) -> tuple[int, ...]:
+    """The numbers of the labels and marks that a question looks for, 0 for none.
 
-    They are the first category that it mentions, or else the one that is the answer or has it as its only value; the
-    first series that it mentions, or else the one that is the answer; and the second category or series.
+    They are the first category that it mentions, or else the one that is the answer or has it as its only value of
+    that kind; the first series that it mentions, or else the one that is the answer; the second category or series;
+    the mark of the first category and series; and the mark that the second of either kind has instead.
     """
     numbers = {kind: [n for n, label in enumerate(labels, start=1) if label.kind == kind] for kind in SOUGHT}
-    found = {kind: _mentioned(labels, group, question) for kind, group in numbers.items()}
-    categories, series = found.values()
-    answers = [n for group in numbers.values() for n in group if labels[n - 1].text == answer]
-    owners = [n for n in numbers["category"] if list(labels[n - 1].values) == [answer]]
-    if not categories:
-        categories = [number for number in answers if labels[number - 1].kind == "category"][:1]
-        if not categories and len(owners) == 1 and not _NOT_A_VALUE.match(question):
-            categories = owners
+    categories, series = (_mentioned(labels, group, question) for group in numbers.values())
     if not series:
-        series = [number for number in answers if labels[number - 1].kind == "series"][:1]
-    return tuple((group + [0])[0] for group in (categories, series, categories[1:] or series[1:]))  # type: ignore[return-value]
+        series = [n for n in numbers["series"] if labels[n - 1].text == answer][:1]
+    if not categories:
+        categories = [n for n in numbers["category"] if labels[n - 1].text == answer][:1]
+    if not categories and not _NOT_A_VALUE.match(question) and (series or not numbers["series"]):
+        place = (labels[series[0] - 1].place or 0) if series else 0
+        owners = [n for n in numbers["category"] if [answer] == list(labels[n - 1].values[place : place + 1])]
+        categories = owners if len(owners) == 1 else []
+    marks = {(label.order, label.place): n for n, label in enumerate(labels, start=1) if label.kind == "value"}
+    orders = [labels[n - 1].order for n in categories[:2]]
+    places = [labels[n - 1].place for n in series[:2]] or [None]
+    met = [marks.get((order, place), 0) for order in orders for place in places]
+    return tuple((group + [0])[0] for group in (categories, series, categories[1:] or series[1:], met, met[1:]))
 
 
 def _mentioned(labels: Sequence[Label], numbers: Sequence[int], question: str) -> list[int]:
