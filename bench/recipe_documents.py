@@ -81,11 +81,12 @@ def measured_on(result: Result) -> str:
     ]
     devices = dict.fromkeys(row["device"] for row in result["rows"] if row["seeds"])
     lora = asked["lora"]
+    note = f" Note: {result['note'].rstrip('.')}." if result.get("note") else ""
     return (
         f"**{asked['base_model']}** on `{asked['dataset']}`: {', '.join(limits)} a benchmark; LoRA r {lora['r']}, "
         f"alpha {lora['alpha']}, {'/'.join(lora['target_modules'])}; seeds asked for: "
         f"{', '.join(map(str, asked['seeds']))}. Measured on {', '.join(devices) or 'nothing yet'}, commit "
-        f"{commit(result)}, {result['made'][:10]}." + (f" Note: {result['note']}." if result.get("note") else "")
+        f"{commit(result)}, {result['made'][:10]}.{note}"
     )
 
 
