@@ -15,7 +15,7 @@ PATCH, MERGE = 14, 2
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 MIN_PIXELS = 3_136  # as published; the upper bound is the case's
-SPECIAL = {
+SPECIAL: dict[str, Any] = {
     "image_token_id": 151_655, "video_token_id": 151_656, "vision_start_token_id": 151_652,
     "vision_end_token_id": 151_653,
 }  # fmt: skip
@@ -123,8 +123,7 @@ def config(shape: Shape) -> Any:
         "spatial_merge_size": MERGE, "temporal_patch_size": 2, "window_size": 112,
         "fullatt_block_indexes": list(shape.full_attention),
     }  # fmt: skip
-    special: dict[str, Any] = dict(SPECIAL)
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **SPECIAL)
 
 
 def build(name: str, folder: Path, tokenizer: Path, max_pixels: int) -> Path:

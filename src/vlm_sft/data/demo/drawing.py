@@ -33,9 +33,7 @@ def draw_chart(spec: ChartSpec, pen: Pen = ImageDraw.Draw) -> Image.Image:
     Raises:
         ValueError: the labels of the chart do not fit its size.
     """
-    places = place(spec)
-    if places is None:
-        raise ValueError(f"the labels of this {spec.chart_type} do not fit {spec.width}x{spec.height} pixels")
+    places = _places(spec)
     image = Image.new("RGB", (spec.width, spec.height), spec.style.paper)
     draw = pen(image)
     _draw_title(draw, spec)
@@ -62,9 +60,7 @@ def mark_ends(spec: ChartSpec) -> list[list[tuple[int, int]]]:
     Raises:
         ValueError: as `draw_chart`.
     """
-    places = place(spec)
-    if places is None:
-        raise ValueError(f"the labels of this {spec.chart_type} do not fit {spec.width}x{spec.height} pixels")
+    places = _places(spec)
     count, width, height = len(spec.categories), places.right - places.left, places.bottom - places.top
     if spec.chart_type in ("pie", "table"):
         return []
@@ -79,6 +75,14 @@ def mark_ends(spec: ChartSpec) -> list[list[tuple[int, int]]]:
         columns = [round(places.left + (index + 0.5 + aside) * width / count) for index in range(count)]
         found.append([(x, _height_of(spec, places, value)) for x, value in zip(columns, series.values, strict=True)])
     return found
+
+
+def _places(spec: ChartSpec) -> Places:
+    """Where everything of a chart stands; a ValueError where its labels do not fit."""
+    places = place(spec)
+    if places is None:
+        raise ValueError(f"the labels of this {spec.chart_type} do not fit {spec.width}x{spec.height} pixels")
+    return places
 
 
 def text_colour(shade: str) -> str:

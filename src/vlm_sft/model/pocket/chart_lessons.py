@@ -1,4 +1,4 @@
-"""The lessons of pocket on the drawings of the demo sets. Imports data.demo, canvas.
+"""The lessons of pocket on the drawings of the demo sets. Imports data.demo, canvas, labels.
 
 Most questions are worded in our own way. Of those that the demo sets ask, pocket meets the ones that need nothing but
 reading: all of signs, and of charts a value. To look for extremes, compare, count, add, and to speak of colours, order

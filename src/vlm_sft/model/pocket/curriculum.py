@@ -1,4 +1,4 @@
-"""The lessons of pocket: pictures drawn by rule, questions, right answers. Imports canvas, words, chart_lessons.
+"""The lessons of pocket: drawings, questions, right answers. Imports canvas, labels, words, chart_lessons.
 
 Everything follows from (seed, step): the pictures of a step are the same on every machine with the same versions of
 Pillow and matplotlib's fonts. Questions are worded unlike those of easy-VQA, and unlike a part of those of the demo

@@ -1,4 +1,4 @@
-"""The training pass of pocket over one batch of `batches`. Imports torch, batches.
+"""The training pass of pocket over one batch of `batches`. Imports torch, canvas, labels.
 
 The stock vision tower loops over pictures in Python under SDPA; here the pictures of a batch have one size and are
 attended together, with the same weights and the same result. Shapes as in `batches`; D is the width of the tower.

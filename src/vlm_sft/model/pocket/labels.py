@@ -1,4 +1,4 @@
-"""What the labels of a picture teach: the facts that belong to each, and where to look for one. Imports numpy.
+"""What the labels of a picture teach: their facts, and where to look for one. Imports numpy, data.demo.
 
 The facts of a label are its values as they are written (of every series), the ranks of these values, its colour, its
 order among the categories and its place in the legend. The ends of bars and the printed values have facts too: what
