@@ -61,19 +61,21 @@ def mark_ends(spec: ChartSpec) -> list[list[tuple[int, int]]]:
         ValueError: as `draw_chart`.
     """
     places = _places(spec)
-    count, width, height = len(spec.categories), places.right - places.left, places.bottom - places.top
     if spec.chart_type in ("pie", "table"):
         return []
-    if spec.chart_type == "horizontal_bar":
-        rows = [round(places.top + (index + 0.5) * height / count) for index in range(count)]
-        ends = [places.left + round(width * value / spec.axis_top) for value in spec.series[0].values]
-        return [list(zip(ends, rows, strict=True))]
-    thickness = 0.0 if spec.chart_type == "line" else 0.86 / len(spec.series)
     found = []
     for number, series in enumerate(spec.series):
-        aside = (number - (len(spec.series) - 1) / 2) * thickness
-        columns = [round(places.left + (index + 0.5 + aside) * width / count) for index in range(count)]
-        found.append([(x, _height_of(spec, places, value)) for x, value in zip(columns, series.values, strict=True)])
+        ends = []
+        for index, value in enumerate(series.values):
+            if spec.chart_type == "horizontal_bar":
+                ends.append((_reach_of(spec, places, value), round(_row(spec, places, index))))
+                continue
+            x = _column(spec, places, index)
+            if spec.chart_type != "line":
+                start, thickness = _bar(spec, places, number, index)
+                x = start + thickness / 2
+            ends.append((round(x), _height_of(spec, places, value)))
+        found.append(ends)
     return found
 
 
@@ -145,25 +147,44 @@ def _height_of(spec: ChartSpec, places: Places, value: float) -> int:
     return places.bottom - round((places.bottom - places.top) * value / spec.axis_top)
 
 
+def _reach_of(spec: ChartSpec, places: Places, value: float) -> int:
+    """The x pixel of a value on a horizontal axis."""
+    return places.left + round((places.right - places.left) * value / spec.axis_top)
+
+
+def _column(spec: ChartSpec, places: Places, index: int) -> float:
+    """The middle of a category along a horizontal axis of categories, in pixels."""
+    return places.left + (index + 0.5) * ((places.right - places.left) / len(spec.categories))
+
+
+def _row(spec: ChartSpec, places: Places, index: int) -> float:
+    """The middle of a category along a vertical axis of categories, in pixels."""
+    return places.top + (index + 0.5) * ((places.bottom - places.top) / len(spec.categories))
+
+
+def _bar(spec: ChartSpec, places: Places, number: int, index: int) -> tuple[float, float]:
+    """Left side and thickness, in pixels, of the upright bar of a series and a category."""
+    slot = (places.right - places.left) / len(spec.categories)
+    thickness = slot * (0.86 if len(spec.series) > 1 else 0.66) / len(spec.series)
+    return _column(spec, places, index) + (number - len(spec.series) / 2) * thickness, thickness
+
+
 def _baseline_below(spec: ChartSpec, places: Places) -> int:
     """The y pixel on which labels below the plot stand, whatever letters they have."""
     return places.bottom + 3 + round(0.8 * spec.style.font_size)
 
 
 def _draw_category_labels(draw: ImageDraw.ImageDraw, spec: ChartSpec, places: Places) -> None:
-    slot = (places.right - places.left) / len(spec.categories)
     for index, name in enumerate(spec.categories):
-        _write(draw, spec, (round(places.left + (index + 0.5) * slot), _baseline_below(spec, places)), name, "ms")
+        _write(draw, spec, (round(_column(spec, places, index)), _baseline_below(spec, places)), name, "ms")
 
 
 def _draw_vertical_bars(draw: ImageDraw.ImageDraw, spec: ChartSpec, places: Places) -> None:
     _draw_value_axis(draw, spec, places)
     _draw_category_labels(draw, spec, places)
-    slot = (places.right - places.left) / len(spec.categories)
-    thickness = slot * (0.86 if len(spec.series) > 1 else 0.66) / len(spec.series)
     for number, series in enumerate(spec.series):
         for index, value in enumerate(series.values):
-            start = places.left + (index + 0.5) * slot + (number - len(spec.series) / 2) * thickness
+            start, thickness = _bar(spec, places, number, index)
             y = _height_of(spec, places, value)
             right = max(round(start + thickness) - 1, round(start))
             draw.rectangle((round(start), y, right, places.bottom - 1), fill=_paint_of(spec, number, index).shade)
@@ -172,10 +193,9 @@ def _draw_vertical_bars(draw: ImageDraw.ImageDraw, spec: ChartSpec, places: Plac
 
 
 def _draw_horizontal_bars(draw: ImageDraw.ImageDraw, spec: ChartSpec, places: Places) -> None:
-    extent = places.right - places.left
     if spec.axis:
         for index, label in enumerate(tick_labels(spec)):
-            x = places.left + round(extent * index * spec.tick_step / spec.axis_top)
+            x = _reach_of(spec, places, index * spec.tick_step)
             if spec.style.grid and index:
                 draw.line((x, places.top, x, places.bottom), fill=GRID)
             draw.line((x, places.bottom, x, places.bottom + 2), fill=AXIS)
@@ -183,8 +203,7 @@ def _draw_horizontal_bars(draw: ImageDraw.ImageDraw, spec: ChartSpec, places: Pl
         draw.line((places.left, places.bottom, places.right, places.bottom), fill=AXIS)
     slot = (places.bottom - places.top) / len(spec.categories)
     for index, (name, value) in enumerate(zip(spec.categories, spec.series[0].values, strict=True)):
-        middle = places.top + (index + 0.5) * slot
-        end = places.left + round(extent * value / spec.axis_top)
+        middle, end = _row(spec, places, index), _reach_of(spec, places, value)
         top, bottom = round(middle - slot * 0.33), round(middle + slot * 0.33) - 1
         draw.rectangle((places.left, top, end, bottom), fill=_paint_of(spec, 0, index).shade)
         _write(draw, spec, (places.left - 4, round(middle)), name, "rm")
@@ -196,7 +215,6 @@ def _draw_horizontal_bars(draw: ImageDraw.ImageDraw, spec: ChartSpec, places: Pl
 def _draw_lines(image: Image.Image, draw: ImageDraw.ImageDraw, spec: ChartSpec, places: Places) -> None:
     _draw_value_axis(draw, spec, places)
     _draw_category_labels(draw, spec, places)
-    slot = (places.right - places.left) / len(spec.categories)
     # The axes stay outside of the box that is redrawn larger; a marker on the topmost tick stays inside.
     box = (places.left + 1, places.top - 4, places.right, places.bottom)
     scale = SUPERSAMPLING
@@ -205,7 +223,7 @@ def _draw_lines(image: Image.Image, draw: ImageDraw.ImageDraw, spec: ChartSpec, 
     tracks = []
     for number, series in enumerate(spec.series):
         heights = [_height_of(spec, places, value) for value in series.values]
-        track = [(places.left + (index + 0.5) * slot, y) for index, y in enumerate(heights)]
+        track = [(_column(spec, places, index), y) for index, y in enumerate(heights)]
         tracks.append(track)
         shade = _paint_of(spec, number, 0).shade
         points = [((x - box[0] + 0.5) * scale, (y - box[1] + 0.5) * scale) for x, y in track]
