@@ -70,7 +70,8 @@ SEVERAL = [family for family in FAMILIES if family not in tiny_models_more.FAMIL
 )
 def test_features_are_what_the_tower_computes(family: str, threads: int, tmp_path: Path) -> None:
     model, data, cache = prepared(family, tmp_path)
-    online = [logits(model, batch, data) for batch in packs(model, data)]
+    pixels = packs(model, data)
+    online = [logits(model, batch, data) for batch in pixels]
     decision = keep(model, data, cache)
     assert decision.used and decision.computed == len(SIZES), decision
     use = TowerUse(model)
@@ -79,11 +80,11 @@ def test_features_are_what_the_tower_computes(family: str, threads: int, tmp_pat
     assert use.calls == 0
     assert all(any(name.startswith(PREFIX) for name in image) for batch in batches for image in batch.tensors)
     assert not any(name.startswith("pixel_") for batch in batches for image in batch.tensors for name in image)
-    # The images of a pack go through the tower together, and those of the pass too: in other batches. One thread gives
-    # the same bits; several give the same values up to rounding, and so does a tower that puts all images into one
-    # sequence (Pixtral).
-    for left, right in zip(online, kept, strict=True):
-        if threads == 1 and family != "mistral3":
+    # Where the tower was called with the same images, the values are the same bits, on one thread. In another batch
+    # some processors' matrix products round differently (with few rows), and so do several threads.
+    together = "image_grid_thw" in pixels[0].tensors[0]
+    for left, right, batch in zip(online, kept, batches, strict=True):
+        if threads == 1 and len(batch.tensors) == (len(SIZES) if together else 1):
             assert torch.equal(left, right)
         else:
             torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)

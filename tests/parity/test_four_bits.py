@@ -19,7 +19,7 @@ from vlm_sft.data.packing import Bundle
 from vlm_sft.forecast.memory import FOUR_BIT_BYTES
 from vlm_sft.model import prefix
 from vlm_sft.model.adapt import parameter_counts
-from vlm_sft.model.load import find_base, load_model
+from vlm_sft.model.load import BLOCK_4BIT, find_base, load_model
 from vlm_sft.model.sharing import choose_mode
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'vlm-sft[qlora]'")
@@ -30,7 +30,6 @@ NF4 = torch.tensor([
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
-BLOCK = 64  # weights that share a scale
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def meant(weight: Any) -> torch.Tensor:
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:
     """NF4 by its definition, with scales that are not rounded: the nearest of sixteen values, times the scale."""
-    blocks = weight.reshape(-1, BLOCK)
+    blocks = weight.reshape(-1, BLOCK_4BIT)
     scales = blocks.abs().max(dim=1, keepdim=True).values
     nearest = (blocks / scales)[..., None].sub(NF4).abs().argmin(dim=-1)
     return (NF4[nearest] * scales).reshape(weight.shape)
@@ -65,7 +64,10 @@ def test_the_language_models_weights_are_4_bit_and_nothing_else_is(folder: Path)
     held = held_in_4bit(short)
     assert expected.keys() == found.keys()
     layers = [name for name in expected if ".language_model.layers." in name]
-    assert set(held) == {name for name in layers if name.endswith("proj.weight")}
+    # On a CPU not those whose rows are no whole blocks: bitsandbytes computes them wrongly there.
+    short_rows = {name for name in layers if name.endswith("down_proj.weight")}
+    assert all(expected[name].shape[1] == 96 for name in short_rows)
+    assert set(held) == {name for name in layers if name.endswith("proj.weight")} - short_rows
     for name, weight in expected.items():
         if name not in held:
             assert torch.equal(found[name], weight), name

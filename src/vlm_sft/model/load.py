@@ -28,6 +28,7 @@ from vlm_sft.model.trim import trim_last_layer
 
 POCKET = "pocket"
 DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
+BLOCK_4BIT = 64  # weights that share a scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +213,10 @@ def load_model(base: Base) -> Any:
         ),
         base.name,
     )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weights at the first evaluation, with rounded scales, for good.
+            module.support_avx512bf16_for_cpu = False
     set_attention(model, base.function)
     trim_last_layer(model)
     fuse_modules(model)
@@ -234,12 +239,16 @@ def _in_4bit(base: Base) -> dict[str, Any]:
     """Loader arguments for QLoRA's number format (Dettmers et al. 2023): NormalFloat4 with quantised constants.
 
     The vision tower, the projector and the vocabulary projection keep their format: they are small, image features
-    stay exact, and a projector may be trained.
+    stay exact, and a projector may be trained. On a CPU so do layers whose width is no multiple of a block: there
+    bitsandbytes 0.50 gives the rows of such weights wrong scales (its kernel for AVX-512 starts a block with each row).
     """
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
         empty = AutoModelForImageTextToText.from_config(config)
     kept = ["lm_head", *(f"model.{name}" for name in tower_modules(empty))]
+    if not torch.cuda.is_available():
+        linear = ((name, module) for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear))
+        kept += [name for name, module in linear if module.in_features % BLOCK_4BIT]
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
