@@ -12,12 +12,15 @@ from vlm_sft.data.demo.vocabulary import COLOURS
 from vlm_sft.model.pocket.canvas import Canvas
 from vlm_sft.model.pocket.chart_lessons import chart, chart_labels, chart_marks
 from vlm_sft.model.pocket.labels import (
+    CHARACTERS,
     COLOUR_FACT,
     FACTS,
     LOOKS,
     ORDER_FACT,
     PLACE_FACT,
     RANK_FACTS,
+    SPELLED_FIRST,
+    SPELLING_FACTS,
     UNKNOWN,
     VALUE_CHARACTERS,
     VALUE_LENGTH,
@@ -54,6 +57,22 @@ def test_the_facts_of_a_label_are_known_under_its_text_and_nowhere_else() -> Non
     assert facts[ORDER_FACT, 0, 0] == 3 and facts[ORDER_FACT, 1, 0] == UNKNOWN
 
 
+def test_a_label_knows_its_first_and_last_letters_wherever_they_are_drawn() -> None:
+    texts = ["Oak", "Under 40", "R\u00e9union"]
+    facts = facts_of_labels(np.array([[1, 2, 3, 4]]), [*map(Label, texts), Label("", "value", ["5"])])
+    spelled = facts[SPELLING_FACTS:, 0].T
+    assert _letters(spelled[0, :SPELLED_FIRST]) == "oak." and _letters(spelled[0, SPELLED_FIRST:]) == "kao"
+    assert _letters(spelled[1, :SPELLED_FIRST]) == "under" and _letters(spelled[1, SPELLED_FIRST:]) == "04 "
+    assert _letters(spelled[2, :SPELLED_FIRST]) == "r?uni"
+    assert (spelled[3] == UNKNOWN).all()
+
+
+def _letters(row: np.ndarray) -> str:
+    """What one token's facts spell: a dot for the end, a question mark for characters that have no class."""
+    alphabet = "." + CHARACTERS + "?"
+    return "".join(alphabet[one] for one in row if one != UNKNOWN)
+
+
 def test_nothing_is_learned_after_the_end_of_a_value_or_of_a_value_that_is_too_long() -> None:
     facts = facts_of_labels(np.array([[1]]), [Label("Oak", values=["17", "1234567"])])[:COLOUR_FACT, 0, 0]
     short, long = facts[:VALUE_LENGTH], facts[VALUE_LENGTH : 2 * VALUE_LENGTH]
@@ -81,6 +100,7 @@ def test_a_question_looks_for_what_it_mentions_or_else_for_its_answer() -> None:
         ("The highest value?", "7"): (1, 0, 0, 4, 0),
         ("The lowest value?", "9"): (0, 0, 0, 0, 0),
         ("How many trees?", "7"): (0, 0, 0, 0, 0),
+        ("Trees: count?", "7"): (0, 0, 0, 0, 0),
     })  # fmt: skip
 
 

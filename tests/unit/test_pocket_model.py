@@ -20,13 +20,14 @@ from vlm_sft.model.pocket.card import CARD, SCORES, card
 from vlm_sft.model.pocket.forward import (
     LOOKING,
     SLOTS,
+    SPELLING_WEIGHT,
     SlotHead,
     answer_logits,
     batch_loss,
     looking_loss,
     vision_features,
 )
-from vlm_sft.model.pocket.labels import COLOUR_FACT, FACT_CLASSES, FACTS, RANK_FACTS, UNKNOWN
+from vlm_sft.model.pocket.labels import COLOUR_FACT, FACT_CLASSES, FACTS, RANK_FACTS, SPELLING_FACTS, UNKNOWN
 
 MAX_PARAMETERS = 12_000_000
 MAX_SHIPPED_BYTES = 24_000_000
@@ -168,12 +169,14 @@ def test_the_facts_about_labels_are_learned_where_there_are_labels_only() -> Non
         head.facts.bias.view(-1, FACT_CLASSES)[[0, COLOUR_FACT, RANK_FACTS], 3] = 2.0
     facts = torch.full((FACTS, 1, 3), UNKNOWN)
     facts[0, 0, 0], facts[1, 0, 2], facts[COLOUR_FACT, 0, 0], facts[RANK_FACTS, 0, 2] = 3, 5, 3, 4
+    facts[SPELLING_FACTS, 0, 0], facts[SPELLING_FACTS + 1, 0, 2] = 0, 6
     features = torch.randn(1, 3, 4, requires_grad=True)
     loss, right = head.fact_loss(features, facts)
     everything = math.exp(2) + FACT_CLASSES - 1
     likely, unlikely, even = math.exp(2) / everything, 1 / everything, 1 / FACT_CLASSES
-    assert loss.item() == pytest.approx(-sum(map(math.log, (likely, even, likely, unlikely))) / 4)
-    assert right == {"values": 0.5, "colours": 1.0, "ranks": 0.0}
+    others, spelling = -sum(map(math.log, (likely, even, likely, unlikely))) / 4, -math.log(even)
+    assert loss.item() == pytest.approx(others + SPELLING_WEIGHT * spelling)
+    assert right == {"values": 0.5, "colours": 1.0, "ranks": 0.0, "spelling": 0.5}
     with torch.no_grad():
         head.facts.weight.normal_()
     head.fact_loss(features, facts)[0].backward()
@@ -250,6 +253,28 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path: Path, monkeypat
         assert torch.equal(one, other)
 
 
+def test_an_exported_folder_is_continued_with_its_weights_heads_and_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"steps": 5000, "minutes": 2.5, "pictures": 70, "questions": 300, "threads": 2, "seed": 7}
+    first = train.Run(tmp_path, seed=7)
+    build.save_folder(first.average, tmp_path / "shipped", first.head)
+    artifacts.write_json(tmp_path / "shipped" / SCORES, {"training": counts})
+    out = tmp_path / "out"
+    assert train.main(["--output_dir", str(out), "--continue_from", str(tmp_path / "shipped"), "--steps", "5000"]) == 0
+    run = train.Run.resume(out)
+    assert (run.step, run.seed, run.pictures, run.questions, run.threads) == (5000, 7, 70, 300, 2)
+    for mine, theirs in ((run.model, first.average), (run.average, first.average), (run.head, first.head)):
+        for weight, shipped in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(weight, shipped.bfloat16().float())
+    rates = [train.learning_rate(step, 0, run.first) for step in (5000, 5025, 5049, 9000)]
+    assert rates[0] < rates[1] < rates[2] == rates[3] == train.LATER_LEARNING_RATE
+    (tmp_path / "shipped" / build.TRAINING_HEADS).unlink()
+    command = ["--output_dir", str(tmp_path / "new"), "--continue_from", str(tmp_path / "shipped"), "--steps", "6000"]
+    assert train.main(command) == RunError.exit_code
+    assert "cannot be continued" in capsys.readouterr().err
+
+
 def test_a_step_lowers_the_loss_of_its_own_batch(processor: Any) -> None:
     run = train.Run(Path("."), seed=2)
     batch = build_batch(curriculum.held_out_pictures("line", 6)[:6], processor.tokenizer)
@@ -281,7 +306,7 @@ def test_the_shipped_folder_is_whole_and_small() -> None:
     files = {path.name for path in WEIGHTS.iterdir()}
     assert files >= {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "processor_config.json",
-        "chat_template.jinja", "generation_config.json", artifacts.PROMPT, SCORES, CARD,
+        "chat_template.jinja", "generation_config.json", artifacts.PROMPT, SCORES, CARD, build.TRAINING_HEADS,
     }  # fmt: skip
     assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) <= MAX_SHIPPED_BYTES
     prompt = artifacts.read_json(WEIGHTS / artifacts.PROMPT)

@@ -109,7 +109,7 @@ def build_batch(pictures: Sequence[Picture], tokenizer: Qwen2Tokenizer) -> dict[
         pictures: of one size and one task; either all or none have slots, either all or none have questions.
 
     Returns:
-        patches (B, P, 384), grid (rows, columns), slots (2, B, N, 8) or None, facts (24, B, N) or None, task,
+        patches (B, P, 384), grid (rows, columns), slots (2, B, N, 8) or None, facts (FACTS, B, N) or None, task,
         questions (their number), and, where there are questions, input_ids
         (B, L), position_ids (3, B, L), mask (B, 1, L, L) bool, picked (S, 2) row and column of every token that
         predicts a supervised one, and targets (S); and, where pictures tell what their questions are about, seekers

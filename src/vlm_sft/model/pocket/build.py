@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     GenerationConfig,
     Qwen2_5_VLConfig,
@@ -39,6 +40,7 @@ TOKEN_PX = PATCH_PX * MERGE
 MIN_PIXELS = 32 * 32
 MAX_PIXELS = 256 * 256
 MAX_NEW_TOKENS = 24
+TRAINING_HEADS = "training_heads.safetensors"  # in a shipping folder: only needed to go on with the training
 # Offsets (down, right), in patches, that the heads of the first vision blocks start from; the others start free.
 _AROUND = ((0, -1), (0, 1), (-1, 0), (1, 0))
 PATCH_OFFSETS = (_AROUND, _AROUND, ((0, -1), (0, 1)))
@@ -60,7 +62,7 @@ def build_config(vocab_size: int, ids: dict[str, int]) -> Qwen2_5_VLConfig:
         "vocab_size": vocab_size,
         "hidden_size": 192,
         "intermediate_size": 448,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 7,
         "num_attention_heads": 3,
         "num_key_value_heads": 1,
         "max_position_embeddings": 4096,
@@ -72,7 +74,7 @@ def build_config(vocab_size: int, ids: dict[str, int]) -> Qwen2_5_VLConfig:
         "pad_token_id": ids[tokens.END_OF_TEXT],
     }
     vision: dict[str, Any] = {
-        "depth": 4,
+        "depth": 5,
         "hidden_size": 160,
         "intermediate_size": 448,
         "num_heads": 4,
@@ -81,7 +83,7 @@ def build_config(vocab_size: int, ids: dict[str, int]) -> Qwen2_5_VLConfig:
         "spatial_merge_size": MERGE,
         "temporal_patch_size": 2,
         "window_size": 16 * TOKEN_PX,
-        "fullatt_block_indexes": [0, 1, 2, 3],
+        "fullatt_block_indexes": [0, 1, 2, 3, 4],
         "initializer_range": 0.08,
     }
     return Qwen2_5_VLConfig(
@@ -177,12 +179,15 @@ def build_processor() -> Qwen2_5_VLProcessor:
     )
 
 
-def save_folder(model: Qwen2_5_VLForConditionalGeneration, folder: str | Path) -> Path:
+def save_folder(
+    model: Qwen2_5_VLForConditionalGeneration, folder: str | Path, heads: torch.nn.Module | None = None
+) -> Path:
     """Write a folder that AutoModelForImageTextToText and AutoProcessor open, the weights in bfloat16.
 
     Args:
         model: pocket; it is not changed.
         folder: made when missing; files of an earlier export are replaced.
+        heads: what only the training needs.
 
     Raises:
         RunError: the folder cannot be written.
@@ -194,6 +199,8 @@ def save_folder(model: Qwen2_5_VLForConditionalGeneration, folder: str | Path) -
         shipped.to(torch.bfloat16)
         shipped.save_pretrained(folder)
         build_processor().save_pretrained(folder)
+        if heads is not None:
+            save_file({name: weight.bfloat16() for name, weight in heads.state_dict().items()}, folder / TRAINING_HEADS)
         for file in folder.iterdir():
             file.chmod(0o644)
     except OSError as error:

@@ -24,8 +24,8 @@ Questions and pictures that were never in training; {rule}.
 
 demo_charts and demo_text are the synthetic benchmarks of this package in their own wording; of the ten answers of
 demo_text only the most common one counts here. In training pocket meets other charts and signs of the same generator.
-Most questions on them are worded differently; in the benchmarks' words it is asked what signs say, and for single
-values of charts, but nothing that takes extremes, comparing, counting, adding, colours or the order of things.
+On signs it is asked in the benchmark's words too, on charts in other and fewer words only ("Oak > 30?"), and nothing
+that takes adding.
 
 ## Training
 
@@ -34,13 +34,13 @@ values of charts, but nothing that takes extremes, comparing, counting, adding, 
 
     scripts/train_pocket --output_dir DIR --steps {plan} --seed {seed} --export FOLDER
 
-repeats it. With one thread, the same versions and the same processor the weights are the same bit for bit; elsewhere
-sums are rounded differently, and the weights drift apart.{note}
+repeats it; `--continue_from` and this folder go on from here. With one thread, the same versions and the same processor
+the weights are the same bit for bit; elsewhere sums are rounded differently, and the weights drift apart.{note}
 
 Pictures and questions are made by `vlm_sft.model.pocket.curriculum`; no foreign data is used. During training the
-vision tower also learns which character stands where, and which values, ranks and colours belong to a label or to the
-end of a bar, through heads that are not shipped; and three attention heads of the language model are shown where the
-labels stand that a question is about.
+vision tower also learns which character stands where, how labels are spelled, and which values, ranks and colours
+belong to a label or to the end of a bar, through heads that no answer needs (`training_heads.safetensors`); and five
+attention heads of the language model are shown where the labels and the marks stand that a question is about.
 
 License: Apache-2.0.
 """

@@ -1,19 +1,18 @@
 """The lessons of pocket on the drawings of the demo sets. Imports data.demo, canvas, labels.
 
-Most questions are worded in our own way. Of those that the demo sets ask, pocket meets the ones that need nothing but
-reading: all of signs, and of charts a value. To look for extremes, compare, count, add, and to speak of colours, order
-and structure in those words is left to fine-tuning.
+Most questions are worded in our own way, like the captions of a form and unlike the sentences of the demo sets:
+"Oak > 30?", "More: Oak or Elm?". In the words of the demo sets pocket is asked what signs say, but nothing about
+charts: that is left to fine-tuning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 import numpy as np
 
-from vlm_sft.data.demo.asking import plain
-from vlm_sft.data.demo.chart_questions import chart_questions
+from vlm_sft.data.demo.asking import NAMED_PARTS, plain
 from vlm_sft.data.demo.charts import SIZES, random_chart
 from vlm_sft.data.demo.drawing import draw_chart, mark_ends
 from vlm_sft.data.demo.sign_drawing import draw_sign
@@ -27,33 +26,16 @@ from vlm_sft.model.pocket.labels import Label, label_targets
 CHART_SIZES = SIZES
 BOARD_SIZES = SIGN_SIZES
 Pairs = list[tuple[str, str]]
-READ_VALUE = (
-    "Read the value of {}.",
-    "How much has {}?",
-    "{}?",
-    "Give the number for {}.",
-    "What is {}'s value?",
-    "What value do you see for {}?",
-    "Say the value in {}.",
-    "What is the number for {}?",
-    "The value at {} is?",
-)
-READ_CELL = (
-    "Read {series} at {label}.",
-    "{label}, {series}?",
-    "Give the number of {series} for {label}.",
-    "What value has {series} in {label}?",
-    "How much has {series} for {label}?",
-)
+READ_VALUE = ("{}?", "{}: value?", "Read {}.", "Number of {}?", "Value, {}?")
+READ_CELL = ("{label}, {series}?", "Read {series} at {label}.", "{series} / {label}?", "Number of {series}, {label}?")
 QUESTIONS = 10  # of one picture, at most
-PRACTISED = ("retrieval",)  # types of the demo charts' questions that pocket meets
-ASKED_CHARTS, ASKED_SIGNS = 8, 4  # questions drawn in the demo sets' words; of charts about four are practised
-MOST = ("highest", "largest", "greatest", "biggest")
-READ_EXTREME = ("The {} value?", "Read the {} value.", "How much is the {} one?")
-LEAST = ("lowest", "smallest", "least", "minimum")
-COLOUR_OF = ("Colour of {}?", "What colour has {}?", "In which color is {} drawn?", "Name the color of {}.")
-MORE_OF = ("Which has more, {} or {}{}?", "Larger: {} or {}{}?", "Which one is greater{2}: {0} or {1}?")
-LESS_OF = ("Which has less, {} or {}{}?", "Smaller: {} or {}{}?", "Which one is lower{2}: {0} or {1}?")
+ASKED_SIGNS = 4  # questions in the demo set's words
+MOST = ("top", "greatest", "biggest", "maximum")
+READ_EXTREME = ("The {} value?", "Read the {} value.", "{} number?")
+LEAST = ("bottom", "least", "minimum")
+COLOUR_OF = ("Colour of {}?", "Color of {}?", "{}: colour?", "Name the color of {}.")
+MORE_OF = ("More{2}: {0} or {1}?", "More: {0} / {1}{2}?", "Name the greater one{2}: {0}, {1}.")
+LESS_OF = ("Less{2}: {0} or {1}?", "Less: {0} / {1}{2}?", "Name the lesser one{2}: {0}, {1}.")
 READ_ROLE = ("Read the {}.", "What {} is written?", "Which {} do you see?", "Give the {}.", "Tell the {}.")
 
 
@@ -78,9 +60,8 @@ def _chart(task: str, spec: ChartSpec, rng: Random | None) -> Picture:
         record.mark(x, y, len(labels))
     questions: tuple[tuple[str, str], ...] = ()
     if rng is not None:
-        asked = [one for one in chart_questions(spec, rng, ASKED_CHARTS) if one.question_type in PRACTISED]
         pairs = _single(rng, spec) if len(spec.series) == 1 else _several(rng, spec)
-        questions = _chosen(rng, [(one.text, one.answer) for one in asked], pairs + _structure(rng, spec))
+        questions = _chosen(rng, _values(rng, spec), pairs + _structure(rng, spec))
     targets = label_targets(record.labels(), labels, questions)
     return Picture(task, pixels, questions, record.slots(), **targets)
 
@@ -166,14 +147,23 @@ def board(rng: Random, size: tuple[int, int]) -> Picture:
     return Picture("board", pixels, _chosen(rng, asked, pairs), record.slots(spec.rotation_degrees))
 
 
+def _values(rng: Random, spec: ChartSpec) -> Pairs:
+    """Four questions that read one value, or whose it is."""
+    pairs: Pairs = []
+    for index in rng.sample(range(len(spec.categories)), min(3, len(spec.categories))):
+        one, label = rng.choice(spec.series), spec.categories[index]
+        form = rng.choice(READ_VALUE if len(spec.series) == 1 else READ_CELL)
+        pairs.append((form.format(label, label=label, series=one.name), plain(one.values[index])))
+    one, index = rng.choice(spec.series), rng.randrange(len(spec.categories))
+    where = f", {one.name}" if len(spec.series) > 1 else ""
+    owner = rng.choice((f"Owner of {{}}{where}?", f"{{}}{where}: which {spec.noun}?"))
+    return [*pairs, (owner.format(spec.printed(one.values[index])), spec.categories[index])]
+
+
 def _single(rng: Random, spec: ChartSpec) -> Pairs:
     """Questions in our own words about a chart with one series."""
-    values = spec.series[0].values
-    table = list(zip(spec.categories, values, strict=True))
-    pairs: Pairs = [(rng.choice(READ_VALUE).format(label), plain(value)) for label, value in rng.sample(table, 2)]
-    label, value = rng.choice(table)
-    owner = rng.choice((f"Which {spec.noun} has {{}}?", f"{{}} is the value of which {spec.noun}?"))
-    pairs.append((owner.format(spec.printed(value)), label))
+    pairs: Pairs = []
+    table = list(zip(spec.categories, spec.series[0].values, strict=True))
     top, low = max(table, key=lambda one: one[1]), min(table, key=lambda one: one[1])
     pairs += [
         (_extreme(rng, spec, MOST), top[0]),
@@ -181,84 +171,105 @@ def _single(rng: Random, spec: ChartSpec) -> Pairs:
         (rng.choice(READ_EXTREME).format(rng.choice(MOST)), plain(top[1])),
         (rng.choice(READ_EXTREME).format(rng.choice(LEAST)), plain(low[1])),
     ]
+    for _ in range(4):
+        pairs += compared(rng, table, "")
     for _ in range(2):
-        pairs += _compared(rng, table, "")
-    pairs += _against_level(rng, spec, table, "")
-    paints = list(zip(spec.categories, spec.category_paints, strict=False))
-    for label, paint in rng.sample(paints, min(2, len(paints))):
-        pairs.append((rng.choice(COLOUR_OF).format(label), paint.name))
-    for label, paint in rng.sample(paints, min(2, len(paints))):
-        pairs.append((rng.choice((f"Which {spec.noun} is {paint.name}?", f"What is {paint.name}?")), label))
-    return pairs
+        pairs += against_level(rng, spec.plural, spec.printed, table, "")
+    if len(table) > 3:
+        ranked = sorted(table, key=lambda one: one[1], reverse=True)
+        pairs += [(f"Second {spec.noun} of all?", ranked[1][0]), (f"Last {spec.noun} but one of all?", ranked[-2][0])]
+    return pairs + _colours(rng, spec, table)
 
 
-def _compared(rng: Random, table: Sequence[tuple[str, float]], where: str) -> Pairs:
+def _colours(rng: Random, spec: ChartSpec, table: Sequence[tuple[str, float]]) -> Pairs:
+    """The colours of a chart with one series: of its categories, or of all."""
+    paints = list(zip(table, spec.category_paints, strict=False))
+    paint = spec.series[0].paint
+    if not paints:
+        return [(f"{NAMED_PARTS[spec.chart_type].capitalize()}s: which colour?", paint.name)] if paint else []
+    some = min(2, len(paints))
+    pairs = [(rng.choice(COLOUR_OF).format(label), paint.name) for (label, _), paint in rng.sample(paints, some)]
+    for (label, _), paint in rng.sample(paints, some):
+        pairs.append((rng.choice((f"{spec.noun.capitalize()}: {paint.name}?", f"Owner of {paint.name}?")), label))
+    (_, value), paint = rng.choice(paints)
+    return [*pairs, (f"{paint.name.capitalize()}: number?", plain(value))]
+
+
+def compared(rng: Random, table: Sequence[tuple[str, float]], where: str) -> Pairs:
     """Two questions that compare two values; `where` ends them: " in May" or nothing."""
     (one, first), (other, second) = rng.sample(table, 2)
     larger, smaller = (one, other) if first > second else (other, one)
-    exceeds = rng.choice(("Does {} exceed {}{}?", "Is {} greater than {}{}?", "Is {} above {}{}?"))
-    pairs = [(exceeds.format(one, other, where), "Yes" if larger == one else "No")]
+    over = rng.random() < 0.5
+    pairs = [(f"{one} {'>' if over else '<'} {other}{where}?", "Yes" if (larger == one) == over else "No")]
     if rng.random() < 0.5:
         return [*pairs, (rng.choice(MORE_OF).format(one, other, where), larger)]
     return [*pairs, (rng.choice(LESS_OF).format(one, other, where), smaller)]
 
 
-def _against_level(rng: Random, spec: ChartSpec, table: Sequence[tuple[str, float]], where: str) -> Pairs:
+def against_level(
+    rng: Random, plural: str, write: Callable[[float], str], table: Sequence[tuple[str, float]], where: str
+) -> Pairs:
     """Is one value beyond a level, and how many are."""
     label, value = rng.choice(table)
     level, over = rng.choice(table)[1], rng.random() < 0.5
-    word, printed = rng.choice(("over", "higher than") if over else ("lower than", "smaller than")), spec.printed(level)
+    printed = f"{'>' if over else '<'} {write(level)}"
     count = sum(one > level if over else one < level for _, one in table)
     return [
-        (f"Is {label} {word} {printed}{where}?", "Yes" if (value > level if over else value < level) else "No"),
-        (f"Count the {spec.plural} {word} {printed}{where}.", str(count)),
+        (f"{label} {printed}{where}?", "Yes" if (value > level if over else value < level) else "No"),
+        (f"Count the {plural} {printed}{where}.", str(count)),
     ]
 
 
 def _extreme(rng: Random, spec: ChartSpec, words: Sequence[str]) -> str:
     """Ask which category is the largest, or the smallest."""
-    form = rng.choice(("{word} {noun}?", "Name the {noun} that has the {word} number.", "Which {noun} is the {word}?"))
+    form = rng.choice(("{word} {noun}?", "{noun} with the {word} number?", "{noun}: {word}?"))
     return form.format(noun=spec.noun, word=rng.choice(words)).capitalize()
 
 
 def _several(rng: Random, spec: ChartSpec) -> Pairs:
     """Questions in our own words about a chart with several series."""
     pairs: Pairs = []
-    for _ in range(3):
-        series, index = rng.choice(spec.series), rng.randrange(len(spec.categories))
-        asked = rng.choice(READ_CELL).format(series=series.name, label=spec.categories[index])
-        pairs.append((asked, plain(series.values[index])))
     for series in spec.series:
         if series.paint is not None:
             pairs.append((rng.choice(COLOUR_OF).format(series.name), series.paint.name))
-            whose = (f"Whose colour is {series.paint.name}?", f"What is {series.paint.name}?")
+            whose = (f"Whose colour: {series.paint.name}?", f"Owner of {series.paint.name}?")
             pairs.append((rng.choice(whose), series.name))
     series = rng.choice(spec.series)
     table = list(zip(spec.categories, series.values, strict=True))
     where = f", {series.name}"
     top, low = max(table, key=lambda one: one[1]), min(table, key=lambda one: one[1])
     pairs += [
-        (f"Where does {series.name} peak?", top[0]),
-        (f"Where is {series.name} at its least?", low[0]),
+        (f"Peak of {series.name}?", top[0]),
+        (f"{rng.choice(LEAST).capitalize()} of {series.name}?", low[0]),
         (f"Read the {rng.choice(MOST)} value of {series.name}.", plain(top[1])),
         (f"Read the {rng.choice(LEAST)} value of {series.name}.", plain(low[1])),
-        *_compared(rng, table, where),
-        *_against_level(rng, spec, table, where),
+        *compared(rng, table, where),
+        *compared(rng, table, where),
+        *against_level(rng, spec.plural, spec.printed, table, where),
     ]
     for index in rng.sample(range(len(spec.categories)), 2):
         column = [(one.name, one.values[index]) for one in spec.series]
-        pairs += _compared(rng, column, f", {spec.categories[index]}")
-    entries = "How many entries has the legend?" if spec.legend != "none" else "How many columns of numbers?"
+        pairs += compared(rng, column, f", {spec.categories[index]}")
+    one, other = rng.sample(spec.series, 2)
+    wins = sum(first > second for first, second in zip(one.values, other.values, strict=True))
+    pairs.append((f"Count {one.name} > {other.name}.", str(wins)))
+    entries = "Legend: count?" if spec.legend != "none" else "Columns: count?"
     return [*pairs, (entries, str(len(spec.series)))]
 
 
 def _structure(rng: Random, spec: ChartSpec) -> Pairs:
     pairs = [
-        (rng.choice((f"Count the {spec.plural}.", f"How many {spec.plural} do you see?")), str(len(spec.categories))),
-        (rng.choice((f"Name the first {spec.noun}.", f"Which {spec.noun} comes first?")), spec.categories[0]),
-        (rng.choice((f"Name the last {spec.noun}.", f"Which {spec.noun} comes last?")), spec.categories[-1]),
+        (rng.choice((f"Count the {spec.plural}.", f"{spec.plural.capitalize()}: count?")), str(len(spec.categories))),
+        (rng.choice((f"Name the first {spec.noun}.", f"First {spec.noun}?")), spec.categories[0]),
+        (rng.choice((f"Name the last {spec.noun}.", f"Last {spec.noun}?")), spec.categories[-1]),
         (f"List every {spec.noun}.", " ".join(spec.categories)),
     ]
+    ends = ("Upper", "Lower") if spec.chart_type in ("horizontal_bar", "table") else ("Left", "Right")
+    if spec.chart_type != "pie":
+        pairs += [(f"{ends[0]} end?", spec.categories[0]), (f"{ends[1]} end?", spec.categories[-1])]
+    drawn = len(spec.series) * (1 if spec.chart_type == "line" else len(spec.categories))
+    count = len(spec.categories) if spec.chart_type == "table" else drawn
+    pairs.append((f"{NAMED_PARTS[spec.chart_type].capitalize()}s: count?", str(count)))
     if spec.title:
-        pairs.append((rng.choice(("Read the title.", "What is written above the chart?")), spec.title))
+        pairs.append((rng.choice(("Title?", "Read the headline.")), spec.title))
     return pairs

@@ -13,12 +13,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
+from vlm_sft.data.demo.asking import plain
 from vlm_sft.data.demo.charts import LABEL_FONTS
 from vlm_sft.data.demo.fonts import fonts, text_width
 from vlm_sft.data.demo.vocabulary import COLOURS
 from vlm_sft.model.pocket import words
 from vlm_sft.model.pocket.canvas import KINDS, Canvas, Colour, Picture
-from vlm_sft.model.pocket.chart_lessons import BOARD_SIZES, CHART_SIZES, READ_VALUE, board, chart, view
+from vlm_sft.model.pocket.chart_lessons import (
+    BOARD_SIZES,
+    CHART_SIZES,
+    READ_VALUE,
+    against_level,
+    board,
+    chart,
+    compared,
+    view,
+)
 from vlm_sft.model.pocket.labels import Label, label_targets
 
 HELD_OUT_SEED = 1_000_000
@@ -180,6 +190,26 @@ def lookup(rng: Random, size: Size) -> Picture:
 
     In charts that skill is needed together with many others; by itself it is learned first.
     """
+    canvas, labels, values = _small_table(rng, size)
+    pairs = [(rng.choice(READ_VALUE).format(label), value) for label, value in zip(labels, values, strict=True)]
+    pairs += [(f"Owner of {value}?", label) for label, value in zip(labels, values, strict=True)]
+    return _labelled("lookup", canvas, _pick(rng, pairs, 6), labels, values)
+
+
+def compare(rng: Random, size: Size) -> Picture:
+    """The same pictures, and questions that compare two values, or all of them with a level."""
+    canvas, labels, values = _small_table(rng, size)
+    table = [(label, float(value)) for label, value in zip(labels, values, strict=True)]
+    pairs: Pairs = []
+    for _ in range(4):
+        pairs += compared(rng, table, "")
+    for _ in range(2):
+        pairs += against_level(rng, "labels", plain, table, "")
+    return _labelled("compare", canvas, _pick(rng, pairs, 12), labels, values)
+
+
+def _small_table(rng: Random, size: Size) -> tuple[Canvas, list[str], list[str]]:
+    """The drawing of `lookup`, with its labels and values."""
     beside = size[0] > size[1] and rng.random() < 0.5
     font, height = rng.choice(LABEL_FONTS)
     count = rng.randint(2, size[1] // 16) if beside else rng.randint(2, min(5, size[0] // 24))
@@ -199,19 +229,19 @@ def lookup(rng: Random, size: Size) -> Picture:
         for number, (text, (x, y)) in enumerate(zip((label, value), spots, strict=True)):
             owner = number * count + place + 1
             canvas.text(x, round(y + height * 0.36), text, font, height, (17, 17, 17), "black", owner)
-    pairs = [(rng.choice(READ_VALUE).format(label), value) for label, value in zip(labels, values, strict=True)]
-    pairs += [(f"Which label has {value}?", label) for label, value in zip(labels, values, strict=True)]
-    chosen = _pick(rng, pairs, 6)
-    return _labelled("lookup", canvas, chosen, labels, values)
+    return canvas, labels, values
 
 
 def _labelled(
     task: str, canvas: Canvas, questions: tuple[tuple[str, str], ...], labels: Sequence[str], values: Sequence[str]
 ) -> Picture:
     """A picture of labels with one value each; on the canvas the numbers of the values follow those of the labels."""
-    rows = enumerate(zip(labels, values, strict=True))
-    owned = [Label(label, values=(value,), order=order) for order, (label, value) in rows]
-    owned += [Label(value, "value", (value,), order=order) for order, value in enumerate(values)]
+    ranks: list[tuple[int, ...]] = [()] * len(labels)
+    if all(value.isdigit() for value in values):
+        ranks = [(sum(int(other) > int(value) for other in values),) for value in values]
+    rows = list(zip(labels, values, ranks, strict=True))
+    owned = [Label(label, values=(value,), ranks=rank, order=order) for order, (label, value, rank) in enumerate(rows)]
+    owned += [Label(value, "value", (value,), ranks=rank, order=order) for order, (_, value, rank) in enumerate(rows)]
     targets = label_targets(canvas.labels(), owned, questions)
     return Picture(task, canvas.pixels(), questions, canvas.slots(), **targets)
 
@@ -306,6 +336,7 @@ LESSONS = {
     "sign": Lesson(sign, ((96, 48), (128, 64), (160, 80), (192, 96)), 240),
     "listing": Lesson(listing, ((128, 64), (128, 96), (160, 112)), 240),
     "lookup": Lesson(lookup, ((48, 32), (64, 32), (64, 48), (96, 48), (128, 48)), 200),
+    "compare": Lesson(compare, ((48, 32), (64, 32), (64, 48), (96, 48), (128, 48)), 200),
     "shapes": Lesson(shapes, ((64, 64),), 192),
     "tiny chart": Lesson(chart, TINY_SIZES, 400),
     "small chart": Lesson(chart, CHART_SIZES[:2], 400),
@@ -339,7 +370,10 @@ STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (36.0, {"tiny view": 4, "view": 2, "tiny chart": 3, "chart": 1.5, "line": 1.5, "sign": 0.4, "board": 0.4}),
     (36.3, _ASKED_AGAIN),
     (38.0, _ASKED_AGAIN | {"tiny view": 1, "tiny chart": 3.5, "chart": 4, "line": 2.5, "board": 0.8}),
-    (40.7, _ASKED_AGAIN | {"tiny view": 0.7, "view": 0.7, "chart": 4, "line": 2.5, "board": 1, "listing": 0.8}),
+    (40.7, _ASKED_AGAIN | {"tiny view": 3, "view": 2, "tiny chart": 4, "listing": 1, "lookup": 1, "board": 0.6}),
+    (42.5, _ASKED_AGAIN | {"tiny view": 0.7, "view": 0.7, "chart": 4, "line": 2.5, "board": 1, "listing": 0.8}),
+    (60.0, {"compare": 9, "tiny chart": 3, "chart": 3, "line": 1.2, "board": 0.8, "tiny view": 0.7, "view": 0.7}),
+    (62.4, {"compare": 2.5, "tiny chart": 4, "chart": 5, "line": 1.2, "board": 0.6, "tiny view": 0.4, "view": 0.4}),
 )
 
 

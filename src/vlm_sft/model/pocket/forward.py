@@ -16,7 +16,15 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 
 from vlm_sft.model.pocket.canvas import CHARACTER_CLASSES, THING_CLASSES
-from vlm_sft.model.pocket.labels import COLOUR_FACT, FACT_CLASSES, FACTS, PLACE_FACT, RANK_FACTS, UNKNOWN
+from vlm_sft.model.pocket.labels import (
+    COLOUR_FACT,
+    FACT_CLASSES,
+    FACTS,
+    PLACE_FACT,
+    RANK_FACTS,
+    SPELLING_FACTS,
+    UNKNOWN,
+)
 
 SLOTS = 8
 # Most slots hold nothing; at full weight the head would learn to answer that first.
@@ -24,6 +32,7 @@ _NONE_WEIGHT = 0.15
 # Layers and heads of the language model that are shown where to look: three for labels, then two for marks.
 LOOKING = ((3, 0), (3, 1), (3, 2), (4, 0), (4, 1))
 LOOKING_WEIGHT = 0.5
+SPELLING_WEIGHT = 0.5  # of the facts how a label is spelled, beside all other facts
 
 
 class SlotHead(nn.Module):
@@ -59,7 +68,9 @@ class SlotHead(nn.Module):
         return loss, right
 
     def fact_loss(self, features: torch.Tensor, facts: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """Mean loss of the facts about labels, and the right share of values' characters, colours, places and ranks.
+        """Loss of the facts about labels, the mean over spelling and over the others added up with `SPELLING_WEIGHT`.
+
+        Right shares are those of values' characters, colours, places, ranks (with order) and spelling.
 
         Args:
             features: (B, N, D).
@@ -68,17 +79,22 @@ class SlotHead(nn.Module):
         under = (facts != UNKNOWN).any(0)
         truth = facts[:, under].T
         logits = self.facts(features[under]).reshape(*truth.shape, FACT_CLASSES)
-        known = truth != UNKNOWN
+        known, loss = truth != UNKNOWN, logits.new_zeros(())
         hits, right = logits.argmax(-1) == truth, {}
         for name, rows in (
             ("values", slice(COLOUR_FACT)),
             ("colours", slice(COLOUR_FACT, COLOUR_FACT + 1)),
             ("places", slice(PLACE_FACT, PLACE_FACT + 1)),
-            ("ranks", slice(RANK_FACTS, FACTS)),
+            ("ranks", slice(RANK_FACTS, SPELLING_FACTS)),
+            ("spelling", slice(SPELLING_FACTS, FACTS)),
         ):
             if known[:, rows].any():
                 right[name] = hits[:, rows][known[:, rows]].float().mean().item()
-        return functional.cross_entropy(logits[known], truth[known]), right
+        for rows, weight in ((slice(SPELLING_FACTS), 1.0), (slice(SPELLING_FACTS, FACTS), SPELLING_WEIGHT)):
+            there = known[:, rows]
+            if there.any():
+                loss = loss + weight * functional.cross_entropy(logits[:, rows][there], truth[:, rows][there])
+        return loss, right
 
 
 def vision_features(tower: Any, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -150,21 +166,24 @@ def looking_loss(
     """
     language = model.model.language_model
     rotation = language.rotary_emb(hidden[0], batch["position_ids"])
+    projected: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     found = []
     for look, (layer, head) in enumerate(LOOKING):
         mine = batch["seekers"][:, 0] == look
         if not mine.any():
             continue
         attention = language.layers[layer].self_attn
-        normed = language.layers[layer].input_layernorm(hidden[layer])
-        query, key = (
-            projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            for projection in (attention.q_proj, attention.k_proj)
-        )
-        query, key = apply_rotary_pos_emb(query, key, *rotation)
+        if layer not in projected:
+            normed = language.layers[layer].input_layernorm(hidden[layer])
+            query, key = (
+                projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+                for projection in (attention.q_proj, attention.k_proj)
+            )
+            projected[layer] = apply_rotary_pos_emb(query, key, *rotation)
+        query, key = projected[layer]
         _, rows, columns = batch["seekers"][mine].T
-        keys = key[rows, head // attention.num_key_value_groups]
-        scores = attention.scaling * torch.einsum("td,tld->tl", query[rows, head, columns], keys)
+        towards = query[:, head] @ key[:, head // attention.num_key_value_groups].transpose(1, 2)
+        scores = attention.scaling * towards[rows, columns]
         scores = scores.masked_fill(~batch["mask"][rows, 0, columns], -torch.inf)
         found.append(scores.masked_fill(~batch["places"][mine], -torch.inf).logsumexp(-1) - scores.logsumexp(-1))
     shares = torch.cat(found)
@@ -181,8 +200,8 @@ def batch_loss(
 
     Returns:
         the loss, and numbers for the log: answer (nats a token), slots (nats), and the shares
-            tokens_right, characters, things, values (of their characters), colours, places, ranks, looking (of
-            attention).
+            tokens_right, characters, things, values (of their characters), colours, places, ranks, spelling, looking
+            (of attention).
     """
     features = vision_features(model.model.visual, batch["patches"], batch["grid"])
     loss = features.new_zeros(())

@@ -1,7 +1,8 @@
 """What the labels of a picture teach: their facts, and where to look for one. Imports numpy, data.demo.
 
 The facts of a label are its values as they are written (of every series), the ranks of these values, its colour, its
-order among the categories and its place in the legend. The ends of bars and the printed values have facts too: what
+order among the categories, its place in the legend, and how it is spelled: a question finds a label by its letters,
+and these lie differently on the tokens of every picture. The ends of bars and the printed values have facts too: what
 belongs to a label is seen there first. A question looks for up to three labels, the first category that it names, the
 first series, and the second of either kind; and then for the marks where these meet.
 """
@@ -21,17 +22,20 @@ UNKNOWN = 255  # in a map of slots or facts: not recorded, nothing is learned fr
 VALUE_CHARACTERS = string.digits + ".,:%$-"
 VALUES_OF_LABEL = 3
 VALUE_LENGTH = 6
-# Classes of one fact: of a character 0 is the end of the value, others are numbers from 0 on.
-FACT_CLASSES = 1 + len(VALUE_CHARACTERS)
-# Rows of facts: characters of the values, colour, place, ranks of the values, order.
+SPELLED_FIRST, SPELLED_LAST = 5, 3  # characters of a label that are facts
+CHARACTERS = VALUE_CHARACTERS + string.ascii_lowercase + " "
+# Classes of one fact: of a character 0 is the end of the text, the last any other one; others are numbers from 0 on.
+FACT_CLASSES = 2 + len(CHARACTERS)
+# Rows of facts: characters of the values, colour, place, ranks of the values, order, characters of the label.
 COLOUR_FACT = VALUES_OF_LABEL * VALUE_LENGTH
 PLACE_FACT = COLOUR_FACT + 1
 RANK_FACTS = PLACE_FACT + 1
 ORDER_FACT = RANK_FACTS + VALUES_OF_LABEL
-FACTS = ORDER_FACT + 1
+SPELLING_FACTS = ORDER_FACT + 1
+FACTS = SPELLING_FACTS + SPELLED_FIRST + SPELLED_LAST
 LOOKS = 5  # what one question looks for: three labels and two marks
 SOUGHT = ("category", "series")
-_NOT_A_VALUE = re.compile("(how many|count|for how many)", re.IGNORECASE)
+_NOT_A_VALUE = re.compile(r"how many|count\b|for how many|.*: count\?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +97,13 @@ def facts_of_labels(shown: np.ndarray, labels: Sequence[Label]) -> np.ndarray:
         labels: number 1, 2 and so on.
 
     Returns:
-        (FACTS, rows, columns) uint8 classes; UNKNOWN where there is no such fact, after the end of a value, and under
+        (FACTS, rows, columns) uint8 classes; UNKNOWN where there is no such fact, after the end of a text, and under
             tokens without a label.
     """
     facts = np.full((1 + len(labels), FACTS), UNKNOWN, np.uint8)
     for row, label in zip(facts[1:], labels, strict=True):
         for number, text in enumerate(label.values[:VALUES_OF_LABEL]):
-            spelled = [*(1 + VALUE_CHARACTERS.index(one) for one in text), 0][:VALUE_LENGTH]
+            spelled = _spelled(text, VALUE_LENGTH)
             row[number * VALUE_LENGTH :][: len(spelled)] = spelled
         if label.colour:
             row[COLOUR_FACT] = list(COLOURS).index(label.colour)
@@ -109,7 +113,16 @@ def facts_of_labels(shown: np.ndarray, labels: Sequence[Label]) -> np.ndarray:
         row[RANK_FACTS:][: len(ranks)] = ranks
         if label.order is not None:
             row[ORDER_FACT] = label.order
+        if label.text:
+            forwards, backwards = _spelled(label.text, SPELLED_FIRST), _spelled(label.text[::-1], SPELLED_LAST)
+            row[SPELLING_FACTS:][: len(forwards)] = forwards
+            row[SPELLING_FACTS + SPELLED_FIRST :][: len(backwards)] = backwards
     return facts[shown].transpose(2, 0, 1)
+
+
+def _spelled(text: str, length: int) -> list[int]:
+    """The classes of the first characters of a text and of its end, letter case aside, at most `length`."""
+    return [*(1 + CHARACTERS.index(one) if one in CHARACTERS else FACT_CLASSES - 1 for one in text.lower()), 0][:length]
 
 
 def places_of_labels(shown: np.ndarray, labels: Sequence[Label], questions: Sequence[tuple[str, str]]) -> np.ndarray:

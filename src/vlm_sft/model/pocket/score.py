@@ -166,7 +166,7 @@ def export(run: Run, folder: Path, note: str = "", questions: int = QUESTIONS) -
     Raises:
         RunError: the folder cannot be written.
     """
-    build.save_folder(run.average, folder)
+    build.save_folder(run.average, folder, run.head)
     model, processor = load(folder)
     lessons = ("line", "sign", "board", "listing", "shapes", "chart")
     items = [item for lesson in lessons for item in lesson_items(lesson, questions)]

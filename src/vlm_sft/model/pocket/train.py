@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
-from transformers import Qwen2Tokenizer
+from transformers import AutoModelForImageTextToText, Qwen2Tokenizer
 
-from vlm_sft import console
+from vlm_sft import artifacts, console
 from vlm_sft.errors import RunError, VlmSftError
 from vlm_sft.model.pocket import build, curriculum
 from vlm_sft.model.pocket.batches import build_batch
+from vlm_sft.model.pocket.card import SCORES
 from vlm_sft.model.pocket.forward import SlotHead, batch_loss
 
 PEAK_LEARNING_RATE = 1.5e-3
@@ -42,7 +45,7 @@ AVERAGE_RATE = 0.003  # how far the average moves towards the weights in one ste
 SLOT_WEIGHT = 0.5
 LOG_EVERY = 100  # steps
 SAVE_EVERY_SECONDS = 180
-COUNTS = ("step", "total", "seconds", "pictures", "questions", "threads")
+COUNTS = ("step", "total", "first", "seconds", "pictures", "questions", "threads")
 CHECKPOINT = "checkpoint.pt"
 HISTORY = "history.jsonl"
 
@@ -67,6 +70,7 @@ class Run:
         average: the model with the running mean of all weights over the last several hundred steps; it is exported, as
             it answers better than the weights of any one step (Polyak and Juditsky 1992).
         step, total: steps done, and planned; the plan is 0 while the length of the run is open.
+        first: the step that the optimizer began with.
         seconds: of training, waiting for pictures not counted.
         pictures, questions: seen so far.
         threads: the most that torch was given.
@@ -89,7 +93,7 @@ class Run:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), fused=True)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.step, self.total, self.seconds = 0, 0, 0.0
+        self.step, self.total, self.first, self.seconds = 0, 0, 0, 0.0
         self.pictures, self.questions, self.threads = 0, 0, 1
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -141,9 +145,37 @@ class Run:
         return run
 
 
-def learning_rate(step: int, total: int) -> float:
-    """The learning rate of a step; `total` is 0 while the length of the run is still open."""
-    rate = LATER_LEARNING_RATE if step >= LATER_STEP else PEAK_LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
+    @classmethod
+    def continue_from(cls, folder: Path, exported: Path) -> Run:
+        """Go on from a shipping folder: with its weights, heads and counts, and an optimizer that warms up anew.
+
+        Args:
+            folder: of the new checkpoint and history.
+            exported: see `score.export`.
+
+        Raises:
+            RunError: `exported` is no shipping folder of this architecture.
+        """
+        try:
+            counts = artifacts.read_json(exported / SCORES)["training"]
+            run = cls(folder, counts["seed"])
+            shipped: Any = AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32)
+            run.model.load_state_dict(shipped.state_dict())
+            run.head.load_state_dict(load_file(exported / build.TRAINING_HEADS))
+        except (VlmSftError, OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            fix = "name a folder that --export of this version wrote"
+            raise RunError(f"{exported} cannot be continued: {error}", fix) from error
+        run.average.load_state_dict(run.model.state_dict())
+        run.step = run.first = counts["steps"]
+        run.seconds = 60.0 * counts["minutes"]
+        run.pictures, run.questions, run.threads = counts["pictures"], counts["questions"], counts["threads"]
+        return run
+
+
+def learning_rate(step: int, total: int, first: int = 0) -> float:
+    """The learning rate of a step; `total` is 0 while the length of the run is still open, `first` see `Run`."""
+    rate = LATER_LEARNING_RATE if step >= LATER_STEP else PEAK_LEARNING_RATE
+    rate *= min(1.0, (step - first + 1) / WARMUP_STEPS)
     if total:
         rate *= min(1.0, FLOOR + (1 - FLOOR) * (total - step) / (DECLINE * total))
     return rate
@@ -169,7 +201,7 @@ def train(run: Run, steps: int, minutes: float, threads: int) -> None:
     for batch in loader:
         started = time.monotonic()
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(run.step, run.total)
+            group["lr"] = learning_rate(run.step, run.total, run.first)
         loss, numbers = batch_loss(run.model, run.head, batch, SLOT_WEIGHT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
@@ -224,6 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=0, help="length of the whole run; the reproducible choice")
     parser.add_argument("--minutes", type=float, default=0.0, help="train for about so many minutes altogether")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of output_dir")
+    parser.add_argument("--continue_from", type=Path, help="begin with the weights and counts of an exported folder")
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures, 0 to 999,999")
     parser.add_argument("--threads", type=int, default=1, help="of torch; 1 for equal weights every time")
     parser.add_argument("--export", type=Path, help="write a shipping folder, with its scores and its card")
@@ -244,6 +277,8 @@ def _open_run(args: argparse.Namespace) -> Run:
         raise RunError(
             f"cannot make {args.output_dir}: {error.strerror}", "choose a folder that you may write to"
         ) from error
+    if args.continue_from:
+        return Run.continue_from(args.output_dir, args.continue_from)
     return Run(args.output_dir, args.seed)
 
 
