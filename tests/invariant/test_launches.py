@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tests.faults.harness import free_port
 from tests.questions import questions
 from vlm_sft.forecast.disk import RUN_BYTES
+from vlm_sft.model.pocket import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "src" / "train_vlm_sft.py"
@@ -85,7 +86,8 @@ def alone(line: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str
     output = tmp_path_factory.mktemp("alone") / "run"
     weights = launch([sys.executable, str(SCRIPT)], output, line)
     assert json.loads((output / "run.json").read_text())["parallel"] == "single"
-    assert len(weights) == 6 * 3 * 2  # layers x (q, v, o) x (A, B)
+    layers = json.loads((WEIGHTS / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    assert len(weights) == layers * 3 * 2  # x (q, v, o) x (A, B)
     assert all(tensor.abs().max() > 1e-3 for tensor in weights.values())
     return weights
 
