@@ -1,6 +1,6 @@
 r"""All five recipes measured: trained, evaluated and compared with what they cost.
 
-    python bench/recipes.py --max_train 800 --max_eval 300 --learning_rate 2e-3     pocket on the demo mixture
+    python bench/recipes.py --max_train 1000 --max_eval 300 --learning_rate 2e-3    pocket on the demo mixture
     python bench/recipes.py --dataset easy_vqa …                                    pocket on easy-VQA
     python bench/recipes.py --base_model Qwen/Qwen2.5-VL-7B-Instruct --dataset chartqa,textvqa --flash_attn \\
         --launcher "deepspeed --num_gpus=8 --module vlm_sft"                         the real thing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = _launcher_flag_last(list(sys.argv[1:] if argv is None else argv))
     verb = next((word for word in argv if not word.startswith("-")), "")
     args = build_parser(verb).parse_args(argv)
+    # It warns of a missing kernel whenever peft imports it, also where nothing is in 4 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return int(importlib.import_module(f"vlm_sft.commands.{args.verb}").run(args))
     except VlmSftError as error:
