@@ -15,7 +15,7 @@ from PIL import Image
 from vlm_sft.data.demo.chart_questions import chart_questions
 from vlm_sft.data.demo.charts import random_chart
 from vlm_sft.data.demo.fonts import load_font
-from vlm_sft.model.pocket import curriculum
+from vlm_sft.model.pocket import curriculum, table_lessons
 from vlm_sft.model.pocket.canvas import (
     CHARACTER_CLASSES,
     CHARACTERS,
@@ -131,9 +131,9 @@ def test_no_question_on_a_chart_begins_as_those_of_the_demo_charts() -> None:
 def test_comparisons_are_right_and_of_every_kind() -> None:
     seen = set()
     for seed in range(60):
-        _, labels, values = curriculum._small_table(Random(seed), (96, 48))
+        _, labels, values = table_lessons.small_table(Random(seed), (96, 48))
         numbers = {label.lower(): int(value) for label, value in zip(labels, values, strict=True)}
-        for question, answer in curriculum.compare(Random(seed), (96, 48)).questions:
+        for question, answer in table_lessons.compare(Random(seed), (96, 48)).questions:
             sign = re.search(r"^(.+) ([<>]) (.+?)[?.]$", question)
             if not sign:
                 names = re.search(r": (.+?)(?:,| or| /) (.+?)[?.]$", question)

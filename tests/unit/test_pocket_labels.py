@@ -12,7 +12,6 @@ from vlm_sft.data.demo.vocabulary import COLOURS
 from vlm_sft.model.pocket.canvas import Canvas
 from vlm_sft.model.pocket.chart_lessons import chart, chart_labels, chart_marks
 from vlm_sft.model.pocket.labels import (
-    CHARACTERS,
     COLOUR_FACT,
     FACTS,
     LOOKS,
@@ -20,6 +19,7 @@ from vlm_sft.model.pocket.labels import (
     PLACE_FACT,
     RANK_FACTS,
     SPELLED_FIRST,
+    SPELLING_CHARACTERS,
     SPELLING_FACTS,
     UNKNOWN,
     VALUE_CHARACTERS,
@@ -69,7 +69,7 @@ def test_a_label_knows_its_first_and_last_letters_wherever_they_are_drawn() -> N
 
 def _letters(row: np.ndarray) -> str:
     """What one token's facts spell: a dot for the end, a question mark for characters that have no class."""
-    alphabet = "." + CHARACTERS + "?"
+    alphabet = "." + SPELLING_CHARACTERS + "?"
     return "".join(alphabet[one] for one in row if one != UNKNOWN)
 
 

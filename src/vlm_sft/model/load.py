@@ -213,10 +213,8 @@ def load_model(base: Base) -> Any:
         ),
         base.name,
     )
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would repack the weights at the first evaluation, with rounded scales, for good.
-            module.support_avx512bf16_for_cpu = False
+    if base.load_in_4bit:
+        _keep_scales(model)
     set_attention(model, base.function)
     trim_last_layer(model)
     fuse_modules(model)
@@ -233,6 +231,16 @@ def to_gpu(model: Any, base: Base, number: int) -> None:
     """
     if not base.load_in_4bit:
         model.to(f"cuda:{number}")
+
+
+def _keep_scales(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation, which rounds their scales for good.
+
+    It does so on processors with AVX512-BF16.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _in_4bit(base: Base) -> dict[str, Any]:

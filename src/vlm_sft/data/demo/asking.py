@@ -40,6 +40,13 @@ def plain(value: float) -> str:
     return str(int(rounded)) if rounded == int(rounded) else f"{rounded:.2f}".rstrip("0")
 
 
+def drawn_parts(spec: ChartSpec) -> int:
+    """How many bars, lines, slices or rows a chart has."""
+    if spec.chart_type == "line":
+        return len(spec.series)
+    return len(spec.categories) * (1 if spec.chart_type == "table" else len(spec.series))
+
+
 class Asker:
     """A chart, a source of randomness, and the phrases that questions are made of."""
 

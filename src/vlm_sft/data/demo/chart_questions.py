@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from vlm_sft.data.demo.asking import Asker, Question, plain
+from vlm_sft.data.demo.asking import Asker, Question, drawn_parts, plain
 from vlm_sft.data.demo.spec import ChartSpec
 
 Maker = Callable[[Asker], Question | None]
@@ -351,15 +351,14 @@ def _value_of_colour(ask: Asker) -> Question | None:
 
 
 def _how_many(ask: Asker) -> Question | None:
-    categories, series = len(ask.spec.categories), len(ask.spec.series)
+    categories = len(ask.spec.categories)
     if ask.rng.random() < 0.5:
         text = ask.text("How many {plural} are shown?", "How many {plural} are there?")
         return _question("structure", text, categories)
-    counts = {"line": series, "pie": categories, "table": categories}
     if ask.part == "row":
         return _question("structure", f"How many rows of {ask.spec.plural} does the table have?", categories)
     text = ask.text("How many {part}s are there in total?", "How many {part}s does the chart have?")
-    return _question("structure", text, counts.get(ask.spec.chart_type, categories * series))
+    return _question("structure", text, drawn_parts(ask.spec))
 
 
 def _title(ask: Asker) -> Question | None:

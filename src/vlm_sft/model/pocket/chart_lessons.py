@@ -12,7 +12,7 @@ from random import Random
 
 import numpy as np
 
-from vlm_sft.data.demo.asking import NAMED_PARTS, plain
+from vlm_sft.data.demo.asking import NAMED_PARTS, drawn_parts, plain
 from vlm_sft.data.demo.charts import SIZES, random_chart
 from vlm_sft.data.demo.drawing import draw_chart, mark_ends
 from vlm_sft.data.demo.sign_drawing import draw_sign
@@ -118,7 +118,7 @@ def chart_marks(spec: ChartSpec) -> list[tuple[tuple[int, int], Label]]:
 
 def _chosen(rng: Random, first: Pairs, rest: Pairs) -> tuple[tuple[str, str], ...]:
     """All of `first` and some of `rest`, in random order, QUESTIONS altogether where there are as many."""
-    pairs = first + rng.sample(rest, min(QUESTIONS - len(first), len(rest)))
+    pairs = [*first, *pick(rng, rest, QUESTIONS - len(first))]
     rng.shuffle(pairs)
     return tuple(pairs)
 
@@ -220,6 +220,11 @@ def against_level(
     ]
 
 
+def pick(rng: Random, pairs: Pairs, count: int) -> tuple[tuple[str, str], ...]:
+    """At most `count` of the pairs, in random order."""
+    return tuple(rng.sample(pairs, min(count, len(pairs))))
+
+
 def _extreme(rng: Random, spec: ChartSpec, words: Sequence[str]) -> str:
     """Ask which category is the largest, or the smallest."""
     form = rng.choice(("{word} {noun}?", "{noun} with the {word} number?", "{noun}: {word}?"))
@@ -267,9 +272,7 @@ def _structure(rng: Random, spec: ChartSpec) -> Pairs:
     ends = ("Upper", "Lower") if spec.chart_type in ("horizontal_bar", "table") else ("Left", "Right")
     if spec.chart_type != "pie":
         pairs += [(f"{ends[0]} end?", spec.categories[0]), (f"{ends[1]} end?", spec.categories[-1])]
-    drawn = len(spec.series) * (1 if spec.chart_type == "line" else len(spec.categories))
-    count = len(spec.categories) if spec.chart_type == "table" else drawn
-    pairs.append((f"{NAMED_PARTS[spec.chart_type].capitalize()}s: count?", str(count)))
+    pairs.append((f"{NAMED_PARTS[spec.chart_type].capitalize()}s: count?", str(drawn_parts(spec))))
     if spec.title:
         pairs.append((rng.choice(("Title?", "Read the headline.")), spec.title))
     return pairs

@@ -8,12 +8,10 @@ training refuses them.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from vlm_sft.data.demo.asking import plain
 from vlm_sft.data.demo.charts import LABEL_FONTS
 from vlm_sft.data.demo.fonts import fonts, text_width
 from vlm_sft.data.demo.vocabulary import COLOURS
@@ -22,20 +20,17 @@ from vlm_sft.model.pocket.canvas import KINDS, Canvas, Colour, Picture
 from vlm_sft.model.pocket.chart_lessons import (
     BOARD_SIZES,
     CHART_SIZES,
-    READ_VALUE,
-    against_level,
+    Pairs,
     board,
     chart,
-    compared,
+    pick,
     view,
 )
-from vlm_sft.model.pocket.labels import Label, label_targets
+from vlm_sft.model.pocket.table_lessons import Size, compare, different, labelled, lookup
 
 HELD_OUT_SEED = 1_000_000
 TOKEN_AREA_PX = 16 * 16
 TINY_SIZES = ((128, 112), (160, 96), (144, 112))  # of charts: smaller than in the demo set
-Size = tuple[int, int]
-Pairs = list[tuple[str, str]]
 Drawn = tuple[str, str, float, float]  # kind, colour, middle x and y in pixels
 
 READ_LINE = ("Read this.", "Read the text.", "What is written?", "Which word or number is this?")
@@ -77,10 +72,6 @@ def _fitting_size(font: str, text: str, width: int, wanted: int) -> int:
     while wanted > 9 and text_width(font, wanted, text) > width:
         wanted -= 1
     return wanted
-
-
-def _pick(rng: Random, pairs: Pairs, count: int) -> tuple[tuple[str, str], ...]:
-    return tuple(rng.sample(pairs, min(count, len(pairs))))
 
 
 def page(rng: Random, size: Size) -> Picture:
@@ -126,7 +117,7 @@ def line(rng: Random, size: Size) -> Picture:
     ]
     if name:
         pairs.append((rng.choice(("Colour of the text?", "Name the color of the letters.")), name))
-    return Picture("line", canvas.pixels(), ((read, text), *_pick(rng, pairs, 1)), canvas.slots())
+    return Picture("line", canvas.pixels(), ((read, text), *pick(rng, pairs, 1)), canvas.slots())
 
 
 def sign(rng: Random, size: Size) -> Picture:
@@ -156,7 +147,7 @@ def sign(rng: Random, size: Size) -> Picture:
     prices = [text for text in lines if text[0] == "$"]
     if len(prices) == 1:
         pairs.append(("Read the price.", prices[0]))
-    return Picture("sign", canvas.pixels(), _pick(rng, pairs, 4), canvas.slots())
+    return Picture("sign", canvas.pixels(), pick(rng, pairs, 4), canvas.slots())
 
 
 def listing(rng: Random, size: Size) -> Picture:
@@ -164,8 +155,8 @@ def listing(rng: Random, size: Size) -> Picture:
     paper, ink, name = _inks(rng)
     canvas, font, height = Canvas(*size, paper), rng.choice(fonts()), rng.choice((10, 11, 12, 13))
     count = max(2, min(rng.randint(2, 6), size[1] // (height + 4)))
-    labels = _different(rng, count, lambda: words.word(rng)[:8].strip())
-    values = _different(rng, count, lambda: words.number(rng))
+    labels = different(rng, count, lambda: words.word(rng)[:8].strip())
+    values = different(rng, count, lambda: words.number(rng))
     while height > 9 and _row_width(font, height, labels) + _row_width(font, height, values) > size[0] - 12:
         height -= 1
     column = 8 + _row_width(font, height, labels)
@@ -181,93 +172,13 @@ def listing(rng: Random, size: Size) -> Picture:
             (rng.choice(("Which number stands beside {}?", "Read the value of {}.", "{}?")).format(label), value)
         )
         pairs.append((rng.choice(("Which label has {}?", "Whose number is {}?")).format(value), label))
-    chosen = _pick(rng, pairs, 8)
-    return _labelled("listing", canvas, chosen, labels, values)
-
-
-def lookup(rng: Random, size: Size) -> Picture:
-    """A few short labels, each beside or below its value, and nothing else: to find the one is to answer by the other.
-
-    In charts that skill is needed together with many others; by itself it is learned first.
-    """
-    canvas, labels, values = _small_table(rng, size)
-    pairs = [(rng.choice(READ_VALUE).format(label), value) for label, value in zip(labels, values, strict=True)]
-    pairs += [(f"Owner of {value}?", label) for label, value in zip(labels, values, strict=True)]
-    return _labelled("lookup", canvas, _pick(rng, pairs, 6), labels, values)
-
-
-def compare(rng: Random, size: Size) -> Picture:
-    """The same pictures, and questions that compare two values, or all of them with a level."""
-    canvas, labels, values = _small_table(rng, size)
-    table = [(label, float(value)) for label, value in zip(labels, values, strict=True)]
-    pairs: Pairs = []
-    for _ in range(4):
-        pairs += compared(rng, table, "")
-    for _ in range(2):
-        pairs += against_level(rng, "labels", plain, table, "")
-    return _labelled("compare", canvas, _pick(rng, pairs, 12), labels, values)
-
-
-def _small_table(rng: Random, size: Size) -> tuple[Canvas, list[str], list[str]]:
-    """The drawing of `lookup`, with its labels and values."""
-    beside = size[0] > size[1] and rng.random() < 0.5
-    font, height = rng.choice(LABEL_FONTS)
-    count = rng.randint(2, size[1] // 16) if beside else rng.randint(2, min(5, size[0] // 24))
-    room = (size[0] - 6) / 2 if beside else size[0] / count - 3
-    labels = _different(rng, count, lambda: _short(rng, font, height, room))
-    values = _different(rng, count, lambda: str(rng.randrange(10 ** rng.randint(1, 3))))
-    canvas = Canvas(*size, (255, 255, 255))
-    for place, (label, value) in enumerate(zip(labels, values, strict=True)):
-        if beside:
-            spots = [(2, (place + 0.5) * size[1] / count), (size[0] / 2 + 4, (place + 0.5) * size[1] / count)]
-        else:
-            middle, top = (place + 0.5) * size[0] / count, rng.uniform(0.2, 0.6) * size[1]
-            spots = [
-                (middle - text_width(font, height, label) / 2, size[1] - height * 0.7),
-                (middle - text_width(font, height, value) / 2, top),
-            ]
-        for number, (text, (x, y)) in enumerate(zip((label, value), spots, strict=True)):
-            owner = number * count + place + 1
-            canvas.text(x, round(y + height * 0.36), text, font, height, (17, 17, 17), "black", owner)
-    return canvas, labels, values
-
-
-def _labelled(
-    task: str, canvas: Canvas, questions: tuple[tuple[str, str], ...], labels: Sequence[str], values: Sequence[str]
-) -> Picture:
-    """A picture of labels with one value each; on the canvas the numbers of the values follow those of the labels."""
-    ranks: list[tuple[int, ...]] = [()] * len(labels)
-    if all(value.isdigit() for value in values):
-        ranks = [(sum(int(other) > int(value) for other in values),) for value in values]
-    rows = list(zip(labels, values, ranks, strict=True))
-    owned = [Label(label, values=(value,), ranks=rank, order=order) for order, (label, value, rank) in enumerate(rows)]
-    owned += [Label(value, "value", (value,), ranks=rank, order=order) for order, (_, value, rank) in enumerate(rows)]
-    targets = label_targets(canvas.labels(), owned, questions)
-    return Picture(task, canvas.pixels(), questions, canvas.slots(), **targets)
-
-
-def _short(rng: Random, font: str, height: int, room: float) -> str:
-    """A label that fits `room` px: one or two letters, or the beginning of a word."""
-    if rng.random() < 0.4:
-        text = "".join(rng.choices(string.ascii_uppercase, k=rng.choice((1, 1, 2))))
-    else:
-        text = words.word(rng, 0.2)
-    while len(text) > 1 and text_width(font, height, text) > room:
-        text = text[:-1]
-    return text.strip()
+    chosen = pick(rng, pairs, 8)
+    return labelled("listing", canvas, chosen, labels, values)
 
 
 def _row_width(font: str, height: int, texts: Sequence[str]) -> int:
     """Width in pixels of the widest text."""
     return max(text_width(font, height, text) for text in texts)
-
-
-def _different(rng: Random, count: int, make: Callable[[], str]) -> list[str]:
-    """`count` different strings."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[make()] = None
-    return list(found)
 
 
 def shapes(rng: Random, size: Size) -> Picture:
@@ -288,7 +199,7 @@ def shapes(rng: Random, size: Size) -> Picture:
         taken.append((x, y, x + wide, y + high))
         drawn.append((kind, name, x + wide / 2, y + high / 2))
         canvas.shape(kind, taken[-1], paint, name)
-    return Picture("shapes", canvas.pixels(), _pick(rng, _shape_questions(rng, drawn, size), 6), canvas.slots())
+    return Picture("shapes", canvas.pixels(), pick(rng, _shape_questions(rng, drawn, size), 6), canvas.slots())
 
 
 def _shape_questions(rng: Random, drawn: list[Drawn], size: Size) -> Pairs:

@@ -23,9 +23,9 @@ VALUE_CHARACTERS = string.digits + ".,:%$-"
 VALUES_OF_LABEL = 3
 VALUE_LENGTH = 6
 SPELLED_FIRST, SPELLED_LAST = 5, 3  # characters of a label that are facts
-CHARACTERS = VALUE_CHARACTERS + string.ascii_lowercase + " "
+SPELLING_CHARACTERS = VALUE_CHARACTERS + string.ascii_lowercase + " "
 # Classes of one fact: of a character 0 is the end of the text, the last any other one; others are numbers from 0 on.
-FACT_CLASSES = 2 + len(CHARACTERS)
+FACT_CLASSES = 2 + len(SPELLING_CHARACTERS)
 # Rows of facts: characters of the values, colour, place, ranks of the values, order, characters of the label.
 COLOUR_FACT = VALUES_OF_LABEL * VALUE_LENGTH
 PLACE_FACT = COLOUR_FACT + 1
@@ -122,7 +122,8 @@ def facts_of_labels(shown: np.ndarray, labels: Sequence[Label]) -> np.ndarray:
 
 def _spelled(text: str, length: int) -> list[int]:
     """The classes of the first characters of a text and of its end, letter case aside, at most `length`."""
-    return [*(1 + CHARACTERS.index(one) if one in CHARACTERS else FACT_CLASSES - 1 for one in text.lower()), 0][:length]
+    places = (SPELLING_CHARACTERS.find(one) for one in text.lower())
+    return [*(1 + place if place >= 0 else FACT_CLASSES - 1 for place in places), 0][:length]
 
 
 def places_of_labels(shown: np.ndarray, labels: Sequence[Label], questions: Sequence[tuple[str, str]]) -> np.ndarray:
