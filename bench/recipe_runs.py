@@ -34,7 +34,7 @@ RECIPES = {  # in the order of their cost
 }
 AS_IS = "as is"
 REFERENCE = "reference"
-FORGETTING_RECIPE = "2epoch"
+FORGETTING_RECIPE = "best"  # the longest training forgets most
 LORA = {"lora_r": 16, "lora_alpha": 32, "target_modules": "q_proj,v_proj,o_proj"}
 NOTES = "bench.json"  # beside a run: how often it was interrupted
 # One value of the best recipe at a time, the others as they are; learning rates are multiples of the reference's.
@@ -64,7 +64,7 @@ class Settings:
         dataset: data sets in the grammar of `--dataset`.
         max_train, max_eval: questions of a training, and of each benchmark; None for all.
         seeds: one training each.
-        learning_rate: of the variant beside the recipes as they are; None for no variant.
+        learning_rate, global_batch_size: of the variant beside the recipes as they are; None for what the recipe has.
         launcher: the words before the verb, e.g. deepspeed --num_gpus=8 --module vlm_sft.
         flash_attn: pass `--flash_attn`.
         work_dir: folder of the runs and their cache.
@@ -76,9 +76,16 @@ class Settings:
     max_eval: int | None
     seeds: tuple[int, ...]
     learning_rate: float | None
+    global_batch_size: int | None
     launcher: tuple[str, ...]
     flash_attn: bool
     work_dir: Path
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The keys that the variant has otherwise than the recipe; empty where there is no variant."""
+        changes = {"learning_rate": self.learning_rate, "global_batch_size": self.global_batch_size}
+        return {key: value for key, value in changes.items() if value is not None}
 
     @property
     def benchmarks(self) -> list[str]:
@@ -146,22 +153,24 @@ def label(overrides: dict[str, Any]) -> str:
 
 
 def recipe_arms(settings: Settings) -> list[Arm]:
-    """All five recipes, as they are and with another learning rate; with several data sets also the first one alone."""
-    variants: list[dict[str, Any]] = [{}]
-    if settings.learning_rate is not None:
-        variants.append({"learning_rate": settings.learning_rate})
+    """All five recipes, as they are and changed to the model's size; with several data sets also the first one alone.
+
+    That is trained as the last variant only: as they are, the recipes move a small model too little to forget.
+    """
+    variants: list[dict[str, Any]] = [{}, *([settings.changes] if settings.changes else [])]
     arms = [Arm("recipe", name, label(changed), changed, settings.dataset)
             for changed in variants for name in RECIPES]  # fmt: skip
     first, *others = settings.dataset.split(",")
     if others:
-        arms += [Arm("first_only", FORGETTING_RECIPE, label(changed), changed, first) for changed in variants]
+        changed = variants[-1]
+        arms.append(Arm("first_only", FORGETTING_RECIPE, label(changed), changed, first))
     return arms
 
 
 def ablation_arms(settings: Settings) -> list[Arm]:
     """The best recipe, and the best recipe with one value changed."""
     rate = settings.learning_rate or Arm("ablation", "best", REFERENCE, {}, settings.dataset).values()["learning_rate"]
-    common = {"learning_rate": settings.learning_rate} if settings.learning_rate is not None else {}
+    common = settings.changes
     rates = [{"learning_rate": float(f"{factor * rate:.3g}")} for factor in LEARNING_RATE_FACTORS]
     arms = [Arm("ablation", "best", REFERENCE, common, settings.dataset)]
     return arms + [

@@ -1,7 +1,7 @@
 r"""All five recipes measured: trained, evaluated and compared with what they cost.
 
-    python bench/recipes.py --max_train 1000 --max_eval 300 --learning_rate 2e-3    pocket on the demo mixture
-    python bench/recipes.py --dataset easy_vqa …                                    pocket on easy-VQA
+    python bench/recipes.py --max_train 4500 --learning_rate 1e-3 --global_batch_size 16    pocket on the demo mixture
+    python bench/recipes.py --dataset easy_vqa …                                            pocket on easy-VQA
     python bench/recipes.py --base_model Qwen/Qwen2.5-VL-7B-Instruct --dataset chartqa,textvqa --flash_attn \\
         --launcher "deepspeed --num_gpus=8 --module vlm_sft"                         the real thing
     python bench/recipes.py --ablation …     the best recipe with one value changed at a time
@@ -37,6 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_eval", type=int, metavar="N", help="questions a benchmark (default: all)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings a row (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, metavar="X", help="every recipe also with this learning rate")
+    parser.add_argument("--global_batch_size", type=int, metavar="N", help="… and with so many questions a step")
     parser.add_argument("--ablation", action="store_true", help="the best recipe with one value changed at a time")
     parser.add_argument("--flash_attn", action="store_true", help="pass --flash_attn to every command")
     parser.add_argument("--launcher", metavar="WORDS", help="what starts vlm_sft (default: this Python, one process)")
@@ -51,7 +52,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """The settings, with the place of the runs filled in."""
     settings = Settings(
         base_model=args.base_model, dataset=args.dataset, max_train=args.max_train, max_eval=args.max_eval,
-        seeds=tuple(range(1, args.seeds + 1)), learning_rate=args.learning_rate,
+        seeds=tuple(range(1, args.seeds + 1)),
+        learning_rate=args.learning_rate, global_batch_size=args.global_batch_size,
         launcher=tuple(shlex.split(args.launcher)) if args.launcher else default_launcher(),
         flash_attn=args.flash_attn, work_dir=args.work_dir or Path(),
     )  # fmt: skip

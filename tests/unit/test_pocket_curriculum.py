@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import subprocess
@@ -151,6 +152,56 @@ def test_comparisons_are_right_and_of_every_kind() -> None:
                 assert answer == ("Yes" if (numbers[first] > level if over else numbers[first] < level) else "No")
             seen.add(first if " " in first else second.isdigit())
     assert seen == {"max", "min", "count the labels", True, False}
+
+
+def test_sums_and_differences_are_right_and_differences_not_negative() -> None:
+    seen = set()
+    for seed in range(30):
+        _, labels, values = table_lessons.small_table(Random(seed), (96, 48), 2)
+        numbers = {label.lower(): int(value) for label, value in zip(labels, values, strict=True)}
+        for question, answer in table_lessons.add(Random(seed), (96, 48)).questions:
+            asked = re.fullmatch(r"(.+) ([+-]) (.+)\?", question.lower())
+            assert asked, question
+            one, sign, other = asked.groups()
+            assert int(answer) == numbers[one] + (numbers[other] if sign == "+" else -numbers[other]) >= 0
+            seen.add(sign)
+    assert seen == {"+", "-"}
+
+
+GRID = {"Oslo": {"tea": 40, "milk": 7, "jam": 93}, "Rome": {"tea": 12, "milk": 88, "jam": 5}}
+COMPARE = {"<": operator.lt, ">": operator.gt, "+": operator.add, "-": operator.sub}
+
+
+def _from_grid(question: str) -> str:
+    """The answer to a question about GRID, found from its words alone."""
+    named = re.findall(r"Oslo|Rome|tea|milk|jam", question)
+    heads, sides = [name for name in named if name in GRID], [name for name in named if name not in GRID]
+    if len(heads) == 2 and not sides:
+        return str(sum(GRID[heads[0]][side] > GRID[heads[1]][side] for side in GRID["Oslo"]))
+    values = [GRID[head][side] for head in heads for side in sides]
+    if level := re.search(r"([<>]) (\d+)", question):
+        if question.startswith("Count"):
+            return str(sum(COMPARE[level[1]](value, int(level[2])) for value in GRID[heads[0]].values()))
+        return "Yes" if COMPARE[level[1]](values[0], int(level[2])) else "No"
+    if sign := re.search(r" ([<>+-]) ", question):
+        found = COMPARE[sign[1]](*values)
+        return {True: "Yes", False: "No"}.get(found, str(found)) if sign[1] in "<>" else str(found)
+    if len(values) == 1:
+        return str(values[0])
+    chosen = (max if re.search("More|greater", question) else min)(values)
+    return (heads if len(heads) == 2 else sides)[values.index(chosen)]
+
+
+def test_questions_on_a_grid_have_the_answers_of_its_cells() -> None:
+    columns = [list(column.values()) for column in GRID.values()]
+    pairs = {
+        pair for seed in range(60) for pair in table_lessons._grid_questions(
+            Random(seed), list(GRID), list(GRID["Oslo"]), columns
+        )
+    }  # fmt: skip
+    assert [(question, answer) for question, answer in sorted(pairs) if answer != _from_grid(question)] == []
+    kinds = {re.sub(r"Oslo|Rome|tea|milk|jam|\d+", "", question) for question, _ in pairs}
+    assert len(pairs) > 150 and len(kinds) >= 14
 
 
 def test_the_map_of_characters_follows_the_text() -> None:

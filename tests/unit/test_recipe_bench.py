@@ -33,6 +33,7 @@ from vlm_sft.recipe.load import overrides_from, read_recipe
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(
     base_model="pocket", dataset="demo_charts,demo_text", max_train=64, max_eval=8, seeds=(1, 2), learning_rate=2e-3,
+    global_batch_size=None,
     launcher=(sys.executable, "-m", "vlm_sft"), flash_attn=False, work_dir=Path("work"),
 )  # fmt: skip
 
@@ -42,10 +43,14 @@ def test_rows_of_the_recipes() -> None:
     assert [(arm.kind, arm.recipe, arm.variant) for arm in arms] == [
         *(("recipe", name, "as is") for name in RECIPES),
         *(("recipe", name, "learning_rate 0.002") for name in RECIPES),
-        ("first_only", "2epoch", "as is"),
-        ("first_only", "2epoch", "learning_rate 0.002"),
+        ("first_only", "best", "learning_rate 0.002"),
     ]
-    assert {arm.dataset for arm in arms[-2:]} == {"demo_charts"}
+    assert arms[-1].dataset == "demo_charts"
+    plain = recipe_arms(replace(SETTINGS, learning_rate=None))
+    assert [arm.variant for arm in plain] == ["as is"] * 6 and plain[-1].kind == "first_only"
+    small_steps = recipe_arms(replace(SETTINGS, global_batch_size=16))[-1]
+    assert small_steps.variant == "learning_rate 0.002, global_batch_size 16"
+    assert small_steps.values()["global_batch_size"] == 16
     alone = recipe_arms(replace(SETTINGS, dataset="easy_vqa", learning_rate=None))
     assert [arm.kind for arm in alone] == ["recipe"] * 5
     assert len({arm.folder(Path("x"), seed) for arm in arms for seed in (1, 2)}) == 2 * len(arms)
@@ -71,7 +76,7 @@ def test_what_a_row_is_compared_with() -> None:
                 for index, arm in enumerate(arms)]  # fmt: skip
     assert partners[:5] == [None, *arms[:4]]
     assert partners[5:10] == [None, *arms[5:9]]
-    assert partners[10:] == [arms[2], arms[7]]
+    assert partners[10:] == [arms[9]]
 
 
 @pytest.mark.parametrize(("recipe", "limit", "questions"), [("smoketest", 64, 64), ("smoketest", None, 512),

@@ -12,7 +12,7 @@ KINDS = {
     "demo_text": ("demo_text",),
     "demo": ("demo_charts", "demo_text"),
 }
-COUNTS = {"train": 4000, "validation": 300, "test": 1000}  # questions of each kind
+COUNTS = {"train": 8000, "validation": 300, "test": 1000}  # questions of each kind
 SEED = 0  # fixed: the demo sets are the same for every run and every model
 
 

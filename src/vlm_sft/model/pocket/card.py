@@ -24,8 +24,7 @@ Questions and pictures that were never in training; {rule}.
 
 demo_charts and demo_text are the synthetic benchmarks of this package in their own wording; of the ten answers of
 demo_text only the most common one counts here. In training pocket meets other charts and signs of the same generator.
-On signs it is asked in the benchmark's words too, on charts in other and fewer words only ("Oak > 30?"), and nothing
-that takes adding.
+On signs it is asked in the benchmark's words too, on charts in other and fewer words only ("Oak > 30?", "Oak + Elm?").
 
 ## Training
 

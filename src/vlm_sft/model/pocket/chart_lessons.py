@@ -49,6 +49,14 @@ def view(rng: Random, size: tuple[int, int]) -> Picture:
     return _chart("view", random_chart(rng, size=size), None)
 
 
+def series_chart(rng: Random, size: tuple[int, int]) -> Picture:
+    """A chart with several series, with up to ten questions."""
+    spec = random_chart(rng, size=size)
+    while len(spec.series) == 1:
+        spec = random_chart(rng, size=size)
+    return _chart("chart", spec, rng)
+
+
 def _chart(task: str, spec: ChartSpec, rng: Random | None) -> Picture:
     """The picture of a chart, with questions if there is an `rng` to choose them by."""
     labels = chart_labels(spec)
@@ -175,6 +183,7 @@ def _single(rng: Random, spec: ChartSpec) -> Pairs:
         pairs += compared(rng, table, "")
     for _ in range(2):
         pairs += against_level(rng, spec.plural, spec.printed, table, "")
+        pairs += added(rng, table, "")
     if len(table) > 3:
         ranked = sorted(table, key=lambda one: one[1], reverse=True)
         pairs += [(f"Second {spec.noun} of all?", ranked[1][0]), (f"Last {spec.noun} but one of all?", ranked[-2][0])]
@@ -220,6 +229,22 @@ def against_level(
     ]
 
 
+def added(rng: Random, table: Sequence[tuple[str, float]], where: str) -> Pairs:
+    """The sum or the difference of two values; `where` as in `compared`."""
+    (one, first), (other, second) = rng.sample(table, 2)
+    if rng.random() < 0.5:
+        return [(f"{one} + {other}{where}?", plain(first + second))]
+    if second > first:
+        one, other = other, one
+    return [(f"{one} - {other}{where}?", plain(abs(first - second)))]
+
+
+def wins(rng: Random, table: Sequence[tuple[str, Sequence[float]]]) -> Pairs:
+    """In how many places one of two series is larger."""
+    (one, first), (other, second) = rng.sample(table, 2)
+    return [(f"Count {one} > {other}.", str(sum(a > b for a, b in zip(first, second, strict=True))))]
+
+
 def pick(rng: Random, pairs: Pairs, count: int) -> tuple[tuple[str, str], ...]:
     """At most `count` of the pairs, in random order."""
     return tuple(rng.sample(pairs, min(count, len(pairs))))
@@ -251,13 +276,13 @@ def _several(rng: Random, spec: ChartSpec) -> Pairs:
         *compared(rng, table, where),
         *compared(rng, table, where),
         *against_level(rng, spec.plural, spec.printed, table, where),
+        *added(rng, table, where),
     ]
     for index in rng.sample(range(len(spec.categories)), 2):
         column = [(one.name, one.values[index]) for one in spec.series]
         pairs += compared(rng, column, f", {spec.categories[index]}")
-    one, other = rng.sample(spec.series, 2)
-    wins = sum(first > second for first, second in zip(one.values, other.values, strict=True))
-    pairs.append((f"Count {one.name} > {other.name}.", str(wins)))
+    pairs += added(rng, column, f", {spec.categories[index]}")
+    pairs += wins(rng, [(one.name, one.values) for one in spec.series])
     entries = "Legend: count?" if spec.legend != "none" else "Columns: count?"
     return [*pairs, (entries, str(len(spec.series)))]
 

@@ -24,9 +24,10 @@ from vlm_sft.model.pocket.chart_lessons import (
     board,
     chart,
     pick,
+    series_chart,
     view,
 )
-from vlm_sft.model.pocket.table_lessons import Size, compare, different, labelled, lookup
+from vlm_sft.model.pocket.table_lessons import Size, add, compare, different, grid, labelled, lookup
 
 HELD_OUT_SEED = 1_000_000
 TOKEN_AREA_PX = 16 * 16
@@ -248,10 +249,14 @@ LESSONS = {
     "listing": Lesson(listing, ((128, 64), (128, 96), (160, 112)), 240),
     "lookup": Lesson(lookup, ((48, 32), (64, 32), (64, 48), (96, 48), (128, 48)), 200),
     "compare": Lesson(compare, ((48, 32), (64, 32), (64, 48), (96, 48), (128, 48)), 200),
+    "add": Lesson(add, ((48, 32), (64, 32), (64, 48), (96, 48)), 200),
+    "grid": Lesson(grid, ((96, 48), (112, 64), (128, 64)), 240),
     "shapes": Lesson(shapes, ((64, 64),), 192),
     "tiny chart": Lesson(chart, TINY_SIZES, 400),
     "small chart": Lesson(chart, CHART_SIZES[:2], 400),
     "chart": Lesson(chart, CHART_SIZES, 400),
+    "tiny series": Lesson(series_chart, TINY_SIZES, 400),
+    "series": Lesson(series_chart, CHART_SIZES, 400),
     "tiny view": Lesson(view, TINY_SIZES, 600),
     "view": Lesson(view, CHART_SIZES, 500),
     "board": Lesson(board, BOARD_SIZES, 240),
@@ -285,7 +290,16 @@ STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (42.5, _ASKED_AGAIN | {"tiny view": 0.7, "view": 0.7, "chart": 4, "line": 2.5, "board": 1, "listing": 0.8}),
     (60.0, {"compare": 9, "tiny chart": 3, "chart": 3, "line": 1.2, "board": 0.8, "tiny view": 0.7, "view": 0.7}),
     (62.4, {"compare": 2.5, "tiny chart": 4, "chart": 5, "line": 1.2, "board": 0.6, "tiny view": 0.4, "view": 0.4}),
-)
+    (65.8, {
+        "add": 4, "grid": 4, "compare": 0.5, "tiny series": 2, "series": 1, "tiny chart": 1, "chart": 1, "line": 1.2,
+        "sign": 0.5, "board": 0.4, "listing": 0.5, "shapes": 0.5,
+    }),
+    (68.4, {
+        "add": 1.5, "grid": 1.5, "compare": 0.4, "tiny series": 1.5, "series": 2, "tiny chart": 2, "chart": 3,
+        "line": 2, "sign": 0.6, "board": 0.6, "listing": 0.6, "shapes": 0.7, "tiny view": 0.3, "view": 0.3,
+    }),
+    (71.2, {"line": 8, "sign": 1, "grid": 1, "tiny series": 1, "series": 1.5, "chart": 3, "board": 1, "shapes": 0.5}),
+)  # fmt: skip
 
 
 def lesson_weights(step: int) -> dict[str, float]:

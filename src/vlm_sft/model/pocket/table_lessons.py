@@ -1,4 +1,4 @@
-"""The lessons of pocket on small tables: find, compare. Imports chart_lessons, canvas, labels, words.
+"""The lessons of pocket on small tables: find, compare, add. Imports chart_lessons, canvas, labels, words.
 
 In charts these skills are needed together with many others; by itself, on a picture with nothing else, one is learned
 in a tenth of the time, and it carries over.
@@ -16,11 +16,14 @@ from vlm_sft.data.demo.fonts import text_width
 from vlm_sft.model.pocket import words
 from vlm_sft.model.pocket.canvas import Canvas, Picture
 from vlm_sft.model.pocket.chart_lessons import (
+    READ_CELL,
     READ_VALUE,
     Pairs,
+    added,
     against_level,
     compared,
     pick,
+    wins,
 )
 from vlm_sft.model.pocket.labels import Label, label_targets
 
@@ -51,14 +54,67 @@ def compare(rng: Random, size: Size) -> Picture:
     return labelled("compare", canvas, pick(rng, pairs, 12), labels, values)
 
 
-def small_table(rng: Random, size: Size) -> tuple[Canvas, list[str], list[str]]:
-    """The drawing of `lookup`, with its labels and values."""
+def add(rng: Random, size: Size) -> Picture:
+    """The same pictures with values of one or two digits, and their sums and differences."""
+    canvas, labels, values = small_table(rng, size, 2)
+    table = [(label, float(value)) for label, value in zip(labels, values, strict=True)]
+    pairs = [pair for _ in range(12) for pair in added(rng, table, "")]
+    return labelled("add", canvas, pick(rng, list(dict.fromkeys(pairs)), 12), labels, values)
+
+
+def grid(rng: Random, size: Size) -> Picture:
+    """Numbers in rows and columns that both have names: one of them, two in a row or a column, a whole column."""
+    font, height = rng.choice(LABEL_FONTS)
+    columns, rows = rng.randint(2, size[0] // 32), rng.randint(2, size[1] // 16 - 1)
+    wide, high = size[0] / (columns + 1), size[1] / (rows + 1)
+    names = different(rng, columns + rows, lambda: _short(rng, font, height, wide - 4))
+    heads, sides = names[:columns], names[columns:]
+    longest = rng.randint(2, 3)
+    values = [int(text) for text in different(rng, columns * rows, lambda: str(rng.randrange(10**longest)))]
+    table = [values[place * rows :][:rows] for place in range(columns)]
+    labels = [Label(head, "series", place=place) for place, head in enumerate(heads)]
+    for order, side in enumerate(sides):
+        row = [column[order] for column in table]
+        ranks = [sum(other > value for other in column) for value, column in zip(row, table, strict=True)]
+        labels.append(Label(side, "category", [str(value) for value in row], ranks=ranks, order=order))
+        labels += [
+            Label(str(value), "value", [str(value)], "", place, [rank], order)
+            for place, (value, rank) in enumerate(zip(row, ranks, strict=True))
+        ]
+    canvas = Canvas(*size, (255, 255, 255))
+    for number, label in enumerate(labels, start=1):
+        across, down = (0 if place is None else place + 1 for place in (label.place, label.order))
+        x = 2 if across == 0 else (across + 0.5) * wide - text_width(font, height, label.text) / 2
+        y = (down + 0.5) * high + height * 0.36
+        canvas.text(round(x), round(y), label.text, font, height, INK, "black", number)
+    questions = pick(rng, _grid_questions(rng, heads, sides, table), 12)
+    targets = label_targets(canvas.labels(), labels, questions)
+    return Picture("grid", canvas.pixels(), questions, canvas.slots(), **targets)
+
+
+def _grid_questions(rng: Random, heads: Sequence[str], sides: Sequence[str], table: Sequence[Sequence[float]]) -> Pairs:
+    """Questions about `table`, a list of values for every head; the words are those of charts with several series."""
+    pairs: Pairs = []
+    for _ in range(4):
+        place, order = rng.randrange(len(heads)), rng.randrange(len(sides))
+        form = rng.choice(READ_CELL)
+        pairs.append((form.format(label=sides[order], series=heads[place]), plain(table[place][order])))
+        column = list(zip(sides, table[place], strict=True))
+        row = list(zip(heads, (one[order] for one in table), strict=True))
+        pairs += [*compared(rng, column, f", {heads[place]}"), *compared(rng, row, f", {sides[order]}")]
+    pairs += added(rng, column, f", {heads[place]}") + added(rng, row, f", {sides[order]}")
+    pairs += against_level(rng, "labels", plain, column, f", {heads[place]}")
+    return list(dict.fromkeys([*pairs, *wins(rng, list(zip(heads, table, strict=True)))]))
+
+
+def small_table(rng: Random, size: Size, longest: int = 3) -> tuple[Canvas, list[str], list[str]]:
+    """The drawing of `lookup`, with its labels and its values of up to `longest` digits."""
     beside = size[0] > size[1] and rng.random() < 0.5
     font, height = rng.choice(LABEL_FONTS)
     count = rng.randint(2, size[1] // 16) if beside else rng.randint(2, min(5, size[0] // 24))
     room = (size[0] - 6) / 2 if beside else size[0] / count - 3
     labels = different(rng, count, lambda: _short(rng, font, height, room))
-    values = different(rng, count, lambda: str(rng.randrange(10 ** rng.randint(1, 3))))
+    values = different(rng, count, lambda: str(rng.randrange(10 ** rng.randint(1, longest))))
     canvas = Canvas(*size, (255, 255, 255))
     for place, (label, value) in enumerate(zip(labels, values, strict=True)):
         if beside:
