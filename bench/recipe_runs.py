@@ -169,12 +169,12 @@ def recipe_arms(settings: Settings) -> list[Arm]:
 
 def ablation_arms(settings: Settings) -> list[Arm]:
     """The best recipe, and the best recipe with one value changed."""
-    rate = settings.learning_rate or Arm("ablation", "best", REFERENCE, {}, settings.dataset).values()["learning_rate"]
-    common = settings.changes
+    reference = Arm("ablation", "best", REFERENCE, settings.changes, settings.dataset)
+    rate = reference.values()["learning_rate"]
     rates = [{"learning_rate": float(f"{factor * rate:.3g}")} for factor in LEARNING_RATE_FACTORS]
-    arms = [Arm("ablation", "best", REFERENCE, common, settings.dataset)]
-    return arms + [
-        Arm("ablation", "best", label(changed), common | changed, settings.dataset) for changed in (*rates, *ABLATIONS)
+    return [reference] + [
+        Arm("ablation", "best", label(changed), settings.changes | changed, settings.dataset)
+        for changed in (*rates, *ABLATIONS)
     ]
 
 

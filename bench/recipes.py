@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_eval", type=int, metavar="N", help="questions a benchmark (default: all)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings a row (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, metavar="X", help="every recipe also with this learning rate")
-    parser.add_argument("--global_batch_size", type=int, metavar="N", help="… and with so many questions a step")
+    parser.add_argument("--global_batch_size", type=int, metavar="N", help="… with so many questions a step")
     parser.add_argument("--ablation", action="store_true", help="the best recipe with one value changed at a time")
     parser.add_argument("--flash_attn", action="store_true", help="pass --flash_attn to every command")
     parser.add_argument("--launcher", metavar="WORDS", help="what starts vlm_sft (default: this Python, one process)")

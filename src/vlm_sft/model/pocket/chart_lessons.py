@@ -21,7 +21,7 @@ from vlm_sft.data.demo.signs import SIGN_TYPES, random_sign
 from vlm_sft.data.demo.signs import SIZES as SIGN_SIZES
 from vlm_sft.data.demo.spec import ChartSpec
 from vlm_sft.model.pocket.canvas import Picture, Record
-from vlm_sft.model.pocket.labels import Label, label_targets
+from vlm_sft.model.pocket.labels import Label, label_targets, rank
 
 CHART_SIZES = SIZES
 BOARD_SIZES = SIGN_SIZES
@@ -105,11 +105,8 @@ def chart_labels(spec: ChartSpec) -> list[Label]:
 
 
 def _ranks(spec: ChartSpec) -> list[list[int]]:
-    """How many values of the same series are larger: a list for every category with one for every series."""
-    return [
-        [sum(other > one.values[index] for other in one.values) for one in spec.series]
-        for index in range(len(spec.categories))
-    ]
+    """The rank of each value in its series: a list for every category with one for every series."""
+    return [[rank(one.values[index], one.values) for one in spec.series] for index in range(len(spec.categories))]
 
 
 def chart_marks(spec: ChartSpec) -> list[tuple[tuple[int, int], Label]]:
@@ -119,8 +116,8 @@ def chart_marks(spec: ChartSpec) -> list[tuple[tuple[int, int], Label]]:
         for index, (value, end) in enumerate(zip(one.values, ends, strict=True)):
             paint = spec.category_paints[index] if spec.category_paints else one.paint
             several = place if len(spec.series) > 1 else None
-            rank, colour = ranks[index][place : place + 1], paint.name if paint else ""
-            marks.append((end, Label("", "value", [plain(value)], colour, several, rank, index)))
+            own, colour = ranks[index][place : place + 1], paint.name if paint else ""
+            marks.append((end, Label("", "value", [plain(value)], colour, several, own, index)))
     return marks
 
 
@@ -205,7 +202,7 @@ def _colours(rng: Random, spec: ChartSpec, table: Sequence[tuple[str, float]]) -
 
 
 def compared(rng: Random, table: Sequence[tuple[str, float]], where: str) -> Pairs:
-    """Two questions that compare two values; `where` ends them: " in May" or nothing."""
+    """Two questions that compare two values; `where` ends them: ", May" or nothing."""
     (one, first), (other, second) = rng.sample(table, 2)
     larger, smaller = (one, other) if first > second else (other, one)
     over = rng.random() < 0.5

@@ -62,6 +62,11 @@ class Label:
     order: int | None = None
 
 
+def rank(value: float, values: Sequence[float]) -> int:
+    """How many of the values are larger."""
+    return sum(other > value for other in values)
+
+
 def label_targets(
     shown: np.ndarray, labels: Sequence[Label], questions: Sequence[tuple[str, str]]
 ) -> dict[str, np.ndarray]:

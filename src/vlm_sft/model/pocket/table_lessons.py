@@ -25,7 +25,7 @@ from vlm_sft.model.pocket.chart_lessons import (
     pick,
     wins,
 )
-from vlm_sft.model.pocket.labels import Label, label_targets
+from vlm_sft.model.pocket.labels import Label, label_targets, rank
 
 INK = (17, 17, 17)
 Size = tuple[int, int]
@@ -75,11 +75,11 @@ def grid(rng: Random, size: Size) -> Picture:
     labels = [Label(head, "series", place=place) for place, head in enumerate(heads)]
     for order, side in enumerate(sides):
         row = [column[order] for column in table]
-        ranks = [sum(other > value for other in column) for value, column in zip(row, table, strict=True)]
+        ranks = [rank(value, column) for value, column in zip(row, table, strict=True)]
         labels.append(Label(side, "category", [str(value) for value in row], ranks=ranks, order=order))
         labels += [
-            Label(str(value), "value", [str(value)], "", place, [rank], order)
-            for place, (value, rank) in enumerate(zip(row, ranks, strict=True))
+            Label(str(value), "value", [str(value)], "", place, [own], order)
+            for place, (value, own) in enumerate(zip(row, ranks, strict=True))
         ]
     canvas = Canvas(*size, (255, 255, 255))
     for number, label in enumerate(labels, start=1):
@@ -137,10 +137,11 @@ def labelled(
     """A picture of labels with one value each; on the canvas the numbers of the values follow those of the labels."""
     ranks: list[tuple[int, ...]] = [()] * len(labels)
     if all(value.isdigit() for value in values):
-        ranks = [(sum(int(other) > int(value) for other in values),) for value in values]
+        numbers = [int(value) for value in values]
+        ranks = [(rank(number, numbers),) for number in numbers]
     rows = list(zip(labels, values, ranks, strict=True))
-    owned = [Label(label, values=(value,), ranks=rank, order=order) for order, (label, value, rank) in enumerate(rows)]
-    owned += [Label(value, "value", (value,), ranks=rank, order=order) for order, (_, value, rank) in enumerate(rows)]
+    owned = [Label(label, values=(value,), ranks=own, order=order) for order, (label, value, own) in enumerate(rows)]
+    owned += [Label(value, "value", (value,), ranks=own, order=order) for order, (_, value, own) in enumerate(rows)]
     targets = label_targets(canvas.labels(), owned, questions)
     return Picture(task, canvas.pixels(), questions, canvas.slots(), **targets)
 
