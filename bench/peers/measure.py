@@ -7,12 +7,13 @@ where the language model runs, patches where the vision tower runs, supervised t
 from __future__ import annotations
 
 import functools
+import math
 import re
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,10 @@ def install() -> None:
     _before(qwen.Qwen2_5_VisionTransformerPretrainedModel, _count_vision)
     _before(qwen.Qwen2_5_VLTextModel, _count_language)
     _before(qwen.Qwen2_5_VLModel, _count_tokens)
+    with suppress(ImportError):  # a head that is no module of its own, in one of the sides
+        from vlm_sft.model import vocabulary
+
+        _before(vocabulary, _count_rows, "token_losses")
     train = Trainer.train
 
     @functools.wraps(train)
@@ -153,17 +158,18 @@ def _wrap_loading(owner: type) -> None:
     owner.from_pretrained = classmethod(timed)  # type: ignore[attr-defined]
 
 
-def _before(owner: type, count: Callable[..., None]) -> None:
-    """Call `count` with the meter and the arguments before every forward pass of a class."""
-    original = owner.forward  # type: ignore[attr-defined]
+def _before(owner: Any, count: Callable[..., None], name: str = "forward") -> None:
+    """Call `count` with the meter and the arguments before every forward pass of a class, or another function."""
+    original = getattr(owner, name)
+    own = int(isinstance(owner, type))  # the module itself comes before the arguments
 
     @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         for meter in _active:
-            count(meter, args, kwargs)
-        return original(self, *args, **kwargs)
+            count(meter, args[own:], kwargs)
+        return original(*args, **kwargs)
 
-    owner.forward = forward  # type: ignore[attr-defined]
+    setattr(owner, name, counted)
 
 
 def _count_vision(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -186,6 +192,11 @@ def _count_tokens(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is not None:
         meter.add(seen_image_tokens=int((ids == IMAGE_TOKEN).sum()), seen_padding=int((ids == PAD_TOKEN).sum()))
+
+
+def _count_rows(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Count the rows that go through the vocabulary projection."""
+    meter.add(head_rows=args[0].shape[:-1].numel())
 
 
 def _attach(trainer: Any, meter: Meter) -> None:
@@ -260,10 +271,21 @@ def _watch_loss(trainer: Any, meter: Meter) -> None:
 
 
 def _count_head(model: Any, meter: Meter) -> None:
-    """Count the rows that go through the vocabulary projection."""
+    """Count the rows that go through the head."""
     head = model.get_output_embeddings()
     if head is not None:
-        head.register_forward_pre_hook(lambda _, args: meter.add(head_rows=args[0].shape[:-1].numel()))
+        head.register_forward_pre_hook(lambda _, args: _count_rows(meter, args, {}))
+
+
+def product_flops() -> dict[Any, Callable[..., int]]:
+    """FLOPs of products that torch does not count by itself: oneDNN's, by the shapes of rows and weight."""
+    import torch
+
+    def flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(rows) * int(weight[0])
+
+    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return {} if operator is None else {operator: flops}
 
 
 def matrix_peak() -> float:

@@ -74,7 +74,7 @@ def main() -> int:
     side, warm, timed = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["jobs"]
     program: Any = importlib.import_module(f"peers.{side}_sft")
     measure.install()
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=measure.product_flops())
     first = measure.Meter(total_flops=counter.get_total_flops)
     with counter, measure.measuring(first):
         program.train(Job(**warm))

@@ -141,8 +141,8 @@ def spoil_loss(monkeypatch: Any, when: Callable[[int, list[str]], bool], value: 
         current["step"] = step
         return real(batch, mode, step)
 
-    def token_losses(logits: torch.Tensor, batch: Any) -> torch.Tensor:
-        losses = sound(logits, batch)
+    def token_losses(model: Any, batch: Any, mode: Any) -> torch.Tensor:
+        losses = sound(model, batch, mode)
         if when(current["step"], batch.sample_ids):
             first = batch.target_branch == 1
             losses = losses + torch.where(first, value, 0.0)

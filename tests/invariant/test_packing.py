@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.questions import PROMPT, questions
 from tests.tiny_models import build
 from vlm_sft.data.encode import Encoder
-from vlm_sft.data.packing import Bundle, EpochPlanner, GroupLengths, Step, bundle_tokens, global_batches
+from vlm_sft.data.order import global_batches
+from vlm_sft.data.packing import Bundle, EpochPlanner, GroupLengths, Step, bundle_tokens
 from vlm_sft.data.prepared import PreparedData, StepDataset
 from vlm_sft.errors import DataError
 
@@ -133,6 +134,28 @@ def test_the_cap_holds_while_there_are_other_images(sizes: list[int], batch_size
             assert max(counts.values()) <= allowed
         left -= counts
     assert not +left
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=120), st.integers(1, 40), st.integers(0, 3))
+def test_fitting_bundles_into_batches_cuts_fewer_of_them(sizes: list[int], batch_size: int, epoch: int) -> None:
+    """Never more images in two batches than there are ends of batches; none where questions come one an image."""
+    batches = global_batches(sizes, batch_size, 0, epoch)
+    pieces = Counter(bundle.group for batch in batches for bundle in batch)
+    least = {group: -(-size // batch_size) for group, size in enumerate(sizes)}
+    assert sum(pieces[group] - least[group] for group in pieces) <= len(batches) - 1
+    assert [sum(len(bundle.questions) for bundle in batch) for batch in batches[:-1]] == [batch_size] * (
+        len(batches) - 1
+    )
+
+
+def test_images_with_few_questions_are_computed_in_one_step_each() -> None:
+    sizes = [1 + number % 3 for number in range(600)]
+    batches = global_batches(sizes, 16, 5, 0)
+    assert sum(len(batch) for batch in batches) == len(sizes), "an image stands in two batches"
+    drawn = [bundle.group for batch in batches for bundle in batch]
+    assert drawn != sorted(drawn)
+    assert drawn != [bundle.group for batch in global_batches(sizes, 16, 5, 1) for bundle in batch]
 
 
 def test_one_image_never_fills_a_batch_under_a_cap() -> None:

@@ -257,7 +257,7 @@ def test_a_question_and_a_picture_change_nothing_elsewhere(family: str, kind: fa
     def losses(*samples: list[Sample]) -> tuple[PackedBatch, torch.Tensor]:
         batch = pack(bundles, [encoder.encode(members) for members in samples])
         with torch.no_grad(), prefix.packed(batch, mode, 0):
-            return batch, prefix.token_losses(prefix.forward(model, batch, mode).logits, batch)
+            return batch, prefix.token_losses(model, batch, mode)
 
     batch, before = losses(first, second)
     asked = [replace(first[1], question=first[1].question.swapcase()), *first[2:]]

@@ -105,7 +105,7 @@ def test_keyed_dropout_does_not_see_the_packing(recipe: dict[str, Any]) -> None:
         batch = collate(list(bundles), groups)
         mode = declared_mode(model)
         with prefix.packed(batch, mode, 5):
-            scores = prefix.token_losses(prefix.forward(model, batch, mode).logits, batch)
+            scores = prefix.token_losses(model, batch, mode)
             return scores.detach(), gradients(model, scores.sum())
 
     together, summed = losses(Bundle(0, (0, 2)), Bundle(1, (1,)))

@@ -70,7 +70,7 @@ def test_dropout_of_the_last_layer_goes_with_its_rows() -> None:
         model.train()
         batch = pack([Bundle(0, (0, 1, 2))], [encoder.encode(questions(0, 3))])
         with prefix.packed(batch, PackMode(), 7):
-            loss = prefix.token_losses(prefix.forward(model, batch, PackMode()).logits, batch).sum()
+            loss = prefix.token_losses(model, batch, PackMode()).sum()
             loss.backward()
         found.append([loss.detach(), *(value.grad for value in model.parameters() if value.grad is not None)])
     for trimmed_value, whole in zip(found[1], found[0], strict=True):

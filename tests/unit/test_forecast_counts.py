@@ -72,7 +72,7 @@ def test_parameters_and_operations(family: str) -> None:
     batch, mode, work = pack_of(model.train(), encoder)
     assert work.tokens == batch.tokens and work.supervised == len(batch.targets)
     with sdpa_kernel(SDPBackend.MATH), prefix.packed(batch, mode, 0), FlopCounterMode(display=False) as counter:
-        loss = prefix.token_losses(prefix.forward(model, batch, mode).logits, batch).sum()
+        loss = prefix.token_losses(model, batch, mode).sum()
         forward = counter.get_total_flops()
         loss.backward()
     tower = counts.tower_flops(shape, work.visual, work.visual_squares)
@@ -98,7 +98,7 @@ def test_activations_are_what_autograd_keeps(dropout: float) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), prefix.packed(batch, mode, 0):
-        prefix.token_losses(prefix.forward(model, batch, mode).logits, batch).sum()
+        prefix.token_losses(model, batch, mode).sum()
     setting = Setting(shape, Adapter(4, TARGETS, dropout > 0), 4, False, RATES)
     said = memory.activation_bytes(setting, work) + memory.logit_bytes(setting, work.supervised)
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

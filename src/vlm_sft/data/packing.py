@@ -1,4 +1,4 @@
-"""The plan of an epoch: which questions make each global batch, and how they are packed. Pure; imports numpy only.
+"""The plan of an epoch: which questions make each global batch, and how they are packed. Pure; imports data.order.
 
 A plan is a function of (lengths, batch size, seed, epoch). The number of ranks and the token budget only decide how a
 global batch is cut into packs, so 1, 2 and 8 devices follow the same optimisation.
@@ -6,14 +6,12 @@ global batch is cut into packs, so 1, 2 and 8 devices follow the same optimisati
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import overload
+from typing import Any
 
-import numpy as np
-
+from vlm_sft.data.order import Batches, Bundle, EpochOrder, global_batches
 from vlm_sft.errors import DataError
 
 
@@ -33,19 +31,6 @@ class GroupLengths:
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
-    """Some questions of one image that are computed together behind one prefix.
-
-    Attributes:
-        group: index of the image.
-        questions: indices of the questions within the image, in the order in which they are packed.
-    """
-
-    group: int
-    questions: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Step:
     """One optimizer step.
 
@@ -60,138 +45,6 @@ class Step:
     supervised: int
 
 
-def global_batches(
-    sizes: Sequence[int], batch_size: int, seed: int, epoch: int, max_questions_per_image: int | None = None
-) -> list[list[Bundle]]:
-    """Draw the global batches of one epoch.
-
-    The questions of an image are shuffled and cut into bundles of at most `max_questions_per_image`; the bundles are
-    shuffled; batches are filled in that order, and a bundle that does not fit goes on in the next batch. Under a cap,
-    a bundle whose image would exceed it waits for the next batch.
-
-    Args:
-        sizes: number of questions of each image.
-        batch_size: questions of one global batch; the last one of an epoch may be smaller.
-        seed, epoch: they alone decide the order.
-        max_questions_per_image: cap on the questions of one image in one batch; None for no cap. It is raised where
-            there are too few images to fill a batch, and exceeded where too few are left at the end of the epoch.
-
-    Returns:
-        Batches in the order of training; every question of every image exactly once.
-    """
-    cap = batch_size
-    if max_questions_per_image is not None:
-        images = max(1, sum(size > 0 for size in sizes))
-        cap = min(cap, max(max_questions_per_image, -(-batch_size // images)))
-    order = EpochOrder.draw(sizes, cap, seed, epoch)
-    if cap == batch_size:
-        return list(_Batches(order, batch_size))
-    queue = deque(order.bundles(0, len(order.groups)))
-    batches = []
-    while queue:
-        batches.append(_next_batch(queue, batch_size, cap))
-    return batches
-
-
-@dataclass(frozen=True, slots=True)
-class EpochOrder:
-    """The questions of an epoch in the order in which batches are filled.
-
-    Attributes:
-        groups: (questions,) index of each question's image.
-        questions: (questions,) its index within the image.
-        places: (questions,) number of its bundle in the order of the bundles.
-    """
-
-    groups: np.ndarray
-    questions: np.ndarray
-    places: np.ndarray
-
-    @classmethod
-    def draw(cls, sizes: Sequence[int], cap: int, seed: int, epoch: int) -> EpochOrder:
-        """Shuffle the questions of each image, cut them into bundles of at most `cap`, and shuffle the bundles.
-
-        Args:
-            sizes: number of questions of each image.
-            cap: questions of the largest bundle.
-            seed, epoch: they alone decide the order.
-        """
-        random = np.random.default_rng([seed, epoch])
-        counts = np.asarray(sizes, dtype=np.int64)
-        groups = np.repeat(np.arange(len(counts)), counts)
-        firsts = np.cumsum(counts) - counts
-        number = np.arange(len(groups)) - np.repeat(firsts, counts)
-        # Sorted by image and then by a random key: a shuffle within each image, for all images at once.
-        questions = number[np.argsort(groups + random.random(len(groups)), kind="stable")]
-        begins = np.flatnonzero(number % cap == 0)
-        order = random.permutation(len(begins))
-        lengths = np.diff(np.append(begins, len(groups)))[order]
-        moved = begins[order] - (np.cumsum(lengths) - lengths)
-        by_place = np.repeat(moved, lengths) + np.arange(len(groups))
-        return cls(groups[by_place], questions[by_place], np.repeat(np.arange(len(order)), lengths))
-
-    def bundles(self, start: int, stop: int) -> list[Bundle]:
-        """The questions from `start` to before `stop`, those of one bundle together."""
-        places = self.places[start:stop]
-        cuts = np.flatnonzero(np.diff(places)) + start + 1
-        ends = [*cuts.tolist(), start + len(places)]
-        return [
-            Bundle(int(self.groups[begin]), tuple(self.questions[begin:end].tolist()))
-            for begin, end in zip([start, *ends], ends, strict=False)
-        ]
-
-
-class _Batches(Sequence[list[Bundle]]):
-    """Batches of consecutive questions, each made when it is asked for, so that any of them is there at once."""
-
-    def __init__(self, order: EpochOrder, batch_size: int) -> None:
-        self._order, self._size = order, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self._order.groups) // self._size)
-
-    @overload
-    def __getitem__(self, index: int) -> list[Bundle]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[list[Bundle]]: ...
-
-    def __getitem__(self, index: int | slice) -> list[Bundle] | list[list[Bundle]]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
-        return self._order.bundles(number * self._size, (number + 1) * self._size)
-
-
-def _next_batch(queue: deque[Bundle], batch_size: int, cap: int) -> list[Bundle]:
-    """Take one batch from the front of the queue; bundles that have to wait are put back there, in their order."""
-    batch: list[Bundle] = []
-    waiting: list[Bundle] = []
-    counts: Counter[int] = Counter()
-    room = batch_size
-
-    def take(bundle: Bundle, most: int) -> None:
-        nonlocal room
-        size = min(room, most)
-        part, rest = bundle.questions[:size], bundle.questions[size:]
-        if part:
-            batch.append(Bundle(bundle.group, part))
-        if rest:
-            waiting.append(Bundle(bundle.group, rest))
-        counts[bundle.group] += len(part)
-        room -= len(part)
-
-    while room and queue:
-        bundle = queue.popleft()
-        take(bundle, cap - counts[bundle.group])
-    # Where room is left, all others are at the cap: a full batch is worth more than the cap.
-    passed_over, waiting = deque(waiting), []
-    while room and passed_over:
-        take(passed_over.popleft(), batch_size)
-    queue.extendleft(reversed([*waiting, *passed_over]))
-    return batch
-
-
 def pack_batch(
     bundles: Sequence[Bundle],
     lengths: Sequence[GroupLengths],
@@ -201,8 +54,9 @@ def pack_batch(
 ) -> tuple[tuple[tuple[Bundle, ...], ...], ...]:
     """Cut one global batch into packs of at most `tokens_per_pack` tokens, the same number of packs on every rank.
 
-    Longest-processing-time first: each bundle goes to the pack that has the fewest tokens so far. A bundle that alone
-    exceeds a limit is cut between questions; a single question that exceeds the budget gets a pack of its own.
+    Longest-processing-time first: each bundle goes to the pack that has the fewest tokens so far; then bundles are
+    exchanged while that makes the largest pack smaller. A bundle that alone exceeds a limit is cut between questions;
+    a single question that exceeds the budget gets a pack of its own.
 
     Args:
         bundles: the batch.
@@ -217,23 +71,66 @@ def pack_batch(
     most = max_questions_per_pack or sum(len(bundle.questions) for bundle in bundles)
     pieces = [piece for bundle in bundles for piece in _cut(bundle, lengths[bundle.group], tokens_per_pack, most)]
     pieces = _at_least(pieces, world_size)
-    costs = [bundle_tokens(piece, lengths[piece.group]) for piece in pieces]
-    order = sorted(range(len(pieces)), key=lambda index: (-costs[index], index))
+    tokens = sum(bundle_tokens(piece, lengths[piece.group]) for piece in pieces)
     questions = sum(len(piece.questions) for piece in pieces)
-    rounds = max(1, -(-sum(costs) // (tokens_per_pack * world_size)), -(-questions // (most * world_size)))
+    rounds = max(1, -(-tokens // (tokens_per_pack * world_size)), -(-questions // (most * world_size)))
     while True:
-        packs: list[list[Bundle]] = [[] for _ in range(rounds * world_size)]
-        loads, counts = [0] * len(packs), [0] * len(packs)
-        for index in order:
-            size = len(pieces[index].questions)
-            target = min(range(len(packs)), key=lambda pack: (counts[pack] + size > most, loads[pack], pack))
-            packs[target].append(pieces[index])
-            loads[target] += costs[index]
-            counts[target] += size
-        within = all(load <= tokens_per_pack or len(pack) == 1 for load, pack in zip(loads, packs, strict=True))
-        if (within and max(counts) <= most) or rounds * world_size >= len(pieces):
+        packs = _distributed(pieces, lengths, rounds * world_size, most)
+        sizes = [sum(bundle_tokens(piece, lengths[piece.group]) for piece in pack) for pack in packs]
+        within = all(size <= tokens_per_pack or len(pack) == 1 for size, pack in zip(sizes, packs, strict=True))
+        most_asked = max(sum(len(piece.questions) for piece in pack) for pack in packs)
+        if (within and most_asked <= most) or rounds * world_size >= len(pieces):
             return tuple(tuple(tuple(pack) for pack in packs[rank::world_size]) for rank in range(world_size))
         rounds += 1
+
+
+def _distributed(
+    pieces: Sequence[Bundle], lengths: Sequence[GroupLengths], count: int, most: int
+) -> list[list[Bundle]]:
+    """Share pieces out over so many packs, levelled by their tokens."""
+    costs = [bundle_tokens(piece, lengths[piece.group]) for piece in pieces]
+    packs: list[list[Bundle]] = [[] for _ in range(count)]
+    loads, counts = [0] * count, [0] * count
+    for index in sorted(range(len(pieces)), key=lambda index: (-costs[index], index)):
+        size = len(pieces[index].questions)
+        target = min(range(count), key=lambda pack: (counts[pack] + size > most, loads[pack], pack))
+        packs[target].append(pieces[index])
+        loads[target] += costs[index]
+        counts[target] += size
+    if max(counts) <= most:
+        _level(packs, lengths, most)
+    return packs
+
+
+def _level(packs: list[list[Bundle]], lengths: Sequence[GroupLengths], most: int) -> None:
+    """Exchange a bundle of the largest pack for a smaller one, or for none, of another pack while that levels the two.
+
+    Args:
+        packs: changed in place.
+        lengths: token counts of every image.
+        most: cap on the questions of one pack, which no exchange exceeds.
+    """
+    sizes = [[(bundle_tokens(piece, lengths[piece.group]), len(piece.questions)) for piece in pack] for pack in packs]
+    for _ in range(4 * len(packs)):
+        loads = [sum(tokens for tokens, _ in pack) for pack in sizes]
+        counts = [sum(questions for _, questions in pack) for pack in sizes]
+        full = loads.index(max(loads))
+        best = (loads[full], -1, -1, -1)
+        for other in range(len(packs)):
+            gap = loads[full] - loads[other]
+            for give, (tokens, questions) in enumerate(sizes[full]):
+                for take, (back, fewer) in enumerate([*sizes[other], (0, 0)]):
+                    moved, asked = tokens - back, questions - fewer
+                    if 0 < moved < gap and counts[other] + asked <= most and counts[full] - asked <= most:
+                        best = min(best, (max(loads[full] - moved, loads[other] + moved), other, give, take))
+        _, other, give, take = best
+        if other < 0:
+            return
+        for rows in (packs, sizes):
+            given: Any = rows[full].pop(give)
+            if take < len(rows[other]):
+                rows[full].append(rows[other].pop(take))  # type: ignore[arg-type]
+            rows[other].append(given)
 
 
 def _one_bundle_a_pack(
@@ -339,8 +236,8 @@ class EpochPlanner:
     def batches(self, epoch: int) -> Sequence[list[Bundle]]:
         """The global batches of one epoch; what `step_of` packs. A batch is made when it is asked for."""
         if self.max_questions_per_image is None:
-            order = EpochOrder.draw(self._sizes, self.global_batch_size, self.seed, epoch)
-            return _Batches(order, self.global_batch_size)
+            size = self.global_batch_size
+            return Batches(EpochOrder.draw(self._sizes, size, size, self.seed, epoch), size)
         return global_batches(self._sizes, self.global_batch_size, self.seed, epoch, self.max_questions_per_image)
 
     def step_of(self, bundles: list[Bundle]) -> Step:

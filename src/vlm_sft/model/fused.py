@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vlm_sft.model.gated import fuse_gated
+
 _CHECKED_ROWS, _TOLERANCE = 3, 1e-5
 _FEW_ROWS = 32  # beyond it both products take as long
 _EXACT = (torch.float32, torch.float64)  # half precision rounds in between, where the modules say
@@ -47,7 +49,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def fuse_modules(model: torch.nn.Module) -> int:
     """Change the modules of a model that have a faster form; returns how many were changed."""
-    return fuse_norms(model) + fuse_patches(model) + fuse_head(model)
+    return fuse_norms(model) + fuse_patches(model) + fuse_head(model) + fuse_gated(model)
 
 
 def fuse_patches(model: torch.nn.Module) -> int:

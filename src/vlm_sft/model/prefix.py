@@ -1,8 +1,8 @@
 """The forward pass of a pack: positions, attention layout, images in, logits of supervised positions out.
 
-Imports data.collate and model.{attention,dropout,families,features,trim}. The mathematics is that of separate
-sequences: every question sees its own image prefix and itself, its positions restart right after the prefix, and the
-vocabulary projection runs only where a supervised token is predicted.
+Imports data.collate and model.{attention,dropout,families,features,trim,vocabulary}. The mathematics is that of
+separate sequences: every question sees its own image prefix and itself, its positions restart right after the prefix,
+and the vocabulary projection runs only where a supervised token is predicted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.data.collate import PackedBatch
+from vlm_sft.model import vocabulary
 from vlm_sft.model.attention import PackLayout, branch_mask, pack_layout
 from vlm_sft.model.dropout import dropout_keys
 from vlm_sft.model.families import PackMode, family_of, masks_for
@@ -106,6 +107,13 @@ def forward(model: torch.nn.Module, batch: PackedBatch, mode: PackMode, **extra:
     extra.setdefault("use_cache", False)
     if not mode.shares:
         return model(logits_to_keep=batch.predict, **separate_inputs(model, batch), **extra)
+    # 0 keeps all: a trimmed model has nothing but these rows behind its last layer.
+    kept = 0 if is_trimmed(unwrap(model)) else batch.predict
+    return model(logits_to_keep=kept, **shared_inputs(model, batch, mode), **extra)
+
+
+def shared_inputs(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) -> dict[str, Any]:
+    """The arguments of a model, or of the inner model without its head, for a pack of shared images."""
     base = unwrap(model)
     types = {"mm_token_type_ids": batch.prefix_types[None]} if family_of(base.config).token_types else {}
 
@@ -115,16 +123,13 @@ def forward(model: torch.nn.Module, batch: PackedBatch, mode: PackMode, **extra:
         # One row keeps transformers from building a mask of its own; the attention function follows the layout.
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.group.device)
 
-    return model(
-        input_ids=batch.input_ids,
-        attention_mask=masks_for(base.config, mask),
-        position_ids=position_ids(model, batch),
-        # 0 keeps all: a trimmed model has nothing but these rows behind its last layer.
-        logits_to_keep=0 if is_trimmed(base) else batch.predict,
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": masks_for(base.config, mask),
+        "position_ids": position_ids(model, batch),
         **types,
         **image_inputs(batch),
-        **extra,
-    )
+    }
 
 
 def separate_inputs(model: torch.nn.Module, batch: PackedBatch) -> dict[str, torch.Tensor]:
@@ -139,7 +144,24 @@ def separate_inputs(model: torch.nn.Module, batch: PackedBatch) -> dict[str, tor
     return {"input_ids": batch.input_ids, "attention_mask": mask, **named, **image_inputs(batch)}
 
 
-def token_losses(logits: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """Cross entropy of each supervised token in nats, (S,), computed in float32 or better."""
-    scores = logits.squeeze(0)
+def token_losses(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) -> torch.Tensor:
+    """Run the model on one pack, inside `packed(…)`, and compare it with the answers.
+
+    Where the model is trimmed and its head is frozen on a CPU, the losses are computed without the scores
+    (`model/vocabulary.py`).
+
+    Args:
+        model: the model, wrapped or not.
+        batch: the pack, with answers, on the model's device.
+        mode: as in `forward`.
+
+    Returns:
+        (S,), cross entropy of each supervised token in nats, computed in float32 or better.
+    """
+    base = unwrap(model)
+    head = base.get_output_embeddings()
+    if mode.shares and is_trimmed(base) and vocabulary.is_covered(head):
+        hidden = base.model(use_cache=False, **shared_inputs(model, batch, mode))[0]
+        return vocabulary.token_losses(hidden[0], head, batch.targets)
+    scores = forward(model, batch, mode).logits.squeeze(0)
     return F.cross_entropy(scores.float() if scores.dtype != torch.float64 else scores, batch.targets, reduction="none")

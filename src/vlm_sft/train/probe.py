@@ -178,7 +178,7 @@ class Probe:
             def forward(pack: Pack = pack) -> None:
                 batch = collate(pack, data).to(self.device)
                 with prefix.packed(batch, self.mode, 0), self.precision():
-                    prefix.token_losses(prefix.forward(self.model, batch, self.mode).logits, batch)
+                    prefix.token_losses(self.model, batch, self.mode)
 
             took = self._timed(forward)
             if not index:  # the first one warms up

@@ -75,7 +75,7 @@ class StepGradients:
         try:
             with prefix.packed(pack, self.mode, self.step):
                 with self.precision():
-                    token_losses = prefix.token_losses(prefix.forward(self.model, pack, self.mode).logits, pack)
+                    token_losses = prefix.token_losses(self.model, pack, self.mode)
                     loss = token_losses.sum() * (pack.weight * self.scale)
                 gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         except torch.OutOfMemoryError:

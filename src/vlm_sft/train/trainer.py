@@ -198,7 +198,7 @@ class PackTrainer(CheckpointTrainer):
             try:
                 with prefix.packed(pack, self._mode, self.state.global_step):
                     with self.compute_loss_context_manager():
-                        losses = prefix.token_losses(prefix.forward(model, pack, self._mode).logits, pack)
+                        losses = prefix.token_losses(model, pack, self._mode)
                         loss = losses.sum() * (pack.weight * scale)
                     total += loss.detach().float()
                     tokens.append((pack, losses.detach()))
@@ -296,7 +296,7 @@ class PackTrainer(CheckpointTrainer):
             for pack in read.packs:
                 batch = pack.to(self.args.device)
                 with prefix.packed(batch, self._mode, 0), self.compute_loss_context_manager():
-                    losses = prefix.token_losses(prefix.forward(model, batch, self._mode).logits, batch)
+                    losses = prefix.token_losses(model, batch, self._mode)
                 sums += pack.weight * torch.stack([losses.double().sum(), losses.new_tensor(len(losses)).double()])
         total = self.accelerator.reduce(sums, reduction="sum")
         return float(total[0] / total[1])
