@@ -136,9 +136,7 @@ def check(case: Case, bundles: list[Bundle], mode: PackMode) -> None:
     set_attention(case.model.get_base_model(), SHARED_SDPA if mode.kind == "blockwise" else "sdpa")
     batch = case.batch(*bundles)
     with undiminished(), prefix.packed(batch, mode, 0):
-        logits = prefix.forward(case.model, batch, mode).logits
-        assert logits.shape[:2] == (1, len(batch.targets))
-        scores = F.cross_entropy(logits[0], batch.targets, reduction="none")
+        scores = prefix.token_losses(case.model, batch, mode)
         found = gradients(case.model, scores.sum())
     asked = [(bundle.group, number) for bundle in bundles for number in bundle.questions]
     limit = TOLERANCE[case.dtype]
@@ -251,6 +249,8 @@ def test_a_question_and_a_picture_change_nothing_elsewhere(family: str, kind: fa
     model, encoder = tiny(family, torch.float32, SHARED_SDPA if kind == "blockwise" else "sdpa")
     mode = families.declared_mode(model.get_base_model().config, kind)
     assert mode is not None
+    trim_last_layer(model.get_base_model())
+    assert fuse_modules(model.get_base_model()) > 0
     first, second = questions(0, 4), questions(1, 3)
     bundles = [Bundle(0, (0, 1, 2, 3)), Bundle(1, (0, 1, 2))]
 

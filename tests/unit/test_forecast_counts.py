@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,8 +29,10 @@ from vlm_sft.forecast.time import Setting
 from vlm_sft.model import prefix
 from vlm_sft.model.adapt import add_lora, parameter_counts, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
+from vlm_sft.model.gated import fuse_gated
 from vlm_sft.model.load import set_attention
 from vlm_sft.model.sharing import choose_mode
+from vlm_sft.model.trim import trim_last_layer
 
 TARGETS = ("q_proj", "v_proj", "o_proj")
 RATES = Rates("test", 1e12, 1e11, 1e-6, 10**10, False, "made up", 1.3)
@@ -83,9 +86,13 @@ def test_parameters_and_operations(family: str) -> None:
     assert said == pytest.approx(counter.get_total_flops(), rel=2e-3)
 
 
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_activations_are_what_autograd_keeps(dropout: float) -> None:
+def test_activations_are_what_autograd_keeps(dropout: float, gpu: bool) -> None:
+    """On a CPU with the fused modules that run there; what runs on a GPU is the model without them."""
     model, encoder = adapted("qwen2_5_vl", dropout)
+    assert trim_last_layer(model.get_base_model())
+    assert gpu or fuse_gated(model) > 0
     batch, mode, work = pack_of(model.train(), encoder)
     shape = model_shape(model.get_base_model().config.to_dict())
     assert shape is not None
@@ -99,7 +106,8 @@ def test_activations_are_what_autograd_keeps(dropout: float) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), prefix.packed(batch, mode, 0):
         prefix.token_losses(model, batch, mode).sum()
-    setting = Setting(shape, Adapter(4, TARGETS, dropout > 0), 4, False, RATES)
+    setting = Setting(shape, Adapter(4, TARGETS, dropout > 0), 4, False, replace(RATES, gpu=gpu))
+    assert (setting.scored, setting.blockwise_mlp) == (gpu, not gpu)
     said = memory.activation_bytes(setting, work) + memory.logit_bytes(setting, work.supervised)
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert said == pytest.approx(real, rel=0.2)

@@ -17,6 +17,7 @@ NORM_VALUES = 4  # hidden vectors a token and layer: the input of two norms, and
 NORM_VALUES_HALF = 8  # in bfloat16 both are float32 copies
 ATTENTION_VALUES = 4  # queries, keys, values (repeated for every head) and the output
 GATE_VALUES = 3  # gate, activated gate, up
+GATE_VALUES_BLOCKWISE = 2  # gate and up
 LOGIT_VALUES = 3  # float32 scores, their probabilities and the gradient
 # QLoRA (Dettmers et al. 2023): half a byte a weight, a byte for the scale of 64, 4 bytes for the scale of 256 scales.
 FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
@@ -74,7 +75,10 @@ def activation_bytes(setting: Setting, work: Work) -> float:
     layer = _layer_bytes(setting) * work.tokens
     if setting.checkpointing:
         return text.layers * work.tokens * text.hidden * size + layer
-    return text.layers * layer
+    if not setting.trimmed:
+        return text.layers * layer
+    rows = _layer_bytes(setting) * work.supervised
+    return (text.layers - 1) * layer + _keys_bytes(setting) * work.tokens + rows
 
 
 def _layer_bytes(setting: Setting) -> float:
@@ -86,14 +90,28 @@ def _layer_bytes(setting: Setting) -> float:
     inputs = sum(inputs for inputs, _ in modules) * (2 if adapter.dropout else 1)
     ranks = sum(adapter.r for _ in modules)
     attention = ATTENTION_VALUES * text.heads * text.head_dim
-    kept = norms + attention + GATE_VALUES * text.intermediate
+    gate = GATE_VALUES_BLOCKWISE if setting.blockwise_mlp else GATE_VALUES
+    kept = norms + attention + gate * text.intermediate
     if adapter.everything:
         kept += 2 * text.hidden + text.heads * text.head_dim + text.intermediate
     return (kept + inputs + ranks) * size
 
 
+def _keys_bytes(setting: Setting) -> float:
+    """Bytes that a trimmed last layer keeps for every token, whether it predicts or not: what keys and values need."""
+    text, adapter = setting.model.text, setting.adapter
+    norms = (NORM_VALUES if setting.value_bytes == 4 else NORM_VALUES_HALF) / 2 * text.hidden
+    adapted = {"q_proj", "k_proj", "v_proj"} & set(adapter.targets)
+    modules = [text.linears[name] for name in adapted]
+    inputs = sum(inputs for inputs, _ in modules) * (2 if adapter.dropout else 1)
+    attention = ATTENTION_VALUES / 2 * text.heads * text.head_dim
+    return (norms + inputs + adapter.r * len(modules) + attention) * setting.value_bytes
+
+
 def logit_bytes(setting: Setting, supervised: float) -> float:
-    """Bytes of the scores of supervised positions with their gradient."""
+    """Bytes of the scores of supervised positions with their gradient; without scores, of their hidden states' one."""
+    if not setting.scored:
+        return setting.model.text.hidden * supervised * setting.value_bytes
     return setting.model.text.vocabulary * supervised * (setting.value_bytes + 4 * LOGIT_VALUES)
 
 

@@ -34,6 +34,9 @@ IMAGE_LAUNCHES = 24  # of attention, an image and layer
 TOWER_LAUNCHES = 200  # a layer and call
 TOWER_PASSES = 60  # values a patch and layer
 LOGIT_PASSES = 12  # of the loss, a vocabulary entry and position, 4-byte numbers
+# The same where blocks of the MLP and of the vocabulary stay in the processor's cache.
+INNER_PASSES_BLOCKWISE, LOGIT_PASSES_BLOCKWISE = 2, 4
+WHOLE = {"gemma3", "paligemma"}  # families whose last layer and head are not trimmed (`model/trim.py`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +59,37 @@ class Setting:
     rates: Rates
     four_bit: bool = False
 
+    @property
+    def blockwise(self) -> bool:
+        """Whether frozen gated MLPs are computed in blocks (`model/gated.py`): in float32 on a CPU."""
+        return not self.rates.gpu and self.value_bytes == 4 and not self.adapter.everything
+
+    @property
+    def blockwise_mlp(self) -> bool:
+        """Whether that holds for the language model's MLPs: none of their projections has an adapter."""
+        return self.blockwise and not {"gate_proj", "up_proj", "down_proj"} & set(self.adapter.targets)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the scores of answer tokens exist as a whole; else `model/vocabulary.py` goes block by block."""
+        return not (self.blockwise and self.trimmed)
+
+    @property
+    def trimmed(self) -> bool:
+        """Whether the last layer computes only keys and values where no answer token is predicted."""
+        return self.model.kind not in WHOLE
+
 
 def _simple_bytes(setting: Setting, work: Work, dropout: bool) -> float:
     """Bytes that the simple operations of a forward pass read and write."""
     text, adapter = setting.model.text, setting.adapter
     modules = adapter.modules(setting.model)
-    values = HIDDEN_PASSES * text.hidden + HEAD_PASSES * text.heads * text.head_dim + INNER_PASSES * text.intermediate
+    inner = INNER_PASSES_BLOCKWISE if setting.blockwise_mlp else INNER_PASSES
+    values = HIDDEN_PASSES * text.hidden + HEAD_PASSES * text.heads * text.head_dim + inner * text.intermediate
     values += LORA_PASSES * sum(outputs for _, outputs in modules)
     masks = DROPOUT_PASSES * 4 * sum(inputs for inputs, _ in modules) if dropout and adapter.dropout else 0
-    logits = LOGIT_PASSES * 4 * text.vocabulary * work.supervised
+    passes = LOGIT_PASSES if setting.scored else LOGIT_PASSES_BLOCKWISE
+    logits = passes * 4 * text.vocabulary * work.supervised
     return text.layers * work.tokens * (values * setting.value_bytes + masks) + logits
 
 
