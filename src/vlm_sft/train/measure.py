@@ -13,7 +13,7 @@ from vlm_sft.forecast.hardware import Rates, find_device, table_rates
 from vlm_sft.forecast.shapes import ModelShape
 from vlm_sft.record import device_name
 
-MEASURE_SECONDS = 0.6  # in all
+MEASURE_SECONDS = 0.3  # in all
 TOKENS = 1024  # rows of the products that are measured
 FRESH_MEMORY = 4.0  # times as long takes an operation on a CPU whose result lies in memory that was just asked for
 MEASURED_SPREAD = 1.35
