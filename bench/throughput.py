@@ -1,8 +1,8 @@
 """Training speed of this package and of its peers on the same rows, model, LoRA and batch, on a CPU.
 
     python bench/throughput.py [--sides ours,trl,llamafactory,msswift] [--cases chartqa,easy_vqa,k1]
-        [--shapes small,medium] [--rounds N] [--epochs N] [--peer_epochs N] [--questions N] [--batch N]
-        [--micro_batch N] [--threads N] [--data DIR] [--envs DIR] [--work_dir DIR]
+        [--shapes small,medium] [--rounds N] [--rounds_of SIDE=N,…] [--epochs N] [--peer_epochs N] [--questions N]
+        [--batch N] [--micro_batch N] [--threads N] [--data DIR] [--envs DIR] [--work_dir DIR]
     python bench/throughput.py --tables     writes the tables into bench/README.md from the result files
 
 Every training is a process of its own, its result a file in the work folder: a command that was interrupted goes on
@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", default=",".join(benchcases.CASES), help="rows (default: %(default)s)")
     parser.add_argument("--shapes", default="small,medium", help="tiny, small, medium (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="how often each side trains (default: %(default)s)")
+    parser.add_argument("--rounds_of", default="", help="fewer rounds of some sides, e.g. trl=1,llamafactory=1")
     parser.add_argument("--epochs", type=int, default=6, help="passes of our side (default: %(default)s)")
     parser.add_argument("--peer_epochs", type=int, default=1, help="passes of a peer; its time over all epochs is then "
                         "extrapolated from them (default: %(default)s)")  # fmt: skip
@@ -65,6 +66,13 @@ def parse() -> argparse.Namespace:
         if unknown := sorted(set(values) - set(known)):
             parser.error(f"--{name} {','.join(unknown)}: not one of {', '.join(known)}")
         setattr(args, name, values)
+    try:
+        pairs = (one.split("=") for one in args.rounds_of.split(",") if one)
+        args.rounds_of = {side: int(count) for side, count in pairs}
+    except ValueError:
+        parser.error(f"--rounds_of {args.rounds_of}: not of the form SIDE=N,SIDE=N")
+    if unknown := sorted(set(args.rounds_of) - set(SIDES)):
+        parser.error(f"--rounds_of {','.join(unknown)}: not one of {', '.join(SIDES)}")
     args.work_dir = args.work_dir or args.envs / "work"
     return args
 
@@ -151,7 +159,7 @@ def measure(args: argparse.Namespace, case: str, shape: str) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
     for number in range(1, args.rounds + 1):
-        for side in args.sides:
+        for side in (side for side in args.sides if number <= args.rounds_of.get(side, args.rounds)):
             epochs = args.epochs if side == "ours" else args.peer_epochs
             jobs = [job(args, side, model, warm_up, max_pixels, 1), job(args, side, model, rows, max_pixels, epochs)]
             result = run_side(args, side, jobs, folder / f"{side}-round{number}.json")

@@ -77,6 +77,7 @@ def median_row(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         if isinstance(value, float):
             row[name] = median(one[name] for one in rounds)
     row["peak_resident_bytes"] = max(one["peak_resident_bytes"] for one in rounds)
+    row["rounds"] = len(rounds)
     row["by_round"] = {name: [one[name] for one in rounds] for name in ("cold", "warm", "long")}
     return row
 
@@ -179,18 +180,19 @@ def _detail(result: dict[str, Any]) -> str:
     """Every side on one case and shape."""
     epochs = result["epochs"]
     lines = [
-        f"**{result['case']}, {result['shape']}** ({result['device']}, {result['threads']} threads, {result['rounds']} "
-        f"round(s), batch {result['batch']}, commit {(result['git']['hash'] or 'unknown')[:7]}"
+        f"**{result['case']}, {result['shape']}** ({result['device']}, {result['threads']} threads, batch "
+        f"{result['batch']}, commit {(result['git']['hash'] or 'unknown')[:7]}"
         f"{' (dirty)' if result['git']['dirty'] else ''}; `{' '.join(result['command'])}`)",
         "",
-        f"| side | cold, questions/s | warm | {epochs} epochs | preparation, s | language tokens / epoch | padding "
-        "| waiting | vision tower calls, cold / warm | memory, GB | of the matrix peak | loss |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| side | rounds | cold, questions/s | warm | {epochs} epochs | preparation, s | language tokens / epoch "
+        "| padding | waiting | vision tower calls, cold / warm | memory, GB | of the matrix peak | loss |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for side, row in result["sides"].items():
         mark = " (extrapolated)" if row["extrapolated"] else ""
+        rounds = row.get("rounds", result["rounds"])
         lines.append(
-            f"| {side} | {row['cold']:.2f} | {row['warm']:.2f} | {row['long']:.2f}{mark} "
+            f"| {side} | {rounds} | {row['cold']:.2f} | {row['warm']:.2f} | {row['long']:.2f}{mark} "
             f"| {row['preparation_seconds']:.1f} | {row['epochs'][0]['language_tokens']:,} "
             f"| {100 * row['padding_share']:.1f} % | {100 * row['data_wait_share']:.1f} % "
             f"| {row['cold_tower_calls']} / {row['warm_tower_calls']} | {row['peak_resident_bytes'] / 1e9:.2f} "

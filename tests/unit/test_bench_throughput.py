@@ -172,8 +172,8 @@ def test_tables_name_the_best_peer_the_origin_and_who_was_refused(tmp_path: Path
     (tmp_path / "throughput_chartqa_small.json").write_text(json.dumps(result))
     text = tables(tmp_path)
     assert "| chartqa | small, 48 M | 8 / 4 | msswift | 1.5x | 2.2x | 4.0x |" in text
-    assert "| msswift | 1.33 | 2.00 | 1.85 (extrapolated) |" in text and "commit 0123456 (dirty)" in text
-    assert "llamafactory is not reported: a loss of 13.0." in text and "| ours | 2.00 | 8.00 | 4.00 |" in text
+    assert "| msswift | 1 | 1.33 | 2.00 | 1.85 (extrapolated) |" in text and "commit 0123456 (dirty)" in text
+    assert "llamafactory is not reported: a loss of 13.0." in text and "| ours | 1 | 2.00 | 8.00 | 4.00 |" in text
 
 
 def test_an_environment_is_made_again_when_what_it_holds_changes(tmp_path: Path) -> None:
