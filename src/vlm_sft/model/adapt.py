@@ -1,4 +1,4 @@
-"""Adapters: find the modules, wrap them, open saved ones, count what is trained. Imports peft and model.dropout."""
+"""Adapters: find the modules, wrap them, open saved ones, count what is trained. Imports model.{dropout,lora}."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from vlm_sft.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, holds_f
 from vlm_sft.errors import ModelError
 from vlm_sft.manifest import folder_problems
 from vlm_sft.model.dropout import KeyedDropout
+from vlm_sft.model.lora import fuse_lora
 
 ALL_LINEAR = "all-linear"
 
@@ -138,6 +139,7 @@ def add_lora(
     wrapped.peft_config["default"].base_model_name_or_path = base_name
     check_wrapped(wrapped, targets)
     use_keyed_dropout(wrapped, dropout, seed)
+    fuse_lora(wrapped)
     return wrapped
 
 
@@ -215,13 +217,15 @@ def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> Pef
     check_adapter_folder(Path(folder))
     _check_undamaged(Path(folder))
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, use_safetensors=True)
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, use_safetensors=True)
     except (ValueError, RuntimeError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ModelError(
             f"--adapter {folder} does not fit this base model: {first_line}",
             "evaluate it on the base model that it was trained on (adapter_config.json names it)",
         ) from error
+    fuse_lora(adapted)
+    return adapted
 
 
 def _check_undamaged(folder: Path) -> None:

@@ -1,0 +1,99 @@
+"""Linear layers with LoRA in one step: the values and gradients of PEFT's module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from tests.tiny_models import build
+from vlm_sft.model.adapt import add_lora, resolve_targets
+from vlm_sft.model.dropout import KeyedDropout, dropout_keys
+from vlm_sft.model.lora import _covered_adapter, fuse_lora
+
+LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def layer(dtype: torch.dtype, bias: bool = True, **config: Any) -> tuple[Any, Any]:
+    """A small network with one adapted linear layer, and that layer."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(12, 20, bias=bias, dtype=dtype))
+    wrapped = get_peft_model(plain, LoraConfig(r=3, lora_alpha=6, target_modules=["0"], **config))  # type: ignore[arg-type]
+    found = wrapped.base_model.model[0].to(dtype)
+    with torch.no_grad():
+        found.lora_B["default"].weight.normal_(0, 0.2)
+    return wrapped, found
+
+
+def outcome(module: Any, rows: torch.Tensor) -> list[torch.Tensor]:
+    output = module(rows)
+    trained = [module.lora_A["default"].weight, module.lora_B["default"].weight]
+    wanted = [*trained, rows] if rows.requires_grad else trained
+    return [output.detach(), *torch.autograd.grad(output.cos().sum(), wanted)]
+
+
+@pytest.mark.parametrize("rows_trained", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_values_and_gradients_are_those_of_peft(
+    dtype: torch.dtype, bias: bool, dropout: float, rows_trained: bool
+) -> None:
+    _, module = layer(dtype, bias, use_rslora=True)
+    if dropout:
+        module.lora_dropout["default"] = KeyedDropout(dropout, 5)
+    rows = torch.randn(1, 7, 12, dtype=dtype, requires_grad=rows_trained)
+    with dropout_keys(torch.arange(7), 3):
+        expected = outcome(module, rows)
+        assert fuse_lora(module) == 1
+        assert fuse_lora(module) == 0  # once is enough
+        assert _covered_adapter(module, rows) == "default"
+        found = outcome(module, rows)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=LIMIT[dtype], atol=LIMIT[dtype])
+    with torch.no_grad(), dropout_keys(torch.arange(7), 3):
+        torch.testing.assert_close(module(rows), found[0])
+
+
+def test_switched_off_and_merged_adapters_are_left_to_peft() -> None:
+    wrapped, module = layer(torch.float64)
+    fuse_lora(wrapped)
+    rows = torch.randn(5, 12, dtype=torch.float64)
+    adapted = module(rows)
+    with wrapped.disable_adapter():
+        assert _covered_adapter(module, rows) is None
+        torch.testing.assert_close(module(rows), module.base_layer(rows))
+    module.merge()
+    assert _covered_adapter(module, rows) is None
+    torch.testing.assert_close(module(rows), adapted)
+
+
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}])
+def test_other_kinds_of_lora_are_left_to_peft(config: dict[str, Any]) -> None:
+    _, module = layer(torch.float32, **config)
+    rows = torch.randn(5, 12)
+    expected = module(rows)
+    fuse_lora(module)
+    assert _covered_adapter(module, rows) is None
+    assert torch.equal(module(rows), expected)
+
+
+def test_half_precision_and_trained_bases_are_left_to_peft() -> None:
+    _, module = layer(torch.float32)
+    fuse_lora(module)
+    assert _covered_adapter(module, torch.randn(5, 12)) == "default"
+    assert _covered_adapter(module, torch.randn(5, 12).bfloat16()) is None
+    module.base_layer.weight.requires_grad_(True)
+    assert _covered_adapter(module, torch.randn(5, 12)) is None
+
+
+def test_every_layer_of_a_new_adapter_is_fused() -> None:
+    model, _ = build("qwen2_5_vl")
+    targets = resolve_targets(model, ["q_proj", "v_proj"])
+    wrapped = add_lora(model, targets, r=4, alpha=8, dropout=0.1, seed=0, base_name="tiny")
+    fused = [name for name, module in wrapped.named_modules() if hasattr(module, "forward_stepwise")]
+    assert len(fused) == len(targets.paths) > 0
+    assert fuse_lora(wrapped) == 0
