@@ -6,6 +6,7 @@ behind its own, so a peer has the versions that it asks for wherever they differ
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -62,6 +63,7 @@ def make(peer: str, folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     subprocess.run([*pip, *REQUIREMENTS[peer]], check=True)
     for name in EMPTY_MODULES.get(peer, []):
+        shutil.rmtree(packages / name, ignore_errors=True)  # a package would go before the module
         (packages / f"{name}.py").write_text('"""Stands in for a package that is not used."""\n', encoding="utf-8")
     (place / DONE).write_text(wanted(peer), encoding="utf-8")
     return python
