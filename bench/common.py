@@ -22,7 +22,7 @@ WRITTEN = ("bench/results", "bench/README.md", "docs", "src/vlm_sft/forecast/mea
 def origin() -> dict[str, Any]:
     """When, where, from which commit and by which command a result came about."""
     # Folders outside the repository are a matter of the machine: their names are enough.
-    arguments = [f"…/{Path(word).name}" if word.startswith("/") else word for word in sys.argv[1:]]
+    arguments = [f"…/{Path(word).name}" if word.startswith(("/", "../")) else word for word in sys.argv[1:]]
     command = ["python", f"bench/{Path(sys.argv[0]).name}", *arguments]
     return {"schema": 1, "made": now(), "command": command, "device": device_name(), "versions": versions(),
             "git": git_state(WRITTEN)}  # fmt: skip
