@@ -1,4 +1,4 @@
-"""Modules that are computed in fewer steps with the same values. Imports torch only.
+"""Modules that are computed in fewer steps with the same values. Imports model.{gated,products}.
 
 RMSNorm as one node of autograd, on CPUs: the modules of transformers compute it in six elementwise steps, each of which
 keeps an activation for the backward pass and reads it again there. The closed form of the gradient (Zhang and Sennrich
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.model.gated import fuse_gated
+from vlm_sft.model.products import EXACT
 
 _CHECKED_ROWS, _TOLERANCE = 3, 1e-5
 _FEW_ROWS = 32  # beyond it both products take as long
-_EXACT = (torch.float32, torch.float64)  # half precision rounds in between, where the modules say
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -119,7 +119,7 @@ def _is_rms_norm(module: torch.nn.Module) -> bool:
         return False
     if not hasattr(module, "variance_epsilon") or hasattr(weight, "ds_id"):
         return False
-    if weight.device.type != "cpu" or weight.dtype not in _EXACT:
+    if weight.device.type != "cpu" or weight.dtype not in EXACT:
         return False
     values = torch.linspace(-2.0, 3.0, _CHECKED_ROWS * len(weight)).reshape(_CHECKED_ROWS, -1).to(weight)
     found, expected = _RMSNorm.apply(values, weight, module.variance_epsilon), module(values)
@@ -129,7 +129,7 @@ def _is_rms_norm(module: torch.nn.Module) -> bool:
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Normalise (…, C) values, in one step where that is the same and faster."""
     weight = module.weight
-    exact = hidden_states.dtype == weight.dtype and hidden_states.dtype in _EXACT
+    exact = hidden_states.dtype == weight.dtype and hidden_states.dtype in EXACT
     if not exact or weight.requires_grad or hidden_states.device.type != "cpu":
         return module.forward_stepwise(hidden_states)
     return _RMSNorm.apply(hidden_states, weight, module.variance_epsilon)

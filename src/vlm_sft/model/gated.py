@@ -14,11 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vlm_sft.model.products import multiply
+from vlm_sft.model.products import EXACT, is_frozen, multiply
 
 _BLOCK = 512  # tokens
 _CHECKED_ROWS, _TOLERANCE = 3, 1e-5
-_EXACT = (torch.float32, torch.float64)
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -80,17 +79,6 @@ def _parameters(module: Any) -> list[torch.Tensor | None] | None:
     return [parameter for linear in linears for parameter in (linear.weight, linear.bias)]  # type: ignore[union-attr]
 
 
-def _is_covered(rows: torch.Tensor, parameters: list[torch.Tensor | None]) -> bool:
-    """Whether the blocks compute these: frozen weights of the rows' format, on a CPU."""
-    given = [parameter for parameter in parameters if parameter is not None]
-    return (
-        rows.dtype in _EXACT
-        and rows.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-        and all(one.dtype == rows.dtype and not one.requires_grad and not hasattr(one, "ds_id") for one in given)
-    )
-
-
 @torch.no_grad()
 def _is_gated(module: torch.nn.Module) -> bool:
     parameters = _parameters(module)
@@ -98,7 +86,7 @@ def _is_gated(module: torch.nn.Module) -> bool:
         return False
     weight = parameters[0]
     assert weight is not None
-    if weight.device.type != "cpu" or weight.dtype not in _EXACT or hasattr(weight, "ds_id"):
+    if weight.device.type != "cpu" or weight.dtype not in EXACT or hasattr(weight, "ds_id"):
         return False
     rows = torch.linspace(-2.0, 3.0, _CHECKED_ROWS * weight.shape[1]).reshape(_CHECKED_ROWS, -1).to(weight)
     return bool(torch.allclose(_GatedMLP.apply(rows, *parameters), module(rows), rtol=_TOLERANCE, atol=_TOLERANCE))
@@ -107,7 +95,7 @@ def _is_gated(module: torch.nn.Module) -> bool:
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Forward of (…, C) hidden states."""
     parameters = _parameters(module)
-    if parameters is None or not _is_covered(hidden_states, parameters):
+    if parameters is None or not is_frozen(parameters, hidden_states.dtype):
         return module.forward_stepwise(hidden_states)
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     return _GatedMLP.apply(rows, *parameters).reshape(*hidden_states.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""Linear layers with LoRA as one node of autograd, on CPUs. Imports peft and torch only.
+"""Linear layers with LoRA as one node of autograd, on CPUs. Imports peft and model.products.
 
 y = W x + b + s B A d(x), with d the adapter's dropout (Hu et al. 2021, arXiv:2106.09685). PEFT's module scales and adds
 the adapter's output in steps of their own, each of which writes a matrix as large as the output, and their gradients do
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear
 
-_EXACT = (torch.float32, torch.float64)  # half precision rounds in between, where PEFT says
+from vlm_sft.model.products import is_frozen
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -75,12 +75,9 @@ def _covered_adapter(module: Any, rows: torch.Tensor) -> str | None:
     linears = (base, module.lora_A[names[0]], module.lora_B[names[0]])
     if any(type(linear) is not torch.nn.Linear for linear in linears) or linears[1].bias is not None:
         return None
-    parameters = [base.weight, linears[1].weight, linears[2].weight]
-    plain = all(one.dtype == rows.dtype and one.device.type == "cpu" for one in parameters)
-    frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
-    shared_out = any(hasattr(one, "ds_id") for one in parameters)
-    exact = rows.dtype in _EXACT and not torch.is_autocast_enabled("cpu") and linears[2].bias is None
-    return names[0] if plain and frozen and exact and not shared_out else None
+    adapter = (linears[1].weight, linears[2].weight)
+    plain = all(one.dtype == rows.dtype and one.device.type == "cpu" and not hasattr(one, "ds_id") for one in adapter)
+    return names[0] if plain and linears[2].bias is None and is_frozen([base.weight, base.bias], rows.dtype) else None
 
 
 def _forward(module: Any, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -8,12 +8,31 @@ cut their work into blocks of one shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
 
+EXACT = (torch.float32, torch.float64)  # half precision rounds in between, where the libraries' modules say
 _CHECKED_SIZE, _TOLERANCE = 48, 1e-5
+
+
+def is_frozen(parameters: Iterable[torch.Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether parameters stay as they are and can be computed with here: whole, on a CPU, in one exact number format.
+
+    Args:
+        parameters: None for one that a module does not have.
+        dtype: of the values that they are computed with.
+    """
+    return (
+        dtype in EXACT
+        and not torch.is_autocast_enabled("cpu")
+        and all(
+            one.dtype == dtype and one.device.type == "cpu" and not one.requires_grad and not hasattr(one, "ds_id")
+            for one in parameters
+            if one is not None
+        )
+    )
 
 
 def multiply(

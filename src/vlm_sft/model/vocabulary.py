@@ -15,11 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vlm_sft.model.products import multiply
+from vlm_sft.model.products import is_frozen, multiply
 
 _BLOCK = 2048  # rows of the projection at a time: with their scores they stay in the processor's cache
 _ROUNDED_ROWS = 16  # supervised tokens are filled up to a multiple, so that few shapes occur
-_EXACT = (torch.float32, torch.float64)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -70,9 +69,7 @@ def is_covered(head: Any) -> bool:
     """
     if type(head) is not torch.nn.Linear or head.bias is not None:
         return False
-    weight = head.weight
-    plain = weight.device.type == "cpu" and weight.dtype in _EXACT and not hasattr(weight, "ds_id")
-    return plain and not weight.requires_grad and not torch.is_autocast_enabled("cpu")
+    return is_frozen([head.weight], head.weight.dtype)
 
 
 def token_losses(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
