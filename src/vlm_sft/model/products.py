@@ -1,9 +1,9 @@
 """Products of activations with frozen weights on CPUs, through oneDNN where that is possible. Imports torch only.
 
 PyTorch sends float32 products on a CPU to MKL. oneDNN, which comes with PyTorch too, writes its kernels for the
-processor that it finds: they are a tenth faster at the sizes of a layer, and twice where one side is as short as the
-supervised tokens of a pack. It keeps every kernel, with its working memory, by the shape of the product, so callers
-cut their work into blocks of one shape.
+processor that it finds: they are faster, most of all where one side is as short as the supervised tokens of a pack. It
+keeps every kernel, with its working memory, by the shape of the product, so callers cut their work into blocks of one
+shape.
 """
 
 from __future__ import annotations

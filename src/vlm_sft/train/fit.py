@@ -97,7 +97,7 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
 
 @contextmanager
 def _settled_heap() -> Iterator[None]:
-    """Spare Python's search for cycles what was there before: a million objects of libraries, a third of a second."""
+    """Spare Python's search for cycles what was there before: the objects of libraries, by far the most."""
     gc.freeze()
     try:
         yield
