@@ -147,9 +147,9 @@ def _deepspeed_config(name: str, cpu: bool) -> dict[str, Any]:
 
 
 # Token budgets of one forward pass. On a GPU the activations of a 7B model with checkpointing take about 1 GiB at
-# this size; on a CPU larger packs only cost memory.
+# this size; on a CPU larger packs cost memory and gain nothing.
 GPU_PACK_TOKENS = 8192
-CPU_PACK_TOKENS = 4096
+CPU_PACK_TOKENS = 2048
 
 
 def pack_tokens(launch: Launch) -> int:

@@ -21,6 +21,15 @@ def test_transparency_is_flattened_on_white():
     assert decode_rgb(encoded(grey), "x").getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_an_opaque_alpha_channel_changes_no_colour():
+    colours = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    opaque = np.dstack([colours, np.full((16, 16), 255, dtype=np.uint8)])
+    assert (np.asarray(decode_rgb(encoded(Image.fromarray(opaque)), "x")) == colours).all()
+    opaque[3, 5, 3] = 0
+    colours[3, 5] = 255
+    assert (np.asarray(decode_rgb(encoded(Image.fromarray(opaque)), "x")) == colours).all()
+
+
 def test_modes_become_rgb():
     assert decode_rgb(encoded(Image.new("L", (3, 2), 77)), "x").getpixel((0, 0)) == (77, 77, 77)
     assert decode_rgb(encoded(Image.new("1", (3, 2), 1)), "x").getpixel((0, 0)) == (255, 255, 255)

@@ -119,6 +119,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _eight_bit(image).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or image.has_transparency_data:
         straight = image.convert("RGBA")
+        if straight.getchannel("A").getextrema() == (255, 255):
+            return straight.convert("RGB")
         paper = Image.new("RGBA", straight.size, (255, 255, 255, 255))
         return Image.alpha_composite(paper, straight).convert("RGB")
     return image.convert("RGB")

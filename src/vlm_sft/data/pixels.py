@@ -71,20 +71,23 @@ def compress(values: torch.Tensor, layout: PixelFormat) -> dict[str, torch.Tenso
     if view is None or values.dtype != torch.float32 or not values.numel():
         return None
     frames = values.contiguous().view(view)
-    first = frames[:, :, 0]
-    bits = frames.view(torch.int32)
-    if view[2] > 1 and not torch.equal(bits, bits[:, :, :1].expand_as(bits)):
+    first, bits = frames[:, :, 0], frames.view(torch.int32)
+    if any(not torch.equal(bits[:, :, 0], bits[:, :, frame]) for frame in range(1, view[2])):
         return None
     scale = torch.tensor([std / layout.rescale for std in layout.std])[:, None]
     shift = torch.tensor([mean / layout.rescale for mean in layout.mean])[:, None]
     codes = (first * scale).add_(shift).round_().clamp_(0, _LEVELS - 1).to(torch.uint8)
     table = torch.full((view[1], _LEVELS), float("nan"))
     for channel in range(view[1]):
-        table[channel, codes[:, channel].reshape(-1).int()] = first[:, channel].reshape(-1)
-    shape = torch.tensor([*values.shape])
-    record = {CODES: codes, TABLE: table, SHAPE: shape}
-    exact = torch.equal(restore(record, layout).view(torch.int32), values.contiguous().view(torch.int32))
-    return record if exact else None
+        table[channel].scatter_(0, codes[:, channel].reshape(-1).long(), first[:, channel].reshape(-1))
+        if not torch.equal(_looked_up(table, codes, channel).view(torch.int32), bits[:, channel, 0]):
+            return None
+    return {CODES: codes, TABLE: table, SHAPE: torch.tensor([*values.shape])}
+
+
+def _looked_up(table: torch.Tensor, codes: torch.Tensor, channel: int) -> torch.Tensor:
+    """The values of one channel, (pictures or patches, pixels)."""
+    return table[channel].index_select(0, codes[:, channel].reshape(-1).int()).view(len(codes), -1)
 
 
 def restore(record: dict[str, torch.Tensor], layout: PixelFormat) -> torch.Tensor:
@@ -95,6 +98,5 @@ def restore(record: dict[str, torch.Tensor], layout: PixelFormat) -> torch.Tenso
     assert view is not None
     values = torch.empty(view)
     for channel in range(view[1]):
-        pixels = table[channel].index_select(0, codes[:, channel].reshape(-1).int())
-        values[:, channel] = pixels.view(view[0], 1, view[3])
+        values[:, channel] = _looked_up(table, codes, channel)[:, None]
     return values.view(shape)

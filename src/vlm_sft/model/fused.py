@@ -1,4 +1,4 @@
-"""Modules that are computed in fewer steps with the same values. Imports model.{gated,products}.
+"""Modules that are computed in fewer steps with the same values. Imports model.{gated,products,stepwise}.
 
 RMSNorm as one node of autograd, on CPUs: the modules of transformers compute it in six elementwise steps, each of which
 keeps an activation for the backward pass and reads it again there. The closed form of the gradient (Zhang and Sennrich
@@ -13,7 +13,6 @@ weights about once, the other one repacks them in every step.
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 
 from vlm_sft.model.gated import fuse_gated
 from vlm_sft.model.products import EXACT
+from vlm_sft.model.stepwise import exchange_forward
 
 _CHECKED_ROWS, _TOLERANCE = 3, 1e-5
 _FEW_ROWS = 32  # beyond it both products take as long
@@ -54,15 +54,12 @@ def fuse_modules(model: torch.nn.Module) -> int:
 
 def fuse_patches(model: torch.nn.Module) -> int:
     """Let convolutions over single patches compute a matrix product; returns how many were changed."""
-    changed = 0
-    module: Any
-    for module in model.modules():
-        plain = isinstance(module, torch.nn.Conv3d) and module.groups == 1 and module.padding == (0, 0, 0)
-        if plain and module.kernel_size == module.stride and not hasattr(module, "forward_stepwise"):
-            module.forward_stepwise = module.forward
-            module.forward = MethodType(_patch_forward, module)
-            changed += 1
-    return changed
+    return exchange_forward(model.modules(), _is_patch_embedding, _patch_forward)
+
+
+def _is_patch_embedding(module: torch.nn.Module) -> bool:
+    plain = isinstance(module, torch.nn.Conv3d) and module.groups == 1 and module.padding == (0, 0, 0)
+    return plain and module.kernel_size == module.stride
 
 
 def _patch_forward(module: Any, patches: torch.Tensor) -> torch.Tensor:
@@ -76,11 +73,11 @@ def _patch_forward(module: Any, patches: torch.Tensor) -> torch.Tensor:
 def fuse_head(model: Any) -> int:
     """Let the projection to the vocabulary start from the weights for few rows; returns how many were changed."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if type(head) is not torch.nn.Linear or head.bias is not None or hasattr(head, "forward_stepwise"):
-        return 0
-    head.forward_stepwise = head.forward  # type: ignore[assignment]
-    head.forward = MethodType(_head_forward, head)  # type: ignore[method-assign]
-    return 1
+    return 0 if head is None else exchange_forward([head], _is_plain_linear, _head_forward)
+
+
+def _is_plain_linear(module: torch.nn.Module) -> bool:
+    return type(module) is torch.nn.Linear and module.bias is None
 
 
 def _head_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -101,15 +98,7 @@ def fuse_norms(model: torch.nn.Module) -> int:
     Returns:
         How many modules were changed.
     """
-    changed = 0
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "forward_stepwise") or not _is_rms_norm(module):
-            continue
-        module.forward_stepwise = module.forward
-        module.forward = MethodType(_forward, module)
-        changed += 1
-    return changed
+    return exchange_forward(model.modules(), _is_rms_norm, _forward)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Gated MLPs block by block, on CPUs, while they are frozen. Imports model.products.
+"""Gated MLPs block by block, on CPUs, while they are frozen. Imports model.{products,stepwise}.
 
 A gated MLP, down(silu(gate(x)) · up(x)) (Shazeer 2020, arXiv:2002.05202), is most of a language model's arithmetic.
 Computed for all tokens at once it writes four matrices that are larger than a processor's cache and reads them again
@@ -8,13 +8,13 @@ only, and every block has one shape, which is what `products.multiply` wants.
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from vlm_sft.model.products import EXACT, is_frozen, multiply
+from vlm_sft.model.stepwise import exchange_forward
 
 _BLOCK = 512  # tokens
 _CHECKED_ROWS, _TOLERANCE = 3, 1e-5
@@ -61,14 +61,7 @@ def fuse_gated(model: torch.nn.Module) -> int:
     A module counts as one when it has the three projections, nothing else that is trained, and gives the values of the
     formula with SiLU.
     """
-    changed = 0
-    module: Any
-    for module in model.modules():
-        if not hasattr(module, "forward_stepwise") and _is_gated(module):
-            module.forward_stepwise = module.forward
-            module.forward = MethodType(_forward, module)
-            changed += 1
-    return changed
+    return exchange_forward(model.modules(), _is_gated, _forward)
 
 
 def _parameters(module: Any) -> list[torch.Tensor | None] | None:

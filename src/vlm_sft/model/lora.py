@@ -1,4 +1,4 @@
-"""Linear layers with LoRA as one node of autograd, on CPUs. Imports peft and model.products.
+"""Linear layers with LoRA as one node of autograd, on CPUs. Imports peft and model.{products,stepwise}.
 
 y = W x + b + s B A d(x), with d the adapter's dropout (Hu et al. 2021, arXiv:2106.09685). PEFT's module scales and adds
 the adapter's output in steps of their own, each of which writes a matrix as large as the output, and their gradients do
@@ -7,13 +7,13 @@ so again. Here products accumulate into one another and the scale goes to the sm
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
 
 from vlm_sft.model.products import is_frozen
+from vlm_sft.model.stepwise import exchange_forward
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -51,19 +51,8 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def fuse_lora(model: torch.nn.Module) -> int:
-    """Let the linear layers with LoRA of a model compute in one step where that is the same.
-
-    Returns:
-        How many were changed.
-    """
-    found: list[Any] = [module for module in model.modules() if type(module) is Linear]
-    changed = 0
-    for module in found:
-        if not hasattr(module, "forward_stepwise"):
-            module.forward_stepwise = module.forward
-            module.forward = MethodType(_forward, module)
-            changed += 1
-    return changed
+    """Let the linear layers with LoRA of a model compute in one step where that is the same; returns how many."""
+    return exchange_forward(model.modules(), lambda module: type(module) is Linear, _forward)
 
 
 def _covered_adapter(module: Any, rows: torch.Tensor) -> str | None:
