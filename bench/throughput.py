@@ -5,14 +5,14 @@
         [--batch N] [--micro_batch N] [--threads N] [--data DIR] [--envs DIR] [--work_dir DIR]
     python bench/throughput.py --tables     writes the tables into bench/README.md from the result files
 
-Every training is a process of its own, its result a file in the work folder: a command that was interrupted goes on
-where it stopped. Peers get environments of their own (`bench/peers/environment.py`).
+Every training is a process of its own; its log and its result stay in the work folder to be looked at, and no later
+command takes them for its own: the rounds of all sides are one run. Peers get environments of their own
+(`bench/peers/environment.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -105,25 +105,12 @@ def environment(threads: int, folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def code_of(side: str) -> str:
-    """What a side's result depends on besides the work: a hash of this package, or the packages that were asked for."""
-    if side != "ours":
-        return "\n".join(REQUIREMENTS[side])
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "src").rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def run_side(args: argparse.Namespace, side: str, jobs: list[dict[str, Any]], path: Path) -> dict[str, Any] | None:
-    """One training of one side in a process of its own, unless its result is there already.
+    """One training of one side in a process of its own; earlier results are not taken: rounds are paired in time.
 
     Returns:
         Its result; None when it failed: the log's end has been shown.
     """
-    wanted = {"jobs": jobs, "threads": args.threads, "code": code_of(side)}
-    if path.is_file() and (found := artifacts.read_json(path))["wanted"] == wanted:
-        return found
     python = Path(sys.executable) if side == "ours" else make(side, args.envs)
     with tempfile.TemporaryDirectory(dir=args.work_dir) as name:
         folder = Path(name)
@@ -140,7 +127,7 @@ def run_side(args: argparse.Namespace, side: str, jobs: list[dict[str, Any]], pa
             end = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-8:])
             warn(f"{side} ended with code {code}; {log} ends with\n{end}")
             return None
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8")) | {"wanted": wanted}
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     artifacts.write_json(path, result)
     return result
 
