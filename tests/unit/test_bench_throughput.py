@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -183,16 +182,6 @@ def test_an_environment_is_made_again_when_what_it_holds_changes(tmp_path: Path)
     assert environment.ready("trl", tmp_path) and environment.make("trl", tmp_path).name == "python"
     (tmp_path / "trl" / environment.DONE).write_text("trl==0.1\n")
     assert not environment.ready("trl", tmp_path)
-
-
-def test_a_result_that_is_there_is_taken_when_the_work_is_the_same(tmp_path: Path) -> None:
-    args = argparse.Namespace(threads=2, work_dir=tmp_path, envs=tmp_path)
-    path = tmp_path / "trl-round1.json"
-    wanted = {"jobs": [{"epochs": 1}], "threads": 2, "code": "trl==1.16.0\npeft\ndatasets"}
-    path.write_text(json.dumps({"wanted": wanted, "epoch_seconds": [3.0]}))
-    found = throughput.run_side(args, "trl", [{"epochs": 1}], path)
-    assert found is not None and found["epoch_seconds"] == [3.0]
-    assert len(throughput.code_of("ours")) == 64
 
 
 def test_unknown_names_on_the_command_line_are_told(
