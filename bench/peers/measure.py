@@ -276,14 +276,20 @@ def _count_head(model: Any, meter: Meter) -> None:
         head.register_forward_pre_hook(lambda _, args: _count_rows(meter, args, {}))
 
 
+def _onednn_product() -> Any:
+    """The operator of oneDNN for a product with a weight; None where this PyTorch has none."""
+    import torch
+
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
 def product_flops() -> dict[Any, Callable[..., int]]:
     """FLOPs of products that torch does not count by itself: oneDNN's, by the shapes of rows and weight."""
-    import torch
 
     def flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
         return 2 * math.prod(rows) * int(weight[0])
 
-    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    operator = _onednn_product()
     return {} if operator is None else {operator: flops}
 
 
@@ -293,7 +299,7 @@ def matrix_peak() -> float:
 
     left, right = torch.randn(2, PEAK_SIZE, PEAK_SIZE)
     products = [lambda: left @ right]
-    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    operator = _onednn_product()
     if operator is not None:
         products.append(lambda: operator(left, right, None, "none", [], ""))
     seconds = []
