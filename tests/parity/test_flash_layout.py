@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch.nn.attention import varlen
 
 from tests.questions import pack, questions, tiny
 from vlm_sft.data.packing import Bundle
-from vlm_sft.model import attention, prefix
-from vlm_sft.model.attention import SHARED_FLASH, SHARED_SDPA, PackLayout, pack_layout, shared_flash, shared_sdpa
+from vlm_sft.model import flash, prefix
+from vlm_sft.model.attention import SHARED_SDPA, PackLayout, pack_layout, shared_sdpa, shared_windows
 from vlm_sft.model.families import PackMode
+from vlm_sft.model.features import encode_images
+from vlm_sft.model.flash import FLASH_WINDOWS, SHARED_FLASH, flash_windows, kernel_problem, shared_flash
+from vlm_sft.model.load import choose_attention, set_attention
 
 PATTERNS = [
     [[0, 7, 12, 15, 23]],
@@ -19,44 +28,49 @@ PATTERNS = [
 
 
 def varlen_reference(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
     *,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    aligned_to_the_end: bool = True,
 ) -> torch.Tensor:
-    """What flash_attn_varlen_func documents: query i of n sees key j of m where j <= i + m - n, within the window."""
-    assert causal and dropout_p == 0.0
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    repeats = queries.shape[1] // keys.shape[1]
-    scale = queries.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    """What varlen_attn documents: query i of n is at key p = i + m - n of m, and sees from p - left to p + right."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    repeats = query.shape[1] // key.shape[1]
+    assert enable_gqa or repeats == 1
+    scale = query.shape[2] ** -0.5 if scale is None else scale
     outputs = []
-    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    assert max_seqlen_q == max(b - a for a, b in zip(q_ends, q_ends[1:], strict=False))
-    assert max_seqlen_k == max(b - a for a, b in zip(k_ends, k_ends[1:], strict=False))
-    for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
-        query = queries[q0:q1].transpose(0, 1)
-        key, value = (x[k0:k1].repeat_interleave(repeats, 1).transpose(0, 1) for x in (keys, values))
-        last = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
-        column = torch.arange(k1 - k0)[None, :]
-        hidden = column > last
-        if window_size[0] >= 0:
-            hidden |= column < last - window_size[0]
-        scores = (query @ key.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
-        outputs.append((scores.softmax(-1) @ value).transpose(0, 1))
+    q_ends, k_ends = cu_seq_q.tolist(), cu_seq_k.tolist()
+    assert max_q == max(b - a for a, b in itertools.pairwise(q_ends))
+    assert max_k == max(b - a for a, b in itertools.pairwise(k_ends))
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(q_ends), itertools.pairwise(k_ends), strict=True):
+        queries = query[q0:q1].transpose(0, 1)
+        keys, values = (x[k0:k1].repeat_interleave(repeats, 1).transpose(0, 1) for x in (key, value))
+        shift = (k1 - k0) - (q1 - q0) if aligned_to_the_end else 0
+        own, column = torch.arange(q1 - q0)[:, None] + shift, torch.arange(k1 - k0)[None, :]
+        left, right = window_size
+        hidden = torch.zeros(q1 - q0, k1 - k0, dtype=torch.bool)
+        if right >= 0:
+            hidden |= column > own + right
+        if left >= 0:
+            hidden |= column < own - left
+        scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
+        outputs.append((scores.softmax(-1) @ values).transpose(0, 1))
     return torch.cat(outputs)
 
 
 @pytest.fixture
 def reference_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "varlen_attention", lambda: varlen_reference)
+    flash._takes_groups()  # of the real one
+    monkeypatch.setattr(flash, "_fits", lambda query: True)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_reference)
 
 
 @pytest.mark.parametrize("window", [None, 4, 9, 1000])
@@ -73,8 +87,8 @@ def test_equal_to_blockwise(reference_kernel: None, branches: list[list[int]], w
         assert output.shape == (1, length, 4, 16)
         output.square().sum().backward()
         results.append([output.detach(), *(x.grad for x in inputs)])
-    for blockwise, flash in zip(*results, strict=True):
-        torch.testing.assert_close(flash, blockwise, rtol=1e-12, atol=1e-12)
+    for blockwise, varlen_ in zip(*results, strict=True):
+        torch.testing.assert_close(varlen_, blockwise, rtol=1e-12, atol=1e-12)
 
 
 def test_blocks_of_image_tokens_need_the_mask(reference_kernel: None) -> None:
@@ -103,3 +117,131 @@ def test_a_model_computes_the_same_losses(reference_kernel: None) -> None:
         with torch.no_grad(), prefix.packed(batch, PackMode(), 0):
             losses.append(prefix.token_losses(model, batch, PackMode()))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_pytorch_without_groups_gets_repeated_keys(
+    reference_kernel: None, monkeypatch: pytest.MonkeyPatch, grouped: bool
+) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 23, 16, dtype=torch.float64) for heads in (6, 2, 2))
+    monkeypatch.setattr(flash, "_takes_groups", lambda: grouped)
+    with pack_layout(PackLayout(23, PATTERNS[0])):
+        found, _ = shared_flash(torch.nn.Module(), query, key, value, None)
+        exact, _ = shared_sdpa(torch.nn.Module(), query, key, value, None)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_windows_of_a_tower(reference_kernel: None) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 3, 21, 8, dtype=torch.float64) for _ in range(3))
+    ends = torch.tensor([0, 8, 16, 18, 21])
+    exact, _ = shared_windows(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=ends)
+    for longest in (None, 8):
+        found, _ = flash_windows(
+            torch.nn.Module(), query, key, value, None, cu_seq_lens_q=ends, max_length_q=longest, is_causal=False
+        )
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
+def test_a_tower_computes_the_same_features(reference_kernel: None, family: str) -> None:
+    """Through transformers' own tower, which hands the windows over."""
+    model, encoder = tiny(family, torch.float32, SHARED_SDPA)
+    images = [encoder.encode(questions(seed, 1, size)).tensors for seed, size in enumerate(((72, 56), (200, 90)))]
+    base = model.get_base_model().eval()
+    found = []
+    for name in (SHARED_SDPA, SHARED_FLASH):
+        set_attention(base, name)
+        found.append(encode_images(model, images))
+    assert base.config.vision_config._attn_implementation == FLASH_WINDOWS
+    for exact, ours in zip(*found, strict=True):
+        for name in exact:
+            torch.testing.assert_close(ours[name], exact[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_kernel_does_not_take_is_computed_by_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32, dropout, wide heads: the kernel is not called."""
+
+    def refuse(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise AssertionError("called")
+
+    monkeypatch.setattr(varlen, "varlen_attn", refuse)
+    ends = torch.tensor([0, 3, 7])
+    for device, dtype, width, fits in [
+        ("cpu", torch.bfloat16, 16, False),
+        ("meta", torch.float32, 16, False),
+        ("meta", torch.bfloat16, 20, False),
+        ("meta", torch.bfloat16, 264, False),
+        ("meta", torch.bfloat16, 80, True),
+    ]:
+        assert flash._fits(torch.empty(1, 1, 1, width, dtype=dtype, device=device)) == fits
+    query, key, value = (torch.randn(1, 2, 7, 16) for _ in range(3))
+    with pack_layout(PackLayout(7, [[0, 5, 7]])):
+        flash_output, _ = shared_flash(torch.nn.Module(), query, key, value, None)
+        exact, _ = shared_sdpa(torch.nn.Module(), query, key, value, None)
+    assert torch.equal(flash_output, exact)
+    monkeypatch.setattr(flash, "_fits", lambda query: True)
+    with pack_layout(PackLayout(7, [[0, 5, 7]])):
+        assert shared_flash(torch.nn.Module(), query, key, value, None, dropout=0.5)[0].shape == exact.shape
+    assert flash_windows(torch.nn.Module(), query, key, value, None, 0.5, cu_seq_lens_q=ends)[0].shape == exact.shape
+
+
+def test_the_real_kernel_takes_what_it_is_given() -> None:
+    """PyTorch's own function on tensors without storage: arguments, formats and shapes, forward and backward."""
+    shapes = [(1, heads, 23, 64) for heads in (4, 2, 2)]
+    states = [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for shape in shapes]
+    layout = PackLayout(23, PATTERNS[0])
+    for window in (None, 9):
+        with pack_layout(layout):
+            output, _ = shared_flash(torch.nn.Module(), *states, None, scaling=0.3, sliding_window=window)
+        assert output.shape == (1, 23, 4, 64)
+        gradients = torch.autograd.grad(output.sum(), states)
+        assert [gradient.shape for gradient in gradients] == [state.shape for state in states]
+    ends = torch.empty(4, dtype=torch.int32, device="meta")
+    query = states[0]
+    seen, _ = flash_windows(torch.nn.Module(), query, query, query, None, cu_seq_lens_q=ends, max_length_q=9)
+    assert seen.shape == (1, 23, 4, 64)
+    assert set(inspect.signature(varlen_reference).parameters) - {"aligned_to_the_end"} <= set(
+        inspect.signature(varlen.varlen_attn).parameters
+    )
+
+
+def test_a_kernel_is_checked_before_it_is_used(reference_kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    assert kernel_problem(device, torch.bfloat16) is None
+
+    def first_key(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return varlen_reference(*args, **kwargs, aligned_to_the_end=False)
+
+    def absent(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel image\nis available")
+
+    for kernel, reason in ((first_key, "other values than SDPA"), (absent, "(no kernel image)")):
+        monkeypatch.setattr(varlen, "varlen_attn", kernel)
+        problem = kernel_problem(device, torch.bfloat16)
+        assert problem is not None and reason in problem
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernel_of_this_machine_is_right() -> None:
+    assert kernel_problem(torch.device("cuda"), torch.bfloat16) is None
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kernel: Callable[..., str | None]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(flash, "kernel_problem", kernel)
+
+
+def test_what_is_chosen_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_attention(False, torch.bfloat16) == (SHARED_SDPA, [])
+    if not torch.cuda.is_available():
+        assert choose_attention(True, torch.bfloat16) == (SHARED_SDPA, ["--flash_attn: no GPU; using SDPA"])
+    gpu(monkeypatch, (7, 5), lambda *_: None)
+    assert "older than Ampere" in choose_attention(True, torch.bfloat16)[1][0]
+    gpu(monkeypatch, (9, 0), lambda *_: None)
+    assert choose_attention(True, torch.bfloat16) == (SHARED_FLASH, [])
+    assert "not float32" in choose_attention(True, torch.float32)[1][0]
+    gpu(monkeypatch, (9, 0), lambda *_: "it is broken")
+    assert choose_attention(True, torch.float16) == (SHARED_SDPA, ["--flash_attn: it is broken; using SDPA"])

@@ -23,7 +23,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hub id, folder, or 'pocket' (default: the one that the adapter names; 'pocket' without an adapter)",
     )
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="limit of an answer in tokens (default: 32)")
-    parser.add_argument("--flash_attn", action="store_true", help="use FlashAttention where it is available")
+    parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt and image settings may differ from those of the adapter's training",
     )
     parser.add_argument("--tokens_per_pack", type=int, metavar="N", help="token budget of one forward pass")
-    parser.add_argument("--flash_attn", action="store_true", help="use FlashAttention where it is available")
+    parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
     parser.add_argument(
         "--load_in_4bit", action="store_true",
         help="hold the language model in 4 bits, as a training with load_in_4bit does (extra vlm-sft[qlora])",

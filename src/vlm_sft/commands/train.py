@@ -40,7 +40,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="NAME[@PATH][:WEIGHT], comma separated: chartqa, textvqa, easy_vqa, demo, demo_charts, demo_text, or a "
         "path to your own JSONL or parquet; chartqa@stream fetches --max_train rows only (default: %(default)s)",
     )
-    parser.add_argument("--flash_attn", action="store_true", help="use FlashAttention where it is available")
+    parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
     parser.add_argument(
         "--deepspeed", metavar="CONFIG",
         help="zero2, zero3 or a DeepSpeed JSON file (default: zero2 under the deepspeed launcher, else none)",

@@ -21,7 +21,6 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 SHARED_SDPA = "vlm_sft_sdpa"
-SHARED_FLASH = "vlm_sft_flash"
 SHARED_WINDOWS = "vlm_sft_flash_windows"  # the name has to contain "flash", see `shared_windows`
 
 
@@ -299,55 +298,22 @@ def shared_windows(
     return torch.cat([window for window in outputs if window is not None])[None], None
 
 
-def shared_flash(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """FlashAttention over a pack in one variable-length call; outside packs as `shared_sdpa`.
+def causal_pack(query: torch.Tensor, key: torch.Tensor) -> PackLayout | None:
+    """The layout in force, for attention (B, H, L, D) over a whole pack in which no token sees a later one; else None.
 
-    A prefix is one sequence. A question is one whose keys are gathered: its prefix, then itself. It has more keys than
-    queries, and the causal rule is aligned to the end (flash-attn >= 2.1), so it sees the whole prefix and itself up
-    to each token; a sliding window counts back from there. Tokens that see each other in both directions need a mask,
-    which this kernel does not take; the few rows of a trimmed layer are computed under one too. Arguments and result
-    as `shared_sdpa`.
+    The few rows of a trimmed layer are not a whole pack.
     """
     layout = _active
-    is_pack = layout is not None and query.shape[2] == key.shape[2] == layout.length
-    if layout is None or layout.blocks is not None or _rows is not None or not is_pack:
-        return shared_sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    index = layout.varlen(query.device)
-    window = kwargs.get("sliding_window")
-    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    output = varlen_attention()(
-        queries,
-        keys[index.gather],
-        values[index.gather],
-        cu_seqlens_q=index.query_ends,
-        cu_seqlens_k=index.key_ends,
-        max_seqlen_q=index.longest_query,
-        max_seqlen_k=index.longest_key,
-        dropout_p=dropout,
-        softmax_scale=scaling,
-        causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-    )
-    return output[None], None
+    if layout is None or layout.blocks is not None or _rows is not None:
+        return None
+    return layout if query.shape[2] == key.shape[2] == layout.length else None
 
 
-def varlen_attention() -> Callable[..., torch.Tensor]:
-    """FlashAttention's variable-length function, imported when it is first needed."""
-    from flash_attn import flash_attn_varlen_func
+def register(functions: dict[str, Callable[..., tuple[torch.Tensor, None]]]) -> None:
+    """Make attention functions known to transformers by their names."""
+    for name, function in functions.items():
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)
 
-    return flash_attn_varlen_func
 
-
-_FUNCTIONS = {SHARED_SDPA: shared_sdpa, SHARED_FLASH: shared_flash, SHARED_WINDOWS: shared_windows}
-for _name, _function in _FUNCTIONS.items():
-    AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, sdpa_mask)
+register({SHARED_SDPA: shared_sdpa, SHARED_WINDOWS: shared_windows})

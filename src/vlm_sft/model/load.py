@@ -20,8 +20,9 @@ from transformers import (
 
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.errors import ModelError
-from vlm_sft.model.attention import SHARED_FLASH, SHARED_SDPA, SHARED_WINDOWS
+from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS
 from vlm_sft.model.features import tower_modules
+from vlm_sft.model.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.fused import fuse_modules
 from vlm_sft.model.pocket import WEIGHTS
 from vlm_sft.model.trim import trim_last_layer
@@ -102,24 +103,20 @@ def default_dtype(bf16: bool | str = "auto") -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def choose_attention(flash_attn: bool) -> tuple[str, list[str]]:
+def choose_attention(flash_attn: bool, dtype: torch.dtype) -> tuple[str, list[str]]:
     """Choose the attention function and say why FlashAttention is not used where it was asked for.
+
+    Args:
+        flash_attn: whether it was asked for.
+        dtype: of the model.
 
     Returns:
         Name of the registered function, notes for the user.
     """
-    if not flash_attn:
-        return SHARED_SDPA, []
-    missing = []
-    if not torch.cuda.is_available():
-        missing.append("no GPU")
-    elif torch.cuda.get_device_capability() < (8, 0):
-        missing.append("the GPU is older than Ampere")
-    if find_spec("flash_attn") is None:
-        missing.append("the package flash-attn is not installed")
-    if missing:
-        return SHARED_SDPA, [f"--flash_attn: {' and '.join(missing)}; using SDPA"]
-    return SHARED_FLASH, []
+    problem = flash_problem(dtype) if flash_attn else None
+    if problem:
+        return SHARED_SDPA, [f"--flash_attn: {problem}; using SDPA"]
+    return SHARED_FLASH if flash_attn else SHARED_SDPA, []
 
 
 def load_processor(path: str, name: str) -> Any:
@@ -163,7 +160,8 @@ def find_base(
     if load_in_4bit:
         require_4bit()
     path = resolve_path(name)
-    function, notes = choose_attention(flash_attn)
+    dtype = default_dtype(bf16)
+    function, notes = choose_attention(flash_attn, dtype)
     config = _open(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), name)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ModelError(
@@ -178,7 +176,7 @@ def find_base(
         prompt=settings.with_pixels(min_pixels, max_pixels).with_texts(template, system),
         stop_ids=_stop_ids(path),
         function=function,
-        dtype=default_dtype(bf16),
+        dtype=dtype,
         notes=tuple(notes),
         load_in_4bit=load_in_4bit,
     )
@@ -279,15 +277,14 @@ def _stop_ids(path: str) -> tuple[int, ...]:
 
 def set_attention(model: Any, attention: str) -> None:
     """Let the language model attend through one of our functions, and a vision tower that has windows, too."""
-    vision = "flash_attention_2" if attention == SHARED_FLASH else "sdpa"
-    parts = {name: vision for name in model.config.sub_configs if name != "text_config"}
+    parts = dict.fromkeys((name for name in model.config.sub_configs if name != "text_config"), "sdpa")
     model.set_attn_implementation({**parts, "text_config": attention})
-    if vision == "sdpa":
-        module: Any
-        for module in (part for tower in tower_modules(model).values() for part in tower.modules()):
-            if hasattr(module, "config") and "cu_seqlens" in inspect.signature(module.forward).parameters:
-                # Not by set_attn_implementation, which takes every name with "flash" for a package to import.
-                module.config._attn_implementation = SHARED_WINDOWS
+    windows = FLASH_WINDOWS if attention == SHARED_FLASH else SHARED_WINDOWS
+    module: Any
+    for module in (part for tower in tower_modules(model).values() for part in tower.modules()):
+        if hasattr(module, "config") and "cu_seqlens" in inspect.signature(module.forward).parameters:
+            # Not by set_attn_implementation, which takes every name with "flash" for a package to import.
+            module.config._attn_implementation = windows
 
 
 def _open(load: Callable[[], Any], name: str) -> Any:

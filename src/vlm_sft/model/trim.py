@@ -1,4 +1,4 @@
-"""The last decoder layer only where an answer token is predicted. Imports model.{attention,families}.
+"""The last decoder layer only where an answer token is predicted. Imports model.{attention,families,stepwise}.
 
 Behind the last layer only the rows that predict a supervised token are looked at. Their keys and values come from all
 tokens, but the queries' attention, the output projection and the MLP of that layer are needed at these rows alone. The
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
 
 from vlm_sft.model.attention import attending_rows
 from vlm_sft.model.families import PLAIN_LAYERS
+from vlm_sft.model.stepwise import exchange_forward
 
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _rows: torch.Tensor | None = None
@@ -52,16 +52,14 @@ def trim_last_layer(base: Any) -> bool:
     layer = _last_layer(base)
     if layer is None or any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
         return False
-    if not is_trimmed(base):
-        layer.forward_whole = layer.forward
-        layer.forward = MethodType(_forward, layer)
+    exchange_forward([layer], lambda _: True, _forward)
     return True
 
 
 def is_trimmed(base: Any) -> bool:
     """Whether the last layer of a model follows `kept_rows`."""
     layer = _last_layer(base)
-    return layer is not None and hasattr(layer, "forward_whole")
+    return layer is not None and hasattr(layer, "forward_stepwise")
 
 
 def _last_layer(base: Any) -> Any:
@@ -79,7 +77,7 @@ def _forward(layer: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any)
     """Forward of the last layer: (1, L, H) to (1, S, H) inside `kept_rows`, whole otherwise."""
     rows = _rows
     if rows is None or args or hidden_states.shape[:2] != (1, _length):
-        return layer.forward_whole(hidden_states, *args, **kwargs)
+        return layer.forward_stepwise(hidden_states, *args, **kwargs)
     normed = layer.input_layernorm(hidden_states)
     # Hooked for the call only: the projection may have been wrapped by PEFT since the model was prepared.
     hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: (inputs[0].index_select(1, rows),))
