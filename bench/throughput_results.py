@@ -26,6 +26,36 @@ def arithmetic_flops(counts: dict[str, int], sizes: dict[str, int]) -> float:
     return language + 4.0 * sizes["embedding"] * rows + 2.0 * sizes["vision"] * counts.get("patches", 0)
 
 
+def limits(
+    expected: dict[str, int], sizes: dict[str, int], epochs: int, flops_by_arithmetic: float, matrix_peak: float
+) -> dict[str, float]:
+    """Questions/s of a training that shares images and keeps their features, if its FLOPs were all that took time.
+
+    Args:
+        expected: the case's work, from `cases.expected_work`.
+        sizes: parameters of the model's parts.
+        epochs: passes of the long training.
+        flops_by_arithmetic: FLOPs that were counted for one of `arithmetic_flops`.
+        matrix_peak: FLOPs/s of a matrix product.
+
+    Returns:
+        "cold", "long" and "warm".
+    """
+    shared = {"language_tokens": expected["own_tokens"] + expected["distinct_prefix_tokens"]}
+    epoch = arithmetic_flops(shared | {"supervised": expected["supervised"]}, sizes)
+    tower = arithmetic_flops({"patches": expected["distinct_patches"]}, sizes)
+    rate = matrix_peak / flops_by_arithmetic * expected["questions"]
+    return {"cold": rate / (epoch + tower), "long": rate * epochs / (epochs * epoch + tower), "warm": rate / epoch}
+
+
+def saved_by_arithmetic(expected: dict[str, int], sizes: dict[str, int], epochs: int) -> dict[str, float]:
+    """How many times more FLOPs separate sequences need than shared ones: "cold", "long" and "warm"."""
+    separate = {"language_tokens": expected["tokens"]} | {name: expected[name] for name in ("supervised", "patches")}
+    whole = arithmetic_flops(separate, sizes)
+    one = limits(expected, sizes, epochs, 1.0, 1.0)
+    return {name: whole * value / expected["questions"] for name, value in one.items()}
+
+
 def summary(result: dict[str, Any], expected: dict[str, int], sizes: dict[str, int], epochs: int) -> dict[str, Any]:
     """One row of one round.
 
@@ -159,8 +189,9 @@ def tables(folder: Path) -> str:
 def _overview(results: list[dict[str, Any]]) -> str:
     """Our side against the best peer, a line for each case and shape."""
     lines = [
-        "| rows | model | questions / images | best peer | cold | over the epochs | warm |",
-        "|---|---|---:|---|---:|---:|---:|",
+        "| rows | model | questions / images | best peer | cold | over the epochs | warm "
+        "| FLOPs saved, cold / epochs / warm | at the matrix peak, cold / epochs / warm |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for result in results:
         found = {name: ratios(result["sides"], name) for name in ("cold", "long", "warm")}
@@ -168,10 +199,15 @@ def _overview(results: list[dict[str, Any]]) -> str:
             continue
         best = min(found["cold"], key=found["cold"].__getitem__)
         least = {name: f"{min(values.values()):.1f}x" for name, values in found.items()}
-        expected, millions = result["expected"], result["sizes"]["total"] / 1e6
+        expected, sizes, epochs = result["expected"], result["sizes"], result["epochs"]
+        saved = " / ".join(f"{value:.1f}x" for value in saved_by_arithmetic(expected, sizes, epochs).values())
+        ours, peer = result["sides"][OURS], result["sides"][best]
+        possible = limits(expected, sizes, epochs, ours["flops_by_arithmetic"], ours["matrix_peak"])
+        highest = " / ".join(f"{value / peer[name]:.1f}x" for name, value in possible.items())
         lines.append(
-            f"| {result['case']} | {result['shape']}, {millions:.0f} M | {expected['questions']} / "
-            f"{expected['images']} | {best} | {least['cold']} | {least['long']} | {least['warm']} |"
+            f"| {result['case']} | {result['shape']}, {sizes['total'] / 1e6:.0f} M | {expected['questions']} / "
+            f"{expected['images']} | {best} | {least['cold']} | {least['long']} | {least['warm']} "
+            f"| {saved} | {highest} |"
         )
     return "\n".join(lines)
 

@@ -29,7 +29,7 @@ from cases import Row, choose, expected_work
 from peers import environment, measure
 from shapes import SHAPES, TEMPLATE, config, parameter_counts
 from tests import tiny_models
-from throughput_results import arithmetic_flops, check, median_row, ratios, summary, tables
+from throughput_results import arithmetic_flops, check, limits, median_row, ratios, saved_by_arithmetic, summary, tables
 
 SIZES = {"language": 100, "vision": 10, "embedding": 1000, "total": 1110}
 EXPECTED = {
@@ -123,6 +123,18 @@ def test_flops_follow_parameters_tokens_and_rows_and_are_scaled_by_the_counted_s
     assert arithmetic_flops(counts(), SIZES) == flops
     assert arithmetic_flops(counts(head_rows=800), SIZES) == flops + 4 * 1000 * 776
     assert peer()["share_of_peak"] == pytest.approx(2 * flops / 4.0 / 1e6)
+
+
+def test_what_arithmetic_allows() -> None:
+    # By hand: 480 shared tokens and 24 answers an epoch, 1,200 patches once; separate, 800 tokens and 2,400 patches.
+    epoch, tower, separate = 4 * 100 * 480 + 4 * 1000 * 24, 2 * 10 * 1200, 4 * 100 * 800 + 4 * 1000 * 24 + 2 * 10 * 2400
+    saved = saved_by_arithmetic(EXPECTED, SIZES, 6)
+    assert saved == pytest.approx(
+        {"cold": separate / (epoch + tower), "long": 6 * separate / (6 * epoch + tower), "warm": separate / epoch}
+    )
+    possible = limits(EXPECTED, SIZES, 6, flops_by_arithmetic=2.0, matrix_peak=1e6)
+    assert possible["warm"] == pytest.approx(8 / (2 * epoch / 1e6))
+    assert possible["cold"] < possible["long"] < possible["warm"]
 
 
 def test_sides_that_do_the_common_work_are_reported() -> None:
