@@ -12,6 +12,7 @@ from typing import Any
 
 SEED = 7
 CHARTQA_PIXELS = 200_704  # 256 image tokens of 28 x 28 pixels
+NATIVE_PIXELS = 12_845_056  # the published bound: 16,384 image tokens
 EASY_SIDE = 224  # pixels: 64 image tokens
 SYSTEM = "You are a helpful assistant."
 
@@ -45,6 +46,7 @@ class Case:
 CASES = {
     "chartqa": Case("chartqa", "chartqa"),
     "easy_vqa": Case("easy_vqa", "easy_vqa", EASY_SIDE * EASY_SIDE),
+    "native": Case("native", "chartqa", NATIVE_PIXELS),
     "k1": Case("k1", "chartqa", one_an_image=True),
 }
 

@@ -49,12 +49,16 @@ class Shape:
     vision_heads: int
     vision_intermediate: int
     full_attention: tuple[int, ...]
+    vocabulary: int = VOCABULARY
+    tied: bool = True
 
 
 SHAPES = {
     "tiny": Shape(64, 2, 2, 1, 96, 32, 2, 2, 48, (1,)),
     "small": Shape(256, 8, 4, 2, 1024, 128, 4, 4, 384, (3,)),
     "medium": Shape(576, 30, 9, 3, 1536, 384, 12, 6, 1024, (5, 11)),
+    # The published configuration of Qwen2.5-VL-7B, whose projection to the vocabulary has weights of its own.
+    "7b": Shape(3584, 28, 28, 4, 18_944, 1280, 32, 16, 3420, (7, 15, 23, 31), 152_064, False),
 }
 
 
@@ -108,9 +112,9 @@ def config(shape: Shape) -> Any:
 
     quarter = shape.hidden // shape.heads // 8
     text = {
-        "vocab_size": VOCABULARY, "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
+        "vocab_size": shape.vocabulary, "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads, "max_position_embeddings": 32_768, "tie_word_embeddings": True,
+        "num_key_value_heads": shape.kv_heads, "max_position_embeddings": 32_768, "tie_word_embeddings": shape.tied,
         "use_sliding_window": False, "bos_token_id": PAD, "eos_token_id": END,
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 1e6, "mrope_section": [quarter, quarter + quarter // 2,
@@ -123,18 +127,29 @@ def config(shape: Shape) -> Any:
         "spatial_merge_size": MERGE, "temporal_patch_size": 2, "window_size": 112,
         "fullatt_block_indexes": list(shape.full_attention),
     }  # fmt: skip
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **SPECIAL)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied, **SPECIAL)
 
 
-def build(name: str, folder: Path, tokenizer: Path, max_pixels: int) -> Path:
-    """Write the folder of one shape with random weights, once; always the same ones."""
+def build(name: str, folder: Path, tokenizer: Path, max_pixels: int, device: str = "cpu") -> Path:
+    """Write the folder of one shape with random weights, once; always the same ones on one kind of device.
+
+    Args:
+        name: of the shape.
+        folder: where to.
+        tokenizer: Qwen's tokenizer.json.
+        max_pixels: bound on an image's area in pixels.
+        device: "cpu", in float32, or "cuda", in bfloat16.
+    """
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
     if (folder / "bench.json").is_file():
         return folder
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config(SHAPES[name]))
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(
+            config(SHAPES[name]), dtype=torch.bfloat16 if device == "cuda" else torch.float32
+        )
     model.generation_config = GenerationConfig(eos_token_id=[END, PAD], pad_token_id=PAD, bos_token_id=PAD)
     model.save_pretrained(folder)
     processor(tokenizer, max_pixels).save_pretrained(folder)
@@ -146,9 +161,12 @@ def build(name: str, folder: Path, tokenizer: Path, max_pixels: int) -> Path:
 def parameter_counts(model: Any) -> dict[str, int]:
     """Parameters of the language model's layers, of the vision tower, of the embedding, and in all.
 
-    The embedding is looked up, not multiplied with; the head that is tied to it is counted with the supervised tokens.
+    The embedding is looked up, not multiplied with; the head, tied to it or of the same size, is counted with the
+    supervised tokens.
     """
-    embedding = model.get_input_embeddings().weight.numel()
+    looked_up, projection = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding = looked_up.numel()
+    head = 0 if projection is looked_up else projection.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
     vision = sum(parameter.numel() for parameter in model.model.visual.parameters())
-    return {"language": total - vision - embedding, "vision": vision, "embedding": embedding, "total": total}
+    return {"language": total - vision - embedding - head, "vision": vision, "embedding": embedding, "total": total}

@@ -1,8 +1,9 @@
-"""Training speed of this package and of its peers on the same rows, model, LoRA and batch, on a CPU.
+"""Training speed of this package and of its peers on the same rows, model, LoRA and batch, on a CPU or one GPU.
 
     python bench/throughput.py [--sides ours,trl,llamafactory,msswift] [--cases chartqa,easy_vqa,k1]
-        [--shapes small,medium] [--rounds N] [--rounds_of SIDE=N,…] [--epochs N] [--peer_epochs N] [--questions N]
-        [--batch N] [--micro_batch N] [--threads N] [--data DIR] [--envs DIR] [--work_dir DIR]
+        [--shapes small,medium] [--device cpu|cuda] [--rounds N] [--rounds_of SIDE=N,…] [--epochs N]
+        [--peer_epochs N] [--questions N] [--batch N] [--micro_batch N] [--threads N] [--data DIR]
+        [--envs DIR] [--work_dir DIR]
     python bench/throughput.py --tables     writes the tables into bench/README.md from the result files
 
 Every training is a process of its own; its log and its result stay in the work folder to be looked at, and no later
@@ -30,7 +31,7 @@ from vlm_sft import artifacts
 from vlm_sft.console import say, warn
 
 SIDES = ("ours", *REQUIREMENTS)
-QUESTIONS = {"tiny": 16, "small": 128, "medium": 48}
+QUESTIONS = {"tiny": 16, "small": 128, "medium": 48, "7b": 512}
 TRIAL = "tiny"  # tells whether everything works; its numbers say nothing and stay in the work folder
 WARM_UP_QUESTIONS = 4
 # So small that the loss of an epoch does not depend on the order of its rows: all sides must agree.
@@ -45,8 +46,11 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sides", default=",".join(SIDES), help="who trains, in turn (default: %(default)s)")
-    parser.add_argument("--cases", default=",".join(benchcases.CASES), help="rows (default: %(default)s)")
-    parser.add_argument("--shapes", default="small,medium", help="tiny, small, medium (default: %(default)s)")
+    parser.add_argument("--cases", default="chartqa,easy_vqa,k1", help="rows; native: ChartQA's images "
+                        "in their own size (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--shapes", default="small,medium", help="tiny, small, medium, 7b (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu, in float32, or one GPU, in "
+                        "bfloat16 (default: %(default)s)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=1, help="how often each side trains (default: %(default)s)")
     parser.add_argument("--rounds_of", default="", help="fewer rounds of some sides, e.g. trl=1,llamafactory=1")
     parser.add_argument("--epochs", type=int, default=6, help="passes of our side (default: %(default)s)")
@@ -82,7 +86,7 @@ def job(args: argparse.Namespace, side: str, model: Path, rows: Path, max_pixels
     return {
         "model": str(model), "rows": str(rows), "epochs": epochs, "batch": args.batch,
         "micro_batch": args.micro_batch or MICRO_BATCH[side], "max_pixels": max_pixels,
-        "learning_rate": LEARNING_RATE, **LORA,
+        "learning_rate": LEARNING_RATE, "device": args.device, **LORA,
     }  # fmt: skip
 
 
@@ -96,10 +100,11 @@ def rows_of(args: argparse.Namespace, name: str, questions: int, processor: Any)
     return folder, artifacts.read_json(path)
 
 
-def environment(threads: int, folder: Path) -> dict[str, str]:
-    """The environment variables of a side: its threads, no GPU, no hub, no cache of an earlier run."""
+def environment(threads: int, folder: Path, device: str) -> dict[str, str]:
+    """The environment variables of a side: its threads, one GPU or none, no hub, no cache of an earlier run."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if device == "cuda" else ""
     return os.environ | {
-        "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "hf"),
+        "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": gpu, "HF_HOME": str(folder / "hf"),
         "HF_HUB_OFFLINE": "1", "MODELSCOPE_CACHE": str(folder / "modelscope"), "USE_HF": "1",
         "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": "",
     }  # fmt: skip
@@ -121,7 +126,7 @@ def run_side(args: argparse.Namespace, side: str, jobs: list[dict[str, Any]], pa
             worker = str(ROOT / "bench" / "peers" / "worker.py")
             command = [str(python), worker, str(folder / "job.json"), str(folder / "result.json")]
             code = subprocess.run(
-                command, env=environment(args.threads, folder), stdout=stream, stderr=subprocess.STDOUT
+                command, env=environment(args.threads, folder, args.device), stdout=stream, stderr=subprocess.STDOUT
             ).returncode
         if code:
             end = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-8:])
@@ -136,8 +141,8 @@ def measure(args: argparse.Namespace, case: str, shape: str) -> dict[str, Any]:
     """All rounds of all sides on one case and shape, the sides in turn."""
     max_pixels = benchcases.CASES[case].max_pixels
     tokenizer = benchshapes.fetch_tokenizer(args.envs / "tokenizer")
-    model = args.work_dir / "models" / f"{shape}-{max_pixels}"
-    benchshapes.build(shape, model, tokenizer, max_pixels)
+    model = args.work_dir / "models" / f"{shape}-{max_pixels}{'-bfloat16' if args.device == 'cuda' else ''}"
+    benchshapes.build(shape, model, tokenizer, max_pixels, args.device)
     processor = benchshapes.processor(tokenizer, max_pixels)
     rows, expected = rows_of(args, case, args.questions or QUESTIONS[shape], processor)
     warm_up, _ = rows_of(args, case, WARM_UP_QUESTIONS, processor)

@@ -70,8 +70,9 @@ def summary(result: dict[str, Any], expected: dict[str, int], sizes: dict[str, i
     total = result["preparation_seconds"] + sum(seconds[:epochs]) + usual * max(0, epochs - len(seconds))
     first, last = result["epochs"][0], result["epochs"][-1]
     warm_up = result["warm_up"]
-    counted = warm_up["flops"][1] - warm_up["flops"][0]
-    counted_share = counted / arithmetic_flops(warm_up["epochs"][0], sizes)
+    counted_share = 1.0  # by the arithmetic alone where nothing was counted
+    if warm_up["flops"]:
+        counted_share = (warm_up["flops"][1] - warm_up["flops"][0]) / arithmetic_flops(warm_up["epochs"][0], sizes)
     flops = [arithmetic_flops(counts, sizes) * counted_share for counts in result["epochs"]]
     padding = max(first.get("padding", 0), first.get("seen_padding", 0))
     return {
@@ -88,7 +89,7 @@ def summary(result: dict[str, Any], expected: dict[str, int], sizes: dict[str, i
         "cold_tower_calls": result["preparation"].get("tower_calls", 0) + first.get("tower_calls", 0),
         "cold_tower_images": result["preparation"].get("tower_images", 0) + first.get("tower_images", 0),
         "warm_tower_calls": last.get("tower_calls", 0),
-        "peak_resident_bytes": result["peak_resident_bytes"],
+        "peak_memory_bytes": result["peak_memory_bytes"],
         "matrix_peak": result["matrix_peak"],
         "flops_by_arithmetic": counted_share,
         "share_of_peak": sum(flops) / sum(seconds) / result["matrix_peak"],
@@ -106,7 +107,7 @@ def median_row(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     for name, value in row.items():
         if isinstance(value, float):
             row[name] = median(one[name] for one in rounds)
-    row["peak_resident_bytes"] = max(one["peak_resident_bytes"] for one in rounds)
+    row["peak_memory_bytes"] = max(one["peak_memory_bytes"] for one in rounds)
     row["rounds"] = len(rounds)
     row["by_round"] = {name: [one[name] for one in rounds] for name in ("cold", "warm", "long")}
     return row
@@ -231,7 +232,7 @@ def _detail(result: dict[str, Any]) -> str:
             f"| {side} | {rounds} | {row['cold']:.2f} | {row['warm']:.2f} | {row['long']:.2f}{mark} "
             f"| {row['preparation_seconds']:.1f} | {row['epochs'][0]['language_tokens']:,} "
             f"| {100 * row['padding_share']:.1f} % | {100 * row['data_wait_share']:.1f} % "
-            f"| {row['cold_tower_calls']} / {row['warm_tower_calls']} | {row['peak_resident_bytes'] / 1e9:.2f} "
+            f"| {row['cold_tower_calls']} / {row['warm_tower_calls']} | {row['peak_memory_bytes'] / 1e9:.2f} "
             f"| {100 * row['share_of_peak']:.0f} % | {row['loss']:.5f} |"
         )
     lines += [f"\n{side} is not reported: {'; '.join(why)}." for side, why in result["refused"].items()]

@@ -28,12 +28,13 @@ def train(job: Job) -> None:
         "model_name_or_path": job.model, "image_max_pixels": UNBOUNDED, "stage": "sft", "do_train": True,
         "finetuning_type": "lora", "lora_rank": job.rank, "lora_alpha": job.alpha, "lora_dropout": 0.0,
         "lora_target": ",".join(job.targets), "dataset_dir": str(folder), "dataset": "rows", "template": TEMPLATE,
-        "cutoff_len": 8192, "output_dir": str(folder / "run"), "overwrite_cache": True, "flash_attn": "sdpa",
+        "cutoff_len": 8192, "output_dir": str(folder / "run"), "overwrite_cache": True,
+        "flash_attn": "fa2" if job.has_flash else "sdpa",
         "disable_gradient_checkpointing": True, "disable_shuffling": True, "num_train_epochs": float(job.epochs),
         "per_device_train_batch_size": job.micro_batch, "gradient_accumulation_steps": job.accumulation,
         "learning_rate": job.learning_rate, "lr_scheduler_type": "constant", "max_grad_norm": 1.0,
         "optim": "adamw_torch", "save_strategy": "no", "eval_strategy": "no", "report_to": "none", "logging_steps": 1,
-        "use_cpu": True, "bf16": False, "plot_loss": False, "disable_tqdm": True,
+        "use_cpu": not job.on_gpu, "bf16": job.on_gpu, "plot_loss": False, "disable_tqdm": True,
     })  # fmt: skip
 
 

@@ -21,7 +21,8 @@ def train(job: Job) -> None:
     TEMPLATE_MAPPING["qwen2_5_vl"].suffix = ["<|im_end|>"]
     sft_main(
         SftArguments(
-            model=job.model, model_type="qwen2_5_vl", template="qwen2_5_vl", torch_dtype="float32", attn_impl="sdpa",
+            model=job.model, model_type="qwen2_5_vl", template="qwen2_5_vl", torch_dtype=job.dtype,
+            attn_impl="flash_attn" if job.has_flash else "sdpa", padding_free=job.has_flash,
             dataset=[str(Path(job.rows) / "conversations.jsonl")], split_dataset_ratio=0.0, dataset_shuffle=False,
             train_dataloader_shuffle=False, load_from_cache_file=False, max_length=8192, tuner_type="lora",
             lora_rank=job.rank, lora_alpha=job.alpha, lora_dropout=0.0, target_modules=list(job.targets),
@@ -30,6 +31,7 @@ def train(job: Job) -> None:
             per_device_train_batch_size=job.micro_batch, gradient_accumulation_steps=job.accumulation,
             learning_rate=job.learning_rate, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=1.0,
             optim="adamw_torch", weight_decay=0.0, save_strategy="no", eval_strategy="no", report_to=["none"],
-            logging_steps=1, use_cpu=True, bf16=False, fp16=False, dataloader_num_workers=0, disable_tqdm=True,
+            logging_steps=1, use_cpu=not job.on_gpu, bf16=job.on_gpu, fp16=False, dataloader_num_workers=0,
+            disable_tqdm=True,
         )
     )  # fmt: skip

@@ -18,13 +18,16 @@ def train(job: Job) -> None:
     rows = load_dataset("json", data_files=str(Path(job.rows) / "pairs.jsonl"), split="train")
     assert isinstance(rows, Dataset)
     rows = rows.cast_column("images", Sequence(Image()))
+    model = AutoModelForImageTextToText.from_pretrained(
+        job.model, dtype=getattr(torch, job.dtype), attn_implementation="flash_attention_2" if job.has_flash else "sdpa"
+    )
     trainer = SFTTrainer(
-        model=AutoModelForImageTextToText.from_pretrained(job.model, dtype=torch.float32, attn_implementation="sdpa"),
+        model=model,
         args=SFTConfig(
             output_dir=job.output, num_train_epochs=job.epochs, per_device_train_batch_size=job.micro_batch,
             gradient_accumulation_steps=job.accumulation, learning_rate=job.learning_rate,
             lr_scheduler_type="constant", max_grad_norm=1.0, optim="adamw_torch", max_length=None,
-            gradient_checkpointing=False, bf16=False, use_cpu=True, train_sampling_strategy="sequential",
+            gradient_checkpointing=False, bf16=job.on_gpu, use_cpu=not job.on_gpu, train_sampling_strategy="sequential",
             save_strategy="no", eval_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
         ),
         train_dataset=rows,

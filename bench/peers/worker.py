@@ -10,7 +10,9 @@ import importlib
 import importlib.metadata
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ class Job:
         max_pixels: bound on an image's area in pixels.
         learning_rate: constant.
         rank, alpha, targets: LoRA.
+        device: "cpu", in float32, or "cuda", in bfloat16.
     """
 
     model: str
@@ -49,6 +52,22 @@ class Job:
     rank: int
     alpha: int
     targets: tuple[str, ...]
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU trains, in bfloat16."""
+        return self.device == "cuda"
+
+    @property
+    def dtype(self) -> str:
+        """Name of the number format."""
+        return "bfloat16" if self.on_gpu else "float32"
+
+    @property
+    def has_flash(self) -> bool:
+        """Whether a peer, which needs the package, can use FlashAttention."""
+        return self.on_gpu and find_spec("flash_attn") is not None
 
     @property
     def accumulation(self) -> int:
@@ -74,17 +93,21 @@ def main() -> int:
     side, warm, timed = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["jobs"]
     program: Any = importlib.import_module(f"peers.{side}_sft")
     measure.install()
+    on_gpu = Job(**timed).on_gpu
     counter = FlopCounterMode(display=False, custom_mapping=measure.product_flops())
-    first = measure.Meter(total_flops=counter.get_total_flops)
-    with counter, measure.measuring(first):
+    # Kernels of a GPU's libraries are not all known to the counter: there the arithmetic stands for itself.
+    first = measure.Meter(total_flops=None if on_gpu else counter.get_total_flops)
+    with nullcontext() if on_gpu else counter, measure.measuring(first):
         program.train(Job(**warm))
-    peak = measure.matrix_peak()
+    peak = measure.matrix_peak(on_gpu)
+    measure.forget_peak_memory(on_gpu)
     meter = measure.Meter()
     with measure.measuring(meter):
         program.train(Job(**timed))
     result = {
         "side": side, "versions": versions(), "warm_up": first.result(), **meter.result(),
-        "peak_resident_bytes": measure.peak_resident_bytes(), "matrix_peak": max(peak, measure.matrix_peak()),
+        "peak_memory_bytes": measure.peak_memory_bytes(on_gpu),
+        "matrix_peak": max(peak, measure.matrix_peak(on_gpu)),
     }  # fmt: skip
     Path(sys.argv[2]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

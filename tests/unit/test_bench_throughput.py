@@ -27,6 +27,7 @@ from transformers.processing_utils import ProcessorMixin
 import throughput
 from cases import Row, choose, expected_work
 from peers import environment, measure
+from peers.worker import Job
 from shapes import SHAPES, TEMPLATE, config, parameter_counts
 from tests import tiny_models
 from throughput_results import arithmetic_flops, check, limits, median_row, ratios, saved_by_arithmetic, summary, tables
@@ -53,7 +54,7 @@ def measured(epochs: list[dict[str, int]], seconds: list[float], **changes: Any)
     return {
         "preparation_seconds": 2.0, "loading_seconds": 1.0, "epoch_seconds": seconds, "preparation": {},
         "data_wait_seconds": [0.1] * len(seconds), "epochs": epochs, "warm_up": warm_up, "epoch_loss": [12.0],
-        "peak_resident_bytes": 10, "matrix_peak": 1e6, "trainable_parameters": 7, "versions": {"torch": "2"},
+        "peak_memory_bytes": 10, "matrix_peak": 1e6, "trainable_parameters": 7, "versions": {"torch": "2"},
     } | changes  # fmt: skip
 
 
@@ -104,7 +105,26 @@ def test_the_shapes_have_the_sizes_that_the_tables_name() -> None:
         found = {name: parameter_counts(Qwen2_5_VLForConditionalGeneration(config(SHAPES[name]))) for name in SHAPES}
     assert round(found["small"]["total"] / 1e6) == 48 and round(found["medium"]["total"] / 1e6) == 219
     assert found["medium"]["embedding"] == 151_936 * 576
+    published = found.pop("7b")
+    assert published["total"] == 8_292_166_656  # of Qwen2.5-VL-7B-Instruct, as its weights' index says
+    assert published["language"] + published["vision"] + 2 * published["embedding"] == published["total"]
     assert all(parts["language"] + parts["vision"] + parts["embedding"] == parts["total"] for parts in found.values())
+
+
+def test_a_gpu_trains_in_half_precision_and_is_the_only_one_seen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--device", "cuda", "--shapes", "7b", "--cases", "native"])
+    args = throughput.parse()
+    asked = throughput.job(args, "ours", tmp_path, tmp_path, 12_845_056, 6)
+    job = Job(**asked, output="out")
+    assert job.on_gpu and job.dtype == "bfloat16"
+    assert not Job(**asked | {"device": "cpu"}, output="out").on_gpu
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert throughput.environment(2, tmp_path, "cuda")["CUDA_VISIBLE_DEVICES"] == "3"
+    assert throughput.environment(2, tmp_path, "cpu")["CUDA_VISIBLE_DEVICES"] == ""
+    nothing_counted = measured([counts()], [4.0], warm_up={"flops": [], "epochs": [counts()]})
+    assert summary(nothing_counted, EXPECTED, SIZES, 6)["flops_by_arithmetic"] == 1.0
 
 
 def test_speeds_count_preparation_once_and_extrapolate_what_was_not_run() -> None:
