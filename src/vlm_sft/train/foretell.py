@@ -41,7 +41,7 @@ from vlm_sft.train.prepare import Plan
 from vlm_sft.train.validation import ValidationPlan
 
 PROBING = "probe"
-TRAINER_SECONDS = 0.3  # between a probe and the first step, without DeepSpeed
+TRAINER_SECONDS = 0.03  # between a probe and the first step, without DeepSpeed
 OUTCOMES = ("time_seconds", "peak_bytes", "disk_bytes")
 
 
