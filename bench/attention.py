@@ -14,21 +14,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
 
-from common import RESULTS, commit, origin, write_block
+from common import README, RESULTS, commit, origin, write_block
+from peers.measure import now
 from vlm_sft import artifacts
 from vlm_sft.console import say
 from vlm_sft.model.attention import PackLayout, pack_layout, shared_sdpa
 from vlm_sft.model.flash import shared_flash
 
 RESULT = RESULTS / "attention.json"
-REFERENCE, SEPARATE = "sdpa", "separate"
+REFERENCE = "sdpa"
+SIZES = {
+    "images": (8, "of a pack"), "prefix": (700, "tokens of an image with the text before it"),
+    "questions": (2, "an image"), "question": (40, "tokens of a question with its answer"),
+    "heads": (28, "of the queries"), "kv_heads": (4, "of the keys"), "width": (128, "channels of a head"),
+    "rounds": (20, "in which the kernels take turns"),
+}  # fmt: skip
 Kernel = Callable[[list[torch.Tensor]], torch.Tensor]
 Timed = tuple[Kernel, torch.Tensor | None]  # with the tokens of its sequences where they are not those of the pack
 
@@ -37,12 +43,7 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(default: %(default)s)")
-    for name, value, text in (
-        ("images", 8, "of a pack"), ("prefix", 700, "tokens of an image with the text before it"),
-        ("questions", 2, "an image"), ("question", 40, "tokens of a question with its answer"),
-        ("heads", 28, "of the queries"), ("kv_heads", 4, "of the keys"), ("width", 128, "channels of a head"),
-        ("rounds", 20, "in which the kernels take turns"),
-    ):  # fmt: skip
+    for name, (value, text) in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: %(default)s)")
     parser.add_argument("--tables", action="store_true", help="only write the table from the result file")
     args = parser.parse_args()
@@ -107,13 +108,12 @@ def separate_layout(layout: PackLayout) -> tuple[PackLayout, torch.Tensor]:
 
 def kernels(layout: PackLayout, device: torch.device) -> dict[str, Timed]:
     """Every kernel of this device."""
-    found: dict[str, Timed] = {REFERENCE: (ours(shared_sdpa, layout), None)}
     apart, tokens = separate_layout(layout)
+    found: dict[str, Timed] = {REFERENCE: (ours(shared_sdpa, layout), None), "flex": (flex(layout, device), None)}
     if device.type == "cuda":
         found["varlen"] = (ours(shared_flash, layout), None)
-    found["flex"] = (flex(layout, device), None)
-    found[SEPARATE] = (ours(shared_flash if device.type == "cuda" else shared_sdpa, apart), tokens.to(device))
-    return found
+    # Where FlashAttention does not run `shared_flash` is SDPA.
+    return found | {"separate": (ours(shared_flash, apart), tokens.to(device))}
 
 
 def run(kernel: Kernel, states: list[torch.Tensor], backward: bool) -> list[torch.Tensor]:
@@ -126,15 +126,9 @@ def run(kernel: Kernel, states: list[torch.Tensor], backward: bool) -> list[torc
 
 def timed(kernel: Kernel, states: list[torch.Tensor], backward: bool) -> float:
     """Milliseconds of one run."""
-    began = _now(states[0].device)
+    began = now()
     run(kernel, states, backward)
-    return 1e3 * (_now(states[0].device) - began)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return 1e3 * (now() - began)
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -191,17 +185,14 @@ def table(result: dict[str, Any]) -> str:
 def main() -> int:
     """Measure, and write the result file and the table."""
     args = parse()
-    if args.tables:
-        result = artifacts.read_json(RESULT)
-    else:
-        names = ("images", "prefix", "questions", "question", "heads", "kv_heads", "width", "rounds")
-        result = origin() | {"sizes": {name: getattr(args, name) for name in names}, "rows": measure(args)}
-    if args.device == "cpu" and not args.tables:
-        say(table(result))
-        return 0
-    artifacts.write_json(RESULT, result)
-    write_block("attention", "Attention kernels", table(result))
-    say(f"written: {RESULT} and bench/README.md")
+    if not args.tables:
+        result = origin() | {"sizes": {name: getattr(args, name) for name in SIZES}, "rows": measure(args)}
+        if args.device == "cpu":
+            say(table(result))
+            return 0
+        say(f"written: {artifacts.write_json(RESULT, result)}")
+    write_block("attention", "Attention kernels", table(artifacts.read_json(RESULT)))
+    say(f"written: {README}")
     return 0
 
 

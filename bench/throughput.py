@@ -100,6 +100,11 @@ def rows_of(args: argparse.Namespace, name: str, questions: int, processor: Any)
     return folder, artifacts.read_json(path)
 
 
+def suffix(device: str) -> str:
+    """What names of models and results end with, so that those of a GPU and of the CPU do not replace each other."""
+    return "-cuda" if device == "cuda" else ""
+
+
 def environment(threads: int, folder: Path, device: str) -> dict[str, str]:
     """The environment variables of a side: its threads, one GPU or none, no hub, no cache of an earlier run."""
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if device == "cuda" else ""
@@ -141,13 +146,13 @@ def measure(args: argparse.Namespace, case: str, shape: str) -> dict[str, Any]:
     """All rounds of all sides on one case and shape, the sides in turn."""
     max_pixels = benchcases.CASES[case].max_pixels
     tokenizer = benchshapes.fetch_tokenizer(args.envs / "tokenizer")
-    model = args.work_dir / "models" / f"{shape}-{max_pixels}{'-bfloat16' if args.device == 'cuda' else ''}"
+    model = args.work_dir / "models" / f"{shape}-{max_pixels}{suffix(args.device)}"
     benchshapes.build(shape, model, tokenizer, max_pixels, args.device)
     processor = benchshapes.processor(tokenizer, max_pixels)
     rows, expected = rows_of(args, case, args.questions or QUESTIONS[shape], processor)
     warm_up, _ = rows_of(args, case, WARM_UP_QUESTIONS, processor)
     sizes = artifacts.read_json(model / "bench.json")
-    folder = args.work_dir / "results" / f"{case}-{shape}-{expected['questions']}"
+    folder = args.work_dir / "results" / f"{case}-{shape}-{expected['questions']}{suffix(args.device)}"
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
     for number in range(1, args.rounds + 1):
@@ -182,7 +187,8 @@ def main() -> int:
                 continue
             result = origin() | {"threads": args.threads, "batch": args.batch} | measure(args, case, shape)
             folder = args.work_dir if shape == TRIAL else RESULTS
-            written.append(artifacts.write_json(folder / f"throughput_{case}_{shape}.json", result))
+            name = f"throughput_{case}_{shape}{suffix(args.device)}.json"
+            written.append(artifacts.write_json(folder / name, result))
     write_block("throughput", "Training speed beside other trainers", tables(RESULTS))
     say(f"written: {', '.join(map(str, [*written, README]))}")
     return 0

@@ -110,14 +110,14 @@ _active: list[Meter] = []
 def measuring(meter: Meter) -> Iterator[None]:
     """Let a meter see everything that happens inside."""
     _active.append(meter)
-    meter.began = _now()
+    meter.began = now()
     try:
         yield
     finally:
         _active.remove(meter)
 
 
-def _now() -> float:
+def now() -> float:
     """The performance counter, in seconds, when a GPU has done what it was given."""
     import torch
 
@@ -213,13 +213,13 @@ def _attach(trainer: Any, meter: Meter) -> None:
 
     class Marks(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            meter.training = _now()
+            meter.training = now()
             meter.counts.append(Counter())
             if meter.total_flops is not None:
                 meter.flops.append(meter.total_flops())
 
         def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-            meter.ends.append(_now())
+            meter.ends.append(now())
             meter.counts.append(Counter())
             meter.waits.append(0.0)
             meter.losses.append(0.0)
@@ -322,9 +322,9 @@ def matrix_peak(on_gpu: bool) -> float:
     for product in products:
         product()
         for _ in range(PEAK_REPEATS):
-            began = _now()
+            began = now()
             product()
-            seconds.append(_now() - began)
+            seconds.append(now() - began)
     return 2 * size**3 / min(seconds)
 
 
