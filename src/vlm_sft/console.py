@@ -38,10 +38,16 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def warn(text: str) -> None:
-    """Tell the user that something needs attention, on standard error, from rank 0 only."""
-    if is_main_process():
-        sys.stderr.write(f"warning: {text}\n")
+def warn(text: str, any_rank: bool = False) -> None:
+    """Tell the user that something needs attention, on standard error, from rank 0 only.
+
+    Args:
+        text: what does.
+        any_rank: other ranks tell it too, with their number: what only they have seen.
+    """
+    if is_main_process() or any_rank:
+        rank = "" if is_main_process() else f" (rank {os.environ['RANK']})"
+        sys.stderr.write(f"warning{rank}: {text}\n")
         sys.stderr.flush()
 
 

@@ -1,26 +1,38 @@
-"""How this process was launched: ranks, device, DeepSpeed. Imports torch, artifacts and errors.
+"""How this process was launched: ranks, device, DeepSpeed. Imports torch, place, artifacts, console and errors.
 
-The launchers differ in what they pass: `deepspeed` adds `--local_rank=N` and sets RANK, torchrun sets RANK only, plain
-python sets nothing.
+The launchers differ in what they pass: `deepspeed` adds `--local_rank=N` and sets RANK, torchrun, MPI and Slurm set
+variables only, plain python sets nothing.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from vlm_sft.artifacts import read_json
+from vlm_sft.console import say
 from vlm_sft.errors import RunError, VlmSftError
+from vlm_sft.place import announce, read_place
 
 ZERO_STAGES = {"zero2": 2, "zero3": 3}
+# Of a collective operation of the training itself: no rank may be away for so long there.
+STEP_SECONDS = 1800.0
+# Of the ranks' meetings outside of it, where one may have hours of work that the others have not: images to prepare,
+# checksums of a large checkpoint, a report. A rank that has died ends them at once, by its closed connection.
+MEETING_SECONDS = 7 * 86_400.0
+WAITING_LINE_SECONDS = 30.0  # of waiting, after which the user is told whom for; then after twice as long, and so on
 Result = TypeVar("Result")
 
 
@@ -33,6 +45,7 @@ class Launch:
         cpu: True when the machine has no GPU.
         deepspeed: DeepSpeed's configuration, or None.
         parallel: "single", "ddp", "zero2", "zero3" or "deepspeed" (a configuration of the user's own).
+        local_size: processes of this run on this machine.
     """
 
     rank: int
@@ -41,6 +54,17 @@ class Launch:
     cpu: bool
     deepspeed: dict[str, Any] | None
     parallel: str
+    local_size: int = 1
+
+    @property
+    def gpu(self) -> int:
+        """Number of this process's GPU among those that it sees: some launchers show each process its own alone."""
+        return self.local_rank % max(1, torch.cuda.device_count())
+
+    @property
+    def device(self) -> str:
+        """Where this process computes, in PyTorch's words."""
+        return "cpu" if self.cpu else f"cuda:{self.gpu}"
 
 
 def read_launch(local_rank: int | None, deepspeed: str | None) -> Launch:
@@ -53,19 +77,18 @@ def read_launch(local_rank: int | None, deepspeed: str | None) -> Launch:
     Raises:
         RunError: DeepSpeed is asked for and is not installed, or its configuration cannot be read.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    own_rank = int(os.environ.get("LOCAL_RANK", str(local_rank or 0)))
-    if "RANK" in os.environ:
-        os.environ["LOCAL_RANK"] = str(own_rank)
+    place = rank, world_size, own_rank, local_size = read_place(local_rank)
+    if world_size > 1 or "RANK" in os.environ:
+        announce(place)
     cpu = not torch.cuda.is_available()
     if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
+        _share_cores(local_size)
     if deepspeed is None and local_rank is not None:
         deepspeed = "zero2"
     if deepspeed is None:
-        return Launch(rank, own_rank, world_size, cpu, None, "ddp" if world_size > 1 else "single")
+        parallel = "ddp" if world_size > 1 else "single"
+        return Launch(rank, own_rank, world_size, cpu, None, parallel, local_size)
     _require_deepspeed()
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         with socket.socket() as free:
@@ -76,7 +99,8 @@ def read_launch(local_rank: int | None, deepspeed: str | None) -> Launch:
         # transformers and accelerate would pass DeepSpeed by, silently, if this were set.
         os.environ.pop("ACCELERATE_USE_CPU", None)
     config = _deepspeed_config(deepspeed, cpu)
-    return Launch(rank, own_rank, world_size, cpu, config, deepspeed if deepspeed in ZERO_STAGES else "deepspeed")
+    parallel = deepspeed if deepspeed in ZERO_STAGES else "deepspeed"
+    return Launch(rank, own_rank, world_size, cpu, config, parallel, local_size)
 
 
 def _share_cores(processes: int) -> None:
@@ -178,12 +202,15 @@ def connected(launch: Launch) -> Iterator[None]:
 
 def _part() -> None:
     """Close the process group, also one that DeepSpeed opened for a single rank."""
+    global _meeting
+    _meeting = None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def _connect(launch: Launch) -> None:
-    """Open the process group."""
+    """Open the process groups: one for the training, one for meetings outside of it."""
+    global _meeting
     if launch.deepspeed is not None and launch.cpu:
         # DeepSpeed would compile its own shared-memory collectives, for minutes and with a C++ compiler; gloo serves.
         import deepspeed.ops
@@ -191,15 +218,67 @@ def _connect(launch: Launch) -> None:
         deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
     if launch.world_size == 1 or torch.distributed.is_initialized():
         return
-    backend = "gloo" if launch.cpu else "nccl"
     if not launch.cpu:
-        torch.cuda.set_device(launch.local_rank)
+        torch.cuda.set_device(launch.gpu)
+    backend = "gloo" if launch.cpu else "nccl"
+    limit = timedelta(seconds=STEP_SECONDS)
+    store, *_ = next(rendezvous("env://", timeout=limit))
+    torch.distributed.init_process_group(
+        backend, store=PrefixStore("training", store), rank=launch.rank, world_size=launch.world_size, timeout=limit
+    )
     if launch.deepspeed is not None:
         import deepspeed
 
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    else:
-        torch.distributed.init_process_group(backend)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=limit)  # takes that group
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=MEETING_SECONDS))
+    _meeting = _Meeting(launch, group, PrefixStore("meeting", store))
+
+
+class _Meeting:
+    """Where the ranks wait for each other outside of the training: on CPUs, and for as long as it takes.
+
+    Like PyTorch's own process groups, of which it is one, there is one of it in a process.
+
+    Args:
+        launch: the ranks.
+        group: a gloo group of all ranks.
+        store: holds who has come.
+    """
+
+    def __init__(self, launch: Launch, group: Any, store: Any) -> None:
+        self.group = group
+        self._rank, self._store = launch.rank, store
+        self._number = 0
+        hosts: list[Any] = [None] * launch.world_size
+        torch.distributed.all_gather_object(hosts, socket.gethostname(), group=group)
+        self._names = [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
+
+    def await_all(self, what: str) -> None:
+        """Wait for all ranks; rank 0 says whom it waits for, now and then.
+
+        Args:
+            what: what they do, for that line.
+        """
+        self._number += 1
+        self._store.set(f"{self._number}/{self._rank}", "")
+        barrier = torch.distributed.barrier(group=self.group, async_op=True)
+        began, line, pause = time.monotonic(), WAITING_LINE_SECONDS, 1e-3
+        while not barrier.is_completed():
+            time.sleep(pause)  # in Python, so that a signal is noticed
+            pause = min(1.5 * pause, 0.25)
+            waited = time.monotonic() - began
+            if self._rank == 0 and waited > line:
+                away = [name for rank, name in enumerate(self._names) if not self._has_come(rank)]
+                more = f" and {len(away) - 4} more" if len(away) > 4 else ""
+                say(f"rank 0 has waited {waited:.0f} s for {', '.join(away[:4])}{more} to {what}")
+                line *= 2
+        barrier.wait()  # raises what went wrong
+
+    def _has_come(self, rank: int) -> bool:
+        return bool(self._store.check([f"{self._number}/{rank}"]))
+
+
+_meeting: _Meeting | None = None
 
 
 def quiet_libraries() -> None:
@@ -212,12 +291,34 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
+def _several() -> bool:
+    """Whether there are other ranks."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _group() -> Any:
+    """The group of meetings; PyTorch's default one where this package has not opened any."""
+    return _meeting and _meeting.group
+
+
+def barrier(what: str) -> None:
+    """Wait for the other ranks; all ranks must call it.
+
+    Args:
+        what: what they are waited for to do, e.g. "prepare the data"; the user is told when it takes long.
+    """
+    if _meeting is not None:
+        _meeting.await_all(what)
+    elif _several():
+        torch.distributed.barrier()
+
+
 def gather(value: Any) -> list[Any]:
     """What every rank passes, by rank, on every rank; all ranks must call it."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if not _several():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=_group())
     return values
 
 
@@ -228,14 +329,14 @@ def agree(work: Callable[[], Result]) -> Result:
         VlmSftError: as `work` raised it.
     """
     box: list[Any] = [None, None]
-    connected = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    if not connected or torch.distributed.get_rank() == 0:
+    several = _several()
+    if not several or torch.distributed.get_rank() == 0:
         try:
             box[0] = work()
         except VlmSftError as error:
             box[1] = error
-    if connected:
-        torch.distributed.broadcast_object_list(box, src=0)
+    if several:
+        torch.distributed.broadcast_object_list(box, src=0, group=_group())
     if box[1] is not None:
         raise box[1]
     return box[0]

@@ -47,6 +47,10 @@ static int struck(const char *call, const char *path)
         long number = counted(counter);
         if (number < first || number >= first + count)
             continue;
+        if (!strcmp(action, "pause")) {
+            kill(getpid(), SIGSTOP);
+            continue;
+        }
         if (strcmp(action, "eio"))
             kill(getpid(), strcmp(action, "stop") ? SIGKILL : SIGSTOP);
         errno = EIO;

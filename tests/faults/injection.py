@@ -20,7 +20,8 @@ class Fault:
     Attributes:
         call: "read", "write", "fsync", "rename" or "unlink".
         path: pattern of the file's whole path, as of a shell, where `*` takes in slashes.
-        action: "eio": the call fails; "kill": its process ends; "stop": its process stands still.
+        action: "eio": the call fails; "kill": its process ends; "stop": its process stands still, and the
+            call fails once it goes on; "pause": it stands still, and nothing fails.
         first, count: which of the calls that fit.
         rank: "0", "1", or "*".
         place: "worker": in data workers only; or "*".

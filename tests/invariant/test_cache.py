@@ -118,7 +118,9 @@ def test_a_changed_setting_reads_nothing_stale(
     assert work(cache) == expected
 
 
-def test_a_damaged_shard_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_damaged_is_seen_when_it_is_read_and_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, _ = prepare(tmp_path, samples())
     before = first[1]
     (shard,) = (tmp_path / "images").rglob("*.safetensors")
@@ -127,9 +129,12 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path, capsys: pytest.CaptureFix
     shard.unlink()
     shard.write_bytes(data)
     second, cache = prepare(tmp_path, samples())
-    assert work(cache) == (4, 0)
-    assert "checksum" in capsys.readouterr().err
-    assert equal(second[1], before)
+    assert work(cache) == (0, 0) and "damaged" not in capsys.readouterr().err  # a start reads no image
+    assert all(equal(second[index], first[index]) for index in range(len(SIZES))) and equal(second[1], before)
+    assert capsys.readouterr().err.count("checksum") == 1
+    third, again = prepare(tmp_path, samples())
+    assert work(again) == (4, 0)
+    assert equal(third[1], before) and not capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,11 +13,11 @@ from tests.questions import questions, tiny
 from tests.tiny_models import FAMILIES
 from vlm_sft.data.cache import DataCache
 from vlm_sft.data.collate import PackedBatch, collate
-from vlm_sft.data.features import PREFIX
+from vlm_sft.data.features import PREFIX, is_pixels
 from vlm_sft.data.packing import Bundle
 from vlm_sft.data.prepared import PreparedData
 from vlm_sft.model import prefix
-from vlm_sft.model.feature_pass import Decision, Ranks, use_features
+from vlm_sft.model.feature_pass import Decision, use_features
 from vlm_sft.model.features import TowerUse, tower_settings, why_not
 from vlm_sft.model.load import SHARED_SDPA
 from vlm_sft.model.sharing import choose_mode
@@ -36,7 +36,7 @@ def prepared(family: str, root: Path) -> tuple[torch.nn.Module, PreparedData, Da
 
 
 def keep(model: torch.nn.Module, data: PreparedData, cache: DataCache, budget: int | str = LARGE) -> Decision:
-    return use_features(model, cache, [(data.image_samples(), 6)], budget, Ranks())
+    return use_features(model, cache, [(data.image_samples(), 6)], budget)
 
 
 def packs(model: torch.nn.Module, data: PreparedData) -> list[PackedBatch]:
@@ -141,7 +141,7 @@ def test_reasons_against(tmp_path: Path) -> None:
     model, data, cache = prepared("qwen2_5_vl", tmp_path)
     assert "switched off" in keep(model, data, cache, "off").reason
     assert "do not fit" in keep(model, data, cache, 1000).reason
-    once = use_features(model, cache, [(data.image_samples(), 1)], "auto", Ranks())
+    once = use_features(model, cache, [(data.image_samples(), 1)], "auto")
     assert not once.used and "does not pay" in once.reason  # one look at an image is what computing it takes
     assert cache.features is None
     next(prefix.unwrap(model).model.visual.parameters()).requires_grad_(True)
@@ -157,3 +157,25 @@ def test_features_without_prepared_images(tmp_path: Path) -> None:
     assert keep(model, data, cache).used
     assert torch.equal(online, logits(model, collate([Bundle(0, (0, 1, 2))], data), data))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features"]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "smolvlm"])
+def test_damaged_features_are_computed_when_they_are_needed(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data, cache = prepared(family, tmp_path)
+    assert keep(model, data, cache).used
+    whole = [logits(model, batch, data) for batch in packs(model, data)]
+    (shard,) = (tmp_path / "features").rglob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 4
+    shard.unlink()
+    shard.write_bytes(content)
+    model, data, cache = prepared(family, tmp_path)
+    assert keep(model, data, cache).computed == 0 and "damaged" not in capsys.readouterr().err
+    batches = packs(model, data)
+    assert capsys.readouterr().err.count("the checksum of a record does not match") == 1
+    kinds = {is_pixels(name) for image in batches[0].tensors for name in image}
+    assert kinds == {True, False}  # some images of the pack have features, one has pixels
+    for batch, expected in zip(batches, whole, strict=True):
+        torch.testing.assert_close(logits(model, batch, data), expected, rtol=1e-4, atol=1e-5)

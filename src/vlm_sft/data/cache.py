@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -28,6 +27,7 @@ from vlm_sft.data.encode import EncodedGroup, EncodedQuestion, Encoder
 from vlm_sft.data.pixels import CODES, PixelFormat, compress, restore
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.store import Record, Store
+from vlm_sft.data.team import ALONE, Team
 from vlm_sft.errors import DataError, RunError
 
 Item = TypeVar("Item")
@@ -42,19 +42,19 @@ class DataCache:
         encoder: what prepares; from here on it takes images from this cache.
         root: the cache folder.
         name: of the base model, for `vlm-sft data cache list`.
-        verify: compare the checksums of what is opened; True on one rank of a node.
+        team: the ranks that prepare together.
         prepared: False keeps neither images nor tokens, only vision features.
         weights: folder or Hub id of the base model; "" where it is not known.
     """
 
     def __init__(
-        self, encoder: Encoder, root: Path, name: str, verify: bool = True, prepared: bool = True, weights: str = ""
+        self, encoder: Encoder, root: Path, name: str, team: Team = ALONE, prepared: bool = True, weights: str = ""
     ) -> None:
         self.encoder = encoder
         self.root = root
         self.name = name
         self.weights = weights
-        self.verify = verify
+        self.team = team
         self.features: Store | None = None
         self.processed_images = 0
         self.tokenised_groups = 0
@@ -75,7 +75,8 @@ class DataCache:
             write()
         except (OSError, RunError) as error:
             reason = error.what if isinstance(error, RunError) else str(error)
-            warn(f"prepared data is not kept in {self.root}: {reason}; images are processed when they are needed")
+            effect = "images are processed when they are needed"
+            warn(f"prepared data is not kept in {self.root}: {reason}; {effect}", any_rank=True)
 
     def feature_store(self, settings: dict[str, Any]) -> Store:
         """The entry of vision features of one tower.
@@ -88,20 +89,19 @@ class DataCache:
 
     def image_tensors(self, sample: Sample) -> Record | None:
         """The tensors of a sample's images: features where there are any, else pixels; None where neither is kept."""
-        key = record_key(sample.image_key)
-        if self.features is not None and key in self.features:
-            return self.features.get(key)
-        return self.pixel_tensors(sample)
+        found = self.features.get(record_key(sample.image_key)) if self.features is not None else None
+        return self.pixel_tensors(sample) if found is None else found
 
     def pixel_tensors(self, sample: Sample) -> Record | None:
         """The processor's tensors of a sample's images, or None where they are not kept."""
-        key = record_key(sample.image_key)
-        if self._images is None or key not in self._images:
-            return None
-        return _unpacked(self._images.get(key), self._layout)
+        found = self._images.get(record_key(sample.image_key)) if self._images is not None else None
+        return None if found is None else _unpacked(found, self._layout)
 
     def prepare(self, groups: Sequence[Sequence[Sample]], description: str) -> Iterator[EncodedGroup | DataError]:
-        """Encode images with their questions, or read them where that was done before.
+        """Encode images with their questions, or read them where that was done before; all ranks must call it.
+
+        Each rank of a team does its share first. An image that any rank cannot read counts as one on every rank, so
+        that all of them plan the same steps.
 
         Args:
             groups: the questions of one image each.
@@ -110,33 +110,66 @@ class DataCache:
         Yields:
             For each group its tokens, without tensors, or why its image cannot be read.
         """
-        firsts = [members[0] for members in groups]
-        keys = [group_key(members) for members in groups]
+        named = {group_key(members): members for members in groups}
+        self._open(named)
+        done: dict[str, EncodedGroup | DataError] = {}
+        if self.team.ranks > 1:
+            own = {key: members for key, members in named.items() if self._is_mine(members[0])}
+            for key, found in zip(own, self._encode(own, f"{description}{self.team.share}"), strict=True):
+                done[key] = found if isinstance(found, DataError) else replace(found, tensors={})
+            self.team.wait(f"prepare {len(named):,} images{self.team.share}")
+            for failed in self.team.gather({key: one for key, one in done.items() if isinstance(one, DataError)}):
+                done |= failed
+            self._open(named)
+        rest = self._encode({key: members for key, members in named.items() if key not in done}, description)
+        for key in named:
+            yield done[key] if key in done else next(rest)
+        next(rest, None)  # at its end it writes what is left
+
+    def _open(self, groups: Mapping[str, Sequence[Sample]]) -> None:
+        """Map what is there of some images and their questions."""
         if self._images is not None and self._tokens is not None:
-            self._images.open((record_key(sample.image_key) for sample in firsts), self.verify)
-            self._tokens.open(keys, self.verify)
-        with progress(sum(map(len, groups)), description, "questions") as bar, ExitStack() as stack:
+            self._images.open(record_key(members[0].image_key) for members in groups.values())
+            self._tokens.open(groups)
+
+    def _is_mine(self, sample: Sample) -> bool:
+        """Whether this rank prepares an image: each one that it shares no folder for, else its share."""
+        return self._images is None or self.team.owns(record_key(sample.image_key))
+
+    def _encode(
+        self, groups: Mapping[str, Sequence[Sample]], description: str
+    ) -> Iterator[EncodedGroup | DataError]:
+        """Encode or read groups, by their keys, on this rank alone."""
+        firsts = [members[0] for members in groups.values()]
+        with progress(sum(map(len, groups.values())), description, "questions") as bar, ExitStack() as stack:
             keep_image = self._keeper(stack, self._images)
             keep_tokens = self._keeper(stack, self._tokens)
-            prepared = in_order(self._image_or_error, firsts, lambda: self.encoder.images_alone)
-            for members, key, image in zip(groups, keys, prepared, strict=True):
+            prepared = in_order(self._image_or_error, firsts, lambda: self.encoder.images_alone, self.team.threads)
+            for (key, members), image in zip(groups.items(), prepared, strict=True):
                 yield self._encoded(members, key, image, keep_image, keep_tokens)
                 bar.advance(len(members))
 
     def prepare_images(self, samples: Sequence[Sample], description: str) -> None:
-        """Process and keep the images of samples; those that cannot be read are passed over.
+        """Process and keep the images of samples, each rank its share; those that cannot be read are passed over.
 
         Args:
             samples: one an image.
             description: what the progress bar says.
         """
-        if self._images is None:
-            return
-        self._images.open((record_key(sample.image_key) for sample in samples), self.verify)
-        missing = [sample for sample in samples if record_key(sample.image_key) not in self._images]
+        if self._images is not None:
+            self._images.open(record_key(sample.image_key) for sample in samples)
+            own = [sample for sample in samples if self._is_mine(sample)]
+            self._process(own, self._images, f"{description}{self.team.share}")
+        self.team.wait(f"prepare {len(samples):,} images{self.team.share}")
+        if self._images is not None:
+            self._images.open(record_key(sample.image_key) for sample in samples)
+
+    def _process(self, samples: Sequence[Sample], images: Store, description: str) -> None:
+        """Process and keep those images that are not there yet, on this rank alone."""
+        missing = [sample for sample in samples if record_key(sample.image_key) not in images]
         with progress(len(missing), description, "images") as bar, ExitStack() as stack:
-            keep = self._keeper(stack, self._images)
-            prepared = in_order(self._image_or_error, missing, lambda: self.encoder.images_alone)
+            keep = self._keeper(stack, images)
+            prepared = in_order(self._image_or_error, missing, lambda: self.encoder.images_alone, self.team.threads)
             for sample, image in zip(missing, prepared, strict=True):
                 if not isinstance(image, DataError) and image[1] is not None:
                     self.processed_images += 1
@@ -164,8 +197,9 @@ class DataCache:
         if stored is not None:
             self.processed_images += 1
             keep_image(record_key(members[0].image_key), stored)
-        if self._tokens is not None and key in self._tokens:
-            return _read_tokens(self._tokens.get(key), members)
+        record = self._tokens.get(key) if self._tokens is not None else None
+        if record is not None:
+            return _read_tokens(record, members)
         group = self.encoder.encode(members, tensors=tensors)
         self.tokenised_groups += 1
         keep_tokens(key, _token_record(group))
@@ -186,7 +220,7 @@ class DataCache:
 
 
 def in_order(
-    work: Callable[[Item], Result], items: Iterable[Item], threaded: Callable[[], bool]
+    work: Callable[[Item], Result], items: Iterable[Item], threaded: Callable[[], bool], threads: int
 ) -> Iterator[Result]:
     """Map in threads, in order, a bounded number of items ahead.
 
@@ -194,6 +228,7 @@ def in_order(
         work: called once an item.
         items: the items; the first one is done before any thread starts.
         threaded: asked after the first item; False does all of them in this thread.
+        threads: how many.
     """
     remaining = iter(items)
     for item in islice(remaining, 1):
@@ -201,7 +236,6 @@ def in_order(
     if not threaded():
         yield from map(work, remaining)
         return
-    threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Result]] = deque(pool.submit(work, item) for item in islice(remaining, 4 * threads))
         while waiting:

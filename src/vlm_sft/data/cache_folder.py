@@ -19,7 +19,7 @@ from typing import Any
 from vlm_sft.artifacts import read_json, write_json
 from vlm_sft.errors import RunError
 
-FORMAT = 2  # of everything in the cache; part of every key
+FORMAT = 3  # of everything in the cache; part of every key
 ENTRY = "entry.json"
 IMAGES, TOKENS, FEATURES = "images", "tokens", "features"
 KINDS = (IMAGES, TOKENS, FEATURES)

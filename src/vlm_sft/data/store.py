@@ -1,7 +1,8 @@
 """Records of tensors on disk: immutable, memory-mapped safetensors shards with JSON indexes. Imports cache_folder.
 
-A shard's name is the SHA-256 of its content; its index appears after it, by an atomic rename. So several processes may
-add to one folder, a crash leaves nothing that is read, and damage is seen when the folder is opened.
+A shard's name is a SHA-256 of its content; its index appears after it, by an atomic rename. So several processes may
+add to one folder, and a crash leaves nothing that is read. The index holds a checksum of each record, which is compared
+when a record is read for the first time: a start reads no more than it needs, and nothing damaged is used.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import mmap
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from vlm_sft.artifacts import json_text, write_bytes_atomic, write_json
 from vlm_sft.console import warn
 from vlm_sft.data.cache_folder import ENTRY, FORMAT
 from vlm_sft.errors import RunError
-from vlm_sft.manifest import file_sha256
 
 SHARD_BYTES = 128 * 1024**2  # a shard is held in memory twice while it is written
 SHARD_RECORDS = 20_000
@@ -44,14 +44,21 @@ def record_bytes(record: Record) -> int:
 
 
 class _Shard:
-    """One mapped file. It maps itself again after a fork server or a spawn has copied it."""
+    """One mapped file. It maps itself again after a fork server or a spawn has copied it.
 
-    def __init__(self, path: Path, rows: Iterable[int]) -> None:
+    Args:
+        path: the file.
+        checks: checksum of each record, from `_record_check`.
+    """
+
+    def __init__(self, path: Path, checks: Sequence[str]) -> None:
         self.path = path
+        self._checks = checks
+        self._intact: set[int] = set()
         self._map()
         size = int.from_bytes(self._bytes[:8], "little")
         header = json.loads(self._bytes[8 : 8 + size])
-        self._fields: dict[int, list[tuple[str, str, list[int], int]]] = {row: [] for row in rows}
+        self._fields: list[list[tuple[str, str, list[int], int]]] = [[] for _ in checks]
         for name, value in header.items():
             if name == "__metadata__":
                 continue
@@ -60,6 +67,36 @@ class _Shard:
             if 8 + size + end > len(self._bytes):
                 raise ValueError("it is cut off")
             self._fields[int(row)].append((field, value["dtype"], value["shape"], 8 + size + begin))
+
+    def problem(self, row: int) -> str:
+        """Why a record is not what was written; "" where it is, which is looked at once."""
+        if row in self._intact:
+            return ""
+        try:
+            if self._look(row) != self._checks[row]:
+                return "the checksum of a record does not match"
+        except (OSError, ValueError, LookupError, RuntimeError, TypeError, OverflowError) as error:
+            return str(error)  # the disk cannot read it, or its header is damaged
+        self._intact.add(row)
+        return ""
+
+    def _look(self, row: int) -> str:
+        """Checksum of a record as it is on disk: an error of the disk would end a process that looks at mapped memory.
+
+        Raises:
+            OSError: the disk cannot read it.
+        """
+        record = self.record(row)
+        try:
+            with self.path.open("rb") as stream:
+                for field, _, _, offset in self._fields[row]:
+                    stream.seek(offset)
+                    size = record_bytes({field: record[field]})
+                    if len(stream.read(size)) != size:
+                        raise ValueError("it is cut off")
+        except FileNotFoundError:  # cleared meanwhile: what is mapped stays
+            pass
+        return _record_check(record)
 
     def _map(self) -> None:
         with self.path.open("rb") as stream:
@@ -96,28 +133,24 @@ class Store:
         self._places: dict[str, tuple[_Shard, int]] = {}
         self._opened: set[str] = set()
 
-    def open(self, wanted: Iterable[str], verify: bool) -> None:
-        """Map the shards that hold wanted records; damaged ones are named in one line and removed.
+    def open(self, wanted: Iterable[str]) -> None:
+        """Map the shards that hold wanted records; those that cannot be are named in one line and removed.
 
         Args:
             wanted: keys of records.
-            verify: read every such shard once and compare its SHA-256 (about 1 s a GB). One rank a node does it.
         """
         needed = set(wanted) - self._places.keys()
         for index in sorted(self.folder.glob("*.json")) if needed else ():
             if index.name == ENTRY or index.name in self._opened:
                 continue
             try:
-                self._open_shard(index, needed, verify)
+                self._open_shard(index, needed)
             except FileNotFoundError:  # cleared by another process meanwhile
                 continue
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                warn(f"cache: {index.with_suffix('.safetensors')} is damaged ({error}); its content is made again")
-                for path in (index, index.with_suffix(".safetensors")):
-                    with suppress(OSError):  # a disk that cannot be read may not be writable either
-                        path.unlink(missing_ok=True)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                _remove(index, str(error))
 
-    def _open_shard(self, index: Path, needed: set[str], verify: bool) -> None:
+    def _open_shard(self, index: Path, needed: set[str]) -> None:
         """Map one shard when it holds something that is needed."""
         text = index.read_text(encoding="utf-8")
         value = json.loads(text)
@@ -133,9 +166,7 @@ class Store:
             raise ValueError("only its index is there")
         if path.stat().st_size != value["bytes"]:
             raise ValueError(f"it has {path.stat().st_size:,} bytes instead of {value['bytes']:,}")
-        if verify and file_sha256(path) != value["sha256"]:
-            raise ValueError("its checksum does not match")
-        shard = _Shard(path, records.values())
+        shard = _Shard(path, value["checks"])
         self._opened.add(index.name)
         for key, row in records.items():
             self._places.setdefault(key, (shard, row))
@@ -144,10 +175,26 @@ class Store:
         """True when the record is on disk and mapped."""
         return key in self._places
 
-    def get(self, key: str) -> Record:
-        """The tensors of one record, mapped, not copied; nobody may write into them."""
-        shard, row = self._places[key]
-        return shard.record(row)
+    def get(self, key: str) -> Record | None:
+        """The tensors of one record, mapped, not copied; nobody may write into them.
+
+        Returns:
+            None where there is no such record, and where it is damaged: its shard is named in one line and removed from
+            the disk, so that the next start makes its content again; other records of it are used as long as they are
+            intact.
+        """
+        shard, row = self._places.get(key, (None, 0))
+        if shard is None:
+            return None
+        problem = shard.problem(row)
+        if not problem:
+            return shard.record(row)
+        del self._places[key]
+        index = shard.path.with_suffix(".json")
+        self._opened.discard(index.name)
+        if index.is_file():
+            _remove(index, problem)
+        return None
 
     def writer(self, budget_bytes: int | None = None) -> Writer:
         """Something that adds records; close it at the end.
@@ -168,18 +215,18 @@ class Store:
                      for field, tensor in record.items()})  # fmt: skip
         if shutil.disk_usage(self.folder).free < len(data) + SPARE_BYTES:
             raise CacheFullError(f"less than {SPARE_BYTES / 1e9:.0f} GB would be left free on the disk")
-        digest = hashlib.sha256(data).hexdigest()
-        path = self.folder / f"{digest[:32]}.safetensors"
-        write_bytes_atomic(path, data)
         rows = {key: row for row, key in enumerate(records)}
-        value = {"format": FORMAT, "bytes": len(data), "sha256": digest, "records": rows}
+        checks = list(map(_record_check, records.values()))
+        value: dict[str, Any] = {"format": FORMAT, "bytes": len(data), "records": rows, "checks": checks}
         value["check"] = _check(value)
+        path = self.folder / f"{value['check'][:32]}.safetensors"
+        write_bytes_atomic(path, data)
         try:
             index = write_json(path.with_suffix(".json"), value)
         except RunError as error:
             raise OSError(error.what) from error
         self._opened.add(index.name)
-        shard = _Shard(path, rows.values())
+        shard = _Shard(path, checks)
         self._places.update((key, (shard, row)) for key, row in rows.items())
 
 
@@ -230,6 +277,25 @@ class Writer:
         except OSError:
             self.usable = False
             raise
+
+
+def _remove(index: Path, reason: str) -> None:
+    """Take a damaged shard away and say so; several ranks may find it at the same time."""
+    warn(f"cache: {index.with_suffix('.safetensors')} is damaged ({reason}); its content is made again", any_rank=True)
+    for path in (index, index.with_suffix(".safetensors")):
+        with suppress(OSError):  # a disk that cannot be read may not be writable either
+            path.unlink(missing_ok=True)
+
+
+def _record_check(record: Record) -> str:
+    """SHA-256 of a record: names, types, shapes and values of its tensors; 32 hex digits."""
+    digest = hashlib.sha256()
+    for field in sorted(record):
+        tensor = record[field].contiguous()
+        digest.update(f"{field} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        values = tensor.as_strided((tensor.numel(),), (1,))  # of a single number the stride may be any
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def _check(value: dict[str, Any]) -> str:

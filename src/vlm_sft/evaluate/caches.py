@@ -5,10 +5,11 @@ Training and evaluation share them. Every switch changes speed, disk and memory 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from vlm_sft.data.cache_folder import default_cache_dir
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.features import AUTO, parse_feature_cache
 from vlm_sft.data.sample import Sample
+from vlm_sft.data.team import ALONE, Team
 from vlm_sft.errors import RunError
-from vlm_sft.evaluate.run import barrier
-from vlm_sft.launch import Launch
-from vlm_sft.model.feature_pass import Ranks, use_features
+from vlm_sft.launch import Launch, agree, barrier, gather
+from vlm_sft.model.feature_pass import use_features
 
 _ON = {"on": True, "true": True, "off": False, "false": False}
 
@@ -86,19 +87,13 @@ class Caches:
         return self.options.cache_dir or default_cache_dir()
 
     def cache(self, encoder: Encoder) -> DataCache:
-        """The cache of an encoder; one rank of a node checks what it opens."""
-        first = self.launch.local_rank == 0
-        return DataCache(encoder, self.root, self.name, first, self.options.prepared_cache, self.path)
+        """The cache of an encoder; all ranks must call it."""
+        return DataCache(encoder, self.root, self.name, self.team, self.options.prepared_cache, self.path)
 
-    @contextmanager
-    def node_in_turn(self) -> Iterator[None]:
-        """Let the first rank of every node prepare and write; the others come after it and find it done."""
-        waits = self.options.prepared_cache and self.launch.local_rank != 0
-        if waits:
-            barrier(self.launch.world_size)
-        yield
-        if self.options.prepared_cache and not waits:
-            barrier(self.launch.world_size)
+    @cached_property
+    def team(self) -> Team:
+        """The ranks that share the work of filling the cache folder: those that find this rank's file in theirs."""
+        return find_team(self.root, self.launch)
 
     def keep_features(
         self, model: Any, cache: DataCache, uses: Sequence[tuple[Sequence[Sample], float]], stage: str
@@ -111,15 +106,7 @@ class Caches:
             uses: samples, one an image, and how often each image will be looked at.
             stage: "training" or "evaluation", for the line and for run.json.
         """
-        launch = self.launch
-        ranks = Ranks(
-            launch.rank,
-            launch.world_size,
-            launch.local_rank,
-            int(os.environ.get("LOCAL_WORLD_SIZE", launch.world_size)),
-            "cpu" if launch.cpu else f"cuda:{launch.local_rank}",
-        )
-        decision = use_features(model, cache, uses, self.options.feature_cache, ranks)
+        decision = use_features(model, cache, uses, self.options.feature_cache, self.launch.device)
         self.facts.setdefault("feature_cache", {})[stage] = decision.to_dict()
         kept = "kept" if decision.used else "computed anew each time"
         say(f"vision features ({stage}): {kept}: {decision.reason}")
@@ -135,20 +122,51 @@ class Caches:
             samples: the questions.
         """
         firsts = one_an_image(samples)
-        with self.node_in_turn():
-            cache = self.cache(encoder)
-            cache.prepare_images(firsts, "preparing (benchmarks)")
+        cache = self.cache(encoder)
+        cache.prepare_images(firsts, "preparing (benchmarks)")
         self.keep_features(model, cache, [(firsts, 2.0)], "evaluation")
         return cache
 
     def describe(self, caches: Sequence[DataCache]) -> None:
-        """Note the switches and what was prepared anew."""
+        """Note the switches and what all ranks prepared anew; all ranks must call it."""
+        counts = [(cache.processed_images, cache.tokenised_groups) for cache in caches]
+        images, groups = (sum(numbers) for numbers in zip(*sum(gather(counts), []), strict=True))
         self.facts |= {
             "cache_dir": str(self.root),
             "prepared_cache": self.options.prepared_cache,
-            "processed_images": sum(cache.processed_images for cache in caches),
-            "tokenised_images": sum(cache.tokenised_groups for cache in caches),
+            "processed_images": images,
+            "tokenised_images": groups,
         }
+
+
+def find_team(root: Path, launch: Launch) -> Team:
+    """Find the ranks that see the same cache folder: those of one machine, or of several that share a disk.
+
+    All ranks must call it. A rank that cannot write there is in a team of its own.
+
+    Args:
+        root: the cache folder.
+        launch: the ranks.
+    """
+    if launch.world_size == 1:
+        return ALONE
+    folder = root / f".probe-{agree(lambda: uuid.uuid4().hex)}"
+    own = folder / str(launch.rank)
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        own.touch()
+    barrier("look at the cache folder")
+    try:
+        # By their names: a list of the folder may be an old one where the disk is a network's.
+        seen = [rank for rank in range(launch.world_size) if (folder / str(rank)).is_file()]
+    except OSError:
+        seen = []
+    seen = seen if launch.rank in seen else [launch.rank]
+    members = [rank for rank, others in enumerate(gather(seen)) if others == seen]
+    with suppress(OSError):  # the last one of a folder takes it away
+        own.unlink(missing_ok=True)
+        folder.rmdir()
+    return Team(members.index(launch.rank), len(members), launch.world_size, launch.local_size, barrier, gather, agree)
 
 
 def one_an_image(samples: Sequence[Sample]) -> list[Sample]:

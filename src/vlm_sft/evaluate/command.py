@@ -13,10 +13,10 @@ from vlm_sft.errors import EvaluationError
 from vlm_sft.evaluate.backends import Backend, SharedPrefixBackend, VllmBackend, require_vllm
 from vlm_sft.evaluate.caches import CacheOptions, Caches
 from vlm_sft.evaluate.identity import identity_of
-from vlm_sft.evaluate.run import Evaluator, barrier, save_pictures
+from vlm_sft.evaluate.run import Evaluator, save_pictures
 from vlm_sft.evaluate.scoring import format_score
 from vlm_sft.evaluate.tasks import Task, benchmark_names, load_tasks, parse_token_limits
-from vlm_sft.launch import Launch, connected, pack_tokens, quiet_libraries, read_launch
+from vlm_sft.launch import Launch, barrier, connected, pack_tokens, quiet_libraries, read_launch
 from vlm_sft.model.adapt import check_adapter_folder, load_adapter
 from vlm_sft.model.load import Base, find_base, load_model, to_gpu
 from vlm_sft.record import RunRecord, device_name
@@ -115,7 +115,7 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
             say(format_score(result))
         say(f"predictions and results: {options.output_dir}/<benchmark>/{artifacts.PREDICTIONS}")
         say(f"next: compare with another evaluation: vlm-sft compare OTHER {options.output_dir} --baseline OTHER")
-    barrier(launch.world_size)
+    barrier("end")
     return results
 
 
@@ -154,7 +154,7 @@ def _backend(options: EvalOptions, base: Base, launch: Launch) -> Backend:
     if options.adapter:
         model = load_adapter(model, options.adapter)
     if not launch.cpu:
-        to_gpu(model, base, launch.local_rank)
+        to_gpu(model, base, launch.gpu)
     return SharedPrefixBackend(base, model)
 
 

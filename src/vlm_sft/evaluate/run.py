@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from vlm_sft import artifacts
 from vlm_sft.console import progress
 from vlm_sft.data.images import decode_rgb
@@ -29,6 +27,7 @@ from vlm_sft.evaluate.metrics import Benchmark
 from vlm_sft.evaluate.plan import Pack, image_counter, plan_packs, rounds, share
 from vlm_sft.evaluate.scoring import summarise
 from vlm_sft.evaluate.tasks import SAMPLE_SEED, Task
+from vlm_sft.launch import barrier
 
 PICTURES = 240  # images a benchmark that are saved for the report
 PICTURE_SIDE = 480  # pixels
@@ -104,12 +103,12 @@ class Evaluator:
         done = self._begin(folder, identity | {"max_new_tokens": limit})
         began = time.monotonic()
         self._answer(task, folder, label, done, limit)
-        barrier(self.world_size)
+        barrier(f"answer {task.name}")
         if self.stop is not None and self.stop.stop_agreed():
             raise EvaluationStopped
         seconds = time.monotonic() - began
         result = self._finish(task, folder, limit, seconds, len(task.samples) - len(done)) if self.rank == 0 else {}
-        barrier(self.world_size)
+        barrier(f"score {task.name}")
         return result
 
     def _begin(self, folder: Path, identity: dict[str, Any]) -> set[str]:
@@ -117,9 +116,9 @@ class Evaluator:
         if self.rank == 0:
             claim(folder, identity, self.replace)
             mend_parts(folder)
-        barrier(self.world_size)
+        barrier("begin")
         done = set(read_rows(folder))
-        barrier(self.world_size)
+        barrier("read the answers that are there")
         return done
 
     def _answer(self, task: Task, folder: Path, label: str, done: set[str], limit: int) -> None:
@@ -220,12 +219,6 @@ def scaled_picture(image: ImageRef) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
-
-
-def barrier(world_size: int) -> None:
-    """Wait for the other ranks."""
-    if world_size > 1:
-        torch.distributed.barrier()
 
 
 def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:

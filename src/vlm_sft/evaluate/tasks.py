@@ -1,7 +1,9 @@
-"""What an evaluation asks: benchmarks with their questions, and limits of the answers. Imports data and metrics."""
+"""What is asked: benchmarks with their questions, and limits of the answers. Imports data, metrics and launch."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vlm_sft.data.audit import check_images
@@ -11,6 +13,7 @@ from vlm_sft.data.sources.registry import benchmark_split, is_synthetic, load_sp
 from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets
 from vlm_sft.errors import DataError, EvaluationError
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
+from vlm_sft.launch import gather
 
 SAMPLE_SEED = 0  # of `limit`: fixed, so that every model is asked the same questions
 
@@ -77,9 +80,10 @@ def load_tasks(text: str, limit: int | None, split: str | None = None) -> tuple[
         are the same as with a sound image.
 
     Raises:
-        DataError: a data set cannot be loaded, or has no question.
+        DataError: a data set cannot be loaded, has no question, or is not the same on all ranks.
     """
-    tasks, left_out = [], []
+    tasks: list[Task] = []
+    left_out: list[LeftOut] = []
     for spec in parse_datasets(text):
         for name in _parts(spec):
             at_most = limit if spec.stream is not None else None  # generated benchmarks are sampled like the others
@@ -89,7 +93,31 @@ def load_tasks(text: str, limit: int | None, split: str | None = None) -> tuple[
             if not sound:
                 raise DataError(f"{name} has no question to evaluate", "choose another split")
             tasks.append(Task(name, rules_of(name), sound, is_synthetic(name)))
+    require_same_data((sample for task in tasks for sample in task.samples), left_out)
     return tasks, left_out
+
+
+def require_same_data(samples: Iterable[Sample], left_out: Sequence[LeftOut]) -> None:
+    """Make sure that all ranks have loaded the same questions, since each of them plans the steps by itself.
+
+    All ranks must call it.
+
+    Raises:
+        DataError: a rank has others, because of files that only its machine lacks, or that only it could not read.
+    """
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.id} {sample.image_key}\n".encode("utf-8", "surrogatepass"))
+    ranks = gather((digest.hexdigest(), {item.id: item.detail for item in left_out}))
+    if len({found for found, _ in ranks}) == 1:
+        return
+    everywhere = set.intersection(*(set(items) for _, items in ranks))
+    alone = [(rank, items[name]) for rank, (_, items) in enumerate(ranks) for name in sorted(set(items) - everywhere)]
+    example = f", e.g. rank {alone[0][0]} cannot use a sample that others can: {alone[0][1]}" if alone else ""
+    raise DataError(
+        f"the ranks do not have the same questions{example}",
+        "give every machine the same data at the same path, and look at its disk",
+    )
 
 
 def parse_token_limits(text: str | None, names: list[str]) -> dict[str, int]:

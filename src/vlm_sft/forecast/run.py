@@ -223,7 +223,7 @@ def time_items(case: Case) -> dict[str, float]:
     if case.trackers:
         items[TRACKERS] = TRACKER_SECONDS * case.trackers
     if case.new_images.count:
-        items[DATA] = case.image_seconds * case.new_images.count
+        items[DATA] = case.image_seconds * case.new_images.count / case.ranks.count
     if case.features:
         items[FEATURES] = tower_seconds(setting, case.new_features.work) / case.ranks.count
     else:
@@ -264,7 +264,7 @@ def final_parts(case: Case) -> FinalParts:
     answers = sum(_asked_seconds(case, asked, features) for asked in case.final)
     weights = memory.weight_bytes(case.setting) / LOAD_RATE
     pictures = sum(asked.picture_seconds for asked in case.final)
-    rest = EVALUATION_SECONDS + weights + case.image_seconds * case.new_final.count + pictures
+    rest = EVALUATION_SECONDS + weights + case.image_seconds * case.new_final.count / case.ranks.count + pictures
     return FinalParts(rest, tower, answers)
 
 

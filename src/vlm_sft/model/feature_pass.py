@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlm_sft.console import progress
 from vlm_sft.data.cache import DataCache, record_key
 from vlm_sft.data.features import AUTO, OFF, feature_record
@@ -24,29 +22,6 @@ BATCH_PATCHES = 8192  # patches of one tower call in the preparation pass
 PROBES = 4  # images that `auto` measures on
 _LOOK = "look at the image; its questions are named if their loss is not finite"
 DISK_SHARE = 0.5  # of the free disk that `auto` may fill
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """Where this process stands: numbers of processes overall and on its node, and the device of its tower."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    device: str = "cpu"
-
-    def wait(self) -> None:
-        """Wait for the other ranks."""
-        if self.world_size > 1:
-            torch.distributed.barrier()
-
-    def agree(self, value: Any) -> Any:
-        """The value that rank 0 has."""
-        box = [value]
-        if self.world_size > 1:
-            torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +51,17 @@ class Decision:
 
 
 def use_features(
-    model: Any, cache: DataCache, uses: Sequence[tuple[Sequence[Sample], float]], budget: int | str, ranks: Ranks
-) -> Decision:
-    """Decide whether to keep vision features; compute those that are missing, on all ranks.
+    model: Any, cache: DataCache, uses: Sequence[tuple[Sequence[Sample], float]], budget: int | str,
+    device: str = "cpu",
+) -> Decision:  # fmt: skip
+    """Decide whether to keep vision features; compute those that are missing, on all ranks, which all must call it.
 
     Args:
         model: the model, before it is wrapped for training on several devices.
-        cache: gives the pixels, and from here on the features.
+        cache: gives the pixels, and from here on the features; its team shares the work.
         uses: samples, one an image, and how often each image will be looked at.
         budget: "off", "auto", or bytes of disk for the features of this model.
-        ranks: where this process stands.
+        device: of this process.
 
     Returns:
         The decision, the same on every rank.
@@ -97,22 +73,15 @@ def use_features(
     samples = {record_key(sample.image_key): sample for part, _ in uses for sample in part}
     looks = sum(len(part) * count for part, count in uses)
     try:
-        with whole_tower(model, ranks.device):
-            store = cache.feature_store(tower_settings(model))
-            _open(store, samples, ranks)
-            missing = [key for key in samples if key not in store]
-            decision = None
-            if ranks.rank == 0:
-                try:
-                    decision = _decide(model, cache, [samples[key] for key in missing], len(samples), looks, budget)
-                except (RunError, DataError) as error:  # the other ranks wait for a decision
-                    decision = Decision(False, error.what)
-            decision = ranks.agree(decision)
+        with whole_tower(model, device):
+            store = _open(model, cache, samples)
+            missing = [sample for key, sample in samples.items() if key not in store]
+            decision = cache.team.agree(lambda: _decide(model, cache, missing, len(samples), looks, budget))
             if not decision.used:
                 return decision
-            limit = None if budget == AUTO else int(budget) // max(1, ranks.world_size)
-            problem = _compute_missing(model, cache, store, samples, limit, ranks)
-    except RunError as error:
+            limit = None if budget == AUTO else int(budget) // cache.team.size
+            problem = _compute_missing(model, cache, store, samples, limit)
+    except (RunError, DataError) as error:  # the same on every rank
         return Decision(False, error.what)
     if problem:
         return Decision(False, problem, len(samples))
@@ -120,12 +89,23 @@ def use_features(
     return decision
 
 
-def _open(store: Store, keys: Mapping[str, Any], ranks: Ranks) -> None:
-    """Map what is there; one rank of a node checks it first and removes what is damaged."""
-    for turn in (True, False):
-        if turn == (ranks.local_rank == 0):
-            store.open(keys, verify=turn)
-        ranks.wait()
+def _open(model: Any, cache: DataCache, samples: Mapping[str, Sample]) -> Store:
+    """Map what is there of the features of images.
+
+    Raises:
+        RunError: a rank cannot write to its folder; every rank raises it.
+    """
+    store, problem = None, None
+    try:
+        store = cache.feature_store(tower_settings(model))
+    except RunError as error:
+        problem = error
+    for found in cache.team.gather(problem):
+        if found is not None:
+            raise found
+    assert store is not None
+    store.open(samples)
+    return store
 
 
 def _decide(
@@ -169,7 +149,7 @@ def _measure(model: Any, cache: DataCache, probes: Sequence[Sample]) -> tuple[fl
         write = time.perf_counter() - began
         began = time.perf_counter()
         for index in range(len(records)):
-            for value in store.get(str(index)).values():
+            for value in (store.get(str(index)) or {}).values():
                 value.clone()
         read = time.perf_counter() - began
     count = len(probes)
@@ -182,30 +162,24 @@ def _pixels(cache: DataCache, sample: Sample) -> Record:
 
 
 def _compute_missing(
-    model: Any, cache: DataCache, store: Store, samples: Mapping[str, Sample], limit: int | None, ranks: Ranks
+    model: Any, cache: DataCache, store: Store, samples: Mapping[str, Sample], limit: int | None
 ) -> str:
-    """Compute what is missing, split over all ranks; then over those of a node, where nodes share no disk.
+    """Compute what is missing, each rank of a team its share.
 
     Returns:
-        Why not every image has its features, or "".
+        Why not every image has its features, on this or another rank; "" where all have.
     """
-    problem = ""
-    for rank, count in ((ranks.rank, ranks.world_size), (ranks.local_rank, ranks.local_world_size)):
-        missing = [key for key in samples if key not in store]
-        ranks.wait()
-        try:
-            _compute(model, cache, store, {key: samples[key] for key in missing[rank::count]}, limit)
-        except (CacheFullError, OSError, DataError) as error:
-            problem = f"they cannot be kept: {error}"
-        ranks.wait()
-        store.open(samples, verify=False)
+    team, problem = cache.team, ""
+    own = {key: sample for key, sample in samples.items() if team.owns(key) and key not in store}
+    try:
+        _compute(model, cache, store, own, limit)
+    except (CacheFullError, OSError, DataError) as error:
+        problem = f"they cannot be kept: {error}"
+    team.wait(f"compute vision features of {len(samples):,} images{team.share}")
+    store.open(samples)
     incomplete = sum(key not in store for key in samples)
-    problems = [problem or (f"{incomplete} images have none" if incomplete else "")]
-    if ranks.world_size > 1:
-        gathered: list[Any] = [None] * ranks.world_size
-        torch.distributed.all_gather_object(gathered, problems[0])
-        problems = gathered
-    return next((text for text in problems if text), "")
+    problem = problem or (f"{incomplete} images have none" if incomplete else "")
+    return next((text for text in team.gather(problem) if text), "")
 
 
 def _compute(model: Any, cache: DataCache, store: Store, samples: Mapping[str, Sample], limit: int | None) -> None:

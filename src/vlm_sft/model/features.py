@@ -20,8 +20,9 @@ from peft.utils import ModulesToSaveWrapper
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm_sft.data.collate import PackedBatch
-from vlm_sft.data.features import PREFIX, features_of
+from vlm_sft.data.features import PREFIX, features_of, is_pixels
 from vlm_sft.data.store import Record
+from vlm_sft.errors import DataError
 from vlm_sft.model.families import family_of
 
 POOLED, DEEPSTACK = "pooled", "deepstack"
@@ -84,17 +85,40 @@ def loose_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return dict(unwrap(model).model.named_parameters(recurse=False))
 
 
-def image_inputs(batch: PackedBatch) -> dict[str, Any]:
-    """The images of a pack as arguments of the model: its features where the pack has them, else its pixels."""
+def image_inputs(model: Any, batch: PackedBatch) -> dict[str, Any]:
+    """The images of a pack as arguments of the model: its features where the pack has them, else its pixels.
+
+    Args:
+        model: computes the features of images whose kept ones turned out to be damaged.
+        batch: the pack.
+    """
     if not batch.tensors:
         return {}
     features = [features_of(image) for image in batch.tensors]
-    if not features[0]:
+    if not any(features):
         return joined_tensors(batch.tensors)
-    assert all(features), "some images of a pack have features and others have pixels"
+    pairs = zip(features, batch.tensors, strict=True)
+    features = [found or _features_now(model, image) for found, image in pairs]
     # Where the model finds the positions itself it needs the sizes of the images too.
-    sizes = [{name: value for name, value in image.items() if not name.startswith(PREFIX)} for image in batch.tensors]
+    sizes = [
+        {name: value for name, value in image.items() if not (name.startswith(PREFIX) or is_pixels(name))}
+        for image in batch.tensors
+    ]
     return {"mm_encoder_outputs": {"image": joined_features(features)}, **joined_tensors(sizes)}
+
+
+def _features_now(model: Any, image: Mapping[str, torch.Tensor]) -> Record:
+    """The features of one image, from its pixels.
+
+    Raises:
+        DataError: ZeRO-3 has shared the tower out among ranks, and the others do not know of this image.
+    """
+    if any(hasattr(parameter, "ds_id") for tower in tower_modules(model).values() for parameter in tower.parameters()):
+        raise DataError("kept vision features are damaged", "start again with --resume auto: they are computed anew")
+    device = next(iter(image.values())).device
+    with whole_tower(model, str(device)):
+        (found,) = encode_images(model, [image])
+    return {name: value.to(device) for name, value in found.items()}
 
 
 def joined_tensors(images: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -128,7 +128,7 @@ def shared_inputs(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) ->
         "attention_mask": masks_for(base.config, mask),
         "position_ids": position_ids(model, batch),
         **types,
-        **image_inputs(batch),
+        **image_inputs(model, batch),
     }
 
 
@@ -141,7 +141,7 @@ def separate_inputs(model: torch.nn.Module, batch: PackedBatch) -> dict[str, tor
     accepted = inspect.signature(base.forward).parameters
     named = {name: types[None] for name in ("mm_token_type_ids", "token_type_ids") if name in accepted}
     mask = torch.ones_like(batch.input_ids)
-    return {"input_ids": batch.input_ids, "attention_mask": mask, **named, **image_inputs(batch)}
+    return {"input_ids": batch.input_ids, "attention_mask": mask, **named, **image_inputs(model, batch)}
 
 
 def token_losses(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) -> torch.Tensor:

@@ -15,9 +15,9 @@ from vlm_sft.console import is_main_process, say
 from vlm_sft.data.cache import DataCache
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.identity import identity_of
-from vlm_sft.evaluate.run import Evaluator, barrier, results_table, save_pictures
+from vlm_sft.evaluate.run import Evaluator, results_table, save_pictures
 from vlm_sft.evaluate.tasks import Task
-from vlm_sft.launch import Launch
+from vlm_sft.launch import Launch, barrier
 from vlm_sft.model.adapt import load_adapter
 from vlm_sft.model.load import Base, load_model, to_gpu
 from vlm_sft.model.parts import ALL
@@ -39,7 +39,7 @@ def evaluate_run(run: Run, plan: Plan, tasks: list[Task]) -> dict[str, Any]:
     options, launch = run.options, run.launch
     base = plan.base
     _forget_deepspeed(launch)
-    barrier(launch.world_size)
+    barrier("save the model")
     folder = options.output_dir / artifacts.EVALUATION_FOLDER
     with run.record.timed("evaluate"):
         if ALL in run.recipe.train:
@@ -67,7 +67,7 @@ def _answer(
     launch = run.launch
     model = load_model(base)
     if not launch.cpu:
-        to_gpu(model, base, launch.local_rank)
+        to_gpu(model, base, launch.gpu)
     if adapter is not None:
         model = load_adapter(model, adapter)
     # A resumed run may have evaluated an earlier adapter: its predictions are replaced.

@@ -117,7 +117,7 @@ def _probe(
             say("--probe: under ZeRO-3 no rank has the whole model for a pass of its own; the forecast stays as it is")
             return
         if not run.launch.cpu:
-            to_gpu(model, plan.base, run.launch.local_rank)
+            to_gpu(model, plan.base, run.launch.gpu)
         precision = partial(half_precision, run.launch, plan.base)
     case = replace(told.case, features=plan.cache.features is not None)
     probe = Probe(run, plan, model, mode, precision, case, *planners)

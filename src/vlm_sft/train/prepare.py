@@ -19,7 +19,7 @@ from vlm_sft.data.sources.registry import is_synthetic, load_split
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.errors import DataError
 from vlm_sft.evaluate.guard import Guard
-from vlm_sft.evaluate.tasks import SAMPLE_SEED, Task, dataset_text, load_tasks
+from vlm_sft.evaluate.tasks import SAMPLE_SEED, Task, dataset_text, load_tasks, require_same_data
 from vlm_sft.model.load import Base, find_base
 from vlm_sft.recipe.rules import Schedule, effective_global_batch_size, resolve_schedule
 from vlm_sft.recipe.schema import Recipe
@@ -60,6 +60,9 @@ def load_data(specs: list[DatasetSpec], recipe: Recipe) -> tuple[list[Sample], l
 
     Returns:
         Training samples, evaluation samples, what was left out of either.
+
+    Raises:
+        DataError: a data set cannot be loaded, or is not the same on all ranks.
     """
     parts, evaluation, left_out = [], [], []
     for spec in specs:
@@ -74,6 +77,7 @@ def load_data(specs: list[DatasetSpec], recipe: Recipe) -> tuple[list[Sample], l
         say(f"data: {spec.name}{label}: {loaded.description}")
     mixed = mix(parts, recipe.max_train, recipe.seed)
     evaluation = stratified_limit(evaluation, recipe.max_eval, SAMPLE_SEED)
+    require_same_data([*mixed, *evaluation], left_out)
     return mixed, evaluation, left_out
 
 
@@ -113,10 +117,9 @@ def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], l
     total = len(train_samples) + len(eval_samples) + len(left_out)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     engine = Engine(options.engine, launch, base.name, base.path)
-    with engine.node_in_turn():
-        cache = engine.cache(encoder)
-        data = PreparedData(train_samples, encoder, "preparing", cache)
-        evaluation = PreparedData(eval_samples, encoder, "preparing (evaluation)", cache) if eval_samples else None
+    cache = engine.cache(encoder)
+    data = PreparedData(train_samples, encoder, "preparing", cache)
+    evaluation = PreparedData(eval_samples, encoder, "preparing (evaluation)", cache) if eval_samples else None
     identity = run_identity(recipe, launch, base, data, evaluation)
     for line in refuse_changes(run.checkpoint, identity, options.allow_changes):
         warn(f"changed since the checkpoint: {line}")

@@ -246,7 +246,7 @@ def probe_plan(run: Run, plan: Plan, case: Case, tasks: Sequence[Task]) -> Calib
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not run.launch.cpu:
-        to_gpu(model, plan.base, run.launch.local_rank)
+        to_gpu(model, plan.base, run.launch.gpu)
     mode = choose_mode(model, plan.data.encoder)
     planners = (plan.planner, plan.eval_planner)
     if not mode.shares:

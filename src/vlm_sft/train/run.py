@@ -15,9 +15,8 @@ from vlm_sft.data.cache_folder import default_cache_dir
 from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
 from vlm_sft.errors import GuardError, InterruptedRunError, RunError
 from vlm_sft.evaluate.guard import Guard
-from vlm_sft.evaluate.run import barrier
 from vlm_sft.forecast.run import TRACKERS
-from vlm_sft.launch import Launch, agree, connected, quiet_libraries, read_launch
+from vlm_sft.launch import Launch, agree, barrier, connected, quiet_libraries, read_launch
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import RunRecord, device_name, now
@@ -97,7 +96,7 @@ def _carry_out(
             raise
     report_run(options.output_dir, results)
     trackers.tell()
-    barrier(launch.world_size)
+    barrier("end")
     if not kept:
         raise GuardError(
             f"no checkpoint of {options.output_dir} keeps to --guard {options.guard} (see {artifacts.GUARD}); "
@@ -119,7 +118,7 @@ def _watched(
         trackers.close(INTERRUPTED)
         if stop.everywhere:
             # A launcher ends the other ranks as soon as one is gone: none goes before all is written.
-            barrier(run.launch.world_size)
+            barrier("stop")
         raise
     except KeyboardInterrupt:
         record.finish("interrupted")

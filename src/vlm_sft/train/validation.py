@@ -23,9 +23,9 @@ from vlm_sft.errors import RecipeError
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.guard import Guard, judge, parse_guards, tradeoff
 from vlm_sft.evaluate.identity import identity_of
-from vlm_sft.evaluate.run import Evaluator, StopRequest, barrier
+from vlm_sft.evaluate.run import Evaluator, StopRequest
 from vlm_sft.evaluate.tasks import Task, benchmark_names, dataset_text, load_tasks, rules_of
-from vlm_sft.launch import Launch
+from vlm_sft.launch import Launch, agree, barrier
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base
 from vlm_sft.model.tune import untuned
@@ -169,7 +169,7 @@ class Validation:
         folder = self.folder / f"step-{step}"
         if self.launch.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier continuation from an older checkpoint
-        barrier(self.launch.world_size)
+        barrier("begin to answer")
         identity = {"base_model": self.base.name, "step": step, "prompt": self.base.prompt.to_dict()}
         rows = {task.name: self._ask(evaluator, task, folder, f"{task.name} at step {step}", identity)
                 for task in self.plan.tasks}  # fmt: skip
@@ -178,7 +178,7 @@ class Validation:
             scores = self._scores(rows)
             if self.plan.guards:
                 self._judge(rows, step, loss, scores)
-        scores, self._evaluations = self._from_first_rank((scores, self._evaluations))
+        scores, self._evaluations = agree(lambda: (scores, self._evaluations))
         return scores
 
     def _evaluator(self, backend: SharedPrefixBackend) -> Evaluator:
@@ -236,14 +236,6 @@ class Validation:
             "qualifies": all(one["qualifies"] for one in verdicts),
         })
         self._write(None)
-
-    def _from_first_rank(self, value: Any) -> Any:
-        """What rank 0 has, on every rank."""
-        if self.launch.world_size == 1:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
 
     def _write(self, best_step: int | None) -> None:
         artifacts.write_json(
