@@ -7,10 +7,11 @@ variables only, plain python sets nothing.
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -279,6 +280,22 @@ class _Meeting:
 
 
 _meeting: _Meeting | None = None
+
+
+def idle_gpus(launch: Launch, words: Sequence[str]) -> str:
+    """One line where this process sees more GPUs than the one it uses: which one that is, and how to use all; else "".
+
+    Args:
+        launch: how it was launched.
+        words: its command line, `sys.argv`.
+    """
+    count = torch.cuda.device_count()
+    if launch.cpu or launch.world_size > 1 or count < 2:
+        return ""
+    program = [words[0]] if words[0].endswith(".py") and Path(words[0]).name != "__main__.py" else ["-m", "vlm_sft"]
+    line = shlex.join(["torchrun", f"--nproc_per_node={count}", *program, *words[1:]])
+    name = torch.cuda.get_device_name(launch.gpu)
+    return f"one process uses one GPU: number {launch.gpu} of {count} ({name}); to use all of them: {line}"
 
 
 def quiet_libraries() -> None:

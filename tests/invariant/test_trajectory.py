@@ -20,6 +20,7 @@ from vlm_sft.model.adapt import add_lora, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import set_attention
+from vlm_sft.model.tune import checkpoint_layers
 from vlm_sft.recipe.rules import resolve_schedule
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.train.arguments import training_arguments
@@ -55,8 +56,7 @@ def train(
     targets = resolve_targets(model, recipe.target_modules)
     adapter = add_lora(model, targets, r=4, alpha=8, dropout=recipe.lora_dropout, seed=recipe.seed, base_name="tiny")
     if how.pop("checkpointing", False):
-        adapter.enable_input_require_grads()
-        adapter.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(adapter)
     resume = how.pop("resume", None)
     planner = EpochPlanner(data.lengths, 8, budget, 1, recipe.seed, **how)
     schedule = resolve_schedule(recipe, planner.steps_per_epoch)

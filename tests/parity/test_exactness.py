@@ -26,6 +26,7 @@ from vlm_sft.model.fused import fuse_modules
 from vlm_sft.model.load import is_blockwise, set_attention
 from vlm_sft.model.sharing import choose_mode
 from vlm_sft.model.trim import trim_last_layer
+from vlm_sft.model.tune import checkpoint_layers
 
 SHARING = [family for family in FAMILIES if not families.FAMILIES[family].reason]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -180,8 +181,7 @@ def test_the_fallback_is_exact_too(family: str, dtype: torch.dtype) -> None:
 def test_checkpointed_layers_give_the_same_gradients(family: str) -> None:
     tried = case(family, torch.float32)
     model = tried.model
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(model)
     model.train()
     try:
         check(tried, [Bundle(1, (0, 3)), Bundle(0, (5, 1, 2))], declared(tried, "blockwise"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from vlm_sft.evaluate.identity import identity_of
 from vlm_sft.evaluate.run import Evaluator, save_pictures
 from vlm_sft.evaluate.scoring import format_score
 from vlm_sft.evaluate.tasks import Task, benchmark_names, load_tasks, parse_token_limits
-from vlm_sft.launch import Launch, barrier, connected, pack_tokens, quiet_libraries, read_launch
+from vlm_sft.launch import Launch, barrier, connected, idle_gpus, pack_tokens, quiet_libraries, read_launch
 from vlm_sft.model.adapt import check_adapter_folder, load_adapter
 from vlm_sft.model.load import Base, find_base, load_model, to_gpu
 from vlm_sft.record import RunRecord, device_name
@@ -88,7 +89,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, object]]:
 def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> dict[str, dict[str, object]]:
     """Load, answer, score; returns as `evaluate` does."""
     base = _find_base(options)
-    for note in base.notes:
+    for note in filter(None, [idle_gpus(launch, sys.argv), *base.notes]):
         say(note)
     tasks, left_out = load_tasks(options.benchmark, options.limit, options.split)
     questions = sum(len(task.samples) for task in tasks)

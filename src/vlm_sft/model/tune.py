@@ -52,6 +52,19 @@ def tune(weights: Any, recipe: Recipe, base_name: str, master: bool) -> tuple[An
     return model, facts | {"trainable_parameters": trainable, "total_parameters": total}
 
 
+def checkpoint_layers(model: Any) -> None:
+    """Compute the activations of each decoder layer again in the backward pass instead of keeping them.
+
+    transformers makes the outputs of all input embeddings need a gradient with it, those of patches too, so that a frozen
+    vision tower would keep its activations and get a backward pass. With `use_reentrant=False` nothing needs that.
+
+    Args:
+        model: from `tune`.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
 def _with_adapter(weights: Any, targets: Targets, recipe: Recipe, base_name: str) -> PeftModel:
     return add_lora(
         weights,

@@ -12,6 +12,19 @@ from vlm_sft.recipe.schema import Recipe
 from vlm_sft.trackers.session import SHOWN_IN
 
 
+class RunArguments(TrainingArguments):
+    """Arguments of a process that computes on one GPU."""
+
+    @property
+    def n_gpu(self) -> int:
+        """1 on a GPU, 0 on a CPU.
+
+        Not the number of GPUs that the process sees: transformers would share each pack out among them with
+        nn.DataParallel, which knows nothing of packs.
+        """
+        return min(1, super().n_gpu)
+
+
 def training_arguments(
     recipe: Recipe, schedule: Schedule, launch: Launch, output_dir: Path, bf16: bool
 ) -> TrainingArguments:
@@ -27,7 +40,7 @@ def training_arguments(
         output_dir: the run's folder.
         bf16: whether to compute in bfloat16.
     """
-    return TrainingArguments(
+    return RunArguments(
         output_dir=str(output_dir),
         num_train_epochs=recipe.num_train_epochs,
         max_steps=schedule.total_steps,

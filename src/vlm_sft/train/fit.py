@@ -23,7 +23,7 @@ from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base, load_model, to_gpu
 from vlm_sft.model.parts import ALL
 from vlm_sft.model.sharing import choose_mode
-from vlm_sft.model.tune import described, tune
+from vlm_sft.model.tune import checkpoint_layers, described, tune
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import versions
 from vlm_sft.trackers.session import Trackers
@@ -111,14 +111,14 @@ def _probe(
 ) -> None:  # fmt: skip
     """Measure a few passes and forecast again."""
     model: Any = trainer.model
-    precision: Any = trainer.compute_loss_context_manager
     if run.launch.deepspeed is not None:  # its engine takes the model over when the training begins
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             say("--probe: under ZeRO-3 no rank has the whole model for a pass of its own; the forecast stays as it is")
             return
         if not run.launch.cpu:
             to_gpu(model, plan.base, run.launch.gpu)
-        precision = partial(half_precision, run.launch, plan.base)
+    # The trainer wraps the model in it only when the training begins.
+    precision = partial(half_precision, run.launch, plan.base)
     case = replace(told.case, features=plan.cache.features is not None)
     probe = Probe(run, plan, model, mode, precision, case, *planners)
     calibration = probe.calibrate(told.tasks, told.seconds)
@@ -150,15 +150,9 @@ def _adapted(base: Base, recipe: Recipe, launch: Launch) -> tuple[Any, dict[str,
         raise ModelError("--load_in_4bit true: ZeRO-3 cannot partition 4-bit weights", "use --deepspeed zero2")
     model, lora = tune(load_model(base), recipe, base.name, master=launch.deepspeed is None)
     say(described(lora))
-    _set_checkpointing(model, recipe, launch, lora["total_parameters"])
+    if checkpoints_activations(recipe, lora["total_parameters"], not launch.cpu):
+        checkpoint_layers(model)
     return model, lora
-
-
-def _set_checkpointing(model: Any, recipe: Recipe, launch: Launch, parameters: int) -> None:
-    """Turn gradient checkpointing on where the recipe or the memory asks for it."""
-    if checkpoints_activations(recipe, parameters, not launch.cpu):
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _record_training(run: Run, trainer: PackTrainer, planner: EpochPlanner) -> None:

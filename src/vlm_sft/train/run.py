@@ -16,7 +16,7 @@ from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
 from vlm_sft.errors import GuardError, InterruptedRunError, RunError
 from vlm_sft.evaluate.guard import Guard
 from vlm_sft.forecast.run import TRACKERS
-from vlm_sft.launch import Launch, agree, barrier, connected, quiet_libraries, read_launch
+from vlm_sft.launch import Launch, agree, barrier, connected, idle_gpus, quiet_libraries, read_launch
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import RunRecord, device_name, now
@@ -182,7 +182,7 @@ def _announce(
     source = options.sft_config or "the default recipe"
     say(f"training {options.base_model} on {options.dataset} with {source}")
     say(f"launch: {launch.world_size} process(es), {launch.parallel}, {'CPU' if launch.cpu else 'GPU'}")
-    for note in notes:
+    for note in filter(None, [idle_gpus(launch, sys.argv), *notes]):
         say(note)
     if options.resume is not None:
         say(f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting from the beginning")

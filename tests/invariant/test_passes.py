@@ -1,0 +1,87 @@
+"""What every forward pass of a run is like: in the recipe's number format, with a frozen tower that keeps nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import TrainingArguments
+
+from tests.faults import training
+from tests.faults.harness import make_place
+from vlm_sft.cli import main
+from vlm_sft.launch import Launch, idle_gpus
+
+LAYER, TOWER = "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("passes"))
+
+
+@pytest.fixture
+def calls() -> Iterator[list[tuple[str, bool, bool, bool]]]:
+    """Of each call of a layer: its kind, in training, under autocast, whether its output needs a gradient."""
+    found: list[tuple[str, bool, bool, bool]] = []
+
+    def note(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        kind = type(module).__name__
+        if kind in (LAYER, TOWER):
+            first = output[0] if isinstance(output, tuple) else output
+            found.append((kind, module.training, torch.is_autocast_enabled("cpu"), first.requires_grad))
+
+    handle = register_module_forward_hook(note)
+    yield found
+    handle.remove()
+
+
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_probe_and_training_compute_alike_and_the_frozen_tower_keeps_nothing(
+    verb: str, place: Path, tmp_path: Path, calls: list[tuple[str, bool, bool, bool]]
+) -> None:
+    """A tower whose output needs a gradient keeps the activations of all its blocks for a backward pass."""
+    command = [
+        verb, "--base_model", str(place / "model"), "--dataset", str(place / "data"), "--output_dir",
+        str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), "--max_steps", "2", "--eval_strategy", "no",
+        "--load_best_model_at_end", "false", "--eval_benchmarks", "none", "--report_to", "none", "--probe",
+        "--feature_cache", "off", "--bf16", "true", "--gradient_checkpointing", "true", "--ignore_forecast",
+    ]  # fmt: skip
+    assert main(command) == 0
+    trained = [call for call in calls if call[1]]
+    assert {kind for kind, *_ in trained} == {LAYER, TOWER}
+    assert all(autocast for _, _, autocast, _ in trained)
+    assert not any(needs for kind, _, _, needs in calls if kind == TOWER)
+    assert any(needs for kind, _, _, needs in trained if kind == LAYER)
+
+
+def test_a_process_that_sees_two_gpus_trains_and_evaluates_on_one(tmp_path: Path) -> None:
+    data = training.prepared(training.samples())
+    made = training.trainer(data, tmp_path, evaluation=data, eval_strategy="steps", eval_steps=3)
+    made.args._n_gpu = 2  # as transformers finds it where two are visible
+    assert TrainingArguments.n_gpu.fget(made.args) == 2 and made.args.n_gpu == 1  # type: ignore[attr-defined]
+    made.train()
+    losses = [row["eval_loss"] for row in made.state.log_history if "eval_loss" in row]
+    assert len(losses) == 2 and all(loss > 0 for loss in losses)
+    assert not isinstance(made.model_wrapped, torch.nn.DataParallel)
+
+
+def test_it_says_which_gpu_it_uses_and_how_to_use_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"NVIDIA H100 no. {number}")
+    alone = Launch(0, 0, 1, False, None, "single")
+    line = idle_gpus(alone, ["/usr/bin/vlm-sft", "train", "--output_dir", "a b"])
+    assert "number 0 of 8 (NVIDIA H100 no. 0)" in line
+    assert line.endswith("torchrun --nproc_per_node=8 -m vlm_sft train --output_dir 'a b'")
+    assert idle_gpus(alone, ["src/train_vlm_sft.py"]).endswith("torchrun --nproc_per_node=8 src/train_vlm_sft.py")
+    assert idle_gpus(alone, ["/x/vlm_sft/__main__.py", "eval"]).endswith("torchrun --nproc_per_node=8 -m vlm_sft eval")
+    assert not idle_gpus(Launch(1, 1, 8, False, None, "ddp"), ["t.py"])
+    assert not idle_gpus(Launch(0, 0, 1, True, None, "single"), ["t.py"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert not idle_gpus(alone, ["t.py"])
+    # Some launchers show each process its own GPU alone.
+    assert Launch(3, 3, 4, False, None, "ddp").device == "cuda:0"
