@@ -213,7 +213,17 @@ def load_model(base: Base) -> Any:
     )
     if base.load_in_4bit:
         _keep_scales(model)
-    set_attention(model, base.function)
+    return ready(model, base.function)
+
+
+def ready(model: Any, function: str) -> Any:
+    """Give loaded weights the attention function and the faster forward passes of this package.
+
+    Args:
+        model: as transformers made it; changed in place.
+        function: name of the attention function of its language model.
+    """
+    set_attention(model, function)
     trim_last_layer(model)
     fuse_modules(model)
     return model
