@@ -1,7 +1,7 @@
 """What this package does on one GPU, in ten minutes and without a network: kernels, speed, memory, the public command.
 
     python bench/gpu_check.py [--device cuda|cpu] [--steps installed,kernels,…] [--tokenizer FILE] [--data DIR]
-        [--work_dir DIR] [--seconds N]
+        [--work_dir DIR] [--seconds N] [--commit HASH]
     python bench/gpu_check.py --tables     writes the tables into bench/README.md from the result files
 
 The model is the published configuration of Qwen2.5-VL-7B with random weights. The rows are real charts in their own
@@ -56,6 +56,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA, help="ChartQA parquet files (default: %(default)s)")
     parser.add_argument("--work_dir", type=Path, default=DEFAULT_FOLDER / "gpu_check", help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=600.0, help="for all steps (default: %(default)s)")
+    parser.add_argument("--commit", help="of this checkout, where it was copied to the machine without its history")
     parser.add_argument("--tables", action="store_true", help="only write the tables from the result files")
     parser.add_argument("--inside", help=argparse.SUPPRESS)  # the step that this process runs
     args = parser.parse_args(words)
@@ -121,6 +122,8 @@ def main() -> int:
     if args.inside:
         return run_inside(args)
     result: dict[str, Any] = origin() | {"steps": {}}
+    if args.commit:
+        result["git"] = {"hash": args.commit, "dirty": False}
     short = "".join(letter if letter.isalnum() else "_" for letter in result["device"].lower())
     folder = RESULTS if args.device == "cuda" else args.work_dir
     path = folder / f"gpu_check-{short}.json"
