@@ -116,8 +116,12 @@ def _memory(step: dict[str, Any]) -> Iterator[str]:
         cut = "too large even so" if row["too_large"] else "yes" if row["cut_in_two"] else "no"
         yield (
             f"| {100 * row['share']:.0f} % of what it takes | {cut} | {row['loss']:.4f}, {row['whole_loss']:.4f} "
-            f"| {row['largest_gradient_error']:.1e} |"
+            f"| {_error(row['largest_gradient_error'])} |"
         )
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
 
 
 def _questions(step: dict[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,8 @@ from vlm_sft.data.pixels import CODES, PixelFormat, compress
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.dropout import KeyedDropout
 from vlm_sft.model.features import encode_images
-from vlm_sft.model.load import set_attention
+from vlm_sft.model.load import ready, set_attention
+from vlm_sft.model.stepwise import PLAIN
 from vlm_sft.model.tune import tune
 from vlm_sft.recipe.load import load_recipe
 
@@ -38,12 +40,16 @@ SHOWN = 14  # kernels
 
 def modes(context: Context) -> None:
     """The pack under attention functions, dropout, checkpointing and targets; then where the time goes."""
+    os.environ[PLAIN] = "1"  # modules as their libraries wrote them
     weights = context.build()
     sizes = shapes.parameter_counts(weights)
     batch = context.pack().to(torch.device(context.device))
     context.note(parameters=sizes, tokens=batch.tokens, questions=len(batch.sample_ids), images=len(batch.ends),
                  supervised=len(batch.targets), patches=patches(batch), attention=context.base.attention)  # fmt: skip
-    model = _tuned(weights, SOME)
+    plain = _tuned(weights, SOME)
+    _measure(context, plain, batch, sizes, f"dropout {DROPOUT}, modules of the libraries", DROPOUT)
+    del os.environ[PLAIN]
+    model = _tuned(ready(plain.unload(), context.base.function), SOME)
     _measure(context, model, batch, sizes, "dropout 0", 0.0)
     _profile(context, model, batch)
     _measure(context, model, batch, sizes, f"dropout {DROPOUT}", DROPOUT)
@@ -98,9 +104,9 @@ def memory(context: Context) -> None:
         found = one_pass(context, model, batch)
         torch.cuda.set_per_process_memory_fraction(1.0)
         sums = [gradient for gradient in found.sums if gradient is not None]
-        errors = relative(sums, exact) if len(sums) == len(exact) else [float("nan")]
-        context.row(share=share, cut_in_two=bool(found.splits), too_large=found.too_large is not None,
-                    loss=float(found.loss), whole_loss=loss, largest_gradient_error=max(errors))  # fmt: skip
+        errors = relative(sums, exact) if len(sums) == len(exact) else []
+        context.row(share=share, cut_in_two=bool(found.splits), too_large=found.too_large is not None, whole_loss=loss,
+                    loss=float(found.loss), largest_gradient_error=max(errors, default=None))  # fmt: skip
         del found, sums
 
 
