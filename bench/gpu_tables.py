@@ -77,9 +77,14 @@ def _modes(step: dict[str, Any]) -> Iterator[str]:
     yield from ("", f"| mode | {SPEED}", "|---|---:|---:|---:|---:|---:|")
     yield from (f"| {row['mode']} | {_speed(row)}" for row in step["rows"])
     if "profile" in step:
-        total = sum(step["profile"]["groups"].values())
-        shares = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in step["profile"]["groups"].items())
-        yield from ("", f"Where the time of the first mode goes, by kernels ({step['profile']['calls']:,}): {shares}.")
+        yield from ("", f"Where the time goes without dropout: {_shares(step['profile'])}.")
+
+
+def _shares(profile: dict[str, Any]) -> str:
+    """The groups of kernels with their shares of the time."""
+    total = sum(profile["groups"].values())
+    shares = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in profile["groups"].items())
+    return f"{shares} ({profile['calls']:,} kernels, {total:.3f} s)"
 
 
 def _kernels(step: dict[str, Any]) -> Iterator[str]:
@@ -104,6 +109,9 @@ def _features(step: dict[str, Any]) -> Iterator[str]:
         yield from ("", f"The pixels of the pack to the device: {', '.join(ways)}.")
     if "tower_seconds" in step:
         yield f"The tower alone, without gradients: {step['tower_seconds']:.3f} s, {step['tower_patches']:,} patches."
+    for name, what in (("profile", "a pass with kept features"), ("tower_profile", "the tower")):
+        if name in step:
+            yield f"Where the time of {what} goes: {_shares(step[name])}."
 
 
 def _memory(step: dict[str, Any]) -> Iterator[str]:

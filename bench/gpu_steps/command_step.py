@@ -119,8 +119,9 @@ def _run(
     """
     program = [str(Path(__file__).resolve().parents[2] / "src" / "train_vlm_sft.py")] if launcher else ["-m", "vlm_sft"]
     command = [sys.executable, *(launcher or []), *program, *(words[1:] if launcher else words)]
-    cache = {"VLM_SFT_CACHE": str(context.work / "cache"), "HF_HUB_OFFLINE": "1"}
-    environment = os.environ | cache | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    own = {"VLM_SFT_CACHE": str(context.work / "cache"), "HF_HUB_OFFLINE": "1"}
+    own |= {} if context.on_gpu else {"DS_ACCELERATOR": "cpu"}
+    environment = os.environ | own | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     log = context.work / f"{name}.log"
     began = time.perf_counter()
     with log.open("w", encoding="utf-8") as stream:

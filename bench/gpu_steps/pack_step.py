@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +52,7 @@ def modes(context: Context) -> None:
     del os.environ[PLAIN]
     model = _tuned(ready(plain.unload(), context.base.function), SOME)
     _measure(context, model, batch, sizes, "dropout 0", 0.0)
-    _profile(context, model, batch)
+    _profile(context, "profile", lambda: one_pass(context, model, batch))
     _measure(context, model, batch, sizes, f"dropout {DROPOUT}", DROPOUT)
     checkpoint: Any = model
     checkpoint.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -80,7 +81,10 @@ def features(context: Context) -> None:
             zip(encode_images(model, images), apart.tensors, strict=True)]  # fmt: skip
     model.train()
     context.row(mode="pixels", **timed_passes(context, model, apart.to(device), sizes))
-    context.row(mode="kept features", **timed_passes(context, model, replace(apart, tensors=kept).to(device), sizes))
+    batch = replace(apart, tensors=kept).to(device)
+    context.row(mode="kept features", **timed_passes(context, model, batch, sizes))
+    _profile(context, "profile", lambda: one_pass(context, model, batch))
+    _profile(context, "tower_profile", lambda: encode_images(model, images))
 
 
 def memory(context: Context) -> None:
@@ -131,11 +135,11 @@ def _measure(
         context.row(mode=mode, failed=str(error).splitlines()[0])
 
 
-def _profile(context: Context, model: Any, batch: PackedBatch) -> None:
-    """Seconds of one pass by group of kernels, and the kernels that take most."""
+def _profile(context: Context, name: str, work: Callable[[], Any]) -> None:
+    """Note the seconds of some work by group of kernels, and the kernels that take most."""
     kinds = [ProfilerActivity.CUDA] if context.on_gpu else [ProfilerActivity.CPU]
     with profile(activities=kinds) as record:
-        one_pass(context, model, batch)
+        work()
         if context.on_gpu:
             torch.cuda.synchronize()
     groups: Counter[str] = Counter()
@@ -150,7 +154,7 @@ def _profile(context: Context, model: Any, batch: PackedBatch) -> None:
     shown = [
         {"kernel": name[:140], "seconds": value, "calls": calls[name]} for name, value in kernels.most_common(SHOWN)
     ]
-    context.note(profile={"groups": dict(groups.most_common()), "kernels": shown, "calls": calls.total()})
+    context.note(**{name: {"groups": dict(groups.most_common()), "kernels": shown, "calls": calls.total()}})
 
 
 def _copies(context: Context, batch: PackedBatch) -> None:
