@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests.tiny_models import build
-from vlm_sft.model import products
 from vlm_sft.model.adapt import add_lora, resolve_targets
 from vlm_sft.model.dropout import KeyedDropout, dropout_keys
 from vlm_sft.model.lora import _covered_adapter, fuse_lora
@@ -98,46 +97,3 @@ def test_every_layer_of_a_new_adapter_is_fused() -> None:
     fused = [name for name, module in wrapped.named_modules() if hasattr(module, "forward_stepwise")]
     assert len(fused) == len(targets.paths) > 0
     assert fuse_lora(wrapped) == 0
-
-
-def mixed(device: str) -> None:
-    """Frozen weights in bfloat16 with an adapter in float32, under autocast: as close to float64 as PEFT's module."""
-    _, module = layer(torch.float64, True)
-    module.lora_dropout["default"] = KeyedDropout(0.4, 5)
-    module.to(device)
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    rows = torch.randn(1, 64, 12, dtype=torch.float64, device=device).to(torch.bfloat16)
-    results = {}
-    with dropout_keys(torch.arange(64, device=device), 3):
-        for parameter in module.parameters():
-            parameter.data = parameter.data.double()
-        exact = outcome(module, rows.double().requires_grad_())
-        module.base_layer.to(torch.bfloat16)
-        module.lora_A.float(), module.lora_B.float()
-        for name in ("peft", "ours"):
-            with torch.autocast(device, torch.bfloat16):
-                inputs = rows.clone().requires_grad_()
-                assert name == "peft" or (fuse_lora(module) == 1 and _covered_adapter(module, inputs) == "default")
-                results[name] = outcome(module, inputs)
-    for name, found in results.items():
-        results[name] = [float((one.double() - two).norm() / two.norm()) for one, two in zip(found, exact, strict=True)]
-    for ours, peft in zip(results["ours"], results["peft"], strict=True):
-        assert ours < 0.02 and ours < 1.5 * peft, results
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_an_adapter_in_float32_beside_bfloat16_on_a_gpu() -> None:
-    mixed("cuda")
-
-
-def test_an_adapter_in_float32_beside_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of a GPU, computed here: only the question which device that is answers otherwise."""
-    monkeypatch.setattr(products, "format_of", lambda values: torch.bfloat16)
-    mixed("cpu")
-
-
-def test_half_precision_on_a_cpu_is_left_to_peft() -> None:
-    _, module = layer(torch.bfloat16)
-    fuse_lora(module)
-    assert _covered_adapter(module, torch.randn(2, 12, dtype=torch.bfloat16)) is None

@@ -1,4 +1,4 @@
-"""Gated MLPs whose width the products of a GPU cannot take well. Imports model.{gated,products,stepwise}.
+"""Gated MLPs whose width the products of a GPU cannot take well. Imports model.{gated,stepwise}.
 
 The fast kernels of a GPU load rows that begin at multiples of 16 bytes. The MLPs of Qwen2.5-VL's tower are 3,420 wide,
 no multiple of 8, so in half precision their products fall to kernels of an older generation. A width filled up with
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.model.gated import gated_parameters
-from vlm_sft.model.products import is_frozen
 from vlm_sft.model.stepwise import exchange_forward
 
 HALF = (torch.bfloat16, torch.float16)
@@ -48,9 +47,16 @@ def _gated(rows: torch.Tensor, parameters: list[torch.Tensor | None]) -> torch.T
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Forward of (…, C) hidden states."""
     parameters = gated_parameters(module)
-    if parameters is None or not hidden_states.is_cuda or not is_frozen(parameters, hidden_states):
+    if parameters is None or not hidden_states.is_cuda or not all(map(_is_frozen, parameters)):
         return module.forward_stepwise(hidden_states)
     return _gated(hidden_states, widened(module, parameters))
+
+
+def _is_frozen(parameter: torch.Tensor | None) -> bool:
+    """Whether a parameter is on this GPU as a whole, in half precision, and not trained; so is one that is not there."""
+    if parameter is None:
+        return True
+    return parameter.is_cuda and parameter.dtype in HALF and not parameter.requires_grad and not hasattr(parameter, "ds_id")
 
 
 def widened(module: Any, parameters: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -103,8 +103,7 @@ def stepwise_dropout(values: torch.Tensor, keys: torch.Tensor, probability: floa
         The same shape and dtype; kept values are multiplied by 1 / (1 - probability).
     """
     keep = keep_mask(keys, values.shape[-1], probability, seed)
-    # The scale stays a number of its own: half precision would round it, and every kept value would be off alike.
-    return (values * keep).mul_(1.0 / (1.0 - probability))
+    return values * keep.to(values.dtype).mul_(1.0 / (1.0 - probability))
 
 
 class _FusedDropout(torch.autograd.Function):

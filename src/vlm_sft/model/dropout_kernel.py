@@ -6,6 +6,8 @@ is read, its bit is computed in registers, and it is written again; the backward
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +41,12 @@ def _drop(  # type: ignore[no-untyped-def]  # Triton reads annotations, and take
     tl.store(output + place, kept.to(output.dtype.element_ty), mask=inside)
 
 
+@cache
+def _rounded(scale: float, dtype: torch.dtype) -> float:
+    """The scale as a tensor of this number format holds it."""
+    return float(torch.ones(1, dtype=dtype).mul_(scale))
+
+
 def drop(
     values: torch.Tensor,
     keys: torch.Tensor,
@@ -68,7 +76,7 @@ def drop(
     (prime_a, shift_a), (prime_b, shift_b) = rounds
     with torch.cuda.device_of(values):
         _drop[grid](
-            values, keys, output, *factors, threshold, scale, len(keys), rows, channels,
+            values, keys, output, *factors, threshold, _rounded(scale, values.dtype), len(keys), rows, channels,
             prime_a, shift_a, prime_b, shift_b, _TILE_ROWS, _TILE_COLUMNS,
         )  # fmt: skip
     return output

@@ -88,7 +88,7 @@ def _is_gated(module: torch.nn.Module) -> bool:
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Forward of (…, C) hidden states."""
     parameters = gated_parameters(module)
-    if parameters is None or not is_frozen(parameters, hidden_states):
+    if parameters is None or not is_frozen(parameters, hidden_states.dtype):
         return module.forward_stepwise(hidden_states)
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     return _GatedMLP.apply(rows, *parameters).reshape(*hidden_states.shape[:-1], -1)

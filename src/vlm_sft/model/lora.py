@@ -1,10 +1,8 @@
-"""Linear layers with LoRA as one node of autograd. Imports peft and model.{products,stepwise}.
+"""Linear layers with LoRA as one node of autograd, on CPUs. Imports peft and model.{products,stepwise}.
 
 y = W x + b + s B A d(x), with d the adapter's dropout (Hu et al. 2021, arXiv:2106.09685). PEFT's module scales and adds
 the adapter's output in steps of their own, each of which writes a matrix as large as the output, and their gradients do
-so again. Here products accumulate into one another and the scale goes to the small matrices. Under autocast PEFT also
-widens the rows to the adapter's float32 before dropout, and autocast narrows them again; here the adapter is narrowed,
-which is small, and the rows stay as they are.
+so again. Here products accumulate into one another and the scale goes to the small matrices.
 """
 
 from __future__ import annotations
@@ -67,11 +65,8 @@ def _covered_adapter(module: Any, rows: torch.Tensor) -> str | None:
     if any(type(linear) is not torch.nn.Linear for linear in linears) or linears[1].bias is not None:
         return None
     adapter = (linears[1].weight, linears[2].weight)
-    near = all(one.device == rows.device and not hasattr(one, "ds_id") for one in adapter)
-    # An adapter is narrowed where autocast would do so, and nowhere else.
-    narrowed = torch.is_autocast_enabled(rows.device.type) or all(one.dtype == rows.dtype for one in adapter)
-    plain = near and narrowed and linears[2].bias is None
-    return names[0] if plain and is_frozen([base.weight, base.bias], rows) else None
+    plain = all(one.dtype == rows.dtype and one.device.type == "cpu" and not hasattr(one, "ds_id") for one in adapter)
+    return names[0] if plain and linears[2].bias is None and is_frozen([base.weight, base.bias], rows.dtype) else None
 
 
 def _forward(module: Any, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -79,11 +74,9 @@ def _forward(module: Any, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torc
     name = None if args or kwargs else _covered_adapter(module, rows)
     if name is None:
         return module.forward_stepwise(rows, *args, **kwargs)
-    base = module.base_layer
-    rows = rows.to(base.weight.dtype)
     flat = rows.reshape(-1, rows.shape[-1])
     dropped = module.lora_dropout[name](rows)
     kept = None if dropped is rows else dropped.reshape(flat.shape)
-    down, up = (part[name].weight.to(rows.dtype) for part in (module.lora_A, module.lora_B))
+    base, down, up = module.base_layer, module.lora_A[name].weight, module.lora_B[name].weight
     output = _LoraLinear.apply(flat, kept, base.weight, base.bias, down, up, module.scaling[name])
     return output.reshape(*rows.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""Products of activations with frozen weights, on CPUs through oneDNN where that is possible. Imports torch only.
+"""Products of activations with frozen weights on CPUs, through oneDNN where that is possible. Imports torch only.
 
 PyTorch sends float32 products on a CPU to MKL. oneDNN, which comes with PyTorch too, writes its kernels for the
 processor that it finds: they are faster, most of all where one side is as short as the supervised tokens of a pack. It
@@ -17,29 +17,21 @@ EXACT = (torch.float32, torch.float64)  # half precision rounds in between, wher
 _CHECKED_SIZE, _TOLERANCE = 48, 1e-5
 
 
-def format_of(values: torch.Tensor) -> torch.dtype | None:
-    """The number format in which a linear layer multiplies values here; None where only the libraries' modules know.
-
-    On a CPU that is an exact format of the values' own. On a GPU it is that of autocast, where it is on.
-    """
-    if values.is_cuda:
-        return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else values.dtype
-    exact = values.device.type == "cpu" and values.dtype in EXACT and not torch.is_autocast_enabled("cpu")
-    return values.dtype if exact else None
-
-
-def is_frozen(parameters: Iterable[torch.Tensor | None], values: torch.Tensor) -> bool:
-    """Whether parameters stay as they are, whole and beside the values, in the format in which these are multiplied.
+def is_frozen(parameters: Iterable[torch.Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether parameters stay as they are and can be computed with here: whole, on a CPU, in one exact number format.
 
     Args:
         parameters: None for one that a module does not have.
-        values: that they are multiplied with.
+        dtype: of the values that they are computed with.
     """
-    dtype = format_of(values)
-    return dtype is not None and all(
-        one.dtype == dtype and one.device == values.device and not one.requires_grad and not hasattr(one, "ds_id")
-        for one in parameters
-        if one is not None
+    return (
+        dtype in EXACT
+        and not torch.is_autocast_enabled("cpu")
+        and all(
+            one.dtype == dtype and one.device.type == "cpu" and not one.requires_grad and not hasattr(one, "ds_id")
+            for one in parameters
+            if one is not None
+        )
     )
 
 

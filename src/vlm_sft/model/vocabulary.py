@@ -69,7 +69,7 @@ def is_covered(head: Any) -> bool:
     """
     if type(head) is not torch.nn.Linear or head.bias is not None:
         return False
-    return head.weight.device.type == "cpu" and is_frozen([head.weight], head.weight)
+    return is_frozen([head.weight], head.weight.dtype)
 
 
 def token_losses(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
