@@ -55,6 +55,7 @@ def test_recipe(name: str, base: Path, data: Path, tmp_path: Path) -> None:
     assert state["status"] == "finished"
     assert state["steps"] == epochs * STEPS_PER_EPOCH
     assert state["attention"] == "sdpa"
+    assert state["kernels"] == {"dropout": "stepwise"}, "the kernel is for GPUs"
     recipe = json.loads((run / "recipe.json").read_text())
     given = json.loads((ROOT / "configs" / f"{name}.json").read_text())
     assert {key: recipe[key] for key in given if key != "global_batch_size"} == {

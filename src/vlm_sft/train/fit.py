@@ -20,6 +20,7 @@ from vlm_sft.evaluate.caches import one_an_image
 from vlm_sft.forecast.run import FEATURES, LOAD, SAVES
 from vlm_sft.launch import Launch, agree
 from vlm_sft.model.families import PackMode
+from vlm_sft.model.kernels import choose_kernels
 from vlm_sft.model.load import Base, load_model, to_gpu
 from vlm_sft.model.parts import ALL
 from vlm_sft.model.sharing import choose_mode
@@ -49,6 +50,7 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
     model, lora = _adapted(base, recipe, launch)
     mode = choose_mode(model, plan.data.encoder)
     run.record.update(attention=base.attention, dtype=base.dtype_name, lora=lora, image_sharing=mode.shares)
+    _record_kernels(run, model)
     if not mode.shares:
         say(mode.note)
         planner, eval_planner = planner.separate(), eval_planner.separate() if eval_planner else None
@@ -93,6 +95,17 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
     trainer.accelerator.free_memory()
     told.lap(SAVES)
     return kept
+
+
+def _record_kernels(run: Run, model: Any) -> None:
+    """Check the kernels that this process will use, and record which they are."""
+    launch = run.launch
+    device = torch.device("cpu") if launch.cpu else torch.device("cuda", launch.local_rank)
+    kernels, notes = choose_kernels(model, device)
+    for note in notes:
+        say(note)
+        run.record.note(note)
+    run.record.update(kernels=kernels)
 
 
 @contextmanager
