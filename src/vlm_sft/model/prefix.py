@@ -118,8 +118,8 @@ def separate_inputs(model: torch.nn.Module, batch: PackedBatch) -> dict[str, tor
 def token_losses(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) -> torch.Tensor:
     """Run the model on one pack, inside `packed(…)`, and compare it with the answers.
 
-    Where the model is trimmed and its head is frozen on a CPU, the losses are computed without the scores
-    (`model/vocabulary.py`).
+    Where the model is trimmed and its head is frozen and plain, the losses are computed without the scores; nowhere is
+    there a copy of all scores in float32 (`model/vocabulary.py`).
 
     Args:
         model: the model, wrapped or not.
@@ -134,5 +134,4 @@ def token_losses(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) -> 
     if mode.shares and is_trimmed(base) and vocabulary.is_covered(head):
         hidden = base.model(use_cache=False, **shared_inputs(model, batch, mode))[0]
         return vocabulary.token_losses(hidden[0], head, batch.targets)
-    scores = forward(model, batch, mode).logits.squeeze(0)
-    return F.cross_entropy(scores.float() if scores.dtype != torch.float64 else scores, batch.targets, reduction="none")
+    return vocabulary.score_losses(forward(model, batch, mode).logits.squeeze(0), batch.targets)
