@@ -25,7 +25,7 @@ import torch
 from vlm_sft.console import progress, warn
 from vlm_sft.data.cache_folder import FEATURES, IMAGES, TOKENS, open_entry, weights_mark
 from vlm_sft.data.encode import EncodedGroup, EncodedQuestion, Encoder
-from vlm_sft.data.pixels import CODES, PixelFormat, compress, restore
+from vlm_sft.data.pixels import PixelFormat, pack_pixels, unpack_pixels
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.store import Record, Store
 from vlm_sft.errors import DataError, RunError
@@ -45,6 +45,10 @@ class DataCache:
         verify: compare the checksums of what is opened; True on one rank of a node.
         prepared: False keeps neither images nor tokens, only vision features.
         weights: folder or Hub id of the base model; "" where it is not known.
+
+    Attributes:
+        coded: pixels come as 8-bit codes (`pixels.unpack_pixels` decodes them), an eighth of the bytes: so they travel
+            to a GPU, which decodes them. On a CPU workers decode them beside the training.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class DataCache:
         self.name = name
         self.weights = weights
         self.verify = verify
+        self.coded = torch.cuda.is_available()
         self.features: Store | None = None
         self.processed_images = 0
         self.tokenised_groups = 0
@@ -94,11 +99,12 @@ class DataCache:
         return self.pixel_tensors(sample)
 
     def pixel_tensors(self, sample: Sample) -> Record | None:
-        """The processor's tensors of a sample's images, or None where they are not kept."""
+        """The processor's tensors of a sample's images, packed where `coded`; None where they are not kept."""
         key = record_key(sample.image_key)
         if self._images is None or key not in self._images:
             return None
-        return _unpacked(self._images.get(key), self._layout)
+        record = self._images.get(key)
+        return record if self.coded else unpack_pixels(record)
 
     def prepare(self, groups: Sequence[Sequence[Sample]], description: str) -> Iterator[EncodedGroup | DataError]:
         """Encode images with their questions, or read them where that was done before.
@@ -151,7 +157,7 @@ class DataCache:
             tensors = self.encoder.process_images(sample)
         except DataError as error:
             return error
-        return tensors, None if self._images is None else _packed(tensors, self._layout)
+        return tensors, None if self._images is None else pack_pixels(tensors, self._layout)
 
     def _encoded(
         self, members: Sequence[Sample], key: str, image: tuple[Record | None, Record | None] | DataError,
@@ -263,28 +269,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-def _packed(tensors: Record, layout: PixelFormat) -> Record:
-    """The tensors of an image as they are stored: pixels as codes where nothing is lost."""
-    record: Record = {}
-    for name, value in tensors.items():
-        coded = compress(value, layout) if name == "pixel_values" else None
-        record |= {name: value} if coded is None else {f"{name}.{part}": tensor for part, tensor in coded.items()}
-    return record
-
-
-def _unpacked(record: Record, layout: PixelFormat) -> Record:
-    """What `_packed` stored, in the processor's order of names."""
-    tensors: Record = {}
-    for name, value in record.items():
-        base, _, part = name.rpartition(".")
-        if not base:
-            tensors[name] = value
-        elif part == CODES:
-            parts = {field.removeprefix(base + "."): tensor for field, tensor in record.items()}
-            tensors[base] = restore(parts, layout)
-    return tensors
 
 
 def _token_record(group: EncodedGroup) -> Record:

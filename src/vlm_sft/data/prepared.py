@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -167,16 +167,21 @@ class StepDataset(Dataset[StepPacks]):
         rank: this process's number.
         replace_bad: train another image of the same data set in place of one that cannot be read; otherwise the step
             comes back without packs and with a fatal fault.
+        place: computes the positions of a pack; None leaves that to the model.
 
     Attributes:
         slot, at, bad: as in `workers.Steps`.
     """
 
-    def __init__(self, data: PreparedData, planner: EpochPlanner, rank: int, replace_bad: bool = False) -> None:
+    def __init__(
+        self, data: PreparedData, planner: EpochPlanner, rank: int, replace_bad: bool = False,
+        place: Callable[[PackedBatch], torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.data = data
         self.planner = planner
         self.rank = rank
         self.replace_bad = replace_bad
+        self.place = place
         self.slot = 0
         self.at = torch.full((1, 2), -1.0, dtype=torch.float64)
         self.bad: dict[int, str] = {}
@@ -222,7 +227,9 @@ class StepDataset(Dataset[StepPacks]):
                 return None
             built.change += (self._supervised(taken) - self._supervised(bundle)) if counted else 0
             found.append(taken)
-        return collate(found, images)
+        batch = collate(found, images)
+        batch.positions = self.place(batch) if self.place else None
+        return batch
 
     def _supervised(self, bundle: Bundle) -> int:
         return sum(self.data.lengths[bundle.group].supervised[question] for question in bundle.questions)

@@ -141,7 +141,7 @@ class _SharedSteps:
         own = (batch.branch[None, :] == 0) | (batch.branch[None, :] == branch[:, None])
         self.rows = own & (batch.group[None, :] == group[:, None])  # (questions, L): its own prefix and itself
         self.positions = prefix.position_ids(model, batch)[..., batch.predict]
-        self.keys = prefix.sequence_index(batch)  # of every token in the cache
+        self.keys = batch.index  # of every token in the cache
         self.last = self.keys[batch.predict]
         self.columns = batch.group.new_empty(0)  # questions that the generated tokens in the cache belong to
 

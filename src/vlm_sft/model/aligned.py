@@ -53,10 +53,11 @@ def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _is_frozen(parameter: torch.Tensor | None) -> bool:
-    """Whether a parameter is on this GPU as a whole, in half precision, and not trained; so is one that is not there."""
+    """Whether a parameter is whole, on a GPU, in half precision, and not trained; so is one that is not there."""
     if parameter is None:
         return True
-    return parameter.is_cuda and parameter.dtype in HALF and not parameter.requires_grad and not hasattr(parameter, "ds_id")
+    whole = parameter.is_cuda and not hasattr(parameter, "ds_id")
+    return whole and parameter.dtype in HALF and not parameter.requires_grad
 
 
 def widened(module: Any, parameters: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -103,7 +103,8 @@ def stepwise_dropout(values: torch.Tensor, keys: torch.Tensor, probability: floa
         The same shape and dtype; kept values are multiplied by 1 / (1 - probability).
     """
     keep = keep_mask(keys, values.shape[-1], probability, seed)
-    return values * keep.to(values.dtype).mul_(1.0 / (1.0 - probability))
+    # In half precision a scale that is rounded before would move the mean.
+    return (values * (1.0 / (1.0 - probability))).mul_(keep.to(values.dtype))
 
 
 class _FusedDropout(torch.autograd.Function):

@@ -6,8 +6,6 @@ is read, its bit is computed in registers, and it is written again; the backward
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -33,18 +31,12 @@ def _drop(  # type: ignore[no-untyped-def]  # Triton reads annotations, and take
     bits = row_bits[:, None] ^ column_bits[None, :]
     bits = (bits ^ (bits >> shift_a)) * prime_a
     bits = (bits ^ (bits >> shift_b)) * prime_b
-    factor = tl.where(bits.to(tl.int32, bitcast=True) >= threshold, scale, 0.0)
+    kept = tl.where(bits.to(tl.int32, bitcast=True) >= threshold, 1.0, 0.0)
     place = row[:, None].to(tl.int64) * channels + column[None, :]
     inside = (row[:, None] < rows) & (column[None, :] < channels)
     # A product, not a choice: a value that is not finite shows in the loss even where it is dropped.
-    kept = tl.load(values + place, mask=inside, other=0.0).to(tl.float32) * factor
-    tl.store(output + place, kept.to(output.dtype.element_ty), mask=inside)
-
-
-@cache
-def _rounded(scale: float, dtype: torch.dtype) -> float:
-    """The scale as a tensor of this number format holds it."""
-    return float(torch.ones(1, dtype=dtype).mul_(scale))
+    scaled = tl.load(values + place, mask=inside, other=0.0).to(tl.float32) * scale
+    tl.store(output + place, (scaled * kept).to(output.dtype.element_ty), mask=inside)
 
 
 def drop(
@@ -76,7 +68,7 @@ def drop(
     (prime_a, shift_a), (prime_b, shift_b) = rounds
     with torch.cuda.device_of(values):
         _drop[grid](
-            values, keys, output, *factors, threshold, _rounded(scale, values.dtype), len(keys), rows, channels,
+            values, keys, output, *factors, threshold, scale, len(keys), rows, channels,
             prime_a, shift_a, prime_b, shift_b, _TILE_ROWS, _TILE_COLUMNS,
         )  # fmt: skip
     return output

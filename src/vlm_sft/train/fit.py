@@ -46,7 +46,8 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
     options, recipe, launch, checkpoint = run.options, run.recipe, run.launch, run.checkpoint
     base, schedule, planner, eval_planner = plan.base, plan.schedule, plan.planner, plan.eval_planner
     # Before the weights: with ZeRO-3 they are partitioned while they are loaded, once these arguments exist.
-    args = training_arguments(recipe, schedule, launch, options.output_dir, base.dtype == torch.bfloat16)
+    bf16 = base.dtype == torch.bfloat16
+    args = training_arguments(recipe, schedule, launch, options.output_dir, bf16, run.data_workers)
     model, lora = _adapted(base, recipe, launch)
     mode = choose_mode(model, plan.data.encoder)
     run.record.update(attention=base.attention, dtype=base.dtype_name, lora=lora, image_sharing=mode.shares)
@@ -56,6 +57,8 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
         planner, eval_planner = planner.separate(), eval_planner.separate() if eval_planner else None
     told.lap(LOAD)
     _keep_features(plan, model, asked)
+    if run.data_workers != recipe.dataloader_num_workers:
+        say(f"batches: {run.data_workers} processes prepare them (--dataloader_num_workers chooses another number)")
     told.lap(FEATURES)
     done = checkpoint_step(checkpoint)
     metrics = [MetricsFile(options.output_dir / artifacts.METRICS, planner, done)]
@@ -88,6 +91,7 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_adapter()
     plan.engine.describe([plan.cache])
+    plan.engine.facts["data_workers"] = run.data_workers
     run.record.update(engine=plan.engine.facts)
     _record_training(run, trainer, planner)
     say(f"{'model' if ALL in recipe.train else 'adapter'} written to {options.output_dir}")

@@ -25,6 +25,7 @@ from vlm_sft.evaluate.run import EvaluationStopped
 from vlm_sft.model import prefix
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base
+from vlm_sft.model.positions import Positions
 from vlm_sft.model.tune import save_tuned
 from vlm_sft.train.anomalies import WATCHED_STEPS, AdapterWatch, EventLog, FaultPolicy, Health, memory_error
 from vlm_sft.train.saving import CheckpointTrainer
@@ -63,8 +64,12 @@ class PackTrainer(CheckpointTrainer):
         rank = kwargs["args"].process_index
         faults = faults or FaultPolicy()
         replace = faults.replace_bad
-        self._steps = StepDataset(train_data, planner, rank, replace)
-        self._eval_steps = StepDataset(eval_data, eval_planner, rank, replace) if eval_data and eval_planner else None
+        # Plain transformers finds the positions of separate questions itself.
+        place = Positions(kwargs["model"]) if mode.shares else None
+        self._steps = StepDataset(train_data, planner, rank, replace, place)
+        self._eval_steps: StepDataset | None = None
+        if eval_data and eval_planner:
+            self._eval_steps = StepDataset(eval_data, eval_planner, rank, replace, place)
         self._prompt = prompt
         self._base = base
         self._mode = mode
@@ -139,7 +144,7 @@ class PackTrainer(CheckpointTrainer):
         # Gradients are averaged over ranks; the loss is divided by the whole step's tokens already.
         scale = self.args.world_size / inputs.supervised
         compute = self._partitioned_step if self._partitioned else self._whole_step
-        loss = compute(model, [pack.to(self.args.device) for pack in inputs.packs], scale)
+        loss = compute(model, inputs.packs, scale)
         self.accelerator.gradient_state._set_sync_gradients(True)
         if loss is None:
             return self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
@@ -196,9 +201,10 @@ class PackTrainer(CheckpointTrainer):
             last = index == len(packs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
             try:
-                with prefix.packed(pack, self._mode, self.state.global_step):
+                here = pack.to(self.args.device)
+                with prefix.packed(here, self._mode, self.state.global_step):
                     with self.compute_loss_context_manager():
-                        losses = prefix.token_losses(model, pack, self._mode)
+                        losses = prefix.token_losses(model, here, self._mode)
                         loss = losses.sum() * (pack.weight * scale)
                     total += loss.detach().float()
                     tokens.append((pack, losses.detach()))
