@@ -26,6 +26,7 @@ from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.forecast.hardware import find_device
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base, choose_attention, ready
+from vlm_sft.model.positions import Positions
 from vlm_sft.train.step import StepGradients
 
 REPEATS = 3  # timed passes after the first
@@ -128,13 +129,15 @@ class Context:
         encoder = Encoder(self.base.processor, self.base.prompt, self.base.stop_ids)
         return PreparedData(samples, encoder, "images")
 
-    def pack(self) -> PackedBatch:
-        """The fullest pack of the rows, on the CPU."""
+    def pack(self, model: Any) -> PackedBatch:
+        """The fullest pack of the rows, on the CPU, with the positions that a loader would give it."""
         data, tokens = self.encoded, SIZES[self.device][1]
         planner = EpochPlanner(data.lengths, len(list(data.samples())), tokens, 1, 0)
         packs = planner.epoch(0)[0].ranks[0]
         fullest = max(packs, key=lambda pack: sum(bundle_tokens(one, data.lengths[one.group]) for one in pack))
-        return collate(fullest, data)
+        batch = collate(fullest, data)
+        batch.positions = Positions(model)(batch)
+        return batch
 
     @cached_property
     def peaks(self) -> dict[str, float | None]:

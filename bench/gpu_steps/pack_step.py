@@ -44,7 +44,7 @@ def modes(context: Context) -> None:
     os.environ[PLAIN] = "1"  # modules as their libraries wrote them
     weights = context.build()
     sizes = shapes.parameter_counts(weights)
-    batch = context.pack().to(torch.device(context.device))
+    batch = context.pack(weights).to(torch.device(context.device))
     context.note(parameters=sizes, tokens=batch.tokens, questions=len(batch.sample_ids), images=len(batch.ends),
                  supervised=len(batch.targets), patches=patches(batch), attention=context.base.attention)  # fmt: skip
     plain = _tuned(weights, SOME)
@@ -71,7 +71,7 @@ def features(context: Context) -> None:
     """The pack from kept features, the tower alone, and what copying its images to the device takes."""
     model = _tuned(context.build(), SOME)
     sizes = shapes.parameter_counts(model.get_base_model())
-    apart = context.pack()
+    apart = context.pack(model)
     device = torch.device(context.device)
     _copies(context, apart)
     images = [{name: value.to(device) for name, value in image.items()} for image in apart.tensors]
@@ -94,7 +94,7 @@ def memory(context: Context) -> None:
         return
     model = _tuned(context.build(), SOME)
     model.train()
-    batch = context.pack().to(torch.device(context.device))
+    batch = context.pack(model).to(torch.device(context.device))
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     whole = one_pass(context, model, batch)
