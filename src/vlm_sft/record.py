@@ -20,7 +20,9 @@ from vlm_sft import __version__, artifacts
 from vlm_sft.console import is_main_process, warn
 from vlm_sft.errors import RunError
 
-PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "deepspeed", "datasets", "numpy")
+PACKAGES = (
+    "torch", "torchvision", "transformers", "accelerate", "peft", "deepspeed", "datasets", "numpy", "triton", "liger-kernel",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""LoRA dropout whose masks do not depend on packing, ranks or order. Imports model.dropout_kernel, on GPUs.
+"""LoRA dropout whose masks do not depend on packing, ranks or order. Imports model.{dropout_kernel,stepwise}.
 
 An ordinary dropout draws its mask from a random stream, so another split of the same batch over ranks or packs drops
 other values, and two runs that should be one optimisation drift apart. Here a value is dropped or kept by a hash of
@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+
+from vlm_sft.model.stepwise import reason_of
 
 _keys: tuple[torch.Tensor, ...] = ()  # of all tokens, and of those rows that a trimmed layer keeps
 _step = 0
@@ -151,7 +153,7 @@ def fused_problem(device: torch.device) -> str | None:
     try:
         return kernel_problem(device)
     except Exception as error:  # a compiler and a driver may raise anything
-        return f"Triton's kernel does not run here ({str(error).strip().splitlines()[0] if str(error) else error!r})"
+        return f"Triton's kernel does not run here ({reason_of(error)})"
 
 
 @torch.no_grad()

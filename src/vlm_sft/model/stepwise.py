@@ -35,3 +35,8 @@ def exchange_forward(
         module.forward_stepwise = module.forward
         module.forward = MethodType(forward, module)
     return len(found)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an exception says, or its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
