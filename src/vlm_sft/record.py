@@ -21,7 +21,8 @@ from vlm_sft.console import is_main_process, warn
 from vlm_sft.errors import RunError
 
 PACKAGES = (
-    "torch", "torchvision", "transformers", "accelerate", "peft", "deepspeed", "datasets", "numpy", "triton", "liger-kernel",
+    "torch", "torchvision", "transformers", "accelerate", "peft", "deepspeed", "datasets", "numpy", "triton",
+    "liger-kernel",
 )  # fmt: skip
 
 
