@@ -41,7 +41,7 @@ def _one(result: dict[str, Any]) -> str:
 
 
 def _versions(result: dict[str, Any]) -> list[tuple[str, str]]:
-    shown = ("torch", "transformers", "peft", "deepspeed", "liger-kernel")
+    shown = ("torch", "transformers", "peft", "deepspeed", "liger-kernel", "triton")
     return [(name, value) for name, value in result["versions"].items() if name in shown and value]
 
 

@@ -19,6 +19,7 @@ from vlm_sft.data.pixels import CODES, PixelFormat, compress
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.dropout import KeyedDropout
 from vlm_sft.model.features import encode_images
+from vlm_sft.model.kernels import choose_kernels
 from vlm_sft.model.load import ready, set_attention
 from vlm_sft.model.stepwise import PLAIN
 from vlm_sft.model.tune import tune
@@ -51,6 +52,8 @@ def modes(context: Context) -> None:
     _measure(context, plain, batch, sizes, f"dropout {DROPOUT}, modules of the libraries", DROPOUT)
     del os.environ[PLAIN]
     model = _tuned(ready(plain.unload(), context.base.function), SOME)
+    _measure(context, model, batch, sizes, f"dropout {DROPOUT}, without liger-kernel", DROPOUT)
+    _choose(context, model)
     _measure(context, model, batch, sizes, "dropout 0", 0.0)
     _profile(context, "profile", lambda: one_pass(context, model, batch))
     _measure(context, model, batch, sizes, f"dropout {DROPOUT}", DROPOUT)
@@ -70,6 +73,7 @@ def modes(context: Context) -> None:
 def features(context: Context) -> None:
     """The pack from kept features, the tower alone, and what copying its images to the device takes."""
     model = _tuned(context.build(), SOME)
+    _choose(context, model)
     sizes = shapes.parameter_counts(model.get_base_model())
     apart = context.pack(model)
     device = torch.device(context.device)
@@ -120,6 +124,12 @@ def _tuned(weights: Any, targets: list[str]) -> Any:
     model, _ = tune(weights, load_recipe(None, changes), "random", master=True)
     model.train()
     return model
+
+
+def _choose(context: Context, model: Any) -> None:
+    """Use and note the kernels that a training would."""
+    kernels, notes = choose_kernels(model, torch.device(context.device))
+    context.note(kernels=kernels, notes=[*context.values["notes"], *notes])
 
 
 def _measure(
