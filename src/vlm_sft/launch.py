@@ -21,6 +21,8 @@ from vlm_sft.artifacts import read_json
 from vlm_sft.errors import RunError, VlmSftError
 
 ZERO_STAGES = {"zero2": 2, "zero3": 3}
+ALLOCATOR = "PYTORCH_ALLOC_CONF"  # in the environment; its older names are heard too
+_ALLOCATOR_NAMES = (ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 Result = TypeVar("Result")
 
 
@@ -77,6 +79,18 @@ def read_launch(local_rank: int | None, deepspeed: str | None) -> Launch:
         os.environ.pop("ACCELERATE_USE_CPU", None)
     config = _deepspeed_config(deepspeed, cpu)
     return Launch(rank, own_rank, world_size, cpu, config, deepspeed if deepspeed in ZERO_STAGES else "deepspeed")
+
+
+def expand_segments(launch: Launch) -> None:
+    """Let the allocator of a GPU grow its segments: packs of many sizes would leave holes of memory between them.
+
+    It has to be said before the GPU is first used, and what the user has said about the allocator stays.
+
+    Args:
+        launch: of this process; nothing is done on a CPU.
+    """
+    if not launch.cpu and not any(name in os.environ for name in _ALLOCATOR_NAMES):
+        os.environ[ALLOCATOR] = "expandable_segments:True"
 
 
 def _share_cores(processes: int) -> None:

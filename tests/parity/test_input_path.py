@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import traceback
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from vlm_sft.data.features import PREFIX
 from vlm_sft.data.packing import Bundle, EpochPlanner
 from vlm_sft.data.prepared import PreparedData, StepDataset, StepLoader
 from vlm_sft.errors import RecipeError
-from vlm_sft.launch import Launch
+from vlm_sft.launch import Launch, expand_segments
 from vlm_sft.model import prefix
 from vlm_sft.model.attention import SHARED_SDPA, PackLayout
 from vlm_sft.model.families import FAMILIES, PackMode
@@ -219,6 +220,20 @@ def test_a_gpu_has_workers_where_nobody_chose(given: Any, flags: dict[str, objec
 def test_a_number_of_workers_that_is_none_is_refused(value: str) -> None:
     with pytest.raises(RecipeError, match='allowed: "auto" or a whole number at least 0 and at most 256'):
         load_recipe(None, {"dataloader_num_workers": value})
+
+
+@pytest.mark.parametrize("given", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+@pytest.mark.parametrize("cpu", [True, False])
+def test_segments_grow_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch, cpu: bool, given: str) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(given, "max_split_size_mb:128")
+    before = dict(os.environ)
+    monkeypatch.setattr(os, "environ", dict(before))
+    expand_segments(Launch(0, 0, 1, cpu, None, "single"))
+    added = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    assert added == ({} if cpu or given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
 def test_the_rows_of_a_layout_are_known_or_counted() -> None:

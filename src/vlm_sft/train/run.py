@@ -17,7 +17,7 @@ from vlm_sft.errors import GuardError, InterruptedRunError, RunError
 from vlm_sft.evaluate.guard import Guard
 from vlm_sft.evaluate.run import barrier
 from vlm_sft.forecast.run import TRACKERS
-from vlm_sft.launch import Launch, agree, connected, quiet_libraries, read_launch
+from vlm_sft.launch import Launch, agree, connected, expand_segments, quiet_libraries, read_launch
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import RunRecord, device_name, now
@@ -55,6 +55,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     guards = check_request(recipe, specs, options.guard, options.eval_samples)
     check_trackers(recipe.report_to)
     launch = read_launch(options.local_rank, options.deepspeed)
+    expand_segments(launch)
     claim_folder(options.output_dir, options.resume, options.overwrite)
     with RunLock(options.output_dir, wanted=is_main_process()), connected(launch):
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
