@@ -87,6 +87,8 @@ def questions(context: Context) -> None:
     (folder / "tokenizer.json").write_bytes(context.tokenizer.read_bytes())
     args.work_dir.mkdir(parents=True, exist_ok=True)
     context.note(**throughput.measure(args, name, context.shape))
+    if "ours" not in context.values["sides"]:
+        raise RuntimeError(f"no result; look at the logs in {args.work_dir / 'results'}")
 
 
 def _model(context: Context) -> Path:
@@ -137,6 +139,7 @@ def _run(
             code = "out of time"
     result: dict[str, Any] = {"code": code, "seconds": round(time.perf_counter() - began, 2)}
     if code != (InterruptedRunError.exit_code if stop_after is not None else 0):
+        context.note(failed=f"{name} ended with code {code}")
         result["log"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
     return result
 

@@ -211,6 +211,8 @@ def median_seconds(work: Any, repeats: int = 7) -> tuple[float, float]:
 
 
 def relative(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> list[float]:
-    """Norm of the difference over the norm of the exact value, tensor by tensor."""
+    """Norm of the difference over the norm of the exact value, tensor by tensor; 0 where both are zero."""
     pairs = zip(found, exact, strict=True)
-    return [float((one.double() - two.double()).norm() / two.double().norm()) for one, two in pairs]
+    norms = [(float((one.double() - two.double()).norm()), float(two.double().norm())) for one, two in pairs]
+    # Half of the gradients of a fresh adapter are zero.
+    return [difference / size if size else float(difference > 0) for difference, size in norms]

@@ -27,6 +27,7 @@ from vlm_sft.launch import Launch, expand_segments
 from vlm_sft.model import prefix
 from vlm_sft.model.attention import SHARED_SDPA, PackLayout
 from vlm_sft.model.families import FAMILIES, PackMode
+from vlm_sft.model.feature_pass import Ranks, use_features
 from vlm_sft.model.features import encode_images
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.trim import trim_last_layer
@@ -134,6 +135,21 @@ def test_features_of_coded_pixels(tmp_path: Path) -> None:
         found.append(encode_images(model, [one for one in pixels if one is not None]))
     for exact, ours in zip(*found, strict=True):
         assert exact.keys() == ours.keys() and all(torch.equal(exact[name], ours[name]) for name in exact)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
+def test_features_are_kept_of_coded_pixels(tmp_path: Path, family: str) -> None:
+    """The whole pass, as a GPU has it: measured, computed in batches, stored, and read by the packs."""
+    model, _ = tiny(family, torch.float32, SHARED_SDPA)
+    kept = []
+    for name, coded in (("plain", False), ("coded", True)):
+        data, cache = prepare(tmp_path / name, coded, family)
+        decision = use_features(model, cache, [(data.image_samples(), 6)], 10**9, Ranks())
+        assert decision.used and decision.computed == len(SIZES), decision
+        kept.append([data[index].tensors for index in range(len(SIZES))])
+    for exact, ours in zip(*kept, strict=True):
+        assert exact.keys() == ours.keys() and any(name.startswith(PREFIX) for name in ours)
+        assert all(torch.equal(exact[name], ours[name]) for name in exact)
 
 
 class Waits(TorchDispatchMode):
