@@ -67,8 +67,9 @@ def run_import(args: argparse.Namespace) -> int:
     enforce([], 0, args.max_left_out)
     _check_limit(args.limit)
     say(f"importing {args.source} as {args.format}")
-    request = ImportRequest(args.source, args.format, args.output, args.images, parse_columns(args.columns),
-                            args.allow_image_urls, args.limit)
+    columns = parse_columns(args.columns, args.format)
+    request = ImportRequest(args.source, args.format, args.output, args.images, columns, args.allow_image_urls,
+                            args.limit)
     report = import_data(request)
     say(f"{report.records:,} records, {report.conversations:,} of them conversations that became several questions")
     _tell(report, args)
