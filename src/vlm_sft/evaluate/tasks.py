@@ -8,7 +8,7 @@ from vlm_sft.data.audit import check_images
 from vlm_sft.data.mixture import stratified_limit
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.registry import benchmark_split, is_synthetic, load_split
-from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets
+from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets, refuse_weights
 from vlm_sft.errors import DataError, EvaluationError, quoted
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
 
@@ -80,7 +80,9 @@ def load_tasks(text: str, limit: int | None, split: str | None = None) -> tuple[
         DataError: a data set cannot be loaded, or has no question.
     """
     tasks, left_out = [], []
-    for spec in parse_datasets(text):
+    specs = parse_datasets(text)
+    refuse_weights(specs, "every benchmark is scored for itself")
+    for spec in specs:
         for name in _parts(spec):
             at_most = limit if spec.stream is not None else None  # generated benchmarks are sampled like the others
             loaded = load_split(replace(spec, name=name, weight=None), split or benchmark_split(name), at_most)

@@ -86,6 +86,17 @@ def parse_datasets(text: str) -> list[DatasetSpec]:
     return _unique_names(specs)
 
 
+def refuse_weights(specs: list[DatasetSpec], why: str) -> None:
+    """Refuse weights where nothing is drawn by them.
+
+    Raises:
+        DataError: a data set has one.
+    """
+    for spec in specs:
+        if spec.weight is not None:
+            raise DataError(f"the weight {spec.weight:g} of {spec.name} has no effect here: {why}", "leave it out")
+
+
 def _parse_entry(entry: str) -> DatasetSpec:
     if not entry:
         raise DataError("an entry is empty")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_sft.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT
+from vlm_sft.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT, REPEATS
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.foreign import TABLES, refuse_compressed
 from vlm_sft.errors import DataError, quoted
@@ -17,7 +17,7 @@ SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
                "validation": "validation", "dev": "validation", "eval": "validation", "test": "test"}
 DATASET_INFO = "dataset_info.json"  # LLaMA-Factory's description of the files beside it
-NO_DATA = (LEFT_OUT, CHANGED, IMPORT, EXCHANGE, DATASET_INFO)  # reports and descriptions beside data files
+NO_DATA = (LEFT_OUT, CHANGED, REPEATS, IMPORT, EXCHANGE, DATASET_INFO)  # reports and descriptions beside data files
 HOLD_OUT_SEED = "vlm-sft hold-out 1"  # fixed: every run and every model must hold out the same images
 
 
