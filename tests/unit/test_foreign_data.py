@@ -202,6 +202,29 @@ def test_keys_under_other_names_are_named_with_the_flag_that_reads_them(folder: 
     write("other.jsonl", [{"image": "red.png", "frage": "q?", "antwort": "a"}] * 2)
     assert check("other.jsonl") == 2
     assert "its keys are: antwort, frage, image; name it" in capsys.readouterr().err
+    marked = talk("<image>q", picture="red.png")
+    del marked["images"]
+    assert check(write("marked.jsonl", [marked])) == 2
+    assert "its keys are: messages, picture; name it: " in capsys.readouterr().err
+    assert main(["data", "import", "marked.jsonl", "--format", "msswift", "--output", "m"]) == 2
+    assert "--columns image=picture" in capsys.readouterr().err
+    assert check(write("marked.jsonl", [talk("<image><image>q")])) == 2
+    assert "2 image placeholders, 1 images" in capsys.readouterr().err
+
+
+def test_a_folder_of_images_that_no_record_needs_is_refused(folder: Path, capsys: Captured) -> None:
+    text = base64.b64encode(png("red")).decode()
+    inside = {"image": f"data:image/png;base64,{text}", "question": "q", "answer": "a"}
+    line = ["data", "import", write("set.jsonl", [inside]), "--format", "jsonl", "--images", "."]
+    assert main([*line, "--output", "out"]) == 2
+    assert "--images . has no effect" in capsys.readouterr().err and not list(Path().glob("out/*.jsonl"))
+    write("set.jsonl", [inside, PLAIN])
+    assert main([*line, "--output", "out"]) == 0
+    pq.write_table(pa.table({"image": [{"bytes": None, "path": "red.png"}], "question": ["q"], "answer": ["a"]}),
+                   "set.parquet")  # fmt: skip
+    Path("elsewhere").mkdir()
+    Path("red.png").rename("elsewhere/red.png")  # a table that holds paths only
+    assert main(["data", "import", "set.parquet", "--format", "trl", "--images", "elsewhere", "--output", "p"]) == 0
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "trl", "msswift"])

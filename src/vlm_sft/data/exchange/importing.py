@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -114,16 +115,28 @@ def import_data(request: ImportRequest) -> ImportReport:
                 writer.put(item, kept)
             if report.total // TELL_EVERY > told // TELL_EVERY:
                 say(f"imported so far: {sum(report.questions.values()):,} questions, {len(report.left_out):,} left out")
-        if unseen and report.records and request.layout != "csv":
-            ours, theirs = next(iter(unseen.items()))
-            raise DataError(f"--columns {ours}={theirs}: no record of {request.source} has the key {quoted(theirs)}",
-                            "name a key that is there, or leave this one out")
+        _refuse_idle(request, report, unseen, store)
     if not report.files:
         first = "".join(f"\n  - {item.reason}: {item.detail}" for item in report.left_out[:3])
         raise DataError(f"{request.source}: no question can be used as {request.layout}; the first reasons:{first}",
                         f"is it another --format? all reasons are in {request.output / LEFT_OUT}")
     _write_facts(request, report)
     return report
+
+
+def _refuse_idle(request: ImportRequest, report: ImportReport, unseen: dict[str, str], store: ImageStore) -> None:
+    """Refuse what was asked for and changed nothing.
+
+    Raises:
+        DataError: no record has a key that `--columns` names, or none names an image by a path in `--images`.
+    """
+    if unseen and report.records and request.layout != "csv":
+        ours, theirs = next(iter(unseen.items()))
+        raise DataError(f"--columns {ours}={theirs}: no record of {request.source} has the key {quoted(theirs)}",
+                        "name a key that is there, or leave this one out")  # fmt: skip
+    if request.images is not None and report.questions and not store.looked_up:
+        raise DataError(f"--images {request.images} has no effect: every image of {request.source} is inside the "
+                        "records, or has its whole path there", "leave it out")  # fmt: skip
 
 
 def claim_output(output: Path) -> None:
@@ -159,7 +172,7 @@ def _items(
                 try:
                     if isinstance(record, RowProblem):
                         raise record
-                    questions = require_image(record, read_record(record, request.layout, names))
+                    questions = require_image(record, partial(read_record, record, request.layout, names))
                 except RowProblem as problem:
                     writer.drop(left_out(numbered, where, problem))
                     continue

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _read_file(
         try:
             if isinstance(record, RowProblem):
                 raise record
-            questions = require_image(record, questions_of(record))
+            questions = require_image(record, partial(questions_of, record))
             part = _part(record)
             base = _record_id(spec.name, record, base, used)
         except RowProblem as problem:

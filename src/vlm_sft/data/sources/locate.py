@@ -98,9 +98,10 @@ def locate_image(folder: Path, image: Any) -> ImageRef:
             raise RowProblem("image missing", f"{image.source}: {error}") from error
     if isinstance(image, dict) and isinstance(image.get("bytes"), str):
         return ImageRef.from_bytes(_base64(image["bytes"]), "base64 bytes")
-    image = image_text(image)
+    given, image = image, image_text(image)
     if not isinstance(image, str) or not image.strip():
-        raise RowProblem("image missing", "an image is neither a path, nor a data URI, nor {\"bytes\": base64}")
+        what = f"{quoted(given)} is neither a path, nor a data URI, nor {{\"bytes\": base64}}"
+        raise RowProblem("image missing", what)
     if is_url(image):
         raise RowProblem("image is a URL", f"{quoted(image, 200)} is not fetched; {URL_FIX}")
     if image.startswith("data:"):

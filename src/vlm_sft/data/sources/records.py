@@ -7,7 +7,7 @@ Formats: `messages` (+ `images`), LLaVA/ShareGPT `conversations`, `prompt` + `co
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,8 +88,22 @@ def questions_of(record: Any) -> list[Question]:
                                     f"and answer; {keys_of(record)}; {RENAMING.format('question=KEY,answer=KEY')}")
 
 
-def require_image(record: Mapping[str, Any], questions: list[Question]) -> list[Question]:
-    """The questions of a record, those that see no image with that problem, in words that name the record's keys."""
+def require_image(record: Mapping[str, Any], read: Callable[[], list[Question]]) -> list[Question]:
+    """The questions of a record; where they see no image, that is told in words that name the record's keys.
+
+    Args:
+        record: the record as it was read.
+        read: what cuts it into questions.
+
+    Raises:
+        RowProblem: the whole record cannot be used.
+    """
+    try:
+        questions = read()
+    except RowProblem as problem:
+        if problem.reason == "more placeholders than images" and problem.detail.endswith(", 0 images"):
+            raise no_image(record) from problem
+        raise
     return [
         asked if asked.images or asked.problem else replace(asked, problem=no_image(record)) for asked in questions
     ]
