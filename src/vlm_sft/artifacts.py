@@ -43,6 +43,7 @@ MODEL_FILES = (  # patterns of what a folder of a whole model holds besides ours
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )
 IMPORT = "import.json"  # what `vlm-sft data import` read, wrote and left out
+REPEATS = "repeats.jsonl"  # one line a question that `vlm-sft data check` found asked before of the same image
 CHANGED = "changed.jsonl"  # one line a question that is not exactly as it was in another program's layout
 EXCHANGE = "export_data.json"  # the same of `vlm-sft data export`
 EXPORT = "export.json"  # what `vlm-sft export` made, of what, and how it was verified

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from vlm_sft.commands.parser import build_parser
-from vlm_sft.errors import InterruptedRunError, VlmSftError
+from vlm_sft.errors import InterruptedRunError, VlmSftError, quoted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, InterruptedRunError) or os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"{error.label}: {error}\n")
         return error.exit_code
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        sys.stderr.write(f"error: a path is too long to be one: {quoted(os.fspath(error.filename or ''))}\n")
+        return VlmSftError.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130

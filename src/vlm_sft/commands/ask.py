@@ -31,13 +31,14 @@ def run(args: argparse.Namespace) -> int:
     from vlm_sft.console import say
     from vlm_sft.data.images import check_image
     from vlm_sft.data.sample import ImageRef
-    from vlm_sft.errors import DataError
+    from vlm_sft.errors import DataError, bounded
     from vlm_sft.evaluate.asking import open_asker
 
     try:
         image = check_image(ImageRef.from_path(args.image))
     except OSError as error:
-        raise DataError(f"{args.image}: {error.strerror or error}", "pass the path of a picture") from error
+        what = f"{bounded(str(args.image), 200)}: {error.strerror or error}"
+        raise DataError(what, "pass the path of a picture") from error
     asker = open_asker(args.base_model, args.adapter, args.flash_attn, args.max_new_tokens)
     say(f"{args.image}, {image.width} x {image.height} pixels, asked of {asker.title}")
     for answer in asker.ask(image, args.questions):

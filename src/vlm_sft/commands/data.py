@@ -13,6 +13,7 @@ from vlm_sft.commands.data_exchange import add_exchange_arguments, run_export, r
 
 if TYPE_CHECKING:
     from vlm_sft.data.audit import AuditReport
+    from vlm_sft.data.repeats import Repeat
     from vlm_sft.data.sample import LeftOut, Sample
     from vlm_sft.data.sources.spec import DatasetSpec
 
@@ -20,6 +21,7 @@ HELP = "check a data set, import and export other programs' data sets, list and 
 CHECK_HELP = "check a data set without training: read everything, decode every image, write a preview"
 PREVIEW = "preview.html"
 DRAW_SEED = 0
+EXAMPLES = 3  # repeated questions of each kind that are printed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     add_cache_arguments(actions)
     add_exchange_arguments(actions)
-    check = actions.add_parser("check", help=CHECK_HELP, description=CHECK_HELP, allow_abbrev=False)
+    check = actions.add_parser("check", help=CHECK_HELP, description=CHECK_HELP)
     check.add_argument("dataset", metavar="DATASET", help="NAME[@PATH][:WEIGHT], comma separated: chartqa, textvqa, "
                        "easy_vqa, demo, chartqa@FOLDER of parquet, or your own .jsonl/.json file or folder")
     check.add_argument("--split", default="train", choices=("train", "validation", "test", "all"),
@@ -51,11 +53,12 @@ def _check(args: argparse.Namespace) -> int:
         DataError: the data cannot be read, or more is left out than `--max_left_out` allows.
         RunError: the output folder cannot be written.
     """
-    from vlm_sft.artifacts import DATA, LEFT_OUT, write_json, write_jsonl, write_text_atomic
+    from vlm_sft.artifacts import DATA, LEFT_OUT, REPEATS, write_json, write_jsonl, write_text_atomic
     from vlm_sft.console import say
     from vlm_sft.data.audit import audit, check_images, enforce
     from vlm_sft.data.mixture import mix
     from vlm_sft.data.preview import render_preview
+    from vlm_sft.data.repeats import find_repeats
     from vlm_sft.data.sources.spec import parse_datasets
     from vlm_sft.errors import DataError
 
@@ -72,16 +75,19 @@ def _check(args: argparse.Namespace) -> int:
         say(line)
     samples, unreadable = check_images(drawn)
     left_out += unreadable
-    report = audit(samples, left_out, loaded)
+    repeats = find_repeats(samples)
+    report = audit(samples, left_out, loaded, repeats=repeats)
     folder = args.output_dir or Path("outputs", "data_check", "+".join(s.name for s in specs) + f"-{args.split}")
     about = {"dataset": args.dataset, "split": args.split, "limit": args.limit, "descriptions": descriptions,
              "synthetic": synthetic}
     data = write_json(folder / DATA, about | report.to_json())
     gone = write_jsonl(folder / LEFT_OUT, ({"id": i.id, "reason": i.reason, "detail": i.detail} for i in left_out))
+    again = write_jsonl(folder / REPEATS, (repeat.to_json() for repeat in repeats))
     page = render_preview(args.dataset, descriptions, samples, left_out, report)
     preview = write_text_atomic(folder / PREVIEW, page)
     _print_counts(report)
-    say(f"counts: {data}\nleft out: {gone}\npreview with pictures: {preview}")
+    say(f"counts: {data}\nleft out: {gone}\nrepeated questions: {again}\npreview with pictures: {preview}")
+    _warn_of_repeats(repeats)
     enforce(unreadable, len(drawn), args.max_left_out, gone)
     enforce(left_out, loaded, args.max_left_out, gone)
     recipe = "--sft_config smoketest"
@@ -115,6 +121,21 @@ def _load(
             synthetic |= loaded.synthetic
         parts.append((replace(spec, weight=None), list(samples.values())))
     return parts, list(left_out.values()), descriptions, synthetic
+
+
+def _warn_of_repeats(repeats: list[Repeat]) -> None:
+    """Tell questions that come again, contradictions first: of those no model can learn both answers."""
+    from vlm_sft.console import warn
+    from vlm_sft.data.repeats import CONTRADICTION, DUPLICATE
+
+    for kind, what in (
+        (CONTRADICTION, "asked again of the same image, with another answer"),
+        (DUPLICATE, "asked again of the same image, with the same answer"),
+    ):
+        found = [repeat for repeat in repeats if repeat.kind == kind]
+        if found:
+            examples = "".join(f"\n  {repeat}" for repeat in found[:EXAMPLES])
+            warn(f"questions {what}: {len(found):,}; the first:{examples}")
 
 
 def _print_counts(report: AuditReport) -> None:

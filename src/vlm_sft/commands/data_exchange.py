@@ -25,7 +25,7 @@ NEXT = {
 
 def add_exchange_arguments(actions: Any) -> None:
     """Add `data import` and `data export` to the actions of `data`."""
-    reader = actions.add_parser("import", help=IMPORT_HELP, description=IMPORT_HELP, allow_abbrev=False)
+    reader = actions.add_parser("import", help=IMPORT_HELP, description=IMPORT_HELP)
     reader.add_argument("source", type=Path, metavar="FILE", help="the file, or a folder of files (train, val, test)")
     _add_common(reader)
     reader.add_argument("--images", type=Path, metavar="DIR",
@@ -35,7 +35,7 @@ def add_exchange_arguments(actions: Any) -> None:
     reader.add_argument("--allow_image_urls", action="store_true",
                         help="fetch images given as http or https URLs, at most 32 MiB and 30 s each")
     reader.add_argument("--limit", type=int, metavar="N", help="read at most the first N questions")
-    writer = actions.add_parser("export", help=EXPORT_HELP, description=EXPORT_HELP, allow_abbrev=False)
+    writer = actions.add_parser("export", help=EXPORT_HELP, description=EXPORT_HELP)
     writer.add_argument("dataset", metavar="DATASET", help="NAME[@PATH], or your own data, as in vlm-sft train")
     _add_common(writer)
     writer.add_argument("--style", default="sharegpt", choices=("sharegpt", "alpaca"),
@@ -67,8 +67,9 @@ def run_import(args: argparse.Namespace) -> int:
     enforce([], 0, args.max_left_out)
     _check_limit(args.limit)
     say(f"importing {args.source} as {args.format}")
-    request = ImportRequest(args.source, args.format, args.output, args.images, parse_columns(args.columns),
-                            args.allow_image_urls, args.limit)
+    columns = parse_columns(args.columns, args.format)
+    request = ImportRequest(args.source, args.format, args.output, args.images, columns, args.allow_image_urls,
+                            args.limit)
     report = import_data(request)
     say(f"{report.records:,} records, {report.conversations:,} of them conversations that became several questions")
     _tell(report, args)
@@ -84,17 +85,21 @@ def run_export(args: argparse.Namespace) -> int:
         DataError: the data cannot be read, or more is left out than `--max_left_out` allows.
         RunError: the output folder cannot be used.
     """
+    from vlm_sft.commands.parser import refuse_idle
     from vlm_sft.console import say
     from vlm_sft.data.audit import enforce
     from vlm_sft.data.exchange.exporting import ExportRequest, export_data
     from vlm_sft.data.mixture import mix
     from vlm_sft.data.sources.registry import SPLITS
-    from vlm_sft.data.sources.spec import parse_datasets
+    from vlm_sft.data.sources.spec import parse_datasets, refuse_weights
 
+    if args.format != "llamafactory":
+        refuse_idle(args, ("style",), f"on --format {args.format}", "leave it out: LLaMA-Factory alone has two styles")
     enforce([], 0, args.max_left_out)
     _check_limit(args.limit)
-    say(f"exporting {args.dataset} as {args.format}")
     specs = parse_datasets(args.dataset)
+    refuse_weights(specs, "an export holds every question once")
+    say(f"exporting {args.dataset} as {args.format}")
     splits: dict[str, list[Any]] = {}
     gone: dict[str, Any] = {}
     for split in SPLITS if args.split == "all" else (args.split,):

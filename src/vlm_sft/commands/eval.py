@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 HELP = "answer benchmarks with a base model or an adapter and score the answers"
+NOT_FOR_VLLM = ("tokens_per_pack", "flash_attn", "cache_dir", "prepared_cache", "feature_cache")
 
 
 def prompt_text(text: str) -> str:
@@ -79,9 +80,14 @@ def add_cache_arguments(parser: argparse._ActionsContainer) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
+    from vlm_sft.commands.parser import refuse_idle
     from vlm_sft.evaluate.caches import CacheOptions
     from vlm_sft.evaluate.command import EvalOptions, evaluate
 
+    if args.adapter is None:
+        refuse_idle(args, ("allow_prompt_mismatch",), "without --adapter", "leave it out: a base has no other prompt")
+    if args.backend == "vllm":
+        refuse_idle(args, NOT_FOR_VLLM, "on --backend vllm, which reads, packs and keeps images itself", "leave it out")
     caches = CacheOptions.read(args.cache_dir, args.prepared_cache, args.feature_cache)
     names = [name for name in EvalOptions.__dataclass_fields__ if name != "caches"]
     evaluate(EvalOptions(caches=caches, **{name: getattr(args, name) for name in names}))

@@ -33,9 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export."""
+    from vlm_sft.commands.parser import refuse_idle
     from vlm_sft.errors import RunError
     from vlm_sft.export.run import ExportOptions, export
 
+    if not args.merge:
+        refuse_idle(args, ("dtype",), "without --merge: an adapter keeps its numbers", "add --merge, or leave it out")
+    else:
+        refuse_idle(args, ("peft_only",), "on a merged model, which vLLM loads", "leave it out")
+    if args.push_to_hub is None:
+        refuse_idle(args, ("public",), "without --push_to_hub", "add --push_to_hub, or leave it out")
     if args.questions < 1:
         raise RunError(f"--questions {args.questions}: an export is compared on at least one", "pass 1 or more")
     export(

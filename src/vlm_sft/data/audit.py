@@ -13,6 +13,7 @@ from typing import Any
 
 from vlm_sft.artifacts import LEFT_OUT
 from vlm_sft.data.images import check_image
+from vlm_sft.data.repeats import Repeat
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.rows import in_threads
 from vlm_sft.errors import DataError
@@ -37,6 +38,7 @@ class AuditReport:
         left_out: samples left out, by reason.
         loaded: all samples that were loaded, used or not; more than both together where a limit was drawn.
         tokens: counts of the encoder (supervised, image, text); empty where nothing was encoded.
+        repeats: questions that come again on the same image, by kind: "duplicate" or "contradiction".
     """
 
     samples: int
@@ -50,6 +52,7 @@ class AuditReport:
     left_out: dict[str, int]
     loaded: int
     tokens: dict[str, int] = field(default_factory=dict)
+    repeats: dict[str, int] = field(default_factory=dict)
 
     @property
     def left_out_fraction(self) -> float:
@@ -71,7 +74,7 @@ class AuditReport:
 
 def audit(
     samples: Sequence[Sample], left_out: Sequence[LeftOut] = (), loaded: int | None = None,
-    tokens: dict[str, int] | None = None,
+    tokens: dict[str, int] | None = None, repeats: Sequence[Repeat] = (),
 ) -> AuditReport:
     """Count what a list of samples holds; images are not opened (see `check_images`).
 
@@ -80,6 +83,7 @@ def audit(
         left_out: those left out.
         loaded: how many were loaded before a limit was drawn; None where there was no limit.
         tokens: counts of the encoder to store along, by kind.
+        repeats: the questions among the samples that come again.
     """
     per_image = Counter(sample.image_key for sample in samples)
     refs = {image.key: image for sample in samples for image in sample.images}
@@ -96,6 +100,7 @@ def audit(
         left_out=dict(Counter(item.reason for item in left_out).most_common()),
         loaded=len(samples) + len(left_out) if loaded is None else loaded,
         tokens=tokens or {},
+        repeats=dict(Counter(repeat.kind for repeat in repeats)),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft import artifacts
-from vlm_sft.errors import ModelError
+from vlm_sft.errors import ModelError, quoted
 
 SHORT_ANSWER_TEMPLATE = "{question}\nAnswer the question using a single word or phrase."
 
@@ -32,7 +32,8 @@ class PromptSettings:
     def __post_init__(self) -> None:
         if "{question}" not in self.template:
             raise ModelError(
-                f"the prompt template {self.template!r} has no {{question}}", "put {question} where the question goes"
+                f"the prompt template {quoted(self.template)} has no {{question}}",
+                "put {question} where the question goes",
             )
 
     def fill(self, question: str) -> str:
@@ -62,7 +63,7 @@ class PromptSettings:
         unknown = set(values) - known - {"schema"}
         if unknown or values.get("schema") != 1:
             raise ModelError(
-                f"{path} has unknown keys {sorted(unknown)} or schema {values.get('schema')!r}", "update vlm-sft"
+                f"{path} has unknown keys {sorted(unknown)} or schema {quoted(values.get('schema'))}", "update vlm-sft"
             )
         return cls(**{key: value for key, value in values.items() if key in known})
 
@@ -82,7 +83,7 @@ class PromptSettings:
         """Name what changes an answer and differs in `other`, with both values."""
         names = ("template", "system", "min_pixels", "max_pixels")
         return [
-            f"{name} {getattr(other, name)!r} instead of {getattr(self, name)!r}"
+            f"{name} {quoted(getattr(other, name), 300)} instead of {quoted(getattr(self, name), 300)}"
             for name in names
             if getattr(self, name) != getattr(other, name)
         ]

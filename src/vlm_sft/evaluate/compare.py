@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft import artifacts
-from vlm_sft.errors import EvaluationError
+from vlm_sft.errors import EvaluationError, quoted
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS
 from vlm_sft.evaluate.scoring import score_item
@@ -64,7 +64,7 @@ def load_scored(benchmark: str, path: Path) -> Rows:
             if not isinstance(row, dict) or not isinstance(row.get("id"), int | str):
                 raise EvaluationError(f"{path}: a row has no id", "write the predictions again")
             if row["id"] in rows:
-                raise EvaluationError(f"{path}: id {row['id']!r} comes twice", "write the predictions again")
+                raise EvaluationError(f"{path}: id {quoted(row['id'])} comes twice", "write the predictions again")
             rows[row["id"]] = row | {"score": score_item(benchmark, row)}
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"cannot read {path}: {error}", "write the predictions again") from error
@@ -74,7 +74,7 @@ def load_scored(benchmark: str, path: Path) -> Rows:
 
 
 def _examples(ids: Sequence[Any]) -> str:
-    return ", ".join(repr(item) for item in ids[:_EXAMPLES]) + (", ..." if len(ids) > _EXAMPLES else "")
+    return ", ".join(map(quoted, ids[:_EXAMPLES])) + (", ..." if len(ids) > _EXAMPLES else "")
 
 
 def _why_unpaired(base: Rows, tuned: Rows) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_sft.errors import EvaluationError
+from vlm_sft.errors import EvaluationError, quoted
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.tasks import benchmark_names
 
@@ -49,11 +49,11 @@ def parse_guards(text: str) -> list[Guard]:
         except ValueError:
             allowed = math.nan
         if not 0 <= allowed <= 1:
-            mistakes.append(f"{entry!r} does not say how many points may be lost (0 to 100)")
+            mistakes.append(f"{quoted(entry)} does not say how many points may be lost (0 to 100)")
             continue
         guards += [Guard(name, source if name in source else name, allowed) for name in benchmark_names(source)]
     names = [guard.name for guard in guards]
-    mistakes += [f"{name!r} is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    mistakes += [f"{quoted(name)} is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     if mistakes:
         raise EvaluationError(f"--guard {text}: {'; '.join(mistakes)}", GRAMMAR)
     return guards

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from vlm_sft import console
-from vlm_sft.errors import EvaluationError, RunError
+from vlm_sft.errors import EvaluationError, RunError, quoted
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, get_benchmark
 
@@ -73,7 +73,7 @@ def _require_usable(row: Any, benchmark: Benchmark) -> None:
     reason = why_unusable(row, benchmark)
     if reason:
         name = row.get("id") if isinstance(row, dict) else row
-        raise EvaluationError(f"{benchmark.name}: item {name!r} {reason}", "write the predictions again")
+        raise EvaluationError(f"{benchmark.name}: item {quoted(name)} {reason}", "write the predictions again")
 
 
 def score_item(benchmark: str, row: dict[str, Any]) -> float:
@@ -95,7 +95,7 @@ def score_item(benchmark: str, row: dict[str, Any]) -> float:
     score = row.get("score")
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         raise EvaluationError(
-            f"{benchmark}: item {row.get('id')!r} has no 'score'",
+            f"{benchmark}: item {quoted(row.get('id'))} has no 'score'",
             f"use a known benchmark ({', '.join(BENCHMARKS)}) or write a score with each row",
         )
     return float(score)

@@ -8,8 +8,8 @@ from vlm_sft.data.audit import check_images
 from vlm_sft.data.mixture import stratified_limit
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.registry import benchmark_split, is_synthetic, load_split
-from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets
-from vlm_sft.errors import DataError, EvaluationError
+from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets, refuse_weights
+from vlm_sft.errors import DataError, EvaluationError, quoted
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
 
 SAMPLE_SEED = 0  # of `limit`: fixed, so that every model is asked the same questions
@@ -80,7 +80,9 @@ def load_tasks(text: str, limit: int | None, split: str | None = None) -> tuple[
         DataError: a data set cannot be loaded, or has no question.
     """
     tasks, left_out = [], []
-    for spec in parse_datasets(text):
+    specs = parse_datasets(text)
+    refuse_weights(specs, "every benchmark is scored for itself")
+    for spec in specs:
         for name in _parts(spec):
             at_most = limit if spec.stream is not None else None  # generated benchmarks are sampled like the others
             loaded = load_split(replace(spec, name=name, weight=None), split or benchmark_split(name), at_most)
@@ -111,11 +113,11 @@ def parse_token_limits(text: str | None, names: list[str]) -> dict[str, int]:
         name, equals, value = entry.rpartition("=")
         targets = [name.strip()] if equals else names
         if not value.strip().isdecimal() or int(value) < 1:
-            mistakes.append(f"{entry.strip()!r} is no positive number of tokens")
+            mistakes.append(f"{quoted(entry.strip())} is no positive number of tokens")
         elif not equals and text != entry:
-            mistakes.append(f"{entry.strip()!r} names no benchmark")
+            mistakes.append(f"{quoted(entry.strip())} names no benchmark")
         elif targets[0] not in names:
-            mistakes.append(f"{targets[0]!r} is not evaluated")
+            mistakes.append(f"{quoted(targets[0])} is not evaluated")
         else:
             limits |= dict.fromkeys(targets, int(value))
     if mistakes:

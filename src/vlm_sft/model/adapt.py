@@ -15,7 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from vlm_sft.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, holds_full_model, read_json
-from vlm_sft.errors import ModelError
+from vlm_sft.errors import ModelError, quoted
 from vlm_sft.manifest import folder_problems
 from vlm_sft.model.dropout import KeyedDropout
 from vlm_sft.model.lora import fuse_lora
@@ -79,7 +79,7 @@ def resolve_targets(model: Any, names: Sequence[str]) -> Targets:
             continue
         elsewhere = [path for path in outside if path == name or path.endswith("." + name)]
         place = f"; {len(elsewhere)} modules of that name are outside it, e.g. {elsewhere[0]}" if elsewhere else ""
-        problems.append(f"--target_modules: {name!r} matches no linear module of the language model{place}")
+        problems.append(f"--target_modules: {quoted(name)} matches no linear module of the language model{place}")
     if problems or not names:
         raise ModelError("\n".join(problems) or "--target_modules is empty", f"choose from {', '.join(available)}")
     paths = tuple(sorted({path for matched in found.values() for path in matched}))

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.errors import ModelError
+from vlm_sft.errors import ModelError, quoted
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS
 from vlm_sft.model.features import tower_modules
 from vlm_sft.model.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
@@ -165,7 +165,7 @@ def find_base(
     config = _open(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), name)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ModelError(
-            f"--base_model {name}: {config.model_type!r} is not an image-text-to-text model",
+            f"--base_model {name}: {quoted(config.model_type)} is not an image-text-to-text model",
             "use a vision-language model, e.g. of the Qwen2.5-VL family",
         )
     settings = prompt or PromptSettings.find(path) or PromptSettings()

@@ -6,13 +6,12 @@ found at once. `resolve_schedule` and `effective_global_batch_size` tell the tra
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_sft.errors import RecipeError
+from vlm_sft.errors import RecipeError, nearest
 from vlm_sft.recipe.schema import KEYS, Recipe
 from vlm_sft.recipe.values import shown
 
@@ -81,9 +80,9 @@ def suggestion(name: str) -> str:
         return f"it belongs on the command line: --{name}"
     if name == "fp16":
         return "float16 training is not offered; use bf16"
-    near = difflib.get_close_matches(name.lower(), [*KEYS, *ALIASES], n=1, cutoff=0.6)
+    near = nearest(name, [*KEYS, *ALIASES], "{}")
     if near:
-        return f"did you mean {ALIASES.get(near[0], near[0])}?"
+        return f"did you mean {ALIASES.get(near, near)}?"
     return "no known key is near to it; remove it"
 
 

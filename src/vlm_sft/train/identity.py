@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft.data.prepared import PreparedData
-from vlm_sft.errors import RunError
+from vlm_sft.errors import RunError, quoted
 from vlm_sft.launch import Launch
 from vlm_sft.manifest import read_manifest
 from vlm_sft.model.load import Base
@@ -128,7 +128,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             continue
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
-                found.append(f"{part}: {key} was {old.get(key)!r} and is {new.get(key)!r}")
+                found.append(f"{part}: {key} was {quoted(old.get(key), 300)} and is {quoted(new.get(key), 300)}")
     if _changed(saved, now, "base_model_sha256"):
         found.append(f"base model: its files differ (was {saved.get('base_model')}, is {now['base_model']})")
     if _changed(saved, now, "dtype"):

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,10 +18,10 @@ from vlm_sft.data.exchange.layouts import read_record, row_of
 from vlm_sft.data.exchange.pictures import FOLDER, ImageStore
 from vlm_sft.data.exchange.tables import input_files, names_for, records
 from vlm_sft.data.sample import LeftOut
-from vlm_sft.data.sources.records import Question
+from vlm_sft.data.sources.records import Question, require_image
 from vlm_sft.data.sources.rows import RowProblem, in_threads, left_out
 from vlm_sft.data.sources.splits import SPLIT_WORDS
-from vlm_sft.errors import DataError, RunError
+from vlm_sft.errors import DataError, RunError, quoted
 
 BATCH = 256  # questions whose images are read together
 TELL_EVERY = 20_000  # questions between two lines of progress
@@ -106,19 +107,36 @@ def import_data(request: ImportRequest) -> ImportReport:
     report = ImportReport()
     writer = _Writer(request.output, report)
     with writer:
-        items = islice(_items(request, files, report, writer), request.limit)
+        unseen = dict(request.columns)
+        items = islice(_items(request, files, report, writer, unseen), request.limit)
         while batch := list(islice(items, BATCH)):
             told = report.total
             for item, kept in zip(batch, _keep_images(batch, store), strict=True):
                 writer.put(item, kept)
             if report.total // TELL_EVERY > told // TELL_EVERY:
                 say(f"imported so far: {sum(report.questions.values()):,} questions, {len(report.left_out):,} left out")
+        _refuse_idle(request, report, unseen, store)
     if not report.files:
         first = "".join(f"\n  - {item.reason}: {item.detail}" for item in report.left_out[:3])
         raise DataError(f"{request.source}: no question can be used as {request.layout}; the first reasons:{first}",
                         f"is it another --format? all reasons are in {request.output / LEFT_OUT}")
     _write_facts(request, report)
     return report
+
+
+def _refuse_idle(request: ImportRequest, report: ImportReport, unseen: dict[str, str], store: ImageStore) -> None:
+    """Refuse what was asked for and changed nothing.
+
+    Raises:
+        DataError: no record has a key that `--columns` names, or none names an image by a path in `--images`.
+    """
+    if unseen and report.records and request.layout != "csv":
+        ours, theirs = next(iter(unseen.items()))
+        raise DataError(f"--columns {ours}={theirs}: no record of {request.source} has the key {quoted(theirs)}",
+                        "name a key that is there, or leave this one out")  # fmt: skip
+    if request.images is not None and report.questions and not store.looked_up:
+        raise DataError(f"--images {request.images} has no effect: every image of {request.source} is inside the "
+                        "records, or has its whole path there", "leave it out")  # fmt: skip
 
 
 def claim_output(output: Path) -> None:
@@ -136,20 +154,25 @@ def claim_output(output: Path) -> None:
 
 
 def _items(
-    request: ImportRequest, files: dict[str, list[Path]], report: ImportReport, writer: _Writer
+    request: ImportRequest, files: dict[str, list[Path]], report: ImportReport, writer: _Writer, unseen: dict[str, str]
 ) -> Iterator[_Item]:
-    """Read the records and cut them into questions; what cannot be used goes to the writer."""
+    """Read the records and cut them into questions; what cannot be used goes to the writer.
+
+    Columns of `--columns` that a record has are taken out of `unseen`.
+    """
     used: Counter[str] = Counter()
     for file_split, paths in files.items():
         for path in paths:
             names = names_for(path, request.columns)
             for number, label, record in records(path, request.layout, request.columns):
                 report.records += 1
+                for ours in [name for name, column in unseen.items() if isinstance(record, dict) and column in record]:
+                    del unseen[ours]
                 where, numbered = f"{path} {label} {number}", f"{path.stem}/{number:06d}"
                 try:
                     if isinstance(record, RowProblem):
                         raise record
-                    questions = read_record(record, request.layout, names)
+                    questions = require_image(record, partial(read_record, record, request.layout, names))
                 except RowProblem as problem:
                     writer.drop(left_out(numbered, where, problem))
                     continue
@@ -188,8 +211,6 @@ def _keep_images(batch: list[_Item], store: ImageStore) -> list[list[str] | RowP
 
     def keep(item: _Item) -> list[str] | RowProblem:
         try:
-            if not item.question.images:
-                raise RowProblem("no image", "the question has no image")
             return [store.keep(store.find(item.folder, image)) for image in item.question.images]
         except RowProblem as problem:
             return problem

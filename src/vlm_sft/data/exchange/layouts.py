@@ -7,18 +7,16 @@ dataset_info.json); ms-swift: "Custom dataset" (`messages`, `images`, `query`, `
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.records import PLACEHOLDER, Question, questions_of
+from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem, clean_text
 
 FORMATS = ("trl", "llamafactory", "msswift", "csv", "jsonl")
-MEDIA = ("videos", "video", "audios", "audio")
-PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag")
 SUPERVISED_NOTE = "LLaMA-Factory also learns the earlier answers of a conversation, unless mask_history: true"
 
 
@@ -52,7 +50,7 @@ def read_record(record: Any, layout: str, names: Names) -> list[Question]:
     if not isinstance(record, dict):
         raise RowProblem("not a record", f"a JSON object is needed, not {type(record).__name__}")
     record = {key: value for key, value in record.items() if value is not None}
-    _refuse(record)
+    refuse(record, names.columns)
     if layout == "llamafactory":
         record = _from_llamafactory(record, names)
     elif layout == "msswift":
@@ -62,16 +60,6 @@ def read_record(record: Any, layout: str, names: Names) -> list[Question]:
     if "question" not in record and len(questions) == 1 and isinstance(answers, list) and answers:
         questions = [replace(questions[0], answers=tuple(clean_text(answer, "answer") for answer in answers))]
     return questions
-
-
-def _refuse(record: dict[str, Any]) -> None:
-    """Name what a question about images cannot hold."""
-    for key in (*MEDIA, "tools", "objects"):
-        if record.get(key):
-            raise RowProblem(f"record with {key}", f"{key} cannot be learned here: questions about images only")
-    for key in PREFERENCE:
-        if key in record:
-            raise RowProblem("preference record", f"{key}: records of preferences are not questions with answers")
 
 
 def _from_llamafactory(record: dict[str, Any], names: Names) -> dict[str, Any]:
@@ -129,11 +117,7 @@ def _retagged(messages: Any, tags: Mapping[str, str]) -> Any:
 
 
 def _from_msswift(record: dict[str, Any]) -> dict[str, Any]:
-    """Messages, or query and response; marks of other media and of places in the image are refused."""
-    texts = str(record.get("messages", record.get("query", "")))
-    found = re.search(r"<(video|audio|img|bbox|ref-object|cot-process)>", texts)
-    if found:
-        raise RowProblem("unknown mark", f"{found.group()} cannot be read; images are marked {PLACEHOLDER}")
+    """Messages, or query and response."""
     if "messages" not in record and "response" in record:
         history = _pairs(record.get("history") or [])
         turn = [{"role": "user", "content": record.get("query", "")}]

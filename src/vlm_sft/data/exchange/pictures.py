@@ -35,6 +35,7 @@ class ImageStore:
             (output / FOLDER).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot write {output}: {error.strerror}", "choose another --output") from error
+        self.looked_up = False  # whether an image was looked for in a folder of the records
         self._names = {path.stem: f"{FOLDER}/{path.name}" for path in (output / FOLDER).iterdir()}
 
     def find(self, folder: Path, image: Any) -> ImageRef:
@@ -46,6 +47,7 @@ class ImageStore:
         text = image_text(image)
         if is_url(text) and self.allow_urls:
             return ImageRef.from_bytes(fetch(text), text[:200])
+        self.looked_up |= isinstance(text, str) and not text.startswith(("data:", "/", "file://"))
         if isinstance(text, str) and text.strip() and not Path(text).suffix and "*" not in text and len(text) < 255:
             found = sorted(path for path in folder.glob(f"{text}.*") if path.is_file()) if folder.is_dir() else []
             if len(found) == 1 and not Path(text).is_absolute():

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlm_sft.data.images import check_image
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
+from vlm_sft.data.sources.foreign import refuse_compressed
 from vlm_sft.data.sources.locate import StoredImage, locate_image
-from vlm_sft.data.sources.records import Question, questions_of
+from vlm_sft.data.sources.records import Question, questions_of, require_image
 from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, in_threads, left_out
 from vlm_sft.data.sources.shards import parquet_records
 from vlm_sft.data.sources.spec import JSON_SUFFIXES, DatasetSpec
@@ -101,7 +103,7 @@ def _read_file(
         try:
             if isinstance(record, RowProblem):
                 raise record
-            questions = questions_of(record)
+            questions = require_image(record, partial(questions_of, record))
             part = _part(record)
             base = _record_id(spec.name, record, base, used)
         except RowProblem as problem:
@@ -116,23 +118,25 @@ def _read_file(
                 lines.setdefault(split, []).append(Line(turn_id, where, path.parent, part, question))
 
 
-def records_of_file(path: Path) -> Iterator[tuple[int, str, Any]]:
+def records_of_file(path: Path, pictures: Sequence[str] = ()) -> Iterator[tuple[int, str, Any]]:
     """Yield number, "line", "item" or "row", and the record or the RowProblem that stands in for it.
 
     Args:
         path: JSON lines, a JSON list, or parquet, whose images stay in the file as `StoredImage`.
+        pictures: columns of parquet that hold images besides those of the usual names.
 
     Raises:
         DataError: the file cannot be read.
     """
     if path.suffix == ".parquet":
-        for number, row in enumerate(parquet_records(path)):
+        for number, row in enumerate(parquet_records(path, pictures)):
             yield number, "row", row
         return
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
+    refuse_compressed(path, data[:6])
     data = data.removeprefix(b"\xef\xbb\xbf")
     whole = _whole_document(path, data)
     if whole is not None:
@@ -214,8 +218,6 @@ def _samples(
         asked = line.question
         refs = []
         try:
-            if not asked.images:
-                raise RowProblem("no image", "the question has no image")
             for image in asked.images:
                 found = images[_image_id(line.folder, image)]
                 if isinstance(found, RowProblem):

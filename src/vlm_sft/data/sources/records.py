@@ -7,11 +7,15 @@ Formats: `messages` (+ `images`), LLaVA/ShareGPT `conversations`, `prompt` + `co
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlm_sft.data.sample import Turn
+from vlm_sft.data.sources.locate import RENAMING, keys_of, no_image
+from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem, clean_text, most_common
+from vlm_sft.errors import quoted
 
 PLACEHOLDER = "<image>"
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
@@ -65,6 +69,7 @@ def questions_of(record: Any) -> list[Question]:
     """
     if not isinstance(record, dict):
         raise RowProblem("not a record", f"a JSON object is needed, not {type(record).__name__}")
+    refuse(record)
     if "messages" in record:
         return _conversation(_messages(record["messages"], "messages"), _image_list(record))
     if "conversations" in record:
@@ -79,14 +84,35 @@ def questions_of(record: Any) -> list[Question]:
         return _conversation(messages, _image_list(record))
     if "question" in record:
         return [_plain(record)]
-    keys = ", ".join(sorted(map(str, record))) or "none"
     raise RowProblem("missing key", "a record needs messages, conversations, prompt and completion, or image, question "
-                                    f"and answer; its keys are: {keys}")
+                                    f"and answer; {keys_of(record)}; {RENAMING.format('question=KEY,answer=KEY')}")
+
+
+def require_image(record: Mapping[str, Any], read: Callable[[], list[Question]]) -> list[Question]:
+    """The questions of a record; where they see no image, that is told in words that name the record's keys.
+
+    Args:
+        record: the record as it was read.
+        read: what cuts it into questions.
+
+    Raises:
+        RowProblem: the whole record cannot be used.
+    """
+    try:
+        questions = read()
+    except RowProblem as problem:
+        if problem.reason == "more placeholders than images" and problem.detail.endswith(", 0 images"):
+            raise no_image(record) from problem
+        raise
+    return [
+        asked if asked.images or asked.problem else replace(asked, problem=no_image(record)) for asked in questions
+    ]
 
 
 def _plain(record: dict[str, Any]) -> Question:
     if "answer" not in record and "answers" not in record:
-        raise RowProblem("missing key", "the record has a question, but neither answer nor answers")
+        raise RowProblem("missing key", "the record has a question, but neither answer nor answers; "
+                                        f"{keys_of(record)}; {RENAMING.format('answer=KEY')}")
     question = _without_placeholders(clean_text(record["question"], "question"))
     question = clean_text(question, "question")
     listed = record.get("answers")
@@ -147,7 +173,7 @@ def _message(item: Any, where: str) -> _Message:
     content = item.get("content", item.get("value"))
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(ROLES)
-        raise RowProblem("unknown role", f"{where} has the role {role!r}; known are {known}")
+        raise RowProblem("unknown role", f"{where} has the role {quoted(role)}; known are {known}")
     supervised = item.get("loss") is not False and item.get("weight", 1) != 0
     if content is None or isinstance(content, str):
         message = _text_message(ROLES[role], content or "")
@@ -174,9 +200,24 @@ def _message(item: Any, where: str) -> _Message:
             else:
                 message.marks += 1
         else:
-            raise RowProblem("unknown part", f"{where} has a part of the type {kind!r}; known are text and image")
+            raise _unknown_part(where, part)
     message.text = "\n".join(text for text in texts if text)
     return message
+
+
+def _unknown_part(where: str, part: Any) -> RowProblem:
+    """Why a part of a content cannot be read."""
+    if not isinstance(part, dict):
+        return RowProblem("unknown part", f"{where} has a part that is no object: {quoted(part)}")
+    if "type" not in part:
+        return RowProblem("unknown part", f"{where} has a part without a type; {keys_of(part)}")
+    if part["type"] != "text":
+        return RowProblem("unknown part", f"{where} has a part of the type {quoted(part['type'])}; known are text and "
+                                          "image")
+    given = "null" if part.get("text") is None else f"no text but {quoted(part['text'])}"
+    what = f"is {given}" if "text" in part else f"is missing; {keys_of(part)}"
+    return RowProblem("text part without text", f"{where} has a part of the type text whose text {what}; write it, or "
+                                                "leave the part out")
 
 
 def _conversation(messages: list[_Message], listed: list[Any]) -> list[Question]:

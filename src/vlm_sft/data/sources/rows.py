@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 from vlm_sft.console import progress
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.splits import LoadedSplit, SplitPlan, apply_plan
-from vlm_sft.errors import DataError
+from vlm_sft.errors import DataError, bounded
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+DETAIL_CHARACTERS = 600  # of one reason, whatever it quotes
 BAR_FROM = 2000  # fewer things than this are done before a bar could be read
 
 
@@ -24,7 +25,7 @@ class RowProblem(Exception):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason = reason
-        self.detail = detail or reason
+        self.detail = bounded(detail or reason, DETAIL_CHARACTERS)
         super().__init__(reason)
 
 

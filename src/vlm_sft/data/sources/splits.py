@@ -8,15 +8,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_sft.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT
+from vlm_sft.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT, REPEATS
 from vlm_sft.data.sample import LeftOut, Sample
-from vlm_sft.errors import DataError
+from vlm_sft.data.sources.foreign import TABLES, refuse_compressed
+from vlm_sft.errors import DataError, quoted
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
                "validation": "validation", "dev": "validation", "eval": "validation", "test": "test"}
 DATASET_INFO = "dataset_info.json"  # LLaMA-Factory's description of the files beside it
-NO_DATA = (LEFT_OUT, CHANGED, IMPORT, EXCHANGE, DATASET_INFO)  # reports and descriptions beside data files
+NO_DATA = (LEFT_OUT, CHANGED, REPEATS, IMPORT, EXCHANGE, DATASET_INFO)  # reports and descriptions beside data files
 HOLD_OUT_SEED = "vlm-sft hold-out 1"  # fixed: every run and every model must hold out the same images
 
 
@@ -71,7 +72,7 @@ def plan_split(available: Iterable[str], split: str, name: str) -> SplitPlan:
         MissingSplitError: the split cannot be made from what there is.
     """
     if split not in SPLITS:
-        raise DataError(f"unknown split {split!r}", f"choose one of {', '.join(SPLITS)}")
+        raise DataError(f"unknown split {quoted(split)}", f"choose one of {', '.join(SPLITS)}")
     has = set(available)
     if split == "train" and "train" in has:
         return SplitPlan("train", "all" if "validation" in has else "kept")
@@ -112,14 +113,19 @@ def files_by_split(path: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]
     found: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path).parts
-        if file.suffix not in suffixes or file.name in NO_DATA or not file.is_file():
+        if any(part.startswith(".") for part in inside) or not file.is_file():
             continue
-        if any(part.startswith(".") for part in inside):
+        if Path(file.stem).suffix in suffixes:  # train.jsonl.gz beside the others would be passed over
+            refuse_compressed(file)
+        if file.suffix not in suffixes or file.name in NO_DATA:
             continue
         split = next((found_split for part in reversed(inside) if (found_split := split_of_name(part))), "train")
         found.setdefault(split, []).append(file)
     if not found:
-        raise DataError(f"{path} holds no {' or '.join(suffixes)} file", "pass the file, or the folder that holds it")
+        fix = "pass the file, or the folder that holds it"
+        if not set(TABLES) & set(suffixes) and any(file.suffix.lower() in TABLES for file in path.rglob("*")):
+            fix = f"import its tables: vlm-sft data import {path} --format csv --output FOLDER"
+        raise DataError(f"{path} holds no {' or '.join(suffixes)} file", fix)
     return found
 
 
