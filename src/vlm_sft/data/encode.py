@@ -169,16 +169,20 @@ class Encoder:
         """Why a sample cannot be encoded, found without decoding its images; None where nothing is known against it.
 
         Args:
-            sample: a question; the sizes of its images are known.
+            sample: a question. Images whose size is not known yet are not judged.
         """
         try:
-            self._try_sizes(sample)
-            if self.chat.plain.found_in(texts_of(sample)):
-                self.answer_ids(sample)
-                self.chat.prompt(self._messages(sample, sample.question))
+            if all(image.width for image in sample.images):
+                self._try_sizes(sample)
+            if self.holds_control(sample):
+                self.answer_ids(sample, self.prompt_tokens(sample)[0])
         except SampleError as error:
             return error
         return None
+
+    def holds_control(self, sample: Sample) -> bool:
+        """Whether a text of a sample holds the string of a control token of this model."""
+        return bool(self.chat.plain.found_in(texts_of(sample)))
 
     def _try_sizes(self, sample: Sample) -> None:
         """Process blank pictures of unusual sizes, once a size.
@@ -269,12 +273,20 @@ class Encoder:
         """Render the conversation up to the place where the answer begins."""
         return self.chat.render(self._messages(sample, sample.question))
 
+    def has_ordinary_prompt(self, sample: Sample) -> bool:
+        """Whether any program that tokenises `prompt_text` gets the tokens of training."""
+        return self.chat.is_ordinary(self._messages(sample, sample.question))
+
+    def prompt_tokens(self, sample: Sample) -> tuple[str, np.ndarray]:
+        """The conversation up to the place where the answer begins: text, and tokens before images are expanded."""
+        return self.chat.prompt(self._messages(sample, sample.question))
+
     def answer_ids(self, sample: Sample, prompt: str = "") -> np.ndarray:
         """Tokens of the answer and its end token, (A,) int32: what is supervised, and nothing else.
 
         Args:
             sample: the question with its answer.
-            prompt: its `prompt_text`, where that is known already.
+            prompt: its rendered prompt, where that is known already.
         """
         ids = self.chat.answer(self._messages(sample, sample.question), sample.target, prompt)
         stops = np.nonzero(np.isin(ids, self.stop_ids))[0]

@@ -14,6 +14,7 @@ from vlm_sft.errors import DataError, SampleError
 UNREADABLE = "image cannot be read"
 UNPROCESSABLE = "image cannot be processed"
 CONTROL_TEXT = "text cannot be told from a control token"
+NOTE = "note"  # key of a sample's metadata: what is not exactly as its record has it
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
