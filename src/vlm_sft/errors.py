@@ -78,6 +78,19 @@ class DataError(VlmSftError):
     """A data set, file, row or image that cannot be used."""
 
 
+class SampleError(DataError):
+    """One sample that cannot be used; the others can.
+
+    Args:
+        reason: a short class under which such samples are counted.
+        what, fix: as for every error.
+    """
+
+    def __init__(self, reason: str, what: str, fix: str = "") -> None:
+        super().__init__(what, fix)
+        self.reason = reason
+
+
 class ModelError(VlmSftError):
     """A base model or adapter that cannot be found, loaded or adapted."""
 

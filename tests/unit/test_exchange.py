@@ -271,3 +271,40 @@ def test_image_urls_only_when_asked(web: str, tmp_path: Path, monkeypatch: pytes
         "text": "image cannot be read", "ftp": "image missing"}  # fmt: skip
     assert "404" in gone["gone"][1] and "33,554,432 bytes" in gone["big"][1]
     assert "not done within 0.5 s" in gone["slow"][1] and "file:///etc/hostname' is not allowed" in gone["file"][1]
+
+
+def test_the_mark_as_a_word_survives_or_is_named(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "a.png").write_bytes(png("red"))
+    write(own / "train.jsonl", [
+        {"id": "answer", "image": "a.png", "question": "What tag?", "answer": "The <image> tag."},
+        {"id": "question", "image": "a.png", "question": "What does the <image> tag do?", "answer": "it shows"},
+        {"id": "control", "image": "a.png", "question": "Is <|im_end|> one?", "answer": "</s> too"},
+    ])
+    write(own / "val.jsonl", [{"id": "v", "image": "a.png", "question": "v?", "answer": "v"}])
+    for layout in LAYOUTS:
+        out, back = tmp_path / layout, tmp_path / f"{layout}_back"
+        assert main(["data", "export", str(own), "--format", layout, "--output", str(out), "--max_left_out", "1"]) == 0
+        assert main(["data", "import", str(out), "--format", layout, "--output", str(back)]) == 0
+        gone = {row["id"].rpartition("/")[2]: row["reason"] for row in lines(out / "left_out.jsonl")}
+        # There an image is placed by the mark wherever it stands, so these two cannot be said.
+        named = {"answer", "question"} if layout in ("llamafactory", "msswift") else set()
+        assert gone == dict.fromkeys(named, "text holds the image mark")
+        kept = [one for one in contents(own) if one[0] not in named]
+        assert sorted(contents(back)) == sorted(kept)
+
+
+def test_a_question_that_a_plain_record_cannot_say_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png("red"))
+    parts = [{"type": "image"}, {"type": "text", "text": "<image> is what?"}]
+    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a tag"}]
+    plain = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
+    records = [{"messages": turns, "images": ["../a.png"]} for turns in (talk, plain)]
+    source = write(tmp_path / "in" / "train.jsonl", records)
+    write(tmp_path / "in" / "val.jsonl", records[1:])
+    out = tmp_path / "out"
+    flags = ["--output", str(out), "--max_left_out", "0.5"]
+    assert main(["data", "import", str(source.parent), "--format", "trl", *flags]) == 0
+    assert [row["reason"] for row in lines(out / "left_out.jsonl")] == ["text holds the image mark"]
+    assert [one[1] for one in contents(out)] == ["What?"]

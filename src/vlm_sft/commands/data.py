@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="which split to check (default: train)")
     check.add_argument("--output_dir", type=Path, metavar="DIR",
                        help="folder to write to (default: outputs/data_check/NAME-SPLIT)")
+    check.add_argument("--base_model", metavar="MODEL", help="Hub id, folder, or 'pocket': also look for images and "
+                       "texts that this model's processor cannot take")
     check.add_argument("--limit", type=int, metavar="N", help="check a seeded sample of at most N questions")
     check.add_argument("--max_left_out", type=float, default=0.01, metavar="FRACTION",
                        help="share of samples that may be unusable, 0 to 1 (default: 0.01)")
@@ -55,7 +58,7 @@ def _check(args: argparse.Namespace) -> int:
     """
     from vlm_sft.artifacts import DATA, LEFT_OUT, REPEATS, write_json, write_jsonl, write_text_atomic
     from vlm_sft.console import say
-    from vlm_sft.data.audit import audit, check_images, enforce
+    from vlm_sft.data.audit import audit, enforce
     from vlm_sft.data.mixture import mix
     from vlm_sft.data.preview import render_preview
     from vlm_sft.data.repeats import find_repeats
@@ -73,10 +76,10 @@ def _check(args: argparse.Namespace) -> int:
         descriptions.append(f"checked here: a seeded sample of {len(drawn):,} questions")
     for line in descriptions:
         say(line)
-    samples, unreadable = check_images(drawn)
-    left_out += unreadable
+    samples, unusable, holds_control = _usable(drawn, args.base_model)
+    left_out += unusable
     repeats = find_repeats(samples)
-    report = audit(samples, left_out, loaded, repeats=repeats)
+    report = audit(samples, left_out, loaded, repeats=repeats, holds_control=holds_control)
     folder = args.output_dir or Path("outputs", "data_check", "+".join(s.name for s in specs) + f"-{args.split}")
     about = {"dataset": args.dataset, "split": args.split, "limit": args.limit, "descriptions": descriptions,
              "synthetic": synthetic}
@@ -88,11 +91,35 @@ def _check(args: argparse.Namespace) -> int:
     _print_counts(report)
     say(f"counts: {data}\nleft out: {gone}\nrepeated questions: {again}\npreview with pictures: {preview}")
     _warn_of_repeats(repeats)
-    enforce(unreadable, len(drawn), args.max_left_out, gone)
+    enforce(unusable, len(drawn), args.max_left_out, gone)
     enforce(left_out, loaded, args.max_left_out, gone)
-    recipe = "--sft_config smoketest"
+    recipe = f"--sft_config smoketest{f' --base_model {shlex.quote(args.base_model)}' if args.base_model else ''}"
     say(f"next: vlm-sft train {recipe} --dataset {shlex.quote(args.dataset)} --output_dir outputs/first")
     return 0
+
+
+def _usable(
+    drawn: list[Sample], base_model: str | None
+) -> tuple[list[Sample], list[LeftOut], Callable[[Sample], bool]]:
+    """Decode every image and, where a model is named, ask its processor.
+
+    Returns:
+        The samples that can be used, the others, and what tells whether a text holds the name of a control token.
+    """
+    from vlm_sft.data.audit import check_images
+    from vlm_sft.data.plain_text import reads_like_control
+
+    samples, unusable = check_images(drawn)
+    if base_model is None:
+        return samples, unusable, reads_like_control
+    from vlm_sft.data.encode import Encoder
+    from vlm_sft.data.prepared import usable_samples
+    from vlm_sft.model.load import find_base
+
+    base = find_base(base_model)
+    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    samples, refused = usable_samples(encoder, samples)
+    return samples, unusable + refused, encoder.holds_control
 
 
 def _load(

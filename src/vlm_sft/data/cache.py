@@ -192,21 +192,20 @@ class DataCache:
 
 
 def in_order(
-    work: Callable[[Item], Result], items: Iterable[Item], threaded: Callable[[], bool]
+    work: Callable[[Item], Result], items: Iterable[Item], threaded: Callable[[], bool | None]
 ) -> Iterator[Result]:
     """Map in threads, in order, a bounded number of items ahead.
 
     Args:
         work: called once an item.
-        items: the items; the first one is done before any thread starts.
-        threaded: asked after the first item; False does all of them in this thread.
+        items: the items.
+        threaded: asked after each item in this thread until it knows; False does all of them in this thread.
     """
     remaining = iter(items)
-    for item in islice(remaining, 1):
+    for item in remaining:
         yield work(item)
-    if not threaded():
-        yield from map(work, remaining)
-        return
+        if threaded():
+            break
     threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Result]] = deque(pool.submit(work, item) for item in islice(remaining, 4 * threads))
@@ -249,6 +248,7 @@ def token_settings(encoder: Encoder) -> dict[str, Any]:
         "templates": templates,
         "prompt": prompt,
         "stop_ids": list(encoder.stop_ids),
+        "texts": "never control tokens",
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vlm_sft.data.audit import histogram
+from vlm_sft.data.audit import histogram, refuse_if_all_fail
 from vlm_sft.data.cache import DataCache
 from vlm_sft.data.cache_folder import default_cache_dir
 from vlm_sft.data.collate import PackedBatch, collate
@@ -40,17 +40,18 @@ class PreparedData:
         self, samples: Sequence[Sample], encoder: Encoder, description: str, cache: DataCache | None = None
     ) -> None:
         self.encoder = encoder
-        self.left_out: list[LeftOut] = []
+        usable, self.left_out = usable_samples(encoder, samples)
         self._samples: list[list[Sample]] = []
         self._groups: list[EncodedGroup] = []
-        groups = group_by_image(samples)
+        groups = group_by_image(usable)
         cache = cache or DataCache(encoder, default_cache_dir(), "", prepared=False)
         for members, found in zip(groups, cache.prepare(groups, description), strict=True):
             if isinstance(found, DataError):
-                self.left_out.extend(LeftOut(sample.id, "image cannot be read", found.what) for sample in members)
+                self.left_out.extend(LeftOut.because(sample.id, found) for sample in members)
                 continue
             self._samples.append(members)
             self._groups.append(replace(found, tensors={}))
+        refuse_if_all_fail(self.left_out, samples)
         self.lengths = tuple(group_lengths(group) for group in self._groups)
 
     def __len__(self) -> int:
@@ -128,6 +129,21 @@ class PreparedData:
                 parts.append(tokenizer.decode([token]))
         prompt, answer = tokenizer.decode(question.prompt_ids), tokenizer.decode(question.answer_ids)
         return "".join(parts) + prompt + "⟦" + answer + "⟧"
+
+
+def usable_samples(encoder: Encoder, samples: Sequence[Sample]) -> tuple[list[Sample], list[LeftOut]]:
+    """Sort out what `Encoder.problem` speaks against, before anything is decoded.
+
+    Returns:
+        The samples that can be encoded, as far as that is known, and the others.
+
+    Raises:
+        ModelError: the processor fails on all of several images.
+    """
+    found = [(sample, encoder.problem(sample)) for sample in samples]
+    left_out = [LeftOut.because(sample.id, problem) for sample, problem in found if problem is not None]
+    refuse_if_all_fail(left_out, samples)
+    return [sample for sample, problem in found if problem is None], left_out
 
 
 def group_lengths(group: EncodedGroup) -> GroupLengths:

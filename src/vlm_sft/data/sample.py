@@ -1,4 +1,4 @@
-"""The one internal sample type, and references to images. Imports the standard library and Pillow only."""
+"""The one internal sample type, and references to images. Imports the standard library and the errors only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.errors import DataError, SampleError
+
+# Classes of samples that are left out, see `LeftOut`.
+UNREADABLE = "image cannot be read"
+UNPROCESSABLE = "image cannot be processed"
+CONTROL_TEXT = "text cannot be told from a control token"
+NOTE = "note"  # key of a sample's metadata: what is not exactly as its record has it
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
@@ -97,3 +104,8 @@ class LeftOut:
     id: str
     reason: str
     detail: str
+
+    @classmethod
+    def because(cls, sample_id: str, error: DataError) -> LeftOut:
+        """Leave a sample out for an error; one that names no class of its own is about its image."""
+        return cls(sample_id, error.reason if isinstance(error, SampleError) else UNREADABLE, error.what)

@@ -166,11 +166,16 @@ class VllmBackend:
 
 
 def vllm_requests(encoder: Encoder, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """The questions as vLLM takes them: the same rendered prompt as in training, and the decoded images."""
+    """The questions as vLLM takes them: the same prompt as in training, and the decoded images.
+
+    A prompt is text, but for one that holds the name of a control token: vLLM's tokenizer would find it.
+    """
     requests = []
     for sample in samples:
         pictures = [decode_rgb(image.load(), image.source) for image in sample.images]
-        requests.append({"prompt": encoder.prompt_text(sample), "multi_modal_data": {"image": pictures}})
+        text, ids = encoder.prompt_tokens(sample)
+        asked = {"prompt": text} if encoder.has_ordinary_prompt(sample) else {"prompt_token_ids": ids.tolist()}
+        requests.append({**asked, "multi_modal_data": {"image": pictures}})
     return requests
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say, warn
-from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
+from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, note_lines, notes_of
+from vlm_sft.data.encode import Encoder
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.errors import EvaluationError
 from vlm_sft.evaluate.backends import Backend, SharedPrefixBackend, VllmBackend, require_vllm
@@ -15,7 +16,7 @@ from vlm_sft.evaluate.caches import CacheOptions, Caches
 from vlm_sft.evaluate.identity import identity_of
 from vlm_sft.evaluate.run import Evaluator, barrier, save_pictures
 from vlm_sft.evaluate.scoring import format_score
-from vlm_sft.evaluate.tasks import Task, benchmark_names, load_tasks, parse_token_limits
+from vlm_sft.evaluate.tasks import Task, benchmark_names, load_tasks, parse_token_limits, usable_tasks
 from vlm_sft.launch import Launch, connected, pack_tokens, quiet_libraries, read_launch
 from vlm_sft.model.adapt import check_adapter_folder, load_adapter
 from vlm_sft.model.load import Base, find_base, load_model, to_gpu
@@ -91,16 +92,26 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
     for note in base.notes:
         say(note)
     tasks, left_out = load_tasks(options.benchmark, options.limit, options.split)
+    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    tasks, refused = usable_tasks(tasks, encoder)
+    left_out += refused
     questions = sum(len(task.samples) for task in tasks)
     who = f"{options.base_model} with {options.adapter}" if options.adapter else options.base_model
     say(f"evaluating {who} on {', '.join(task.name for task in tasks)}: {questions:,} questions")
     if is_main_process():
         artifacts.write_jsonl(options.output_dir / artifacts.LEFT_OUT, map(asdict, left_out))
     enforce(left_out, questions + len(left_out), options.max_left_out, options.output_dir / artifacts.LEFT_OUT)
+    if left_out:
+        warn(left_out_line(left_out))
+    notes = note_lines(notes_of((sample for task in tasks for sample in task.samples), encoder.holds_control))
+    for line in notes:
+        say(line)
     identity = identity_of(base, options.adapter)
     backend = _backend(options, base, launch)
     record = RunRecord(options.output_dir, _facts(options, launch, base))
     record.write()
+    for line in notes:
+        record.note(line)
     if isinstance(backend, SharedPrefixBackend):
         _prepare(options, launch, backend, tasks, record)
     evaluator = Evaluator(backend, options.tokens_per_pack or pack_tokens(launch), launch.rank, launch.world_size)

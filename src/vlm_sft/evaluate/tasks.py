@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vlm_sft.data.audit import check_images
+from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import stratified_limit
+from vlm_sft.data.prepared import usable_samples
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.registry import benchmark_split, is_synthetic, load_split
 from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets, refuse_weights
 from vlm_sft.errors import DataError, EvaluationError, quoted
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
 
+NO_QUESTION = "choose another split"
 SAMPLE_SEED = 0  # of `limit`: fixed, so that every model is asked the same questions
 
 
@@ -89,9 +92,29 @@ def load_tasks(text: str, limit: int | None, split: str | None = None) -> tuple[
             sound, broken = check_images(stratified_limit(loaded.samples, limit, SAMPLE_SEED))
             left_out += [*loaded.left_out, *broken]
             if not sound:
-                raise DataError(f"{name} has no question to evaluate", "choose another split")
+                raise DataError(f"{name} has no question to evaluate", NO_QUESTION)
             tasks.append(Task(name, rules_of(name), sound, is_synthetic(name)))
     return tasks, left_out
+
+
+def usable_tasks(tasks: list[Task], encoder: Encoder) -> tuple[list[Task], list[LeftOut]]:
+    """Leave out the questions that a model's processor cannot take.
+
+    Returns:
+        The tasks, and what cannot be asked.
+
+    Raises:
+        DataError: a task has no question left.
+        ModelError: the processor fails on every image.
+    """
+    kept, left_out = [], []
+    for task in tasks:
+        usable, gone = usable_samples(encoder, task.samples)
+        if not usable:
+            raise DataError(f"{task.name} has no question that can be asked; the first: {gone[0].detail}", NO_QUESTION)
+        kept.append(replace(task, samples=usable))
+        left_out += gone
+    return kept, left_out
 
 
 def parse_token_limits(text: str | None, names: list[str]) -> dict[str, int]:

@@ -166,7 +166,7 @@ def _placed(model: Any) -> Any:
 def _reference(model: Any, source: Source, questions: int) -> _Reference:
     """Ask the adapter, and its base."""
     encoder = Encoder(source.base.processor, source.base.prompt, source.base.stop_ids)
-    samples, origin = find_questions(source.run, questions)
+    samples, origin = find_questions(source.run, questions, encoder)
     say(f"comparing on {len(samples)} questions: {origin}")
     tuned = told_by_us(model, encoder, samples, "adapter")
     with model.disable_adapter():

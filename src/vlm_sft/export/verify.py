@@ -7,7 +7,8 @@ folder, with the folder's own processor. Both answer a few questions greedily.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from vlm_sft import artifacts
 from vlm_sft.console import progress
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import Encoder
-from vlm_sft.data.images import decode_rgb
+from vlm_sft.data.images import check_image, decode_rgb
 from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.data.sources.registry import load_split
 from vlm_sft.data.sources.spec import parse_datasets
-from vlm_sft.errors import ModelError
+from vlm_sft.errors import DataError, ModelError
 from vlm_sft.model import prefix
 from vlm_sft.model.sharing import TOLERANCE
 
@@ -46,12 +47,14 @@ class Told:
     logits: torch.Tensor
 
 
-def find_questions(run: Path, count: int) -> tuple[list[Sample], str]:
+def find_questions(run: Path, count: int, encoder: Encoder) -> tuple[list[Sample], str]:
     """Questions to compare on: those of the run's evaluation with their saved pictures, else on generated charts.
 
     Args:
         run: the run's folder.
         count: at most so many.
+        encoder: of the base. Other programs tokenise a text that holds the name of a control token otherwise, so such
+            questions cannot be compared; nor can pictures that its processor does not take.
 
     Returns:
         The questions, and where they come from in a few words.
@@ -65,11 +68,20 @@ def find_questions(run: Path, count: int) -> tuple[list[Sample], str]:
             if picture and picture.is_relative_to(evaluation.resolve()) and picture.is_file():
                 image = ImageRef.from_path(picture)
                 found.append(Sample(str(row["id"]), path.parent.name, "", (image,), str(row["question"]), "", ()))
-    if found:
-        step = max(1, len(found) // count)
-        return found[::step][:count], "pictures that the run saved"
+    step = max(1, len(found) // count)
+    spread = [sample for start in range(step) for sample in found[start::step]]
+    if chosen := list(islice((sample for sample in spread if _can_be_compared(sample, encoder)), count)):
+        return chosen, "pictures that the run saved"
     (spec,) = parse_datasets("demo_charts")
     return load_split(spec, "test", count).samples[:count], "generated charts"
+
+
+def _can_be_compared(sample: Sample, encoder: Encoder) -> bool:
+    try:
+        sized = replace(sample, images=tuple(map(check_image, sample.images)))
+    except DataError:
+        return False
+    return encoder.problem(sized) is None and encoder.has_ordinary_prompt(sized)
 
 
 def greedy(stop_ids: Sequence[int], pad_id: int | None) -> GenerationConfig:

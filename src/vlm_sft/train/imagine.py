@@ -27,7 +27,7 @@ PREFIX_TOKENS = 18  # of a chat template around an image
 QUESTION_TOKENS, ANSWER_TOKENS = 6, 2  # of a chat template around a question and an answer
 CHARACTERS_PER_TOKEN = 4  # of English
 IMAGE_SECONDS = 0.02  # of processing one image
-_BLANK = ImageRef("", "", lambda: b"")
+_BLANK = ImageRef("", "an imagined image", lambda: b"")
 Counter = Callable[[ImageRef], int]
 
 

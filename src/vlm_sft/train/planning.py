@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from vlm_sft import artifacts
-from vlm_sft.console import progress, say
-from vlm_sft.data.audit import histogram
+from vlm_sft.console import progress, say, warn
+from vlm_sft.data.audit import enforce, histogram, left_out_line
 from vlm_sft.data.cache import DataCache, group_key
 from vlm_sft.data.cache_folder import default_cache_dir
 from vlm_sft.data.encode import EncodedGroup, Encoder, picture_sizes
 from vlm_sft.data.prepared import PreparedData
-from vlm_sft.data.sample import Sample
+from vlm_sft.data.processor import visual_tokens
+from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.errors import DataError, ModelError, RunError
 from vlm_sft.evaluate.tasks import Task
@@ -43,7 +44,16 @@ from vlm_sft.train.foretell import best_rates, describe, refuse_or_warn
 from vlm_sft.train.imagine import Imagined, known_from_numbers, known_from_table
 from vlm_sft.train.measure import rates_here
 from vlm_sft.train.options import Run, TrainOptions
-from vlm_sft.train.prepare import Plan, final_tasks, find_run_base, load_data, planner_over, validation_plan
+from vlm_sft.train.prepare import (
+    Plan,
+    final_tasks,
+    find_run_base,
+    fit_questions,
+    load_data,
+    planner_over,
+    tell_notes,
+    validation_plan,
+)
 from vlm_sft.train.probe import probe_plan
 from vlm_sft.train.validation import ValidationPlan, check_request
 
@@ -132,7 +142,7 @@ def planned_run(options: PlanOptions) -> Planned:
             except ModelError:
                 raise error from None
             say(f"{published.name} is not at hand: sizes from the built-in table ({published.source}), text estimated")
-            train_samples, eval_samples, tasks, asked = _questions(run)
+            train_samples, eval_samples, _, tasks, asked = _questions(run)
             known = known_from_table(run, published, train_samples, eval_samples)
             return _planned(run, known, asked, tasks, published.shape, device)
         return _from_base(run, base, device, options.counted)
@@ -212,33 +222,46 @@ class CountingCache(DataCache):
 
 
 def grid_tensors(encoder: Encoder, sample: Sample) -> dict[str, torch.Tensor]:
-    """The grids that the processor would report for a sample's images; {} where it works by sizes."""
+    """The grids that the processor would report for a sample's images; {} where it works by sizes.
+
+    Raises:
+        SampleError: it refuses one of them.
+    """
     images = encoder.processor.image_processor
     size = dict(getattr(images, "size", None) or {})
     if not hasattr(images, "merge_size") or not {"shortest_edge", "longest_edge"} <= set(size):
         return {}
     bounds = (images.patch_size, images.merge_size, size["shortest_edge"], size["longest_edge"])
-    grids = [[1, *qwen_grid(height, width, *bounds)] for width, height in picture_sizes(sample)]
+    grids = []
+    for image, (width, height) in zip(sample.images, picture_sizes(sample), strict=True):
+        visual_tokens(encoder.processor, width, height, f"{image.source} ({width} x {height} pixels)")
+        grids.append([1, *qwen_grid(height, width, *bounds)])
     return {"image_grid_thw": torch.tensor(grids)}
 
 
-def _questions(run: Run) -> tuple[list[Sample], list[Sample], list[Task], ValidationPlan | None]:
+def _questions(run: Run) -> tuple[list[Sample], list[Sample], list[LeftOut], list[Task], ValidationPlan | None]:
     """The questions of training, evaluation loss, final evaluation and evaluations during training."""
     guards = check_request(run.recipe, run.specs, run.options.guard, run.options.eval_samples)
-    train_samples, eval_samples, _ = load_data(run.specs, run.recipe)
-    return train_samples, eval_samples, final_tasks(run), validation_plan(run, guards)
+    return *load_data(run.specs, run.recipe), final_tasks(run), validation_plan(run, guards)
 
 
 def _from_base(run: Run, base: Base, device: Device | None, counted: dict[str, EncodedGroup]) -> Planned:
     """Plan with a base whose processor is at hand."""
     options, recipe = run.options, run.recipe
-    train_samples, eval_samples, tasks, asked = _questions(run)
+    train_samples, eval_samples, left_out, tasks, asked = _questions(run)
     engine = Engine(options.engine, run.launch, base.name, base.path)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     cache = CountingCache(encoder, engine.root, base.name, prepared=False)
     cache.counted = counted
     data = PreparedData(train_samples, encoder, "counting tokens", cache)
     evaluation = PreparedData(eval_samples, encoder, "counting tokens (evaluation)", cache) if eval_samples else None
+    total = len(train_samples) + len(eval_samples) + len(left_out)
+    left_out = left_out + data.left_out + (evaluation.left_out if evaluation else [])
+    enforce(left_out, total, options.max_left_out)
+    if left_out:
+        warn(left_out_line(left_out))
+    tell_notes(run, train_samples + eval_samples, encoder)
+    tasks, asked = fit_questions(run, tasks, asked, encoder)
     planner = planner_over(run, data.lengths)
     eval_planner = replace(planner, lengths=evaluation.lengths) if evaluation and len(evaluation) else None
     schedule = resolve_schedule(recipe, planner.steps_per_epoch)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say, warn
-from vlm_sft.data.audit import enforce
+from vlm_sft.data.audit import enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.cache import DataCache
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import mix, stratified_limit
@@ -19,7 +19,7 @@ from vlm_sft.data.sources.registry import is_synthetic, load_split
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.errors import DataError
 from vlm_sft.evaluate.guard import Guard
-from vlm_sft.evaluate.tasks import SAMPLE_SEED, Task, dataset_text, load_tasks
+from vlm_sft.evaluate.tasks import SAMPLE_SEED, Task, dataset_text, load_tasks, usable_tasks
 from vlm_sft.model.load import Base, find_base
 from vlm_sft.recipe.rules import Schedule, effective_global_batch_size, resolve_schedule
 from vlm_sft.recipe.schema import Recipe
@@ -84,8 +84,44 @@ def final_tasks(run: Run) -> list[Task]:
         return []
     text = options.eval_benchmarks or dataset_text(run.specs)
     tasks, left_out = load_tasks(text, run.recipe.max_eval)
-    enforce(left_out, sum(len(task.samples) for task in tasks) + len(left_out), options.max_left_out)
+    _enforce_tasks(run, tasks, left_out)
     return tasks
+
+
+def _enforce_tasks(run: Run, tasks: list[Task], left_out: list[LeftOut]) -> None:
+    """Say which questions of benchmarks cannot be asked, and stop where they are too many."""
+    enforce(left_out, sum(len(task.samples) for task in tasks) + len(left_out), run.options.max_left_out)
+    if left_out:
+        line = f"benchmarks: {left_out_line(left_out)}"
+        warn(line)
+        run.record.note(line)
+
+
+def fit_questions(
+    run: Run, tasks: list[Task], asked: ValidationPlan | None, encoder: Encoder
+) -> tuple[list[Task], ValidationPlan | None]:
+    """Leave out the questions of benchmarks that the base's processor cannot take, before the training.
+
+    Raises:
+        DataError: they are too many.
+        ModelError: the processor fails on every image.
+    """
+    tasks, left_out = usable_tasks(tasks, encoder)
+    _enforce_tasks(run, tasks, left_out)
+    if asked is not None:
+        validated, left_out = usable_tasks(asked.tasks, encoder)
+        _enforce_tasks(run, validated, left_out)
+        asked = replace(asked, tasks=validated)
+    return tasks, asked
+
+
+def tell_notes(run: Run, samples: list[Sample], encoder: Encoder) -> dict[str, int]:
+    """Say and record which samples are used otherwise than one might think; returns as `notes_of` does."""
+    notes = notes_of(samples, encoder.holds_control)
+    for line in note_lines(notes):
+        say(line)
+        run.record.note(line)
+    return notes
 
 
 def validation_plan(run: Run, guards: list[Guard]) -> ValidationPlan | None:
@@ -93,8 +129,7 @@ def validation_plan(run: Run, guards: list[Guard]) -> ValidationPlan | None:
     asked, left_out = plan_validation(run.recipe, run.specs, guards, run.options.eval_samples)
     if asked is None:
         return None
-    questions = sum(len(task.samples) for task in asked.tasks)
-    enforce(left_out, questions + len(left_out), run.options.max_left_out)
+    _enforce_tasks(run, asked.tasks, left_out)
     counts = ", ".join(f"{task.name} ({len(task.samples):,})" for task in asked.tasks)
     say(f"answered at each evaluation: {counts}; the best checkpoint is chosen by {asked.metric}")
     for guard in guards:
@@ -122,7 +157,8 @@ def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], l
         warn(f"changed since the checkpoint: {line}")
         run.record.note(f"changed since the checkpoint: {line}")
     left_out = left_out + data.left_out + (evaluation.left_out if evaluation else [])
-    _write_data_facts(options.output_dir, options.dataset, data, evaluation, left_out)
+    notes = tell_notes(run, train_samples + eval_samples, encoder)
+    _write_data_facts(options.output_dir, options.dataset, data, evaluation, left_out, notes)
     enforce(left_out, total, options.max_left_out, options.output_dir / artifacts.LEFT_OUT)
     planner = planner_over(run, data.lengths)
     eval_planner = replace(planner, lengths=evaluation.lengths) if evaluation and len(evaluation) else None
@@ -169,15 +205,16 @@ def find_run_base(options: TrainOptions, recipe: Recipe) -> Base:
 
 
 def _write_data_facts(
-    folder: Path, dataset: str, data: PreparedData, evaluation: PreparedData | None, left_out: list[LeftOut]
-) -> None:
+    folder: Path, dataset: str, data: PreparedData, evaluation: PreparedData | None, left_out: list[LeftOut],
+    notes: dict[str, int],
+) -> None:  # fmt: skip
     """Write data.json and left_out.jsonl."""
     if not is_main_process():
         return
     reasons: dict[str, int] = {}
     for item in left_out:
         reasons[item.reason] = reasons.get(item.reason, 0) + 1
-    facts = {"schema": 1, "dataset": dataset, "left_out": reasons}
+    facts = {"schema": 1, "dataset": dataset, "left_out": reasons, "notes": notes}
     for name, part in (("train", data), ("eval", evaluation)):
         if part is not None:
             summary = part.summary()

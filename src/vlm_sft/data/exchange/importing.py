@@ -242,7 +242,12 @@ class _Writer:
         if isinstance(images, RowProblem):
             self.drop(left_out(item.id, item.where, images))
             return
-        self._line(f"{item.split}.jsonl", row_of(item.question, images, item.id, item.part))
+        try:
+            row = row_of(item.question, images, item.id, item.part)
+        except RowProblem as problem:
+            self.drop(left_out(item.id, item.where, problem))
+            return
+        self._line(f"{item.split}.jsonl", row)
         self._report.questions[item.split] += 1
         if item.question.note:
             self._report.changed.setdefault(item.question.note, []).append(item.id)

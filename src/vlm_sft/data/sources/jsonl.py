@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft.data.images import check_image
-from vlm_sft.data.sample import ImageRef, LeftOut, Sample
+from vlm_sft.data.sample import NOTE, UNREADABLE, ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.foreign import refuse_compressed
 from vlm_sft.data.sources.locate import StoredImage, locate_image
 from vlm_sft.data.sources.records import Question, questions_of, require_image
@@ -206,7 +206,7 @@ def _read_image(folder: Path, image: Any) -> ImageRef | RowProblem:
     except RowProblem as problem:
         return problem
     except DataError as error:
-        return RowProblem("image cannot be read", error.what)
+        return RowProblem(UNREADABLE, error.what)
 
 
 def _samples(
@@ -228,5 +228,6 @@ def _samples(
             continue
         part = "" if line.part.lower() in SPLIT_WORDS else line.part
         samples.append(Sample(line.id, spec.name, part, tuple(refs), asked.question, asked.target, asked.answers,
-                              asked.history, asked.system, {"where": line.where}))
+                              asked.history, asked.system,
+                              {"where": line.where} | ({NOTE: asked.note} if asked.note else {})))
     return samples, left

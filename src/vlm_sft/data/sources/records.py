@@ -18,6 +18,9 @@ from vlm_sft.data.sources.rows import RowProblem, clean_text, most_common
 from vlm_sft.errors import quoted
 
 PLACEHOLDER = "<image>"
+MOVED = "an image stands behind words of its conversation; here images come first"
+IMAGE_PARTS = ("image", "image_url")
+_LEADING_MARKS = re.compile(rf"(\s*{PLACEHOLDER})+\s*")
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
          "system": "system"}
 
@@ -70,13 +73,13 @@ def questions_of(record: Any) -> list[Question]:
     if not isinstance(record, dict):
         raise RowProblem("not a record", f"a JSON object is needed, not {type(record).__name__}")
     refuse(record)
-    if "messages" in record:
-        return _conversation(_messages(record["messages"], "messages"), _image_list(record))
-    if "conversations" in record:
-        return _conversation(_messages(record["conversations"], "conversations"), _image_list(record))
+    for key in ("messages", "conversations"):
+        if key in record:
+            return _conversation(_messages(record[key], key, not _has_image_parts(record[key])), _image_list(record))
     if "prompt" in record and "completion" in record:
         prompt, completion = record["prompt"], record["completion"]
-        messages = [_text_message("user", prompt)] if isinstance(prompt, str) else _messages(prompt, "prompt")
+        messages = ([_text_message("user", prompt)] if isinstance(prompt, str)
+                    else _messages(prompt, "prompt", not _has_image_parts(prompt)))
         for message in messages:
             message.supervised = False  # the completion alone is learned
         messages += (_messages(completion, "completion") if isinstance(completion, list)
@@ -113,8 +116,8 @@ def _plain(record: dict[str, Any]) -> Question:
     if "answer" not in record and "answers" not in record:
         raise RowProblem("missing key", "the record has a question, but neither answer nor answers; "
                                         f"{keys_of(record)}; {RENAMING.format('answer=KEY')}")
-    question = _without_placeholders(clean_text(record["question"], "question"))
-    question = clean_text(question, "question")
+    images = _image_list(record)
+    message = _plain_question(clean_text(record["question"], "question"), len(images))
     listed = record.get("answers")
     if listed is None:
         listed = record.get("answer")
@@ -125,8 +128,27 @@ def _plain(record: dict[str, Any]) -> Question:
         raise RowProblem("empty answer", "the list of answers is empty")
     system = clean_text(record["system"], "system text") if record.get("system") else ""
     return Question(
-        tuple(_image_list(record)), question, target or most_common(answers), answers, _history(record), system
-    )
+        tuple(images), clean_text(message.text, "question"), target or most_common(answers), answers,
+        _history(record), system, note=MOVED if message.behind else "",
+    )  # fmt: skip
+
+
+def _plain_question(text: str, images: int) -> _Message:
+    """The question of a plain record: `<image>` before all words, or alone in a line, is a mark; else it is a word.
+
+    Raises:
+        RowProblem: it stands there more often than there are images.
+    """
+    _refuse_more_marks(text.count(PLACEHOLDER), images)
+    lead = _LEADING_MARKS.match(text)
+    lines = text[lead.end() if lead else 0 :].split("\n")
+    kept = [line for line in lines if not _LEADING_MARKS.fullmatch(line)]
+    return _Message("user", "\n".join(kept), behind=len(kept) < len(lines))
+
+
+def _refuse_more_marks(marks: int, images: int) -> None:
+    if marks > images:
+        raise RowProblem("more placeholders than images", f"{PLACEHOLDER} {marks} times, {images} images")
 
 
 def _history(record: dict[str, Any]) -> tuple[Turn, ...]:
@@ -134,7 +156,7 @@ def _history(record: dict[str, Any]) -> tuple[Turn, ...]:
     if not record.get("history"):
         return ()
     turns = []
-    for message in _messages(record["history"], "history"):
+    for message in _messages(record["history"], "history", marked=False):
         if message.images or message.marks or message.role == "system":
             raise RowProblem("history is not text", "history holds texts of user and assistant; images come before it")
         turns.append(Turn(message.role, clean_text(message.text, "history")))
@@ -155,18 +177,29 @@ def _without_placeholders(text: str) -> str:
     return re.sub(rf"\s*{PLACEHOLDER}\s*", lambda found: "\n" if "\n" in found.group() else " ", text).strip()
 
 
-def _text_message(role: str, text: str) -> _Message:
+def _text_message(role: str, text: str, marked: bool = True) -> _Message:
+    """A message of text; only a user places images, so in other texts `<image>` is a word like any other."""
+    if role != "user" or not marked:
+        return _Message(role, text.strip())
     before = text.rpartition(PLACEHOLDER)[0].replace(PLACEHOLDER, "")
     return _Message(role, _without_placeholders(text), marks=text.count(PLACEHOLDER), behind=bool(before.strip()))
 
 
-def _messages(value: Any, key: str) -> list[_Message]:
+def _has_image_parts(messages: Any) -> bool:
+    """Whether a conversation places its images by parts of the type image: then its texts hold no marks."""
+    contents = [item.get("content", item.get("value")) for item in messages if isinstance(item, dict)] \
+        if isinstance(messages, list) else []  # fmt: skip
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and part.get("type") in IMAGE_PARTS for part in parts)
+
+
+def _messages(value: Any, key: str, marked: bool = True) -> list[_Message]:
     if not isinstance(value, list) or not value:
         raise RowProblem("missing key", f"{key} must be a list with at least one message")
-    return [_message(item, f"{key}[{position}]") for position, item in enumerate(value)]
+    return [_message(item, f"{key}[{position}]", marked) for position, item in enumerate(value)]
 
 
-def _message(item: Any, where: str) -> _Message:
+def _message(item: Any, where: str, marked: bool) -> _Message:
     if not isinstance(item, dict):
         raise RowProblem("not a message", f"{where} must be an object with a role and a content")
     role = item.get("role", item.get("from"))
@@ -176,7 +209,7 @@ def _message(item: Any, where: str) -> _Message:
         raise RowProblem("unknown role", f"{where} has the role {quoted(role)}; known are {known}")
     supervised = item.get("loss") is not False and item.get("weight", 1) != 0
     if content is None or isinstance(content, str):
-        message = _text_message(ROLES[role], content or "")
+        message = _text_message(ROLES[role], content or "", marked)
         message.supervised = supervised
         return message
     if not isinstance(content, list):
@@ -186,13 +219,13 @@ def _message(item: Any, where: str) -> _Message:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            inner = _text_message(message.role, part["text"])
+            inner = _text_message(message.role, part["text"], marked)
             message.behind |= inner.behind or bool(inner.marks and any(texts))
             texts.append(inner.text)
             message.marks += inner.marks
-        elif kind in ("image", "image_url"):
+        elif kind in IMAGE_PARTS:
             message.behind |= any(texts)
-            inline = next((part[name] for name in ("image", "image_url") if part.get(name)), None)
+            inline = next((part[name] for name in IMAGE_PARTS if part.get(name)), None)
             if inline is not None:
                 message.images.append(inline)
             elif any(part.get(name) for name in ("bytes", "path", "url")):
@@ -223,8 +256,7 @@ def _unknown_part(where: str, part: Any) -> RowProblem:
 def _conversation(messages: list[_Message], listed: list[Any]) -> list[Question]:
     """One question an assistant turn, with the turns before it as history and the images shown so far."""
     marks = sum(message.marks for message in messages)
-    if marks > len(listed):
-        raise RowProblem("more placeholders than images", f"{marks} image placeholders, {len(listed)} images")
+    _refuse_more_marks(marks, len(listed))
     waiting = listed[len(listed) - marks:]  # those that a placeholder places; the others come before everything
     seen: list[Any] = listed[: len(listed) - marks]
     system, question = "", ""
@@ -233,7 +265,7 @@ def _conversation(messages: list[_Message], listed: list[Any]) -> list[Question]
     note, number = "", 0
     for message in messages:
         if message.behind or (history and (message.images or message.marks)):
-            note = "an image stands behind words of its conversation; here images come first"
+            note = MOVED
         seen += message.images + waiting[: message.marks]
         waiting = waiting[message.marks:]
         if message.role == "system":
