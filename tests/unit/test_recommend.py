@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft.forecast.calibration import MEMORY, PAST, TABLE, add_past_run, from_past_runs, history_key, read_past_runs
 from vlm_sft.forecast.hardware import DEVICES, device_named, find_device
 from vlm_sft.forecast.measured import GUIDE, Quality, guide_advice, guide_comparison, qualities
 from vlm_sft.forecast.pareto import pareto_front
@@ -123,25 +122,6 @@ def test_own_runs_count_before_the_recorded_benchmark(tmp_path: Path) -> None:
     own, source = qualities(runs, "pocket", ["easy_vqa"], recorded)
     assert list(own) == ["best"] and own["best"].value == pytest.approx(0.7)
     assert "1 of your recipes' runs" in source
-
-
-def test_past_runs_correct_what_is_alike(tmp_path: Path) -> None:
-    key = history_key("cpu", 1, "shape", {"dtype": 4})
-    for ratio in (2.0, 2.2, 2.1):
-        add_past_run(tmp_path, {
-            "key": key, "forecast": {"training steps": 10.0, MEMORY: 100.0},
-            "actual": {"training steps": 10 * ratio, MEMORY: 150.0},
-        })  # fmt: skip
-    rows = read_past_runs(tmp_path)
-    found = from_past_runs(rows, key)
-    assert found.basis == PAST and found.factors == {"training steps": 2.1, MEMORY: 1.5}
-    other = from_past_runs(rows, history_key("cpu", 1, "another", {"dtype": 4}))
-    assert other.factors == {"training steps": 2.1} and other.spread > found.spread  # type: ignore[operator]
-    assert from_past_runs(rows, history_key("gpu", 1, "shape", {})).factors == {}
-    # What a tiny model spends is mostly overhead: it says something about its own shape alone.
-    tiny = [{"key": key, "forecast": {"training steps": 0.1}, "actual": {"training steps": 0.5}}]
-    assert from_past_runs(tiny, key).factors == {"training steps": 5.0}
-    assert from_past_runs(tiny, history_key("cpu", 1, "another", {"dtype": 4})).basis == TABLE
 
 
 def test_devices_are_found_by_their_drivers_names_and_never_guessed() -> None:

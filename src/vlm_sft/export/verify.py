@@ -6,6 +6,7 @@ folder, with the folder's own processor. Both answer a few questions greedily.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,12 @@ from vlm_sft import artifacts
 from vlm_sft.console import progress
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import Encoder
-from vlm_sft.data.images import decode_rgb
+from vlm_sft.data.images import check_image, decode_rgb
 from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.data.sources.registry import load_split
 from vlm_sft.data.sources.spec import parse_datasets
-from vlm_sft.errors import ModelError
+from vlm_sft.errors import DataError, ModelError
 from vlm_sft.model import prefix
 from vlm_sft.model.sharing import TOLERANCE
 
@@ -49,6 +50,8 @@ class Told:
 def find_questions(run: Path, count: int) -> tuple[list[Sample], str]:
     """Questions to compare on: those of the run's evaluation with their saved pictures, else on generated charts.
 
+    Pictures that cannot be decoded are passed over.
+
     Args:
         run: the run's folder.
         count: at most so many.
@@ -57,17 +60,22 @@ def find_questions(run: Path, count: int) -> tuple[list[Sample], str]:
         The questions, and where they come from in a few words.
     """
     evaluation = run / artifacts.EVALUATION_FOLDER
-    found: list[Sample] = []
+    found: list[tuple[Path, Path, dict[str, Any]]] = []
     for path in sorted(evaluation.glob(f"tuned/*/{artifacts.PREDICTIONS}")):
         for row in artifacts.read_jsonl(path):
             name = row.get("image")
             picture = (evaluation / name).resolve() if isinstance(name, str) else None
             if picture and picture.is_relative_to(evaluation.resolve()) and picture.is_file():
-                image = ImageRef.from_path(picture)
-                found.append(Sample(str(row["id"]), path.parent.name, "", (image,), str(row["question"]), "", ()))
-    if found:
-        step = max(1, len(found) // count)
-        return found[::step][:count], "pictures that the run saved"
+                found.append((path, picture, row))
+    samples: list[Sample] = []
+    for path, picture, row in found[:: max(1, len(found) // count)]:
+        with contextlib.suppress(DataError, OSError):
+            image = check_image(ImageRef.from_path(picture))
+            samples.append(Sample(str(row["id"]), path.parent.name, "", (image,), str(row["question"]), "", ()))
+        if len(samples) == count:
+            break
+    if samples:
+        return samples, "pictures that the run saved"
     (spec,) = parse_datasets("demo_charts")
     return load_split(spec, "test", count).samples[:count], "generated charts"
 
