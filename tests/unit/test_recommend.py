@@ -72,6 +72,27 @@ def test_cheapest_that_is_not_significantly_worse() -> None:
     assert "# 2epoch" in drawn and "* 5epoch" in drawn and "o best" in drawn
 
 
+@pytest.mark.parametrize("times", [
+    (0.01, 0.23, 0.39, 0.90, 1.07), (1, 1, 1, 1, 1), (1, 1.01, 1.02, 1.03, 1.04), (0.5, 1, 1, 90, 91),
+])  # fmt: skip
+@pytest.mark.parametrize("values", [(0.714, 0.738, 0.739, 0.740, 0.740), (0.7,) * 5, (0.5, 0.6, 0.7, 0.8, 0.9)])
+def test_names_of_the_plot_are_whole(times: tuple[float, ...], values: tuple[float, ...]) -> None:
+    """Recipes that take nearly as long and answer nearly as well overwrote each other: "# 1ep* 2epoch"."""
+    names = ("smoketest", "1epoch", "2epoch", "5epoch", "best")
+    found = [candidate(*one, (value, 0.02)) for *one, value in zip(names, times, values, strict=True)]
+    lines = plot(found, recommend(found, 100))
+    drawn = "\n".join(lines[1:13])
+    words = drawn.replace("|", " ").split()
+    assert sorted(word for word in words if word not in "#*o") == sorted(names)
+    assert words.count("#") == 1 and len(lines) == 15 and all(len(line) <= 63 for line in lines)
+
+
+def test_names_that_the_plot_has_no_room_for_are_listed() -> None:
+    found = [candidate(f"a_recipe_of_mine_{number}", 1, (0.7, 0.02)) for number in range(20)]
+    drawn = "\n".join(plot(found, recommend(found, 10)))
+    assert "no room for the names of: " in drawn and all(f"a_recipe_of_mine_{number}" in drawn for number in range(20))
+
+
 def test_what_cannot_be_afforded_is_named() -> None:
     found = [candidate("1epoch", 1, disk=5e9), candidate("2epoch", 30)]
     nothing = recommend(found, 10, disk_bytes=1e9)

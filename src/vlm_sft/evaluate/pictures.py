@@ -60,7 +60,7 @@ def save_pictures(tasks: Sequence[Task], folder: Path) -> None:
                 except DataError as error:
                     failed[name] = error.what
     if failed:
-        warn(f"{len(failed):,} pictures cannot be saved for the report; the first: {next(iter(failed.values()))}")
+        warn(f"{len(failed):,} picture(s) cannot be saved for the report; the first: {next(iter(failed.values()))}")
     artifacts.write_json(
         folder / artifacts.PICTURES,
         {
