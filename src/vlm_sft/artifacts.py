@@ -23,6 +23,7 @@ TRACKERS = "trackers.json"  # where TensorBoard, W&B, MLflow and Trackio have th
 TRACKER_FOLDERS = ("runs", "wandb", "mlruns", "trackio")  # what they write where they are not sent elsewhere
 ANOMALIES = "anomalies.jsonl"  # one line an event of the training that should not happen; not there when none did
 RESULTS = "results.json"  # the table: benchmark, n, base, tuned, difference
+PICTURES = "pictures.json"  # which pictures an evaluation did not keep
 PREDICTIONS = "predictions.jsonl"  # one line an evaluated question
 IDENTITY = "identity.json"  # what made the predictions beside it: model, adapter, prompt, limit of an answer
 VALIDATION_FOLDER = "validation"  # validation/step-<N>/<benchmark>/…: the benchmarks' questions asked during training

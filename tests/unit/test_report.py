@@ -207,7 +207,11 @@ def test_missing_foreign_and_undecodable_pictures_have_a_placeholder(tmp_path: P
     ])
     _, page = render(folder, output=tmp_path / "r.html")
     assert page.all("img") == []
-    assert page.text.count("picture missing or unreadable") == 2 and page.text.count("no picture given") == 3
+    assert "picture missing: it is not in the run's evaluation/images" in page.text
+    assert "picture unreadable: broken.png: not an image in a known format" in page.text
+    assert page.text.count("no picture given") == 4, "three cards, and the count below them"
+    assert "3 questions: no picture given" in page.text and "1 question: picture missing" in page.text
+    assert "chartqa: names of pictures that lead out of evaluation/ are not followed" in page.text
     assert page.text.count("tuned: not evaluated") == 5 and page.text.count("(empty answer)") == 5
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlm_sft.errors import DataError
 from vlm_sft.report import formats
 from vlm_sft.report.collect import parse_results
 from vlm_sft.report.fields import Fields
@@ -164,5 +165,6 @@ def test_thumbnail_of_transparent_and_tiny_pictures(tmp_path: Path) -> None:
 
     Image.new("RGBA", (10, 5), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     address = thumbnail(tmp_path / "clear.png")
-    assert address is not None and address.startswith("data:image/webp;base64,")
-    assert thumbnail(tmp_path / "none.png") is None and thumbnail(None) is None
+    assert address.startswith("data:image/webp;base64,")
+    with pytest.raises(DataError, match="picture missing"):
+        thumbnail(tmp_path / "none.png")

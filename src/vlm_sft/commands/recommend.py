@@ -93,6 +93,13 @@ def draw(advice: Advice, path: Path) -> None:
         axes,
         [Label(one.name, one.seconds / 3600, worth(one, choice.measured), "#333333") for one in shown],
         leader_colour="#999999",
+        curves=[
+            [(one.seconds / 3600, worth(one, choice.measured)) for one in front],
+            *(
+                [(one.seconds / 3600, one.quality.low), (one.seconds / 3600, one.quality.high)]
+                for one in shown if one.quality is not None and choice.measured
+            ),
+        ],
         fontsize=10,
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +18,8 @@ UNREADABLE = "image cannot be read"
 UNPROCESSABLE = "image cannot be processed"
 CONTROL_TEXT = "text cannot be told from a control token"
 NOTE = "note"  # key of a sample's metadata: what is not exactly as its record has it
+MAX_FILE_BYTES = 1024**3  # no picture within the limit of pixels is stored in more
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
@@ -43,10 +48,25 @@ class ImageRef:
         """Reference a file; it is read once here for its key.
 
         Raises:
-            OSError: the file is missing or unreadable.
+            OSError: as of `read_file`.
         """
-        path = Path(path)
-        return cls(hashlib.sha256(path.read_bytes()).hexdigest(), str(path), path.read_bytes)
+        read = functools.partial(read_file, Path(path))
+        return cls(hashlib.sha256(read()).hexdigest(), str(path), read)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an encoded image.
+
+    Raises:
+        OSError: the file is missing or unreadable, larger than `MAX_FILE_BYTES`, or a pipe or device, whose end may
+            never come.
+    """
+    state = path.stat()
+    if not (stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if state.st_size > MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"{state.st_size:,} bytes; the limit is {MAX_FILE_BYTES:,}", str(path))
+    return path.read_bytes()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from vlm_sft.errors import EvaluationError
 from vlm_sft.evaluate.backends import Backend, SharedPrefixBackend, VllmBackend, require_vllm
 from vlm_sft.evaluate.caches import CacheOptions, Caches
 from vlm_sft.evaluate.identity import identity_of
-from vlm_sft.evaluate.run import Evaluator, barrier, save_pictures
+from vlm_sft.evaluate.pictures import save_pictures
+from vlm_sft.evaluate.run import Evaluator, barrier
 from vlm_sft.evaluate.scoring import format_score
 from vlm_sft.evaluate.tasks import Task, benchmark_names, load_tasks, parse_token_limits, usable_tasks
 from vlm_sft.launch import Launch, connected, pack_tokens, quiet_libraries, read_launch

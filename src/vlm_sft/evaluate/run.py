@@ -6,7 +6,6 @@ are computed from them.
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -17,21 +16,17 @@ import torch
 
 from vlm_sft import artifacts
 from vlm_sft.console import progress
-from vlm_sft.data.images import decode_rgb
-from vlm_sft.data.mixture import stratified_limit
-from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.data.sample import Sample
 from vlm_sft.errors import EvaluationError
 from vlm_sft.evaluate.analysis import analyse
 from vlm_sft.evaluate.backends import Backend
 from vlm_sft.evaluate.compare import compare_rows
 from vlm_sft.evaluate.identity import PART, claim, mend_parts, part_files, read_rows
 from vlm_sft.evaluate.metrics import Benchmark
+from vlm_sft.evaluate.pictures import picture_name
 from vlm_sft.evaluate.plan import Pack, image_counter, plan_packs, rounds, share
 from vlm_sft.evaluate.scoring import summarise
-from vlm_sft.evaluate.tasks import SAMPLE_SEED, Task
-
-PICTURES = 240  # images a benchmark that are saved for the report
-PICTURE_SIDE = 480  # pixels
+from vlm_sft.evaluate.tasks import Task
 
 
 class EvaluationStopped(Exception):
@@ -194,32 +189,6 @@ def prediction_row(benchmark: Benchmark, sample: Sample, text: str) -> dict[str,
         "score": benchmark.metric(text, sample.answers),
         "question_type": str(sample.metadata.get("question_type", "")),
     }
-
-
-def picture_name(image: ImageRef) -> str:
-    """Where the report finds the picture of a prediction, relative to the evaluation folder."""
-    return f"images/{image.key[:24]}.png"
-
-
-def save_pictures(tasks: Sequence[Task], folder: Path) -> None:
-    """Save scaled-down copies of the first images of every benchmark (a seeded choice) for the report."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for task in tasks:
-        chosen = stratified_limit(task.samples, PICTURES, SAMPLE_SEED)
-        for sample in chosen:
-            path = folder / picture_name(sample.images[0])
-            if path.is_file():
-                continue
-            path.write_bytes(scaled_picture(sample.images[0]))
-
-
-def scaled_picture(image: ImageRef) -> bytes:
-    """The copy of an image that the report shows: PNG, at most `PICTURE_SIDE` pixels wide and high."""
-    picture = decode_rgb(image.load(), image.source)
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def barrier(world_size: int) -> None:

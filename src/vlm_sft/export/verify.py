@@ -7,7 +7,7 @@ folder, with the folder's own processor. Both answer a few questions greedily.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class Told:
 def find_questions(run: Path, count: int, encoder: Encoder) -> tuple[list[Sample], str]:
     """Questions to compare on: those of the run's evaluation with their saved pictures, else on generated charts.
 
+    Pictures that cannot be decoded are passed over.
+
     Args:
         run: the run's folder.
         count: at most so many.
@@ -60,28 +62,29 @@ def find_questions(run: Path, count: int, encoder: Encoder) -> tuple[list[Sample
         The questions, and where they come from in a few words.
     """
     evaluation = run / artifacts.EVALUATION_FOLDER
-    found: list[Sample] = []
+    found: list[tuple[Path, Path, dict[str, Any]]] = []
     for path in sorted(evaluation.glob(f"tuned/*/{artifacts.PREDICTIONS}")):
         for row in artifacts.read_jsonl(path):
             name = row.get("image")
             picture = (evaluation / name).resolve() if isinstance(name, str) else None
             if picture and picture.is_relative_to(evaluation.resolve()) and picture.is_file():
-                image = ImageRef.from_path(picture)
-                found.append(Sample(str(row["id"]), path.parent.name, "", (image,), str(row["question"]), "", ()))
+                found.append((path, picture, row))
     step = max(1, len(found) // count)
-    spread = [sample for start in range(step) for sample in found[start::step]]
-    if chosen := list(islice((sample for sample in spread if _can_be_compared(sample, encoder)), count)):
+    spread = (_comparable(*one, encoder) for start in range(step) for one in found[start::step])
+    if chosen := list(islice(filter(None, spread), count)):
         return chosen, "pictures that the run saved"
     (spec,) = parse_datasets("demo_charts")
     return load_split(spec, "test", count).samples[:count], "generated charts"
 
 
-def _can_be_compared(sample: Sample, encoder: Encoder) -> bool:
+def _comparable(path: Path, picture: Path, row: dict[str, Any], encoder: Encoder) -> Sample | None:
+    """The question of a prediction about its saved picture; None where it cannot be compared."""
     try:
-        sized = replace(sample, images=tuple(map(check_image, sample.images)))
-    except DataError:
-        return False
-    return encoder.problem(sized) is None and encoder.has_ordinary_prompt(sized)
+        image = check_image(ImageRef.from_path(picture))
+    except (DataError, OSError):
+        return None
+    sample = Sample(str(row["id"]), path.parent.name, "", (image,), str(row["question"]), "", ())
+    return sample if encoder.problem(sample) is None and encoder.has_ordinary_prompt(sample) else None
 
 
 def greedy(stop_ids: Sequence[int], pad_id: int | None) -> GenerationConfig:

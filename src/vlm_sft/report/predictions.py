@@ -84,8 +84,12 @@ def _read_benchmark(evaluation: Path, name: str, problems: list[str]) -> Iterabl
         either = tuned or base
         if either is None:
             continue
+        image = _image_path(evaluation, either.text("image"))
+        foreign = f"{name}: names of pictures that lead out of evaluation/ are not followed"
+        if image is None and either.text("image") and foreign not in problems:
+            problems.append(foreign)
         yield Prediction(
-            benchmark=name, id=identity, image=_image_path(evaluation, either.text("image")),
+            benchmark=name, id=identity, image=image,
             question=either.text("question"), answers=either.texts("answers"), split=either.text("split"),
             question_type=either.text("question_type"), base=_answer(base), tuned=_answer(tuned),
         )

@@ -20,8 +20,8 @@ from vlm_sft.data.features import AUTO, OFF
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.evaluate.caches import one_an_image
+from vlm_sft.evaluate.pictures import KEPT_BYTES, scaled_picture
 from vlm_sft.evaluate.plan import image_counter, plan_packs
-from vlm_sft.evaluate.run import PICTURES, scaled_picture
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.forecast.counts import NO_WORK, Work, adapter_of, epoch_work
 from vlm_sft.forecast.disk import PREDICTION_BYTES, Saving
@@ -286,9 +286,11 @@ def _pictures(samples: Sequence[Sample]) -> tuple[float, float]:
     began = time.perf_counter()
     sizes = [len(scaled_picture(sample.images[0])) for sample in chosen if sample.images]
     seconds = time.perf_counter() - began
-    # A seeded choice of PICTURES questions: about so many different images.
-    images = min(len(firsts), PICTURES * len(firsts) / max(len(samples), 1)) if len(samples) > PICTURES else len(firsts)
-    return (float(np.mean(sizes)) * images, seconds / len(sizes) * images) if sizes else (0.0, 0.0)
+    if not sizes:
+        return 0.0, 0.0
+    mean = float(np.mean(sizes))
+    images = min(len(firsts), KEPT_BYTES / mean)
+    return mean * images, seconds / len(sizes) * images
 
 
 def image_seconds(encoder: Encoder, samples: Sequence[Sample]) -> float:

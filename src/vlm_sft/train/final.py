@@ -15,7 +15,8 @@ from vlm_sft.console import is_main_process, say
 from vlm_sft.data.cache import DataCache
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.identity import identity_of
-from vlm_sft.evaluate.run import Evaluator, barrier, results_table, save_pictures
+from vlm_sft.evaluate.pictures import save_pictures
+from vlm_sft.evaluate.run import Evaluator, barrier, results_table
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.launch import Launch
 from vlm_sft.model.adapt import load_adapter

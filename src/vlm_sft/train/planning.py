@@ -26,7 +26,7 @@ from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.errors import DataError, ModelError, RunError
 from vlm_sft.evaluate.tasks import Task
-from vlm_sft.forecast.calibration import Calibration, from_past_runs, history_key, read_past_runs
+from vlm_sft.forecast.calibration import Calibration, from_past_runs, history_key, read_past_runs, settled_rates
 from vlm_sft.forecast.fit import shortages
 from vlm_sft.forecast.hardware import Device, device_named, table_rates
 from vlm_sft.forecast.images import qwen_grid
@@ -40,7 +40,7 @@ from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import RunRecord, device_name, resident_bytes
 from vlm_sft.train.case import Known, case_of, free_bytes, history_setting, setting_of, shape_of
 from vlm_sft.train.engine import Engine
-from vlm_sft.train.foretell import best_rates, describe, refuse_or_warn
+from vlm_sft.train.foretell import describe, refuse_or_warn
 from vlm_sft.train.imagine import Imagined, known_from_numbers, known_from_table
 from vlm_sft.train.measure import rates_here
 from vlm_sft.train.options import Run, TrainOptions
@@ -176,7 +176,7 @@ def _calibrated(
         return case, Calibration()
     past = read_past_runs(cache_root(run.options))
     key = history_key(device_name(), torch.get_num_threads(), shape.key, history_setting(run.launch, case.setting))
-    rates = best_rates(past, key, case.setting.rates)
+    rates = settled_rates(past, key, case.setting.rates)
     return replace(case, setting=replace(case.setting, rates=rates)), from_past_runs(past, key)
 
 

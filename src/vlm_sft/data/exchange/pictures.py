@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vlm_sft.artifacts import write_bytes_atomic
 from vlm_sft.data.exchange.fetch import fetch
-from vlm_sft.data.images import decode_rgb, read_bytes
+from vlm_sft.data.images import decode_rgb, image_format, read_bytes
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.data.sources.locate import image_text, is_url, locate_image
 from vlm_sft.data.sources.rows import RowProblem
@@ -72,8 +69,7 @@ class ImageStore:
             decode_rgb(data, ref.source)
         except DataError as error:
             raise RowProblem("image cannot be read", error.what) from error
-        with Image.open(io.BytesIO(data)) as picture:
-            kind = picture.format or "PNG"
+        kind = image_format(data)
         name = f"{FOLDER}/{stem}.{ENDINGS.get(kind, kind.lower())}"
         try:
             write_bytes_atomic(self.output / name, data)

@@ -1,4 +1,4 @@
-"""Finds an image as a record writes it: a path, a data URI, bytes. Imports data.sample, data.images and rows."""
+"""Finds an image as a record writes it: a path, a data URI, bytes. Imports data.sample and rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.data.images import MAX_FILE_BYTES
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.data.sources.rows import RowProblem
 from vlm_sft.errors import QUOTED_CHARACTERS, quoted
@@ -119,8 +118,6 @@ def _file(folder: Path, image: str) -> ImageRef:
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
             raise _missing(image, candidates)
-        if (size := found.stat().st_size) > MAX_FILE_BYTES:
-            raise RowProblem("image cannot be read", f"{found} has {size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
         return ImageRef.from_path(found)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = error.strerror if isinstance(error, OSError) else error  # without the name, which may be a picture
