@@ -112,7 +112,7 @@ def _benchmark(
     facts = artifacts.read_json(base_folder(settings) / name / artifacts.RESULTS)
     before = list(artifacts.read_jsonl(base_folder(settings) / name / artifacts.PREDICTIONS))
     answers, by_seed = averaged(folders, name)
-    scores, images = [row["score"] for row in answers], [row["image"] or row["id"] for row in answers]
+    scores, images = [row["score"] for row in answers], [statistics.cluster_of(row) for row in answers]
     compared = compare_rows(before, answers)
     previous = None
     if partner:

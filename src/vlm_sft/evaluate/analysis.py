@@ -103,7 +103,7 @@ def analyse(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _scores(rows: Sequence[Row]) -> dict[str, Any]:
     scores = [float(row["score"]) for row in rows]
-    interval = statistics.mean_interval(scores, [row.get("image") or ("item", row["id"]) for row in rows])
+    interval = statistics.mean_interval(scores, [statistics.cluster_of(row) for row in rows])
     return {"n": len(rows), "accuracy": sum(scores) / len(scores), "interval": list(interval)}
 
 

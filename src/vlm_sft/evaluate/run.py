@@ -246,7 +246,8 @@ def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
         rows = [list(artifacts.read_jsonl(folder / side / task.name / artifacts.PREDICTIONS)) for side in sides]
         compared = compare_rows(*rows)
         benchmarks[task.name] = {
-            "n": sides["base"]["n"],
+            "n": compared["n"],
+            "clusters": compared["clusters"],
             "metric": task.benchmark.metric_name,
             "synthetic": task.synthetic,
             **{side: {key: sides[side][key] for key in ("accuracy", "interval", "seconds")} for side in sides},
@@ -254,7 +255,7 @@ def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
             "difference_interval": compared["interval"],
             "p_value": compared["p_value"],
             "verdict": compared["verdict"],
-            "smallest_detectable_difference": compared["smallest_detectable_difference"],
+            **{key: compared[key] for key in ("smallest_detectable_difference", "questions_needed", "clusters_needed")},
             "splits": {
                 split: {
                     "n": values["n"],

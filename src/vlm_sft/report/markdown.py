@@ -16,18 +16,18 @@ def results_table(results: dict[str, Any]) -> str:
     """Render the content of results.json as a Markdown table with aligned columns.
 
     Accuracies are in percent with their 95 % intervals, the difference (tuned minus base) in percentage points, the
-    time is that of both evaluations together. Synthetic benchmarks are called so, splits follow their benchmark.
+    time is that of both evaluations together. Synthetic benchmarks are called so, splits follow their benchmark. Of a
+    benchmark with too few questions to judge, a line below the table says what it would take.
 
     Args:
         results: the parsed results.json; what is missing in it is shown as a dash.
 
     Returns:
-        The table without a final newline.
+        The table, and such lines, without a final newline.
     """
-    rows: list[tuple[str, ...]] = [HEADER]
-    for benchmark in parse_results(results):
-        rows.extend(_rows(benchmark))
-    return table(rows)
+    benchmarks = parse_results(results)
+    text = table([HEADER, *(row for benchmark in benchmarks for row in _rows(benchmark))])
+    return "\n\n".join([text, *(benchmark.too_few for benchmark in benchmarks if benchmark.too_few)])
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
