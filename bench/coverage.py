@@ -3,7 +3,7 @@
     python bench/coverage.py
 
 Simulates models that answer questions about few images of unequal sizes, with answers that hang together within an
-image, and writes a table into bench/README.md. Imports evaluate.statistics; takes a few minutes on one core.
+image, and writes a table into bench/README.md. Imports evaluate.statistics; takes about ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -145,11 +145,11 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=1000, help="of each combination (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    cells = [
+    result = origin() | {"trials": args.trials, "seed": args.seed, "questions": QUESTIONS}
+    result["cells"] = [
         cell(world, images, correlation, args.trials, args.seed)
         for world, correlation, images in product(WORLDS, CORRELATIONS, IMAGES)
     ]
-    result = origin() | {"trials": args.trials, "seed": args.seed, "questions": QUESTIONS, "cells": cells}
     artifacts.write_json(RESULT, result)
     write_block("coverage", "Intervals with few images", table(result))
     say(table(result))

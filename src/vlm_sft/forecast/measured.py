@@ -65,8 +65,9 @@ def combined(accuracies: Sequence[tuple[float, float, float]], source: str, ques
     """
     count = len(accuracies)
     value = sum(one[0] for one in accuracies) / count
-    half = math.sqrt(sum(((one[2] - one[1]) / 2) ** 2 for one in accuracies)) / count
-    return Quality(value, max(0.0, value - half), min(1.0, value + half), source, questions)
+    down = math.sqrt(sum((one[0] - one[1]) ** 2 for one in accuracies)) / count
+    up = math.sqrt(sum((one[2] - one[0]) ** 2 for one in accuracies)) / count
+    return Quality(value, value - down, value + up, source, questions)
 
 
 def qualities(
