@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_sft.artifacts import LEFT_OUT
 from vlm_sft.data.images import check_image
-from vlm_sft.data.sample import ImageRef, LeftOut, Sample
+from vlm_sft.data.sample import ImageRef, LeftOut, Sample, questions_per_image
 from vlm_sft.data.sources.rows import in_threads
 from vlm_sft.errors import DataError
 
@@ -81,13 +81,12 @@ def audit(
         loaded: how many were loaded before a limit was drawn; None where there was no limit.
         tokens: counts of the encoder to store along, by kind.
     """
-    per_image = Counter(sample.image_key for sample in samples)
     refs = {image.key: image for sample in samples for image in sample.images}
     parts = Counter(f"{sample.dataset}/{sample.split}" for sample in samples if sample.split)
     return AuditReport(
         samples=len(samples),
         images=len(refs),
-        questions_per_image=dict(sorted(Counter(per_image.values()).items())),
+        questions_per_image=questions_per_image(samples),
         datasets=dict(Counter(sample.dataset for sample in samples)),
         splits=dict(sorted(parts.items())),
         answer_characters=_spread([len(sample.target) for sample in samples]),

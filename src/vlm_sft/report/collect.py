@@ -228,6 +228,7 @@ def _parse_benchmark(name: str, fields: Fields) -> Benchmark:
             SplitScore(split, one.whole("n"), one.number("base"), one.number("tuned")) for split, one in splits
         ),
         clusters=fields.whole("clusters"), needed=_parse_needed(fields),
+        also_chose=fields.whole("also_chose") or 0, also_trained=fields.whole("also_trained") or 0,
     )
 
 

@@ -1,6 +1,6 @@
 """What a report knows of a run, as dataclasses; whatever an artifact does not hold is None or empty.
 
-May import evaluate.compare, report.formats and report.predictions.
+May import evaluate, report.formats and report.predictions.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_sft.evaluate.compare import TOO_FEW
+from vlm_sft.evaluate.overlap import cautions
 from vlm_sft.report import formats
 from vlm_sft.report.predictions import Prediction
 
@@ -53,6 +54,8 @@ class Benchmark:
     splits: tuple[SplitScore, ...]
     clusters: int | None = None
     needed: tuple[int, int] | None = None  # questions and independent images that could judge it
+    also_chose: int = 0  # questions about images that chose the checkpoint too
+    also_trained: int = 0  # questions about images that were trained on
 
     @property
     def seconds(self) -> float | None:
@@ -69,10 +72,13 @@ class Benchmark:
         return "better" if low > 0 else "worse" if high < 0 else "same"
 
     @property
-    def too_few(self) -> str:
-        """What a reader is told where the questions are too few to judge; "" otherwise."""
-        if self.verdict != TOO_FEW:
-            return ""
+    def cautions(self) -> list[str]:
+        """What a reader of this row has to know, as sentences without a full stop."""
+        few = [self._too_few()] if self.verdict == TOO_FEW else []
+        return few + cautions(self.name, self.n or 0, self.also_chose, self.also_trained)
+
+    def _too_few(self) -> str:
+        """What it would take to judge it."""
         images = f" on {self.clusters:,} independent images" if self.clusters else ""
         questions = f"{self.name}: {formats.count(self.n)} questions{images} are {TOO_FEW}"
         if self.needed is None:
