@@ -1,4 +1,4 @@
-"""The results table as Markdown, readable as plain text too. May import evaluate.compare and its neighbours in report."""
+"""The results table as Markdown, readable as plain text too. May import evaluate.compare and its neighbours."""
 
 from __future__ import annotations
 
