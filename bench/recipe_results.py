@@ -1,6 +1,6 @@
 """The result file of the recipe benchmark: what the run folders came to, row by row.
 
-The accuracy of a row is the mean over its seeds; its interval resamples images, with the mean over the seeds as a
+The accuracy of a row is the mean over its seeds; its interval is clustered by image, with the mean over the seeds as a
 question's score. Differences are paired by question.
 """
 

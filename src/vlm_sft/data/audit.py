@@ -58,8 +58,9 @@ class AuditReport:
 
     @property
     def mean_questions_per_image(self) -> float:
-        """k: questions over images."""
-        return self.samples / self.images if self.images else 0.0
+        """k: in how many questions an image is shown."""
+        shown = sum(k * images for k, images in self.questions_per_image.items())
+        return shown / self.images if self.images else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""

@@ -83,7 +83,7 @@ def plan_split(available: Iterable[str], split: str, name: str) -> SplitPlan:
         return SplitPlan("validation", "all", note="there is no test split; the validation split stands in for it")
     if "train" in has:
         held = tuple(name for name in ("validation", "test") if name not in has)
-        note = "" if split == "train" else "a seeded part of the train images, which the train split excludes"
+        note = "" if split == "train" else f"held out of train for {split}, by a seeded draw of its images"
         return SplitPlan("train", split, held, note)
     have = ", ".join(sorted(has)) or "none"
     fix = f"add a file named {split}, or choose another split"
