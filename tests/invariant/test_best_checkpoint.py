@@ -20,6 +20,7 @@ import pytest
 from tests.pictures import png
 from tests.tiny_models import save
 from vlm_sft.cli import main
+from vlm_sft.data.sources.splits import SPLITS
 
 COLOURS = ("red", "navy", "gold", "white", "black", "green", "pink", "grey")
 TOKENS = "32"
@@ -33,12 +34,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, colour in enumerate(COLOURS):
         (folder / f"{index}.png").write_bytes(png(colour, (56 + 14 * (index % 3), 70)))
     write(folder / "asked.jsonl", [question(index, f"Say {index}.", "?") for index in range(len(COLOURS))])
-    evaluate(folder, "asked", "--benchmark", str(folder / "asked.jsonl"), "--split", "train")
-    evaluate(folder, "asked_held", "--benchmark", str(folder / "asked.jsonl"), "--split", "validation")
+    for split in SPLITS:
+        evaluate(folder, f"asked_{split}", "--benchmark", str(folder / "asked.jsonl"), "--split", split)
     said = {
         row["question"]: row["prediction"]
-        for part in ("asked", "asked_held")
-        for row in lines(folder / part / "asked" / "predictions.jsonl")
+        for split in SPLITS for row in lines(folder / f"asked_{split}" / "asked" / "predictions.jsonl")
     }
     assert len(said) == len(COLOURS)
     assert all(said.values())

@@ -101,7 +101,8 @@ def test_a_folder_of_parquet_shards_is_a_data_set(own: Path, tmp_path: Path) -> 
                           "answers": [["x"], ["y", "z", "z"]]})  # fmt: skip
         pq.write_table(table, plain / f"part-{number}.parquet", row_group_size=1)
     samples = load_split(parse_datasets(str(plain))[0], "train").samples
-    samples += load_split(parse_datasets(str(plain))[0], "validation").samples
+    for split in ("validation", "test"):
+        samples += load_split(parse_datasets(str(plain))[0], split).samples
     assert sorted(sample.target for sample in samples) == ["x", "x", "z", "z"]
     assert len({sample.image_key for sample in samples}) == 3
     assert main(["data", "check", f"mine@{plain / 'part-0.parquet'}", "--output_dir", str(tmp_path / "check")]) == 0

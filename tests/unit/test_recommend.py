@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm_sft.evaluate.statistics import mean_interval
 from vlm_sft.forecast.hardware import DEVICES, device_named, find_device
 from vlm_sft.forecast.measured import GUIDE, Quality, guide_advice, guide_comparison, qualities
 from vlm_sft.forecast.pareto import pareto_front
@@ -143,6 +145,26 @@ def test_own_runs_count_before_the_recorded_benchmark(tmp_path: Path) -> None:
     own, source = qualities(runs, "pocket", ["easy_vqa"], recorded)
     assert list(own) == ["best"] and own["best"].value == pytest.approx(0.7)
     assert "1 of your recipes' runs" in source
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.4])
+def test_own_runs_on_too_few_questions_are_not_chosen_by(tmp_path: Path, accuracy: float) -> None:
+    """A run on four images says nothing about its recipe; the line says what it would take."""
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "run.json").write_text(json.dumps({
+        "recipe_file": "configs/sft_config_best.json", "base_model": "pocket", "datasets": ["own"],
+        "status": "finished", "finished": "2026-01-01"}))  # fmt: skip
+    low, high = mean_interval([1.0] * round(10 * accuracy) + [0.0] * round(10 - 10 * accuracy), [0, 1, 2, 3, 0] * 2)
+    (tmp_path / "runs" / "a" / "results.json").write_text(json.dumps({
+        "benchmarks": {"own": {"n": 10, "tuned": {"accuracy": accuracy, "interval": [low, high]}}},
+    }))
+    found, source = qualities(tmp_path / "runs", "pocket", ["own"], tmp_path)
+    assert found == {}
+    first, second = source.splitlines()
+    assert first.endswith("recipes are ordered by their epochs")
+    assert second.startswith(f"your runs with too few questions to judge are left aside: best {100 * accuracy:.1f} % [")
+    needed = int(second.split("about ")[1].split(" questions")[0].replace(",", ""))
+    assert needed == math.ceil(10 * ((high - low) / 2 / 0.1) ** 2) > 50
 
 
 def test_devices_are_found_by_their_drivers_names_and_never_guessed() -> None:

@@ -82,6 +82,24 @@ def test_direction_is_that_of_the_interval_not_of_the_difference() -> None:
     ]
 
 
+@pytest.mark.parametrize("verdict", ["no significant difference", "too few to judge"])
+def test_no_colour_against_the_verdict(verdict: str) -> None:
+    """Four images of an older run: +40 points with an interval that leaves out 0, and a verdict that finds nothing."""
+    row = {"difference": 0.4, "difference_interval": [0.125, 0.6], "p_value": 0.125, "verdict": verdict}
+    assert parse_results({"benchmarks": {"b": row}})[0].direction == "same"
+
+
+def test_too_few_are_told_below_the_table() -> None:
+    row = {"n": 10, "clusters": 4, "difference": 0.4, "difference_interval": [-1, 1], "verdict": "too few to judge",
+           "questions_needed": 20, "clusters_needed": 8}
+    text = results_table({"benchmarks": {"own": row, "other": {"n": 100, "verdict": "better", "difference": 0.4}}})
+    assert text.splitlines()[-1] == (
+        "own: 10 questions on 4 independent images are too few to judge; about 20 on 8 would show a difference of this "
+        "size"
+    )
+    assert "other:" not in text
+
+
 def test_wrong_types_are_all_noted_and_read_as_missing() -> None:
     problems: list[str] = []
     rows = parse_results({"benchmarks": {"b": {"n": "many", "synthetic": 1, "base": {"accuracy": float("nan")},

@@ -14,7 +14,7 @@ from typing import Any
 from vlm_sft.data.images import check_image
 from vlm_sft.data.plain_text import reads_like_control
 from vlm_sft.data.repeats import Repeat
-from vlm_sft.data.sample import NOTE, UNPROCESSABLE, ImageRef, LeftOut, Sample
+from vlm_sft.data.sample import NOTE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image
 from vlm_sft.data.sources.rows import in_threads
 from vlm_sft.errors import DataError, ModelError
 
@@ -63,8 +63,9 @@ class AuditReport:
 
     @property
     def mean_questions_per_image(self) -> float:
-        """k: questions over images."""
-        return self.samples / self.images if self.images else 0.0
+        """k: in how many questions an image is shown."""
+        shown = sum(k * images for k, images in self.questions_per_image.items())
+        return shown / self.images if self.images else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -89,13 +90,12 @@ def audit(
         repeats: the questions among the samples that come again.
         holds_control: as in `notes_of`.
     """
-    per_image = Counter(sample.image_key for sample in samples)
     refs = {image.key: image for sample in samples for image in sample.images}
     parts = Counter(f"{sample.dataset}/{sample.split}" for sample in samples if sample.split)
     return AuditReport(
         samples=len(samples),
         images=len(refs),
-        questions_per_image=dict(sorted(Counter(per_image.values()).items())),
+        questions_per_image=questions_per_image(samples),
         datasets=dict(Counter(sample.dataset for sample in samples)),
         splits=dict(sorted(parts.items())),
         answer_characters=_spread([len(sample.target) for sample in samples]),

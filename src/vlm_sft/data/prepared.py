@@ -21,7 +21,7 @@ from vlm_sft.data.collate import PackedBatch, collate
 from vlm_sft.data.encode import EncodedGroup, Encoder, group_by_image
 from vlm_sft.data.faults import UNREADABLE, WORKER_HUNG, DataFault, substitutes
 from vlm_sft.data.packing import Bundle, EpochPlanner, GroupLengths
-from vlm_sft.data.sample import LeftOut, Sample
+from vlm_sft.data.sample import LeftOut, Sample, distinct_images, questions_per_image
 from vlm_sft.data.workers import WorkerLost, WorkerPool
 from vlm_sft.errors import DataError
 
@@ -85,25 +85,24 @@ class PreparedData:
             for number, sample in enumerate(members):
                 yield sample, group, number
 
+    @property
+    def distinct_images(self) -> int:
+        """How many different images there are; a question about several of them has a group of its own."""
+        return distinct_images(sample for members in self._samples for sample in members)
+
     def summary(self) -> dict[str, Any]:
         """Counts for data.json: samples, images, tokens, questions per image."""
-        by_size: dict[str, int] = {}
-        by_dataset: dict[str, int] = {}
-        for group in self._groups:
-            size = str(len(group.questions))
-            by_size[size] = by_size.get(size, 0) + 1
-        for sample, _, _ in self.samples():
-            by_dataset[sample.dataset] = by_dataset.get(sample.dataset, 0) + 1
+        samples = [sample for sample, _, _ in self.samples()]
         questions = [question for group in self._groups for question in group.questions]
         return {
             "samples": len(questions),
-            "images": len(self._groups),
+            "images": self.distinct_images,
             "supervised_tokens": sum(len(question.answer_ids) for question in questions),
             "image_tokens": sum(group.image_tokens for group in self._groups),
             "prompt_tokens": sum(len(question.prompt_ids) for question in questions),
             "prefix_tokens": sum(len(group.prefix_ids) for group in self._groups),
-            "questions_per_image": dict(sorted(by_size.items(), key=lambda item: int(item[0]))),
-            "by_dataset": by_dataset,
+            "questions_per_image": {str(k): images for k, images in questions_per_image(samples).items()},
+            "by_dataset": dict(Counter(sample.dataset for sample in samples)),
             "token_histograms": {
                 "image_tokens": histogram([group.image_tokens for group in self._groups]),
                 "question_tokens": histogram([question.tokens for question in questions]),

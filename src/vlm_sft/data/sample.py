@@ -6,7 +6,8 @@ import errno
 import functools
 import hashlib
 import stat
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,17 @@ class Sample:
     def image_key(self) -> str:
         """Key of the images of this sample together; samples with equal keys share one encoded prefix."""
         return "+".join(image.key for image in self.images)
+
+
+def distinct_images(samples: Iterable[Sample]) -> int:
+    """How many different images some samples show, by the hash of their bytes."""
+    return len({image.key for sample in samples for image in sample.images})
+
+
+def questions_per_image(samples: Iterable[Sample]) -> dict[int, int]:
+    """How many different images are shown in k questions, by k."""
+    shown = Counter(key for sample in samples for key in {image.key for image in sample.images})
+    return dict(sorted(Counter(shown.values()).items()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from vlm_sft.console import is_main_process, say, warn
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.prompt import PromptSettings
+from vlm_sft.data.sample import distinct_images
 from vlm_sft.errors import EvaluationError
 from vlm_sft.evaluate.backends import Backend, SharedPrefixBackend, VllmBackend, require_vllm
 from vlm_sft.evaluate.caches import CacheOptions, Caches
@@ -98,7 +99,10 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
     left_out += refused
     questions = sum(len(task.samples) for task in tasks)
     who = f"{options.base_model} with {options.adapter}" if options.adapter else options.base_model
-    say(f"evaluating {who} on {', '.join(task.name for task in tasks)}: {questions:,} questions")
+    say(
+        f"evaluating {who} on {', '.join(task.name for task in tasks)}: "
+        f"{questions:,} questions on {distinct_images(one for task in tasks for one in task.samples):,} images"
+    )
     if is_main_process():
         artifacts.write_jsonl(options.output_dir / artifacts.LEFT_OUT, map(asdict, left_out))
     enforce(left_out, questions + len(left_out), options.max_left_out, options.output_dir / artifacts.LEFT_OUT)

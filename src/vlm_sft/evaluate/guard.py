@@ -9,9 +9,11 @@ from typing import Any
 
 from vlm_sft.errors import EvaluationError, quoted
 from vlm_sft.evaluate import statistics
+from vlm_sft.evaluate.compare import TOO_FEW
 from vlm_sft.evaluate.tasks import benchmark_names
 
 LEVEL = 0.05  # of the one-sided test
+FEWEST_IMAGES = 5  # with fewer, 0.5**images is not below LEVEL: no loss whatever could be told from chance
 GRAMMAR = "write BENCHMARK:POINTS, comma separated, e.g. textvqa:2.0,demo_text:1.5"
 
 
@@ -69,12 +71,12 @@ def judge(guard: Guard, base: Sequence[dict[str, Any]], tuned: Sequence[dict[str
     Returns:
         JSON values: `benchmark`, `n`, `base`, `score` (0 to 1), `lost_points` and `allowed_points` (of 100), `p_value`
         (one-sided, paired, clustered by image), `qualifies` (False when the loss is larger than allowed at the 5 %
-        level).
+        level), `too_few` (the loss is larger, and no loss on so few images could be told from chance).
     """
     assert [row["id"] for row in base] == [row["id"] for row in tuned], "a guard compares the same questions"
     before, after = ([float(row["score"]) for row in rows] for rows in (base, tuned))
-    images = [row.get("image") or ("item", row["id"]) for row in base]
-    p_value = statistics.loss_exceeds(before, after, guard.allowed, images)
+    clusters = [statistics.cluster_of(row) for row in base]
+    p_value = statistics.loss_exceeds(before, after, guard.allowed, clusters)
     lost = sum(before) / len(before) - sum(after) / len(after)
     return {
         "benchmark": guard.name,
@@ -85,6 +87,7 @@ def judge(guard: Guard, base: Sequence[dict[str, Any]], tuned: Sequence[dict[str
         "allowed_points": 100 * guard.allowed,
         "p_value": p_value,
         "qualifies": not (lost > guard.allowed and p_value < LEVEL),
+        "too_few": lost > guard.allowed and len(set(clusters)) < FEWEST_IMAGES,
     }
 
 
@@ -100,7 +103,8 @@ def tradeoff(metric: str, evaluations: Sequence[dict[str, Any]], best_step: int 
     header = ["step", metric, *(f"{name} (lost, p)" for name in guarded), ""]
     rows = [header]
     for entry in evaluations:
-        note = "best" if entry["step"] == best_step else "" if entry["qualifies"] else "lost too much"
+        kept = TOO_FEW if any(one.get("too_few") for one in entry["guards"]) else ""
+        note = "best" if entry["step"] == best_step else kept if entry["qualifies"] else "lost too much"
         losses = [
             f"{100 * one['score']:.1f} ({one['lost_points']:+.1f}, {one['p_value']:.3f})" for one in entry["guards"]
         ]

@@ -17,6 +17,7 @@ import torch
 from vlm_sft import artifacts
 from vlm_sft.console import progress
 from vlm_sft.data.sample import Sample
+from vlm_sft.data.sources.splits import image_groups
 from vlm_sft.errors import EvaluationError
 from vlm_sft.evaluate.analysis import analyse
 from vlm_sft.evaluate.backends import Backend
@@ -119,6 +120,7 @@ class Evaluator:
 
     def _answer(self, task: Task, folder: Path, label: str, done: set[str], limit: int) -> None:
         """Answer this rank's packs and write the rows as they come."""
+        clusters = dict(zip((one.id for one in task.samples), image_groups(task.samples), strict=True))
         packs = plan_packs(task.samples, self._image_tokens, self.tokens_per_pack)
         own = share(packs, done, self.rank, self.world_size)
         total = sum(len(members) for pack in own for members in pack)
@@ -132,7 +134,7 @@ class Evaluator:
                     break
                 if number >= len(own):
                     continue
-                rows = [prediction_row(task.benchmark, sample, text) for sample, text in pairs]
+                rows = [prediction_row(task.benchmark, sample, text, clusters[sample.id]) for sample, text in pairs]
                 stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                 stream.flush()
                 bar.advance(len(rows))
@@ -176,11 +178,19 @@ class Evaluator:
         return result
 
 
-def prediction_row(benchmark: Benchmark, sample: Sample, text: str) -> dict[str, Any]:
-    """One line of predictions.jsonl."""
+def prediction_row(benchmark: Benchmark, sample: Sample, text: str, cluster: str) -> dict[str, Any]:
+    """One line of predictions.jsonl.
+
+    Args:
+        benchmark: scores the answer.
+        sample: the question.
+        text: the answer.
+        cluster: the questions that it hangs together with through its images; told where it has several of them.
+    """
     return {
         "id": sample.id,
         "image": picture_name(sample.images[0]) if sample.images else None,
+        **({"cluster": cluster} if len(sample.images) > 1 else {}),
         "image_pixels": sum(image.width * image.height for image in sample.images),
         "question": sample.question,
         "prediction": text,
@@ -215,7 +225,8 @@ def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
         rows = [list(artifacts.read_jsonl(folder / side / task.name / artifacts.PREDICTIONS)) for side in sides]
         compared = compare_rows(*rows)
         benchmarks[task.name] = {
-            "n": sides["base"]["n"],
+            "n": compared["n"],
+            "clusters": compared["clusters"],
             "metric": task.benchmark.metric_name,
             "synthetic": task.synthetic,
             **{side: {key: sides[side][key] for key in ("accuracy", "interval", "seconds")} for side in sides},
@@ -223,7 +234,7 @@ def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
             "difference_interval": compared["interval"],
             "p_value": compared["p_value"],
             "verdict": compared["verdict"],
-            "smallest_detectable_difference": compared["smallest_detectable_difference"],
+            **{key: compared[key] for key in ("smallest_detectable_difference", "questions_needed", "clusters_needed")},
             "splits": {
                 split: {
                     "n": values["n"],

@@ -146,8 +146,7 @@ class Scoreboard:
         """Score a good item (see `why_unusable`), count it, and return its score."""
         prediction, answers = item["prediction"], item["answers"]
         score = self.benchmark.metric(prediction, answers)
-        # An item without an image stands for itself.
-        image = (item.get("image") or ("item", item["id"])) if self.by_image else None
+        image = statistics.cluster_of(item) if self.by_image else None
         self._overall.add(score, image)
         for groups, key in ((self._splits, item.get("split")), (self._types, item.get("question_type"))):
             if key and isinstance(key, str):

@@ -227,7 +227,14 @@ def _parse_benchmark(name: str, fields: Fields) -> Benchmark:
         splits=tuple(
             SplitScore(split, one.whole("n"), one.number("base"), one.number("tuned")) for split, one in splits
         ),
+        clusters=fields.whole("clusters"), needed=_parse_needed(fields),
+        also_chose=fields.whole("also_chose") or 0, also_trained=fields.whole("also_trained") or 0,
     )
+
+
+def _parse_needed(fields: Fields) -> tuple[int, int] | None:
+    questions, clusters = fields.whole("questions_needed"), fields.whole("clusters_needed")
+    return None if questions is None or clusters is None else (questions, clusters)
 
 
 def _parse_score(fields: Fields, side: str) -> Score | None:

@@ -35,7 +35,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One question with its picture, references, and the answers of base and tuned model (None: not evaluated)."""
+    """One question with its picture, references, and the answers of base and tuned model (None: not evaluated).
+
+    Questions of equal `cluster` hang together; "" stands alone.
+    """
 
     benchmark: str
     id: str
@@ -46,6 +49,7 @@ class Prediction:
     question_type: str
     base: Answer | None
     tuned: Answer | None
+    cluster: str = ""
 
     @property
     def outcome(self) -> str:
@@ -92,6 +96,7 @@ def _read_benchmark(evaluation: Path, name: str, problems: list[str]) -> Iterabl
             benchmark=name, id=identity, image=image,
             question=either.text("question"), answers=either.texts("answers"), split=either.text("split"),
             question_type=either.text("question_type"), base=_answer(base), tuned=_answer(tuned),
+            cluster=either.text("cluster") or either.text("image"),
         )
 
 

@@ -114,8 +114,9 @@ class Known:
 
     Attributes:
         schedule: its steps.
+        images: different ones in the training.
         planner, eval_planner: how questions are packed; `eval_planner` is None when there is no evaluation loss.
-        visual, eval_visual: visual tokens of each image.
+        visual, eval_visual: visual tokens of each image, or of several that stand together.
         training_images: samples of training and evaluation, one an image.
         count: tells the visual tokens of an image.
         kept: what the cache holds; None where that cannot be known.
@@ -124,6 +125,7 @@ class Known:
     """
 
     schedule: Schedule
+    images: int
     planner: EpochPlanner
     visual: Sequence[int]
     eval_planner: EpochPlanner | None
@@ -142,6 +144,7 @@ class Known:
         final = [task.samples[0] for task in tasks]
         return cls(
             plan.schedule,
+            plan.data.distinct_images,
             plan.planner,
             plan.data.visual_tokens,
             plan.eval_planner,

@@ -57,6 +57,8 @@ def evaluate_run(run: Run, plan: Plan, tasks: list[Task]) -> dict[str, Any]:
         return {}
     save_pictures(tasks, folder)
     results = results_table(tasks, folder)
+    for name, found in run.record.values["overlap"].items():
+        results["benchmarks"][name] |= found
     artifacts.write_json(options.output_dir / artifacts.RESULTS, results)
     return results
 

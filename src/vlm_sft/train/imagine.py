@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from vlm_sft.console import say
 from vlm_sft.data.encode import group_by_image, picture_sizes
 from vlm_sft.data.packing import GroupLengths
-from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.data.sample import ImageRef, Sample, distinct_images
 from vlm_sft.errors import DataError, ModelError
 from vlm_sft.evaluate.plan import image_counter
 from vlm_sft.forecast.images import qwen_grid
@@ -57,7 +57,7 @@ def known_from_table(
     eval_lengths, eval_visual = _estimated(eval_samples, count)
     planner = planner_over(run, lengths)
     return Known(
-        resolve_schedule(run.recipe, planner.steps_per_epoch), planner, visual,
+        resolve_schedule(run.recipe, planner.steps_per_epoch), distinct_images(train_samples), planner, visual,
         replace(planner, lengths=eval_lengths) if eval_lengths else None, eval_visual,
         [*train_samples, *eval_samples], count, None, IMAGE_SECONDS,
     )  # fmt: skip
@@ -121,7 +121,8 @@ def known_from_numbers(run: Run, asked: Imagined) -> tuple[Known, ModelShape]:
     schedule = resolve_schedule(run.recipe, planner.steps_per_epoch)
     images = Images(asked.images, float(tokens * asked.images), float(tokens**2 * asked.images))
     known = Known(
-        schedule, planner, [tokens] * asked.images, None, (), (), count, None, IMAGE_SECONDS, imagined=images
+        schedule, asked.images, planner, [tokens] * asked.images, None, (), (), count, None, IMAGE_SECONDS,
+        imagined=images,
     )
     return known, shape
 

@@ -52,6 +52,7 @@ from vlm_sft.train.prepare import (
     load_data,
     planner_over,
     tell_notes,
+    tell_parts,
     validation_plan,
 )
 from vlm_sft.train.probe import probe_plan
@@ -242,7 +243,10 @@ def grid_tensors(encoder: Encoder, sample: Sample) -> dict[str, torch.Tensor]:
 def _questions(run: Run) -> tuple[list[Sample], list[Sample], list[LeftOut], list[Task], ValidationPlan | None]:
     """The questions of training, evaluation loss, final evaluation and evaluations during training."""
     guards = check_request(run.recipe, run.specs, run.options.guard, run.options.eval_samples)
-    return *load_data(run.specs, run.recipe), final_tasks(run), validation_plan(run, guards)
+    train_samples, eval_samples, left_out = load_data(run.specs, run.recipe)
+    tasks, asked = final_tasks(run), validation_plan(run, guards)
+    tell_parts(run, train_samples, eval_samples, asked, tasks)
+    return train_samples, eval_samples, left_out, tasks, asked
 
 
 def _from_base(run: Run, base: Base, device: Device | None, counted: dict[str, EncodedGroup]) -> Planned:
@@ -280,13 +284,13 @@ def schedule_lines(planned: Planned) -> list[str]:
     known, schedule = planned.known, planned.known.schedule
     questions = known.planner.questions_per_epoch
     evaluations, saves = schedule.evaluation_steps(), schedule.save_steps_list()
-    visual, lengths = sorted(known.visual), known.planner.lengths
-    tokens = sorted(size for group in lengths for size in group.questions)
+    visual = sorted(known.visual)
+    tokens = sorted(size for group in known.planner.lengths for size in group.questions)
     lines = [
         f"schedule: {schedule.total_steps:,} steps of {known.planner.global_batch_size} questions "
         f"({schedule.steps_per_epoch:,} an epoch), warmup {schedule.warmup_steps}, {len(evaluations):,} evaluations, "
         f"{len(saves):,} checkpoints of which {planned.case.saving.kept:,} are kept",
-        f"data: {questions:,} questions on {len(lengths):,} images ({questions / len(lengths):.2f} each)",
+        f"data: {questions:,} questions on {known.images:,} images ({questions / known.images:.2f} each)",
         "tokens of an image: " + _spread(visual) + "; of a question with its answer: " + _spread(tokens),
         f"epoch: {planned.case.epoch.total.packs:,.0f} packs, {planned.case.epoch.total.tokens:,.0f} tokens, the "
         f"largest {planned.case.epoch.largest.tokens:,.0f}",
@@ -314,7 +318,7 @@ def plan_facts(planned: Planned) -> dict[str, Any]:
             "checkpoints": len(schedule.save_steps_list()),
         },
         "questions": known.planner.questions_per_epoch,
-        "images": len(known.planner.lengths),
+        "images": known.images,
         "histograms": {
             "image_tokens": histogram(known.visual),
             "question_tokens": histogram([size for group in known.planner.lengths for size in group.questions]),

@@ -14,11 +14,12 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import mix, stratified_limit
 from vlm_sft.data.packing import EpochPlanner, GroupLengths
 from vlm_sft.data.prepared import PreparedData
-from vlm_sft.data.sample import LeftOut, Sample
+from vlm_sft.data.sample import LeftOut, Sample, distinct_images
 from vlm_sft.data.sources.registry import is_synthetic, load_split
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.errors import DataError
 from vlm_sft.evaluate.guard import Guard
+from vlm_sft.evaluate.overlap import cautions, overlaps
 from vlm_sft.evaluate.tasks import SAMPLE_SEED, Task, dataset_text, load_tasks, usable_tasks
 from vlm_sft.model.load import Base, find_base
 from vlm_sft.recipe.rules import Schedule, effective_global_batch_size, resolve_schedule
@@ -26,7 +27,7 @@ from vlm_sft.recipe.schema import Recipe
 from vlm_sft.train.engine import Engine
 from vlm_sft.train.identity import refuse_changes, run_identity
 from vlm_sft.train.options import Run, TrainOptions
-from vlm_sft.train.validation import ValidationPlan, plan_validation
+from vlm_sft.train.validation import LOSS, ValidationPlan, plan_validation
 
 NO_BENCHMARKS = "none"
 
@@ -135,6 +136,39 @@ def validation_plan(run: Run, guards: list[Guard]) -> ValidationPlan | None:
     for guard in guards:
         say(f"guard: a checkpoint that loses more than {100 * guard.allowed:g} points on {guard.name} is not kept")
     return asked
+
+
+def tell_parts(
+    run: Run, train: list[Sample], evaluation: list[Sample], asked: ValidationPlan | None, tasks: list[Task]
+) -> None:
+    """Say how many questions and images each part of the data has, and record and say which of them overlap."""
+    validated = evaluation + [sample for task in (asked.tasks if asked else []) for sample in task.samples]
+    parts = {"training": train, "validation": validated} | {f"table ({task.name})": task.samples for task in tasks}
+    say("parts: " + "; ".join(
+        f"{name} {len({sample.id for sample in samples}):,} questions on {distinct_images(samples):,} images"
+        for name, samples in parts.items() if samples
+    ))  # fmt: skip
+    found = overlaps({task.name: task.samples for task in tasks}, _choosing(run.recipe, evaluation, asked), train)
+    run.record.update(overlap=found)
+    lines = [line for task in tasks for line in cautions(task.name, len(task.samples), **found[task.name])]
+    seen = overlaps({"": validated}, [], train)[""]["also_trained"]
+    if seen:
+        lines.append(
+            f"{seen:,} of {len(validated):,} validation questions are about images that are trained on: they do not "
+            "show when the training should end"
+        )
+    for line in lines:
+        warn(line)
+        run.record.note(line)
+
+
+def _choosing(recipe: Recipe, evaluation: list[Sample], asked: ValidationPlan | None) -> list[Sample]:
+    """The questions whose loss or answers decide which checkpoint is kept."""
+    if not recipe.load_best_model_at_end or recipe.eval_strategy == "no":
+        return []
+    answered = asked is not None and (asked.metric != LOSS or bool(asked.guards))
+    by_answers = [sample for task in asked.tasks for sample in task.samples] if asked and answered else []
+    return by_answers + (evaluation if recipe.metric_for_best_model == LOSS else [])
 
 
 def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], left_out: list[LeftOut]) -> Plan:

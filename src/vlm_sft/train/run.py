@@ -33,7 +33,7 @@ from vlm_sft.train.hosts import HostWatch
 from vlm_sft.train.identity import check_ranks, recipe_identity, refuse_changes
 from vlm_sft.train.lock import RunLock
 from vlm_sft.train.options import Run, TrainOptions
-from vlm_sft.train.prepare import final_tasks, fit_questions, load_data, prepare, validation_plan
+from vlm_sft.train.prepare import final_tasks, fit_questions, load_data, prepare, tell_parts, validation_plan
 from vlm_sft.train.signals import StopSignals, resume_line
 from vlm_sft.train.validation import check_request
 
@@ -149,6 +149,7 @@ def _stages(run: Run, guards: list[Guard], trackers: Trackers) -> tuple[dict[str
         train_samples, eval_samples, left_out = load_data(run.specs, run.recipe)
         tasks = final_tasks(run)
         asked = validation_plan(run, guards)
+        tell_parts(run, train_samples, eval_samples, asked, tasks)
     with record.timed("load"):
         plan = prepare(run, train_samples, eval_samples, left_out)
         tasks, asked = fit_questions(run, tasks, asked, plan.data.encoder)

@@ -19,10 +19,16 @@ from vlm_sft.data.sources.records import Question, questions_of, require_image
 from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, in_threads, left_out
 from vlm_sft.data.sources.shards import parquet_records
 from vlm_sft.data.sources.spec import JSON_SUFFIXES, DatasetSpec
-from vlm_sft.data.sources.splits import NO_DATA, SPLIT_WORDS, LoadedSplit, files_by_split, plan_split, split_of_name
+from vlm_sft.data.sources.splits import (
+    HOLD_OUT_FRACTION,
+    NO_DATA,
+    SPLIT_WORDS,
+    LoadedSplit,
+    files_by_split,
+    plan_split,
+    split_of_name,
+)
 from vlm_sft.errors import DataError
-
-HOLD_OUT_FRACTION = 0.10
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,8 @@ def load(spec: DatasetSpec, split: str) -> LoadedSplit:
     """Load one split of your own data; every image is fully decoded once.
 
     Files are assigned to splits by their names (train, val/validation/dev, test), lines by a "split" key with such a
-    value. Where there is no validation part, a tenth of the images is held out of train, always the same.
+    value. Where there is no validation part, a tenth of the images is held out of train, always the same, and another
+    tenth where there is no test part either.
 
     Args:
         spec: its path is a .jsonl, .json or .parquet file, or a folder of them.
