@@ -19,6 +19,7 @@ from PIL import Image
 from vlm_sft.data.images import decode_rgb, read_bytes
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.data.sources.spec import is_own
 from vlm_sft.errors import ModelError
 
 # Two user texts that share no first token: what their sequences share is the part before the question.
@@ -254,7 +255,7 @@ class Encoder:
         if system:
             messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
         turns = [(turn.role, turn.text) for turn in sample.history]
-        turns.append(("user", self.prompt.fill(question)))
+        turns.append(("user", self.prompt.fill(question, is_own(sample.dataset))))
         pictures: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
         for role, text in turns:
             content = [{"type": "text", "text": text}]
@@ -302,7 +303,7 @@ class Encoder:
 
     def _probe_tokens(self, sample: Sample) -> list[np.ndarray]:
         """Tokens of the sample's conversation with each probe for a question, not expanded."""
-        key = (sample.system, len(sample.images))
+        key = (sample.system, len(sample.images), is_own(sample.dataset))
         if sample.history or key not in self._probes:
             found = [
                 self._tokenize(self._render(self._messages(sample, probe), add_generation_prompt=True))

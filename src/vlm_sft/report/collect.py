@@ -227,6 +227,7 @@ def _parse_benchmark(name: str, fields: Fields) -> Benchmark:
         splits=tuple(
             SplitScore(split, one.whole("n"), one.number("base"), one.number("tuned")) for split, one in splits
         ),
+        max_new_tokens=fields.whole("max_new_tokens"), answer_tokens=fields.whole("answer_tokens"),
     )
 
 
@@ -234,7 +235,9 @@ def _parse_score(fields: Fields, side: str) -> Score | None:
     if not fields.given(side):
         return None
     inner = fields.inside(side)
-    return Score(inner.number("accuracy"), inner.interval("interval"), inner.number("seconds"))
+    return Score(
+        inner.number("accuracy"), inner.interval("interval"), inner.number("seconds"), inner.whole("cut") or 0
+    )
 
 
 def benchmark_names(runs: Iterable[RunReport]) -> list[str]:

@@ -10,13 +10,15 @@ from vlm_sft.report.collect import parse_results
 from vlm_sft.report.records import Benchmark, Score
 
 HEADER = ("benchmark", "n", "base", "tuned", "difference", "time")
+CUT = "cut (base, tuned)"
 
 
 def results_table(results: dict[str, Any]) -> str:
     """Render the content of results.json as a Markdown table with aligned columns.
 
     Accuracies are in percent with their 95 % intervals, the difference (tuned minus base) in percentage points, the
-    time is that of both evaluations together. Synthetic benchmarks are called so, splits follow their benchmark.
+    time is that of both evaluations together. Synthetic benchmarks are called so, splits follow their benchmark. Where
+    the limit of tokens ended answers, a column counts them, and lines below the table say what that means.
 
     Args:
         results: the parsed results.json; what is missing in it is shown as a dash.
@@ -24,10 +26,13 @@ def results_table(results: dict[str, Any]) -> str:
     Returns:
         The table without a final newline.
     """
-    rows: list[tuple[str, ...]] = [HEADER]
-    for benchmark in parse_results(results):
-        rows.extend(_rows(benchmark))
-    return table(rows)
+    benchmarks = parse_results(results)
+    notes = [note for benchmark in benchmarks for note in benchmark.cut_notes]
+    rows: list[tuple[str, ...]] = [(*HEADER, CUT) if notes else HEADER]
+    for benchmark in benchmarks:
+        own = _rows(benchmark)
+        rows += [(*row, _cut(benchmark) if row is own[0] else "") for row in own] if notes else own
+    return "\n".join([table(rows), *(["", *notes] if notes else [])])
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -61,6 +66,12 @@ def _rows(benchmark: Benchmark) -> list[tuple[str, ...]]:
             formats.points(gain), "",
         ))
     return rows
+
+
+def _cut(benchmark: Benchmark) -> str:
+    """How many answers of base and tuned the limit of tokens ended."""
+    scores = (benchmark.base, benchmark.tuned)
+    return ", ".join(formats.NOTHING if score is None else f"{score.cut:,}" for score in scores)
 
 
 def _score(score: Score | None) -> str:

@@ -1,6 +1,6 @@
 """What a report knows of a run, as dataclasses; whatever an artifact does not hold is None or empty.
 
-May import report.formats and report.predictions.
+May import evaluate.scoring, report.formats and report.predictions.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlm_sft.evaluate.scoring import why_cut
 from vlm_sft.report import formats
 from vlm_sft.report.predictions import Prediction
 
@@ -18,11 +19,12 @@ PLOTTABLE = 1e15  # matplotlib cannot scale an axis up to the largest float; a l
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Accuracy of one model on one benchmark (0 to 1), its 95 % interval, and the seconds the evaluation took."""
+    """One model on one benchmark: accuracy (0 to 1), 95 % interval, seconds, answers that the limit of tokens ended."""
 
     accuracy: float | None
     interval: Interval | None
     seconds: float | None
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,10 @@ class SplitScore:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One row of the headline table; `difference` is tuned minus base, as a fraction."""
+    """One row of the headline table; `difference` is tuned minus base, as a fraction.
+
+    `max_new_tokens` is the limit of an answer, `answer_tokens` what the longest expected one has.
+    """
 
     name: str
     n: int | None
@@ -50,6 +55,18 @@ class Benchmark:
     p_value: float | None
     verdict: str
     splits: tuple[SplitScore, ...]
+    max_new_tokens: int | None = None
+    answer_tokens: int | None = None
+
+    @property
+    def cut_notes(self) -> tuple[str, ...]:
+        """What answers that the limit ended mean for base and tuned; none where every answer ended by itself."""
+        sides = (("base", self.base), ("tuned", self.tuned))
+        return tuple(
+            f"{self.name}, {side}: {why_cut(score.cut, self.n, self.max_new_tokens, self.answer_tokens)}"
+            for side, score in sides
+            if score and score.cut and self.n
+        )
 
     @property
     def seconds(self) -> float | None:

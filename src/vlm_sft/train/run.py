@@ -33,7 +33,7 @@ from vlm_sft.train.hosts import HostWatch
 from vlm_sft.train.identity import check_ranks, recipe_identity, refuse_changes
 from vlm_sft.train.lock import RunLock
 from vlm_sft.train.options import Run, TrainOptions
-from vlm_sft.train.prepare import final_tasks, load_data, prepare, validation_plan
+from vlm_sft.train.prepare import final_tasks, limited, load_data, prepare, token_limits, validation_plan
 from vlm_sft.train.signals import StopSignals, resume_line
 from vlm_sft.train.validation import check_request
 
@@ -53,6 +53,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     recipe = loaded.recipe
     specs = parse_datasets(options.dataset)
     guards = check_request(recipe, specs, options.guard, options.eval_samples)
+    token_limits(options, specs)
     check_trackers(recipe.report_to)
     launch = read_launch(options.local_rank, options.deepspeed)
     claim_folder(options.output_dir, options.resume, options.overwrite)
@@ -150,6 +151,7 @@ def _stages(run: Run, guards: list[Guard], trackers: Trackers) -> tuple[dict[str
         asked = validation_plan(run, guards)
     with record.timed("load"):
         plan = prepare(run, train_samples, eval_samples, left_out)
+        tasks, asked = limited(run, tasks, asked, plan.base.prompt, plan.base.processor.tokenizer)
     told = Foretelling.begin(run, plan, asked, tasks, cache_before)
     agree(trackers.begin)
     told.lap(TRACKERS)
