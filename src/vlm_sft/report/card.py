@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +80,8 @@ def of_folder(folder: Path, run: Path, version: str) -> About | None:
         return None
     recorded = artifacts.read_json(run / artifacts.RUN) if (run / artifacts.RUN).is_file() else {}
     named = artifacts.read_json(config).get("base_model_name_or_path") if config.is_file() else None
-    _, dash, number = folder.name.rpartition("checkpoint-")
-    step = int(number) if dash and number.isdecimal() else None
+    within = re.match(r"checkpoint-(\d+)", folder.name)
+    step = int(within[1]) if within else None
     name = run.resolve().name + (f", step {step:,}" if step is not None else "")
     base = str(recorded.get("base_model") or named or "unknown")
     return About(name, MODEL if full else ADAPTER, base, artifacts.read_json(prompt), run, version, step)
