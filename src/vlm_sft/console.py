@@ -160,15 +160,19 @@ class Bar:
 
             self._bar = tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True)
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more as done; `note` is shown beside the bar."""
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more as done."""
         self._count += count
-        self._note = note or self._note
         if self._bar is not None:
-            self._bar.set_postfix_str(self._note, refresh=False)
             self._bar.update(count)
         elif time.monotonic() - self._told > SECONDS_BETWEEN_LINES:
             self._tell()
+
+    def note(self, text: str) -> None:
+        """Show a text beside the bar from the next advance on, in place of the one before."""
+        self._note = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
 
     def close(self) -> None:
         """Finish the bar."""

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from vlm_sft.artifacts import read_json
+from vlm_sft.console import warn
 from vlm_sft.errors import RunError, VlmSftError
 
 ZERO_STAGES = {"zero2": 2, "zero3": 3}
@@ -133,6 +134,8 @@ def _deepspeed_config(name: str, cpu: bool) -> dict[str, Any]:
         config = read_json(name)
         if not isinstance(config, dict):
             raise RunError(f"--deepspeed {name}: not a JSON object", "pass a DeepSpeed JSON file")
+        if config.pop("scheduler", None) is not None:
+            warn(f"--deepspeed {name}: its scheduler is left out; the recipe says how the learning rate goes")
         return config
     stage = ZERO_STAGES[name]
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": not cpu, "contiguous_gradients": True}

@@ -22,7 +22,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--base_model", metavar="MODEL",
         help="Hub id, folder, or 'pocket' (default: the one that the adapter names; 'pocket' without an adapter)",
     )
-    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="limit of an answer in tokens (default: 32)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, metavar="N",
+        help="limit of an answer in tokens (default: what the adapter's training, or the base, came with)",
+    )
     parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
 
 

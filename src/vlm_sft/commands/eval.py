@@ -26,10 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions a benchmark: a seeded sample")
     parser.add_argument("--split", choices=("train", "validation", "test"), help="instead of the benchmark's own split")
-    parser.add_argument(
-        "--max_new_tokens", metavar="N",
-        help="limit of an answer in tokens, for all or by benchmark: 32, or chartqa=32,textvqa=16",
-    )
     add_prompt_arguments(parser, "instead of what the adapter or the base comes with")
     parser.add_argument("--min_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
     parser.add_argument("--max_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
@@ -59,6 +55,11 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, note: str) -> None:
         help=f"the user's text with {{question}} in it, \\n for a new line: {note}",
     )
     parser.add_argument("--system", type=prompt_text, metavar="TEXT", help=f"system text: {note}")
+    parser.add_argument(
+        "--max_new_tokens", metavar="N",
+        help="limit of an answer in tokens, for all or by benchmark: 32, or chartqa=32,textvqa=16 (default: the "
+        "benchmark's; for your own data what its longest answer needs)",
+    )
 
 
 def add_cache_arguments(parser: argparse._ActionsContainer) -> None:

@@ -148,6 +148,7 @@ def train_options(args: argparse.Namespace) -> TrainOptions:
         guard=args.guard,
         prompt_template=args.prompt_template,
         system=args.system,
+        max_new_tokens=args.max_new_tokens,
         probe=args.probe,
         ignore_forecast=args.ignore_forecast,
         engine=EngineOptions.parse(

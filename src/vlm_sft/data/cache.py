@@ -27,6 +27,7 @@ from vlm_sft.data.cache_folder import FEATURES, IMAGES, TOKENS, open_entry, weig
 from vlm_sft.data.encode import EncodedGroup, EncodedQuestion, Encoder
 from vlm_sft.data.pixels import PixelFormat, pack_pixels, unpack_pixels
 from vlm_sft.data.sample import Sample
+from vlm_sft.data.sources.spec import is_own
 from vlm_sft.data.store import Record, Store
 from vlm_sft.errors import DataError, RunError
 
@@ -220,9 +221,11 @@ def record_key(image_key: str) -> str:
 
 
 def group_key(members: Sequence[Sample]) -> str:
-    """Key of an image with its questions, whatever their ids."""
+    """Key of an image with its questions, whatever their ids; own data may be asked by a template of its own."""
     first = members[0]
-    asked = [[[(turn.role, turn.text) for turn in s.history], s.question, s.target] for s in members]
+    asked = [
+        [[(turn.role, turn.text) for turn in s.history], s.question, s.target, is_own(s.dataset)] for s in members
+    ]
     text = json.dumps([first.image_key, first.system, asked])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -240,7 +243,8 @@ def image_settings(encoder: Encoder) -> dict[str, Any]:
 def token_settings(encoder: Encoder) -> dict[str, Any]:
     """All that the tokens of a question depend on, besides the question."""
     prompt = asdict(encoder.prompt)
-    prompt.pop("max_new_tokens")
+    for limit in ("max_new_tokens", "answer_tokens"):
+        prompt.pop(limit)
     templates = [getattr(owner, "chat_template", None) for owner in (encoder.processor, encoder.tokenizer)]
     return image_settings(encoder) | {
         "processor_settings": encoder.processor.to_dict(),

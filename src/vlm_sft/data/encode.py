@@ -22,6 +22,7 @@ from vlm_sft.data.plain_text import texts_of
 from vlm_sft.data.processor import apply_pixel_bounds, blamed_on, image_token_id, visual_tokens
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.data.sources.spec import is_own
 from vlm_sft.errors import ModelError, SampleError
 
 # Two user texts that share no first token: what their sequences share is the part before the question.
@@ -297,7 +298,7 @@ class Encoder:
     def _messages(self, sample: Sample, question: str) -> list[Message]:
         """The conversation in the chat format; the images stand before the first user text."""
         turns = [(turn.role, turn.text) for turn in sample.history]
-        turns.append(("user", self.prompt.fill(question)))
+        turns.append(("user", self.prompt.fill(question, is_own(sample.dataset))))
         first = next(number for number, (role, _) in enumerate(turns) if role == "user")
         messages = [
             message(role, text, len(sample.images) if number == first else 0)
@@ -325,7 +326,7 @@ class Encoder:
 
     def _probe_tokens(self, sample: Sample) -> list[np.ndarray]:
         """Tokens of the sample's conversation with each probe for a question, not expanded."""
-        key = (sample.system, len(sample.images))
+        key = (sample.system, len(sample.images), is_own(sample.dataset))
         if sample.history or key not in self._probes:
             found = [self.chat.prompt(self._messages(sample, probe))[1] for probe in _PROBES]
             if sample.history:

@@ -21,7 +21,10 @@ from vlm_sft.model.load import POCKET, find_base, load_model
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One question with its answers; `tuned` is None where there is no adapter."""
+    """One question with its answers; `tuned` is None where there is no adapter.
+
+    An answer that the limit of tokens ended, not the model, says so at its end.
+    """
 
     question: str
     base: str
@@ -63,8 +66,9 @@ class Asker:
         return [Answer(*row) for row in zip(questions, base, tuned, strict=True)]
 
     def _texts(self, samples: list[Sample]) -> list[str]:
-        (pairs,) = self.backend.answers([[samples]], self.max_new_tokens)
-        return [text for _, text in pairs]
+        (replies,) = self.backend.answers([[samples]], self.max_new_tokens)
+        mark = f" … [cut at the limit of {self.max_new_tokens} tokens; --max_new_tokens raises it]"
+        return [reply.text + mark if reply.cut else reply.text for reply in replies]
 
 
 def open_asker(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say, warn
+from vlm_sft.data.answers import fitted
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import distinct_images
+from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.errors import EvaluationError
 from vlm_sft.evaluate.backends import Backend, SharedPrefixBackend, VllmBackend, require_vllm
 from vlm_sft.evaluate.caches import CacheOptions, Caches
@@ -18,7 +20,15 @@ from vlm_sft.evaluate.identity import identity_of
 from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.run import Evaluator, barrier
 from vlm_sft.evaluate.scoring import format_score
-from vlm_sft.evaluate.tasks import Task, benchmark_names, load_tasks, parse_token_limits, usable_tasks
+from vlm_sft.evaluate.tasks import (
+    Task,
+    benchmark_names,
+    load_tasks,
+    parse_token_limits,
+    too_short,
+    usable_tasks,
+    with_limits,
+)
 from vlm_sft.launch import Launch, connected, pack_tokens, quiet_libraries, read_launch
 from vlm_sft.model.adapt import check_adapter_folder, load_adapter
 from vlm_sft.model.load import Base, find_base, load_model, to_gpu
@@ -36,7 +46,8 @@ class EvalOptions:
         adapter: folder of an adapter; None evaluates the base.
         limit: questions a benchmark, a seeded stratified sample; None for all.
         split: instead of the benchmark's own split.
-        max_new_tokens: limit of an answer in tokens, a number or `BENCHMARK=NUMBER,…`; None for the benchmarks' own.
+        max_new_tokens: limit of an answer in tokens, a number or `BENCHMARK=NUMBER,…`; None for the benchmarks' own,
+            and for own data for that of the adapter, or what its longest answer needs.
         prompt_template, system, min_pixels, max_pixels: instead of what travels with the adapter or the base.
         allow_prompt_mismatch: these may differ from what the adapter was trained with.
         tokens_per_pack: token budget of one forward pass; None for the device's.
@@ -97,6 +108,7 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     tasks, refused = usable_tasks(tasks, encoder)
     left_out += refused
+    tasks = with_limits(tasks, base.prompt, base.processor.tokenizer, limits)
     questions = sum(len(task.samples) for task in tasks)
     who = f"{options.base_model} with {options.adapter}" if options.adapter else options.base_model
     say(
@@ -111,6 +123,8 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
     notes = note_lines(notes_of((sample for task in tasks for sample in task.samples), encoder.holds_control))
     for line in notes:
         say(line)
+    for line in too_short(tasks):
+        warn(line)
     identity = identity_of(base, options.adapter)
     backend = _backend(options, base, launch)
     record = RunRecord(options.output_dir, _facts(options, launch, base))
@@ -123,7 +137,7 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
     results = {}
     for task in tasks:
         folder = options.output_dir / task.name
-        results[task.name] = evaluator.run(task, folder, task.name, identity, limits[task.name])
+        results[task.name] = evaluator.run(task, folder, task.name, identity)
     if is_main_process():
         save_pictures(tasks, options.output_dir)
         record.finish("finished")
@@ -206,6 +220,12 @@ def _find_base(options: EvalOptions) -> Base:
     )
     if options.adapter and saved is None:
         warn(f"{options.adapter} has no {artifacts.PROMPT}: the prompt of its training is unknown")
+    if saved is None:
+        asked, notes = fitted(
+            base.prompt, parse_datasets(options.benchmark), base.processor.tokenizer,
+            keep_template=options.prompt_template is not None,
+        )  # fmt: skip
+        base = replace(base, prompt=asked, notes=(*base.notes, *notes))
     changed = saved.differences(base.prompt) if saved else []
     if changed and not options.allow_prompt_mismatch:
         raise EvaluationError(

@@ -11,7 +11,7 @@ from vlm_sft import artifacts
 from vlm_sft.errors import EvaluationError, quoted
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS
-from vlm_sft.evaluate.scoring import score_item
+from vlm_sft.evaluate.scoring import score_item, why_cut
 
 TOO_FEW = "too few to judge"
 NO_DIFFERENCE = "no significant difference"
@@ -177,6 +177,11 @@ def _accuracy(rows: Rows) -> tuple[float, list[float]]:
     return sum(scores) / len(scores), list(statistics.mean_interval(scores, clusters))
 
 
+def _cut(rows: Rows) -> int:
+    """Answers that the limit of tokens ended."""
+    return sum(row.get("cut") is True for row in rows.values())
+
+
 def _comparison(benchmark: str, run: str, base: Rows, tuned: Rows) -> dict[str, Any]:
     """One line of the table, before the correction for several comparisons."""
     result = compare_rows(base.values(), tuned.values())
@@ -191,6 +196,8 @@ def _comparison(benchmark: str, run: str, base: Rows, tuned: Rows) -> dict[str, 
         "baseline_interval": before_interval,
         "accuracy": after,
         "accuracy_interval": after_interval,
+        "baseline_cut": _cut(base),
+        "cut": _cut(tuned),
         **result,
         "lost": [_change(base[key], tuned[key]) for key in result["lost"]],
         "gained": [_change(base[key], tuned[key]) for key in result["gained"]],
@@ -224,8 +231,9 @@ def compare_runs(runs: Sequence[str | Path], baseline: str | Path | None = None)
 
     Returns:
         The content of `compare.json`: `baseline`, `confidence`, `correction`, `comparisons` (what `compare_rows`
-        returns with the verdict after Holm's correction, `p_holm`, both accuracies with intervals, and the changed
-        items in full) and `not_compared` (what only one side of a pair evaluated).
+        returns with the verdict after Holm's correction, `p_holm`, both accuracies with intervals, how many answers the
+        limit of tokens ended, and the changed items in full) and `not_compared` (what only one side of a pair
+        evaluated).
 
     Raises:
         EvaluationError: nothing to compare, or different items; all such pairs are named together.
@@ -320,6 +328,12 @@ def format_table(result: dict[str, Any]) -> str:
     notes += [
         f"not compared: {missing['benchmark']} (not evaluated in {missing['missing_in']})"
         for missing in result["not_compared"]
+    ]
+    notes += [
+        f"{c['benchmark']}, {who}: {why_cut(count, c['n'], None, None)}"
+        for c in result["comparisons"]
+        for who, count in (("baseline", c["baseline_cut"]), (c["run"], c["cut"]))
+        if count
     ]
     return "\n".join([f"baseline: {result['baseline']}", "", *_table(header, rows), *notes])
 

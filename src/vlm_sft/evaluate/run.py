@@ -16,11 +16,10 @@ import torch
 
 from vlm_sft import artifacts
 from vlm_sft.console import progress
-from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.splits import image_groups
 from vlm_sft.errors import EvaluationError
 from vlm_sft.evaluate.analysis import analyse
-from vlm_sft.evaluate.backends import Backend
+from vlm_sft.evaluate.backends import Backend, Reply
 from vlm_sft.evaluate.compare import compare_rows
 from vlm_sft.evaluate.identity import PART, claim, mend_parts, part_files, read_rows
 from vlm_sft.evaluate.metrics import Benchmark
@@ -77,9 +76,7 @@ class Evaluator:
         self.stop = stop
         self._image_tokens = image_counter(backend.encoder.processor)
 
-    def run(
-        self, task: Task, folder: Path, label: str, identity: dict[str, Any], max_new_tokens: int | None = None
-    ) -> dict[str, Any]:
+    def run(self, task: Task, folder: Path, label: str, identity: dict[str, Any]) -> dict[str, Any]:
         """Answer one benchmark and score it; goes on from predictions that are already there.
 
         Args:
@@ -87,7 +84,6 @@ class Evaluator:
             folder: where predictions.jsonl and results.json go.
             label: what the progress bar says.
             identity: what answers, from `identity_of`.
-            max_new_tokens: limit of an answer in tokens; the benchmark's own when None.
 
         Returns:
             The summary that results.json holds (on rank 0; on other ranks {}).
@@ -96,15 +92,14 @@ class Evaluator:
             EvaluationError: the folder holds predictions of another model, and `replace` is off.
             EvaluationStopped: `stop` asked for it; what was answered is kept.
         """
-        limit = max_new_tokens or task.benchmark.max_new_tokens
-        done = self._begin(folder, identity | {"max_new_tokens": limit})
+        done = self._begin(folder, identity | {"max_new_tokens": task.max_new_tokens})
         began = time.monotonic()
-        self._answer(task, folder, label, done, limit)
+        self._answer(task, folder, label, done)
         barrier(self.world_size)
         if self.stop is not None and self.stop.stop_agreed():
             raise EvaluationStopped
         seconds = time.monotonic() - began
-        result = self._finish(task, folder, limit, seconds, len(task.samples) - len(done)) if self.rank == 0 else {}
+        result = self._finish(task, folder, seconds, len(task.samples) - len(done)) if self.rank == 0 else {}
         barrier(self.world_size)
         return result
 
@@ -118,7 +113,7 @@ class Evaluator:
         barrier(self.world_size)
         return done
 
-    def _answer(self, task: Task, folder: Path, label: str, done: set[str], limit: int) -> None:
+    def _answer(self, task: Task, folder: Path, label: str, done: set[str]) -> None:
         """Answer this rank's packs and write the rows as they come."""
         clusters = dict(zip((one.id for one in task.samples), image_groups(task.samples), strict=True))
         packs = plan_packs(task.samples, self._image_tokens, self.tokens_per_pack)
@@ -128,13 +123,13 @@ class Evaluator:
             (folder / PART.format(self.rank)).open("a", encoding="utf-8") as stream,
             progress(total, label, "questions") as bar,
         ):
-            answers = self.backend.answers(own + self._extra(packs, done, len(own)), limit)
-            for number, pairs in enumerate(answers):
+            answers = self.backend.answers(own + self._extra(packs, done, len(own)), task.max_new_tokens)
+            for number, replies in enumerate(answers):
                 if self._stop_now():
                     break
                 if number >= len(own):
                     continue
-                rows = [prediction_row(task.benchmark, sample, text, clusters[sample.id]) for sample, text in pairs]
+                rows = [prediction_row(task.benchmark, reply, clusters[reply.sample.id]) for reply in replies]
                 stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                 stream.flush()
                 bar.advance(len(rows))
@@ -150,7 +145,7 @@ class Evaluator:
         missing = rounds(packs, done, self.world_size) - own if self.in_step else 0
         return [packs[-1]] * missing
 
-    def _finish(self, task: Task, folder: Path, limit: int, seconds: float, new: int) -> dict[str, Any]:
+    def _finish(self, task: Task, folder: Path, seconds: float, new: int) -> dict[str, Any]:
         """Write predictions.jsonl in the order of the questions and results.json; the parts of the ranks go."""
         rows = read_rows(folder)
         missing = [sample.id for sample in task.samples if sample.id not in rows]
@@ -169,7 +164,8 @@ class Evaluator:
             "benchmark": task.name,
             "synthetic": task.synthetic,
             **timing,
-            "max_new_tokens": limit,
+            "max_new_tokens": task.max_new_tokens,
+            "answer_tokens": task.answer_tokens,
             "tokens_per_pack": self.tokens_per_pack,
             "prompt": self.backend.encoder.prompt.to_dict(),
             "analysis": analyse(ordered),
@@ -178,15 +174,15 @@ class Evaluator:
         return result
 
 
-def prediction_row(benchmark: Benchmark, sample: Sample, text: str, cluster: str) -> dict[str, Any]:
+def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str, Any]:
     """One line of predictions.jsonl.
 
     Args:
         benchmark: scores the answer.
-        sample: the question.
-        text: the answer.
+        reply: the question with its answer.
         cluster: the questions that it hangs together with through its images; told where it has several of them.
     """
+    sample, text, cut = reply
     return {
         "id": sample.id,
         "image": picture_name(sample.images[0]) if sample.images else None,
@@ -197,6 +193,7 @@ def prediction_row(benchmark: Benchmark, sample: Sample, text: str, cluster: str
         "answers": list(sample.answers),
         "split": sample.split,
         "score": benchmark.metric(text, sample.answers),
+        "cut": cut,
         "question_type": str(sample.metadata.get("question_type", "")),
     }
 
@@ -229,7 +226,8 @@ def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
             "clusters": compared["clusters"],
             "metric": task.benchmark.metric_name,
             "synthetic": task.synthetic,
-            **{side: {key: sides[side][key] for key in ("accuracy", "interval", "seconds")} for side in sides},
+            **{side: {key: sides[side][key] for key in ("accuracy", "interval", "seconds", "cut")} for side in sides},
+            **{key: sides["tuned"][key] for key in ("max_new_tokens", "answer_tokens")},
             "difference": compared["difference"],
             "difference_interval": compared["interval"],
             "p_value": compared["p_value"],

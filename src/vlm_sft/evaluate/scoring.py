@@ -1,4 +1,7 @@
-"""Scores answers item by item and adds them up. Imports errors, console, metrics and statistics; no torch."""
+"""Scores answers item by item and adds them up. No torch.
+
+Imports errors, console, data.answers, metrics and statistics.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from vlm_sft import console
+from vlm_sft.data.answers import room_for
 from vlm_sft.errors import EvaluationError, RunError, quoted
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, get_benchmark
@@ -141,6 +145,7 @@ class Scoreboard:
         self._splits: dict[str, _Group] = {}
         self._types: dict[str, _Group] = {}
         self._secondary = dict.fromkeys(benchmark.secondary, 0.0)
+        self._cut = 0
 
     def add(self, item: dict[str, Any]) -> float:
         """Score a good item (see `why_unusable`), count it, and return its score."""
@@ -148,6 +153,7 @@ class Scoreboard:
         score = self.benchmark.metric(prediction, answers)
         image = statistics.cluster_of(item) if self.by_image else None
         self._overall.add(score, image)
+        self._cut += item.get("cut") is True
         for groups, key in ((self._splits, item.get("split")), (self._types, item.get("question_type"))):
             if key and isinstance(key, str):
                 groups.setdefault(key, _Group()).add(score, image)
@@ -156,7 +162,7 @@ class Scoreboard:
         return score
 
     def result(self) -> dict[str, Any]:
-        """Return n, accuracy, interval, splits, by_question_type and secondary; JSON values only.
+        """Return n, accuracy, interval, cut, splits, by_question_type and secondary; JSON values only.
 
         Raises:
             EvaluationError: nothing was scored.
@@ -168,6 +174,7 @@ class Scoreboard:
             "benchmark": self.benchmark.name,
             "metric": self.benchmark.metric_name,
             **self._overall.result(),
+            "cut": self._cut,
             "splits": {name: group.result() for name, group in sorted(self._splits.items())},
             "secondary": {name: total / n for name, total in self._secondary.items()},
             "by_question_type": {name: group.result() for name, group in sorted(self._types.items())},
@@ -183,8 +190,9 @@ def summarise(benchmark: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
             an image), `split`, `question_type`. A recorded `score` is not trusted: the rule is applied again.
 
     Returns:
-        `benchmark`, `metric`, `n`, `accuracy` (0 to 1), `interval` ([low, high], 95 %, clustered by image), `splits`
-        and `by_question_type` ({name: {n, accuracy, interval}}), `secondary` ({name: mean}).
+        `benchmark`, `metric`, `n`, `accuracy` (0 to 1), `interval` ([low, high], 95 %, clustered by image), `cut`
+        (answers that the limit of tokens ended), `splits` and `by_question_type` ({name: {n,
+        accuracy, interval}}), `secondary` ({name: mean}).
 
     Raises:
         EvaluationError: the benchmark is unknown, a row cannot be scored, or there is none.
@@ -353,4 +361,31 @@ def format_score(result: dict[str, Any]) -> str:
     lines = [f"{result['metric']:<24} {'n':>9}   {'mean':<6}   95 % interval", line("all", result)]
     lines += [line(f"split {name}", part) for name, part in result["splits"].items()]
     lines += [f"{name:<24} {result['n']:>9,}   {value:.4f}" for name, value in result["secondary"].items()]
+    if result.get("cut"):
+        lines.append(f"{'cut by the limit':<24} {result['cut']:>9,}")
+        lines.append(why_cut(result["cut"], result["n"], result.get("max_new_tokens"), result.get("answer_tokens")))
     return "\n".join(lines)
+
+
+def why_cut(cut: int, n: int, limit: int | None, longest: int | None) -> str:
+    """Say what answers that the limit ended mean for a score, and what to do.
+
+    Args:
+        cut: how many answers the limit ended; at least one.
+        n: of so many.
+        limit: of an answer, in tokens; None where not recorded.
+        longest: tokens of the longest expected answer; None or 0 where not recorded.
+    """
+    told = f"{cut:,} of {n:,} answers ended at the limit{f' of {limit:,} tokens' if limit else ''}, not by themselves"
+    if not limit or not longest:
+        return f"{told}: where the expected answers are longer, this explains a low score; raise --max_new_tokens"
+    if longest > limit:
+        room = room_for(longest)
+        return (
+            f"{told}, and the longest expected one has {longest:,}: the limit is the likely reason for a low score; "
+            f"evaluate with --max_new_tokens {room:,}"
+        )
+    return (
+        f"{told}; the expected ones fit (the longest has {longest:,}), so the model does not end its answers where it "
+        "should: more training helps, a higher limit does not"
+    )

@@ -1,14 +1,22 @@
-"""What an evaluation asks: benchmarks with their questions, and limits of the answers. Imports data and metrics."""
+"""What an evaluation asks: benchmarks with their questions, and limits of the answers. Imports data and metrics.
+
+A published benchmark has the limit that its authors use; that of own data follows from its answers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from vlm_sft.data.answers import limit_for, longest_answer, room_for
 from vlm_sft.data.audit import check_images
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import stratified_limit
 from vlm_sft.data.prepared import usable_samples
+from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample
+from vlm_sft.data.sources.jsonl import answer_texts
 from vlm_sft.data.sources.registry import benchmark_split, is_synthetic, load_split
 from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets, refuse_weights
 from vlm_sft.errors import DataError, EvaluationError, quoted
@@ -27,12 +35,18 @@ class Task:
         benchmark: the rules.
         samples: the questions; the sizes of their images are known.
         synthetic: whether the images are generated.
+        max_new_tokens: limit of an answer in tokens; `with_limits` sets it once the tokenizer is known.
+        answer_tokens: tokens of the longest answer that is expected; 0 while not known.
+        source: the user's own data, in all its splits; None for other benchmarks.
     """
 
     name: str
     benchmark: Benchmark
     samples: list[Sample]
     synthetic: bool
+    max_new_tokens: int
+    answer_tokens: int = 0
+    source: DatasetSpec | None = None
 
 
 def dataset_text(specs: list[DatasetSpec]) -> str:
@@ -88,12 +102,14 @@ def load_tasks(text: str, limit: int | None, split: str | None = None) -> tuple[
     for spec in specs:
         for name in _parts(spec):
             at_most = limit if spec.stream is not None else None  # generated benchmarks are sampled like the others
-            loaded = load_split(replace(spec, name=name, weight=None), split or benchmark_split(name), at_most)
+            part, rules = replace(spec, name=name, weight=None), rules_of(name)
+            loaded = load_split(part, split or benchmark_split(name), at_most)
             sound, broken = check_images(stratified_limit(loaded.samples, limit, SAMPLE_SEED))
             left_out += [*loaded.left_out, *broken]
             if not sound:
                 raise DataError(f"{name} has no question to evaluate", NO_QUESTION)
-            tasks.append(Task(name, rules_of(name), sound, is_synthetic(name)))
+            own = part if part.own else None
+            tasks.append(Task(name, rules, sound, is_synthetic(name), rules.max_new_tokens, source=own))
     return tasks, left_out
 
 
@@ -117,20 +133,56 @@ def usable_tasks(tasks: list[Task], encoder: Encoder) -> tuple[list[Task], list[
     return kept, left_out
 
 
+def with_limits(
+    tasks: Sequence[Task], prompt: PromptSettings, tokenizer: Any, asked: Mapping[str, int]
+) -> list[Task]:
+    """Give every task the limit of its answers.
+
+    Args:
+        tasks: from `load_tasks`.
+        prompt: that of the model which answers.
+        tokenizer: of the model; None estimates.
+        asked: limits that the user asked for, by benchmark, from `parse_token_limits`.
+
+    Raises:
+        DataError: own data cannot be read.
+    """
+    found = []
+    for task in tasks:
+        if task.source is None:
+            longest = longest_answer({sample.target for sample in task.samples}, tokenizer)
+            limit = task.benchmark.max_new_tokens
+        else:
+            longest = longest_answer(answer_texts(task.source)[1], tokenizer)
+            limit = limit_for(prompt, longest)
+        found.append(replace(task, max_new_tokens=asked.get(task.name, limit), answer_tokens=longest))
+    return found
+
+
+def too_short(tasks: Sequence[Task]) -> list[str]:
+    """Name the tasks that expect answers which their limit does not hold, one sentence each."""
+    return [
+        f"{task.name}: an answer may take {task.max_new_tokens} tokens, and the longest expected one has "
+        f"{task.answer_tokens}: it cannot be right; pass --max_new_tokens {task.name}={room_for(task.answer_tokens)}"
+        for task in tasks
+        if task.answer_tokens > task.max_new_tokens
+    ]
+
+
 def parse_token_limits(text: str | None, names: list[str]) -> dict[str, int]:
     """Read `--max_new_tokens`: one number for all benchmarks, or `chartqa=32,textvqa=16`.
 
     Args:
-        text: the flag; None leaves every benchmark its own limit.
+        text: the flag, or None.
         names: the benchmarks of this evaluation.
 
     Returns:
-        For each of `names` the limit of an answer in tokens.
+        For those of `names` that are asked for the limit of an answer in tokens; the others keep their own.
 
     Raises:
         EvaluationError: every mistake together: no positive number, or a benchmark that is not evaluated.
     """
-    limits = {name: rules_of(name).max_new_tokens for name in names}
+    limits: dict[str, int] = {}
     mistakes = []
     for entry in text.split(",") if text is not None else []:
         name, equals, value = entry.rpartition("=")

@@ -21,7 +21,6 @@ from vlm_sft.console import say, warn
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
 from vlm_sft.errors import ModelError, RunError
-from vlm_sft.export.card import card
 from vlm_sft.export.hub import push
 from vlm_sft.export.keys import Findings, empty_model, inspect_adapter
 from vlm_sft.export.merge import AUTO, export_dtype, write_adapter, write_merged
@@ -31,6 +30,7 @@ from vlm_sft.launch import quiet_libraries
 from vlm_sft.model.adapt import load_adapter
 from vlm_sft.model.load import load_model
 from vlm_sft.record import now, versions
+from vlm_sft.report.card import ADAPTER, MERGED, About, card
 
 QUESTIONS = 8
 PARTIAL = ".partial"
@@ -105,7 +105,7 @@ def export(options: ExportOptions) -> Path:
         del model
         check = _verify(partial, source, reference, dtype, options.merge)
         report = _report(options, source, findings, dtype, check)
-        artifacts.write_text_atomic(partial / artifacts.CARD, card(source, report))
+        artifacts.write_text_atomic(partial / artifacts.CARD, card(_about(source, report)))
         report["files"] = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         artifacts.write_json(partial / artifacts.EXPORT, report)
         for path in partial.iterdir():
@@ -217,6 +217,22 @@ def _report(
         "verification": check,
         "versions": versions(),
     }
+
+
+def _about(source: Source, report: dict[str, Any]) -> About:
+    """What the card of an export tells."""
+    check = report["verification"]
+    verification = (
+        f"This folder was opened with plain transformers and compared with the adapter it was made from: "
+        f"{check['identical_answers']} of {check['questions']} greedy answers are the same "
+        f"({check['near_ties']} differ by a tie within rounding), logits differ by "
+        f"{check['largest_difference']:.2g} of their spread, and the adapter changes them by {check['effect']:.2g}; "
+        f"asked on {check['source']}. Details: `{artifacts.EXPORT}`."
+    )
+    return About(
+        report["name"], MERGED if report["kind"] == "merged" else ADAPTER, source.base.name,
+        source.base.prompt.to_dict(), source.run, report["versions"]["vlm-sft"], verification=verification,
+    )  # fmt: skip
 
 
 def _tell(folder: Path, report: dict[str, Any]) -> None:

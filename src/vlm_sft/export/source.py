@@ -28,11 +28,6 @@ class Source:
     config: dict[str, Any]
     run: Path
 
-    def facts(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; {} where there is none."""
-        path = self.run / name
-        return artifacts.read_json(path) if path.is_file() else {}
-
 
 def find_source(adapter: Path, base_model: str | None) -> Source:
     """Find an adapter with its base and its run.

@@ -82,8 +82,9 @@ class Recipe:
                           "optimizer steps", Range(1, also=(-1,)))
     learning_rate: float = _key(1e-4, "highest learning rate", "per optimizer step", Range(0, 1.0, low_open=True))
     lr_scheduler_type: str = _key("linear", "course of the learning rate after the warmup", choices=SCHEDULERS)
-    warmup_ratio: float = _key(0.03, "part of all optimizer steps in which the learning rate rises from 0",
-                               "fraction of the steps", FRACTION)
+    warmup_ratio: float = _key(
+        0.03, "part of all optimizer steps in which the learning rate rises; half of them at most",
+        "fraction of the steps", FRACTION)
     warmup_steps: int = _key(0, "the same as a number of steps; above 0 it replaces warmup_ratio", "optimizer steps",
                              Range(0))
     weight_decay: float = _key(0.0, "decoupled weight decay", "per step and learning rate", Range(0, 1.0))

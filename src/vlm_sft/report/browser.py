@@ -120,7 +120,7 @@ def _question(one: Prediction, album: Album) -> tuple[Any, ...]:
 
 
 def _answer(answer: Answer | None) -> list[Any] | None:
-    return None if answer is None else [shorten(answer.text), round(answer.score, 4)]
+    return None if answer is None else [shorten(answer.text), round(answer.score, 4), *([1] if answer.cut else [])]
 
 
 def as_data(value: Any) -> str:

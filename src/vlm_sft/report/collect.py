@@ -229,6 +229,7 @@ def _parse_benchmark(name: str, fields: Fields) -> Benchmark:
         ),
         clusters=fields.whole("clusters"), needed=_parse_needed(fields),
         also_chose=fields.whole("also_chose") or 0, also_trained=fields.whole("also_trained") or 0,
+        max_new_tokens=fields.whole("max_new_tokens"), answer_tokens=fields.whole("answer_tokens"),
     )
 
 
@@ -241,7 +242,9 @@ def _parse_score(fields: Fields, side: str) -> Score | None:
     if not fields.given(side):
         return None
     inner = fields.inside(side)
-    return Score(inner.number("accuracy"), inner.interval("interval"), inner.number("seconds"))
+    return Score(
+        inner.number("accuracy"), inner.interval("interval"), inner.number("seconds"), inner.whole("cut") or 0
+    )
 
 
 def benchmark_names(runs: Iterable[RunReport]) -> list[str]:

@@ -22,10 +22,11 @@ OUTCOMES = (
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one model answered, and its score between 0 and 1."""
+    """What one model answered, its score between 0 and 1, and whether the limit of tokens ended the answer."""
 
     text: str
     score: float
+    cut: bool = False
 
     @property
     def verdict(self) -> str:
@@ -117,7 +118,9 @@ def _read_rows(path: Path, problems: list[str]) -> dict[str, Fields]:
 
 
 def _answer(row: Fields | None) -> Answer | None:
-    return None if row is None else Answer(row.text("prediction"), row.number("score") or 0.0)
+    if row is None:
+        return None
+    return Answer(row.text("prediction"), row.number("score") or 0.0, row.flag("cut") is True)
 
 
 def _image_path(evaluation: Path, relative: str) -> Path | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vlm_sft.evaluate.compare import TOO_FEW
 from vlm_sft.evaluate.overlap import cautions
+from vlm_sft.evaluate.scoring import why_cut
 from vlm_sft.report import formats
 from vlm_sft.report.predictions import Prediction
 
@@ -20,11 +21,12 @@ PLOTTABLE = 1e15  # matplotlib cannot scale an axis up to the largest float; a l
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Accuracy of one model on one benchmark (0 to 1), its 95 % interval, and the seconds the evaluation took."""
+    """One model on one benchmark: accuracy (0 to 1), 95 % interval, seconds, answers that the limit of tokens ended."""
 
     accuracy: float | None
     interval: Interval | None
     seconds: float | None
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,10 @@ class SplitScore:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One row of the headline table; `difference` is tuned minus base, as a fraction."""
+    """One row of the headline table; `difference` is tuned minus base, as a fraction.
+
+    `max_new_tokens` is the limit of an answer, `answer_tokens` what the longest expected one has.
+    """
 
     name: str
     n: int | None
@@ -56,6 +61,18 @@ class Benchmark:
     needed: tuple[int, int] | None = None  # questions and independent images that could judge it
     also_chose: int = 0  # questions about images that chose the checkpoint too
     also_trained: int = 0  # questions about images that were trained on
+    max_new_tokens: int | None = None
+    answer_tokens: int | None = None
+
+    @property
+    def cut_notes(self) -> tuple[str, ...]:
+        """What answers that the limit ended mean for base and tuned; none where every answer ended by itself."""
+        sides = (("base", self.base), ("tuned", self.tuned))
+        return tuple(
+            f"{self.name}, {side}: {why_cut(score.cut, self.n, self.max_new_tokens, self.answer_tokens)}"
+            for side, score in sides
+            if score and score.cut and self.n
+        )
 
     @property
     def seconds(self) -> float | None:

@@ -128,4 +128,6 @@ def _shown(one: Prediction) -> Shown:
 
 def _answer(answer: Answer | None) -> tuple[str, str]:
     """What a model answered, and whether that was "right" or "wrong"; "" where it was not asked."""
-    return (formats.NOTHING, "") if answer is None else (formats.shorten(answer.text, 300), answer.verdict)
+    if answer is None:
+        return formats.NOTHING, ""
+    return formats.shorten(answer.text, 300) + (" [cut at the limit of tokens]" if answer.cut else ""), answer.verdict

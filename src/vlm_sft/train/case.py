@@ -251,7 +251,7 @@ def asked_of(task: Task, count: Callable[[ImageRef], int], budget: int, times: i
     """
     packs = plan_packs(task.samples, count, budget)
     works = [answer_work(pack, count) for pack in packs]
-    steps = [_answer_steps(pack, task.benchmark.max_new_tokens) for pack in packs]
+    steps = [_answer_steps(pack, task.max_new_tokens) for pack in packs]
     largest = max((work.tokens + work.questions * step for work, step in zip(works, steps, strict=True)), default=0.0)
     texts = sum(
         len((sample.id + sample.question + "".join(sample.answers)).encode()) + 4 * len(sample.answers)

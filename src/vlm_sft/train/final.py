@@ -19,12 +19,13 @@ from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.run import Evaluator, barrier, results_table
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.launch import Launch
-from vlm_sft.model.adapt import load_adapter
+from vlm_sft.model.adapt import changes_nothing, load_adapter
 from vlm_sft.model.load import Base, load_model, to_gpu
 from vlm_sft.model.parts import ALL
 from vlm_sft.record import folder_bytes
 from vlm_sft.report.html import write_report
 from vlm_sft.report.markdown import results_table as format_results
+from vlm_sft.train.card import write_card
 from vlm_sft.train.options import Run
 from vlm_sft.train.prepare import Plan
 
@@ -117,11 +118,15 @@ def report_run(folder: Path, results: dict[str, Any]) -> None:
     if results:
         say("")
         say(format_results(results))
+    write_card(folder, folder)
     report = write_report([folder], folder / artifacts.REPORT)
     say("")
     full = artifacts.holds_full_model(folder)
     say(f"{'model' if full else 'adapter'}, metrics and predictions: {folder}")
     say(f"report: {report}")
+    if not full and changes_nothing(folder):
+        say("next: train again, with more steps or a higher --learning_rate: this adapter changes nothing")
+        return
     model = f"--base_model {folder}" if full else f"--adapter {folder}"
     say(f"next: open the report; try it: vlm-sft ask IMAGE \"QUESTION\" {model}")
     if not full:

@@ -13,12 +13,13 @@ import torch
 from transformers import PrinterCallback
 
 from vlm_sft import artifacts
-from vlm_sft.console import is_main_process, say
+from vlm_sft.console import is_main_process, say, warn
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.errors import ModelError
 from vlm_sft.evaluate.caches import one_an_image
 from vlm_sft.forecast.run import FEATURES, LOAD, SAVES
 from vlm_sft.launch import Launch, agree
+from vlm_sft.model.adapt import changes_nothing
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.kernels import choose_kernels
 from vlm_sft.model.load import Base, load_model, to_gpu
@@ -61,6 +62,7 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
         say(f"batches: {run.data_workers} processes prepare them (--dataloader_num_workers chooses another number)")
     told.lap(FEATURES)
     done = checkpoint_step(checkpoint)
+    shown = Progress(planner, schedule.total_steps)
     metrics = [MetricsFile(options.output_dir / artifacts.METRICS, planner, done)]
     validation = Validation(asked, base, options.output_dir, run.tokens_per_pack, launch, done) if asked else None
     if validation is not None:
@@ -79,10 +81,11 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
         policy=_policy(run, plan),
         faults=run.faults,
         callbacks=[
-            Progress(planner, schedule.total_steps), *(metrics if is_main_process() else []), LastStep(schedule),
+            shown, *(metrics if is_main_process() else []), LastStep(schedule),
             Clock(told), *trackers.callbacks(),
         ],
     )
+    shown.newest_loss = trainer.last_loss
     trainer.remove_callback(PrinterCallback)
     told.lap(LOAD)
     if options.probe:
@@ -95,6 +98,8 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
     run.record.update(engine=plan.engine.facts)
     _record_training(run, trainer, planner)
     say(f"{'model' if ALL in recipe.train else 'adapter'} written to {options.output_dir}")
+    if is_main_process() and not artifacts.holds_full_model(options.output_dir):
+        _tell_silent(run)
     kept = validation.finish(trainer.state.best_global_step) if validation else True
     trainer.accelerator.free_memory()
     told.lap(SAVES)
@@ -176,6 +181,14 @@ def _set_checkpointing(model: Any, recipe: Recipe, launch: Launch, parameters: i
     if checkpoints_activations(recipe, parameters, not launch.cpu):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _tell_silent(run: Run) -> None:
+    """Say loudly that a finished training changed nothing."""
+    if changes_nothing(run.options.output_dir):
+        told = "this training changed nothing: every lora_B matrix of its adapter is zero, as before the first step"
+        run.record.note(told)
+        warn(f"{told}; look at learning_rate and grad_norm in {run.options.output_dir / artifacts.METRICS}")
 
 
 def _record_training(run: Run, trainer: PackTrainer, planner: EpochPlanner) -> None:

@@ -1,4 +1,4 @@
-"""The output folder of a run: is it free, what an earlier run left in it. Standard library only."""
+"""The output folder of a run: is it free, what an earlier run left in it. Imports report."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlm_sft import artifacts
 from vlm_sft.errors import RunError
+from vlm_sft.report.card import may_write
 from vlm_sft.train.checkpoints import checkpoints
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES)
@@ -66,3 +67,5 @@ def clear_run(folder: Path) -> None:
         artifacts.MANIFEST, artifacts.MANIFEST_CHECKSUM, artifacts.TRACKERS,
     ):
         (folder / name).unlink(missing_ok=True)
+    if may_write(folder / artifacts.CARD):
+        (folder / artifacts.CARD).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft.data.prepared import PreparedData
+from vlm_sft.data.prompt import PROMPT_KEYS
 from vlm_sft.errors import RunError, quoted
 from vlm_sft.launch import Launch
 from vlm_sft.manifest import read_manifest
@@ -48,7 +49,7 @@ def run_identity(
         "base_model": base.name,
         "base_model_sha256": base_fingerprint(base.path),
         "dtype": base.dtype_name,
-        "prompt": {key: prompt[key] for key in ("template", "system", "min_pixels", "max_pixels")},
+        "prompt": {key: prompt[key] for key in PROMPT_KEYS},
         "data_sha256": data_sha256(data),
         "evaluation_data_sha256": data_sha256(evaluation) if evaluation is not None else None,
     }

@@ -132,7 +132,7 @@ def _counter_and_shape(run: Run) -> tuple[Counter, ModelShape]:
     try:
         model = find_published(run.options.base_model)
     except ModelError:
-        base = find_run_base(run.options, run.recipe)
+        base = find_run_base(run.options, run.recipe, [])
         return image_counter(base.processor), shape_of(base)
     say(f"{model.name}: sizes from the built-in table ({model.source})")
     return published_counter(model, run.recipe), model.shape

@@ -22,6 +22,7 @@ from vlm_sft.data.cache_folder import default_cache_dir
 from vlm_sft.data.encode import EncodedGroup, Encoder, picture_sizes
 from vlm_sft.data.prepared import PreparedData
 from vlm_sft.data.processor import visual_tokens
+from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.errors import DataError, ModelError, RunError
@@ -46,9 +47,11 @@ from vlm_sft.train.measure import rates_here
 from vlm_sft.train.options import Run, TrainOptions
 from vlm_sft.train.prepare import (
     Plan,
+    few_steps,
     final_tasks,
     find_run_base,
     fit_questions,
+    limited,
     load_data,
     planner_over,
     tell_notes,
@@ -136,14 +139,14 @@ def planned_run(options: PlanOptions) -> Planned:
             return _planned(run, known, None, (), shape, device)
         try:
             # 4-bit weights need a GPU to be loaded, not to be counted.
-            base = find_run_base(train, replace(recipe, load_in_4bit=False))
+            base = find_run_base(train, replace(recipe, load_in_4bit=False), specs)
         except ModelError as error:
             try:
                 published = find_published(train.base_model)
             except ModelError:
                 raise error from None
             say(f"{published.name} is not at hand: sizes from the built-in table ({published.source}), text estimated")
-            train_samples, eval_samples, _, tasks, asked = _questions(run)
+            train_samples, eval_samples, _, tasks, asked = _questions(run, None)
             known = known_from_table(run, published, train_samples, eval_samples)
             return _planned(run, known, asked, tasks, published.shape, device)
         return _from_base(run, base, device, options.counted)
@@ -240,19 +243,28 @@ def grid_tensors(encoder: Encoder, sample: Sample) -> dict[str, torch.Tensor]:
     return {"image_grid_thw": torch.tensor(grids)}
 
 
-def _questions(run: Run) -> tuple[list[Sample], list[Sample], list[LeftOut], list[Task], ValidationPlan | None]:
-    """The questions of training, evaluation loss, final evaluation and evaluations during training."""
+def _questions(
+    run: Run, base: Base | None
+) -> tuple[list[Sample], list[Sample], list[LeftOut], list[Task], ValidationPlan | None]:
+    """The questions of training, evaluation loss, final evaluation and evaluations during training.
+
+    Args:
+        run: the run.
+        base: whose tokenizer counts the answers; None estimates.
+    """
     guards = check_request(run.recipe, run.specs, run.options.guard, run.options.eval_samples)
     train_samples, eval_samples, left_out = load_data(run.specs, run.recipe)
     tasks, asked = final_tasks(run), validation_plan(run, guards)
     tell_parts(run, train_samples, eval_samples, asked, tasks)
+    tokenizer = base.processor.tokenizer if base else None
+    tasks, asked = limited(run, tasks, asked, base.prompt if base else PromptSettings(), tokenizer)
     return train_samples, eval_samples, left_out, tasks, asked
 
 
 def _from_base(run: Run, base: Base, device: Device | None, counted: dict[str, EncodedGroup]) -> Planned:
     """Plan with a base whose processor is at hand."""
     options, recipe = run.options, run.recipe
-    train_samples, eval_samples, left_out, tasks, asked = _questions(run)
+    train_samples, eval_samples, left_out, tasks, asked = _questions(run, base)
     engine = Engine(options.engine, run.launch, base.name, base.path)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     cache = CountingCache(encoder, engine.root, base.name, prepared=False)
@@ -295,7 +307,8 @@ def schedule_lines(planned: Planned) -> list[str]:
         f"epoch: {planned.case.epoch.total.packs:,.0f} packs, {planned.case.epoch.total.tokens:,.0f} tokens, the "
         f"largest {planned.case.epoch.largest.tokens:,.0f}",
     ]
-    return [*lines, *(f"note: {note}" for note in schedule.notes)]
+    few = few_steps(planned.recipe, schedule, known.planner)
+    return [*lines, *(f"note: {note}" for note in (*schedule.notes, *([few] if few else [])))]
 
 
 def _spread(values: Sequence[int]) -> str:

@@ -8,21 +8,33 @@ from typing import Any
 
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say, warn
+from vlm_sft.data.answers import fitted
 from vlm_sft.data.audit import enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.cache import DataCache
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import mix, stratified_limit
 from vlm_sft.data.packing import EpochPlanner, GroupLengths
 from vlm_sft.data.prepared import PreparedData
+from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample, distinct_images
 from vlm_sft.data.sources.registry import is_synthetic, load_split
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.errors import DataError
-from vlm_sft.evaluate.guard import Guard
+from vlm_sft.evaluate.guard import Guard, parse_guards
 from vlm_sft.evaluate.overlap import cautions, overlaps
-from vlm_sft.evaluate.tasks import SAMPLE_SEED, Task, dataset_text, load_tasks, usable_tasks
+from vlm_sft.evaluate.tasks import (
+    SAMPLE_SEED,
+    Task,
+    benchmark_names,
+    dataset_text,
+    load_tasks,
+    parse_token_limits,
+    too_short,
+    usable_tasks,
+    with_limits,
+)
 from vlm_sft.model.load import Base, find_base
-from vlm_sft.recipe.rules import Schedule, effective_global_batch_size, resolve_schedule
+from vlm_sft.recipe.rules import Schedule, effective_global_batch_size, few_steps_advice, resolve_schedule
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.train.engine import Engine
 from vlm_sft.train.identity import refuse_changes, run_identity
@@ -178,7 +190,7 @@ def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], l
         VlmSftError: the base cannot be found, or too many samples cannot be used.
     """
     options, recipe, launch = run.options, run.recipe, run.launch
-    base = find_run_base(options, recipe)
+    base = find_run_base(options, recipe, run.specs)
     total = len(train_samples) + len(eval_samples) + len(left_out)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     engine = Engine(options.engine, launch, base.name, base.path)
@@ -199,7 +211,7 @@ def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], l
     if eval_planner is None and recipe.eval_strategy != "no":
         raise DataError("there is no question to compute the evaluation loss on", "pass --eval_strategy no")
     schedule = resolve_schedule(recipe, planner.steps_per_epoch)
-    _tell_plan(recipe, schedule, data, planner)
+    _tell_plan(run, schedule, data, planner)
     if is_main_process():
         artifacts.write_json(options.output_dir / artifacts.RECIPE, recipe.to_dict())
     return Plan(base, schedule, data, evaluation, planner, eval_planner, engine, cache, identity)
@@ -221,8 +233,35 @@ def planner_over(run: Run, lengths: tuple[GroupLengths, ...]) -> EpochPlanner:
     )
 
 
-def find_run_base(options: TrainOptions, recipe: Recipe) -> Base:
-    """Find the base model and say what could not be had."""
+def token_limits(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, int]:
+    """The limits of answers that `--max_new_tokens` asks for, by benchmark.
+
+    Raises:
+        EvaluationError: it has mistakes, or names a benchmark that this run does not answer.
+    """
+    names = benchmark_names(dataset_text(specs))
+    if options.eval_benchmarks not in (None, NO_BENCHMARKS):
+        names += benchmark_names(str(options.eval_benchmarks))
+    names += [guard.name for guard in parse_guards(options.guard)] if options.guard else []
+    return parse_token_limits(options.max_new_tokens, list(dict.fromkeys(names)))
+
+
+def limited(
+    run: Run, tasks: list[Task], asked: ValidationPlan | None, prompt: PromptSettings, tokenizer: Any
+) -> tuple[list[Task], ValidationPlan | None]:
+    """Give what a run answers, at its end and at each evaluation, the limits of answers; too short ones are told."""
+    limits = token_limits(run.options, run.specs)
+    final = with_limits(tasks, prompt, tokenizer, limits)
+    if asked is not None:
+        asked = replace(asked, tasks=with_limits(asked.tasks, prompt, tokenizer, limits))
+    for line in dict.fromkeys([*too_short(final), *too_short(asked.tasks if asked else ())]):
+        warn(line)
+        run.record.note(line)
+    return final, asked
+
+
+def find_run_base(options: TrainOptions, recipe: Recipe, specs: list[DatasetSpec]) -> Base:
+    """Find the base model, fit its prompt to the answers of own data, and say what could not be had."""
     base = find_base(
         options.base_model,
         flash_attn=options.flash_attn,
@@ -233,9 +272,13 @@ def find_run_base(options: TrainOptions, recipe: Recipe) -> Base:
         system=options.system,
         load_in_4bit=recipe.load_in_4bit,
     )
-    for note in base.notes:
+    prompt, notes = fitted(
+        base.prompt, specs, base.processor.tokenizer, keep_template=options.prompt_template is not None,
+        limits=token_limits(options, specs),
+    )  # fmt: skip
+    for note in (*base.notes, *notes):
         say(note)
-    return base
+    return replace(base, prompt=prompt)
 
 
 def _write_data_facts(
@@ -260,7 +303,7 @@ def _write_data_facts(
         warn(f"{len(left_out)} samples are left out ({counts}); they are named in {folder / artifacts.LEFT_OUT}")
 
 
-def _tell_plan(recipe: Recipe, schedule: Schedule, data: PreparedData, planner: EpochPlanner) -> None:
+def _tell_plan(run: Run, schedule: Schedule, data: PreparedData, planner: EpochPlanner) -> None:
     """Print one supervised sample, the counts, and the schedule."""
     facts = data.summary()
     say("one sample as the model sees it; only the part in ⟦ ⟧ is supervised:")
@@ -276,3 +319,12 @@ def _tell_plan(recipe: Recipe, schedule: Schedule, data: PreparedData, planner: 
     )
     for note in schedule.notes:
         say(f"note: {note}")
+    if few := few_steps(run.recipe, schedule, planner):
+        warn(few)
+        run.record.note(few)
+
+
+def few_steps(recipe: Recipe, schedule: Schedule, planner: EpochPlanner) -> str:
+    """What to say where a run has too few optimizer steps to learn from; "" elsewhere."""
+    questions, batch = planner.questions_per_epoch, planner.global_batch_size
+    return few_steps_advice(recipe, schedule, questions, batch, planner.world_size)

@@ -201,7 +201,7 @@ class Probe:
         for task in tasks:
             packs = plan_packs(task.samples, count, self.run.tokens_per_pack)
             pack = packs[len(packs) // 2]
-            answer = partial(_answer, backend, pack, task.benchmark.max_new_tokens)
+            answer = partial(_answer, backend, pack, task.max_new_tokens)
             answer()
             took = self._timed(answer)
             work = answer_work(pack, count)

@@ -33,7 +33,16 @@ from vlm_sft.train.hosts import HostWatch
 from vlm_sft.train.identity import check_ranks, recipe_identity, refuse_changes
 from vlm_sft.train.lock import RunLock
 from vlm_sft.train.options import Run, TrainOptions
-from vlm_sft.train.prepare import final_tasks, fit_questions, load_data, prepare, tell_parts, validation_plan
+from vlm_sft.train.prepare import (
+    final_tasks,
+    fit_questions,
+    limited,
+    load_data,
+    prepare,
+    tell_parts,
+    token_limits,
+    validation_plan,
+)
 from vlm_sft.train.signals import StopSignals, resume_line
 from vlm_sft.train.validation import check_request
 
@@ -53,6 +62,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     recipe = loaded.recipe
     specs = parse_datasets(options.dataset)
     guards = check_request(recipe, specs, options.guard, options.eval_samples)
+    token_limits(options, specs)
     check_trackers(recipe.report_to)
     launch = read_launch(options.local_rank, options.deepspeed)
     expand_segments(launch)
@@ -153,6 +163,7 @@ def _stages(run: Run, guards: list[Guard], trackers: Trackers) -> tuple[dict[str
     with record.timed("load"):
         plan = prepare(run, train_samples, eval_samples, left_out)
         tasks, asked = fit_questions(run, tasks, asked, plan.data.encoder)
+        tasks, asked = limited(run, tasks, asked, plan.base.prompt, plan.base.processor.tokenizer)
     told = Foretelling.begin(run, plan, asked, tasks, cache_before)
     agree(trackers.begin)
     told.lap(TRACKERS)

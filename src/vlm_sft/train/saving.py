@@ -26,6 +26,7 @@ from vlm_sft.console import is_main_process, warn
 from vlm_sft.errors import RunError
 from vlm_sft.launch import agree, gather
 from vlm_sft.manifest import flush, naming, write_manifest
+from vlm_sft.report.card import may_write
 from vlm_sft.train.checkpoints import begin_checkpoint, checkpoint_problems, last_bytes, publish, rotate
 from vlm_sft.train.state import load_state, random_state, save_state, set_random_state
 
@@ -267,8 +268,12 @@ class CheckpointTrainer(Trainer):
         folder, partial = self._run_folder, self._run_folder / artifacts.ADAPTER_PARTIAL
 
         def publish_files() -> None:
-            names = [path.name for path in partial.iterdir()]
+            # The card is written again when the results are there, so no checksum of it is kept.
+            names = [path.name for path in partial.iterdir() if path.name != artifacts.CARD]
             write_manifest(partial, names, {"step": self.state.global_step, **self._policy.facts})
+            if may_write(folder / artifacts.CARD):
+                os.replace(partial / artifacts.CARD, folder / artifacts.CARD)
+            (partial / artifacts.CARD).unlink(missing_ok=True)
             for name in (*names, artifacts.MANIFEST, artifacts.MANIFEST_CHECKSUM):
                 os.replace(partial / name, folder / name)
             partial.rmdir()

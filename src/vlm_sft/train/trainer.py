@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import SchedulerType, speed_metrics
 
 from vlm_sft import artifacts
 from vlm_sft.data.collate import PackedBatch
@@ -27,7 +27,9 @@ from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.tune import save_tuned
+from vlm_sft.recipe.rules import rate_factor
 from vlm_sft.train.anomalies import WATCHED_STEPS, AdapterWatch, EventLog, FaultPolicy, Health, memory_error
+from vlm_sft.train.card import write_card
 from vlm_sft.train.saving import CheckpointTrainer
 from vlm_sft.train.step import StepGradients, loss_problem
 from vlm_sft.train.validation import Validation
@@ -91,6 +93,23 @@ class PackTrainer(CheckpointTrainer):
         """The loader of this rank's steps; it is already split over ranks, so accelerate must not do it again."""
         self._loader = StepLoader(self._steps, self.args.dataloader_num_workers)
         return self._loader
+
+    def last_loss(self) -> float | None:
+        """Loss of the last step that was used, over all ranks; None before there was one."""
+        return self._health.last_loss
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The recipe's course of the learning rate, whose first step is not at 0; under DeepSpeed too."""
+        if self.lr_scheduler is None:
+            kind = SchedulerType(self.args.lr_scheduler_type).value
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: rate_factor(kind, warmup, num_training_steps, step)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def num_examples(self, dataloader: Any) -> int:
         """Questions of one epoch."""
@@ -313,3 +332,4 @@ class PackTrainer(CheckpointTrainer):
             folder = Path(output_dir or str(self.args.output_dir))
             save_tuned(self.model, folder, self._base, state_dict)
             self._prompt.save(folder)
+            write_card(folder, self._run_folder)

@@ -211,8 +211,13 @@ class Validation:
     ) -> list[dict[str, Any]]:
         """The rows of one task; empty on other ranks than the first."""
         place = folder / task.name
-        evaluator.run(task, place, label, identity)
-        return list(artifacts.read_jsonl(place / artifacts.PREDICTIONS)) if self.launch.rank == 0 else []
+        result = evaluator.run(task, place, label, identity)
+        if self.launch.rank != 0:
+            return []
+        if result["cut"]:
+            limit = task.max_new_tokens
+            say(f"{label}: {result['cut']:,} of {result['n']:,} answers ended at the limit of {limit} tokens")
+        return list(artifacts.read_jsonl(place / artifacts.PREDICTIONS))
 
     def _scores(self, rows: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
         by_metric: dict[str, list[float]] = {}

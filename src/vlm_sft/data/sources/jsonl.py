@@ -81,6 +81,25 @@ def load(spec: DatasetSpec, split: str) -> LoadedSplit:
     return finish_split(plan, samples, gone, HOLD_OUT_FRACTION, origin)
 
 
+def answer_texts(spec: DatasetSpec) -> tuple[list[str], set[str]]:
+    """What the answers of own data look like, over all its splits; no image is read.
+
+    Returns:
+        The answer of every question that is learned, and all different answers that are accepted.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    assert spec.path is not None
+    lines: dict[str, list[Line]] = {}
+    for split, paths in _split_files(spec.path).items():
+        for path in paths:
+            _read_file(spec, path, split, lines, {})
+    questions = [line.question for part in lines.values() for line in part]
+    accepted = {answer for question in questions for answer in (question.target, *question.answers)}
+    return [question.target for question in questions], accepted
+
+
 def _split_files(path: Path) -> dict[str, list[Path]]:
     """Files by split; beside a single train file its siblings count ("x_train.jsonl" -> "x_val.jsonl")."""
     endings: tuple[str, ...] = JSON_SUFFIXES

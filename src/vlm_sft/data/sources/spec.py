@@ -49,7 +49,12 @@ class DatasetSpec:
     @property
     def own(self) -> bool:
         """True for the user's own JSON data."""
-        return self.name not in KNOWN
+        return is_own(self.name)
+
+
+def is_own(name: str) -> bool:
+    """Whether a data set of this name is the user's own, or a free question: no published or generated set."""
+    return name not in KNOWN
 
 
 def parse_datasets(text: str) -> list[DatasetSpec]:
