@@ -24,7 +24,7 @@ from vlm_sft.data.sources.splits import SPLITS
 
 COLOURS = ("red", "navy", "gold", "white", "black", "green", "pink", "grey")
 # Said in every command: the answers here are no sentences, and what a model says by itself is cut.
-ASKED = ("--max_new_tokens", "32", "--prompt_template", "{question}")
+ASKED = ("--max_new_tokens", "4", "--prompt_template", "{question}")
 LAST = 12  # steps of a training
 
 
@@ -87,7 +87,7 @@ def train(folder: Path, name: str, *arguments: str) -> tuple[int, Path]:
 def command(folder: Path, out: Path, *arguments: str) -> list[str]:
     return [
         "train", "--base_model", str(folder / "model"), "--dataset", str(folder / "own"), "--output_dir", str(out),
-        "--max_steps", str(LAST), "--warmup_steps", str(LAST // 2), "--warmup_ratio", "0", "--learning_rate", "0.03",
+        "--max_steps", str(LAST), "--warmup_steps", str(LAST // 2), "--warmup_ratio", "0", "--learning_rate", "0.01",
         "--lora_dropout", "0", "--eval_steps", "1", "--save_steps", "1", "--logging_steps", "1", "--global_batch_size",
         "8", "--load_best_model_at_end", "true", "--report_to", "none", "--eval_benchmarks", "none", *ASKED,
         *arguments,
