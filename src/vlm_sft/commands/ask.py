@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vlm_sft.commands.eval import add_other_base_argument
+
 HELP = "ask questions about an image; with an adapter, base and tuned answer side by side"
 
 
@@ -22,6 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--base_model", metavar="MODEL",
         help="Hub id, folder, or 'pocket' (default: the one that the adapter names; 'pocket' without an adapter)",
     )
+    add_other_base_argument(parser)
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="limit of an answer in tokens (default: 32)")
     parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
 
@@ -38,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
         image = check_image(ImageRef.from_path(args.image))
     except OSError as error:
         raise DataError(f"{args.image}: {error.strerror or error}", "pass the path of a picture") from error
-    asker = open_asker(args.base_model, args.adapter, args.flash_attn, args.max_new_tokens)
+    asker = open_asker(
+        args.base_model, args.adapter, args.flash_attn, args.max_new_tokens, args.allow_other_base
+    )
     say(f"{args.image}, {image.width} x {image.height} pixels, asked of {asker.title}")
     for answer in asker.ask(image, args.questions):
         say(f"\n{answer.question}")

@@ -9,16 +9,18 @@ from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say, warn
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.errors import EvaluationError
+from vlm_sft.errors import EvaluationError, ModelError
 from vlm_sft.evaluate.backends import Backend, SharedPrefixBackend, VllmBackend, require_vllm
 from vlm_sft.evaluate.caches import CacheOptions, Caches
-from vlm_sft.evaluate.identity import identity_of
+from vlm_sft.evaluate.identity import PART, identity_of
 from vlm_sft.evaluate.run import Evaluator, barrier, save_pictures
 from vlm_sft.evaluate.scoring import format_score
 from vlm_sft.evaluate.tasks import Task, benchmark_names, load_tasks, parse_token_limits
 from vlm_sft.launch import Launch, connected, pack_tokens, quiet_libraries, read_launch
-from vlm_sft.model.adapt import check_adapter_folder, load_adapter
-from vlm_sft.model.load import Base, find_base, load_model, to_gpu
+from vlm_sft.model.adapt import load_adapter
+from vlm_sft.model.load import Base, empty_model, find_base, load_model, to_gpu
+from vlm_sft.model.saved_adapter import check_adapter_folder, require_fit
+from vlm_sft.model.vllm_rules import not_for_vllm
 from vlm_sft.record import RunRecord, device_name
 
 
@@ -36,6 +38,7 @@ class EvalOptions:
         max_new_tokens: limit of an answer in tokens, a number or `BENCHMARK=NUMBER,…`; None for the benchmarks' own.
         prompt_template, system, min_pixels, max_pixels: instead of what travels with the adapter or the base.
         allow_prompt_mismatch: these may differ from what the adapter was trained with.
+        allow_other_base: the base may be another one than the adapter was trained on.
         tokens_per_pack: token budget of one forward pass; None for the device's.
         flash_attn: use FlashAttention where it can run.
         load_in_4bit: hold the weights of the language model in 4 bits, as a QLoRA training does.
@@ -57,6 +60,7 @@ class EvalOptions:
     min_pixels: int | None = None
     max_pixels: int | None = None
     allow_prompt_mismatch: bool = False
+    allow_other_base: bool = False
     tokens_per_pack: int | None = None
     flash_attn: bool = False
     load_in_4bit: bool = False
@@ -81,8 +85,17 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, object]]:
     if options.backend == "vllm":
         _check_vllm(launch, options.load_in_4bit)
     # Under the deepspeed launcher too: an evaluation needs no ZeRO, every rank holds the model.
-    with connected(launch):
+    place = artifacts.OutputFolder(
+        options.output_dir, artifacts.RUN, artifacts.LEFT_OUT, f"*/{artifacts.IDENTITY}", f"*/{PART.format('*')}"
+    )
+    with place.or_nothing(lambda: _answered(options.output_dir)), connected(launch):
         return _carry_out(options, launch, limits)
+
+
+def _answered(folder: Path) -> bool:
+    """Whether a folder holds an answer."""
+    files = [*folder.glob(f"*/{artifacts.PREDICTIONS}"), *folder.glob(f"*/{PART.format('*')}")]
+    return any(path.stat().st_size for path in files)
 
 
 def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> dict[str, dict[str, object]]:
@@ -173,10 +186,9 @@ def _find_base(options: EvalOptions) -> Base:
 
     Raises:
         EvaluationError: a flag differs from what the adapter was trained with, and that is not allowed.
-        ModelError: the adapter or the base cannot be found.
+        ModelError: the adapter or the base cannot be found, or they do not belong together.
     """
-    if options.adapter:
-        check_adapter_folder(options.adapter)
+    config = check_adapter_folder(options.adapter) if options.adapter else {}
     saved = PromptSettings.find(options.adapter) if options.adapter else None
     base = find_base(
         options.base_model,
@@ -188,6 +200,11 @@ def _find_base(options: EvalOptions) -> Base:
         system=options.system,
         load_in_4bit=options.load_in_4bit,
     )
+    if options.adapter:
+        contents = require_fit(options.adapter, base, options.allow_other_base)
+        problems = not_for_vllm(config, contents.layers, empty_model(base.path)) if options.backend == "vllm" else ()
+        if problems:
+            raise ModelError(f"--adapter {options.adapter}: {'; '.join(problems)}", "leave --backend vllm out")
     if options.adapter and saved is None:
         warn(f"{options.adapter} has no {artifacts.PROMPT}: the prompt of its training is unknown")
     changed = saved.differences(base.prompt) if saved else []

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from vlm_sft import console
+from vlm_sft import artifacts, console
 from vlm_sft.errors import EvaluationError, RunError
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, get_benchmark
@@ -223,7 +223,7 @@ def _decode(line: bytes) -> Any:
         ValueError: it is not UTF-8 or not JSON; the message says which.
     """
     try:
-        return json.loads(line.decode("utf-8"))
+        return artifacts.parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 (byte {error.start + 1})") from error
     except json.JSONDecodeError as error:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.data.cache_folder import weights_mark
 from vlm_sft.data.prepared import PreparedData
 from vlm_sft.errors import RunError
 from vlm_sft.launch import Launch
 from vlm_sft.manifest import read_manifest
 from vlm_sft.model.load import Base
+from vlm_sft.model.saved_adapter import BASE_WEIGHTS
 from vlm_sft.recipe.rules import effective_global_batch_size
 from vlm_sft.recipe.schema import Recipe
 
@@ -47,6 +50,7 @@ def run_identity(
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "base_model": base.name,
         "base_model_sha256": base_fingerprint(base.path),
+        BASE_WEIGHTS: weights_mark(base.path),
         "dtype": base.dtype_name,
         "prompt": {key: prompt[key] for key in ("template", "system", "min_pixels", "max_pixels")},
         "data_sha256": data_sha256(data),
@@ -80,7 +84,7 @@ def base_fingerprint(path: str) -> str:
         if file.suffix not in _BASE_FILES:
             continue
         size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
+        digest.update(os.fsencode(file.name) + f" {size}\n".encode())
         with file.open("rb") as stream:
             if size <= _SMALL_BYTES:
                 digest.update(stream.read())

@@ -169,7 +169,7 @@ def _own_name(path: Path) -> str:
     label = path.stem if path.suffix in (*JSON_SUFFIXES, ".parquet") else path.resolve().name
     if label.lower() in {"train", "data", "test", "val", "validation", "dev"} and path.resolve().parent.name:
         label = path.resolve().parent.name
-    label = re.sub(r"[^\w.-]+", "_", label) or "own"
+    label = re.sub(r"[^\w.-]+", "_", label) or "own"  # which also takes bytes of a name that are no UTF-8
     return f"{label}_own" if label.lower() in KNOWN else label
 
 
