@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from vlm_sft.commands.eval import add_other_base_argument
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
             say(f"  base:  {answer.base}")
             say(f"  tuned: {answer.tuned}")
     say("")
-    flags = [f"--base_model {asker.base_name}", *([f"--adapter {args.adapter}"] if args.adapter else [])]
-    say(f"nothing was written; next: measure it (vlm-sft eval {' '.join(flags)} --benchmark …), or see it in a page "
-        f"(vlm-sft demo {' '.join(flags)})")  # fmt: skip
+    words = ["--base_model", asker.base_name, *(["--adapter", str(args.adapter)] if args.adapter else [])]
+    flags = shlex.join([*words, *(["--allow_other_base"] if args.allow_other_base else [])])
+    say(f"nothing was written; next: measure it (vlm-sft eval {flags} --benchmark SETS --output_dir DIR), or see it in "
+        f"a page (vlm-sft demo {flags})")  # fmt: skip
     return 0

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 IMPORT_HELP = "read a data set of TRL, LLaMA-Factory, ms-swift, or a CSV beside a folder of images"
 EXPORT_HELP = "write a data set for TRL, LLaMA-Factory, ms-swift, or as CSV"
 NEXT = {
-    "trl": "datasets.load_dataset('parquet', data_dir={folder!r})  # then trl.SFTTrainer",
+    "trl": "datasets.load_dataset('parquet', data_dir={plain!r})  # then trl.SFTTrainer",
     "llamafactory": "llamafactory-cli train … --dataset_dir {folder} --dataset NAME of dataset_info.json",
     "msswift": "ROOT_IMAGE_DIR={folder} swift sft --dataset {first}",
-    "csv": "vlm-sft data import {folder} --format csv --output FOLDER reads it again",
-    "jsonl": "vlm-sft train --dataset {folder}",
+    "csv": "vlm-sft data import {folder} --format csv --output FOLDER  # reads it again",
+    "jsonl": "vlm-sft train --dataset {folder} --output_dir outputs/mine",
 }
 
 
@@ -109,7 +109,8 @@ def run_export(args: argparse.Namespace) -> int:
     request = ExportRequest(args.format, args.output, args.style, name, args.max_left_out)
     report = export_data(request, splits, list(gone.values()))
     _tell(report, args)
-    say("next: " + NEXT[args.format].format(folder=str(args.output), first=report.files[0]))
+    names = {"folder": shlex.quote(str(args.output)), "first": shlex.quote(str(report.files[0]))}
+    say("next: " + NEXT[args.format].format(**names, plain=str(args.output)))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -127,7 +128,8 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
         for result in results.values():
             say(format_score(result))
         say(f"predictions and results: {options.output_dir}/<benchmark>/{artifacts.PREDICTIONS}")
-        say(f"next: compare with another evaluation: vlm-sft compare OTHER {options.output_dir} --baseline OTHER")
+        place = shlex.quote(str(options.output_dir))
+        say(f"next: compare with another evaluation: vlm-sft compare OTHER {place} --baseline OTHER")
     barrier(launch.world_size)
     return results
 

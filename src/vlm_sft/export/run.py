@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +231,7 @@ def _report(
 
 def _tell(folder: Path, report: dict[str, Any]) -> None:
     """Say what was written and what to do next."""
+    place = shlex.quote(str(folder))
     check = report["verification"]
     say(
         f"verified: {check['identical_answers']} of {check['questions']} answers are the adapter's own "
@@ -240,6 +242,7 @@ def _tell(folder: Path, report: dict[str, Any]) -> None:
     kind = "merged model" if report["kind"] == "merged" else "adapter"
     say(f"{kind}, {size:,.1f} MB: {folder} (card: {artifacts.CARD}, report: {artifacts.EXPORT})")
     if report["kind"] == "merged":
-        say(f"next: vlm-sft ask IMAGE \"QUESTION\" --base_model {folder}, or vllm serve {folder}")
+        say(f"next: vlm-sft ask IMAGE \"QUESTION\" --base_model {place}, or vllm serve {place}")
     else:
-        say(f"next: vllm serve BASE --enable-lora --lora-modules tuned={folder}, or PeftModel.from_pretrained")
+        say(f"next: vlm-sft ask IMAGE \"QUESTION\" --adapter {place}, or vllm serve BASE --enable-lora --lora-modules "
+            f"tuned={place}, or PeftModel.from_pretrained")  # fmt: skip

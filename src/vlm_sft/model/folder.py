@@ -5,6 +5,7 @@ Nothing is loaded: small JSON files are read, and of weights their headers.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from vlm_sft.artifacts import ADAPTER_CONFIG, FULL_WEIGHTS, FULL_WEIGHTS_INDEX, parse_json, read_json
@@ -36,10 +37,11 @@ def require_model(folder: Path, name: str) -> None:
         ModelError: it holds an adapter, or something is missing or damaged; all of it is named.
     """
     if (folder / ADAPTER_CONFIG).exists():
+        place = shlex.quote(name)
         raise ModelError(
             f"--base_model {name}: that is an adapter, not a base model",
-            f"pass it as --adapter {name} beside its own --base_model, or make a model of both first: vlm-sft export "
-            f"--adapter {name} --merge --output_dir {name.rstrip('/')}-merged",
+            f"pass it as --adapter {place} beside its own --base_model, or make a model of both first: vlm-sft export "
+            f"--adapter {place} --merge --output_dir {shlex.quote(name.rstrip('/') + '-merged')}",
         )
     if not (folder / "config.json").exists():
         raise ModelError(f"--base_model {name}: the folder has no config.json", "pass a Hugging Face model folder")

@@ -95,8 +95,8 @@ def _check_undamaged(folder: Path) -> None:
     if problems:
         raise ModelError(
             f"--adapter {folder}: {'; '.join(problems)}",
-            f"use one of the run's checkpoints, or write it again with vlm-sft train --resume; if you changed it "
-            f"yourself, delete {MANIFEST}",
+            f"use one of the run's checkpoints, or write it again by its training with --resume auto; if you changed "
+            f"it yourself, delete {MANIFEST}",
         )
 
 

@@ -163,5 +163,6 @@ def check_ranks(checkpoint: Path | None, launch: Launch) -> None:
     raise RunError(
         f"{checkpoint} was written by {size} process(es) with {kind}, and this is {launch.world_size} with "
         f"{launch.parallel}",
-        f"launch {size} process(es) with {kind}, or evaluate its adapter with vlm-sft eval --adapter {checkpoint}",
+        f"launch {size} process(es) with {kind}, or evaluate its adapter: vlm-sft eval --base_model BASE --adapter "
+        f"{checkpoint} --benchmark SETS --output_dir DIR",
     )

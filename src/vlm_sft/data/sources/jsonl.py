@@ -144,7 +144,7 @@ def records_of_file(path: Path) -> Iterator[tuple[int, str, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, "line", parse_json(line.decode("utf-8"))
+            yield number, "line", parse_json(line.decode("utf-8"), strict=False)
         except UnicodeDecodeError as error:
             yield number, "line", RowProblem("line is not UTF-8", str(error))
         except ValueError as error:
@@ -156,7 +156,7 @@ def _whole_document(path: Path, data: bytes) -> list[Any] | None:
     if not data.lstrip().startswith(b"[") and path.suffix != ".json":
         return None
     try:
-        document = parse_json(data.decode("utf-8"))
+        document = parse_json(data.decode("utf-8"), strict=False)
     except ValueError as error:
         if data.lstrip().startswith(b"["):
             raise DataError(f"{path} is not JSON: {error}", "correct the file, or write one record a line") from error

@@ -13,7 +13,7 @@ from vlm_sft.data.images import MAX_FILE_BYTES
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.data.sources.rows import RowProblem
 
-URL_FIX = "vlm-sft data import FILE --format … --allow_image_urls --output FOLDER fetches them"
+URL_FIX = "they are fetched by vlm-sft data import FILE --format FORMAT --allow_image_urls --output FOLDER"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,7 +152,8 @@ def _own_path(place: str) -> Path:
             f"write chartqa@{place} or textvqa@{place}, or name the columns image, question and answer",
         )
     if not path.is_dir() and path.suffix not in (*JSON_SUFFIXES, ".parquet"):
-        raise DataError(f"{place} is not a .jsonl, .json or .parquet file", f"vlm-sft data import {place} reads others")
+        others = f"vlm-sft data import {shlex.quote(place)} --format FORMAT --output FOLDER"
+        raise DataError(f"{place} is not a .jsonl, .json or .parquet file", f"others are read by {others}")
     return path
 
 
