@@ -30,6 +30,7 @@ from vlm_sft.export.source import Source, find_source
 from vlm_sft.export.verify import Told, compare, effect, examples, find_questions, require, told_by_folder, told_by_us
 from vlm_sft.launch import quiet_libraries
 from vlm_sft.model.adapt import load_adapter
+from vlm_sft.model.folder import require_utf8
 from vlm_sft.model.load import empty_model, load_model
 from vlm_sft.model.saved_adapter import BASE_WEIGHTS, Contents, require_fit
 from vlm_sft.model.vllm_rules import not_for_vllm
@@ -90,6 +91,7 @@ def export(options: ExportOptions) -> Path:
             or the export does not answer as the adapter does.
     """
     quiet_libraries()
+    require_utf8(options.output_dir, "--output_dir")
     _require_free(options.output_dir)
     with artifacts.OutputFolder(options.output_dir).or_nothing():
         folder = _carry_out(options)

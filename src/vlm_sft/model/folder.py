@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from vlm_sft.artifacts import ADAPTER_CONFIG, FULL_WEIGHTS, FULL_WEIGHTS_INDEX, parse_json, read_json
+from vlm_sft.artifacts import ADAPTER_CONFIG, FULL_WEIGHTS, FULL_WEIGHTS_INDEX, parse_json, read_json, writable
 from vlm_sft.errors import ModelError, RunError
 
 _SETTINGS = (
@@ -34,7 +34,8 @@ def require_model(folder: Path, name: str) -> None:
         name: what the user calls it.
 
     Raises:
-        ModelError: it holds an adapter, or something is missing or damaged; all of it is named.
+        ModelError: it holds an adapter, something is missing or damaged (all of it is named), or its path cannot be
+            opened.
     """
     if (folder / ADAPTER_CONFIG).exists():
         place = shlex.quote(name)
@@ -43,6 +44,7 @@ def require_model(folder: Path, name: str) -> None:
             f"pass it as --adapter {place} beside its own --base_model, or make a model of both first: vlm-sft export "
             f"--adapter {place} --merge --output_dir {shlex.quote(name.rstrip('/') + '-merged')}",
         )
+    require_utf8(folder, "--base_model")
     if not (folder / "config.json").exists():
         raise ModelError(f"--base_model {name}: the folder has no config.json", "pass a Hugging Face model folder")
     problems = [*_settings_problems(folder), *_lacking(folder), *_weights_problems(folder)]
@@ -51,6 +53,20 @@ def require_model(folder: Path, name: str) -> None:
         raise ModelError(
             f"--base_model {name}: the folder does not hold a whole model: {'; '.join(problems[:_MOST_SHOWN])}{more}",
             "copy or download the whole model again, as safetensors",
+        )
+
+
+def require_utf8(folder: Path, flag: str) -> None:
+    """Refuse a folder that the libraries of weights and tokenizers cannot open.
+
+    Raises:
+        ModelError: its path holds bytes that are no UTF-8.
+    """
+    if writable(str(folder)) != str(folder):
+        raise ModelError(
+            f"{flag} {writable(str(folder))}: the path holds bytes that are no UTF-8, and the libraries of weights and "
+            "tokenizers cannot open it",
+            "take another name",
         )
 
 

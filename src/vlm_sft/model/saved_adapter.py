@@ -22,6 +22,7 @@ from vlm_sft.console import warn
 from vlm_sft.data.cache_folder import weights_mark
 from vlm_sft.errors import ModelError, RunError
 from vlm_sft.manifest import folder_problems, read_manifest
+from vlm_sft.model.folder import require_utf8
 from vlm_sft.model.load import POCKET, Base, empty_model, resolve_path
 
 BASE_WEIGHTS = "base_weights"  # in a manifest's identity and in export.json: `weights_mark` of the base
@@ -61,6 +62,7 @@ def check_adapter_folder(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: it does not, a byte differs from its manifest, or the adapter is of a kind that is not opened here.
     """
+    require_utf8(folder, "--adapter")
     config, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
     if not config.is_file() or not weights.is_file():
         if holds_full_model(folder):

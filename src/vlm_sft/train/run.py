@@ -18,6 +18,7 @@ from vlm_sft.evaluate.guard import Guard
 from vlm_sft.evaluate.run import barrier
 from vlm_sft.forecast.run import TRACKERS
 from vlm_sft.launch import Launch, agree, connected, quiet_libraries, read_launch
+from vlm_sft.model.folder import require_utf8
 from vlm_sft.model.load import resolve_path
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
@@ -57,6 +58,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     check_trackers(recipe.report_to)
     launch = read_launch(options.local_rank, options.deepspeed)
     resolve_path(options.base_model)  # before the long reading of data
+    require_utf8(options.output_dir, "--output_dir")
     place = artifacts.OutputFolder(options.output_dir, *(START if is_main_process() else ()))
     claim_folder(options.output_dir, options.resume, options.overwrite)
     with (
