@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -121,7 +122,7 @@ class Context:
     def encoded(self) -> PreparedData:
         """The encoded rows."""
         folder = self.rows_folder(SIZES[self.device][2])
-        rows = [cases.Row(**row) for row in artifacts.read_json(folder / "rows.json")]
+        rows = [cases.Row(**row) for row in json.loads((folder / "rows.json").read_text(encoding="utf-8"))]
         samples = [
             Sample(str(number), "check", "", (ImageRef.from_path(row.image),), row.question, row.answer, (row.answer,))
             for number, row in enumerate(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import http.server
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -113,6 +114,8 @@ def test_llamafactory_alpaca_and_dataset_info(own: Path, tmp_path: Path) -> None
     flags = ["--format", "llamafactory", "--style", "alpaca", "--output", str(out)]
     assert main(["data", "export", str(own), *flags]) == 2  # one of five: the conversation
     assert [item["id"] for item in lines(out / "left_out.jsonl")] == ["own/d"]
+    assert [path.name for path in out.iterdir()] == ["left_out.jsonl"]
+    assert main(["data", "export", str(own), *flags, "--max_left_out", "0.2"]) == 0
     assert main(["data", "import", str(out), "--format", "llamafactory", "--output", str(back)]) == 0
     assert contents(back) == contents(own)[:3]
     named = tmp_path / "named"
@@ -167,7 +170,10 @@ def test_what_is_dropped_or_changed_is_named(tmp_path: Path, capsys: pytest.Capt
     assert "2 questions are not exactly as they were" in capsys.readouterr().err
     assert main(flags) == 2 and "is not empty" in capsys.readouterr().err
     assert main([*flags[:-3], str(tmp_path / "strict")]) == 2  # seven of twelve are more than one in a hundred
-    assert "cannot be used" in capsys.readouterr().err and (tmp_path / "strict" / "train.jsonl").is_file()
+    fix = re.search("--max_left_out [0-9.]+", capsys.readouterr().err)
+    assert fix and [path.name for path in (tmp_path / "strict").iterdir()] == ["left_out.jsonl"]
+    assert main([*flags[:-3], str(tmp_path / "strict"), *fix[0].split()]) == 0  # the limit that the message proposes
+    assert contents(tmp_path / "strict") == contents(tmp_path / "out")
 
 
 def test_answers_without_loss_are_context(tmp_path: Path) -> None:

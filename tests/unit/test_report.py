@@ -167,7 +167,7 @@ def test_running_and_damaged_runs_are_reported(tmp_path: Path) -> None:
     assert "had not finished when the report was written" in page.text
     assert "'wall_seconds' should be a finite number, found \"long\"" in page.text
     assert "run.json has schema 2" in page.text and "results.json: Expecting property name" in page.text
-    assert "recipe.json: expected an object, found [1, 2]" in page.text
+    assert "recipe.json: it holds a list, not an object" in page.text
     assert any("Training loss from 2 at step 1 to 2 at step 1" in a.get("aria-label", "") for a in page.all("svg"))
 
 

@@ -30,7 +30,9 @@ def run(args: argparse.Namespace) -> int:
 
     if find_spec("gradio") is None:
         raise RunError("vlm-sft demo: the package gradio is not installed", "pip install 'vlm-sft[demo]'")
-    asker = open_asker(args.base_model, args.adapter, args.flash_attn, args.max_new_tokens)
+    asker = open_asker(
+        args.base_model, args.adapter, args.flash_attn, args.max_new_tokens, args.allow_other_base
+    )
     page = build_page(asker)
     try:
         page.launch(**launch_arguments(args.port))

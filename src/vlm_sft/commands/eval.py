@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow_prompt_mismatch", action="store_true",
         help="prompt and image settings may differ from those of the adapter's training",
     )
+    add_other_base_argument(parser)
     parser.add_argument("--tokens_per_pack", type=int, metavar="N", help="token budget of one forward pass")
     parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
     parser.add_argument(
@@ -46,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cache_arguments(parser)
     parser.add_argument("--max_left_out", type=float, default=0.01, metavar="SHARE", help="share of unusable questions")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def add_other_base_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that opens an adapter on a base which is not its own; every verb with --adapter has it."""
+    parser.add_argument(
+        "--allow_other_base", action="store_true", help="the base may be another one than the adapter was trained on"
+    )
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser, note: str) -> None:

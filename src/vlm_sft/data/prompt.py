@@ -69,12 +69,14 @@ class PromptSettings:
         if not path.is_file():
             return None
         values = artifacts.read_json(path)
-        known = {field.name for field in fields(cls)}
-        unknown = set(values) - known - {"schema"}
+        known = {field.name: field.type for field in fields(cls)}
+        unknown = set(values) - known.keys() - {"schema"}
         if unknown or values.get("schema") != 1:
             raise ModelError(
                 f"{path} has unknown keys {sorted(unknown)} or schema {quoted(values.get('schema'))}", "update vlm-sft"
             )
+        for key in values.keys() & known.keys():
+            _check_type(path, key, values[key], str(known[key]))
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def with_texts(self, template: str | None, system: str | None) -> PromptSettings:
@@ -105,3 +107,16 @@ class PromptSettings:
             min_pixels=self.min_pixels if min_pixels is None else min_pixels,
             max_pixels=self.max_pixels if max_pixels is None else max_pixels,
         )
+
+
+def _check_type(path: Path, key: str, value: Any, kind: str) -> None:
+    """Refuse a value that is not of its field's type, or a number below 1.
+
+    Raises:
+        ModelError: with the file, the key and the value.
+    """
+    name = kind.removesuffix(" | None")
+    kinds: dict[str, type] = {"str": str, "int": int, "bool": bool}
+    below = isinstance(value, int) and not isinstance(value, bool) and value < 1
+    if name in kinds and (type(value) is not kinds[name] or below) and not (value is None and kind != name):
+        raise ModelError(f"{path}: {key} is {repr(value)[:80]}, not {kind}", "copy the file again, or delete it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import distinct_images
 from vlm_sft.data.sources.spec import parse_datasets
-from vlm_sft.errors import EvaluationError
+from vlm_sft.errors import EvaluationError, ModelError
 from vlm_sft.evaluate.backends import Backend, SharedPrefixBackend, VllmBackend, require_vllm
 from vlm_sft.evaluate.caches import CacheOptions, Caches
-from vlm_sft.evaluate.identity import identity_of
+from vlm_sft.evaluate.identity import PART, identity_of
 from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.run import Evaluator, barrier
 from vlm_sft.evaluate.scoring import format_score
@@ -30,8 +31,10 @@ from vlm_sft.evaluate.tasks import (
     with_limits,
 )
 from vlm_sft.launch import Launch, connected, pack_tokens, quiet_libraries, read_launch
-from vlm_sft.model.adapt import check_adapter_folder, load_adapter
-from vlm_sft.model.load import Base, find_base, load_model, to_gpu
+from vlm_sft.model.adapt import load_adapter
+from vlm_sft.model.load import Base, empty_model, find_base, load_model, to_gpu
+from vlm_sft.model.saved_adapter import check_adapter_folder, require_fit
+from vlm_sft.model.vllm_rules import not_for_vllm
 from vlm_sft.record import RunRecord, device_name
 
 
@@ -50,6 +53,7 @@ class EvalOptions:
             and for own data for that of the adapter, or what its longest answer needs.
         prompt_template, system, min_pixels, max_pixels: instead of what travels with the adapter or the base.
         allow_prompt_mismatch: these may differ from what the adapter was trained with.
+        allow_other_base: the base may be another one than the adapter was trained on.
         tokens_per_pack: token budget of one forward pass; None for the device's.
         flash_attn: use FlashAttention where it can run.
         load_in_4bit: hold the weights of the language model in 4 bits, as a QLoRA training does.
@@ -71,6 +75,7 @@ class EvalOptions:
     min_pixels: int | None = None
     max_pixels: int | None = None
     allow_prompt_mismatch: bool = False
+    allow_other_base: bool = False
     tokens_per_pack: int | None = None
     flash_attn: bool = False
     load_in_4bit: bool = False
@@ -95,8 +100,17 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, object]]:
     if options.backend == "vllm":
         _check_vllm(launch, options.load_in_4bit)
     # Under the deepspeed launcher too: an evaluation needs no ZeRO, every rank holds the model.
-    with connected(launch):
+    place = artifacts.OutputFolder(
+        options.output_dir, artifacts.RUN, artifacts.LEFT_OUT, f"*/{artifacts.IDENTITY}", f"*/{PART.format('*')}"
+    )
+    with place.or_nothing(lambda: _answered(options.output_dir)), connected(launch):
         return _carry_out(options, launch, limits)
+
+
+def _answered(folder: Path) -> bool:
+    """Whether a folder holds an answer."""
+    files = [*folder.glob(f"*/{artifacts.PREDICTIONS}"), *folder.glob(f"*/{PART.format('*')}")]
+    return any(path.stat().st_size for path in files)
 
 
 def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> dict[str, dict[str, object]]:
@@ -144,7 +158,8 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
         for result in results.values():
             say(format_score(result))
         say(f"predictions and results: {options.output_dir}/<benchmark>/{artifacts.PREDICTIONS}")
-        say(f"next: compare with another evaluation: vlm-sft compare OTHER {options.output_dir} --baseline OTHER")
+        place = shlex.quote(str(options.output_dir))
+        say(f"next: compare with another evaluation: vlm-sft compare OTHER {place} --baseline OTHER")
     barrier(launch.world_size)
     return results
 
@@ -203,10 +218,9 @@ def _find_base(options: EvalOptions) -> Base:
 
     Raises:
         EvaluationError: a flag differs from what the adapter was trained with, and that is not allowed.
-        ModelError: the adapter or the base cannot be found.
+        ModelError: the adapter or the base cannot be found, or they do not belong together.
     """
-    if options.adapter:
-        check_adapter_folder(options.adapter)
+    config = check_adapter_folder(options.adapter) if options.adapter else {}
     saved = PromptSettings.find(options.adapter) if options.adapter else None
     base = find_base(
         options.base_model,
@@ -218,6 +232,11 @@ def _find_base(options: EvalOptions) -> Base:
         system=options.system,
         load_in_4bit=options.load_in_4bit,
     )
+    if options.adapter:
+        contents = require_fit(options.adapter, base, options.allow_other_base)
+        problems = not_for_vllm(config, contents.layers, empty_model(base.path)) if options.backend == "vllm" else ()
+        if problems:
+            raise ModelError(f"--adapter {options.adapter}: {'; '.join(problems)}", "leave --backend vllm out")
     if options.adapter and saved is None:
         warn(f"{options.adapter} has no {artifacts.PROMPT}: the prompt of its training is unknown")
     if saved is None:

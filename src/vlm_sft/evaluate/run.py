@@ -120,7 +120,7 @@ class Evaluator:
         own = share(packs, done, self.rank, self.world_size)
         total = sum(len(members) for pack in own for members in pack)
         with (
-            (folder / PART.format(self.rank)).open("a", encoding="utf-8") as stream,
+            (folder / PART.format(self.rank)).open("a", encoding="utf-8", errors=artifacts.UNENCODABLE) as stream,
             progress(total, label, "questions") as bar,
         ):
             answers = self.backend.answers(own + self._extra(packs, done, len(own)), task.max_new_tokens)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from vlm_sft import console
+from vlm_sft import artifacts, console
 from vlm_sft.data.answers import room_for
 from vlm_sft.errors import EvaluationError, RunError, quoted
 from vlm_sft.evaluate import statistics
@@ -230,7 +230,7 @@ def _decode(line: bytes) -> Any:
         ValueError: it is not UTF-8 or not JSON; the message says which.
     """
     try:
-        return json.loads(line.decode("utf-8"))
+        return artifacts.parse_json(line.decode("utf-8"), strict=False)
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 (byte {error.start + 1})") from error
     except json.JSONDecodeError as error:

@@ -8,8 +8,8 @@ from typing import Any
 
 from vlm_sft import artifacts
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.model.adapt import base_of_adapter
 from vlm_sft.model.load import Base, find_base
+from vlm_sft.model.saved_adapter import base_of_adapter
 
 
 @dataclass(frozen=True, slots=True)

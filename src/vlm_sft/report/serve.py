@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
 
     def _answer(self, kind: str, text: str) -> None:
-        data = text.encode("utf-8")
+        data = text.encode("utf-8", artifacts.UNENCODABLE)
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(data)))

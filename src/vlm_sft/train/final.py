@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shlex
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +128,8 @@ def report_run(folder: Path, results: dict[str, Any]) -> None:
     if not full and changes_nothing(folder):
         say("next: train again, with more steps or a higher --learning_rate: this adapter changes nothing")
         return
-    model = f"--base_model {folder}" if full else f"--adapter {folder}"
+    place = shlex.quote(str(folder))
+    model = f"--base_model {place}" if full else f"--adapter {place}"
     say(f"next: open the report; try it: vlm-sft ask IMAGE \"QUESTION\" {model}")
     if not full:
-        say(f"      one folder for other programs: vlm-sft export {model} --merge --output_dir {folder}-merged")
+        say(f"      one folder for other programs: vlm-sft export {model} --merge --output_dir {place}-merged")

@@ -18,6 +18,8 @@ from vlm_sft.evaluate.guard import Guard
 from vlm_sft.evaluate.run import barrier
 from vlm_sft.forecast.run import TRACKERS
 from vlm_sft.launch import Launch, agree, connected, expand_segments, quiet_libraries, read_launch
+from vlm_sft.model.folder import require_utf8
+from vlm_sft.model.load import resolve_path
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import RunRecord, device_name, now
@@ -27,7 +29,7 @@ from vlm_sft.trackers.tracker import INTERRUPTED
 from vlm_sft.train.checkpoints import checkpoint_step, choose_resume, tidy
 from vlm_sft.train.final import evaluate_run, report_run, sizes
 from vlm_sft.train.fit import fit
-from vlm_sft.train.folder import DISK_ERRORS, claim_folder, clear_run, disk_error
+from vlm_sft.train.folder import DISK_ERRORS, START, claim_folder, clear_run, disk_error, holds_work
 from vlm_sft.train.foretell import Foretelling, cache_bytes
 from vlm_sft.train.hosts import HostWatch
 from vlm_sft.train.identity import check_ranks, recipe_identity, refuse_changes
@@ -66,8 +68,15 @@ def train(options: TrainOptions) -> dict[str, Any]:
     check_trackers(recipe.report_to)
     launch = read_launch(options.local_rank, options.deepspeed)
     expand_segments(launch)
+    resolve_path(options.base_model)  # before the long reading of data
+    require_utf8(options.output_dir, "--output_dir")
+    place = artifacts.OutputFolder(options.output_dir, *(START if is_main_process() else ()))
     claim_folder(options.output_dir, options.resume, options.overwrite)
-    with RunLock(options.output_dir, wanted=is_main_process()), connected(launch):
+    with (
+        RunLock(options.output_dir, wanted=is_main_process()),
+        place.or_nothing(lambda: holds_work(options.output_dir)),
+        connected(launch),
+    ):
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
         _announce(options, launch, loaded.notes, checkpoint)
         return _carry_out(options, recipe, specs, guards, launch, checkpoint)

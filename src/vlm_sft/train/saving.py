@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer
 
@@ -26,6 +27,7 @@ from vlm_sft.console import is_main_process, warn
 from vlm_sft.errors import RunError
 from vlm_sft.launch import agree, gather
 from vlm_sft.manifest import flush, naming, write_manifest
+from vlm_sft.model.saved_adapter import require_places
 from vlm_sft.report.card import may_write
 from vlm_sft.train.checkpoints import begin_checkpoint, checkpoint_problems, last_bytes, publish, rotate
 from vlm_sft.train.state import load_state, random_state, save_state, set_random_state
@@ -225,6 +227,12 @@ class CheckpointTrainer(Trainer):
         self._policy.on_failure(text)
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        """As in transformers, which passes over what of an adapter the model has no place for."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if isinstance(self.model, PeftModel):
+            require_places(Path(resume_from_checkpoint), self.model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore both; DeepSpeed has restored its own."""
         if checkpoint is None:
@@ -233,7 +241,7 @@ class CheckpointTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             self.optimizer.load_state_dict(load_state(folder / OPTIMIZER))
         if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
-            self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text(encoding="utf-8")))
+            self.lr_scheduler.load_state_dict(artifacts.read_json(folder / SCHEDULER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore this rank's random numbers; a rank that the checkpoint does not know takes those of another."""

@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from vlm_sft.artifacts import CHANGED, IMPORT, LEFT_OUT, write_json
+from vlm_sft.artifacts import CHANGED, IMPORT, LEFT_OUT, UNENCODABLE, OutputFolder, write_json
 from vlm_sft.console import say
+from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
 from vlm_sft.data.exchange.layouts import read_record, row_of
 from vlm_sft.data.exchange.pictures import FOLDER, ImageStore
 from vlm_sft.data.exchange.tables import input_files, names_for, records
@@ -40,6 +41,7 @@ class ImportRequest:
         columns: our name of a column to the file's.
         allow_urls: whether images may be fetched from the web.
         limit: at most so many questions; None for all.
+        max_left_out: share of questions that may be left out, 0 to 1.
     """
 
     source: Path
@@ -49,6 +51,7 @@ class ImportRequest:
     columns: dict[str, str] = field(default_factory=dict)
     allow_urls: bool = False
     limit: int | None = None
+    max_left_out: float = MAX_LEFT_OUT_FRACTION
 
 
 @dataclass
@@ -90,15 +93,21 @@ class _Item:
 
 
 def import_data(request: ImportRequest) -> ImportReport:
-    """Carry out one import; files get their names when everything is written.
+    """Carry out one import; files get their names when everything is written and not too much is left out.
 
     Returns:
         What was written and what was not; the same is in import.json, left_out.jsonl and changed.jsonl.
 
     Raises:
-        DataError: the input cannot be read, or not one question can be used.
+        DataError: the input cannot be read, not one question can be used, or more is left out than is allowed; then
+            left_out.jsonl is all that is written.
         RunError: the output folder holds something else, or cannot be written.
     """
+    with OutputFolder(request.output, FOLDER, f"{FOLDER}/*", f"*{PARTIAL}", LEFT_OUT).or_nothing():
+        return _import(request)
+
+
+def _import(request: ImportRequest) -> ImportReport:
     files = input_files(request.source, request.layout)
     if request.images is not None and not request.images.is_dir():
         raise DataError(f"--images {request.images} is not a folder", "pass the folder that holds the pictures")
@@ -116,12 +125,22 @@ def import_data(request: ImportRequest) -> ImportReport:
             if report.total // TELL_EVERY > told // TELL_EVERY:
                 say(f"imported so far: {sum(report.questions.values()):,} questions, {len(report.left_out):,} left out")
         _refuse_idle(request, report, unseen, store)
-    if not report.files:
+        _require_enough(request, report)
+    _write_facts(request, report)
+    return report
+
+
+def _require_enough(request: ImportRequest, report: ImportReport) -> None:
+    """Refuse an import of nothing, or one that leaves too much out.
+
+    Raises:
+        DataError: with the first reasons.
+    """
+    if not sum(report.questions.values()):
         first = "".join(f"\n  - {item.reason}: {item.detail}" for item in report.left_out[:3])
         raise DataError(f"{request.source}: no question can be used as {request.layout}; the first reasons:{first}",
                         f"is it another --format? all reasons are in {request.output / LEFT_OUT}")
-    _write_facts(request, report)
-    return report
+    enforce(report.left_out, report.total, request.max_left_out, request.output / LEFT_OUT)
 
 
 def _refuse_idle(request: ImportRequest, report: ImportReport, unseen: dict[str, str], store: ImageStore) -> None:
@@ -232,9 +251,11 @@ class _Writer:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
+        # A refusal sends its reader to the list of what is left out.
+        final = list(self._open) if kind is None else [LEFT_OUT] if issubclass(kind, DataError) else []
+        for name in final:
+            (self._output / f"{name}{PARTIAL}").replace(self._output / name)
         if kind is None:
-            for name in self._open:
-                (self._output / f"{name}{PARTIAL}").replace(self._output / name)
             self._report.files += [self._output / name for name in self._open if name not in (LEFT_OUT, CHANGED)]
 
     def put(self, item: _Item, images: list[str] | RowProblem) -> None:
@@ -261,7 +282,7 @@ class _Writer:
     def _line(self, name: str, row: dict[str, Any] | None = None) -> None:
         if name not in self._open:
             path = self._output / f"{name}{PARTIAL}"
-            self._open[name] = self._stack.enter_context(path.open("w", encoding="utf-8"))
+            self._open[name] = self._stack.enter_context(path.open("w", encoding="utf-8", errors=UNENCODABLE))
         if row is not None:
             self._open[name].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.artifacts import parse_json, writable
 from vlm_sft.data.images import check_image
 from vlm_sft.data.sample import NOTE, UNREADABLE, ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.foreign import refuse_compressed
@@ -122,7 +123,7 @@ def _read_file(
     """Parse one file into `lines` and `left`, by split."""
     used: Counter[str] = Counter()
     root = spec.path if spec.path and spec.path.is_dir() else path.parent
-    tag = "/".join(path.relative_to(root).with_suffix("").parts)
+    tag = writable("/".join(path.relative_to(root).with_suffix("").parts))
     lines.setdefault(file_split, [])
     for number, label, record in records_of_file(path):
         where, base = f"{path} {label} {number}", f"{spec.name}/{tag}/{number:06d}"
@@ -173,10 +174,10 @@ def records_of_file(path: Path, pictures: Sequence[str] = ()) -> Iterator[tuple[
         if not line.strip():
             continue
         try:
-            yield number, "line", json.loads(line.decode("utf-8"))
+            yield number, "line", parse_json(line.decode("utf-8"), strict=False)
         except UnicodeDecodeError as error:
             yield number, "line", RowProblem("line is not UTF-8", str(error))
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        except ValueError as error:
             yield number, "line", RowProblem("broken JSON line", f"not JSON: {error}")
 
 
@@ -185,8 +186,8 @@ def _whole_document(path: Path, data: bytes) -> list[Any] | None:
     if not data.lstrip().startswith(b"[") and path.suffix != ".json":
         return None
     try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(data.decode("utf-8"), strict=False)
+    except ValueError as error:
         if data.lstrip().startswith(b"["):
             raise DataError(f"{path} is not JSON: {error}", "correct the file, or write one record a line") from error
         return None

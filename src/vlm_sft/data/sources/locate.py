@@ -18,7 +18,7 @@ IMAGE_NAMES = ("image", "image_path", "image_file", "file_name", "filename", "fi
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 _BEGINNINGS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp",
                b"II*\x00": "tiff", b"MM\x00*": "tiff"}  # fmt: skip
-URL_FIX = "vlm-sft data import FILE --format … --allow_image_urls --output FOLDER fetches them"
+URL_FIX = "they are fetched by vlm-sft data import FILE --format FORMAT --allow_image_urls --output FOLDER"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 from typing import Any, TypeVar
 
+from vlm_sft.artifacts import writable
 from vlm_sft.console import progress
 from vlm_sft.data.sample import LeftOut, Sample, distinct_images
 from vlm_sft.data.sources.splits import LoadedSplit, SplitPlan, apply_plan, shared_images
@@ -59,8 +60,7 @@ def most_common(answers: Sequence[str]) -> str:
 
 def left_out(sample_id: str, where: str, problem: RowProblem) -> LeftOut:
     """Name one unusable row; texts are made safe to write as UTF-8."""
-    detail = f"{where}: {problem.detail}".encode("utf-8", "replace").decode("utf-8")
-    return LeftOut(sample_id.encode("utf-8", "replace").decode("utf-8"), problem.reason, detail)
+    return LeftOut(writable(sample_id), problem.reason, writable(f"{where}: {problem.detail}"))
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item], total: int, description: str) -> list[Result]:

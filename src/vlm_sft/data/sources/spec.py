@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,11 +186,9 @@ def _own_path(place: str) -> Path:
             f"import {place} --format jsonl --columns image=COLUMN,question=COLUMN,answer=COLUMN --output FOLDER",
         )
     if not path.is_dir() and path.suffix not in (*JSON_SUFFIXES, ".parquet"):
-        layout = "csv" if path.suffix.lower() in TABLES else "…"
-        raise DataError(
-            f"{place} is not a .jsonl, .json or .parquet file",
-            f"import it: vlm-sft data import {place} --format {layout} --output FOLDER",
-        )
+        layout = "csv" if path.suffix.lower() in TABLES else "FORMAT"
+        others = f"vlm-sft data import {shlex.quote(place)} --format {layout} --output FOLDER"
+        raise DataError(f"{place} is not a .jsonl, .json or .parquet file", f"others are read by {others}")
     return path
 
 
@@ -207,7 +206,7 @@ def _own_name(path: Path) -> str:
     label = path.stem if path.suffix in (*JSON_SUFFIXES, ".parquet") else path.resolve().name
     if label.lower() in {"train", "data", "test", "val", "validation", "dev"} and path.resolve().parent.name:
         label = path.resolve().parent.name
-    label = re.sub(r"[^\w.-]+", "_", label) or "own"
+    label = re.sub(r"[^\w.-]+", "_", label) or "own"  # which also takes bytes of a name that are no UTF-8
     return f"{label}_own" if label.lower() in KNOWN else label
 
 
