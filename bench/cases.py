@@ -14,6 +14,7 @@ SEED = 7
 CHARTQA_PIXELS = 200_704  # 256 image tokens of 28 x 28 pixels
 NATIVE_PIXELS = 12_845_056  # the published bound: 16,384 image tokens
 EASY_SIDE = 224  # pixels: 64 image tokens
+DRAWN_SIZES, DRAWN_COLOURS = ((850, 600), (800, 557), (640, 480)), ("navy", "teal", "orange")
 SYSTEM = "You are a helpful assistant."
 
 
@@ -32,7 +33,7 @@ class Case:
 
     Attributes:
         name: on the command line.
-        source: "chartqa" or "easy_vqa".
+        source: "chartqa", "easy_vqa", or "drawn": pictures of charts' sizes that are made here.
         max_pixels: bound on an image's area in pixels.
         one_an_image: keep the first question of each image only.
     """
@@ -47,6 +48,7 @@ CASES = {
     "chartqa": Case("chartqa", "chartqa"),
     "easy_vqa": Case("easy_vqa", "easy_vqa", EASY_SIDE * EASY_SIDE),
     "native": Case("native", "chartqa", NATIVE_PIXELS),
+    "drawn": Case("drawn", "drawn", NATIVE_PIXELS),
     "k1": Case("k1", "chartqa", one_an_image=True),
 }
 
@@ -91,7 +93,8 @@ def write(case: Case, questions: int, folder: Path, data: Path) -> list[Row]:
     path = folder / "rows.json"
     if not path.is_file():
         (folder / "images").mkdir(parents=True, exist_ok=True)
-        groups, images = _chartqa(data) if case.source == "chartqa" else _easy_vqa()
+        sources = {"chartqa": lambda: _chartqa(data), "easy_vqa": _easy_vqa, "drawn": lambda: _drawn(questions)}
+        groups, images = sources[case.source]()
         rows = []
         for key, asked in choose(groups, questions, case.one_an_image).items():
             name = str(folder / "images" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.png")
@@ -135,6 +138,25 @@ def _easy_vqa() -> tuple[dict[str, list[tuple[str, str]]], Any]:
         return stream.getvalue()
 
     return groups, scaled
+
+
+def _drawn(questions: int) -> tuple[dict[str, list[tuple[str, str]]], Any]:
+    """Two questions a picture about pictures of bars in sizes that charts have, and what gives their PNG bytes."""
+    from PIL import Image, ImageDraw
+
+    def drawn(key: str) -> bytes:
+        random_ = random.Random(f"{SEED} {key}")
+        picture = Image.new("RGB", random_.choice(DRAWN_SIZES), "white")
+        pen = ImageDraw.Draw(picture)
+        for bar in range(10):
+            left, top = picture.width * bar // 10, random_.randrange(picture.height)
+            pen.rectangle((left, top, left + picture.width // 14, picture.height), fill=random_.choice(DRAWN_COLOURS))
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        return stream.getvalue()
+
+    asked = [("Which bar is the highest one?", "the first"), ("How many bars are there?", "10")]
+    return {str(number): asked for number in range(-(-questions // 2))}, drawn
 
 
 def _write_formats(rows: list[Row], folder: Path) -> None:

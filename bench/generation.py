@@ -82,7 +82,7 @@ def shared(backend: SharedPrefixBackend, samples: list[Sample], limit: int) -> t
     """Answers of this package and the seconds they took."""
     began = time.perf_counter()
     packs = plan_packs(samples, image_counter(backend.encoder.processor), CPU_PACK_TOKENS)
-    answers = {sample.id: text for pack in backend.answers(packs, limit) for sample, text in pack}
+    answers = {sample.id: text for pack in backend.answers(packs, limit) for sample, text, _ in pack}
     return answers, time.perf_counter() - began
 
 

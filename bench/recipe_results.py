@@ -1,6 +1,6 @@
 """The result file of the recipe benchmark: what the run folders came to, row by row.
 
-The accuracy of a row is the mean over its seeds; its interval resamples images, with the mean over the seeds as a
+The accuracy of a row is the mean over its seeds; its interval is clustered by image, with the mean over the seeds as a
 question's score. Differences are paired by question.
 """
 
@@ -112,7 +112,7 @@ def _benchmark(
     facts = artifacts.read_json(base_folder(settings) / name / artifacts.RESULTS)
     before = list(artifacts.read_jsonl(base_folder(settings) / name / artifacts.PREDICTIONS))
     answers, by_seed = averaged(folders, name)
-    scores, images = [row["score"] for row in answers], [row["image"] or row["id"] for row in answers]
+    scores, images = [row["score"] for row in answers], [statistics.cluster_of(row) for row in answers]
     compared = compare_rows(before, answers)
     previous = None
     if partner:

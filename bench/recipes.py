@@ -74,7 +74,8 @@ def measure(kind: str, settings: Settings, arms: list[Arm], at_most: int | None,
     with progress(len(todo[:at_most]), "recipes", "trainings") as bar:
         for arm, seed in run_missing(settings, arms, at_most):
             write(kind, settings, arms, note)
-            bar.advance(note=f"{arm.kind} {arm.recipe} ({arm.variant}), seed {seed}")
+            bar.note(f"{arm.kind} {arm.recipe} ({arm.variant}), seed {seed}")
+            bar.advance()
     path = write(kind, settings, arms, note)
     write_documents()
     say(f"written: {path.relative_to(ROOT)} and the tables of docs/ (from all files in {RESULTS.relative_to(ROOT)})")

@@ -57,6 +57,8 @@ SHAPES = {
     "tiny": Shape(64, 2, 2, 1, 96, 32, 2, 2, 48, (1,)),
     "small": Shape(256, 8, 4, 2, 1024, 128, 4, 4, 384, (3,)),
     "medium": Shape(576, 30, 9, 3, 1536, 384, 12, 6, 1024, (5, 11)),
+    # Four layers of the 7B's width, for what has to go through files.
+    "wide": Shape(3584, 4, 28, 4, 18_944, 1280, 4, 16, 3420, (3,), 152_064, False),
     # The published configuration of Qwen2.5-VL-7B, whose projection to the vocabulary has weights of its own.
     "7b": Shape(3584, 28, 28, 4, 18_944, 1280, 32, 16, 3420, (7, 15, 23, 31), 152_064, False),
 }

@@ -42,7 +42,7 @@ MICRO_BATCH = {"ours": 4, "trl": 4, "llamafactory": 1, "msswift": 4}
 LORA = {"rank": 16, "alpha": 32, "targets": ["q_proj", "v_proj", "o_proj"]}
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sides", default=",".join(SIDES), help="who trains, in turn (default: %(default)s)")
@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--envs", type=Path, default=DEFAULT_FOLDER, help="peers' environments (default: %(default)s)")
     parser.add_argument("--work_dir", type=Path, help="models, rows and single results (default: work/ under --envs)")
     parser.add_argument("--tables", action="store_true", help="only write the tables from the result files")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     for name, known in (("sides", SIDES), ("cases", benchcases.CASES), ("shapes", benchshapes.SHAPES)):
         values = getattr(args, name).split(",")
         if unknown := sorted(set(values) - set(known)):

@@ -1,18 +1,23 @@
-"""The name and schema of every file a run writes, and atomic writes. Imports the standard library only.
+"""The name and schema of every file a run writes, atomic writes, and the one reader of JSON. Imports errors.
 
-Train, evaluate and report meet in these files; docs/ARTIFACTS.md describes each one for users.
+Train, evaluate and report meet in these files; docs/ARTIFACTS.md describes each one for users. What is read may come
+from anyone: a reader bounds its size and depth, and takes nothing that two programs could read in two ways.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
+import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.errors import RunError
+from vlm_sft.errors import HostLostError, InterruptedRunError, RunError, VlmSftError
 
 RUN = "run.json"  # what ran, where, with which versions; its status; seconds and bytes
 RECIPE = "recipe.json"  # the resolved recipe with every default
@@ -23,6 +28,7 @@ TRACKERS = "trackers.json"  # where TensorBoard, W&B, MLflow and Trackio have th
 TRACKER_FOLDERS = ("runs", "wandb", "mlruns", "trackio")  # what they write where they are not sent elsewhere
 ANOMALIES = "anomalies.jsonl"  # one line an event of the training that should not happen; not there when none did
 RESULTS = "results.json"  # the table: benchmark, n, base, tuned, difference
+PICTURES = "pictures.json"  # which pictures an evaluation did not keep
 PREDICTIONS = "predictions.jsonl"  # one line an evaluated question
 IDENTITY = "identity.json"  # what made the predictions beside it: model, adapter, prompt, limit of an answer
 VALIDATION_FOLDER = "validation"  # validation/step-<N>/<benchmark>/…: the benchmarks' questions asked during training
@@ -43,19 +49,76 @@ MODEL_FILES = (  # patterns of what a folder of a whole model holds besides ours
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )
 IMPORT = "import.json"  # what `vlm-sft data import` read, wrote and left out
+REPEATS = "repeats.jsonl"  # one line a question that `vlm-sft data check` found asked before of the same image
 CHANGED = "changed.jsonl"  # one line a question that is not exactly as it was in another program's layout
 EXCHANGE = "export_data.json"  # the same of `vlm-sft data export`
 EXPORT = "export.json"  # what `vlm-sft export` made, of what, and how it was verified
-CARD = "README.md"  # the model card of an export
+CARD = "README.md"  # the model card of an export, of a run's adapter and of its checkpoints
 REPORT = "report.html"
 COMPARE_JSON = "compare.json"  # the paired comparison of runs: differences, tests, verdicts, items that changed
 COMPARE_MARKDOWN = "compare.md"  # the same as a table to read
 EVALUATION_FOLDER = "evaluation"  # evaluation/base/<benchmark>/…, evaluation/tuned/<benchmark>/…
 
 
+MAX_JSON_BYTES = 256 * 1024**2  # of one JSON file; the largest that we write list all that changed between two runs
+MAX_JSON_DEPTH = 100  # of lists and objects in each other
+# How files take the bytes of a name that are no UTF-8 (surrogates in Python): as \\udcXX, which JSON reads back.
+UNENCODABLE = "backslashreplace"
+
+
+def writable(text: str) -> str:
+    """A text that any file and stream of UTF-8 takes, see `UNENCODABLE`."""
+    return text.encode("utf-8", UNENCODABLE).decode("utf-8")
+
+
 def holds_full_model(folder: Path) -> bool:
     """Whether a folder holds the weights of a whole model."""
     return any((folder / name).is_file() for name in (FULL_WEIGHTS, FULL_WEIGHTS_INDEX))
+
+
+class OutputFolder:
+    """A command's output folder, which is as it was before when the command fails before it has done anything.
+
+    Args:
+        folder: the folder, there or not.
+        made: patterns of what the command makes in it that is worth nothing without its work. Nothing else is removed,
+            and nothing that was there before, or that the error's text names.
+    """
+
+    def __init__(self, folder: Path, *made: str) -> None:
+        self.folder = folder
+        self._made = made
+        self._before = set(self._found())
+        self._missing = [path for path in (folder, *folder.parents) if not path.exists()]
+
+    def _found(self) -> list[Path]:
+        return [path for pattern in self._made for path in self.folder.glob(pattern)]
+
+    @contextmanager
+    def or_nothing(self, worked: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Put the folder back when the block ends in a user's mistake.
+
+        Args:
+            worked: asked then: whether there is something in the folder that must stay.
+        """
+        try:
+            yield
+        except VlmSftError as error:
+            if not isinstance(error, InterruptedRunError | HostLostError) and not worked():
+                self._put_back(str(error))
+            raise
+
+    def _put_back(self, told: str) -> None:
+        for path in sorted(set(self._found()) - self._before, reverse=True):
+            if str(path) in told:
+                continue
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                if path.parent != self.folder:
+                    path.parent.rmdir()
+        with suppress(OSError):  # what holds something stays
+            for folder in self._missing:
+                folder.rmdir()
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
@@ -82,7 +145,7 @@ def write_text_atomic(path: str | Path, text: str) -> Path:
 
     Args:
         path: the file; its folder is made when missing.
-        text: written as UTF-8.
+        text: written as UTF-8, see `UNENCODABLE`.
 
     Returns:
         The path.
@@ -93,7 +156,7 @@ def write_text_atomic(path: str | Path, text: str) -> Path:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes_atomic(path, text.encode("utf-8"))
+        write_bytes_atomic(path, text.encode("utf-8", UNENCODABLE))
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}", "choose a folder that you may write to") from error
     return path
@@ -109,18 +172,89 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(path: str | Path) -> Any:
-    """Read one JSON file.
+def parse_json(text: str, strict: bool = True) -> Any:
+    """Parse one JSON text that may come from anyone.
+
+    Args:
+        text: the text.
+        strict: refuse a key that comes twice and numbers that are not finite; other programs write either.
 
     Raises:
-        RunError: the file is missing, unreadable or not JSON; the message names it.
+        ValueError: it is not JSON, not as strict as asked, or nested deeper than `MAX_JSON_DEPTH`.
     """
+    hooks: dict[str, Any] = {}
+    if strict:
+        hooks = {"object_pairs_hook": _unique, "parse_float": _finite, "parse_constant": _finite}
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(text, **hooks)
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
+        _check_depth(value)
+    return value
+
+
+_TOO_DEEP = f"it is nested deeper than {MAX_JSON_DEPTH} levels"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} comes twice")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
+
+
+def _members(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level := [item for one in level for item in _members(one)]:
+        depth += 1
+        if depth > MAX_JSON_DEPTH:
+            raise ValueError(_TOO_DEEP)
+
+
+def read_json(path: str | Path, strict: bool = True) -> dict[str, Any]:
+    """Read one JSON file that holds an object; it may come from anyone.
+
+    Args:
+        path: the file.
+        strict: as of `parse_json`.
+
+    Raises:
+        RunError: the file is missing, unreadable, larger than `MAX_JSON_BYTES`, or no JSON object (see `parse_json`);
+            the message names it.
+    """
+    path = Path(path)
+    try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # a folder, or a pipe that would never end
+            raise ValueError("it is no file")
+        if state.st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has {state.st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
+        value = parse_json(path.read_text(encoding="utf-8-sig"), strict)
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {_KINDS.get(type(value), 'number')}, not an object")
     except FileNotFoundError as error:
         raise RunError(f"{path} does not exist", "pass a folder that a finished command wrote") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(f"cannot read {path}: {error}", "the file is damaged; write it again") from error
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunError(f"cannot read {path}: {reason}", "the file is damaged; write it or copy it again") from error
+    return value
+
+
+_KINDS = {list: "list", str: "text", type(None): "null", bool: "true or false"}
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -135,8 +269,8 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
+            yield parse_json(line)
+        except ValueError as error:
             if number == len(lines):
                 return
             what = f"{path} line {number} is not JSON: {error}"

@@ -1,12 +1,20 @@
-"""What the program says to a person: lines, warnings, progress bars. Imports tqdm only when a bar is shown."""
+"""What the program says to a person: lines, warnings, progress bars. Imports tqdm only when a bar is shown.
+
+What is shown never decides about a run: `secure_streams` makes the standard streams ones that take every character and
+outlive their reader, for this module and for every library that writes to them.
+"""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import select
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 SECONDS_BETWEEN_LINES = 15.0  # of progress, where the output is not a terminal
 SECONDS_WORTH_A_LINE = 2.0  # shorter work is not reported there
@@ -15,6 +23,92 @@ SECONDS_WORTH_A_LINE = 2.0  # shorter work is not reported there
 def is_main_process() -> bool:
     """True on global rank 0, and when nothing was launched in parallel."""
     return os.environ.get("RANK", "0") == "0"
+
+
+STREAMS = {"stdout": "standard output", "stderr": "standard error"}
+_lost: dict[str, OSError] = {}
+
+
+class _Enduring(io.RawIOBase):
+    """The descriptor of a standard stream, whose errors are kept and not raised.
+
+    Args:
+        name: a key of `STREAMS`.
+        descriptor: what is written to.
+    """
+
+    def __init__(self, name: str, descriptor: int) -> None:
+        self.name = name
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        """It can be written to, whatever becomes of it."""
+        return True
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return os.isatty(self._descriptor)
+
+    def write(self, data: Any) -> int:
+        """Write all of it, or note why that cannot be; a later write is tried again: a disk may have room by then."""
+        rest = memoryview(data).cast("B")
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except BlockingIOError:  # another program that shares the terminal made it non-blocking
+                select.select([], [self._descriptor], [])
+            except OSError as error:
+                _lost.setdefault(self.name, error)
+                break
+        return len(data)
+
+
+def secure_streams() -> None:
+    """Let no character and no loss of standard output or error end the program.
+
+    Characters that a stream's encoding lacks are replaced; what a closed pipe, a full disk, or a terminal that is gone
+    does not take is dropped, and `lost_streams` tells. Streams that are no files (a notebook, a test) are left alone.
+    """
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # the descriptor was closed when the program began
+            _lost.setdefault(name, OSError(errno.EBADF, os.strerror(errno.EBADF)))
+            stream = open(_nowhere(descriptor), "w", encoding="utf-8")
+            setattr(sys, name, stream)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        stream.reconfigure(errors="replace" if name == "stdout" else "backslashreplace")
+        raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u leaves the buffer out
+        if isinstance(raw, io.FileIO) and raw.fileno() == descriptor:
+            stream.flush()
+            secured = io.TextIOWrapper(
+                io.BufferedWriter(_Enduring(name, descriptor)), stream.encoding, stream.errors,
+                line_buffering=stream.line_buffering, write_through=stream.write_through,
+            )  # fmt: skip
+            setattr(sys, name, secured)
+
+
+def _nowhere(descriptor: int) -> int:
+    """Open the null device at a standard descriptor that is closed, and return where it is.
+
+    Otherwise a file of the run would get that number, and what a library prints.
+    """
+    while (opened := os.open(os.devnull, os.O_RDWR)) < descriptor:
+        pass
+    os.set_inheritable(opened, True)
+    return opened
+
+
+def lost_streams() -> dict[str, OSError]:
+    """The standard streams that could not take all that was said, with the first reason: {"stdout": …}."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()
+    return dict(_lost)
 
 
 _muted = False
@@ -72,15 +166,19 @@ class Bar:
 
             self._bar = tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True)
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more as done; `note` is shown beside the bar."""
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more as done."""
         self._count += count
-        self._note = note or self._note
         if self._bar is not None:
-            self._bar.set_postfix_str(self._note, refresh=False)
             self._bar.update(count)
         elif time.monotonic() - self._told > SECONDS_BETWEEN_LINES:
             self._tell()
+
+    def note(self, text: str) -> None:
+        """Show a text beside the bar from the next advance on, in place of the one before."""
+        self._note = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
 
     def close(self) -> None:
         """Finish the bar."""

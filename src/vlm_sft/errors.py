@@ -6,12 +6,57 @@ traceback and exits with `exit_code`; anything that is not a `VlmSftError` is a 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+QUOTED_CHARACTERS = 80  # of one value
+LINE_CHARACTERS = 2_000  # of one line of a message: room for a list of long paths, not for a picture
+
+
+def quoted(value: object, characters: int = QUOTED_CHARACTERS) -> str:
+    """A value from outside as a message may show it: as Python writes it, on one line, never longer than a line.
+
+    Args:
+        value: a text, bytes, or any value of JSON.
+        characters: how much of it is shown; what is longer is cut, with its length behind it.
+    """
+    if isinstance(value, (str, bytes)):
+        length = f" ({len(value):,} {'characters' if isinstance(value, str) else 'bytes'})"
+        text = repr(value[: characters + 1])
+    else:
+        length = ""
+        try:
+            text = repr(value)
+        except RecursionError:
+            return f"a deeply nested {type(value).__name__}"
+    return text if len(text) <= characters else f"{text[: characters - 1]}…{length}"
+
+
+def nearest(word: str, known: Iterable[str], form: str = "; did you mean {}?") -> str:
+    """The known word that was probably meant, as the end of a message; "" where none is near."""
+    lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower()[:QUOTED_CHARACTERS], lower, n=1, cutoff=0.6)
+    return form.format(lower[close[0]]) if close else ""
+
+
+def bounded(text: str, characters: int = LINE_CHARACTERS) -> str:
+    """A text whose lines are cut in their middle where they are longer than `characters`; it says how much is gone."""
+    return "\n".join(_cut(line, characters) for line in text.split("\n"))
+
+
+def _cut(line: str, characters: int) -> str:
+    if len(line) <= characters:
+        return line
+    head, tail = line[: characters * 2 // 3], line[len(line) - characters // 4 :]
+    return f"{head} … [{len(line) - len(head) - len(tail):,} characters] … {tail}"
+
 
 class VlmSftError(ValueError):
     """Base class of all mistakes that a user can correct.
 
     Args:
-        what: one sentence: what is wrong, with the value and the place (file, line, key).
+        what: one sentence: what is wrong, with the value and the place (file, line, key). Values from outside are
+            written by `quoted`; whatever is longer than a line all the same is cut.
         fix: one sentence: what to do about it. Empty only when `what` already says it.
     """
 
@@ -20,9 +65,9 @@ class VlmSftError(ValueError):
     everywhere = False  # whether all ranks of a run raise it together
 
     def __init__(self, what: str, fix: str = "") -> None:
-        self.what = what
-        self.fix = fix
-        super().__init__(f"{what}\n  fix: {fix}" if fix else what)
+        self.what = bounded(what)
+        self.fix = bounded(fix)
+        super().__init__(f"{self.what}\n  fix: {self.fix}" if fix else self.what)
 
 
 class RecipeError(VlmSftError):
@@ -31,6 +76,19 @@ class RecipeError(VlmSftError):
 
 class DataError(VlmSftError):
     """A data set, file, row or image that cannot be used."""
+
+
+class SampleError(DataError):
+    """One sample that cannot be used; the others can.
+
+    Args:
+        reason: a short class under which such samples are counted.
+        what, fix: as for every error.
+    """
+
+    def __init__(self, reason: str, what: str, fix: str = "") -> None:
+        super().__init__(what, fix)
+        self.reason = reason
 
 
 class ModelError(VlmSftError):

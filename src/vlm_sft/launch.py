@@ -23,11 +23,13 @@ from torch.distributed import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from vlm_sft.artifacts import read_json
-from vlm_sft.console import say
+from vlm_sft.console import say, warn
 from vlm_sft.errors import RunError, VlmSftError
 from vlm_sft.place import announce, read_place
 
 ZERO_STAGES = {"zero2": 2, "zero3": 3}
+ALLOCATOR = "PYTORCH_ALLOC_CONF"  # in the environment; its older names are heard too
+_ALLOCATOR_NAMES = (ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 # Of a collective operation of the training itself: no rank may be away for so long there.
 STEP_SECONDS = 1800.0
 # Of the ranks' meetings outside of it, where one may have hours of work that the others have not: images to prepare,
@@ -104,6 +106,18 @@ def read_launch(local_rank: int | None, deepspeed: str | None) -> Launch:
     return Launch(rank, own_rank, world_size, cpu, config, parallel, local_size)
 
 
+def expand_segments(launch: Launch) -> None:
+    """Let the allocator of a GPU grow its segments: packs of many sizes would leave holes of memory between them.
+
+    It has to be said before the GPU is first used, and what the user has said about the allocator stays.
+
+    Args:
+        launch: of this process; nothing is done on a CPU.
+    """
+    if not launch.cpu and not any(name in os.environ for name in _ALLOCATOR_NAMES):
+        os.environ[ALLOCATOR] = "expandable_segments:True"
+
+
 def _share_cores(processes: int) -> None:
     """Divide the cores between the processes of this machine, unless the user or the launcher has done so."""
     if "OMP_NUM_THREADS" not in os.environ:
@@ -144,6 +158,8 @@ def _deepspeed_config(name: str, cpu: bool) -> dict[str, Any]:
         config = read_json(name)
         if not isinstance(config, dict):
             raise RunError(f"--deepspeed {name}: not a JSON object", "pass a DeepSpeed JSON file")
+        if config.pop("scheduler", None) is not None:
+            warn(f"--deepspeed {name}: its scheduler is left out; the recipe says how the learning rate goes")
         return config
     stage = ZERO_STAGES[name]
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": not cpu, "contiguous_gradients": True}

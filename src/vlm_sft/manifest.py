@@ -8,14 +8,13 @@ manifest too.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.artifacts import MANIFEST, MANIFEST_CHECKSUM, json_text
+from vlm_sft.artifacts import MANIFEST, MANIFEST_CHECKSUM, UNENCODABLE, json_text, parse_json
 from vlm_sft.errors import RunError
 
 _READ_BYTES = 8 * 1024**2
@@ -88,11 +87,11 @@ def write_manifest(folder: Path, names: Iterable[str] | None, facts: dict[str, A
         with naming(path):
             files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = {"schema": 1, **facts, "files": files}
-    text = json_text(manifest)
-    for name, content in ((MANIFEST, text), (MANIFEST_CHECKSUM, _checksum_line(text.encode()))):
+    data = json_text(manifest).encode("utf-8", UNENCODABLE)
+    for name, content in ((MANIFEST, data), (MANIFEST_CHECKSUM, _checksum_line(data).encode())):
         path = folder / name
         with naming(path):
-            path.write_text(content, encoding="utf-8")
+            path.write_bytes(content)
         flush(path)
     for place in {(folder / name).parent for name in files} | {folder}:
         flush(place)
@@ -115,7 +114,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder}: its manifest cannot be read: {error.strerror}", again) from error
     if line != _checksum_line(data).encode():
         raise RunError(f"{folder}: the checksum of {MANIFEST} does not match", again)
-    return dict(json.loads(data))
+    return _checked(folder, data)
+
+
+def _checked(folder: Path, data: bytes) -> dict[str, Any]:
+    """The manifest that some bytes are; its checksum says nothing about who wrote it."""
+    try:
+        manifest = parse_json(data.decode("utf-8"))
+        for name, entry in manifest["files"].items():
+            if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
+                raise ValueError(f"what it says about {name!r} is no size and checksum")
+        if not isinstance(manifest.get("identity", {}), dict):
+            raise ValueError("its identity is no object")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{folder}: {MANIFEST} is not one of this program: {error}", "use another folder") from error
+    return dict(manifest)
 
 
 def folder_problems(folder: Path, names: Iterable[str] | None = None) -> list[str]:

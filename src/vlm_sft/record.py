@@ -17,10 +17,13 @@ from typing import Any
 import torch
 
 from vlm_sft import __version__, artifacts
-from vlm_sft.console import is_main_process, warn
+from vlm_sft.console import STREAMS, is_main_process, lost_streams, warn
 from vlm_sft.errors import RunError
 
-PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "peft", "deepspeed", "datasets", "numpy")
+PACKAGES = (
+    "torch", "torchvision", "transformers", "accelerate", "peft", "deepspeed", "datasets", "numpy", "triton",
+    "liger-kernel",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -45,7 +48,8 @@ def git_state(left_out: Sequence[str] = ()) -> dict[str, Any]:
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=True
+                ["git", "-C", str(folder), *words], capture_output=True, encoding="utf-8", errors="replace",
+                timeout=20, check=True,
             )
         except (OSError, subprocess.SubprocessError):
             return None
@@ -160,6 +164,7 @@ class RunRecord:
         self.values["wall_seconds"] = round(time.monotonic() - self._began, 3)
         if not is_main_process():
             return
+        self._note_lost_streams()
         try:
             artifacts.write_json(self.path, self.values)
         except RunError as error:
@@ -167,6 +172,14 @@ class RunRecord:
             if not self._warned:
                 warn(f"{error.what}; {self.path.name} is out of date until it can")
             self._warned = True
+
+    def _note_lost_streams(self) -> None:
+        """Note once that a standard stream does not take what is said any more: nothing else tells of it."""
+        for name, error in lost_streams().items():
+            note = f"{STREAMS[name]} was lost ({error.strerror}): not all that was said could be shown"
+            if note not in self.values["notes"]:
+                self.note(note)
+                warn(note)
 
 
 def now() -> str:

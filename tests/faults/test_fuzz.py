@@ -69,10 +69,10 @@ def test_a_thousand_malformed_lines(seed: int, tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(png("blue"))
     sound = [json.dumps({"image": f"{name}.png", "question": "Sound?", "answer": "yes"}).encode() for name in "ab"]
     path = write(tmp_path, [*sound, *(damaged(random, number) for number in range(1000))])
-    loaded = [load_split(parse_datasets(str(path))[0], split) for split in ("train", "validation")]
+    loaded = [load_split(parse_datasets(str(path))[0], split) for split in ("train", "validation", "test")]
     used = {sample.id for part in loaded for sample in part.samples}
     left = {item.id for part in loaded for item in part.left_out}
-    assert sum(sample.question == "Sound?" for part in loaded for sample in part.samples) == 2
+    assert len({sample.id for part in loaded for sample in part.samples if sample.question == "Sound?"}) == 2
     assert len(left) > 400 and all(item.reason and "train.jsonl" in item.detail for item in loaded[0].left_out)
     json.dumps([sorted(used), sorted(left)]).encode("utf-8")  # ids and details can be written
     assert len(used) + len(left) >= 900

@@ -67,7 +67,7 @@ def trainer(
     recipe = replace(recipe, **changes)
     planner = EpochPlanner(data.lengths, recipe.global_batch_size, budget, launch.world_size, recipe.seed)
     schedule = resolve_schedule(recipe, planner.steps_per_epoch)
-    arguments = training_arguments(recipe, schedule, launch, folder, bf16=False)
+    arguments = training_arguments(recipe, schedule, launch, folder, False, int(recipe.dataloader_num_workers))
     model, _ = tiny_models.build("qwen2_5_vl")
     set_attention(model, SHARED_SDPA)
     targets = resolve_targets(model, recipe.target_modules)

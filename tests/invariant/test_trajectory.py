@@ -63,7 +63,7 @@ def train(
     assert schedule.total_steps == STEPS
     trainer = PackTrainer(
         model=adapter,
-        args=training_arguments(recipe, schedule, LAUNCH, folder, bf16=False),
+        args=training_arguments(recipe, schedule, LAUNCH, folder, bf16=False, workers=0),
         train_data=data,
         eval_data=None,
         planner=planner,

@@ -63,6 +63,47 @@ def test_losses_and_gradients_are_those_of_cross_entropy(
         torch.testing.assert_close(vocabulary.token_losses(hidden, projection, targets), found, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1.0, 60.0], ids=["even", "peaked"])
+@pytest.mark.parametrize("block", [512, vocabulary._BLOCK])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_as_the_head_does(
+    dtype: torch.dtype, block: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU computes: products in the head's format, sums in float32; no loss below 0."""
+    monkeypatch.setattr(vocabulary, "_BLOCK", block)
+    projection = head(2 * vocabulary._BLOCK + 123, 24, dtype)
+    hidden = (torch.randn(37, 24) * scale).to(dtype).requires_grad_()
+    targets = projection(hidden).argmax(1)
+    targets[::2] = torch.randint(len(projection.weight), (19,))
+    expected = F.cross_entropy(projection(hidden).float(), targets, reduction="none")
+    (slope,) = torch.autograd.grad(expected.sum(), hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vocabulary.token_losses(hidden, projection, targets)
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    assert found.dtype == torch.float32 and gradient.dtype == dtype and found.min() >= 0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient.float(), slope.float(), rtol=0.02, atol=0.02 * float(slope.abs().max()))
+
+
+@pytest.mark.parametrize("part", [1, 300, 2**26])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_losses_of_scores_are_those_of_cross_entropy_bit_by_bit(
+    dtype: torch.dtype, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "_PART", part)
+    torch.manual_seed(0)
+    scores = (torch.randn(7, 101) * 5).to(dtype).requires_grad_()
+    targets, weights = torch.randint(101, (7,)), torch.linspace(-1, 2, 7)
+    plain = F.cross_entropy(scores if dtype == torch.float64 else scores.float(), targets, reduction="none")
+    (slope,) = torch.autograd.grad((plain * weights).sum(), scores)
+    kept: list[tuple[torch.Size, torch.dtype]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append((x.shape, x.dtype)) or x, lambda x: x):
+        found = vocabulary.score_losses(scores, targets)
+    assert kept == [(scores.shape, dtype), (targets.shape, targets.dtype)], "no other copy of the scores is kept"
+    (gradient,) = torch.autograd.grad((found * weights).sum(), scores)
+    assert torch.equal(found, plain) and torch.equal(gradient, slope) and gradient.dtype == dtype
+
+
 def test_a_score_that_is_not_finite_is_seen_in_its_own_loss_only() -> None:
     projection = head(100, 8, torch.float32)
     hidden = torch.randn(3, 8)
@@ -80,6 +121,12 @@ def test_heads_that_are_trained_or_have_more_than_a_weight_keep_their_scores() -
     assert not vocabulary.is_covered(projection.bfloat16())
     projection.float().weight.requires_grad_(True)
     assert not vocabulary.is_covered(projection)
+    elsewhere = nn.Linear(4, 10, bias=False, device="meta", dtype=torch.bfloat16)
+    assert not vocabulary.is_covered(elsewhere)
+    elsewhere.weight.requires_grad_(False)
+    assert vocabulary.is_covered(elsewhere), "on other devices than CPUs half precision is what there is"
+    elsewhere.weight.ds_id = 0  # type: ignore[attr-defined]  # as ZeRO-3 marks it
+    assert not vocabulary.is_covered(elsewhere)
 
 
 def test_training_never_holds_the_scores_of_its_answers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from tests.tiny_models import build
 from vlm_sft.model.adapt import add_lora, resolve_targets
 from vlm_sft.model.dropout import KeyedDropout, dropout_keys
-from vlm_sft.model.lora import _covered_adapter, fuse_lora
+from vlm_sft.model.lora import _covered_adapter, _one_step, fuse_lora
 
 LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -56,6 +57,62 @@ def test_values_and_gradients_are_those_of_peft(
         torch.testing.assert_close(one, other, rtol=LIMIT[dtype], atol=LIMIT[dtype])
     with torch.no_grad(), dropout_keys(torch.arange(7), 3):
         torch.testing.assert_close(module(rows), found[0])
+
+
+def half_precision(device: str, dtype: torch.dtype, master: bool, dropout: float) -> None:
+    """Training in half precision is nearer to the values in float32 than PEFT's steps are, with the same masks."""
+    _, exact = layer(torch.float32)
+    exact.lora_dropout["default"] = KeyedDropout(dropout, 5) if dropout else nn.Identity()
+    rows = torch.randn(1, 700, 12).to(dtype)
+    results = []
+    for fused in (None, False, True):
+        module = copy.deepcopy(exact).to(device).requires_grad_(False)
+        module.base_layer.to(torch.float32 if fused is None else dtype)
+        for part in (module.lora_A, module.lora_B):
+            part.to(torch.float32 if master or fused is None else dtype).requires_grad_(True)
+        inputs = rows.to(device, torch.float32 if fused is None else dtype).requires_grad_()
+        narrow = torch.autocast(device, dtype, enabled=fused is not None)
+        with narrow, dropout_keys(torch.arange(700, device=device), 3):
+            output = _one_step(module, "default", inputs) if fused else module(inputs)
+        trained = [module.lora_A["default"].weight, module.lora_B["default"].weight, inputs]
+        slopes = torch.autograd.grad(output.float().cos().sum(), trained)
+        assert [one.dtype for one in slopes] == [one.dtype for one in trained]
+        results.append([one.detach().float().cpu() for one in (output, *slopes)])
+    for true, peft, ours in zip(*results, strict=True):
+        assert (ours - true).norm() <= 1.1 * (peft - true).norm() + 1e-6 * true.norm()
+        assert (ours - true).norm() < 0.02 * true.norm()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("master", [True, False])
+def test_half_precision_loses_no_more_than_peft(master: bool, dropout: float) -> None:
+    half_precision("cpu", torch.bfloat16, master, dropout)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("master", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_computes_training_in_one_step(dtype: torch.dtype, master: bool, dropout: float) -> None:
+    half_precision("cuda", dtype, master, dropout)
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+def test_what_a_gpu_computes_in_one_step(adapter: torch.dtype) -> None:
+    """Decided by formats and devices alone; tensors without storage stand for those of a GPU."""
+    _, module = layer(torch.bfloat16)
+    for part in (module.lora_A, module.lora_B):
+        part.to(adapter)
+    module.to("meta")
+    rows = torch.empty(5, 12, dtype=torch.bfloat16, device="meta")
+    same = adapter == torch.bfloat16
+    assert _covered_adapter(module, rows) == ("default" if same else None)
+    assert _covered_adapter(module, rows.float()) is None
+    assert _covered_adapter(module, torch.empty(5, 12, dtype=torch.bfloat16)) is None
+    with torch.no_grad():
+        assert _covered_adapter(module, rows) is None, "evaluation rounds as PEFT does"
+    module.base_layer.weight.requires_grad_(True)
+    assert _covered_adapter(module, rows) is None
 
 
 def test_switched_off_and_merged_adapters_are_left_to_peft() -> None:

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny_models
 from tests.faults.test_messages import rows, write
+from vlm_sft.artifacts import write_jsonl
 from vlm_sft.cli import main
-from vlm_sft.forecast.calibration import read_past_runs
+from vlm_sft.forecast.calibration import PAST_RUNS, read_past_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTCOMES = ("time_seconds", "peak_bytes", "disk_bytes")
@@ -65,6 +66,20 @@ def test_plan_says_what_training_does(setup: list[str], tmp_path: Path, capsys: 
     assert not {"vision features", "prepared images"} & warm["items"]["disk_bytes"].keys()
     assert not warm["items"]["time_seconds"]["vision features"]
     assert warm["actual"]["disk_bytes"] == pytest.approx(warm["disk_bytes"]["value"], rel=0.15)
+    # Two runs that other programs held up, with the rates of that hour, ruin no later forecast.
+    (cache / PAST_RUNS).unlink()
+    assert main(["plan", *setup, "--output", str(planned), "--output_dir", str(run)]) == 0
+    free = json.loads(planned.read_text())["forecast"]["time_seconds"]
+    slow = past | {
+        "actual": {item: 130 * value for item, value in past["actual"].items()},
+        "rates": past["rates"] | {"flops": past["rates"]["flops"] / 40, "unrest": 1.0},
+    }
+    write_jsonl(cache / PAST_RUNS, [slow, slow])
+    assert main(["plan", *setup, "--output", str(planned), "--output_dir", str(run)]) == 0
+    held_up = json.loads(planned.read_text())["forecast"]["time_seconds"]
+    assert held_up["value"] < 4 * free["value"], "the reported one was 126 times as much"
+    assert held_up["high"] / held_up["value"] > 2, "and it says that it is less certain"
+    (cache / PAST_RUNS).unlink()
     # Other weights in the same folder need features of their own, and no new images.
     weights = Path(setup[1]) / "model.safetensors"
     value = load_file(weights)

@@ -47,6 +47,18 @@ def carry_out(block: Block) -> None:
 def test_guide(page: Path, folder: Path) -> None:
     for block in blocks(page):
         carry_out(block)
+    if page.name == "FIRST_RUN.md":
+        learned(folder / "outputs" / "first", "lamps")
+
+
+def learned(run: Path, name: str) -> None:
+    """The table of a run shows that it learned, from its first step on."""
+    row = json.loads((run / "results.json").read_text())["benchmarks"][name]
+    assert row["difference_interval"][0] > 0.5 and row["tuned"]["accuracy"] > 0.8, row
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [step["learning_rate"] for step in steps if "learning_rate" in step]
+    assert rates and min(rates) > 0
+    assert json.loads((run / "run.json").read_text())["notes"] == []
 
 
 def test_your_own_data_ends_with_a_model_that_plain_transformers_opens(folder: Path) -> None:
@@ -76,6 +88,6 @@ def test_the_notebook_runs_from_data_to_report(folder: Path) -> None:
             run_shell(source.replace("\n!", "\n").removeprefix("!"))
         else:
             exec(compile(source, "cell", "exec"), names)
-    assert names["results"]["benchmarks"]["demo_charts"]["n"] == 12
+    learned(folder / "outputs" / "notebook", "lamps")
     assert (folder / "outputs" / "notebook" / "report.html").is_file()
-    assert names["data"]["samples"] == 40 and names["first"]["prediction"]
+    assert names["data"]["samples"] == 120 and names["first"]["prediction"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -41,6 +42,10 @@ def checkpoint_steps(run: Path) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in run.glob("checkpoint-*"))
 
 
+def recipe_of(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "configs" / f"{name}.json").read_text())
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(name: str, base: Path, data: Path, tmp_path: Path) -> None:
     epochs, limit, best = RECIPES[name]
@@ -55,8 +60,10 @@ def test_recipe(name: str, base: Path, data: Path, tmp_path: Path) -> None:
     assert state["status"] == "finished"
     assert state["steps"] == epochs * STEPS_PER_EPOCH
     assert state["attention"] == "sdpa"
+    assert state["kernels"] == {"dropout": "stepwise"}, "the kernel is for GPUs"
+    assert state["engine"]["data_workers"] == recipe_of(name)["dataloader_num_workers"]
     recipe = json.loads((run / "recipe.json").read_text())
-    given = json.loads((ROOT / "configs" / f"{name}.json").read_text())
+    given = recipe_of(name)
     assert {key: recipe[key] for key in given if key != "global_batch_size"} == {
         key: value for key, value in given.items() if key != "global_batch_size"
     } | ({"report_to": recipe["report_to"]} if "report_to" in given else {})

@@ -5,12 +5,20 @@ import json
 import random
 
 import pytest
+from scipy.stats import binomtest
 
 from vlm_sft import artifacts
 from vlm_sft.commands import compare as verb
 from vlm_sft.errors import EvaluationError, RunError
-from vlm_sft.evaluate.compare import compare_rows, compare_runs, format_markdown, format_table, locate_predictions
-from vlm_sft.evaluate.statistics import mcnemar, paired_bootstrap, wilson_interval
+from vlm_sft.evaluate.compare import (
+    compare_rows,
+    compare_runs,
+    few_line,
+    format_markdown,
+    format_table,
+    locate_predictions,
+)
+from vlm_sft.evaluate.statistics import paired_test, wilson_interval
 
 
 def rows_with(scores, per_image=1, **more):
@@ -40,7 +48,7 @@ def test_rows_are_paired_by_id_in_any_order():
     assert result["n"] == 100
     assert result["difference"] == pytest.approx(0.17)
     assert result["interval"][0] < 0.17 < result["interval"][1]
-    assert result["p_value"] == mcnemar(BASE, BETTER) and result["test"] == "McNemar exact"
+    assert result["p_value"] == pytest.approx(binomtest(20, 23).pvalue) and result["test"] == "McNemar exact"
     assert result["verdict"] == "better"
     assert result["lost"] == ["q47", "q48", "q49"]
     assert result["gained"] == [f"q{index}" for index in range(50, 70)]
@@ -54,33 +62,38 @@ def test_small_difference_is_not_called_one():
     assert result["smallest_detectable_difference"] > abs(result["difference"])
 
 
-def test_repeated_images_take_the_more_careful_test():
+def test_repeated_images_count_once():
     base, tuned = rows_with(BASE, per_image=10), rows_with(BETTER, per_image=10)
     result = compare_rows(base, tuned)
     clusters = [row["image"] for row in base]
-    by_image = paired_bootstrap(BASE, BETTER, clusters).p_value
-    assert by_image > mcnemar(BASE, BETTER)  # the gains sit on two images
-    assert result["p_value"] == by_image
-    assert result["verdict"] == "no significant difference"
+    by_image = paired_test(BASE, BETTER, clusters)
+    assert result["p_value"] == by_image.p_value == 0.5  # the gains sit on two images, the losses on one
+    assert result["clusters"] == 10 and result["interval"][0] < 0 < result["interval"][1]
+    assert result["verdict"] == "too few to judge"
     alone = compare_rows(rows_with(BASE), rows_with(BETTER))
     assert result["smallest_detectable_difference"] > 2 * alone["smallest_detectable_difference"]
 
 
 def test_few_changes_on_repeated_images_do_not_count_as_proof():
-    """Four gains out of ten: the bootstrap alone would call it a difference, the exact test knows better."""
+    """Four gains out of ten: resampling would call it a difference, the exact test knows better."""
     base, tuned = [0] * 10, [1] * 4 + [0] * 6
     clusters = [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]
-    assert paired_bootstrap(base, tuned, clusters).p_value < 0.05 < mcnemar(base, tuned)
     rows = [[{"id": index, "image": f"i{clusters[index]}", "score": score} for index, score in enumerate(scores)]
             for scores in (base, tuned)]
-    assert compare_rows(*rows)["verdict"] == "no significant difference"
+    result = compare_rows(*rows)
+    assert result["p_value"] == 2 / 2**4 and result["interval"][0] <= 0.0
+    assert result["verdict"] == "too few to judge"
+    assert (result["questions_needed"], result["clusters_needed"]) == (20, 18)
+    line = few_line("own", result | {"verdict": "too few to judge"})
+    assert line == "own: too few to judge: 10 questions on 9 independent images; about 20 on 18 would show a " \
+        "difference of 40 points"
 
 
-def test_graded_scores_use_the_bootstrap():
+def test_graded_scores_use_the_same_test():
     base = [{"id": index, "score": 0.3} for index in range(60)]
     tuned = [{"id": index, "score": 0.6 if index % 2 else 0.3} for index in range(60)]
     result = compare_rows(base, tuned)
-    assert result["test"] == "paired bootstrap by image"
+    assert result["test"] == "sign flips by image"
     assert result["difference"] == pytest.approx(0.15)
     assert result["verdict"] == "better"
     assert len(result["gained"]) == 30 and result["lost"] == []

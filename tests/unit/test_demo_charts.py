@@ -248,14 +248,14 @@ def test_all_types_of_questions_occur_in_balance(asked):
         "arithmetic",
         "counting",
         "extreme",
-        "yes_no",
+        "yes/no",
         "colour",
         "structure",
     }
     assert min(types.values()) > 0.02 * len(asked)
     splits = Counter(question.split for _, question in asked)
     assert 0.35 < splits["augmented"] / len(asked) < 0.65
-    replies = Counter(question.answer for _, question in asked if question.answer_type == "yes_no")
+    replies = Counter(question.answer for _, question in asked if question.answer_type == "yes/no")
     assert set(replies) == {"Yes", "No"}
     assert 0.42 < replies["Yes"] / replies.total() < 0.58
 

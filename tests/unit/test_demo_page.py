@@ -56,6 +56,10 @@ def test_the_call_of_the_page(served: tuple[str, Asker, Path]) -> None:
     assert table["data"] == expected(asker, picture)
     with pytest.raises(Exception, match="upload an image"):
         client.predict(None, "What?", api_name="/ask")
+    trap = picture.with_name("trap.png")
+    trap.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(Exception, match="not an image in a known format .*PostScript"):
+        client.predict(handle_file(trap), "What?", api_name="/ask")
 
 
 def test_nothing_is_sent_elsewhere(served: tuple[str, Asker, Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import http.server
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -101,7 +102,8 @@ def test_a_folder_of_parquet_shards_is_a_data_set(own: Path, tmp_path: Path) -> 
                           "answers": [["x"], ["y", "z", "z"]]})  # fmt: skip
         pq.write_table(table, plain / f"part-{number}.parquet", row_group_size=1)
     samples = load_split(parse_datasets(str(plain))[0], "train").samples
-    samples += load_split(parse_datasets(str(plain))[0], "validation").samples
+    for split in ("validation", "test"):
+        samples += load_split(parse_datasets(str(plain))[0], split).samples
     assert sorted(sample.target for sample in samples) == ["x", "x", "z", "z"]
     assert len({sample.image_key for sample in samples}) == 3
     assert main(["data", "check", f"mine@{plain / 'part-0.parquet'}", "--output_dir", str(tmp_path / "check")]) == 0
@@ -112,6 +114,8 @@ def test_llamafactory_alpaca_and_dataset_info(own: Path, tmp_path: Path) -> None
     flags = ["--format", "llamafactory", "--style", "alpaca", "--output", str(out)]
     assert main(["data", "export", str(own), *flags]) == 2  # one of five: the conversation
     assert [item["id"] for item in lines(out / "left_out.jsonl")] == ["own/d"]
+    assert [path.name for path in out.iterdir()] == ["left_out.jsonl"]
+    assert main(["data", "export", str(own), *flags, "--max_left_out", "0.2"]) == 0
     assert main(["data", "import", str(out), "--format", "llamafactory", "--output", str(back)]) == 0
     assert contents(back) == contents(own)[:3]
     named = tmp_path / "named"
@@ -166,7 +170,10 @@ def test_what_is_dropped_or_changed_is_named(tmp_path: Path, capsys: pytest.Capt
     assert "2 questions are not exactly as they were" in capsys.readouterr().err
     assert main(flags) == 2 and "is not empty" in capsys.readouterr().err
     assert main([*flags[:-3], str(tmp_path / "strict")]) == 2  # seven of twelve are more than one in a hundred
-    assert "cannot be used" in capsys.readouterr().err and (tmp_path / "strict" / "train.jsonl").is_file()
+    fix = re.search("--max_left_out [0-9.]+", capsys.readouterr().err)
+    assert fix and [path.name for path in (tmp_path / "strict").iterdir()] == ["left_out.jsonl"]
+    assert main([*flags[:-3], str(tmp_path / "strict"), *fix[0].split()]) == 0  # the limit that the message proposes
+    assert contents(tmp_path / "strict") == contents(tmp_path / "out")
 
 
 def test_answers_without_loss_are_context(tmp_path: Path) -> None:
@@ -271,3 +278,40 @@ def test_image_urls_only_when_asked(web: str, tmp_path: Path, monkeypatch: pytes
         "text": "image cannot be read", "ftp": "image missing"}  # fmt: skip
     assert "404" in gone["gone"][1] and "33,554,432 bytes" in gone["big"][1]
     assert "not done within 0.5 s" in gone["slow"][1] and "file:///etc/hostname' is not allowed" in gone["file"][1]
+
+
+def test_the_mark_as_a_word_survives_or_is_named(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "a.png").write_bytes(png("red"))
+    write(own / "train.jsonl", [
+        {"id": "answer", "image": "a.png", "question": "What tag?", "answer": "The <image> tag."},
+        {"id": "question", "image": "a.png", "question": "What does the <image> tag do?", "answer": "it shows"},
+        {"id": "control", "image": "a.png", "question": "Is <|im_end|> one?", "answer": "</s> too"},
+    ])
+    write(own / "val.jsonl", [{"id": "v", "image": "a.png", "question": "v?", "answer": "v"}])
+    for layout in LAYOUTS:
+        out, back = tmp_path / layout, tmp_path / f"{layout}_back"
+        assert main(["data", "export", str(own), "--format", layout, "--output", str(out), "--max_left_out", "1"]) == 0
+        assert main(["data", "import", str(out), "--format", layout, "--output", str(back)]) == 0
+        gone = {row["id"].rpartition("/")[2]: row["reason"] for row in lines(out / "left_out.jsonl")}
+        # There an image is placed by the mark wherever it stands, so these two cannot be said.
+        named = {"answer", "question"} if layout in ("llamafactory", "msswift") else set()
+        assert gone == dict.fromkeys(named, "text holds the image mark")
+        kept = [one for one in contents(own) if one[0] not in named]
+        assert sorted(contents(back)) == sorted(kept)
+
+
+def test_a_question_that_a_plain_record_cannot_say_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png("red"))
+    parts = [{"type": "image"}, {"type": "text", "text": "<image> is what?"}]
+    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a tag"}]
+    plain = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
+    records = [{"messages": turns, "images": ["../a.png"]} for turns in (talk, plain)]
+    source = write(tmp_path / "in" / "train.jsonl", records)
+    write(tmp_path / "in" / "val.jsonl", records[1:])
+    out = tmp_path / "out"
+    flags = ["--output", str(out), "--max_left_out", "0.5"]
+    assert main(["data", "import", str(source.parent), "--format", "trl", *flags]) == 0
+    assert [row["reason"] for row in lines(out / "left_out.jsonl")] == ["text holds the image mark"]
+    assert [one[1] for one in contents(out)] == ["What?"]

@@ -17,6 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tests.adapters import PROMPT, save_adapter, save_base
 from vlm_sft.cli import main
 from vlm_sft.export import run as export_run
+from vlm_sft.model.load import empty_model, find_base
+from vlm_sft.model.saved_adapter import require_fit
+from vlm_sft.model.vllm_rules import not_for_vllm
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -172,9 +175,9 @@ def change(adapter: Path, folder: Path, rename: tuple[str, str] | None = None, d
 @pytest.mark.parametrize(
     ("rename", "drop", "words"),
     [
-        (("model.language_model.layers", "model.layers"), "", ("6 layers that the base does not have",)),
-        ((".lora_A.weight", ".lora_a"), "", ("6 tensors that no loader of adapters reads", ".lora_a")),
-        (None, "layers.1.self_attn.v_proj.lora_B", ("1 layers with one of their two matrices", "layers.1.self_attn.v")),
+        (("model.language_model.layers", "model.layers"), "", ("names of transformers before 4.52", "model.layers.0")),
+        ((".lora_A.weight", ".lora_a"), "", ("6 of its 12 tensors have no place", ".lora_a")),
+        (None, "layers.1.self_attn.v_proj.lora_B", ("1 of the 12 tensors", "layers.1.self_attn.v_proj.lora_B")),
     ],
     ids=["layers of another layout", "unknown tensors", "half a pair"],
 )
@@ -199,17 +202,17 @@ def test_what_vllm_does_not_load_is_said(
 
 
 def test_lora_on_the_vision_tower_is_not_for_vllm(base: Path, adapter: Path, tmp_path: Path) -> None:
-    from vlm_sft.export.keys import empty_model, inspect_adapter
-    from vlm_sft.model.load import find_base
-
     moved = change(adapter, tmp_path / "moved")
     tensors = load_file(moved / WEIGHTS)
     name = "base_model.model.model.visual.blocks.0.attn.proj.lora_{}.weight"
     save_file({**tensors, name.format("A"): torch.ones(4, 32), name.format("B"): torch.ones(32, 4)}, moved / WEIGHTS)
-    config = json.loads((moved / "adapter_config.json").read_text()) | {"r": 1024}
-    found = inspect_adapter(moved, config, empty_model(find_base(str(base))))
-    assert found.broken == () and found.modules == 7 and not found.silent
-    assert found.not_for_vllm == (
+    config = json.loads((moved / "adapter_config.json").read_text())
+    config["target_modules"] = [*config["target_modules"], "blocks.0.attn.proj"]
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    found_base = find_base(str(base))
+    contents = require_fit(moved, found_base)
+    assert len(contents.layers) == 7 and not contents.silent
+    assert not_for_vllm(config | {"r": 1024}, contents.layers, empty_model(found_base.path)) == (
         "rank 1024 is above vLLM's largest, 512",
         "vLLM adapts the language model only, not 1 layers such as model.visual.blocks.0.attn.proj",
     )

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_sft.recipe.load import load_recipe
-from vlm_sft.recipe.rules import resolve_schedule
-from vlm_sft.recipe.schema import Recipe
+from vlm_sft.recipe.rules import rate_factor, resolve_schedule
+from vlm_sft.recipe.schema import SCHEDULERS, Recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -66,8 +66,8 @@ def test_fractional_epochs_are_rounded_up_once(epochs: float, steps: int, total:
 def test_warmup_in_steps_is_held_within_the_training() -> None:
     assert resolve_schedule(Recipe(warmup_ratio=0.0, warmup_steps=7), 100).warmup_steps == 7
     schedule = resolve_schedule(Recipe(warmup_ratio=0.0, warmup_steps=70, num_train_epochs=1), 20)
-    assert schedule.warmup_steps == 20
-    assert any("warmup_steps 70 is more than the 20 steps" in note for note in schedule.notes)
+    assert schedule.warmup_steps == 10
+    assert "a warmup of 70 steps is more than half of the training's 20: it takes 10" in schedule.notes
 
 
 def test_every_evaluation_of_the_best_recipe_can_be_loaded() -> None:
@@ -99,7 +99,10 @@ def test_schedule_properties(recipe: Recipe, steps_per_epoch: int) -> None:
         assert total == recipe.max_steps
     else:
         assert abs(total - recipe.num_train_epochs * steps_per_epoch) <= 1
-    assert 0 <= schedule.warmup_steps <= total
+    assert 0 <= schedule.warmup_steps <= total // 2
+    for kind in SCHEDULERS:
+        rates = [rate_factor(kind, schedule.warmup_steps, total, step) for step in range(total)]
+        assert all(0 < rate <= 1 for rate in rates) and max(rates) == 1
     for steps in (schedule.evaluation_steps(), schedule.save_steps_list()):
         assert steps[-1] == total
         assert all(1 <= early < late for early, late in pairwise(steps))

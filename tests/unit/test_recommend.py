@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft.forecast.calibration import MEMORY, PAST, TABLE, add_past_run, from_past_runs, history_key, read_past_runs
+from vlm_sft.evaluate.statistics import mean_interval
 from vlm_sft.forecast.hardware import DEVICES, device_named, find_device
 from vlm_sft.forecast.measured import GUIDE, Quality, guide_advice, guide_comparison, qualities
 from vlm_sft.forecast.pareto import pareto_front
@@ -73,6 +74,27 @@ def test_cheapest_that_is_not_significantly_worse() -> None:
     assert "# 2epoch" in drawn and "* 5epoch" in drawn and "o best" in drawn
 
 
+@pytest.mark.parametrize("times", [
+    (0.01, 0.23, 0.39, 0.90, 1.07), (1, 1, 1, 1, 1), (1, 1.01, 1.02, 1.03, 1.04), (0.5, 1, 1, 90, 91),
+])  # fmt: skip
+@pytest.mark.parametrize("values", [(0.714, 0.738, 0.739, 0.740, 0.740), (0.7,) * 5, (0.5, 0.6, 0.7, 0.8, 0.9)])
+def test_names_of_the_plot_are_whole(times: tuple[float, ...], values: tuple[float, ...]) -> None:
+    """Recipes that take nearly as long and answer nearly as well overwrote each other: "# 1ep* 2epoch"."""
+    names = ("smoketest", "1epoch", "2epoch", "5epoch", "best")
+    found = [candidate(*one, (value, 0.02)) for *one, value in zip(names, times, values, strict=True)]
+    lines = plot(found, recommend(found, 100))
+    drawn = "\n".join(lines[1:13])
+    words = drawn.replace("|", " ").split()
+    assert sorted(word for word in words if word not in "#*o") == sorted(names)
+    assert words.count("#") == 1 and len(lines) == 15 and all(len(line) <= 63 for line in lines)
+
+
+def test_names_that_the_plot_has_no_room_for_are_listed() -> None:
+    found = [candidate(f"a_recipe_of_mine_{number}", 1, (0.7, 0.02)) for number in range(20)]
+    drawn = "\n".join(plot(found, recommend(found, 10)))
+    assert "no room for the names of: " in drawn and all(f"a_recipe_of_mine_{number}" in drawn for number in range(20))
+
+
 def test_what_cannot_be_afforded_is_named() -> None:
     found = [candidate("1epoch", 1, disk=5e9), candidate("2epoch", 30)]
     nothing = recommend(found, 10, disk_bytes=1e9)
@@ -125,23 +147,24 @@ def test_own_runs_count_before_the_recorded_benchmark(tmp_path: Path) -> None:
     assert "1 of your recipes' runs" in source
 
 
-def test_past_runs_correct_what_is_alike(tmp_path: Path) -> None:
-    key = history_key("cpu", 1, "shape", {"dtype": 4})
-    for ratio in (2.0, 2.2, 2.1):
-        add_past_run(tmp_path, {
-            "key": key, "forecast": {"training steps": 10.0, MEMORY: 100.0},
-            "actual": {"training steps": 10 * ratio, MEMORY: 150.0},
-        })  # fmt: skip
-    rows = read_past_runs(tmp_path)
-    found = from_past_runs(rows, key)
-    assert found.basis == PAST and found.factors == {"training steps": 2.1, MEMORY: 1.5}
-    other = from_past_runs(rows, history_key("cpu", 1, "another", {"dtype": 4}))
-    assert other.factors == {"training steps": 2.1} and other.spread > found.spread  # type: ignore[operator]
-    assert from_past_runs(rows, history_key("gpu", 1, "shape", {})).factors == {}
-    # What a tiny model spends is mostly overhead: it says something about its own shape alone.
-    tiny = [{"key": key, "forecast": {"training steps": 0.1}, "actual": {"training steps": 0.5}}]
-    assert from_past_runs(tiny, key).factors == {"training steps": 5.0}
-    assert from_past_runs(tiny, history_key("cpu", 1, "another", {"dtype": 4})).basis == TABLE
+@pytest.mark.parametrize("accuracy", [0.0, 0.4])
+def test_own_runs_on_too_few_questions_are_not_chosen_by(tmp_path: Path, accuracy: float) -> None:
+    """A run on four images says nothing about its recipe; the line says what it would take."""
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "run.json").write_text(json.dumps({
+        "recipe_file": "configs/sft_config_best.json", "base_model": "pocket", "datasets": ["own"],
+        "status": "finished", "finished": "2026-01-01"}))  # fmt: skip
+    low, high = mean_interval([1.0] * round(10 * accuracy) + [0.0] * round(10 - 10 * accuracy), [0, 1, 2, 3, 0] * 2)
+    (tmp_path / "runs" / "a" / "results.json").write_text(json.dumps({
+        "benchmarks": {"own": {"n": 10, "tuned": {"accuracy": accuracy, "interval": [low, high]}}},
+    }))
+    found, source = qualities(tmp_path / "runs", "pocket", ["own"], tmp_path)
+    assert found == {}
+    first, second = source.splitlines()
+    assert first.endswith("recipes are ordered by their epochs")
+    assert second.startswith(f"your runs with too few questions to judge are left aside: best {100 * accuracy:.1f} % [")
+    needed = int(second.split("about ")[1].split(" questions")[0].replace(",", ""))
+    assert needed == math.ceil(10 * ((high - low) / 2 / 0.1) ** 2) > 50
 
 
 def test_devices_are_found_by_their_drivers_names_and_never_guessed() -> None:

@@ -167,7 +167,7 @@ def test_running_and_damaged_runs_are_reported(tmp_path: Path) -> None:
     assert "had not finished when the report was written" in page.text
     assert "'wall_seconds' should be a finite number, found \"long\"" in page.text
     assert "run.json has schema 2" in page.text and "results.json: Expecting property name" in page.text
-    assert "recipe.json: expected an object, found [1, 2]" in page.text
+    assert "recipe.json: it holds a list, not an object" in page.text
     assert any("Training loss from 2 at step 1 to 2 at step 1" in a.get("aria-label", "") for a in page.all("svg"))
 
 
@@ -207,7 +207,11 @@ def test_missing_foreign_and_undecodable_pictures_have_a_placeholder(tmp_path: P
     ])
     _, page = render(folder, output=tmp_path / "r.html")
     assert page.all("img") == []
-    assert page.text.count("picture missing or unreadable") == 2 and page.text.count("no picture given") == 3
+    assert "picture missing: it is not in the run's evaluation/images" in page.text
+    assert "picture unreadable: broken.png: not an image in a known format" in page.text
+    assert page.text.count("no picture given") == 4, "three cards, and the count below them"
+    assert "3 questions: no picture given" in page.text and "1 question: picture missing" in page.text
+    assert "chartqa: names of pictures that lead out of evaluation/ are not followed" in page.text
     assert page.text.count("tuned: not evaluated") == 5 and page.text.count("(empty answer)") == 5
 
 

@@ -84,7 +84,7 @@ def test_hostile_texts_are_texts(report: Path) -> None:
         assert browser.run("getComputedStyle(document.querySelector('.card .question')).direction") == "rtl"
         assert browser.run("document.documentElement.scrollWidth <= innerWidth")
         choose(browser, "text", "easy_vqa/test/000002")
-        assert texts(browser, ".picture") == ["picture missing or unreadable"]
+        assert texts(browser, ".picture") == ["picture missing: it is not in the run's evaluation/images"]
 
 
 def test_phone_dark_mode_keyboard_and_paper(report: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from vlm_sft import artifacts
 from vlm_sft.cli import main
 from vlm_sft.data.audit import histogram
 from vlm_sft.errors import RunError
+from vlm_sft.evaluate.compare import compare_rows
 from vlm_sft.report.browser import as_data
 from vlm_sft.report.collect import collect_runs
 from vlm_sft.report.export import as_csv, export
@@ -119,6 +120,52 @@ def test_the_cheapest_run_that_is_not_worse_is_recommended(tmp_path: Path) -> No
     assert "enough (−2.0 points, p = 0.500) is not significantly worse on the same 100 questions" in choice.reasons[0]
     assert "trains in 1 min 00 s instead of 10 min 00 s" in choice.reasons[0]
     assert any("weak costs less and is significantly worse (−40.0 points, p < 0.001)" in one for one in choice.reasons)
+
+
+def small(folder: Path, seconds: float, base: int, tuned: int, images: int, questions: int = 10) -> Path:
+    """A run measured on a few questions that share a few images."""
+    trained(folder, seconds, tuned, questions)
+    for side, correct in (("base", base), ("tuned", tuned)):
+        artifacts.write_jsonl(folder / "evaluation" / side / "own" / artifacts.PREDICTIONS, [
+            {"id": str(i), "image": f"images/{i % images}.png", "question": f"q{i}?", "prediction": "a",
+             "answers": ["a"], "score": float(i < correct)} for i in range(questions)
+        ])
+    rows = [list(artifacts.read_jsonl(folder / "evaluation" / side / "own" / artifacts.PREDICTIONS))
+            for side in ("base", "tuned")]
+    compared = compare_rows(*rows)
+    row = scores(questions, base / questions, tuned / questions, False, {}) | compared
+    artifacts.write_json(folder / artifacts.RESULTS, {
+        "schema": 1, "benchmarks": {"own": row | {"difference_interval": compared["interval"]}},
+    })
+    return folder
+
+
+@pytest.mark.parametrize(("base", "tuned", "images"), [(0, 4, 4), (0, 4, 10), (4, 0, 4), (0, 10, 5), (0, 0, 3)])
+def test_nothing_is_recommended_on_too_few_questions(tmp_path: Path, base: int, tuned: int, images: int) -> None:
+    """Ten questions, base 0 %, tuned 40 %: the base was recommended, in green."""
+    run = small(tmp_path / "run", 10, base, tuned, images)
+    (choice,) = choices(collect_runs([run]), ["own"])
+    assert choice.recommended is None
+    assert "too few to judge" in choice.reasons[0]
+    page = page_of(run, output=tmp_path / "r.html")
+    assert "Nothing can be recommended on own" in page.text and "Recommended on" not in page.text
+    assert f"10 questions on {images} independent images are too few to judge; about " in page.text
+    classes = [one.get("class", "") for one in page.all("span")]
+    assert not [one for one in classes if "main good" in one or "main bad" in one]
+
+
+def test_a_large_loss_that_is_not_excluded_is_not_recommended(tmp_path: Path) -> None:
+    """Eight of twelve questions changed, six for the better: no significant difference, and no proof of equality."""
+    run = small(tmp_path / "run", 10, 0, 0, 12, 12)
+    for side, right in (("base", {0, 1}), ("tuned", set(range(2, 8)))):
+        path = run / "evaluation" / side / "own" / artifacts.PREDICTIONS
+        rows = list(artifacts.read_jsonl(path))
+        artifacts.write_jsonl(path, [row | {"score": float(int(row["id"]) in right)} for row in rows])
+    row = scores(12, 2 / 12, 6 / 12, False, {}) | {"verdict": "no significant difference"}
+    artifacts.write_json(run / artifacts.RESULTS, {"schema": 1, "benchmarks": {"own": row}})
+    (choice,) = choices(collect_runs([run]), ["own"])
+    assert choice.recommended is None
+    assert "may be worse by up to" in choice.reasons[0] and "cannot tell them apart" in choice.reasons[0]
 
 
 def test_runs_with_other_questions_are_not_compared(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlm_sft.errors import DataError
 from vlm_sft.report import formats
 from vlm_sft.report.collect import parse_results
 from vlm_sft.report.fields import Fields
@@ -79,6 +80,24 @@ def test_direction_is_that_of_the_interval_not_of_the_difference() -> None:
     assert [direction(i) for i in ([0.01, 0.2], [-0.1, 0.2], [-0.3, -0.1], [0.0, 0.2], None)] == [
         "better", "same", "worse", "same", "same",
     ]
+
+
+@pytest.mark.parametrize("verdict", ["no significant difference", "too few to judge"])
+def test_no_colour_against_the_verdict(verdict: str) -> None:
+    """Four images of an older run: +40 points with an interval that leaves out 0, and a verdict that finds nothing."""
+    row = {"difference": 0.4, "difference_interval": [0.125, 0.6], "p_value": 0.125, "verdict": verdict}
+    assert parse_results({"benchmarks": {"b": row}})[0].direction == "same"
+
+
+def test_too_few_are_told_below_the_table() -> None:
+    row = {"n": 10, "clusters": 4, "difference": 0.4, "difference_interval": [-1, 1], "verdict": "too few to judge",
+           "questions_needed": 20, "clusters_needed": 8}
+    text = results_table({"benchmarks": {"own": row, "other": {"n": 100, "verdict": "better", "difference": 0.4}}})
+    assert text.splitlines()[-1] == (
+        "own: 10 questions on 4 independent images are too few to judge; about 20 on 8 would show a difference of this "
+        "size"
+    )
+    assert "other:" not in text
 
 
 def test_wrong_types_are_all_noted_and_read_as_missing() -> None:
@@ -164,5 +183,6 @@ def test_thumbnail_of_transparent_and_tiny_pictures(tmp_path: Path) -> None:
 
     Image.new("RGBA", (10, 5), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     address = thumbnail(tmp_path / "clear.png")
-    assert address is not None and address.startswith("data:image/webp;base64,")
-    assert thumbnail(tmp_path / "none.png") is None and thumbnail(None) is None
+    assert address.startswith("data:image/webp;base64,")
+    with pytest.raises(DataError, match="picture missing"):
+        thumbnail(tmp_path / "none.png")

@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from tests import chromium
 from tests.report_runs import Page, make_run, record
 from vlm_sft import artifacts
 from vlm_sft.cli import main
@@ -60,13 +63,47 @@ def test_the_page_follows_the_run(served: tuple[Path, int]) -> None:
     status, text = ask(port)
     version = ask(port, "/version")[1]
     page = Page(text)
-    assert status == 200 and "had not finished" in page.text
+    assert status == 200 and "This page follows the run while it goes on" in page.text
+    assert "had not finished" not in page.text, "it goes on, and the page with it"
+    assert "This run goes on" in page.text and "Wall time so far" in page.text
     assert [a["content"] for a in page.all("meta") if a.get("name") == "report-version"] == [version]
     assert "connect-src 'self'" in text and ask(port)[1] == text and ask(port, "/version")[1] == version
     with (folder / artifacts.METRICS).open("a") as stream:
         stream.write(json.dumps({"step": 21, "loss": 0.0123}) + "\n")
     assert ask(port, "/version")[1] != version
     assert any("to 0.0123 at step 21" in a["aria-label"] for a in Page(ask(port)[1]).all("svg"))
+
+
+def test_a_page_of_runs_that_are_over_says_so(served: tuple[Path, int]) -> None:
+    folder, port = served
+    artifacts.write_json(folder / artifacts.RUN, record("interrupted"))
+    page = Page(ask(port)[1])
+    assert "Nothing here goes on any more" in page.text and "follows the run while" not in page.text
+    assert "marked as interrupted" in page.text and "Wall time so far" not in page.text
+    assert not [a for a in page.all("td") if "data-since" in a]
+
+
+@pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed")
+def test_the_wall_time_goes_on_between_two_writes(served: tuple[Path, int]) -> None:
+    """run.json is written at the stages of a run only: hours apart."""
+    folder, port = served
+    began = datetime.now(UTC) - timedelta(hours=2, minutes=7, seconds=30)
+    artifacts.write_json(folder / artifacts.RUN, record("running") | {"started": began.isoformat(timespec="seconds")})
+    cells = "[...document.querySelectorAll('td[data-since]')].map(one => one.textContent)"
+    live = "document.getElementById('live').textContent"
+    with chromium.Chromium() as browser:
+        browser.open(f"http://127.0.0.1:{port}/")
+        assert browser.run(cells) == ["2 h 08 min"] * 2
+        before = browser.run(live)
+        assert re.search(r"while it goes on; its files changed \d+ s ago\.$", before), before
+        browser.run("new Promise(done => setTimeout(done, 2500))")
+        assert browser.run(live) != before
+        old = time.time() - 3600
+        for path in folder.rglob("*"):
+            os.utime(path, (old, old))
+        browser.open(f"http://127.0.0.1:{port}/")
+        assert re.search(r"changed 1 h 00 min ago: it may have ended without a word\.$", browser.run(live))
+        assert browser.messages == []
 
 
 def test_it_serves_this_machine_and_nothing_else(served: tuple[Path, int]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from vlm_sft.commands import score
 from vlm_sft.errors import EvaluationError, RunError
 from vlm_sft.evaluate.scoring import score_file, score_item, summarise
-from vlm_sft.evaluate.statistics import bootstrap_interval, wilson_interval
+from vlm_sft.evaluate.statistics import mean_interval, wilson_interval
 
 CHART_LINES = [
     {"id": 1, "prediction": "21", "answers": ["20"], "split": "human"},
@@ -67,7 +67,7 @@ def test_graded_scores(tmp_path):
     lines = [{"id": index, "prediction": text, "answers": answers} for index, text in enumerate(["Stop.", "go", "x"])]
     result = score_file("textvqa", write_lines(tmp_path / "p.jsonl", lines))
     assert result["accuracy"] == pytest.approx(1.9 / 3)
-    assert result["interval"] == pytest.approx(bootstrap_interval([0.9, 1.0, 0.0]))
+    assert result["interval"] == pytest.approx(mean_interval([0.9, 1.0, 0.0]))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ ROWS = [
 def test_summarise_groups_and_clusters():
     result = summarise("chartqa", iter(ROWS))
     assert (result["n"], result["accuracy"]) == (4, 0.75)  # a recorded score is not trusted
-    assert result["interval"] == pytest.approx(bootstrap_interval([1, 1, 0, 1], ["p", "p", "q", "r"]))
+    assert result["interval"] == pytest.approx(mean_interval([1, 1, 0, 1], ["p", "p", "q", "r"]))
     assert result["splits"]["human"] == {"n": 2, "accuracy": 1.0, "interval": list(wilson_interval(1, 1))}
     assert {name: part["n"] for name, part in result["by_question_type"].items()} == {"colour": 1, "count": 2}
     assert result["secondary"]["exact_match"] == 0.75

@@ -27,7 +27,7 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
             page.name
         )
     api = (tmp_path / "API.html").read_text(encoding="utf-8")
-    assert "load_recipe" in api and "mcnemar" in api and "relaxed" in api
+    assert "load_recipe" in api and "paired_test" in api and "relaxed" in api
     for file in tmp_path.glob("*.html"):
         loaded = re.findall(
             r'<(?:script|img|link)[^>]+(?:src|href)="(https?://[^"]+)"', file.read_text(encoding="utf-8")

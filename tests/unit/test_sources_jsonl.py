@@ -158,10 +158,26 @@ def test_single_file_holds_out_by_image(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [
         {"image": f"{n % 20}.png", "question": f"q{n}", "answer": "a"} for n in range(60)])
     train, held, test = (load(path, split) for split in ("train", "validation", "test"))
-    assert (len(train.samples), len(held.samples)) == (54, 6)  # 2 of 20 images
-    assert not {s.image_key for s in train.samples} & {s.image_key for s in held.samples}
-    assert [s.id for s in test.samples] == [s.id for s in held.samples]
-    assert "no test split" in test.description and "no test split" not in held.description
+    assert (len(train.samples), len(held.samples), len(test.samples)) == (48, 6, 6)  # 2 of 20 images each
+    seen = [{s.image_key for s in part.samples} for part in (train, held, test)]
+    assert len(set().union(*seen)) == 20 == sum(map(len, seen))
+    assert train.description.endswith("48 questions on 16 images (images for validation and test are held out)")
+
+
+def test_a_shared_reference_ties_nothing_and_a_chain_says_what_does(tmp_path):
+    for number in range(21):
+        (tmp_path / f"{number}.png").write_bytes(png((number * 10, 0, 0)))
+    beside = write(tmp_path / "beside.jsonl", [
+        {"images": ["20.png", f"{n % 20}.png"], "question": f"q{n}", "answer": "a"} for n in range(40)])
+    parts = [load(beside, split) for split in ("train", "validation", "test")]
+    assert [len(part.samples) for part in parts] == [32, 4, 4]
+    assert "32 questions on 17 images (images for validation and test are held out) (1 shown beside many others" in (
+        parts[0].description
+    )
+    chain = write(tmp_path / "chain.jsonl", [
+        {"images": [f"{n}.png", f"{n + 1}.png"], "question": "q", "answer": "a"} for n in range(20)])
+    with pytest.raises(DataError, match="its 21 images are tied together .* stands in 2 of 20 questions"):
+        load(chain, "validation")
 
 
 def test_sibling_files_and_split_keys(folder):

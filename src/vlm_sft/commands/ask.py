@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
+
+from vlm_sft.commands.eval import add_other_base_argument
 
 HELP = "ask questions about an image; with an adapter, base and tuned answer side by side"
 
@@ -22,7 +25,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--base_model", metavar="MODEL",
         help="Hub id, folder, or 'pocket' (default: the one that the adapter names; 'pocket' without an adapter)",
     )
-    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="limit of an answer in tokens (default: 32)")
+    add_other_base_argument(parser)
+    parser.add_argument(
+        "--max_new_tokens", type=int, metavar="N",
+        help="limit of an answer in tokens (default: what the adapter's training, or the base, came with)",
+    )
     parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
 
 
@@ -31,14 +38,17 @@ def run(args: argparse.Namespace) -> int:
     from vlm_sft.console import say
     from vlm_sft.data.images import check_image
     from vlm_sft.data.sample import ImageRef
-    from vlm_sft.errors import DataError
+    from vlm_sft.errors import DataError, bounded
     from vlm_sft.evaluate.asking import open_asker
 
     try:
         image = check_image(ImageRef.from_path(args.image))
     except OSError as error:
-        raise DataError(f"{args.image}: {error.strerror or error}", "pass the path of a picture") from error
-    asker = open_asker(args.base_model, args.adapter, args.flash_attn, args.max_new_tokens)
+        what = f"{bounded(str(args.image), 200)}: {error.strerror or error}"
+        raise DataError(what, "pass the path of a picture") from error
+    asker = open_asker(
+        args.base_model, args.adapter, args.flash_attn, args.max_new_tokens, args.allow_other_base
+    )
     say(f"{args.image}, {image.width} x {image.height} pixels, asked of {asker.title}")
     for answer in asker.ask(image, args.questions):
         say(f"\n{answer.question}")
@@ -48,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
             say(f"  base:  {answer.base}")
             say(f"  tuned: {answer.tuned}")
     say("")
-    flags = [f"--base_model {asker.base_name}", *([f"--adapter {args.adapter}"] if args.adapter else [])]
-    say(f"nothing was written; next: measure it (vlm-sft eval {' '.join(flags)} --benchmark …), or see it in a page "
-        f"(vlm-sft demo {' '.join(flags)})")  # fmt: skip
+    words = ["--base_model", asker.base_name, *(["--adapter", str(args.adapter)] if args.adapter else [])]
+    flags = shlex.join([*words, *(["--allow_other_base"] if args.allow_other_base else [])])
+    say(f"nothing was written; next: measure it (vlm-sft eval {flags} --benchmark SETS --output_dir DIR), or see it in "
+        f"a page (vlm-sft demo {flags})")  # fmt: skip
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from vlm_sft.commands.data_exchange import add_exchange_arguments, run_export, r
 
 if TYPE_CHECKING:
     from vlm_sft.data.audit import AuditReport
+    from vlm_sft.data.repeats import Repeat
     from vlm_sft.data.sample import LeftOut, Sample
     from vlm_sft.data.sources.spec import DatasetSpec
 
@@ -20,6 +22,7 @@ HELP = "check a data set, import and export other programs' data sets, list and 
 CHECK_HELP = "check a data set without training: read everything, decode every image, write a preview"
 PREVIEW = "preview.html"
 DRAW_SEED = 0
+EXAMPLES = 3  # repeated questions of each kind that are printed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     add_cache_arguments(actions)
     add_exchange_arguments(actions)
-    check = actions.add_parser("check", help=CHECK_HELP, description=CHECK_HELP, allow_abbrev=False)
+    check = actions.add_parser("check", help=CHECK_HELP, description=CHECK_HELP)
     check.add_argument("dataset", metavar="DATASET", help="NAME[@PATH][:WEIGHT], comma separated: chartqa, textvqa, "
                        "easy_vqa, demo, chartqa@FOLDER of parquet, or your own .jsonl/.json file or folder")
     check.add_argument("--split", default="train", choices=("train", "validation", "test", "all"),
                        help="which split to check (default: train)")
     check.add_argument("--output_dir", type=Path, metavar="DIR",
                        help="folder to write to (default: outputs/data_check/NAME-SPLIT)")
+    check.add_argument("--base_model", metavar="MODEL", help="Hub id, folder, or 'pocket': also look for images and "
+                       "texts that this model's processor cannot take")
     check.add_argument("--limit", type=int, metavar="N", help="check a seeded sample of at most N questions")
     check.add_argument("--max_left_out", type=float, default=0.01, metavar="FRACTION",
                        help="share of samples that may be unusable, 0 to 1 (default: 0.01)")
@@ -51,11 +56,12 @@ def _check(args: argparse.Namespace) -> int:
         DataError: the data cannot be read, or more is left out than `--max_left_out` allows.
         RunError: the output folder cannot be written.
     """
-    from vlm_sft.artifacts import DATA, LEFT_OUT, write_json, write_jsonl, write_text_atomic
+    from vlm_sft.artifacts import DATA, LEFT_OUT, REPEATS, write_json, write_jsonl, write_text_atomic
     from vlm_sft.console import say
-    from vlm_sft.data.audit import audit, check_images, enforce
+    from vlm_sft.data.audit import audit, enforce
     from vlm_sft.data.mixture import mix
     from vlm_sft.data.preview import render_preview
+    from vlm_sft.data.repeats import find_repeats
     from vlm_sft.data.sources.spec import parse_datasets
     from vlm_sft.errors import DataError
 
@@ -70,23 +76,50 @@ def _check(args: argparse.Namespace) -> int:
         descriptions.append(f"checked here: a seeded sample of {len(drawn):,} questions")
     for line in descriptions:
         say(line)
-    samples, unreadable = check_images(drawn)
-    left_out += unreadable
-    report = audit(samples, left_out, loaded)
+    samples, unusable, holds_control = _usable(drawn, args.base_model)
+    left_out += unusable
+    repeats = find_repeats(samples)
+    report = audit(samples, left_out, loaded, repeats=repeats, holds_control=holds_control)
     folder = args.output_dir or Path("outputs", "data_check", "+".join(s.name for s in specs) + f"-{args.split}")
     about = {"dataset": args.dataset, "split": args.split, "limit": args.limit, "descriptions": descriptions,
              "synthetic": synthetic}
     data = write_json(folder / DATA, about | report.to_json())
     gone = write_jsonl(folder / LEFT_OUT, ({"id": i.id, "reason": i.reason, "detail": i.detail} for i in left_out))
+    again = write_jsonl(folder / REPEATS, (repeat.to_json() for repeat in repeats))
     page = render_preview(args.dataset, descriptions, samples, left_out, report)
     preview = write_text_atomic(folder / PREVIEW, page)
     _print_counts(report)
-    say(f"counts: {data}\nleft out: {gone}\npreview with pictures: {preview}")
-    enforce(unreadable, len(drawn), args.max_left_out, gone)
+    say(f"counts: {data}\nleft out: {gone}\nrepeated questions: {again}\npreview with pictures: {preview}")
+    _warn_of_repeats(repeats)
+    enforce(unusable, len(drawn), args.max_left_out, gone)
     enforce(left_out, loaded, args.max_left_out, gone)
-    recipe = "--sft_config smoketest"
+    recipe = f"--sft_config smoketest{f' --base_model {shlex.quote(args.base_model)}' if args.base_model else ''}"
     say(f"next: vlm-sft train {recipe} --dataset {shlex.quote(args.dataset)} --output_dir outputs/first")
     return 0
+
+
+def _usable(
+    drawn: list[Sample], base_model: str | None
+) -> tuple[list[Sample], list[LeftOut], Callable[[Sample], bool]]:
+    """Decode every image and, where a model is named, ask its processor.
+
+    Returns:
+        The samples that can be used, the others, and what tells whether a text holds the name of a control token.
+    """
+    from vlm_sft.data.audit import check_images
+    from vlm_sft.data.plain_text import reads_like_control
+
+    samples, unusable = check_images(drawn)
+    if base_model is None:
+        return samples, unusable, reads_like_control
+    from vlm_sft.data.encode import Encoder
+    from vlm_sft.data.prepared import usable_samples
+    from vlm_sft.model.load import find_base
+
+    base = find_base(base_model)
+    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    samples, refused = usable_samples(encoder, samples)
+    return samples, unusable + refused, encoder.holds_control
 
 
 def _load(
@@ -115,6 +148,21 @@ def _load(
             synthetic |= loaded.synthetic
         parts.append((replace(spec, weight=None), list(samples.values())))
     return parts, list(left_out.values()), descriptions, synthetic
+
+
+def _warn_of_repeats(repeats: list[Repeat]) -> None:
+    """Tell questions that come again, contradictions first: of those no model can learn both answers."""
+    from vlm_sft.console import warn
+    from vlm_sft.data.repeats import CONTRADICTION, DUPLICATE
+
+    for kind, what in (
+        (CONTRADICTION, "asked again of the same image, with another answer"),
+        (DUPLICATE, "asked again of the same image, with the same answer"),
+    ):
+        found = [repeat for repeat in repeats if repeat.kind == kind]
+        if found:
+            examples = "".join(f"\n  {repeat}" for repeat in found[:EXAMPLES])
+            warn(f"questions {what}: {len(found):,}; the first:{examples}")
 
 
 def _print_counts(report: AuditReport) -> None:

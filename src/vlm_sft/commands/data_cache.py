@@ -12,10 +12,10 @@ HELP = "list or clear the prepared data that is kept between runs"
 
 def add_cache_arguments(actions: Any) -> None:
     """Add `data cache` with its own actions to the actions of `data`."""
-    cache = actions.add_parser("cache", help=HELP, description=HELP, allow_abbrev=False)
+    cache = actions.add_parser("cache", help=HELP, description=HELP)
     verbs = cache.add_subparsers(dest="cache_action", required=True, metavar="ACTION")
-    shown = verbs.add_parser("list", help="what is kept, its size and last use", allow_abbrev=False)
-    clear = verbs.add_parser("clear", help="remove entries", allow_abbrev=False)
+    shown = verbs.add_parser("list", help="what is kept, its size and last use")
+    clear = verbs.add_parser("clear", help="remove entries")
     clear.add_argument("--older_than", type=float, metavar="DAYS", help="those not used for so many days")
     clear.add_argument("--all", action="store_true", help="every entry")
     for parser in (shown, clear):

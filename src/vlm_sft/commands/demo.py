@@ -30,7 +30,9 @@ def run(args: argparse.Namespace) -> int:
 
     if find_spec("gradio") is None:
         raise RunError("vlm-sft demo: the package gradio is not installed", "pip install 'vlm-sft[demo]'")
-    asker = open_asker(args.base_model, args.adapter, args.flash_attn, args.max_new_tokens)
+    asker = open_asker(
+        args.base_model, args.adapter, args.flash_attn, args.max_new_tokens, args.allow_other_base
+    )
     page = build_page(asker)
     try:
         page.launch(**launch_arguments(args.port))
@@ -69,7 +71,8 @@ def build_page(asker: Asker) -> Any:
     with gradio.Blocks(title="vlm-sft demo", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gradio.Markdown(f"# {asker.title}\nUpload an image and ask: one question a line.")
         with gradio.Row():
-            picture = gradio.Image(type="filepath", label="image", sources=["upload"], height=360)
+            # Without a mode Gradio leaves the file as it is: only our own reader, with its list of formats, decodes it.
+            picture = gradio.Image(type="filepath", image_mode=None, label="image", sources=["upload"], height=360)
             with gradio.Column():
                 text = gradio.Textbox(label="questions", lines=3, placeholder="What is the highest value?")
                 button = gradio.Button("Ask", variant="primary", elem_id="ask")

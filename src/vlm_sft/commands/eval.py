@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 HELP = "answer benchmarks with a base model or an adapter and score the answers"
+NOT_FOR_VLLM = ("tokens_per_pack", "flash_attn", "cache_dir", "prepared_cache", "feature_cache")
 
 
 def prompt_text(text: str) -> str:
@@ -25,10 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions a benchmark: a seeded sample")
     parser.add_argument("--split", choices=("train", "validation", "test"), help="instead of the benchmark's own split")
-    parser.add_argument(
-        "--max_new_tokens", metavar="N",
-        help="limit of an answer in tokens, for all or by benchmark: 32, or chartqa=32,textvqa=16",
-    )
     add_prompt_arguments(parser, "instead of what the adapter or the base comes with")
     parser.add_argument("--min_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
     parser.add_argument("--max_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
@@ -36,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow_prompt_mismatch", action="store_true",
         help="prompt and image settings may differ from those of the adapter's training",
     )
+    add_other_base_argument(parser)
     parser.add_argument("--tokens_per_pack", type=int, metavar="N", help="token budget of one forward pass")
     parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
     parser.add_argument(
@@ -51,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
+def add_other_base_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that opens an adapter on a base which is not its own; every verb with --adapter has it."""
+    parser.add_argument(
+        "--allow_other_base", action="store_true", help="the base may be another one than the adapter was trained on"
+    )
+
+
 def add_prompt_arguments(parser: argparse.ArgumentParser, note: str) -> None:
     """Add the flags that say how a question is put to the model; training has them too."""
     parser.add_argument(
@@ -58,6 +63,11 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, note: str) -> None:
         help=f"the user's text with {{question}} in it, \\n for a new line: {note}",
     )
     parser.add_argument("--system", type=prompt_text, metavar="TEXT", help=f"system text: {note}")
+    parser.add_argument(
+        "--max_new_tokens", metavar="N",
+        help="limit of an answer in tokens, for all or by benchmark: 32, or chartqa=32,textvqa=16 (default: the "
+        "benchmark's; for your own data what its longest answer needs)",
+    )
 
 
 def add_cache_arguments(parser: argparse._ActionsContainer) -> None:
@@ -79,9 +89,14 @@ def add_cache_arguments(parser: argparse._ActionsContainer) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
+    from vlm_sft.commands.parser import refuse_idle
     from vlm_sft.evaluate.caches import CacheOptions
     from vlm_sft.evaluate.command import EvalOptions, evaluate
 
+    if args.adapter is None:
+        refuse_idle(args, ("allow_prompt_mismatch",), "without --adapter", "leave it out: a base has no other prompt")
+    if args.backend == "vllm":
+        refuse_idle(args, NOT_FOR_VLLM, "on --backend vllm, which reads, packs and keeps images itself", "leave it out")
     caches = CacheOptions.read(args.cache_dir, args.prepared_cache, args.feature_cache)
     names = [name for name in EvalOptions.__dataclass_fields__ if name != "caches"]
     evaluate(EvalOptions(caches=caches, **{name: getattr(args, name) for name in names}))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vlm_sft.commands.eval import add_other_base_argument
+
 HELP = "make a merged model or an adapter folder that other programs open, verified, with a model card"
 
 
@@ -16,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base_model", metavar="MODEL", help="Hub id, folder, or 'pocket' (default: the one that the adapter names)"
     )
+    add_other_base_argument(parser)
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="number format of merged weights (default: that of the base)",
@@ -33,9 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export."""
+    from vlm_sft.commands.parser import refuse_idle
     from vlm_sft.errors import RunError
     from vlm_sft.export.run import ExportOptions, export
 
+    if not args.merge:
+        refuse_idle(args, ("dtype",), "without --merge: an adapter keeps its numbers", "add --merge, or leave it out")
+    else:
+        refuse_idle(args, ("peft_only",), "on a merged model, which vLLM loads", "leave it out")
+    if args.push_to_hub is None:
+        refuse_idle(args, ("public",), "without --push_to_hub", "add --push_to_hub, or leave it out")
     if args.questions < 1:
         raise RunError(f"--questions {args.questions}: an export is compared on at least one", "pass 1 or more")
     export(
@@ -44,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
             output_dir=args.output_dir,
             merge=args.merge,
             base_model=args.base_model,
+            allow_other_base=args.allow_other_base,
             dtype=args.dtype,
             questions=args.questions,
             peft_only=args.peft_only,

@@ -13,6 +13,8 @@ from vlm_sft.recipe.load import add_recipe_arguments
 if TYPE_CHECKING:
     from vlm_sft.train.planning import PlanOptions
 
+IMAGINED = ("images", "image_size", "question_tokens", "answer_tokens")
+READ_DATA = ("dataset", "eval_benchmarks", "eval_samples", "max_eval", "max_left_out", "prompt_template", "system")
 HELP = "forecast time, memory and disk of a training from your data and machine, without starting it"
 
 
@@ -56,11 +58,15 @@ def plan_options(args: argparse.Namespace) -> PlanOptions:
     Raises:
         DataError: an image size that is none.
     """
+    from vlm_sft.commands.parser import refuse_idle
     from vlm_sft.train.imagine import Imagined
     from vlm_sft.train.planning import PlanOptions
 
     imagined = None
-    if args.questions is not None:
+    if args.questions is None:
+        refuse_idle(args, IMAGINED, "without --questions", "add --questions N, or leave it out to read --dataset")
+    else:
+        refuse_idle(args, READ_DATA, "with --questions, which stands for data without evaluations", "leave it out")
         width, _, height = args.image_size.lower().partition("x")
         if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
             raise DataError(f"--image_size {args.image_size} is no size", "pass WIDTHxHEIGHT in pixels, e.g. 850x600")

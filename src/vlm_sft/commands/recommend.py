@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Recommend."""
+    from vlm_sft.commands.parser import refuse_idle
     from vlm_sft.console import say
     from vlm_sft.train.advising import advise
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise RunError("--hours and --disk must be above 0", "give what there is")
     if args.output is not None and args.output.suffix.lower() not in FORMATS:
         raise RunError(f"--output {args.output}: no such format", f"choose {', '.join(FORMATS)}")
+    refuse_idle(args, ("sft_config",), "here: all five recipes are compared", "leave it out; --configs names a folder")
     options = plan_options(args)
     if args.probe:
         raise RunError("recommend forecasts without a probe", "probe the choice: vlm-sft plan --probe")
@@ -91,6 +93,13 @@ def draw(advice: Advice, path: Path) -> None:
         axes,
         [Label(one.name, one.seconds / 3600, worth(one, choice.measured), "#333333") for one in shown],
         leader_colour="#999999",
+        curves=[
+            [(one.seconds / 3600, worth(one, choice.measured)) for one in front],
+            *(
+                [(one.seconds / 3600, one.quality.low), (one.seconds / 3600, one.quality.high)]
+                for one in shown if one.quality is not None and choice.measured
+            ),
+        ],
         fontsize=10,
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -148,6 +148,7 @@ def train_options(args: argparse.Namespace) -> TrainOptions:
         guard=args.guard,
         prompt_template=args.prompt_template,
         system=args.system,
+        max_new_tokens=args.max_new_tokens,
         probe=args.probe,
         ignore_forecast=args.ignore_forecast,
         engine=EngineOptions.parse(
@@ -157,8 +158,17 @@ def train_options(args: argparse.Namespace) -> TrainOptions:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train."""
+    """Train.
+
+    Raises:
+        VlmSftError: a mistake of the user in any of what a training takes.
+    """
+    from vlm_sft.commands.parser import refuse_idle
     from vlm_sft.train.run import train
 
+    if args.resume is None:
+        refuse_idle(args, ("allow_changes",), "without --resume", "add --resume, or leave it out")
+    else:
+        refuse_idle(args, ("overwrite_output_dir",), "beside --resume, which goes on with the run", "keep one of them")
     train(train_options(args))
     return 0

@@ -26,10 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verify; 0 when everything is as it should be, 1 when not."""
     from vlm_sft import artifacts
+    from vlm_sft.commands.parser import refuse_idle
     from vlm_sft.console import say
     from vlm_sft.errors import RunError
     from vlm_sft.train.verify import scratch_folder, tell_checkpoints, verify_run
 
+    if args.checkpoints_only:
+        refuse_idle(args, ("steps", "output_dir"), "with --checkpoints_only, which trains nothing", "leave it out")
     if args.steps < 4:
         raise RunError(f"--steps {args.steps} is below 4", "the trial needs a checkpoint and steps after it")
     if not (args.run / artifacts.RUN).is_file():

@@ -5,21 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vlm_sft.artifacts import LEFT_OUT
 from vlm_sft.data.images import check_image
-from vlm_sft.data.sample import ImageRef, LeftOut, Sample
+from vlm_sft.data.plain_text import reads_like_control
+from vlm_sft.data.repeats import Repeat
+from vlm_sft.data.sample import NOTE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image
 from vlm_sft.data.sources.rows import in_threads
-from vlm_sft.errors import DataError
+from vlm_sft.errors import DataError, ModelError
 
 MAX_LEFT_OUT_FRACTION = 0.01
 HISTOGRAM_BINS = 24
-UNREADABLE = "image cannot be read"
+CONTROL_NOTE = "a text holds the name of a control token, such as <image>; it is read as plain text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class AuditReport:
         left_out: samples left out, by reason.
         loaded: all samples that were loaded, used or not; more than both together where a limit was drawn.
         tokens: counts of the encoder (supervised, image, text); empty where nothing was encoded.
+        repeats: questions that come again on the same image, by kind: "duplicate" or "contradiction".
+        notes: questions that are used otherwise than one might think, by what is done; see `notes_of`.
     """
 
     samples: int
@@ -50,6 +53,8 @@ class AuditReport:
     left_out: dict[str, int]
     loaded: int
     tokens: dict[str, int] = field(default_factory=dict)
+    repeats: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
 
     @property
     def left_out_fraction(self) -> float:
@@ -58,8 +63,9 @@ class AuditReport:
 
     @property
     def mean_questions_per_image(self) -> float:
-        """k: questions over images."""
-        return self.samples / self.images if self.images else 0.0
+        """k: in how many questions an image is shown."""
+        shown = sum(k * images for k, images in self.questions_per_image.items())
+        return shown / self.images if self.images else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -71,7 +77,8 @@ class AuditReport:
 
 def audit(
     samples: Sequence[Sample], left_out: Sequence[LeftOut] = (), loaded: int | None = None,
-    tokens: dict[str, int] | None = None,
+    tokens: dict[str, int] | None = None, repeats: Sequence[Repeat] = (),
+    holds_control: Callable[[Sample], bool] = reads_like_control,
 ) -> AuditReport:
     """Count what a list of samples holds; images are not opened (see `check_images`).
 
@@ -80,14 +87,15 @@ def audit(
         left_out: those left out.
         loaded: how many were loaded before a limit was drawn; None where there was no limit.
         tokens: counts of the encoder to store along, by kind.
+        repeats: the questions among the samples that come again.
+        holds_control: as in `notes_of`.
     """
-    per_image = Counter(sample.image_key for sample in samples)
     refs = {image.key: image for sample in samples for image in sample.images}
     parts = Counter(f"{sample.dataset}/{sample.split}" for sample in samples if sample.split)
     return AuditReport(
         samples=len(samples),
         images=len(refs),
-        questions_per_image=dict(sorted(Counter(per_image.values()).items())),
+        questions_per_image=questions_per_image(samples),
         datasets=dict(Counter(sample.dataset for sample in samples)),
         splits=dict(sorted(parts.items())),
         answer_characters=_spread([len(sample.target) for sample in samples]),
@@ -96,7 +104,31 @@ def audit(
         left_out=dict(Counter(item.reason for item in left_out).most_common()),
         loaded=len(samples) + len(left_out) if loaded is None else loaded,
         tokens=tokens or {},
+        repeats=dict(Counter(repeat.kind for repeat in repeats)),
+        notes=notes_of(samples, holds_control),
     )
+
+
+def notes_of(
+    samples: Iterable[Sample], holds_control: Callable[[Sample], bool] = reads_like_control
+) -> dict[str, int]:
+    """Count what is used otherwise than its record might mean: questions, by what is done.
+
+    Args:
+        samples: the usable samples.
+        holds_control: tells whether a text holds the string of a control token; by default of any known family.
+    """
+    found: Counter[str] = Counter()
+    for sample in samples:
+        note = sample.metadata.get(NOTE)
+        found.update([note] if note else [])
+        found.update([CONTROL_NOTE] if holds_control(sample) else [])
+    return dict(found)
+
+
+def note_lines(notes: Mapping[str, int]) -> list[str]:
+    """The counts of `notes_of` in words."""
+    return [f"note: {note}: {count:,} questions" for note, count in notes.items()]
 
 
 def _spread(values: list[int]) -> dict[str, float]:
@@ -145,7 +177,7 @@ def check_images(samples: Sequence[Sample]) -> tuple[list[Sample], list[LeftOut]
             images = tuple(item for item in found if isinstance(item, ImageRef))
             sound.append(dataclasses.replace(sample, images=images))
         else:
-            left.append(LeftOut(sample.id, UNREADABLE, refused.what))
+            left.append(LeftOut.because(sample.id, refused))
     return sound, left
 
 
@@ -156,9 +188,37 @@ def _check(ref: ImageRef) -> ImageRef | DataError:
         return error
 
 
+def refuse_if_all_fail(left_out: Sequence[LeftOut], samples: Sequence[Sample]) -> None:
+    """Where a processor fails on every image, no single image is to blame.
+
+    Args:
+        left_out: the samples left out.
+        samples: all of them.
+
+    Raises:
+        ModelError: there are several images, and the processor failed on all of them.
+    """
+    failed = [item for item in left_out if item.reason == UNPROCESSABLE]
+    images = len({sample.image_key for sample in samples})
+    if images > 1 and len(failed) == len(samples):
+        raise ModelError(
+            f"the processor of the model fails on every one of the {images:,} images; the first: {failed[0].detail}",
+            "either all images are of a kind that it does not take, or its settings are wrong: "
+            "preprocessor_config.json, --max_pixels, --min_pixels",
+        )
+
+
+def left_out_line(left_out: Sequence[LeftOut]) -> str:
+    """How many samples are left out and why, with the first of each class."""
+    firsts = {item.reason: item for item in reversed(left_out)}
+    counts = Counter(item.reason for item in left_out).most_common()
+    parts = [f"{reason}: {count:,}, e.g. {firsts[reason].id}: {firsts[reason].detail}" for reason, count in counts]
+    return f"{len(left_out):,} samples are left out ({'; '.join(parts)})"
+
+
 def enforce(
     left_out: Sequence[LeftOut], total: int, max_left_out_fraction: float = MAX_LEFT_OUT_FRACTION,
-    left_out_file: str | Path = LEFT_OUT,
+    left_out_file: str | Path | None = None,
 ) -> None:
     """Stop when more samples were left out than allowed.
 
@@ -166,7 +226,7 @@ def enforce(
         left_out: the samples left out.
         total: all samples, used and left out.
         max_left_out_fraction: the share that is allowed, 0 to 1.
-        left_out_file: the file that names them, for the message.
+        left_out_file: the file that names them, for the message; None where there is none.
 
     Raises:
         DataError: with counts by reason, the first examples, the file, and the flag that allows it.
@@ -180,8 +240,9 @@ def enforce(
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in Counter(i.reason for i in left_out).most_common())
     examples = "".join(f"\n    {item.id}: {item.detail}" for item in left_out[:3])
     enough = min(1.0, math.ceil(share * 100) / 100)
+    named = f"named in {left_out_file}" if left_out_file else "that vlm-sft data check names"
     raise DataError(
         f"{len(left_out):,} of {total:,} samples ({share:.1%}) cannot be used, more than the {allowed:.1%} "
         f"allowed ({reasons}); the first:{examples}",
-        f"correct the samples named in {left_out_file}, or allow it with --max_left_out {enough:g}",
+        f"correct the samples {named}, or allow it with --max_left_out {enough:g}",
     )

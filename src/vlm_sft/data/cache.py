@@ -24,8 +24,9 @@ import torch
 from vlm_sft.console import progress, warn
 from vlm_sft.data.cache_folder import FEATURES, IMAGES, TOKENS, open_entry, weights_mark
 from vlm_sft.data.encode import EncodedGroup, EncodedQuestion, Encoder
-from vlm_sft.data.pixels import CODES, PixelFormat, compress, restore
+from vlm_sft.data.pixels import PixelFormat, pack_pixels, unpack_pixels
 from vlm_sft.data.sample import Sample
+from vlm_sft.data.sources.spec import is_own
 from vlm_sft.data.store import Record, Store
 from vlm_sft.data.team import ALONE, Team
 from vlm_sft.errors import DataError, RunError
@@ -45,6 +46,10 @@ class DataCache:
         team: the ranks that prepare together.
         prepared: False keeps neither images nor tokens, only vision features.
         weights: folder or Hub id of the base model; "" where it is not known.
+
+    Attributes:
+        coded: pixels come as 8-bit codes (`pixels.unpack_pixels` decodes them), an eighth of the bytes: so they travel
+            to a GPU, which decodes them. On a CPU workers decode them beside the training.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class DataCache:
         self.name = name
         self.weights = weights
         self.team = team
+        self.coded = torch.cuda.is_available()
         self.features: Store | None = None
         self.processed_images = 0
         self.tokenised_groups = 0
@@ -93,9 +99,9 @@ class DataCache:
         return self.pixel_tensors(sample) if found is None else found
 
     def pixel_tensors(self, sample: Sample) -> Record | None:
-        """The processor's tensors of a sample's images, or None where they are not kept."""
+        """The processor's tensors of a sample's images, packed where `coded`; None where they are not kept."""
         found = self._images.get(record_key(sample.image_key)) if self._images is not None else None
-        return None if found is None else _unpacked(found, self._layout)
+        return found if found is None or self.coded else unpack_pixels(found)
 
     def prepare(self, groups: Sequence[Sequence[Sample]], description: str) -> Iterator[EncodedGroup | DataError]:
         """Encode images with their questions, or read them where that was done before; all ranks must call it.
@@ -184,7 +190,7 @@ class DataCache:
             tensors = self.encoder.process_images(sample)
         except DataError as error:
             return error
-        return tensors, None if self._images is None else _packed(tensors, self._layout)
+        return tensors, None if self._images is None else pack_pixels(tensors, self._layout)
 
     def _encoded(
         self, members: Sequence[Sample], key: str, image: tuple[Record | None, Record | None] | DataError,
@@ -220,22 +226,21 @@ class DataCache:
 
 
 def in_order(
-    work: Callable[[Item], Result], items: Iterable[Item], threaded: Callable[[], bool], threads: int
+    work: Callable[[Item], Result], items: Iterable[Item], threaded: Callable[[], bool | None], threads: int
 ) -> Iterator[Result]:
     """Map in threads, in order, a bounded number of items ahead.
 
     Args:
         work: called once an item.
-        items: the items; the first one is done before any thread starts.
-        threaded: asked after the first item; False does all of them in this thread.
+        items: the items.
+        threaded: asked after each item in this thread until it knows; False does all of them in this thread.
         threads: how many.
     """
     remaining = iter(items)
-    for item in islice(remaining, 1):
+    for item in remaining:
         yield work(item)
-    if not threaded():
-        yield from map(work, remaining)
-        return
+        if threaded():
+            break
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Result]] = deque(pool.submit(work, item) for item in islice(remaining, 4 * threads))
         while waiting:
@@ -249,9 +254,11 @@ def record_key(image_key: str) -> str:
 
 
 def group_key(members: Sequence[Sample]) -> str:
-    """Key of an image with its questions, whatever their ids."""
+    """Key of an image with its questions, whatever their ids; own data may be asked by a template of its own."""
     first = members[0]
-    asked = [[[(turn.role, turn.text) for turn in s.history], s.question, s.target] for s in members]
+    asked = [
+        [[(turn.role, turn.text) for turn in s.history], s.question, s.target, is_own(s.dataset)] for s in members
+    ]
     text = json.dumps([first.image_key, first.system, asked])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -269,7 +276,8 @@ def image_settings(encoder: Encoder) -> dict[str, Any]:
 def token_settings(encoder: Encoder) -> dict[str, Any]:
     """All that the tokens of a question depend on, besides the question."""
     prompt = asdict(encoder.prompt)
-    prompt.pop("max_new_tokens")
+    for limit in ("max_new_tokens", "answer_tokens"):
+        prompt.pop(limit)
     templates = [getattr(owner, "chat_template", None) for owner in (encoder.processor, encoder.tokenizer)]
     return image_settings(encoder) | {
         "processor_settings": encoder.processor.to_dict(),
@@ -277,6 +285,7 @@ def token_settings(encoder: Encoder) -> dict[str, Any]:
         "templates": templates,
         "prompt": prompt,
         "stop_ids": list(encoder.stop_ids),
+        "texts": "never control tokens",
     }
 
 
@@ -297,28 +306,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-def _packed(tensors: Record, layout: PixelFormat) -> Record:
-    """The tensors of an image as they are stored: pixels as codes where nothing is lost."""
-    record: Record = {}
-    for name, value in tensors.items():
-        coded = compress(value, layout) if name == "pixel_values" else None
-        record |= {name: value} if coded is None else {f"{name}.{part}": tensor for part, tensor in coded.items()}
-    return record
-
-
-def _unpacked(record: Record, layout: PixelFormat) -> Record:
-    """What `_packed` stored, in the processor's order of names."""
-    tensors: Record = {}
-    for name, value in record.items():
-        base, _, part = name.rpartition(".")
-        if not base:
-            tensors[name] = value
-        elif part == CODES:
-            parts = {field.removeprefix(base + "."): tensor for field, tensor in record.items()}
-            tensors[base] = restore(parts, layout)
-    return tensors
 
 
 def _token_record(group: EncodedGroup) -> Record:

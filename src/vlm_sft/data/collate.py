@@ -1,4 +1,4 @@
-"""A pack of bundles to tensors: one sequence of image prefixes and their questions. Imports encode and packing."""
+"""A pack of bundles to tensors: one sequence of image prefixes and their questions. Imports encode, packing, pixels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from vlm_sft.data.encode import EncodedGroup
 from vlm_sft.data.packing import Bundle
+from vlm_sft.data.pixels import stays_on_cpu, unpack_pixels
 
 
 class Groups(Protocol):
@@ -35,6 +36,7 @@ class PackedBatch:
         group: (L,) int64, index of the image that a token belongs to.
         branch: (L,) int64, 0 in a prefix, else 1 + index of the question within the whole pack.
         offset: (L,) int64, index of the token within its prefix or branch.
+        index: (L,) int64, index of the token in the sequence that its question alone would be.
         prefix_types: (L,) int64, the processor's token types; 0 outside prefixes.
         predict: (S,) int64, positions whose next token is supervised. In a pack without answers (generation): the
             last token of each question.
@@ -44,7 +46,9 @@ class PackedBatch:
         keys: (L,) int64, a number that depends only on the question (or image) and the offset: for dropout masks that
             do not depend on packing.
         sample_ids: the questions of the pack, in the order of their branches.
-        tensors: for each image the processor's tensors.
+        rows: how many positions of `predict` each image has.
+        tensors: for each image the processor's tensors, or what `pixels.pack_pixels` made of them.
+        positions: (1, L) or (3, 1, L) int64, what the model rotates by; None where nobody has computed them yet.
     """
 
     input_ids: torch.Tensor
@@ -52,13 +56,16 @@ class PackedBatch:
     group: torch.Tensor
     branch: torch.Tensor
     offset: torch.Tensor
+    index: torch.Tensor
     prefix_types: torch.Tensor
     predict: torch.Tensor
     targets: torch.Tensor
     target_branch: torch.Tensor
     keys: torch.Tensor
     sample_ids: list[str]
+    rows: list[int]
     tensors: list[dict[str, torch.Tensor]] = field(repr=False)
+    positions: torch.Tensor | None = None
     weight: float = 1.0
 
     @property
@@ -67,13 +74,23 @@ class PackedBatch:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> PackedBatch:
-        """Copy the tensors to a device."""
+        """Copy the tensors to a device, without waiting for it, and decode the pixels there."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in values.items() if torch.is_tensor(value)
+            name: moved_to(device, value) for name, value in values.items() if torch.is_tensor(value)
         }
-        tensors = [{key: value.to(device, non_blocking=True) for key, value in image.items()} for image in self.tensors]
-        return replace(self, **moved, tensors=tensors)
+        tensors = [
+            {name: value if stays_on_cpu(name) else moved_to(device, value) for name, value in image.items()}
+            for image in self.tensors
+        ]
+        return replace(self, **moved, tensors=[unpack_pixels(image) for image in tensors])
+
+
+def moved_to(device: torch.device, value: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to a device; to a GPU through page-locked memory, so that nobody waits for what is queued there."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 class _Sequence:
@@ -82,17 +99,18 @@ class _Sequence:
     def __init__(self) -> None:
         self.length = 0
         self.columns: dict[str, list[torch.Tensor]] = {
-            name: [] for name in ("ids", "group", "branch", "offset", "types", "keys")
+            name: [] for name in ("ids", "group", "branch", "offset", "index", "types", "keys")
         }
 
-    def add(self, tokens: torch.Tensor, types: torch.Tensor, group: int, branch: int, key: int) -> None:
-        """Append the tokens of one prefix or question."""
+    def add(self, tokens: torch.Tensor, types: torch.Tensor, group: int, branch: int, key: int, before: int) -> None:
+        """Append the tokens of one prefix, or of one question behind a prefix of `before` tokens."""
         offset = torch.arange(len(tokens))
         parts = {
             "ids": tokens,
             "group": torch.full_like(offset, group),
             "branch": torch.full_like(offset, branch),
             "offset": offset,
+            "index": before + offset,
             "types": types,
             "keys": key + offset,
         }
@@ -126,7 +144,7 @@ def collate(pack: Sequence[Bundle], groups: Groups) -> PackedBatch:
         ends.append([sequence.length])
         prefix = torch.from_numpy(group.prefix_ids).long()
         types = torch.from_numpy(group.prefix_types).long() if len(group.prefix_types) else torch.zeros_like(prefix)
-        sequence.add(prefix, types, index, 0, _key(bundle.group, 0))
+        sequence.add(prefix, types, index, 0, _key(bundle.group, 0), 0)
         ends[-1].append(sequence.length)
         for number in bundle.questions:
             question = group.questions[number]
@@ -139,20 +157,24 @@ def collate(pack: Sequence[Bundle], groups: Groups) -> PackedBatch:
             target_branch.append(torch.full_like(answer, branch))
             # The end token predicts nothing, so it is not fed.
             fed = torch.cat([prompt, answer[:-1]])
-            sequence.add(fed, torch.full_like(fed, IGNORED_TYPE), index, branch, _key(bundle.group, 1 + number))
+            key = _key(bundle.group, 1 + number)
+            sequence.add(fed, torch.full_like(fed, IGNORED_TYPE), index, branch, key, len(prefix))
             ends[-1].append(sequence.length)
+    images, predicted = sequence.column("group"), torch.cat(predict)
     return PackedBatch(
         input_ids=sequence.column("ids")[None],
         ends=ends,
-        group=sequence.column("group"),
+        group=images,
         branch=sequence.column("branch"),
         offset=sequence.column("offset"),
+        index=sequence.column("index"),
         prefix_types=sequence.column("types"),
-        predict=torch.cat(predict),
+        predict=predicted,
         targets=torch.cat(targets),
         target_branch=torch.cat(target_branch),
         keys=sequence.column("keys"),
         sample_ids=sample_ids,
+        rows=torch.bincount(images[predicted], minlength=len(ends)).tolist(),
         tensors=[group.tensors for group in encoded],
     )
 
@@ -210,19 +232,23 @@ def _part(batch: PackedBatch, picks: Sequence[tuple[int, range]]) -> PackedBatch
     chosen = torch.tensor(questions, device=tokens.device)
     renamed[chosen + 1] = torch.arange(1, 1 + len(chosen), device=tokens.device)
     kept = renamed[batch.target_branch] > 0
+    images, predict = torch.cat(group), place[batch.predict[kept]]
     return replace(
         batch,
         input_ids=batch.input_ids[:, tokens],
         ends=ends,
-        group=torch.cat(group),
+        group=images,
         branch=torch.cat(branch),
         offset=batch.offset[tokens],
+        index=batch.index[tokens],
         prefix_types=batch.prefix_types[tokens],
-        predict=place[batch.predict[kept]],
+        predict=predict,
         targets=batch.targets[kept],
         target_branch=renamed[batch.target_branch[kept]],
         keys=batch.keys[tokens],
         sample_ids=[batch.sample_ids[number] for number in questions],
+        rows=torch.bincount(images[predict], minlength=len(ends)).tolist(),
+        positions=None if batch.positions is None else batch.positions[..., tokens],
         tensors=[batch.tensors[image] for image, _ in picks],
     )
 

@@ -16,15 +16,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlm_sft.data.chat import TEXT_KEYS, Chat, Message, message
 from vlm_sft.data.images import decode_rgb, read_bytes
+from vlm_sft.data.plain_text import texts_of
+from vlm_sft.data.processor import apply_pixel_bounds, blamed_on, image_token_id, visual_tokens
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
-from vlm_sft.errors import ModelError
+from vlm_sft.data.sources.spec import is_own
+from vlm_sft.errors import ModelError, SampleError
 
 # Two user texts that share no first token: what their sequences share is the part before the question.
 _PROBES = ("A", "9")
 # Width and height in pixels of pictures on which the image processor alone is held against the whole processor.
 _PROBE_SIZES = ((1201, 397), (101, 61), (64, 150))
+_SMALL, _LONG = 64, 8  # pixels of the shorter side, and ratio of the sides: beyond, a processor is tried first
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +88,6 @@ class _Frame:
     types: np.ndarray
 
 
-TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "labels")
-
-
 def _common_prefix(left: np.ndarray, right: np.ndarray) -> int:
     """Number of leading tokens that are equal."""
     size = min(len(left), len(right))
@@ -111,13 +113,15 @@ class Encoder:
         self.tokenizer = processor.tokenizer
         self.prompt = prompt
         self.stop_ids = tuple(stop_ids) or (int(self.tokenizer.eos_token_id),)
-        self.image_token_id = _image_token_id(processor)
+        self.chat = Chat(processor, self.stop_ids)
+        self.image_token_id = image_token_id(processor)
         self.image_source: Callable[[Sample], dict[str, torch.Tensor] | None] | None = None
         self._splice_is_exact: bool | None = None
         self._alone_is_exact: bool | None = None
         self._tensor_names: tuple[str, ...] = ()
         self._frames: dict[Any, _Frame] = {}
         self._probes: dict[Any, list[np.ndarray]] = {}
+        self._tried: set[tuple[tuple[int, int], ...]] = set()
         apply_pixel_bounds(processor, prompt)
 
     def encode(
@@ -131,15 +135,15 @@ class Encoder:
             tensors: what `image_tensors` gave for them, where that is at hand.
 
         Raises:
-            DataError: an image cannot be read.
+            DataError: an image cannot be read or processed, or a text cannot be told from a control token.
             ModelError: the chat template does not fit.
         """
         first = samples[0]
         tensors = self.image_tensors(first) if tensors is None else tensors
         frame = self._frame(first, tensors)
-        texts = [self.prompt_text(sample) for sample in samples]
-        plains = [self._tokenize(text) for text in texts]
-        sequences = [self._splice(frame, plain, text, first) for plain, text in zip(plains, texts, strict=True)]
+        asked = [self._messages(sample, sample.question) for sample in samples]
+        texts, plains = zip(*map(self.chat.prompt, asked), strict=True)
+        sequences = [self._splice(frame, plain, messages, first) for plain, messages in zip(plains, asked, strict=True)]
         size = self._prefix_length(first, sequences, plains[0])
         prefix = sequences[0][:size]
         types = np.zeros(size if len(frame.types) else 0, dtype=np.int32)
@@ -157,25 +161,67 @@ class Encoder:
         """What the processor makes of a sample's pictures (pixel_values, image_grid_thw, …), batch dimension kept.
 
         Raises:
-            DataError: an image cannot be read.
+            DataError: an image cannot be read or processed.
         """
         found = self.image_source(sample) if self.image_source is not None else None
         return self.process_images(sample) if found is None else found
 
+    def problem(self, sample: Sample) -> SampleError | None:
+        """Why a sample cannot be encoded, found without decoding its images; None where nothing is known against it.
+
+        Args:
+            sample: a question. Images whose size is not known yet are not judged.
+        """
+        try:
+            if all(image.width for image in sample.images):
+                self._try_sizes(sample)
+            if self.holds_control(sample):
+                self.answer_ids(sample, self.prompt_tokens(sample)[0])
+        except SampleError as error:
+            return error
+        return None
+
+    def holds_control(self, sample: Sample) -> bool:
+        """Whether a text of a sample holds the string of a control token of this model."""
+        return bool(self.chat.plain.found_in(texts_of(sample)))
+
+    def _try_sizes(self, sample: Sample) -> None:
+        """Process blank pictures of unusual sizes, once a size.
+
+        Raises:
+            SampleError: the processor fails on them.
+        """
+        sizes = picture_sizes(sample)
+        if sizes in self._tried or not any(map(self._is_unusual, sizes)):
+            return
+        self.chat.process(self._probe(sample), [Image.new("RGB", size, "white") for size in sizes], _source(sample))
+        self._tried.add(sizes)
+
+    def _is_unusual(self, size: tuple[int, int]) -> bool:
+        """Whether a processor might fail on a picture of this width and height: it is small, long, or refused."""
+        if min(size) < _SMALL or max(size) > _LONG * min(size):
+            return True
+        try:
+            visual_tokens(self.processor, *size)
+        except SampleError:
+            return True
+        return False
+
     @property
-    def images_alone(self) -> bool:
-        """True when `process_images` needs no tokenizer, which must not run in two threads at once."""
-        return self._alone_is_exact is not False
+    def images_alone(self) -> bool | None:
+        """True when `process_images` needs no tokenizer, which must not run in two threads at once; None: unknown."""
+        return self._alone_is_exact
 
     def process_images(self, sample: Sample) -> dict[str, torch.Tensor]:
         """Run the image processor on a sample's pictures, whatever `image_source` has.
 
         Raises:
-            DataError: an image cannot be read.
+            DataError: an image cannot be read or processed.
         """
         pictures = _pictures(sample)
         if self._alone_is_exact:
-            return self._process_alone(pictures)
+            with blamed_on(_source(sample), self.processor.image_processor):
+                return self._process_alone(pictures)
         tensors = self._process_whole(sample, pictures)
         if self._alone_is_exact is None:
             self._tensor_names = tuple(tensors)
@@ -189,7 +235,7 @@ class Encoder:
 
     def _process_whole(self, sample: Sample, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
         """What the processor makes of pictures in a conversation like the sample's, without the text."""
-        whole = self._process(self._probe_text(sample), pictures)
+        whole = self.chat.process(self._probe(sample), pictures, _source(sample))
         return {name: value for name, value in whole.items() if name not in TEXT_KEYS}
 
     def _process_alone(self, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
@@ -203,10 +249,9 @@ class Encoder:
         alone = self._process_alone(pictures)
         return alone.keys() == tensors.keys() and all(torch.equal(alone[name], tensors[name]) for name in tensors)
 
-    def _probe_text(self, sample: Sample) -> str:
+    def _probe(self, sample: Sample) -> list[Message]:
         """A conversation with the sample's pictures and system text, and nothing else of its own."""
-        bare = replace(sample, history=())
-        return self._render(self._messages(bare, _PROBES[0]), add_generation_prompt=True)
+        return self._messages(replace(sample, history=()), _PROBES[0])
 
     def _frame(self, sample: Sample, tensors: dict[str, torch.Tensor]) -> _Frame:
         """The expanded sequence of a probe question for pictures of these sizes; made once a size (Qwen: a grid)."""
@@ -215,75 +260,54 @@ class Encoder:
         key = (sample.system, len(sample.images), sizes, None if grid is None else tuple(grid.flatten().tolist()))
         if key not in self._frames:
             blank = [Image.new("RGB", size, "white") for size in sizes or picture_sizes(sample)]
-            text = self._probe_text(sample)
-            whole = self._process(text, blank)
+            probe = self._probe(sample)
+            whole = self.chat.process(probe, blank, _source(sample))
             types = whole.get("mm_token_type_ids", whole.get("token_type_ids"))
             self._frames[key] = _Frame(
                 whole["input_ids"][0].numpy().astype(np.int32),
-                self._tokenize(text),
+                self.chat.prompt(probe)[1],
                 np.zeros(0, dtype=np.int32) if types is None else types[0].numpy().astype(np.int32),
             )
         return self._frames[key]
 
     def prompt_text(self, sample: Sample) -> str:
         """Render the conversation up to the place where the answer begins."""
-        return self._render(self._messages(sample, sample.question), add_generation_prompt=True)
+        return self.chat.render(self._messages(sample, sample.question))
+
+    def has_ordinary_prompt(self, sample: Sample) -> bool:
+        """Whether any program that tokenises `prompt_text` gets the tokens of training."""
+        return self.chat.is_ordinary(self._messages(sample, sample.question))
+
+    def prompt_tokens(self, sample: Sample) -> tuple[str, np.ndarray]:
+        """The conversation up to the place where the answer begins: text, and tokens before images are expanded."""
+        return self.chat.prompt(self._messages(sample, sample.question))
 
     def answer_ids(self, sample: Sample, prompt: str = "") -> np.ndarray:
         """Tokens of the answer and its end token, (A,) int32: what is supervised, and nothing else.
 
         Args:
             sample: the question with its answer.
-            prompt: its `prompt_text`, where that is known already.
+            prompt: its rendered prompt, where that is known already.
         """
-        messages = self._messages(sample, sample.question)
-        prompt = prompt or self._render(messages, add_generation_prompt=True)
-        answered = [*messages, {"role": "assistant", "content": [{"type": "text", "text": sample.target}]}]
-        whole = self._render(answered, add_generation_prompt=False)
-        text = whole[len(prompt) :] if whole.startswith(prompt) else sample.target
-        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        ids = self.chat.answer(self._messages(sample, sample.question), sample.target, prompt)
         stops = np.nonzero(np.isin(ids, self.stop_ids))[0]
         if len(stops):
             return ids[: stops[0] + 1]
         return np.append(ids, np.int32(self.stop_ids[0]))
 
-    def _messages(self, sample: Sample, question: str) -> list[dict[str, Any]]:
+    def _messages(self, sample: Sample, question: str) -> list[Message]:
         """The conversation in the chat format; the images stand before the first user text."""
-        messages: list[dict[str, Any]] = []
-        system = sample.system or self.prompt.system
-        if system:
-            messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
         turns = [(turn.role, turn.text) for turn in sample.history]
-        turns.append(("user", self.prompt.fill(question)))
-        pictures: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
-        for role, text in turns:
-            content = [{"type": "text", "text": text}]
-            if role == "user":
-                content, pictures = [*pictures, *content], []
-            messages.append({"role": role, "content": content})
-        return messages
+        turns.append(("user", self.prompt.fill(question, is_own(sample.dataset))))
+        first = next(number for number, (role, _) in enumerate(turns) if role == "user")
+        messages = [
+            message(role, text, len(sample.images) if number == first else 0)
+            for number, (role, text) in enumerate(turns)
+        ]
+        system = sample.system or self.prompt.system
+        return [message("system", system), *messages] if system else messages
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        """Apply the processor's chat template."""
-        try:
-            return self.processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template may raise anything
-            raise ModelError(
-                f"the chat template of {type(self.processor).__name__} cannot render a question: {error}",
-                "use an instruct model, or put a chat_template.jinja into the model folder",
-            ) from error
-
-    def _process(self, text: str, pictures: list[Any]) -> dict[str, torch.Tensor]:
-        """Run the processor itself on one conversation."""
-        return dict(self.processor(text=[text], images=[pictures], return_tensors="pt"))
-
-    def _tokenize(self, text: str) -> np.ndarray:
-        """Tokens of a conversation whose image placeholders are not expanded."""
-        return np.asarray(self.tokenizer(text)["input_ids"], dtype=np.int32)
-
-    def _splice(self, frame: _Frame, plain: np.ndarray, text: str, sample: Sample) -> np.ndarray:
+    def _splice(self, frame: _Frame, plain: np.ndarray, messages: list[Message], sample: Sample) -> np.ndarray:
         """The processor's sequence for a question about the pictures of a frame, without processing them."""
         if self._splice_is_exact is not False:
             rest = len(frame.plain) - _common_prefix(frame.plain, plain)
@@ -291,23 +315,20 @@ class Encoder:
             if rest <= unchanged:
                 spliced = np.concatenate([frame.ids[: len(frame.ids) - rest], plain[len(frame.plain) - rest :]])
                 if self._splice_is_exact is None:
-                    self._splice_is_exact = np.array_equal(spliced, self._exact(text, sample))
+                    self._splice_is_exact = np.array_equal(spliced, self._exact(messages, sample))
                 if self._splice_is_exact:
                     return spliced
-        return self._exact(text, sample)
+        return self._exact(messages, sample)
 
-    def _exact(self, text: str, sample: Sample) -> np.ndarray:
+    def _exact(self, messages: list[Message], sample: Sample) -> np.ndarray:
         """The processor's own sequence, (L,) int32."""
-        return self._process(text, _pictures(sample))["input_ids"][0].numpy().astype(np.int32)
+        return self.chat.process(messages, _pictures(sample), _source(sample))["input_ids"][0].numpy().astype(np.int32)
 
     def _probe_tokens(self, sample: Sample) -> list[np.ndarray]:
         """Tokens of the sample's conversation with each probe for a question, not expanded."""
-        key = (sample.system, len(sample.images))
+        key = (sample.system, len(sample.images), is_own(sample.dataset))
         if sample.history or key not in self._probes:
-            found = [
-                self._tokenize(self._render(self._messages(sample, probe), add_generation_prompt=True))
-                for probe in _PROBES
-            ]
+            found = [self.chat.prompt(self._messages(sample, probe))[1] for probe in _PROBES]
             if sample.history:
                 return found
             self._probes[key] = found
@@ -341,47 +362,15 @@ def _picture(image: ImageRef) -> Image.Image:
     return decode_rgb(read_bytes(image), image.source)
 
 
+def _source(sample: Sample) -> str:
+    """Where a sample's images are and how large, for messages."""
+    sizes = [f" ({image.width} x {image.height} pixels)" if image.width else "" for image in sample.images]
+    return ", ".join(image.source + size for image, size in zip(sample.images, sizes, strict=True))
+
+
 def picture_sizes(sample: Sample) -> tuple[tuple[int, int], ...]:
     """Width and height of a sample's images in pixels; those that no check has measured are decoded."""
     return tuple((image.width, image.height) if image.width else _picture(image).size for image in sample.images)
-
-
-def _image_token_id(processor: Any) -> int:
-    """The id of the token that stands for one visual token."""
-    # The tokenizer first: in Gemma 3 the processor's own token marks where an image begins.
-    named = [getattr(owner, "image_token_id", None) for owner in (processor.tokenizer, processor)]
-    token = getattr(processor, "image_token", None)
-    if token is not None:
-        named.append(processor.tokenizer.convert_tokens_to_ids(str(token)))
-    found = next((value for value in named if isinstance(value, int)), None)
-    if found is None:
-        raise ModelError(f"{type(processor).__name__} names no image token", "use an image-text-to-text model")
-    # Molmo 2 replaces its image token by others, of which the first stands for a visual token.
-    expanded = [value for value in getattr(processor, "image_token_ids", ()) if isinstance(value, int)]
-    return found if found in expanded or len(expanded) < 2 else expanded[0]
-
-
-def apply_pixel_bounds(processor: Any, prompt: PromptSettings) -> None:
-    """Set the bounds of the image area on processors that resize by area (Qwen: `size.shortest_edge/longest_edge`).
-
-    Raises:
-        ModelError: bounds were asked for and the processor has no such setting.
-    """
-    if prompt.min_pixels is None and prompt.max_pixels is None:
-        return
-    images = processor.image_processor
-    size = getattr(images, "size", None)
-    keys = dict(size) if size is not None else {}
-    edges = {key: value for key, value in keys.items() if value is not None}
-    if hasattr(images, "merge_size") and {"shortest_edge", "longest_edge"} <= set(edges):
-        low = prompt.min_pixels or edges["shortest_edge"]
-        high = prompt.max_pixels or edges["longest_edge"]
-        images.size = {"shortest_edge": min(low, high), "longest_edge": high}
-        return
-    raise ModelError(
-        f"{type(images).__name__} has no bounds on an image's area, so max_pixels cannot be applied",
-        "leave out --max_pixels and --min_pixels for this model",
-    )
 
 
 def group_by_image(samples: Sequence[Sample]) -> list[list[Sample]]:

@@ -1,11 +1,13 @@
-"""Decoding of images into plain RGB, and the check of an image. Imports Pillow, NumPy, data.sample and the errors."""
+"""Images: decoded into plain RGB, checked, encoded to be shown. Imports Pillow, NumPy, data.sample and the errors."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import io
+import re
 import threading
+import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,9 +17,20 @@ from vlm_sft.errors import DataError
 
 # Pillow can open many more formats; some of them (EPS) start other programs, so only picture formats are let in.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # a phone's MPO opens as JPEG
+# What is often found where a picture is expected: a pattern of the first bytes, and what to call it.
+_OTHERS = (
+    (rb"%PDF", "a PDF document"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript"),
+    (rb"version https://git-lfs", "the pointer of a Git LFS file that was not fetched"),
+    (rb"(?is)\s*<(!doctype )?html", "an HTML page"),
+    (rb"(?is)[^<]{0,9}<(svg|.{0,900}<svg)", "SVG, which is drawn and not made of pixels"),
+    (rb"(?s).{4}ftyp(hei|hev|mif1|msf1)", "HEIC"),
+)
+_SNIFFED = 1024
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own threshold for "could be a decompression bomb": 256 MiB as RGB
-MAX_FILE_BYTES = 1024**3  # no picture within the limit above is stored in more
+LOSSLESS_UP_TO_PIXELS = 256 * 256  # artefacts show where a small picture is scaled up, and it is small anyway
 READ_SECONDS = 40.0  # for one file; a hung network disk is told from a slow one within a minute
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused below, with its name
 FIX = "replace the image, or remove the questions about it"
 
 
@@ -66,7 +79,7 @@ def decode_rgb(data: bytes, source: str) -> Image.Image:
     if not data:
         raise DataError(f"{source}: the image is empty (0 bytes)", FIX)
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        with _opened(data) as image:
             width, height = image.size
             if width * height > MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(f"{width} x {height} pixels")
@@ -76,9 +89,34 @@ def decode_rgb(data: bytes, source: str) -> Image.Image:
         limit = f"the limit is {MAX_IMAGE_PIXELS:,} pixels"
         raise DataError(f"{source}: the image is too large to decode ({error}; {limit})", FIX) from error
     except Image.UnidentifiedImageError as error:
-        raise DataError(f"{source}: not an image in a known format ({len(data):,} bytes)", FIX) from error
+        found = next((f", but {name}" for pattern, name in _OTHERS if re.match(pattern, data[:_SNIFFED])), "")
+        what = f"{source}: not an image in a known format ({len(data):,} bytes{found})"
+        raise DataError(what, f"{FIX}; known are {', '.join(FORMATS)}") from error
     except Exception as error:  # broken files make Pillow raise anything from OSError to ZeroDivisionError
         raise DataError(f"{source}: the image cannot be decoded: {error or type(error).__name__}", FIX) from error
+
+
+def image_format(data: bytes) -> str:
+    """Name of the format of an image that `decode_rgb` has decoded: "PNG", "JPEG", "MPO", ….
+
+    Args:
+        data: the encoded bytes.
+    """
+    with _opened(data) as image:
+        return image.format or "PNG"
+
+
+def encode_webp(picture: Image.Image, quality: int) -> bytes:
+    """A picture as WebP, to be shown: lossless where it is small, else with a quality of 0 to 100."""
+    buffer = io.BytesIO()
+    lossless = picture.width * picture.height <= LOSSLESS_UP_TO_PIXELS
+    picture.save(buffer, "WEBP", lossless=lossless, quality=quality, method=2)
+    return buffer.getvalue()
+
+
+def _opened(data: bytes) -> Image.Image:
+    """Open an image; every place that opens one comes here, so that nothing but `FORMATS` is ever tried."""
+    return Image.open(io.BytesIO(data), formats=_formats())
 
 
 def check_image(ref: ImageRef) -> ImageRef:

@@ -7,11 +7,13 @@ an eighth of the bytes. What does not fit exactly, bit for bit, is stored as it 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+PIXELS = "pixel_values"
 CODES, TABLE, SHAPE = "codes", "table", "shape"
 _LEVELS = 256
 
@@ -90,13 +92,51 @@ def _looked_up(table: torch.Tensor, codes: torch.Tensor, channel: int) -> torch.
     return table[channel].index_select(0, codes[:, channel].reshape(-1).int()).view(len(codes), -1)
 
 
-def restore(record: dict[str, torch.Tensor], layout: PixelFormat) -> torch.Tensor:
-    """Decode what `compress` made: the same values, bit for bit."""
+def restore(record: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Decode what `compress` made: the same values, bit for bit, on the device of the codes.
+
+    Args:
+        record: codes and table on one device; the shape on the CPU, where reading it waits for nothing.
+    """
     codes, table = record[CODES], record[TABLE]
     shape = torch.Size(record[SHAPE].tolist())
-    view = _view(shape, len(layout.mean), layout.frames)
-    assert view is not None
-    values = torch.empty(view)
-    for channel in range(view[1]):
+    pictures, channels, pixels = codes.shape
+    values = table.new_empty(pictures, channels, shape.numel() // codes.numel(), pixels)
+    for channel in range(channels):
         values[:, channel] = _looked_up(table, codes, channel)[:, None]
     return values.view(shape)
+
+
+def pack_pixels(tensors: Mapping[str, torch.Tensor], layout: PixelFormat) -> dict[str, torch.Tensor]:
+    """The tensors of an image as they are stored: pixels as codes where nothing is lost.
+
+    Args:
+        tensors: of a processor, by name.
+        layout: the processor's settings.
+    """
+    record: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        coded = compress(value, layout) if name == PIXELS else None
+        record |= {name: value} if coded is None else {f"{name}.{part}": tensor for part, tensor in coded.items()}
+    return record
+
+
+def unpack_pixels(record: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `pack_pixels` made, in the processor's order of names, on the devices of its tensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in record.items():
+        if not name.startswith(f"{PIXELS}."):
+            tensors[name] = value
+        elif name == f"{PIXELS}.{CODES}":
+            tensors[PIXELS] = restore({part: record[f"{PIXELS}.{part}"] for part in (CODES, TABLE, SHAPE)})
+    return tensors
+
+
+def is_about_codes(name: str) -> bool:
+    """Whether a tensor of a packed image describes its codes: it is needed where the codes are decoded only."""
+    return name in (f"{PIXELS}.{TABLE}", f"{PIXELS}.{SHAPE}")
+
+
+def stays_on_cpu(name: str) -> bool:
+    """Whether a tensor of a packed image is read by the CPU alone."""
+    return name == f"{PIXELS}.{SHAPE}"

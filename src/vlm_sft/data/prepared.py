@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vlm_sft.data.audit import histogram
+from vlm_sft.data.audit import histogram, refuse_if_all_fail
 from vlm_sft.data.cache import DataCache
 from vlm_sft.data.cache_folder import default_cache_dir
 from vlm_sft.data.collate import PackedBatch, collate
 from vlm_sft.data.encode import EncodedGroup, Encoder, group_by_image
 from vlm_sft.data.faults import UNREADABLE, WORKER_HUNG, DataFault, substitutes
 from vlm_sft.data.packing import Bundle, EpochPlanner, GroupLengths
-from vlm_sft.data.sample import LeftOut, Sample
+from vlm_sft.data.sample import LeftOut, Sample, distinct_images, questions_per_image
 from vlm_sft.data.workers import WorkerLost, WorkerPool
 from vlm_sft.errors import DataError
 
@@ -40,17 +40,18 @@ class PreparedData:
         self, samples: Sequence[Sample], encoder: Encoder, description: str, cache: DataCache | None = None
     ) -> None:
         self.encoder = encoder
-        self.left_out: list[LeftOut] = []
+        usable, self.left_out = usable_samples(encoder, samples)
         self._samples: list[list[Sample]] = []
         self._groups: list[EncodedGroup] = []
-        groups = group_by_image(samples)
+        groups = group_by_image(usable)
         cache = cache or DataCache(encoder, default_cache_dir(), "", prepared=False)
         for members, found in zip(groups, cache.prepare(groups, description), strict=True):
             if isinstance(found, DataError):
-                self.left_out.extend(LeftOut(sample.id, "image cannot be read", found.what) for sample in members)
+                self.left_out.extend(LeftOut.because(sample.id, found) for sample in members)
                 continue
             self._samples.append(members)
             self._groups.append(replace(found, tensors={}))
+        refuse_if_all_fail(self.left_out, samples)
         self.lengths = tuple(group_lengths(group) for group in self._groups)
 
     def __len__(self) -> int:
@@ -84,25 +85,24 @@ class PreparedData:
             for number, sample in enumerate(members):
                 yield sample, group, number
 
+    @property
+    def distinct_images(self) -> int:
+        """How many different images there are; a question about several of them has a group of its own."""
+        return distinct_images(sample for members in self._samples for sample in members)
+
     def summary(self) -> dict[str, Any]:
         """Counts for data.json: samples, images, tokens, questions per image."""
-        by_size: dict[str, int] = {}
-        by_dataset: dict[str, int] = {}
-        for group in self._groups:
-            size = str(len(group.questions))
-            by_size[size] = by_size.get(size, 0) + 1
-        for sample, _, _ in self.samples():
-            by_dataset[sample.dataset] = by_dataset.get(sample.dataset, 0) + 1
+        samples = [sample for sample, _, _ in self.samples()]
         questions = [question for group in self._groups for question in group.questions]
         return {
             "samples": len(questions),
-            "images": len(self._groups),
+            "images": self.distinct_images,
             "supervised_tokens": sum(len(question.answer_ids) for question in questions),
             "image_tokens": sum(group.image_tokens for group in self._groups),
             "prompt_tokens": sum(len(question.prompt_ids) for question in questions),
             "prefix_tokens": sum(len(group.prefix_ids) for group in self._groups),
-            "questions_per_image": dict(sorted(by_size.items(), key=lambda item: int(item[0]))),
-            "by_dataset": by_dataset,
+            "questions_per_image": {str(k): images for k, images in questions_per_image(samples).items()},
+            "by_dataset": dict(Counter(sample.dataset for sample in samples)),
             "token_histograms": {
                 "image_tokens": histogram([group.image_tokens for group in self._groups]),
                 "question_tokens": histogram([question.tokens for question in questions]),
@@ -128,6 +128,21 @@ class PreparedData:
                 parts.append(tokenizer.decode([token]))
         prompt, answer = tokenizer.decode(question.prompt_ids), tokenizer.decode(question.answer_ids)
         return "".join(parts) + prompt + "⟦" + answer + "⟧"
+
+
+def usable_samples(encoder: Encoder, samples: Sequence[Sample]) -> tuple[list[Sample], list[LeftOut]]:
+    """Sort out what `Encoder.problem` speaks against, before anything is decoded.
+
+    Returns:
+        The samples that can be encoded, as far as that is known, and the others.
+
+    Raises:
+        ModelError: the processor fails on all of several images.
+    """
+    found = [(sample, encoder.problem(sample)) for sample in samples]
+    left_out = [LeftOut.because(sample.id, problem) for sample, problem in found if problem is not None]
+    refuse_if_all_fail(left_out, samples)
+    return [sample for sample, problem in found if problem is None], left_out
 
 
 def group_lengths(group: EncodedGroup) -> GroupLengths:
@@ -167,16 +182,21 @@ class StepDataset(Dataset[StepPacks]):
         rank: this process's number.
         replace_bad: train another image of the same data set in place of one that cannot be read; otherwise the step
             comes back without packs and with a fatal fault.
+        place: computes the positions of a pack; None leaves that to the model.
 
     Attributes:
         slot, at, bad: as in `workers.Steps`.
     """
 
-    def __init__(self, data: PreparedData, planner: EpochPlanner, rank: int, replace_bad: bool = False) -> None:
+    def __init__(
+        self, data: PreparedData, planner: EpochPlanner, rank: int, replace_bad: bool = False,
+        place: Callable[[PackedBatch], torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.data = data
         self.planner = planner
         self.rank = rank
         self.replace_bad = replace_bad
+        self.place = place
         self.slot = 0
         self.at = torch.full((1, 2), -1.0, dtype=torch.float64)
         self.bad: dict[int, str] = {}
@@ -222,7 +242,9 @@ class StepDataset(Dataset[StepPacks]):
                 return None
             built.change += (self._supervised(taken) - self._supervised(bundle)) if counted else 0
             found.append(taken)
-        return collate(found, images)
+        batch = collate(found, images)
+        batch.positions = self.place(batch) if self.place else None
+        return batch
 
     def _supervised(self, bundle: Bundle) -> int:
         return sum(self.data.lengths[bundle.group].supervised[question] for question in bundle.questions)

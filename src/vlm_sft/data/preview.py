@@ -115,6 +115,9 @@ def count_rows(report: AuditReport) -> list[tuple[str, str]]:
         rows.append(("image size in pixels",
                      f"{spread['minimum']:,g} to {spread['maximum']:,.0f}, median {spread['median']:,.0f}"))
     rows += [(f"{kind} tokens", f"{count:,}") for kind, count in report.tokens.items()]
+    names = {"duplicate": "asked again, same answer", "contradiction": "asked again, another answer"}
+    rows += [(names[kind], f"{count:,}") for kind, count in report.repeats.items()]
+    rows += [(f"note: {note}", f"{count:,}") for note, count in report.notes.items()]
     rows += [(f"left out: {reason}", f"{count:,}") for reason, count in report.left_out.items()]
     return rows + [("left out, share", f"{report.left_out_fraction:.2%}")]
 

@@ -1,12 +1,25 @@
-"""The one internal sample type, and references to images. Imports the standard library and Pillow only."""
+"""The one internal sample type, and references to images. Imports the standard library and the errors only."""
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
-from collections.abc import Callable
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vlm_sft.errors import DataError, SampleError
+
+# Classes of samples that are left out, see `LeftOut`.
+UNREADABLE = "image cannot be read"
+UNPROCESSABLE = "image cannot be processed"
+CONTROL_TEXT = "text cannot be told from a control token"
+NOTE = "note"  # key of a sample's metadata: what is not exactly as its record has it
+MAX_FILE_BYTES = 1024**3  # no picture within the limit of pixels is stored in more
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +49,25 @@ class ImageRef:
         """Reference a file; it is read once here for its key.
 
         Raises:
-            OSError: the file is missing or unreadable.
+            OSError: as of `read_file`.
         """
-        path = Path(path)
-        return cls(hashlib.sha256(path.read_bytes()).hexdigest(), str(path), path.read_bytes)
+        read = functools.partial(read_file, Path(path))
+        return cls(hashlib.sha256(read()).hexdigest(), str(path), read)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an encoded image.
+
+    Raises:
+        OSError: the file is missing or unreadable, larger than `MAX_FILE_BYTES`, or a pipe or device, whose end may
+            never come.
+    """
+    state = path.stat()
+    if not (stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if state.st_size > MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"{state.st_size:,} bytes; the limit is {MAX_FILE_BYTES:,}", str(path))
+    return path.read_bytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +112,17 @@ class Sample:
         return "+".join(image.key for image in self.images)
 
 
+def distinct_images(samples: Iterable[Sample]) -> int:
+    """How many different images some samples show, by the hash of their bytes."""
+    return len({image.key for sample in samples for image in sample.images})
+
+
+def questions_per_image(samples: Iterable[Sample]) -> dict[int, int]:
+    """How many different images are shown in k questions, by k."""
+    shown = Counter(key for sample in samples for key in {image.key for image in sample.images})
+    return dict(sorted(Counter(shown.values()).items()))
+
+
 @dataclass(frozen=True, slots=True)
 class LeftOut:
     """A sample that cannot be used, and why. It is counted and written to left_out.jsonl, never dropped in silence.
@@ -97,3 +136,8 @@ class LeftOut:
     id: str
     reason: str
     detail: str
+
+    @classmethod
+    def because(cls, sample_id: str, error: DataError) -> LeftOut:
+        """Leave a sample out for an error; one that names no class of its own is about its image."""
+        return cls(sample_id, error.reason if isinstance(error, SampleError) else UNREADABLE, error.what)

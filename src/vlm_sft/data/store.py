@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from vlm_sft.artifacts import json_text, write_bytes_atomic, write_json
+from vlm_sft.artifacts import json_text, parse_json, write_bytes_atomic, write_json
 from vlm_sft.console import warn
 from vlm_sft.data.cache_folder import ENTRY, FORMAT
 from vlm_sft.errors import RunError
@@ -57,7 +57,7 @@ class _Shard:
         self._intact: set[int] = set()
         self._map()
         size = int.from_bytes(self._bytes[:8], "little")
-        header = json.loads(self._bytes[8 : 8 + size])
+        header = parse_json(self._bytes[8 : 8 + size].decode("utf-8"))
         self._fields: list[list[tuple[str, str, list[int], int]]] = [[] for _ in checks]
         for name, value in header.items():
             if name == "__metadata__":
@@ -153,7 +153,7 @@ class Store:
     def _open_shard(self, index: Path, needed: set[str]) -> None:
         """Map one shard when it holds something that is needed."""
         text = index.read_text(encoding="utf-8")
-        value = json.loads(text)
+        value = parse_json(text)
         if text != json_text(value):
             raise ValueError("its index is damaged")
         records = value["records"]

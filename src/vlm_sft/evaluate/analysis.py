@@ -43,7 +43,7 @@ def _usual(answers: Sequence[str]) -> str:
 
 def _size_classes(rows: Sequence[Row]) -> Callable[[Row], str]:
     """Sort images into thirds by their area; every image counts once."""
-    areas = sorted({row.get("image"): row.get("image_pixels") or 0 for row in rows}.values())
+    areas = sorted({statistics.cluster_of(row): row.get("image_pixels") or 0 for row in rows}.values())
     low, high = areas[len(areas) // 3], areas[2 * len(areas) // 3]
     if not low or areas[0] == areas[-1]:
         return lambda _: ""
@@ -103,13 +103,13 @@ def analyse(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _scores(rows: Sequence[Row]) -> dict[str, Any]:
     scores = [float(row["score"]) for row in rows]
-    interval = statistics.mean_interval(scores, [row.get("image") or ("item", row["id"]) for row in rows])
+    interval = statistics.mean_interval(scores, [statistics.cluster_of(row) for row in rows])
     return {"n": len(rows), "accuracy": sum(scores) / len(scores), "interval": list(interval)}
 
 
 def _examples(rows: Sequence[Row]) -> list[Row]:
     """The first wrong answers, each on another image where there are enough."""
     wrong = [row for row in rows if row["score"] < 0.5]
-    first = list({row.get("image"): row for row in reversed(wrong)}.values())[::-1]
+    first = list({statistics.cluster_of(row): row for row in reversed(wrong)}.values())[::-1]
     chosen = (first + [row for row in wrong if row not in first])[:EXAMPLES]
     return [{key: row.get(key) for key in ("id", "image", "question", "prediction", "answers")} for row in chosen]

@@ -15,13 +15,17 @@ from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.errors import ModelError
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.launch import quiet_libraries
-from vlm_sft.model.adapt import base_of_adapter, load_adapter
+from vlm_sft.model.adapt import load_adapter
 from vlm_sft.model.load import POCKET, find_base, load_model
+from vlm_sft.model.saved_adapter import base_of_adapter, require_fit
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One question with its answers; `tuned` is None where there is no adapter."""
+    """One question with its answers; `tuned` is None where there is no adapter.
+
+    An answer that the limit of tokens ended, not the model, says so at its end.
+    """
 
     question: str
     base: str
@@ -63,13 +67,15 @@ class Asker:
         return [Answer(*row) for row in zip(questions, base, tuned, strict=True)]
 
     def _texts(self, samples: list[Sample]) -> list[str]:
-        (pairs,) = self.backend.answers([[samples]], self.max_new_tokens)
-        return [text for _, text in pairs]
+        (replies,) = self.backend.answers([[samples]], self.max_new_tokens)
+        mark = f" … [cut at the limit of {self.max_new_tokens} tokens; --max_new_tokens raises it]"
+        return [reply.text + mark if reply.cut else reply.text for reply in replies]
 
 
 def open_asker(
-    base_model: str | None, adapter: Path | None, flash_attn: bool = False, max_new_tokens: int | None = None
-) -> Asker:
+    base_model: str | None, adapter: Path | None, flash_attn: bool = False, max_new_tokens: int | None = None,
+    allow_other_base: bool = False,
+) -> Asker:  # fmt: skip
     """Load what answers.
 
     Args:
@@ -77,6 +83,7 @@ def open_asker(
         adapter: folder of an adapter, or None. Its prompt and image settings hold for both sides.
         flash_attn: use FlashAttention where it can run.
         max_new_tokens: limit of an answer in tokens; None for that of the prompt settings.
+        allow_other_base: the base may be another one than the adapter was trained on.
 
     Raises:
         ModelError: base or adapter cannot be found or do not fit.
@@ -89,6 +96,8 @@ def open_asker(
         base_model = base_of_adapter(adapter, base_model)
         prompt = PromptSettings.find(adapter)
     base = find_base(base_model or POCKET, flash_attn=flash_attn, prompt=prompt)
+    if adapter is not None:
+        require_fit(adapter, base, allow_other_base)
     model = load_model(base)
     if adapter is not None:
         model = load_adapter(model, adapter)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -29,12 +29,20 @@ from vlm_sft.model.sharing import choose_mode
 NEAR_TIES = {torch.float32: 1e-3}
 
 
+class Reply(NamedTuple):
+    """A question with its answer; `cut` where the limit ended it, not an end token."""
+
+    sample: Sample
+    text: str
+    cut: bool
+
+
 class Backend(Protocol):
     """Answers packs of questions, in order."""
 
     encoder: Encoder
 
-    def answers(self, packs: Sequence[Pack], max_new_tokens: int) -> Iterator[list[tuple[Sample, str]]]:
+    def answers(self, packs: Sequence[Pack], max_new_tokens: int) -> Iterator[list[Reply]]:
         """Yield for each pack its questions with their answers.
 
         Args:
@@ -63,34 +71,42 @@ class SharedPrefixBackend:
         # Decoding and encoding happen at the same time, and a tokenizer is not made for two threads.
         self._tokenizer = copy.deepcopy(self.encoder.tokenizer)
 
-    def answers(self, packs: Sequence[Pack], max_new_tokens: int) -> Iterator[list[tuple[Sample, str]]]:
+    def answers(self, packs: Sequence[Pack], max_new_tokens: int) -> Iterator[list[Reply]]:
         """Encode in one thread, generate in this one; see `Backend`."""
         self.model.eval()
         device = next(self.model.parameters()).device
         for pack, groups in zip(packs, ahead(self._encode, packs), strict=False):
-            tokens = self._tokens(groups, device, max_new_tokens)
+            tokens, cut = self._tokens(groups, device, max_new_tokens)
             texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
             samples = [sample for members in pack for sample in members]
-            yield [(sample, text.strip()) for sample, text in zip(samples, texts, strict=True)]
+            yield [
+                Reply(sample, text.strip(), number in cut)
+                for number, (sample, text) in enumerate(zip(samples, texts, strict=True))
+            ]
 
     def _encode(self, pack: Pack) -> list[EncodedGroup]:
         return [self.encoder.encode(members, with_answers=False) for members in pack]
 
-    def _tokens(self, groups: list[EncodedGroup], device: torch.device, max_new_tokens: int) -> list[list[int]]:
-        """The answers of one pack; near ties are decided alone."""
+    def _tokens(
+        self, groups: list[EncodedGroup], device: torch.device, max_new_tokens: int
+    ) -> tuple[list[list[int]], set[int]]:
+        """The answers of one pack, and which of them the limit ended; near ties are decided alone."""
         everything = [Bundle(index, tuple(range(len(group.questions)))) for index, group in enumerate(groups)]
         single = [Bundle(bundle.group, (question,)) for bundle in everything for question in bundle.questions]
         tokens: list[list[int]] = [[] for _ in single]
+        cut: set[int] = set()
         again = list(range(len(single)))
         if self.mode.shares:
             whole = self._generate(everything, groups, device, max_new_tokens)
-            tokens, again = whole.tokens, whole.near_ties if len(single) > 1 else []
+            tokens, cut = whole.tokens, set(whole.cut)
+            again = whole.near_ties if len(single) > 1 else []
         for number in range(self._most(len(again))):
             question = again[number] if number < len(again) else 0
-            answer = self._generate([single[question]], groups, device, max_new_tokens).tokens[0]
+            answer = self._generate([single[question]], groups, device, max_new_tokens)
             if number < len(again):
-                tokens[question] = answer
-        return tokens
+                tokens[question] = answer.tokens[0]
+                cut = cut | {question} if answer.cut else cut - {question}
+        return tokens, cut
 
     def _generate(
         self, bundles: list[Bundle], groups: list[EncodedGroup], device: torch.device, max_new_tokens: int
@@ -148,7 +164,7 @@ class VllmBackend:
             mm_processor_kwargs={name: value for name, value in bounds.items() if value is not None},
         )
 
-    def answers(self, packs: Sequence[Pack], max_new_tokens: int) -> Iterator[list[tuple[Sample, str]]]:
+    def answers(self, packs: Sequence[Pack], max_new_tokens: int) -> Iterator[list[Reply]]:
         """Hand over one pack at a time, so that an interruption loses no more than that; see `Backend`."""
         from vllm import SamplingParams
 
@@ -161,16 +177,22 @@ class VllmBackend:
                 vllm_requests(self.encoder, samples), greedy, lora_request=self._lora, use_tqdm=False
             )
             yield [
-                (sample, output.outputs[0].text.strip()) for sample, output in zip(samples, outputs, strict=True)
+                Reply(sample, told.outputs[0].text.strip(), told.outputs[0].finish_reason == "length")
+                for sample, told in zip(samples, outputs, strict=True)
             ]
 
 
 def vllm_requests(encoder: Encoder, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """The questions as vLLM takes them: the same rendered prompt as in training, and the decoded images."""
+    """The questions as vLLM takes them: the same prompt as in training, and the decoded images.
+
+    A prompt is text, but for one that holds the name of a control token: vLLM's tokenizer would find it.
+    """
     requests = []
     for sample in samples:
         pictures = [decode_rgb(image.load(), image.source) for image in sample.images]
-        requests.append({"prompt": encoder.prompt_text(sample), "multi_modal_data": {"image": pictures}})
+        text, ids = encoder.prompt_tokens(sample)
+        asked = {"prompt": text} if encoder.has_ordinary_prompt(sample) else {"prompt_token_ids": ids.tolist()}
+        requests.append({**asked, "multi_modal_data": {"image": pictures}})
     return requests
 
 

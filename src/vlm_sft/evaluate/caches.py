@@ -20,7 +20,7 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.features import AUTO, parse_feature_cache
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.team import ALONE, Team
-from vlm_sft.errors import RunError
+from vlm_sft.errors import RunError, quoted
 from vlm_sft.launch import Launch, agree, barrier, gather
 from vlm_sft.model.feature_pass import use_features
 
@@ -33,7 +33,7 @@ def read_switches(**values: str) -> dict[str, bool]:
     Raises:
         RunError: names every flag with another value.
     """
-    wrong = [f"--{name} {value!r}" for name, value in values.items() if value.lower() not in _ON]
+    wrong = [f"--{name} {quoted(value)}" for name, value in values.items() if value.lower() not in _ON]
     if wrong:
         raise RunError(f"{', '.join(wrong)}: neither on nor off", "pass on (true) or off (false)")
     return {name: _ON[value.lower()] for name, value in values.items()}

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say, warn
-from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
+from vlm_sft.data.answers import fitted
+from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, note_lines, notes_of
+from vlm_sft.data.encode import Encoder
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.errors import EvaluationError
+from vlm_sft.data.sample import distinct_images
+from vlm_sft.data.sources.spec import parse_datasets
+from vlm_sft.errors import EvaluationError, ModelError
 from vlm_sft.evaluate.backends import Backend, SharedPrefixBackend, VllmBackend, require_vllm
 from vlm_sft.evaluate.caches import CacheOptions, Caches
-from vlm_sft.evaluate.identity import identity_of
-from vlm_sft.evaluate.run import Evaluator, save_pictures
+from vlm_sft.evaluate.identity import PART, identity_of
+from vlm_sft.evaluate.pictures import save_pictures
+from vlm_sft.evaluate.run import Evaluator
 from vlm_sft.evaluate.scoring import format_score
-from vlm_sft.evaluate.tasks import Task, benchmark_names, load_tasks, parse_token_limits
+from vlm_sft.evaluate.tasks import (
+    Task,
+    benchmark_names,
+    load_tasks,
+    parse_token_limits,
+    too_short,
+    usable_tasks,
+    with_limits,
+)
 from vlm_sft.launch import Launch, barrier, connected, idle_gpus, pack_tokens, quiet_libraries, read_launch
-from vlm_sft.model.adapt import check_adapter_folder, load_adapter
-from vlm_sft.model.load import Base, find_base, load_model, to_gpu
+from vlm_sft.model.adapt import load_adapter
+from vlm_sft.model.load import Base, empty_model, find_base, load_model, to_gpu
+from vlm_sft.model.saved_adapter import check_adapter_folder, require_fit
+from vlm_sft.model.vllm_rules import not_for_vllm
 from vlm_sft.record import RunRecord, device_name
 
 
@@ -34,9 +50,11 @@ class EvalOptions:
         adapter: folder of an adapter; None evaluates the base.
         limit: questions a benchmark, a seeded stratified sample; None for all.
         split: instead of the benchmark's own split.
-        max_new_tokens: limit of an answer in tokens, a number or `BENCHMARK=NUMBER,…`; None for the benchmarks' own.
+        max_new_tokens: limit of an answer in tokens, a number or `BENCHMARK=NUMBER,…`; None for the benchmarks' own,
+            and for own data for that of the adapter, or what its longest answer needs.
         prompt_template, system, min_pixels, max_pixels: instead of what travels with the adapter or the base.
         allow_prompt_mismatch: these may differ from what the adapter was trained with.
+        allow_other_base: the base may be another one than the adapter was trained on.
         tokens_per_pack: token budget of one forward pass; None for the device's.
         flash_attn: use FlashAttention where it can run.
         load_in_4bit: hold the weights of the language model in 4 bits, as a QLoRA training does.
@@ -58,6 +76,7 @@ class EvalOptions:
     min_pixels: int | None = None
     max_pixels: int | None = None
     allow_prompt_mismatch: bool = False
+    allow_other_base: bool = False
     tokens_per_pack: int | None = None
     flash_attn: bool = False
     load_in_4bit: bool = False
@@ -82,8 +101,17 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, object]]:
     if options.backend == "vllm":
         _check_vllm(launch, options.load_in_4bit)
     # Under the deepspeed launcher too: an evaluation needs no ZeRO, every rank holds the model.
-    with connected(launch):
+    place = artifacts.OutputFolder(
+        options.output_dir, artifacts.RUN, artifacts.LEFT_OUT, f"*/{artifacts.IDENTITY}", f"*/{PART.format('*')}"
+    )
+    with place.or_nothing(lambda: _answered(options.output_dir)), connected(launch):
         return _carry_out(options, launch, limits)
+
+
+def _answered(folder: Path) -> bool:
+    """Whether a folder holds an answer."""
+    files = [*folder.glob(f"*/{artifacts.PREDICTIONS}"), *folder.glob(f"*/{PART.format('*')}")]
+    return any(path.stat().st_size for path in files)
 
 
 def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> dict[str, dict[str, object]]:
@@ -92,30 +120,47 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
     for note in filter(None, [idle_gpus(launch, sys.argv), *base.notes]):
         say(note)
     tasks, left_out = load_tasks(options.benchmark, options.limit, options.split)
+    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    tasks, refused = usable_tasks(tasks, encoder)
+    left_out += refused
+    tasks = with_limits(tasks, base.prompt, base.processor.tokenizer, limits)
     questions = sum(len(task.samples) for task in tasks)
     who = f"{options.base_model} with {options.adapter}" if options.adapter else options.base_model
-    say(f"evaluating {who} on {', '.join(task.name for task in tasks)}: {questions:,} questions")
+    say(
+        f"evaluating {who} on {', '.join(task.name for task in tasks)}: "
+        f"{questions:,} questions on {distinct_images(one for task in tasks for one in task.samples):,} images"
+    )
     if is_main_process():
         artifacts.write_jsonl(options.output_dir / artifacts.LEFT_OUT, map(asdict, left_out))
     enforce(left_out, questions + len(left_out), options.max_left_out, options.output_dir / artifacts.LEFT_OUT)
+    if left_out:
+        warn(left_out_line(left_out))
+    notes = note_lines(notes_of((sample for task in tasks for sample in task.samples), encoder.holds_control))
+    for line in notes:
+        say(line)
+    for line in too_short(tasks):
+        warn(line)
     identity = identity_of(base, options.adapter)
     backend = _backend(options, base, launch)
     record = RunRecord(options.output_dir, _facts(options, launch, base))
     record.write()
+    for line in notes:
+        record.note(line)
     if isinstance(backend, SharedPrefixBackend):
         _prepare(options, launch, backend, tasks, record)
     evaluator = Evaluator(backend, options.tokens_per_pack or pack_tokens(launch), launch.rank, launch.world_size)
     results = {}
     for task in tasks:
         folder = options.output_dir / task.name
-        results[task.name] = evaluator.run(task, folder, task.name, identity, limits[task.name])
+        results[task.name] = evaluator.run(task, folder, task.name, identity)
     if is_main_process():
         save_pictures(tasks, options.output_dir)
         record.finish("finished")
         for result in results.values():
             say(format_score(result))
         say(f"predictions and results: {options.output_dir}/<benchmark>/{artifacts.PREDICTIONS}")
-        say(f"next: compare with another evaluation: vlm-sft compare OTHER {options.output_dir} --baseline OTHER")
+        place = shlex.quote(str(options.output_dir))
+        say(f"next: compare with another evaluation: vlm-sft compare OTHER {place} --baseline OTHER")
     barrier("end")
     return results
 
@@ -174,10 +219,9 @@ def _find_base(options: EvalOptions) -> Base:
 
     Raises:
         EvaluationError: a flag differs from what the adapter was trained with, and that is not allowed.
-        ModelError: the adapter or the base cannot be found.
+        ModelError: the adapter or the base cannot be found, or they do not belong together.
     """
-    if options.adapter:
-        check_adapter_folder(options.adapter)
+    config = check_adapter_folder(options.adapter) if options.adapter else {}
     saved = PromptSettings.find(options.adapter) if options.adapter else None
     base = find_base(
         options.base_model,
@@ -189,8 +233,19 @@ def _find_base(options: EvalOptions) -> Base:
         system=options.system,
         load_in_4bit=options.load_in_4bit,
     )
+    if options.adapter:
+        contents = require_fit(options.adapter, base, options.allow_other_base)
+        problems = not_for_vllm(config, contents.layers, empty_model(base.path)) if options.backend == "vllm" else ()
+        if problems:
+            raise ModelError(f"--adapter {options.adapter}: {'; '.join(problems)}", "leave --backend vllm out")
     if options.adapter and saved is None:
         warn(f"{options.adapter} has no {artifacts.PROMPT}: the prompt of its training is unknown")
+    if saved is None:
+        asked, notes = fitted(
+            base.prompt, parse_datasets(options.benchmark), base.processor.tokenizer,
+            keep_template=options.prompt_template is not None,
+        )  # fmt: skip
+        base = replace(base, prompt=asked, notes=(*base.notes, *notes))
     changed = saved.differences(base.prompt) if saved else []
     if changed and not options.allow_prompt_mismatch:
         raise EvaluationError(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_sft import artifacts
-from vlm_sft.errors import EvaluationError
+from vlm_sft.errors import EvaluationError, quoted
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS
-from vlm_sft.evaluate.scoring import score_item
+from vlm_sft.evaluate.scoring import score_item, why_cut
 
-CONFIDENCE = 0.95
+TOO_FEW = "too few to judge"
+NO_DIFFERENCE = "no significant difference"
 _EXAMPLES = 3  # of what differs, in an error
 _CHANGES_SHOWN = 10  # of each kind, in the Markdown
 
@@ -64,7 +66,7 @@ def load_scored(benchmark: str, path: Path) -> Rows:
             if not isinstance(row, dict) or not isinstance(row.get("id"), int | str):
                 raise EvaluationError(f"{path}: a row has no id", "write the predictions again")
             if row["id"] in rows:
-                raise EvaluationError(f"{path}: id {row['id']!r} comes twice", "write the predictions again")
+                raise EvaluationError(f"{path}: id {quoted(row['id'])} comes twice", "write the predictions again")
             rows[row["id"]] = row | {"score": score_item(benchmark, row)}
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"cannot read {path}: {error}", "write the predictions again") from error
@@ -74,7 +76,7 @@ def load_scored(benchmark: str, path: Path) -> Rows:
 
 
 def _examples(ids: Sequence[Any]) -> str:
-    return ", ".join(repr(item) for item in ids[:_EXAMPLES]) + (", ..." if len(ids) > _EXAMPLES else "")
+    return ", ".join(map(quoted, ids[:_EXAMPLES])) + (", ..." if len(ids) > _EXAMPLES else "")
 
 
 def _why_unpaired(base: Rows, tuned: Rows) -> str:
@@ -101,32 +103,18 @@ def _by_id(rows: Iterable[Row]) -> Rows:
     return found
 
 
-def _images(rows: Iterable[Row]) -> list[Any]:
-    """Label each row with its image; a row without one stands for itself."""
-    return [row.get("image") or ("item", row["id"]) for row in rows]
+def _verdict(found: statistics.PairedResult) -> str:
+    """Say "better", "worse", that there is no significant difference, or that nothing can be said."""
+    if found.p_value < statistics.LEVEL:
+        return "better" if found.difference > 0 else "worse"
+    return TOO_FEW if found.too_few else NO_DIFFERENCE
 
 
-def _test(base: list[float], tuned: list[float], images: list[Any]) -> tuple[statistics.PairedResult, str]:
-    """Test the difference by what fits the scores, and name the test.
-
-    Scores of 0 and 1 on one question an image: McNemar's exact test. With several questions an image its assumption of
-    independence fails, while the bootstrap is too ready to find a difference when few images changed: the larger
-    p-value of both is taken. Graded scores: the bootstrap.
-    """
-    paired = statistics.paired_bootstrap(base, tuned, images, CONFIDENCE)
-    if not set(base) | set(tuned) <= {0.0, 1.0}:
-        return paired, "paired bootstrap by image"
-    exact = statistics.mcnemar(base, tuned)
-    if len(set(images)) == len(images):
-        return paired._replace(p_value=exact), "McNemar exact"
-    return paired._replace(p_value=max(exact, paired.p_value)), "larger of paired bootstrap by image and McNemar exact"
-
-
-def verdict(difference: float, p_value: float) -> str:
-    """Say "better", "worse" or "no significant difference", at the level 1 - CONFIDENCE."""
-    if p_value >= 1 - CONFIDENCE:
-        return "no significant difference"
-    return "better" if difference > 0 else "worse"
+def _needed(found: statistics.PairedResult, discordance: float, n: int) -> dict[str, int]:
+    """How many questions and images would show a difference like this one, or one that nobody would call small."""
+    questions = statistics.items_needed(max(abs(found.difference), statistics.UNCLEAR), discordance)
+    clusters = max(statistics.FEWEST_CLUSTERS, math.ceil(questions * found.clusters / n))
+    return {"questions_needed": max(questions, clusters), "clusters_needed": clusters}
 
 
 def compare_rows(base_rows: Iterable[Row], tuned_rows: Iterable[Row]) -> dict[str, Any]:
@@ -137,9 +125,11 @@ def compare_rows(base_rows: Iterable[Row], tuned_rows: Iterable[Row]) -> dict[st
         tuned_rows: the same items, in any order, answered by the other model.
 
     Returns:
-        JSON values: `n`, `difference` (tuned minus base, 0.01 is one point), `interval` ([low, high], 95 %), `p_value`,
-        `test`, `verdict` (of this comparison alone), `smallest_detectable_difference` (with 80 % power), and the ids of
-        the items whose score fell (`lost`: right to wrong) and rose (`gained`: wrong to right).
+        JSON values: `n`, `clusters` (independent images), `difference` (tuned minus base, 0.01 is one point),
+        `interval` ([low, high], 95 %), `p_value`, `test`, `verdict` (of this comparison alone),
+        `smallest_detectable_difference` (with 80 % power), `questions_needed` and `clusters_needed` (for the observed
+        difference, or 10 points where it is smaller), and the ids of the items whose score fell (`lost`: right to
+        wrong) and rose (`gained`).
 
     Raises:
         EvaluationError: the two do not hold the same items, an id comes twice, or there are no rows.
@@ -148,21 +138,25 @@ def compare_rows(base_rows: Iterable[Row], tuned_rows: Iterable[Row]) -> dict[st
     reason = _why_unpaired(base, tuned)
     if reason:
         raise EvaluationError(f"the two hold different items: {reason}", "evaluate both on the same items")
-    images = _images(base.values())
+    clusters = [statistics.cluster_of(row) for row in base.values()]
     before = [row["score"] for row in base.values()]
     after = [tuned[key]["score"] for key in base]
-    paired, test = _test(before, after, images)
+    paired = statistics.paired_test(before, after, clusters)
+    alone = paired.clusters == len(before) and set(before) | set(after) <= {0.0, 1.0}
+    discordance = statistics.discordance(before, after, clusters)
     changes = list(zip(base, before, after, strict=True))
     return {
         "n": len(before),
+        "clusters": paired.clusters,
         "difference": paired.difference,
         "interval": [paired.low, paired.high],
         "p_value": paired.p_value,
-        "test": test,
-        "verdict": verdict(paired.difference, paired.p_value),
+        "test": "McNemar exact" if alone else "sign flips by image",
+        "verdict": _verdict(paired),
         "smallest_detectable_difference": statistics.smallest_detectable_difference(
-            len(before), statistics.discordance(before, after, images), confidence=CONFIDENCE
+            len(before), discordance, paired.clusters
         ),
+        **_needed(paired, discordance, len(before)),
         "lost": [key for key, old, new in changes if new < old],
         "gained": [key for key, old, new in changes if new > old],
     }
@@ -179,7 +173,13 @@ def _change(base: Row, tuned: Row) -> Row:
 
 def _accuracy(rows: Rows) -> tuple[float, list[float]]:
     scores = [row["score"] for row in rows.values()]
-    return sum(scores) / len(scores), list(statistics.mean_interval(scores, _images(rows.values()), CONFIDENCE))
+    clusters = [statistics.cluster_of(row) for row in rows.values()]
+    return sum(scores) / len(scores), list(statistics.mean_interval(scores, clusters))
+
+
+def _cut(rows: Rows) -> int:
+    """Answers that the limit of tokens ended."""
+    return sum(row.get("cut") is True for row in rows.values())
 
 
 def _comparison(benchmark: str, run: str, base: Rows, tuned: Rows) -> dict[str, Any]:
@@ -196,6 +196,8 @@ def _comparison(benchmark: str, run: str, base: Rows, tuned: Rows) -> dict[str, 
         "baseline_interval": before_interval,
         "accuracy": after,
         "accuracy_interval": after_interval,
+        "baseline_cut": _cut(base),
+        "cut": _cut(tuned),
         **result,
         "lost": [_change(base[key], tuned[key]) for key in result["lost"]],
         "gained": [_change(base[key], tuned[key]) for key in result["gained"]],
@@ -229,8 +231,9 @@ def compare_runs(runs: Sequence[str | Path], baseline: str | Path | None = None)
 
     Returns:
         The content of `compare.json`: `baseline`, `confidence`, `correction`, `comparisons` (what `compare_rows`
-        returns with the verdict after Holm's correction, `p_holm`, both accuracies with intervals, and the changed
-        items in full) and `not_compared` (what only one side of a pair evaluated).
+        returns with the verdict after Holm's correction, `p_holm`, both accuracies with intervals, how many answers the
+        limit of tokens ended, and the changed items in full) and `not_compared` (what only one side of a pair
+        evaluated).
 
     Raises:
         EvaluationError: nothing to compare, or different items; all such pairs are named together.
@@ -260,9 +263,12 @@ def compare_runs(runs: Sequence[str | Path], baseline: str | Path | None = None)
     if not comparisons:
         raise EvaluationError(f"the other runs evaluated no benchmark of {first}", "evaluate the same benchmarks")
     for entry, adjusted in zip(comparisons, statistics.holm([c["p_value"] for c in comparisons]), strict=True):
-        entry |= {"p_holm": adjusted, "verdict": verdict(entry["difference"], adjusted)}
+        significant = entry["p_value"] < statistics.LEVEL
+        entry |= {"p_holm": adjusted}
+        if significant and adjusted >= statistics.LEVEL:
+            entry["verdict"] = NO_DIFFERENCE
     return {
-        "baseline": str(first), "confidence": CONFIDENCE, "correction": "Holm",
+        "baseline": str(first), "confidence": 1 - statistics.LEVEL, "correction": "Holm",
         "comparisons": comparisons, "not_compared": not_compared,
     }
 
@@ -289,6 +295,20 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {lines[0]} |", f"|-{rule}-|", *(f"| {line} |" for line in lines[1:])]
 
 
+def few_line(name: str, row: Mapping[str, Any]) -> str:
+    """Say that a comparison cannot be judged, and what it would take.
+
+    Args:
+        name: of the benchmark.
+        row: what `compare_rows` or results.json says of it.
+    """
+    return (
+        f"{name}: {TOO_FEW}: {row['n']:,} questions on {row['clusters']:,} independent images; about "
+        f"{row['questions_needed']:,} on {row['clusters_needed']:,} would show a difference of "
+        f"{100 * max(abs(row['difference']), statistics.UNCLEAR):.0f} points"
+    )
+
+
 def format_table(result: dict[str, Any]) -> str:
     """Lay the comparisons out as a table for a person, in points (percent)."""
     header = (
@@ -304,9 +324,16 @@ def format_table(result: dict[str, Any]) -> str:
         )
         for c in result["comparisons"]
     ]
-    notes = [
+    notes = [few_line(c["benchmark"], c) for c in result["comparisons"] if c["verdict"] == TOO_FEW]
+    notes += [
         f"not compared: {missing['benchmark']} (not evaluated in {missing['missing_in']})"
         for missing in result["not_compared"]
+    ]
+    notes += [
+        f"{c['benchmark']}, {who}: {why_cut(count, c['n'], None, None)}"
+        for c in result["comparisons"]
+        for who, count in (("baseline", c["baseline_cut"]), (c["run"], c["cut"]))
+        if count
     ]
     return "\n".join([f"baseline: {result['baseline']}", "", *_table(header, rows), *notes])
 
@@ -332,8 +359,9 @@ def format_markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Comparison", "", format_table(result), "",
         "Accuracies and differences are in points, with 95 % intervals; questions about one image count as a cluster. "
-        "The verdict is at the 5 % level after Holm's correction over all lines. The last column is the smallest true "
-        "difference that this many items would show in four cases of five.",
+        "An interval leaves out 0 exactly where its p is below 0.05. The verdict is at the 5 % level after Holm's "
+        "correction over all lines. The last column is the smallest true difference that this many items would show in "
+        "four cases of five.",
     ]
     for c in result["comparisons"]:
         lines += ["", f"## {c['benchmark']}: {c['run']}", "", f"Test: {c['test']}."]

@@ -27,10 +27,12 @@ class Generated:
         tokens: for each question of the pack, in order, its answer's tokens without the end token.
         near_ties: questions in whose answer the two best tokens were once closer than `near_tie`: rounding, which
             differs from pack to pack, may have chosen.
+        cut: questions whose answer the limit ended, not an end token.
     """
 
     tokens: list[list[int]]
     near_ties: list[int]
+    cut: list[int]
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -116,7 +118,7 @@ def generate(
         # Alone, a question needs nothing: positions and mask follow from the cache.
         places = shared.inputs(fed, count) if shared else {}
         output = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, **places)
-    return Generated(answers, sorted(near))
+    return Generated(answers, sorted(near), alive.tolist())
 
 
 def _choose(logits: torch.Tensor, near_tie: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +143,7 @@ class _SharedSteps:
         own = (batch.branch[None, :] == 0) | (batch.branch[None, :] == branch[:, None])
         self.rows = own & (batch.group[None, :] == group[:, None])  # (questions, L): its own prefix and itself
         self.positions = prefix.position_ids(model, batch)[..., batch.predict]
-        self.keys = prefix.sequence_index(batch)  # of every token in the cache
+        self.keys = batch.index  # of every token in the cache
         self.last = self.keys[batch.predict]
         self.columns = batch.group.new_empty(0)  # questions that the generated tokens in the cache belong to
 

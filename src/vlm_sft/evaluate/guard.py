@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_sft.errors import EvaluationError
+from vlm_sft.errors import EvaluationError, quoted
 from vlm_sft.evaluate import statistics
+from vlm_sft.evaluate.compare import TOO_FEW
 from vlm_sft.evaluate.tasks import benchmark_names
 
 LEVEL = 0.05  # of the one-sided test
+FEWEST_IMAGES = 5  # with fewer, 0.5**images is not below LEVEL: no loss whatever could be told from chance
 GRAMMAR = "write BENCHMARK:POINTS, comma separated, e.g. textvqa:2.0,demo_text:1.5"
 
 
@@ -49,11 +51,11 @@ def parse_guards(text: str) -> list[Guard]:
         except ValueError:
             allowed = math.nan
         if not 0 <= allowed <= 1:
-            mistakes.append(f"{entry!r} does not say how many points may be lost (0 to 100)")
+            mistakes.append(f"{quoted(entry)} does not say how many points may be lost (0 to 100)")
             continue
         guards += [Guard(name, source if name in source else name, allowed) for name in benchmark_names(source)]
     names = [guard.name for guard in guards]
-    mistakes += [f"{name!r} is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    mistakes += [f"{quoted(name)} is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     if mistakes:
         raise EvaluationError(f"--guard {text}: {'; '.join(mistakes)}", GRAMMAR)
     return guards
@@ -69,12 +71,12 @@ def judge(guard: Guard, base: Sequence[dict[str, Any]], tuned: Sequence[dict[str
     Returns:
         JSON values: `benchmark`, `n`, `base`, `score` (0 to 1), `lost_points` and `allowed_points` (of 100), `p_value`
         (one-sided, paired, clustered by image), `qualifies` (False when the loss is larger than allowed at the 5 %
-        level).
+        level), `too_few` (the loss is larger, and no loss on so few images could be told from chance).
     """
     assert [row["id"] for row in base] == [row["id"] for row in tuned], "a guard compares the same questions"
     before, after = ([float(row["score"]) for row in rows] for rows in (base, tuned))
-    images = [row.get("image") or ("item", row["id"]) for row in base]
-    p_value = statistics.loss_exceeds(before, after, guard.allowed, images)
+    clusters = [statistics.cluster_of(row) for row in base]
+    p_value = statistics.loss_exceeds(before, after, guard.allowed, clusters)
     lost = sum(before) / len(before) - sum(after) / len(after)
     return {
         "benchmark": guard.name,
@@ -85,6 +87,7 @@ def judge(guard: Guard, base: Sequence[dict[str, Any]], tuned: Sequence[dict[str
         "allowed_points": 100 * guard.allowed,
         "p_value": p_value,
         "qualifies": not (lost > guard.allowed and p_value < LEVEL),
+        "too_few": lost > guard.allowed and len(set(clusters)) < FEWEST_IMAGES,
     }
 
 
@@ -100,7 +103,8 @@ def tradeoff(metric: str, evaluations: Sequence[dict[str, Any]], best_step: int 
     header = ["step", metric, *(f"{name} (lost, p)" for name in guarded), ""]
     rows = [header]
     for entry in evaluations:
-        note = "best" if entry["step"] == best_step else "" if entry["qualifies"] else "lost too much"
+        kept = TOO_FEW if any(one.get("too_few") for one in entry["guards"]) else ""
+        note = "best" if entry["step"] == best_step else kept if entry["qualifies"] else "lost too much"
         losses = [
             f"{100 * one['score']:.1f} ({one['lost_points']:+.1f}, {one['p_value']:.3f})" for one in entry["guards"]
         ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_sft import artifacts
-from vlm_sft.errors import EvaluationError
+from vlm_sft.errors import EvaluationError, quoted
 
 if TYPE_CHECKING:
     from vlm_sft.model.load import Base
@@ -64,7 +64,9 @@ def claim(folder: Path, identity: dict[str, Any], replace: bool) -> None:
     if files and earlier != identity:
         if not replace:
             changed = [key for key in identity if earlier.get(key) != identity[key]]
-            told = ", ".join(f"{key} {earlier.get(key)!r} instead of {identity[key]!r}" for key in changed)
+            told = ", ".join(
+                f"{key} {quoted(earlier.get(key), 200)} instead of {quoted(identity[key], 200)}" for key in changed
+            )
             raise EvaluationError(
                 f"{folder} holds predictions made with {told}", "choose another --output_dir, or remove this one"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 
-from vlm_sft.errors import EvaluationError
+from vlm_sft.errors import EvaluationError, nearest, quoted
 
 Metric = Callable[[str, Sequence[str]], float]
 
@@ -306,6 +305,5 @@ def get_benchmark(name: str) -> Benchmark:
     """
     if name in BENCHMARKS:
         return BENCHMARKS[name]
-    near = difflib.get_close_matches(name, BENCHMARKS, n=1)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    raise EvaluationError(f"there is no benchmark {name!r}", f"{guess}known ones: {', '.join(BENCHMARKS)}")
+    guess = nearest(name, BENCHMARKS, "did you mean {!r}? ")
+    raise EvaluationError(f"there is no benchmark {quoted(name)}", f"{guess}known ones: {', '.join(BENCHMARKS)}")

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from vlm_sft.data.encode import group_by_image
+from vlm_sft.data.processor import visual_tokens
 from vlm_sft.data.sample import ImageRef, Sample
 
 Item = TypeVar("Item")
@@ -69,13 +70,18 @@ def _cut(group: list[Sample], prefix: int, budget: int) -> Iterator[tuple[list[S
 
 
 def image_counter(processor: Any) -> Callable[[ImageRef], int]:
-    """What estimates the tokens of an image: the processor's own count where it has one, else its area."""
-    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    """What estimates the tokens of an image: the processor's own count where it has one, else its area.
+
+    It raises a SampleError for an image that the processor refuses.
+    """
 
     def tokens(image: ImageRef) -> int:
-        if count is None or not image.width:
-            return image.width * image.height // _PIXELS_PER_TOKEN
-        return int(count(image_sizes=[(image.height, image.width)]).num_image_tokens[0])
+        if image.width:
+            source = f"{image.source} ({image.width} x {image.height} pixels)"
+            count = visual_tokens(processor, image.width, image.height, source)
+            if count is not None:
+                return count
+        return image.width * image.height // _PIXELS_PER_TOKEN
 
     return tokens
 

@@ -6,7 +6,6 @@ are computed from them.
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -15,22 +14,18 @@ from typing import Any, Protocol
 
 from vlm_sft import artifacts
 from vlm_sft.console import progress
-from vlm_sft.data.images import decode_rgb
-from vlm_sft.data.mixture import stratified_limit
-from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.data.sources.splits import image_groups
 from vlm_sft.errors import EvaluationError
 from vlm_sft.evaluate.analysis import analyse
-from vlm_sft.evaluate.backends import Backend
+from vlm_sft.evaluate.backends import Backend, Reply
 from vlm_sft.evaluate.compare import compare_rows
 from vlm_sft.evaluate.identity import PART, claim, mend_parts, part_files, read_rows
 from vlm_sft.evaluate.metrics import Benchmark
+from vlm_sft.evaluate.pictures import picture_name
 from vlm_sft.evaluate.plan import Pack, image_counter, plan_packs, rounds, share
 from vlm_sft.evaluate.scoring import summarise
-from vlm_sft.evaluate.tasks import SAMPLE_SEED, Task
+from vlm_sft.evaluate.tasks import Task
 from vlm_sft.launch import barrier
-
-PICTURES = 240  # images a benchmark that are saved for the report
-PICTURE_SIDE = 480  # pixels
 
 
 class EvaluationStopped(Exception):
@@ -80,9 +75,7 @@ class Evaluator:
         self.stop = stop
         self._image_tokens = image_counter(backend.encoder.processor)
 
-    def run(
-        self, task: Task, folder: Path, label: str, identity: dict[str, Any], max_new_tokens: int | None = None
-    ) -> dict[str, Any]:
+    def run(self, task: Task, folder: Path, label: str, identity: dict[str, Any]) -> dict[str, Any]:
         """Answer one benchmark and score it; goes on from predictions that are already there.
 
         Args:
@@ -90,7 +83,6 @@ class Evaluator:
             folder: where predictions.jsonl and results.json go.
             label: what the progress bar says.
             identity: what answers, from `identity_of`.
-            max_new_tokens: limit of an answer in tokens; the benchmark's own when None.
 
         Returns:
             The summary that results.json holds (on rank 0; on other ranks {}).
@@ -99,15 +91,14 @@ class Evaluator:
             EvaluationError: the folder holds predictions of another model, and `replace` is off.
             EvaluationStopped: `stop` asked for it; what was answered is kept.
         """
-        limit = max_new_tokens or task.benchmark.max_new_tokens
-        done = self._begin(folder, identity | {"max_new_tokens": limit})
+        done = self._begin(folder, identity | {"max_new_tokens": task.max_new_tokens})
         began = time.monotonic()
-        self._answer(task, folder, label, done, limit)
+        self._answer(task, folder, label, done)
         barrier(f"answer {task.name}")
         if self.stop is not None and self.stop.stop_agreed():
             raise EvaluationStopped
         seconds = time.monotonic() - began
-        result = self._finish(task, folder, limit, seconds, len(task.samples) - len(done)) if self.rank == 0 else {}
+        result = self._finish(task, folder, seconds, len(task.samples) - len(done)) if self.rank == 0 else {}
         barrier(f"score {task.name}")
         return result
 
@@ -121,22 +112,23 @@ class Evaluator:
         barrier("read the answers that are there")
         return done
 
-    def _answer(self, task: Task, folder: Path, label: str, done: set[str], limit: int) -> None:
+    def _answer(self, task: Task, folder: Path, label: str, done: set[str]) -> None:
         """Answer this rank's packs and write the rows as they come."""
+        clusters = dict(zip((one.id for one in task.samples), image_groups(task.samples), strict=True))
         packs = plan_packs(task.samples, self._image_tokens, self.tokens_per_pack)
         own = share(packs, done, self.rank, self.world_size)
         total = sum(len(members) for pack in own for members in pack)
         with (
-            (folder / PART.format(self.rank)).open("a", encoding="utf-8") as stream,
+            (folder / PART.format(self.rank)).open("a", encoding="utf-8", errors=artifacts.UNENCODABLE) as stream,
             progress(total, label, "questions") as bar,
         ):
-            answers = self.backend.answers(own + self._extra(packs, done, len(own)), limit)
-            for number, pairs in enumerate(answers):
+            answers = self.backend.answers(own + self._extra(packs, done, len(own)), task.max_new_tokens)
+            for number, replies in enumerate(answers):
                 if self._stop_now():
                     break
                 if number >= len(own):
                     continue
-                rows = [prediction_row(task.benchmark, sample, text) for sample, text in pairs]
+                rows = [prediction_row(task.benchmark, reply, clusters[reply.sample.id]) for reply in replies]
                 stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                 stream.flush()
                 bar.advance(len(rows))
@@ -152,7 +144,7 @@ class Evaluator:
         missing = rounds(packs, done, self.world_size) - own if self.in_step else 0
         return [packs[-1]] * missing
 
-    def _finish(self, task: Task, folder: Path, limit: int, seconds: float, new: int) -> dict[str, Any]:
+    def _finish(self, task: Task, folder: Path, seconds: float, new: int) -> dict[str, Any]:
         """Write predictions.jsonl in the order of the questions and results.json; the parts of the ranks go."""
         rows = read_rows(folder)
         missing = [sample.id for sample in task.samples if sample.id not in rows]
@@ -171,7 +163,8 @@ class Evaluator:
             "benchmark": task.name,
             "synthetic": task.synthetic,
             **timing,
-            "max_new_tokens": limit,
+            "max_new_tokens": task.max_new_tokens,
+            "answer_tokens": task.answer_tokens,
             "tokens_per_pack": self.tokens_per_pack,
             "prompt": self.backend.encoder.prompt.to_dict(),
             "analysis": analyse(ordered),
@@ -180,45 +173,30 @@ class Evaluator:
         return result
 
 
-def prediction_row(benchmark: Benchmark, sample: Sample, text: str) -> dict[str, Any]:
-    """One line of predictions.jsonl."""
+def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str, Any]:
+    """One line of predictions.jsonl.
+
+    Args:
+        benchmark: scores the answer.
+        reply: the question with its answer.
+        cluster: the questions that it hangs together with through its images; told where it has several of them.
+    """
+    sample, text, cut = reply
     return {
         "id": sample.id,
         "image": picture_name(sample.images[0]) if sample.images else None,
+        **({"cluster": cluster} if len(sample.images) > 1 else {}),
         "image_pixels": sum(image.width * image.height for image in sample.images),
         "question": sample.question,
         "prediction": text,
         "answers": list(sample.answers),
         "split": sample.split,
         "score": benchmark.metric(text, sample.answers),
+        "cut": cut,
         "question_type": str(sample.metadata.get("question_type", "")),
     }
 
 
-def picture_name(image: ImageRef) -> str:
-    """Where the report finds the picture of a prediction, relative to the evaluation folder."""
-    return f"images/{image.key[:24]}.png"
-
-
-def save_pictures(tasks: Sequence[Task], folder: Path) -> None:
-    """Save scaled-down copies of the first images of every benchmark (a seeded choice) for the report."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for task in tasks:
-        chosen = stratified_limit(task.samples, PICTURES, SAMPLE_SEED)
-        for sample in chosen:
-            path = folder / picture_name(sample.images[0])
-            if path.is_file():
-                continue
-            path.write_bytes(scaled_picture(sample.images[0]))
-
-
-def scaled_picture(image: ImageRef) -> bytes:
-    """The copy of an image that the report shows: PNG, at most `PICTURE_SIDE` pixels wide and high."""
-    picture = decode_rgb(image.load(), image.source)
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
@@ -239,15 +217,17 @@ def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
         rows = [list(artifacts.read_jsonl(folder / side / task.name / artifacts.PREDICTIONS)) for side in sides]
         compared = compare_rows(*rows)
         benchmarks[task.name] = {
-            "n": sides["base"]["n"],
+            "n": compared["n"],
+            "clusters": compared["clusters"],
             "metric": task.benchmark.metric_name,
             "synthetic": task.synthetic,
-            **{side: {key: sides[side][key] for key in ("accuracy", "interval", "seconds")} for side in sides},
+            **{side: {key: sides[side][key] for key in ("accuracy", "interval", "seconds", "cut")} for side in sides},
+            **{key: sides["tuned"][key] for key in ("max_new_tokens", "answer_tokens")},
             "difference": compared["difference"],
             "difference_interval": compared["interval"],
             "p_value": compared["p_value"],
             "verdict": compared["verdict"],
-            "smallest_detectable_difference": compared["smallest_detectable_difference"],
+            **{key: compared[key] for key in ("smallest_detectable_difference", "questions_needed", "clusters_needed")},
             "splits": {
                 split: {
                     "n": values["n"],

@@ -1,4 +1,7 @@
-"""Scores answers item by item and adds them up. Imports errors, console, metrics and statistics; no torch."""
+"""Scores answers item by item and adds them up. No torch.
+
+Imports errors, console, data.answers, metrics and statistics.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from vlm_sft import console
-from vlm_sft.errors import EvaluationError, RunError
+from vlm_sft import artifacts, console
+from vlm_sft.data.answers import room_for
+from vlm_sft.errors import EvaluationError, RunError, quoted
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, get_benchmark
 
@@ -73,7 +77,7 @@ def _require_usable(row: Any, benchmark: Benchmark) -> None:
     reason = why_unusable(row, benchmark)
     if reason:
         name = row.get("id") if isinstance(row, dict) else row
-        raise EvaluationError(f"{benchmark.name}: item {name!r} {reason}", "write the predictions again")
+        raise EvaluationError(f"{benchmark.name}: item {quoted(name)} {reason}", "write the predictions again")
 
 
 def score_item(benchmark: str, row: dict[str, Any]) -> float:
@@ -95,7 +99,7 @@ def score_item(benchmark: str, row: dict[str, Any]) -> float:
     score = row.get("score")
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         raise EvaluationError(
-            f"{benchmark}: item {row.get('id')!r} has no 'score'",
+            f"{benchmark}: item {quoted(row.get('id'))} has no 'score'",
             f"use a known benchmark ({', '.join(BENCHMARKS)}) or write a score with each row",
         )
     return float(score)
@@ -141,14 +145,15 @@ class Scoreboard:
         self._splits: dict[str, _Group] = {}
         self._types: dict[str, _Group] = {}
         self._secondary = dict.fromkeys(benchmark.secondary, 0.0)
+        self._cut = 0
 
     def add(self, item: dict[str, Any]) -> float:
         """Score a good item (see `why_unusable`), count it, and return its score."""
         prediction, answers = item["prediction"], item["answers"]
         score = self.benchmark.metric(prediction, answers)
-        # An item without an image stands for itself.
-        image = (item.get("image") or ("item", item["id"])) if self.by_image else None
+        image = statistics.cluster_of(item) if self.by_image else None
         self._overall.add(score, image)
+        self._cut += item.get("cut") is True
         for groups, key in ((self._splits, item.get("split")), (self._types, item.get("question_type"))):
             if key and isinstance(key, str):
                 groups.setdefault(key, _Group()).add(score, image)
@@ -157,7 +162,7 @@ class Scoreboard:
         return score
 
     def result(self) -> dict[str, Any]:
-        """Return n, accuracy, interval, splits, by_question_type and secondary; JSON values only.
+        """Return n, accuracy, interval, cut, splits, by_question_type and secondary; JSON values only.
 
         Raises:
             EvaluationError: nothing was scored.
@@ -169,6 +174,7 @@ class Scoreboard:
             "benchmark": self.benchmark.name,
             "metric": self.benchmark.metric_name,
             **self._overall.result(),
+            "cut": self._cut,
             "splits": {name: group.result() for name, group in sorted(self._splits.items())},
             "secondary": {name: total / n for name, total in self._secondary.items()},
             "by_question_type": {name: group.result() for name, group in sorted(self._types.items())},
@@ -184,8 +190,9 @@ def summarise(benchmark: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
             an image), `split`, `question_type`. A recorded `score` is not trusted: the rule is applied again.
 
     Returns:
-        `benchmark`, `metric`, `n`, `accuracy` (0 to 1), `interval` ([low, high], 95 %, clustered by image), `splits`
-        and `by_question_type` ({name: {n, accuracy, interval}}), `secondary` ({name: mean}).
+        `benchmark`, `metric`, `n`, `accuracy` (0 to 1), `interval` ([low, high], 95 %, clustered by image), `cut`
+        (answers that the limit of tokens ended), `splits` and `by_question_type` ({name: {n,
+        accuracy, interval}}), `secondary` ({name: mean}).
 
     Raises:
         EvaluationError: the benchmark is unknown, a row cannot be scored, or there is none.
@@ -223,7 +230,7 @@ def _decode(line: bytes) -> Any:
         ValueError: it is not UTF-8 or not JSON; the message says which.
     """
     try:
-        return json.loads(line.decode("utf-8"))
+        return artifacts.parse_json(line.decode("utf-8"), strict=False)
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 (byte {error.start + 1})") from error
     except json.JSONDecodeError as error:
@@ -354,4 +361,31 @@ def format_score(result: dict[str, Any]) -> str:
     lines = [f"{result['metric']:<24} {'n':>9}   {'mean':<6}   95 % interval", line("all", result)]
     lines += [line(f"split {name}", part) for name, part in result["splits"].items()]
     lines += [f"{name:<24} {result['n']:>9,}   {value:.4f}" for name, value in result["secondary"].items()]
+    if result.get("cut"):
+        lines.append(f"{'cut by the limit':<24} {result['cut']:>9,}")
+        lines.append(why_cut(result["cut"], result["n"], result.get("max_new_tokens"), result.get("answer_tokens")))
     return "\n".join(lines)
+
+
+def why_cut(cut: int, n: int, limit: int | None, longest: int | None) -> str:
+    """Say what answers that the limit ended mean for a score, and what to do.
+
+    Args:
+        cut: how many answers the limit ended; at least one.
+        n: of so many.
+        limit: of an answer, in tokens; None where not recorded.
+        longest: tokens of the longest expected answer; None or 0 where not recorded.
+    """
+    told = f"{cut:,} of {n:,} answers ended at the limit{f' of {limit:,} tokens' if limit else ''}, not by themselves"
+    if not limit or not longest:
+        return f"{told}: where the expected answers are longer, this explains a low score; raise --max_new_tokens"
+    if longest > limit:
+        room = room_for(longest)
+        return (
+            f"{told}, and the longest expected one has {longest:,}: the limit is the likely reason for a low score; "
+            f"evaluate with --max_new_tokens {room:,}"
+        )
+    return (
+        f"{told}; the expected ones fit (the longest has {longest:,}), so the model does not end its answers where it "
+        "should: more training helps, a higher limit does not"
+    )

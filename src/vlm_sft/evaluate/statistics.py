@@ -1,22 +1,27 @@
-"""How sure an accuracy or a difference is: intervals, paired tests, corrections. Imports NumPy, SciPy and errors only.
+"""How sure an accuracy or a difference is: intervals, tests, corrections. Imports NumPy, SciPy, sign_flips, errors.
 
 Questions about one image are not independent. Wherever `clusters` is taken, it holds one label an item (the image), and
-whole images are resampled. All random draws come from the seed: the same input gives the same numbers.
+whole images count. With few of them the normal theory claims too much: everything here is built to hold from three
+images on (bench/coverage.py measures it). All random draws come from the seed: the same input gives the same numbers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vlm_sft.errors import EvaluationError
+from vlm_sft.evaluate.sign_flips import DRAWS, ROUNDING, SignPatterns, one_sided_p_value
 
 Interval = tuple[float, float]
-RESAMPLES = 2000
-_DRAWS_AT_ONCE = 2_000_000  # multinomial counts held in memory at a time: 16 MB
+Scores = Sequence[float] | np.ndarray
+LEVEL = 0.05  # of every two-sided test; intervals cover 1 - LEVEL
+FEWEST_CLUSTERS = 6  # with fewer, 2 / 2^clusters is not below LEVEL: no result whatever could be significant
+UNCLEAR = 0.10  # a difference that an interval leaves open and that nobody would call small, in score units
+_NORMAL_QUANTILES = 2.8016  # of 0.975 and of a power of 0.8, added
 
 
 class PairedResult(NamedTuple):
@@ -24,20 +29,34 @@ class PairedResult(NamedTuple):
 
     Attributes:
         difference: mean of the paired differences, in score units (0.01 is one point).
-        low, high: bounds of its interval.
+        low, high: bounds of its interval; they leave out 0 exactly where `p_value` is below the level.
         p_value: two-sided.
+        clusters: how many clusters there are.
+        changed: how many of them differ in sum.
     """
 
     difference: float
     low: float
     high: float
     p_value: float
+    clusters: int
+    changed: int
+
+    @property
+    def too_few(self) -> bool:
+        """Whether the sample says nothing: no test could have found a difference, and a large one may be there.
+
+        The test cannot reject with fewer than `FEWEST_CLUSTERS` clusters that changed. Where the others are so many
+        that the interval leaves no large difference open, that is a finding; else they are too few to judge.
+        """
+        wide = max(-self.low, self.high) > UNCLEAR
+        return self.clusters < FEWEST_CLUSTERS or (self.changed < FEWEST_CLUSTERS and wide)
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: int, n: int, confidence: float = 1 - LEVEL) -> Interval:
     """Give Wilson's score interval of a share.
 
-    Source: Wilson 1927; `scipy.stats.binomtest(...).proportion_ci(method="wilson")`.
+    Source: Wilson 1927.
 
     Args:
         successes: how many of the items are right.
@@ -50,12 +69,19 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     Raises:
         EvaluationError: there are no items, or not 0 <= successes <= n.
     """
-    from scipy.stats import binomtest
-
     if n < 1 or not 0 <= successes <= n:
         raise EvaluationError(f"no interval for {successes} right of {n} items", "score at least one item")
-    bounds = binomtest(successes, n).proportion_ci(confidence, method="wilson")
-    return float(bounds.low), float(bounds.high)
+    return _wilson(successes / n, n, confidence)
+
+
+def _wilson(share: float, n: float, confidence: float) -> Interval:
+    """Wilson's interval for any effective number of items."""
+    from scipy.special import ndtri
+
+    z2 = float(ndtri((1 + confidence) / 2)) ** 2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return (0.0 if share == 0 else max(0.0, middle - half)), (1.0 if share == 1 else min(1.0, middle + half))
 
 
 def _cluster_sums(values: np.ndarray, clusters: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
@@ -69,114 +95,89 @@ def _cluster_sums(values: np.ndarray, clusters: Sequence[Hashable] | None) -> tu
     return np.bincount(labels, weights=values), np.bincount(labels).astype(float)
 
 
-def _resampled_means(
-    sums: np.ndarray, sizes: np.ndarray, repeats: np.ndarray | None, resamples: int, seed: int
-) -> np.ndarray:
-    """Means of `resamples` bootstrap samples of clusters.
-
-    Clusters with the same sum and size are exchangeable, so how often each *kind* is drawn is one multinomial draw:
-    the same distribution as drawing clusters one by one, at a cost that does not grow with their number.
-
-    Args:
-        sums: (K,) sum of the scores of each cluster.
-        sizes: (K,) number of items of each cluster.
-        repeats: (K,) how many clusters each entry stands for; None for one each.
-        resamples: number of bootstrap samples.
-        seed: of the random draws.
-
-    Returns:
-        (resamples,) means over items.
-    """
-    kinds, index = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_inverse=True)
-    counts = np.bincount(index.reshape(-1), weights=repeats)
-    total = int(counts.sum())
-    rng = np.random.default_rng(seed)
-    step = max(1, _DRAWS_AT_ONCE // len(kinds))
-    means = []
-    for start in range(0, resamples, step):
-        drawn = rng.multinomial(total, counts / total, size=min(step, resamples - start))
-        means.append((drawn @ kinds[:, 0]) / (drawn @ kinds[:, 1]))
-    return np.concatenate(means)
+def cluster_of(row: Mapping[str, Any]) -> Hashable:
+    """What a row of predictions hangs together with: the image that it is about; a row without one stands alone."""
+    return row.get("cluster") or row.get("image") or ("item", row["id"])
 
 
-def _percentiles(means: np.ndarray, confidence: float) -> Interval:
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def _as_scores(scores: Sequence[float]) -> np.ndarray:
+def _as_scores(scores: Scores) -> np.ndarray:
     values = np.asarray(scores, dtype=float)
     if values.ndim != 1 or not len(values):
         raise EvaluationError("there are no scores", "score at least one item")
     return values
 
 
-def bootstrap_interval(
-    scores: Sequence[float],
-    clusters: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """Give the percentile bootstrap interval of a mean, resampling whole clusters.
+def _effective_items(sums: np.ndarray, sizes: np.ndarray, variance: float, confidence: float) -> float:
+    """How many independent items a sample of clusters is worth.
 
-    Source: Efron 1979 (percentile method); Field and Welsh 2007 for resampling clusters.
+    The variance of the mean between clusters (jackknife) is compared with that of as many independent items, after Korn
+    and Graubard 1998, and Student's quantile stands for what few clusters leave open; clusters of unequal sizes count
+    as fewer. Two more clusters that answer as one item each are assumed, as Agresti and Coull 1998 add answers: few
+    clusters that are alike by chance must not look independent within.
 
     Args:
-        scores: one number an item.
-        clusters: one label an item; None takes the items for independent.
-        confidence: coverage, between 0 and 1.
-        resamples: number of bootstrap samples.
-        seed: of the random draws.
-
-    Returns:
-        (low, high), in score units. Of width 0 when all clusters are alike.
-
-    Raises:
-        EvaluationError: there are no scores, or not one label an item.
+        sums, sizes: (K,) summed values and items of each cluster.
+        variance: of single items around their mean.
+        confidence: coverage that the number is used for.
     """
-    sums, sizes = _cluster_sums(_as_scores(scores), clusters)
-    return _percentiles(_resampled_means(sums, sizes, None, resamples, seed), confidence)
+    from scipy.special import ndtri, stdtrit
+
+    items, count = float(sizes.sum()), len(sizes)
+    alike = items**2 / float(np.square(sizes).sum())  # what it is worth if each cluster answers as one item
+    if count == items or variance <= ROUNDING:
+        return alike
+    if count == 1:
+        return ROUNDING  # nothing is known of other clusters
+    apart = (sums - sums.sum() / items * sizes) / (1 - sizes / items)
+    between = float(np.square(apart).sum()) / items**2 * (count - 1) / count
+    between = (count * max(between, variance / items) + 2 * variance / alike) / (count + 2)
+    quantile = (1 + confidence) / 2
+    known = float(ndtri(quantile) / stdtrit(max(1.0, alike - 1), quantile)) ** 2
+    return min(items, known * variance / between)
 
 
-def histogram_interval(counts: Mapping[float, int], confidence: float = 0.95, seed: int = 0) -> Interval:
+def histogram_interval(counts: Mapping[float, int], confidence: float = 1 - LEVEL) -> Interval:
     """Give the interval of a mean from how often each score occurs: for independent items too many to hold.
 
-    Wilson's interval for scores of 0 and 1, otherwise the bootstrap over items (which needs no more than the counts).
-
     Args:
-        counts: score -> number of items with it.
+        counts: score, 0 to 1 -> number of items with it.
         confidence: coverage, between 0 and 1.
-        seed: of the random draws.
 
     Returns:
-        (low, high), in score units.
+        (low, high), in score units; see `mean_interval`.
 
     Raises:
         EvaluationError: there are no items.
     """
-    if counts.keys() <= {0.0, 1.0}:
-        return wilson_interval(counts.get(1.0, 0), sum(counts.values()), confidence)
-    values = _as_scores(list(counts))
-    repeats = np.asarray(list(counts.values()), dtype=float)
-    return _percentiles(_resampled_means(values, np.ones(len(values)), repeats, RESAMPLES, seed), confidence)
+    values, repeats = _as_scores(list(counts)), np.asarray(list(counts.values()), dtype=float)
+    items = float(repeats.sum())
+    mean = float(values @ repeats) / items
+    variance = float(np.square(values - mean) @ repeats) / items
+    return _graded_wilson(mean, variance, items, items, confidence)
+
+
+def _graded_wilson(mean: float, variance: float, effective: float, clusters: float, confidence: float) -> Interval:
+    """Wilson's interval, for graded scores with the number of items of 0 and 1 that would be as sure."""
+    binary = mean * (1 - mean)
+    if not 0 < mean < 1:
+        return _wilson(min(1.0, max(0.0, mean)), effective, confidence)
+    # One more cluster that is right or wrong altogether: scores that happen to be alike must not claim certainty.
+    return _wilson(mean, effective * binary / min(binary, variance + binary / clusters), confidence)
 
 
 def mean_interval(
-    scores: Sequence[float], clusters: Sequence[Hashable] | None = None, confidence: float = 0.95, seed: int = 0
+    scores: Scores, clusters: Sequence[Hashable] | None = None, confidence: float = 1 - LEVEL
 ) -> Interval:
-    """Give the interval of a mean score by the method that fits.
+    """Give the interval of a mean score: Wilson's, with the number of independent items that the sample is worth.
 
-    Without clusters of more than one item: Wilson for scores of 0 and 1, otherwise the bootstrap over items. With
-    clusters: the bootstrap over clusters; but where every item is right, or every one wrong, resampling knows no
-    variation and would claim certainty, so Wilson's interval with the number of clusters as sample size is given.
+    Source: Wilson 1927 for independent scores of 0 and 1; Korn and Graubard 1998 and Dean and Pagano 2015 for the
+    effective number of items of a clustered sample, which Student's quantile with one degree of freedom less than
+    clusters makes smaller.
 
     Args:
-        scores: one number an item.
-        clusters: one label an item, or None.
+        scores: one number an item, 0 to 1.
+        clusters: one label an item; None takes the items for independent.
         confidence: coverage, between 0 and 1.
-        seed: of the random draws.
 
     Returns:
         (low, high), in score units.
@@ -185,129 +186,108 @@ def mean_interval(
         EvaluationError: there are no scores, or not one label an item.
     """
     values = _as_scores(scores)
-    kinds, repeats = np.unique(values, return_counts=True)
-    if clusters is None or len(set(clusters)) == len(values):
-        return histogram_interval(dict(zip(kinds.tolist(), repeats.tolist(), strict=True)), confidence, seed)
-    if len(kinds) == 1 and kinds[0] in (0.0, 1.0):
-        independent = len(set(clusters))
-        return wilson_interval(independent if kinds[0] else 0, independent, confidence)
-    return bootstrap_interval(scores, clusters, confidence, seed=seed)
+    sums, sizes = _cluster_sums(values, clusters)
+    variance = float(values.var())
+    effective = _effective_items(sums, sizes, variance, confidence)
+    return _graded_wilson(float(values.mean()), variance, effective, len(sizes), confidence)
 
 
-def _differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
+def _differences(a: Scores, b: Scores) -> np.ndarray:
     if len(a) != len(b):
         raise EvaluationError(f"cannot pair {len(a)} scores with {len(b)}", "score both systems on the same items")
     return _as_scores(b) - _as_scores(a)
 
 
-def _paired_draws(
-    a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable] | None, resamples: int, seed: int
-) -> tuple[np.ndarray, float, np.ndarray]:
-    """The differences b - a, their mean, and the means of the bootstrap samples of clusters."""
-    difference = _differences(a, b)
-    sums, sizes = _cluster_sums(difference, clusters)
-    return difference, float(difference.mean()), _resampled_means(sums, sizes, None, resamples, seed)
+def _score_bounds(differences: np.ndarray, effective: float) -> Interval:
+    """The score interval of a mean difference, whose variance grows with the difference that is tried.
+
+    A true mean of delta needs a share of |delta| of changed items at least, whether they showed or not; where nothing
+    changed, the bounds are those of Wilson for no success. After Tango 1998, with the observed share of changed items
+    in place of the constrained estimate.
+    """
+    from scipy.special import ndtri
+
+    z2 = float(ndtri(1 - LEVEL / 2)) ** 2
+    mean, square = float(differences.mean()), float(np.square(differences).mean())
+    size = square / float(np.abs(differences).mean()) if square else 1.0  # of a change
+    ends = []
+    # (mean - delta)^2 * effective = z2 * (second moment - delta^2), for three lower bounds of the second moment
+    for linear, constant in ((0.0, square), (size, 0.0), (-size, 0.0)):
+        middle = effective * mean + z2 * linear / 2
+        root = middle**2 - (effective + z2) * (effective * mean**2 - z2 * constant)
+        ends += [(middle + sign * math.sqrt(max(0.0, root))) / (effective + z2) for sign in (-1, 1) if root >= 0]
+    return min(ends), max(ends)
 
 
-def paired_bootstrap(
-    a: Sequence[float],
-    b: Sequence[float],
-    clusters: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+def paired_test(
+    a: Scores, b: Scores, clusters: Sequence[Hashable] | None = None, seed: int = 0
 ) -> PairedResult:
-    """Test by bootstrap whether two systems differ on the same items, resampling whole clusters.
+    """Test whether two systems differ on the same items, and give the interval that belongs to the test.
 
-    Source: Efron and Tibshirani 1993, chapter 16: the bootstrap distribution, moved to a difference of zero, gives the
-    two-sided p-value (1 + draws at least as far out as observed) / (1 + resamples). With fewer than about 30 clusters
-    that differ it is too ready to find a difference.
+    Test: the randomisation test that turns whole clusters round (Fisher 1935). Where the systems are alike, a cluster's
+    difference is as likely to have the other sign; the p-value is the share of all sign patterns that are as far out as
+    the observed one. On independent items scored 0 or 1 this is McNemar's exact test. It is exact for whole sums and up
+    to 16 clusters, else it is drawn 10,000 times.
+
+    Interval: the differences that this test does not reject (Hartigan 1969), widened to the score interval (Tango 1998)
+    for the effective number of items where that reaches farther: sign flips know no variation but what happened to
+    show. Widening never contradicts the test, so that 0 is left out exactly where p < 0.05. With fewer than
+    `FEWEST_CLUSTERS` clusters nothing can be rejected, and the interval is everything possible.
 
     Args:
-        a: scores of the first system, one an item.
+        a: scores of the first system, one an item, 0 to 1.
         b: scores of the second system on the same items in the same order.
         clusters: one label an item; None takes the items for independent.
-        confidence: coverage of the interval.
-        resamples: number of bootstrap samples; the p-value is at least 1 / (1 + resamples).
-        seed: of the random draws.
+        seed: of the draws.
 
     Returns:
-        mean(b) - mean(a), its percentile interval and p-value.
+        mean(b) - mean(a), its 95 % interval and its p-value.
 
     Raises:
         EvaluationError: there are no items, the lengths differ, or not one label an item.
     """
-    _, observed, means = _paired_draws(a, b, clusters, resamples, seed)
-    # The margin keeps draws that equal the observed difference but for rounding.
-    extreme = int(np.count_nonzero(np.abs(means - observed) >= abs(observed) - 1e-12))
-    low, high = _percentiles(means, confidence)
-    return PairedResult(observed, low, high, (1 + extreme) / (1 + resamples))
+    difference = _differences(a, b)
+    sign = -1.0 if difference.mean() < 0 else 1.0  # what follows has to look at one direction only
+    difference = sign * difference
+    mean, most = float(difference.mean()), max(1.0, float(np.abs(difference).max()))
+    sums, sizes = _cluster_sums(difference, clusters)
+    patterns = SignPatterns(sums, sizes, seed)
+    p_value = min(1.0, 2 * one_sided_p_value(sums, patterns)) if mean > ROUNDING / len(difference) else 1.0
+    low, high = -most, most
+    if len(sums) >= FEWEST_CLUSTERS:
+        flips = patterns.bounds(LEVEL / 2)
+        wide = _score_bounds(difference, _effective_items(sums, sizes, float(difference.var()), 1 - LEVEL))
+        low, high = max(-most, min(flips[0], wide[0])), min(most, max(flips[1], wide[1]))
+        low = min(low, 0.0) if p_value >= LEVEL else low if low > 0 else max(flips[0], mean / DRAWS)
+    if sign < 0:
+        low, high = -high, -low
+    return PairedResult(sign * mean, low, high, p_value, len(sums), int((np.abs(sums) > ROUNDING).sum()))
 
 
 def loss_exceeds(
-    a: Sequence[float],
-    b: Sequence[float],
-    allowed: float,
-    clusters: Sequence[Hashable] | None = None,
-    resamples: int = 10_000,
-    seed: int = 0,
+    a: Scores, b: Scores, allowed: float, clusters: Sequence[Hashable] | None = None, seed: int = 0
 ) -> float:
     """Test whether the second system lost more than allowed against the first on the same items, one-sided.
 
-    Source: Efron and Tibshirani 1993, chapter 16, for a difference of `-allowed` instead of zero. Where all scores are
-    0 or 1, having lost more than allowed implies having lost at all, so the p-value is at least that of the one-sided
-    exact sign test: with few changed items the bootstrap is too ready to find a loss.
+    The sign-flip test of `paired_test`, for a true difference of `-allowed`.
 
     Args:
         a: scores of the first system, one an item.
         b: scores of the second system on the same items in the same order.
         allowed: the mean loss that is no finding, in score units (0.02 is two points), at least 0.
         clusters: one label an item; None takes the items for independent.
-        resamples: number of bootstrap samples.
-        seed: of the random draws.
+        seed: of the draws.
 
     Returns:
-        The p-value of the hypothesis that mean(a) - mean(b) <= allowed; small when the loss is larger.
+        The p-value of the hypothesis that mean(a) - mean(b) <= allowed; small when the loss is larger. It is never
+        below 0.5 to the power of the number of clusters.
 
     Raises:
         EvaluationError: there are no items, the lengths differ, or not one label an item.
     """
-    from scipy.stats import binomtest
-
-    difference, observed, means = _paired_draws(a, b, clusters, resamples, seed)
-    # At the edge of the hypothesis the true difference is -allowed: the draws are moved there.
-    extreme = int(np.count_nonzero(means - observed - allowed <= observed + 1e-12))
-    p_value = (1 + extreme) / (1 + resamples)
-    if not set(np.unique(difference)) <= {-1.0, 0.0, 1.0}:
-        return p_value
-    lost, changed = int((difference < 0).sum()), int((difference != 0).sum())
-    exact = float(binomtest(lost, changed, alternative="greater").pvalue) if changed else 1.0
-    return max(p_value, exact)
-
-
-def mcnemar(a: Sequence[float], b: Sequence[float]) -> float:
-    """Test by McNemar's exact test whether two systems are right equally often on the same independent items.
-
-    Source: McNemar 1947, exact binomial form: of the items on which they disagree, each should win half
-    (`scipy.stats.binomtest`).
-
-    Args:
-        a: 0 or 1 an item for the first system.
-        b: 0 or 1 an item for the second, in the same order.
-
-    Returns:
-        The two-sided p-value; 1 when they never disagree.
-
-    Raises:
-        EvaluationError: there are no items, the lengths differ, or a score is not 0 or 1.
-    """
-    from scipy.stats import binomtest
-
-    difference = _differences(a, b)
-    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
-        raise EvaluationError("McNemar's test needs scores of 0 or 1", "use paired_bootstrap for graded scores")
-    gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    sums, sizes = _cluster_sums(-_differences(a, b), clusters)
+    patterns = SignPatterns(sums, sizes, seed)
+    return one_sided_p_value(sums, patterns) if allowed == 0 else patterns.p_value(allowed)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -329,7 +309,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def discordance(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable] | None = None) -> float:
+def discordance(a: Scores, b: Scores, clusters: Sequence[Hashable] | None = None) -> float:
     """Give the mean squared paired difference, the quantity that limits what a paired comparison can show.
 
     For scores of 0 and 1 on independent items it is the share on which the two systems disagree. With clusters the
@@ -350,32 +330,39 @@ def discordance(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hasha
     return float(np.square(sums).sum() / sizes.sum())
 
 
-def smallest_detectable_difference(
-    n: int, discordance: float, power: float = 0.8, confidence: float = 0.95
-) -> float:
-    """Give the smallest true difference that a paired comparison of this size would find with the given power.
+def smallest_detectable_difference(n: int, discordance: float, clusters: int | None = None) -> float:
+    """Give the smallest true difference that a paired comparison of this size would find in four cases of five.
 
     Source: the normal approximation of the paired test (Miettinen 1968; Connor 1987, first order): the two normal
-    quantiles times sqrt(discordance / n). Never below what an exact test needs to reject at all (at 95 %: six items
-    changed, all the same way), so two systems that hardly disagree do not look infinitely well measured.
+    quantiles times sqrt(discordance / n). Never below what an exact test needs to reject at all (six items changed, all
+    the same way), so two systems that hardly disagree do not look infinitely well measured.
 
     Args:
         n: number of items.
         discordance: mean squared paired difference; see `discordance`.
-        power: chance of finding a difference of that size.
-        confidence: 1 minus the level of the two-sided test.
+        clusters: how many clusters the items form; None takes them for independent.
 
     Returns:
-        A difference in score units (0.05 is five points), at most 1.
+        A difference in score units (0.05 is five points), at most 1; 1 where no difference could be found.
 
     Raises:
         EvaluationError: there are no items.
     """
-    from scipy.special import ndtri
-
     if n < 1:
         raise EvaluationError("no difference can be detected without items", "score at least one item")
-    level = 1 - confidence
-    approximate = float(ndtri(1 - level / 2) + ndtri(power)) * math.sqrt(discordance / n)
-    fewest_changes = math.ceil(math.log2(2 / level))
-    return min(1.0, max(approximate, fewest_changes / n))
+    if clusters is not None and clusters < FEWEST_CLUSTERS:
+        return 1.0
+    return min(1.0, max(_NORMAL_QUANTILES * math.sqrt(discordance / n), FEWEST_CLUSTERS / n))
+
+
+def items_needed(difference: float, discordance: float) -> int:
+    """Give how many items a paired comparison needs to find a difference in four cases of five.
+
+    The inverse of `smallest_detectable_difference`.
+
+    Args:
+        difference: the true difference, in score units, not 0.
+        discordance: mean squared paired difference; see `discordance`.
+    """
+    size = abs(difference)
+    return math.ceil(max(discordance * (_NORMAL_QUANTILES / size) ** 2, FEWEST_CLUSTERS / size) - ROUNDING)

@@ -1,20 +1,30 @@
-"""What is asked: benchmarks with their questions, and limits of the answers. Imports data, metrics and launch."""
+"""What an evaluation asks: benchmarks, their questions, limits of the answers. Imports data, metrics and launch.
+
+A published benchmark has the limit that its authors use; that of own data follows from its answers.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from vlm_sft.data.answers import limit_for, longest_answer, room_for
 from vlm_sft.data.audit import check_images
+from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import stratified_limit
+from vlm_sft.data.prepared import usable_samples
+from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample
+from vlm_sft.data.sources.jsonl import answer_texts
 from vlm_sft.data.sources.registry import benchmark_split, is_synthetic, load_split
-from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets
-from vlm_sft.errors import DataError, EvaluationError
+from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets, refuse_weights
+from vlm_sft.errors import DataError, EvaluationError, quoted
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
 from vlm_sft.launch import gather
 
+NO_QUESTION = "choose another split"
 SAMPLE_SEED = 0  # of `limit`: fixed, so that every model is asked the same questions
 
 
@@ -27,12 +37,18 @@ class Task:
         benchmark: the rules.
         samples: the questions; the sizes of their images are known.
         synthetic: whether the images are generated.
+        max_new_tokens: limit of an answer in tokens; `with_limits` sets it once the tokenizer is known.
+        answer_tokens: tokens of the longest answer that is expected; 0 while not known.
+        source: the user's own data, in all its splits; None for other benchmarks.
     """
 
     name: str
     benchmark: Benchmark
     samples: list[Sample]
     synthetic: bool
+    max_new_tokens: int
+    answer_tokens: int = 0
+    source: DatasetSpec | None = None
 
 
 def dataset_text(specs: list[DatasetSpec]) -> str:
@@ -84,15 +100,19 @@ def load_tasks(text: str, limit: int | None, split: str | None = None) -> tuple[
     """
     tasks: list[Task] = []
     left_out: list[LeftOut] = []
-    for spec in parse_datasets(text):
+    specs = parse_datasets(text)
+    refuse_weights(specs, "every benchmark is scored for itself")
+    for spec in specs:
         for name in _parts(spec):
             at_most = limit if spec.stream is not None else None  # generated benchmarks are sampled like the others
-            loaded = load_split(replace(spec, name=name, weight=None), split or benchmark_split(name), at_most)
+            part, rules = replace(spec, name=name, weight=None), rules_of(name)
+            loaded = load_split(part, split or benchmark_split(name), at_most)
             sound, broken = check_images(stratified_limit(loaded.samples, limit, SAMPLE_SEED))
             left_out += [*loaded.left_out, *broken]
             if not sound:
-                raise DataError(f"{name} has no question to evaluate", "choose another split")
-            tasks.append(Task(name, rules_of(name), sound, is_synthetic(name)))
+                raise DataError(f"{name} has no question to evaluate", NO_QUESTION)
+            own = part if part.own else None
+            tasks.append(Task(name, rules, sound, is_synthetic(name), rules.max_new_tokens, source=own))
     require_same_data((sample for task in tasks for sample in task.samples), left_out)
     return tasks, left_out
 
@@ -120,30 +140,86 @@ def require_same_data(samples: Iterable[Sample], left_out: Sequence[LeftOut]) ->
     )
 
 
+def usable_tasks(tasks: list[Task], encoder: Encoder) -> tuple[list[Task], list[LeftOut]]:
+    """Leave out the questions that a model's processor cannot take.
+
+    Returns:
+        The tasks, and what cannot be asked.
+
+    Raises:
+        DataError: a task has no question left.
+        ModelError: the processor fails on every image.
+    """
+    kept, left_out = [], []
+    for task in tasks:
+        usable, gone = usable_samples(encoder, task.samples)
+        if not usable:
+            raise DataError(f"{task.name} has no question that can be asked; the first: {gone[0].detail}", NO_QUESTION)
+        kept.append(replace(task, samples=usable))
+        left_out += gone
+    return kept, left_out
+
+
+def with_limits(
+    tasks: Sequence[Task], prompt: PromptSettings, tokenizer: Any, asked: Mapping[str, int]
+) -> list[Task]:
+    """Give every task the limit of its answers.
+
+    Args:
+        tasks: from `load_tasks`.
+        prompt: that of the model which answers.
+        tokenizer: of the model; None estimates.
+        asked: limits that the user asked for, by benchmark, from `parse_token_limits`.
+
+    Raises:
+        DataError: own data cannot be read.
+    """
+    found = []
+    for task in tasks:
+        if task.source is None:
+            longest = longest_answer({sample.target for sample in task.samples}, tokenizer)
+            limit = task.benchmark.max_new_tokens
+        else:
+            longest = longest_answer(answer_texts(task.source)[1], tokenizer)
+            limit = limit_for(prompt, longest)
+        found.append(replace(task, max_new_tokens=asked.get(task.name, limit), answer_tokens=longest))
+    return found
+
+
+def too_short(tasks: Sequence[Task]) -> list[str]:
+    """Name the tasks that expect answers which their limit does not hold, one sentence each."""
+    return [
+        f"{task.name}: an answer may take {task.max_new_tokens} tokens, and the longest expected one has "
+        f"{task.answer_tokens}: it cannot be right; pass --max_new_tokens {task.name}={room_for(task.answer_tokens)}"
+        for task in tasks
+        if task.answer_tokens > task.max_new_tokens
+    ]
+
+
 def parse_token_limits(text: str | None, names: list[str]) -> dict[str, int]:
     """Read `--max_new_tokens`: one number for all benchmarks, or `chartqa=32,textvqa=16`.
 
     Args:
-        text: the flag; None leaves every benchmark its own limit.
+        text: the flag, or None.
         names: the benchmarks of this evaluation.
 
     Returns:
-        For each of `names` the limit of an answer in tokens.
+        For those of `names` that are asked for the limit of an answer in tokens; the others keep their own.
 
     Raises:
         EvaluationError: every mistake together: no positive number, or a benchmark that is not evaluated.
     """
-    limits = {name: rules_of(name).max_new_tokens for name in names}
+    limits: dict[str, int] = {}
     mistakes = []
     for entry in text.split(",") if text is not None else []:
         name, equals, value = entry.rpartition("=")
         targets = [name.strip()] if equals else names
         if not value.strip().isdecimal() or int(value) < 1:
-            mistakes.append(f"{entry.strip()!r} is no positive number of tokens")
+            mistakes.append(f"{quoted(entry.strip())} is no positive number of tokens")
         elif not equals and text != entry:
-            mistakes.append(f"{entry.strip()!r} names no benchmark")
+            mistakes.append(f"{quoted(entry.strip())} names no benchmark")
         elif targets[0] not in names:
-            mistakes.append(f"{targets[0]!r} is not evaluated")
+            mistakes.append(f"{quoted(targets[0])} is not evaluated")
         else:
             limits |= dict.fromkeys(targets, int(value))
     if mistakes:

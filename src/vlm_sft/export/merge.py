@@ -57,6 +57,9 @@ def write_merged(model: PeftModel, source: Source, folder: Path, dtype: torch.dt
         merged: Any = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"--adapter {source.adapter} cannot be merged: {error}", "train it again") from error
+    limit = merged.generation_config.max_new_tokens
+    if limit is not None:  # servers take it for the longest answer there may be
+        merged.generation_config.max_new_tokens = max(limit, source.base.prompt.max_new_tokens)
     merged.to(dtype).save_pretrained(folder)
     write_processor(source.base, folder)
     source.base.prompt.save(folder)

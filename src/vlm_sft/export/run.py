@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +19,22 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm_sft import artifacts
 from vlm_sft.console import say, warn
+from vlm_sft.data.cache_folder import weights_mark
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
 from vlm_sft.errors import ModelError, RunError
-from vlm_sft.export.card import card
 from vlm_sft.export.hub import push
-from vlm_sft.export.keys import Findings, empty_model, inspect_adapter
 from vlm_sft.export.merge import AUTO, export_dtype, write_adapter, write_merged
 from vlm_sft.export.source import Source, find_source
 from vlm_sft.export.verify import Told, compare, effect, examples, find_questions, require, told_by_folder, told_by_us
 from vlm_sft.launch import quiet_libraries
 from vlm_sft.model.adapt import load_adapter
-from vlm_sft.model.load import load_model
+from vlm_sft.model.folder import require_utf8
+from vlm_sft.model.load import empty_model, load_model
+from vlm_sft.model.saved_adapter import BASE_WEIGHTS, Contents, require_fit
+from vlm_sft.model.vllm_rules import not_for_vllm
 from vlm_sft.record import now, versions
+from vlm_sft.report.card import ADAPTER, MERGED, About, card
 
 QUESTIONS = 8
 PARTIAL = ".partial"
@@ -45,6 +49,7 @@ class ExportOptions:
         output_dir: the new folder.
         merge: put the adapter into the weights; otherwise the adapter itself is exported.
         base_model: instead of the one that the adapter names.
+        allow_other_base: it may be another one than the adapter was trained on.
         dtype: "auto", "float32" or "bfloat16", of merged weights.
         questions: how many questions the export is compared on.
         peft_only: export an adapter that vLLM would not load.
@@ -56,6 +61,7 @@ class ExportOptions:
     output_dir: Path
     merge: bool = False
     base_model: str | None = None
+    allow_other_base: bool = False
     dtype: str = AUTO
     questions: int = QUESTIONS
     peft_only: bool = False
@@ -85,12 +91,24 @@ def export(options: ExportOptions) -> Path:
             or the export does not answer as the adapter does.
     """
     quiet_libraries()
+    require_utf8(options.output_dir, "--output_dir")
+    _require_free(options.output_dir)
+    with artifacts.OutputFolder(options.output_dir).or_nothing():
+        folder = _carry_out(options)
+    if options.repository:
+        address = push(folder, options.repository, private=not options.public)
+        say(f"uploaded to {address}")
+    return folder
+
+
+def _carry_out(options: ExportOptions) -> Path:
+    """Write, verify and publish the folder; returns it."""
     folder = options.output_dir
-    _require_free(folder)
     source = find_source(options.adapter, options.base_model)
     say(f"exporting {options.adapter} on {source.base.name}{', merged' if options.merge else ''}")
-    findings = inspect_adapter(source.adapter, source.config, empty_model(source.base))
-    _judge(findings, options)
+    contents = require_fit(source.adapter, source.base, options.allow_other_base)
+    vllm = not_for_vllm(source.config, contents.layers, empty_model(source.base.path))
+    _judge(contents, vllm, options)
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -104,8 +122,8 @@ def export(options: ExportOptions) -> Path:
             write_adapter(source, partial)
         del model
         check = _verify(partial, source, reference, dtype, options.merge)
-        report = _report(options, source, findings, dtype, check)
-        artifacts.write_text_atomic(partial / artifacts.CARD, card(source, report))
+        report = _report(options, source, contents, vllm, dtype, check)
+        artifacts.write_text_atomic(partial / artifacts.CARD, card(_about(source, report)))
         report["files"] = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         artifacts.write_json(partial / artifacts.EXPORT, report)
         for path in partial.iterdir():
@@ -116,9 +134,6 @@ def export(options: ExportOptions) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _tell(folder, report)
-    if options.repository:
-        address = push(folder, options.repository, private=not options.public)
-        say(f"uploaded to {address}")
     return folder
 
 
@@ -132,26 +147,21 @@ def _require_free(folder: Path) -> None:
         raise RunError(f"--output_dir {folder} is not empty", "choose a new folder: an export overwrites nothing")
 
 
-def _judge(findings: Findings, options: ExportOptions) -> None:
-    """Refuse adapters that do nothing, or less than they should, and say so.
+def _judge(contents: Contents, vllm: tuple[str, ...], options: ExportOptions) -> None:
+    """Say what of an adapter does nothing; refuse one that vLLM would not load, unless that is wanted.
 
     Raises:
-        ModelError: with what is wrong.
+        ModelError: with vLLM's reasons.
     """
-    where = f"--adapter {options.adapter}"
-    if findings.broken:
-        raise ModelError(f"{where} holds {'; '.join(findings.broken)}", "these would be passed over without a word")
-    if findings.silent:
-        raise ModelError(
-            f"{where} changes nothing: all {findings.modules} of its lora_B matrices are zero",
-            "train it, or look for another checkpoint",
-        )
-    if findings.dead:
-        warn(f"{findings.dead} of {findings.modules} adapted layers have an update of zero")
-    if findings.not_for_vllm and not options.merge:
-        text = "; ".join(findings.not_for_vllm)
+    if contents.dead:
+        warn(f"{len(contents.dead)} of {len(contents.layers)} adapted layers have an update of zero")
+    if vllm and not options.merge:
+        text = "; ".join(vllm)
         if not options.peft_only:
-            raise ModelError(f"{where}: {text}", "pass --merge, or --peft_only for an adapter that only PEFT opens")
+            raise ModelError(
+                f"--adapter {options.adapter}: {text}",
+                "pass --merge, or --peft_only for an adapter that only PEFT opens",
+            )
         warn(f"{text}; only PEFT opens this adapter")
 
 
@@ -166,7 +176,7 @@ def _placed(model: Any) -> Any:
 def _reference(model: Any, source: Source, questions: int) -> _Reference:
     """Ask the adapter, and its base."""
     encoder = Encoder(source.base.processor, source.base.prompt, source.base.stop_ids)
-    samples, origin = find_questions(source.run, questions)
+    samples, origin = find_questions(source.run, questions, encoder)
     say(f"comparing on {len(samples)} questions: {origin}")
     tuned = told_by_us(model, encoder, samples, "adapter")
     with model.disable_adapter():
@@ -198,29 +208,48 @@ def _verify(
 
 
 def _report(
-    options: ExportOptions, source: Source, findings: Findings, dtype: torch.dtype, check: dict[str, Any]
-) -> dict[str, Any]:
+    options: ExportOptions, source: Source, contents: Contents, vllm: tuple[str, ...], dtype: torch.dtype,
+    check: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """What export.json says; no folder of this machine is in it."""
     weights = (source.adapter / artifacts.ADAPTER_WEIGHTS).read_bytes()
-    vllm = () if options.merge else findings.not_for_vllm
+    vllm = () if options.merge else vllm
     return {
         "schema": 1,
         "kind": "merged" if options.merge else "adapter",
         "name": options.output_dir.resolve().name,
         "made": now(),
         "base_model": Path(source.base.name).name if Path(source.base.name).is_dir() else source.base.name,
+        BASE_WEIGHTS: weights_mark(source.base.path),
         "adapter_sha256": hashlib.sha256(weights).hexdigest(),
         "dtype": str(dtype).removeprefix("torch."),
-        "adapted_layers": findings.modules,
-        "layers_without_effect": findings.dead,
+        "adapted_layers": len(contents.layers),
+        "layers_without_effect": len(contents.dead),
         "vllm": {"loads": not vllm, "reasons": list(vllm)},
         "verification": check,
         "versions": versions(),
     }
 
 
+def _about(source: Source, report: dict[str, Any]) -> About:
+    """What the card of an export tells."""
+    check = report["verification"]
+    verification = (
+        f"This folder was opened with plain transformers and compared with the adapter it was made from: "
+        f"{check['identical_answers']} of {check['questions']} greedy answers are the same "
+        f"({check['near_ties']} differ by a tie within rounding), logits differ by "
+        f"{check['largest_difference']:.2g} of their spread, and the adapter changes them by {check['effect']:.2g}; "
+        f"asked on {check['source']}. Details: `{artifacts.EXPORT}`."
+    )
+    return About(
+        report["name"], MERGED if report["kind"] == "merged" else ADAPTER, source.base.name,
+        source.base.prompt.to_dict(), source.run, report["versions"]["vlm-sft"], verification=verification,
+    )  # fmt: skip
+
+
 def _tell(folder: Path, report: dict[str, Any]) -> None:
     """Say what was written and what to do next."""
+    place = shlex.quote(str(folder))
     check = report["verification"]
     say(
         f"verified: {check['identical_answers']} of {check['questions']} answers are the adapter's own "
@@ -231,6 +260,7 @@ def _tell(folder: Path, report: dict[str, Any]) -> None:
     kind = "merged model" if report["kind"] == "merged" else "adapter"
     say(f"{kind}, {size:,.1f} MB: {folder} (card: {artifacts.CARD}, report: {artifacts.EXPORT})")
     if report["kind"] == "merged":
-        say(f"next: vlm-sft ask IMAGE \"QUESTION\" --base_model {folder}, or vllm serve {folder}")
+        say(f"next: vlm-sft ask IMAGE \"QUESTION\" --base_model {place}, or vllm serve {place}")
     else:
-        say(f"next: vllm serve BASE --enable-lora --lora-modules tuned={folder}, or PeftModel.from_pretrained")
+        say(f"next: vlm-sft ask IMAGE \"QUESTION\" --adapter {place}, or vllm serve BASE --enable-lora --lora-modules "
+            f"tuned={place}, or PeftModel.from_pretrained")  # fmt: skip

@@ -8,8 +8,8 @@ from typing import Any
 
 from vlm_sft import artifacts
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.model.adapt import base_of_adapter
 from vlm_sft.model.load import Base, find_base
+from vlm_sft.model.saved_adapter import base_of_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,6 @@ class Source:
     base: Base
     config: dict[str, Any]
     run: Path
-
-    def facts(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; {} where there is none."""
-        path = self.run / name
-        return artifacts.read_json(path) if path.is_file() else {}
 
 
 def find_source(adapter: Path, base_model: str | None) -> Source:

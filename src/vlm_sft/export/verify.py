@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from vlm_sft import artifacts
 from vlm_sft.console import progress
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import Encoder
-from vlm_sft.data.images import decode_rgb
+from vlm_sft.data.images import check_image, decode_rgb
 from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.data.sources.registry import load_split
 from vlm_sft.data.sources.spec import parse_datasets
-from vlm_sft.errors import ModelError
+from vlm_sft.errors import DataError, ModelError
 from vlm_sft.model import prefix
 from vlm_sft.model.sharing import TOLERANCE
 
@@ -46,30 +47,44 @@ class Told:
     logits: torch.Tensor
 
 
-def find_questions(run: Path, count: int) -> tuple[list[Sample], str]:
+def find_questions(run: Path, count: int, encoder: Encoder) -> tuple[list[Sample], str]:
     """Questions to compare on: those of the run's evaluation with their saved pictures, else on generated charts.
+
+    Pictures that cannot be decoded are passed over.
 
     Args:
         run: the run's folder.
         count: at most so many.
+        encoder: of the base. Other programs tokenise a text that holds the name of a control token otherwise, so such
+            questions cannot be compared; nor can pictures that its processor does not take.
 
     Returns:
         The questions, and where they come from in a few words.
     """
     evaluation = run / artifacts.EVALUATION_FOLDER
-    found: list[Sample] = []
+    found: list[tuple[Path, Path, dict[str, Any]]] = []
     for path in sorted(evaluation.glob(f"tuned/*/{artifacts.PREDICTIONS}")):
         for row in artifacts.read_jsonl(path):
             name = row.get("image")
             picture = (evaluation / name).resolve() if isinstance(name, str) else None
             if picture and picture.is_relative_to(evaluation.resolve()) and picture.is_file():
-                image = ImageRef.from_path(picture)
-                found.append(Sample(str(row["id"]), path.parent.name, "", (image,), str(row["question"]), "", ()))
-    if found:
-        step = max(1, len(found) // count)
-        return found[::step][:count], "pictures that the run saved"
+                found.append((path, picture, row))
+    step = max(1, len(found) // count)
+    spread = (_comparable(*one, encoder) for start in range(step) for one in found[start::step])
+    if chosen := list(islice(filter(None, spread), count)):
+        return chosen, "pictures that the run saved"
     (spec,) = parse_datasets("demo_charts")
     return load_split(spec, "test", count).samples[:count], "generated charts"
+
+
+def _comparable(path: Path, picture: Path, row: dict[str, Any], encoder: Encoder) -> Sample | None:
+    """The question of a prediction about its saved picture; None where it cannot be compared."""
+    try:
+        image = check_image(ImageRef.from_path(picture))
+    except (DataError, OSError):
+        return None
+    sample = Sample(str(row["id"]), path.parent.name, "", (image,), str(row["question"]), "", ())
+    return sample if encoder.problem(sample) is None and encoder.has_ordinary_prompt(sample) else None
 
 
 def greedy(stop_ids: Sequence[int], pad_id: int | None) -> GenerationConfig:

@@ -1,28 +1,42 @@
-"""What measurements say about a forecast: a probe of a few steps, or past runs of this machine. Imports artifacts.
+"""What measurements say about a forecast: a probe of a few steps, or past runs. Imports artifacts, forecast.hardware.
 
 Past runs lie in `past_runs.jsonl` in the cache folder, one JSON object a line: device and shape, what the uncorrected
-forecast said about every item, and what it came to.
+forecast said about every item, what it came to, and the machine's rates at its start. How much one of them teaches
+depends on how long it took, how long ago, and whether other programs held the machine; none moves an item far.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from vlm_sft.artifacts import read_jsonl, write_jsonl
 from vlm_sft.errors import RunError
+from vlm_sft.forecast.hardware import Rates
 
 PAST_RUNS = "past_runs.jsonl"
 KEPT_LINES = 400
 USED_RUNS = 5  # the newest ones that match
 TABLE, PROBE, PAST = "table", "probe", "past runs"
 PROBE_SPREAD, PAST_SPREAD, OTHER_SPREAD = 1.1, 1.15, 1.35
+WIDEST_SPREAD = 4.0  # beyond, an interval says nothing
 # Items below this say nothing about rates; those of another shape below that are mostly what every run has in common.
 SHORTEST_SECONDS, OTHER_SHORTEST_SECONDS = 0.05, 5.0
+LARGEST_FACTOR = 3.0  # what is farther off than this was an accident more than a rate of the machine
+TRUSTED_SECONDS = 5.0  # an item that took so long has half the weight of a very long one
+NEWER_COUNTS = 0.7  # weight of a run over that of the next newer one
+HALF_LIFE_DAYS = 30.0
+DISTURBED = 0.25  # weight of a run that began beside other programs, or that was an accident
+DOUBT = 0.1  # weight of "the table is right", against that of the runs
+SAME_RATE = 1.35  # rates that differ by less than this are the same, measured twice
 MEMORY = "memory"
 
 
@@ -64,9 +78,10 @@ def history_key(device: str, threads: int, shape: str, setting: Mapping[str, Any
 def read_past_runs(folder: Path) -> list[dict[str, Any]]:
     """The past runs of this machine, oldest first; none where the file is missing or damaged."""
     try:
-        return list(read_jsonl(folder / PAST_RUNS))
+        rows = list(read_jsonl(folder / PAST_RUNS))
     except (OSError, RunError, UnicodeDecodeError):
         return []
+    return [row for row in rows if all(isinstance(row.get(name), dict) for name in ("key", "forecast", "actual"))]
 
 
 def add_past_run(folder: Path, row: Mapping[str, Any]) -> None:
@@ -75,41 +90,118 @@ def add_past_run(folder: Path, row: Mapping[str, Any]) -> None:
     write_jsonl(folder / PAST_RUNS, [*read_past_runs(folder)[1 - KEPT_LINES :], dict(row)])
 
 
-def from_past_runs(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> Calibration:
+def settled_rates(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any], measured: Rates) -> Rates:
+    """The rates to forecast with: those measured now, steadied by those of undisturbed past runs that agree with them.
+
+    Args:
+        rows: from `read_past_runs`.
+        key: of the run to come.
+        measured: just now.
+    """
+    known = [row["rates"] for row in _alike(rows, key) if isinstance(row.get("rates"), dict) and not _disturbed(row)]
+    if not known:
+        return measured
+    flops, bandwidth, launch = (
+        statistics.median(float(one[name]) for one in known) for name in ("flops", "bandwidth", "launch")
+    )
+    if not 1 / SAME_RATE < flops / measured.flops < SAME_RATE:
+        return measured
+    return replace(measured, flops=flops, bandwidth=bandwidth, launch=launch)
+
+
+def from_past_runs(
+    rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any], today: datetime | None = None
+) -> Calibration:
     """Learn corrections from the runs of the same device and shape, or else of the same device.
 
     Args:
         rows: from `read_past_runs`.
         key: of the run to come.
+        today: what their age is counted from; None for now.
 
     Returns:
         The calibration; that of the table where no run matches.
     """
     # Of other shapes only what took its time: a tiny model is all overhead.
-    same = [row for row in rows if row.get("key") == dict(key)][-USED_RUNS:]
+    same = _alike(rows, key)
     device = [
         row for row in rows
         if all(row.get("key", {}).get(name) == key[name] for name in ("device", "threads"))
     ][-USED_RUNS:]
     chosen, shortest = (same, SHORTEST_SECONDS) if same else (device, OTHER_SHORTEST_SECONDS)
+    ages = [_age_weight(row, place, today or datetime.now(UTC)) for place, row in enumerate(reversed(chosen))][::-1]
     factors: dict[str, float] = {}
-    scatter = 1.0
     for item in {name for row in chosen for name in row["forecast"]}:
-        ratios = [ratio for row in chosen if (ratio := _ratio(row, item, shortest)) is not None]
+        ratios = [
+            (math.log(ratio), weight * age) for row, age in zip(chosen, ages, strict=True)
+            if (found := _ratio(row, item, shortest)) is not None for ratio, weight in (found,)
+        ]  # fmt: skip
         if ratios and (same or item != MEMORY):
-            factors[item] = statistics.median(ratios)
-            if len(ratios) > 1 and item != MEMORY:
-                scatter = max(scatter, max(ratios) / factors[item], factors[item] / min(ratios))
+            factors[item] = math.exp(_learned(ratios))
     if not factors:
         return Calibration()
-    spread = max(PAST_SPREAD, min(scatter, OTHER_SPREAD)) if same else OTHER_SPREAD
+    spread = _spread(chosen, ages, factors)
     what = "of this shape" if same else "of other shapes"
-    return Calibration(PAST, factors, spread, note=f"corrected by {len(chosen)} past run(s) {what} on this device")
+    note = f"corrected by {len(chosen)} past run(s) {what} on this device"
+    return Calibration(PAST, factors, spread if same else max(spread, OTHER_SPREAD), note=note)
 
 
-def _ratio(row: Mapping[str, Any], item: str, shortest: float) -> float | None:
-    """Actual over forecast of one item of a past run; None where it was too short to tell."""
+def _alike(rows: Sequence[Mapping[str, Any]], key: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The newest runs of the same device, shape and setting, oldest first."""
+    return [row for row in rows if row.get("key") == dict(key)][-USED_RUNS:]
+
+
+def _disturbed(row: Mapping[str, Any]) -> bool:
+    """Whether other programs held the machine when a run began."""
+    return float(row.get("rates", {}).get("unrest", 1.0)) > 1.0
+
+
+def _age_weight(row: Mapping[str, Any], newer: int, today: datetime) -> float:
+    """What a run counts for by its age: the number of `newer` runs, and days where it says when it was."""
+    weight = NEWER_COUNTS**newer * (DISTURBED if _disturbed(row) else 1.0)
+    try:
+        days = (today - datetime.fromisoformat(row["at"])).total_seconds() / 86_400
+    except (KeyError, TypeError, ValueError):
+        return weight
+    return weight * 0.5 ** (max(0.0, days) / HALF_LIFE_DAYS)
+
+
+def _ratio(row: Mapping[str, Any], item: str, shortest: float) -> tuple[float, float] | None:
+    """Actual over forecast of one item of a past run, bounded, and its weight; None where it was too short to tell."""
     said, came = row["forecast"].get(item), row["actual"].get(item)
-    if not said or not came or (item != MEMORY and said < shortest and came < shortest):
+    if not said or not came or said < 0 or came < 0:
         return None
-    return float(came) / float(said)
+    seconds = min(float(said), float(came))
+    if item != MEMORY and seconds < shortest:
+        return None
+    weight = 1.0 if item == MEMORY else seconds / (seconds + TRUSTED_SECONDS)
+    ratio = float(came) / float(said)
+    bounded = min(max(ratio, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
+    return bounded, weight if bounded == ratio else weight * DISTURBED
+
+
+def _learned(ratios: Sequence[tuple[float, float]]) -> float:
+    """The weighted median of logarithms, drawn towards 0 where their weights are small."""
+    ratios = sorted(ratios)
+    passed = list(accumulate(weight for _, weight in ratios))
+    middle, _ = ratios[bisect_left(passed, passed[-1] / 2)]
+    return middle * passed[-1] / (passed[-1] + DOUBT)
+
+
+def _spread(rows: Sequence[Mapping[str, Any]], ages: Sequence[float], factors: Mapping[str, float]) -> float:
+    """How far the seconds of these runs lay from what they would now be forecast as, as a factor."""
+    misses, weights = [], []
+    for row, age in zip(rows, ages, strict=True):
+        items = [item for item in row["forecast"] if item != MEMORY and row["actual"].get(item)]
+        said = sum(float(row["forecast"][item]) * factors.get(item, 1.0) for item in items)
+        came = sum(float(row["actual"][item]) for item in items)
+        if said > 0 and came > 0:
+            misses.append(abs(math.log(came / said)))
+            weights.append(age * min(said, came) / (min(said, came) + TRUSTED_SECONDS))
+    total = sum(weights)
+    if not total:
+        return OTHER_SPREAD
+    doubt = DOUBT / (total + DOUBT)
+    usual = PAST_SPREAD ** (1 - doubt) * OTHER_SPREAD**doubt
+    seen = math.exp(1.5 * sum(map(math.prod, zip(misses, weights, strict=True))) / total)
+    return min(max(usual, seen), WIDEST_SPREAD)

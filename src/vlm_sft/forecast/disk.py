@@ -15,7 +15,7 @@ from vlm_sft.forecast.shapes import ModelShape
 HEADER_BYTES = 144  # of one tensor in a safetensors header: its long name, shape, offsets
 STATE_HEADER_BYTES = 116  # of one tensor of the optimizer's state
 STATE_TENSORS = 3  # of AdamW, a trained tensor: two moments and a step
-CHECKPOINT_BYTES = 25_500  # random states, scheduler, manifest, PEFT's README and configuration
+CHECKPOINT_BYTES = 25_500  # random states, scheduler, manifest, card and configuration
 RANK_BYTES = 15_300  # random states of one more rank
 # DeepSpeed 0.19 adds two programs and, in PyTorch's format, names and shapes: of the model's state, which each rank
 # writes under ZeRO-3 and rank 0 alone below, and of the optimizer's state of each rank.

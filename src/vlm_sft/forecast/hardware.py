@@ -88,6 +88,8 @@ class Rates:
         gpu: whether it is a GPU.
         source: where the numbers come from, for the list of assumptions.
         spread: how much slower or faster the outcome may be (a factor above 1).
+        unrest: how many times longer the same work took on average while this was measured, because other programs
+            held the machine; 1 where it was free.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Rates:
     gpu: bool
     source: str
     spread: float
+    unrest: float = 1.0
 
 
 # Shares of the peaks that training reaches, before anything was measured: the middle of what trainers of this kind

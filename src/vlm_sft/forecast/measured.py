@@ -14,6 +14,7 @@ from vlm_sft.recipe.shipped import RECIPES
 
 RECORDED = Path(__file__).parent / "measured"
 AS_IS = "as is"
+WIDE = 0.10  # half an interval beyond which a quality says too little to choose by, in accuracy
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +25,14 @@ class Quality:
         value: mean accuracy over the benchmarks, 0 to 1.
         low, high: its 95 % interval.
         source: where it was measured, for a person.
+        questions: on how many; 0 where that is not recorded.
     """
 
     value: float
     low: float
     high: float
     source: str
+    questions: int = 0
 
     @property
     def half_width(self) -> float:
@@ -37,22 +40,34 @@ class Quality:
         return (self.high - self.low) / 2
 
     @property
+    def too_few(self) -> bool:
+        """Whether it was measured on too few questions to choose by."""
+        return self.half_width > WIDE + 1e-9
+
+    @property
+    def questions_needed(self) -> int:
+        """About how many questions would suffice to choose by it."""
+        return math.ceil(self.questions * (self.half_width / WIDE) ** 2)
+
+    @property
     def text(self) -> str:
         """As a person reads it."""
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def combined(accuracies: Sequence[tuple[float, float, float]], source: str) -> Quality:
+def combined(accuracies: Sequence[tuple[float, float, float]], source: str, questions: int = 0) -> Quality:
     """The mean over benchmarks with its interval, the benchmarks taken for independent.
 
     Args:
         accuracies: (value, low, high) of each.
         source: where they come from.
+        questions: of all of them.
     """
     count = len(accuracies)
     value = sum(one[0] for one in accuracies) / count
-    half = math.sqrt(sum(((one[2] - one[1]) / 2) ** 2 for one in accuracies)) / count
-    return Quality(value, max(0.0, value - half), min(1.0, value + half), source)
+    down = math.sqrt(sum((one[0] - one[1]) ** 2 for one in accuracies)) / count
+    up = math.sqrt(sum((one[2] - one[0]) ** 2 for one in accuracies)) / count
+    return Quality(value, value - down, value + up, source, questions)
 
 
 def qualities(
@@ -70,8 +85,25 @@ def qualities(
         Qualities by recipe, and a line that says where they come from.
     """
     own = own_runs(runs, base_model, datasets) if runs is not None else {}
-    if own:
-        return own, f"quality: measured in {len(own)} of your recipes' runs in {runs}"
+    few = {name: quality for name, quality in own.items() if quality.too_few}
+    judged = {name: quality for name, quality in own.items() if name not in few}
+    note = _too_few_line(few) if few else ""
+    if judged:
+        return judged, f"quality: measured in {len(judged)} of your recipes' runs in {runs}{note}"
+    found, line = _recorded_qualities(recorded, base_model, datasets)
+    return found, line + note
+
+
+def _too_few_line(few: Mapping[str, Quality]) -> str:
+    """Which of the user's runs cannot be chosen by, and what it would take."""
+    named = ", ".join(f"{name} {quality.text}" for name, quality in few.items())
+    needed = max(quality.questions_needed for quality in few.values())
+    how_many = f"; about {needed:,} questions would do" if needed else ""
+    return f"\nyour runs with too few questions to judge are left aside: {named}{how_many}"
+
+
+def _recorded_qualities(recorded: Path, base_model: str, datasets: Sequence[str]) -> tuple[dict[str, Quality], str]:
+    """What the recorded benchmark says, and a line that says which one it is."""
     found = _recorded(recorded, base_model, datasets)
     if found is None:
         return {}, "quality: not measured for any set-up here; recipes are ordered by their epochs"
@@ -111,7 +143,8 @@ def own_runs(folder: Path, base_model: str, datasets: Sequence[str]) -> dict[str
         if name is None or not same or run.get("status") != "finished" or not accuracies:
             continue
         if name not in newest or str(run["finished"]) > newest[name][0]:
-            newest[name] = (str(run["finished"]), combined(accuracies, f"your run {path.parent.name}"))
+            questions = sum(row.get("n") or 0 for row in results["benchmarks"].values())
+            newest[name] = (str(run["finished"]), combined(accuracies, f"your run {path.parent.name}", questions))
     return {name: quality for name, (_, quality) in newest.items()}
 
 

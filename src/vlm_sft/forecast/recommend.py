@@ -19,6 +19,7 @@ PRIORITIES = ("quality", "balanced", "speed")
 ONE_SIDED_95 = 1.645  # standard errors
 TWO_SIDED_95 = 1.96
 PLOT_WIDTH, PLOT_HEIGHT = 60, 12
+NAMES_AWAY = 5  # rows from its point that a name may stand
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +175,14 @@ def plot(candidates: Sequence[Candidate], recommendation: Recommendation) -> lis
     across = [math.log(one.seconds) for one in shown]
     up = [worth(one, recommendation.measured) for one in shown]
     rows = [[" "] * PLOT_WIDTH for _ in range(PLOT_HEIGHT)]
-    for one, x, y in zip(shown, across, up, strict=True):
-        column = _place(x, across, PLOT_WIDTH - 14)
-        row = PLOT_HEIGHT - 1 - _place(y, up, PLOT_HEIGHT - 1)
+    places = [
+        (PLOT_HEIGHT - 1 - _place(y, up, PLOT_HEIGHT - 1), _place(x, across, PLOT_WIDTH - 14))
+        for x, y in zip(across, up, strict=True)
+    ]  # fmt: skip
+    for one, (row, column) in zip(shown, places, strict=True):
         sign = "#" if one.name == recommendation.chosen else "*" if one.name in recommendation.front else "o"
-        for offset, letter in enumerate(f"{sign} {one.name}"[: PLOT_WIDTH - column]):
-            rows[row][column + offset] = letter
+        rows[row][column] = min(sign, rows[row][column].strip() or "o")  # of points in one place the better sign
+    unnamed = [one.name for one, place in zip(shown, places, strict=True) if not _named(rows, *place, one.name)]
     label = "measured quality" if recommendation.measured else "epochs (quality is not measured)"
     bottom = f"  {min(one.seconds for one in shown) / 3600:.2g} h"
     top = f"{max(one.seconds for one in shown) / 3600:.2g} h"
@@ -188,7 +191,22 @@ def plot(candidates: Sequence[Candidate], recommendation: Recommendation) -> lis
         *("  |" + "".join(row).rstrip() for row in rows),
         "  +" + "-" * PLOT_WIDTH,
         bottom + " " * max(1, PLOT_WIDTH - len(bottom) - len(top)) + top,
+        *([f"  no room for the names of: {', '.join(unnamed)}"] if unnamed else []),
     ]
+
+
+def _named(rows: list[list[str]], row: int, column: int, name: str) -> bool:
+    """Write a name beside its point, or in a row nearby, where it touches nothing; False where there is no room."""
+    beside = (column + 2, column - 1 - len(name))
+    for line in sorted(range(len(rows)), key=lambda line: (abs(line - row), line)):
+        if abs(line - row) > NAMES_AWAY:
+            break
+        for start in beside if line == row else (column, column - len(name) + 1, *beside):
+            end = start + len(name)
+            if start >= 0 and end <= PLOT_WIDTH and set(rows[line][max(0, start - 1) : end + 1]) == {" "}:
+                rows[line][start:end] = name
+                return True
+    return False
 
 
 def _place(value: float, values: Sequence[float], size: int) -> int:

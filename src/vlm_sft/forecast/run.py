@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from vlm_sft.forecast import calibration as calibrated
@@ -319,6 +320,7 @@ def forecast(case: Case, calibration: Calibration) -> Forecast:
     """
     rates = case.setting.rates
     spread = calibration.spread or rates.spread
+    slower = 1.0 if calibration.basis == PROBE else rates.unrest  # a probe has felt it itself
     seconds = {item: value * calibration.factor(item) for item, value in time_items(case).items()}
     total = sum(seconds.values())
     bytes_held = _corrected_memory(case, calibration)
@@ -329,7 +331,7 @@ def forecast(case: Case, calibration: Calibration) -> Forecast:
     extra = stored.pop(ONE_MORE, 0.0)
     kept = sum(stored.values())
     return Forecast(
-        Estimate(total, total / spread, total * spread),
+        Estimate(total, total / spread, total * spread * slower),
         Estimate(peak, process + (peak - process) / memory_spread, process * 1.05 + (peak - process) * memory_spread),
         Estimate(kept, kept / DISK_SPREAD, kept * DISK_SPREAD),
         calibration.basis,
@@ -361,6 +363,11 @@ def assumptions(case: Case, calibration: Calibration) -> tuple[str, ...]:
         "vision features are kept and the tower runs once an image" if case.features
         else "the vision tower runs again for every image of every step",
     ]  # fmt: skip
+    if rates.unrest > 1:
+        lines.append(
+            f"other programs held this machine while it was measured (work took {rates.unrest:.1f} times as long): the "
+            "forecast is for a free one, and its upper end for one that stays like this"
+        )
     if case.trackers:
         lines.append("trackers: their start is counted; waiting for a network and uploads at the end are not")
     if case.ranks.engine and calibration.basis == TABLE:
@@ -382,7 +389,9 @@ def history_row(case: Case, key: Mapping[str, Any], actual: Mapping[str, float])
     """
     held = memory_items(case)
     said = time_items(case) | {MEMORY: sum(held.values()) - held.get("process", 0.0)}
-    return {"key": dict(key), "forecast": said, "actual": dict(actual)}
+    rates = {name: getattr(case.setting.rates, name) for name in ("flops", "bandwidth", "launch", "unrest")}
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"at": at, "key": dict(key), "forecast": said, "actual": dict(actual), "rates": rates}
 
 
 def smaller_packs(case: Case, share: float) -> Case:

@@ -1,4 +1,4 @@
-"""Adapters: find the modules, wrap them, open saved ones, count what is trained. Imports model.{dropout,lora}."""
+"""Adapters: find the modules, wrap them, open saved ones, count what is trained. Imports model.saved_adapter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors import safe_open
 
-from vlm_sft.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, holds_full_model, read_json
-from vlm_sft.errors import ModelError
-from vlm_sft.manifest import folder_problems
+from vlm_sft.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from vlm_sft.errors import ModelError, quoted
 from vlm_sft.model.dropout import KeyedDropout
 from vlm_sft.model.lora import fuse_lora
+from vlm_sft.model.saved_adapter import check_adapter_folder, first_line, misfit, require_places
 
 ALL_LINEAR = "all-linear"
 
@@ -79,7 +80,7 @@ def resolve_targets(model: Any, names: Sequence[str]) -> Targets:
             continue
         elsewhere = [path for path in outside if path == name or path.endswith("." + name)]
         place = f"; {len(elsewhere)} modules of that name are outside it, e.g. {elsewhere[0]}" if elsewhere else ""
-        problems.append(f"--target_modules: {name!r} matches no linear module of the language model{place}")
+        problems.append(f"--target_modules: {quoted(name)} matches no linear module of the language model{place}")
     if problems or not names:
         raise ModelError("\n".join(problems) or "--target_modules is empty", f"choose from {', '.join(available)}")
     paths = tuple(sorted({path for matched in found.values() for path in matched}))
@@ -173,76 +174,30 @@ def use_keyed_dropout(wrapped: PeftModel, dropout: float, seed: int) -> None:
             number += 1
 
 
-def check_adapter_folder(folder: Path) -> None:
-    """Make sure that a folder holds a saved adapter.
-
-    Raises:
-        ModelError: it does not.
-    """
-    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
-        if holds_full_model(folder):
-            raise ModelError(
-                f"--adapter {folder}: it holds a whole model (trained with --train all), no adapter",
-                f"pass it as --base_model {folder}, without --adapter",
-            )
-        raise ModelError(
-            f"--adapter {folder}: no adapter_config.json with adapter_model.safetensors there",
-            "pass the output folder of a finished training run, or one of its checkpoint folders",
-        )
-
-
-def base_of_adapter(adapter: Path, base_model: str | None) -> str:
-    """Name of the base that an adapter belongs to.
-
-    Args:
-        adapter: an adapter folder.
-        base_model: what the user says; None for what the adapter says.
-
-    Raises:
-        ModelError: the folder is no adapter, or nobody says.
-    """
-    check_adapter_folder(adapter)
-    name = base_model or read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not name:
-        raise ModelError(f"--adapter {adapter} does not say which base it belongs to", "pass --base_model")
-    return str(name)
-
-
 def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> PeftModel:
-    """Open a saved adapter on its base.
+    """Open a saved adapter on its base; `saved_adapter.require_fit` says before that whether it is the right one.
 
     Raises:
         ModelError: the folder is no adapter, it is damaged, or its weights do not fit the base.
     """
     check_adapter_folder(Path(folder))
-    _check_undamaged(Path(folder))
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, use_safetensors=True)
-    except (ValueError, RuntimeError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"--adapter {folder} does not fit this base model: {first_line}",
-            "evaluate it on the base model that it was trained on (adapter_config.json names it)",
-        ) from error
+    except Exception as error:  # what settings from elsewhere raise in PEFT can be anything
+        raise misfit(Path(folder), [first_line(error)]) from error
+    require_places(Path(folder), adapted)
     fuse_lora(adapted)
     return adapted
 
 
-def _check_undamaged(folder: Path) -> None:
-    """Compare an adapter with its manifest, where it has one (adapters of other programs have none).
-
-    Raises:
-        ModelError: a byte differs.
-    """
-    if not (folder / MANIFEST).is_file():
-        return
-    problems = folder_problems(folder, [ADAPTER_WEIGHTS, ADAPTER_CONFIG])
-    if problems:
-        raise ModelError(
-            f"--adapter {folder}: {'; '.join(problems)}",
-            f"use one of the run's checkpoints, or write it again with vlm-sft train --resume; if you changed it "
-            f"yourself, delete {MANIFEST}",
-        )
+def changes_nothing(folder: Path) -> bool:
+    """Whether a saved adapter surely answers as its base does: nothing but LoRA, and every lora_B is zero."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    if config.get("modules_to_save") or config.get("use_dora"):
+        return False
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+        updates = [name for name in file.keys() if ".lora_B." in name]
+        return bool(updates) and not any(file.get_tensor(name).any() for name in updates)
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:

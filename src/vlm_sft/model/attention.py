@@ -1,4 +1,4 @@
-"""Attention over packs of shared image prefixes, as attention functions of transformers. Imports torch only.
+"""Attention over packs of shared image prefixes, as attention functions of transformers. Imports data.collate.
 
 Shape suffixes: B batch, H heads, K key/value heads, L tokens of the pack, N tokens of one image with its questions,
 D head width.
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from vlm_sft.data.collate import moved_to
 
 SHARED_SDPA = "vlm_sft_sdpa"
 SHARED_WINDOWS = "vlm_sft_flash_windows"  # the name has to contain "flash", see `shared_windows`
@@ -50,11 +52,13 @@ class PackLayout:
         branches: for each image (start of the prefix, its end, end of each question …) in tokens.
         blocks: (L,) int64, equal numbers for tokens that see each other in both directions, -1 for all others; None
             where all attention is causal.
+        rows: how many positions of each image `parts` will be given; None counts them, for which a GPU is waited for.
     """
 
     length: int
     branches: list[list[int]]
     blocks: torch.Tensor | None = None
+    rows: list[int] | None = None
     _masks: dict[int | None, list[torch.Tensor | None]] = field(default_factory=dict)
     _parts: list[torch.Tensor] | None = None
     _varlen: VarlenIndex | None = None
@@ -78,10 +82,13 @@ class PackLayout:
     def parts(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Split ascending positions by image: for each one its rows, counted from the start of the image, int64."""
         if self._parts is None:
-            starts = torch.tensor([start for start, _ in self.spans], device=rows.device)
-            image = torch.searchsorted(starts, rows, right=True) - 1
-            counts = torch.bincount(image, minlength=len(starts)).tolist()
-            self._parts = list((rows - starts[image]).split(counts))
+            firsts = torch.tensor([start for start, _ in self.spans])
+            counts = self.rows
+            if counts is None:
+                image = torch.searchsorted(firsts, rows.cpu(), right=True) - 1
+                counts = torch.bincount(image, minlength=len(firsts)).tolist()
+            starts = torch.cat([first.expand(count) for first, count in zip(firsts, counts, strict=True)])
+            self._parts = list((rows - moved_to(rows.device, starts)).split(counts))
         return self._parts
 
     def _mask(self, ends: list[int], device: torch.device, window: int | None) -> torch.Tensor | None:
@@ -90,12 +97,11 @@ class PackLayout:
             window = None
         if len(ends) <= 3 and self.blocks is None and window is None:
             return None
-        sizes = torch.tensor([end - start for start, end in zip(ends, ends[1:], strict=False)], device=device)
-        branch = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
-        prefix = ends[1] - ends[0]
-        index = torch.cat([torch.arange(prefix), *(prefix + torch.arange(size) for size in sizes[1:].tolist())])
+        sizes = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        branch = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
+        index = torch.cat([torch.arange(sizes[0]), *(sizes[0] + torch.arange(size) for size in sizes[1:])])
         blocks = None if self.blocks is None else self.blocks[ends[0] : ends[-1]]
-        return branch_mask(branch, index.to(device), window, blocks)[None, None]
+        return branch_mask(moved_to(device, branch), moved_to(device, index), window, blocks)[None, None]
 
     def varlen(self, device: torch.device) -> VarlenIndex:
         """The same layout for a variable-length kernel."""
@@ -108,12 +114,10 @@ class PackLayout:
                     keys.append(torch.arange(start, end))
                     queries.append(queries[-1] + end - start)
                     lengths.append(lengths[-1] + end - start + (ends[1] - ends[0] if start != ends[0] else 0))
-            query_ends = torch.tensor(queries, dtype=torch.int32, device=device)
-            key_ends = torch.tensor(lengths, dtype=torch.int32, device=device)
             self._varlen = VarlenIndex(
-                torch.cat(keys).to(device),
-                query_ends,
-                key_ends,
+                moved_to(device, torch.cat(keys)),
+                moved_to(device, torch.tensor(queries, dtype=torch.int32)),
+                moved_to(device, torch.tensor(lengths, dtype=torch.int32)),
                 max(b - a for a, b in zip(queries, queries[1:], strict=False)),
                 max(b - a for a, b in zip(lengths, lengths[1:], strict=False)),
             )
@@ -286,7 +290,7 @@ def shared_windows(
         (1, L, H, D) and None.
     """
     assert cu_seq_lens_q is not None, "a tower of this kind tells the ends of its windows"
-    sizes = cu_seq_lens_q.diff().tolist()
+    sizes = _window_sizes(cu_seq_lens_q)
     states = [tensor[0].transpose(0, 1).split(sizes) for tensor in (query, key, value)]
     outputs: list[torch.Tensor | None] = [None] * len(sizes)
     for size in sorted(set(sizes)):
@@ -296,6 +300,14 @@ def shared_windows(
         for index, window in zip(places, found, strict=True):
             outputs[index] = window
     return torch.cat([window for window in outputs if window is not None])[None], None
+
+
+def _window_sizes(ends: torch.Tensor) -> list[int]:
+    """Lengths between cumulative ones. All layers of a tower are given one tensor, so a GPU is waited for once."""
+    sizes = getattr(ends, "_window_sizes", None)
+    if sizes is None:
+        sizes = ends._window_sizes = ends.diff().tolist()  # type: ignore[attr-defined]
+    return sizes
 
 
 def causal_pack(query: torch.Tensor, key: torch.Tensor) -> PackLayout | None:

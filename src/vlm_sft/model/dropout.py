@@ -1,4 +1,4 @@
-"""LoRA dropout whose masks do not depend on packing, ranks or order. Imports torch only.
+"""LoRA dropout whose masks do not depend on packing, ranks or order. Imports model.{dropout_kernel,stepwise}.
 
 An ordinary dropout draws its mask from a random stream, so another split of the same batch over ranks or packs drops
 other values, and two runs that should be one optimisation drift apart. Here a value is dropped or kept by a hash of
@@ -9,13 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
+
+from vlm_sft.model.stepwise import reason_of
 
 _keys: tuple[torch.Tensor, ...] = ()  # of all tokens, and of those rows that a trimmed layer keeps
 _step = 0
 
-_PRIME_A, _PRIME_B = 0x2C1B3C6D, 0x297A2D39  # odd 31-bit multipliers: products wrap around in int32
+# Odd 31-bit multipliers, whose products wrap around in int32, and shifts.
+_ROUNDS = ((0x2C1B3C6D, 15), (0x297A2D39, 13))
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CHECKED_TOKENS, _CHECKED_CHANNELS = 37, 1100  # no multiples of a kernel's blocks
 
 
 @contextmanager
@@ -51,6 +59,16 @@ def _signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
+def _factors(seed: int) -> tuple[int, int]:
+    """The 64-bit multipliers of keys and of channels."""
+    return _signed(_mix(seed) | 1, 64), _signed(_mix(seed + 1) | 1, 64)
+
+
+def _threshold(probability: float) -> int:
+    """The signed 32-bit number below which a hash means that the value is dropped."""
+    return int(probability * 2**32) - 2**31
+
+
 def keep_mask(keys: torch.Tensor, channels: int, probability: float, seed: int) -> torch.Tensor:
     """Decide which values are kept.
 
@@ -63,17 +81,98 @@ def keep_mask(keys: torch.Tensor, channels: int, probability: float, seed: int) 
     Returns:
         (L, C) bool, True where a value is kept.
     """
-    device = keys.device
-    rows = keys * _signed(_mix(seed) | 1, 64)
+    of_keys, of_channels = _factors(seed)
+    rows = keys * of_keys
     rows = (rows ^ (rows >> 32)).to(torch.int32)[:, None]
-    columns = torch.arange(channels, device=device, dtype=torch.int64) * _signed(_mix(seed + 1) | 1, 64)
+    columns = torch.arange(channels, device=keys.device, dtype=torch.int64) * of_channels
     columns = (columns ^ (columns >> 32)).to(torch.int32)[None, :]
     bits = rows ^ columns
-    for prime, shift in ((_PRIME_A, 15), (_PRIME_B, 13)):
+    for prime, shift in _ROUNDS:
         # int32 shifts copy the sign, and the sign decides here, so the bits that are shifted in are cleared.
         bits = bits ^ ((bits >> shift) & ((1 << (32 - shift)) - 1))
         bits = bits * prime
-    return bits >= _signed(int(probability * 2**32) - 2**31, 64)
+    return bits >= _threshold(probability)
+
+
+def stepwise_dropout(values: torch.Tensor, keys: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
+    """Drop values in PyTorch's own operators, on every device.
+
+    Args:
+        values: (…, L, C).
+        keys, probability, seed: as in `keep_mask`.
+
+    Returns:
+        The same shape and dtype; kept values are multiplied by 1 / (1 - probability).
+    """
+    keep = keep_mask(keys, values.shape[-1], probability, seed)
+    # In half precision a scale that is rounded before would move the mean.
+    return (values * (1.0 / (1.0 - probability))).mul_(keep.to(values.dtype))
+
+
+class _FusedDropout(torch.autograd.Function):
+    """`stepwise_dropout` in one kernel that keeps nothing but the keys for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, keys: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
+        """Drop values of (…, L, C)."""
+        from vlm_sft.model.dropout_kernel import drop
+
+        ctx.save_for_backward(keys)
+        ctx.settings = (_factors(seed), _threshold(probability), 1.0 / (1.0 - probability), _ROUNDS)
+        return drop(values, keys, *ctx.settings)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """Gradient of the values: dropped where they were."""
+        from vlm_sft.model.dropout_kernel import drop
+
+        (keys,) = ctx.saved_tensors
+        return drop(gradients[0], keys, *ctx.settings), None, None, None
+
+
+def fused_dropout(values: torch.Tensor, keys: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
+    """`stepwise_dropout` in one kernel: the same values bit by bit; float32, float16 or bfloat16 on a GPU.
+
+    Args:
+        values, keys, probability, seed: as in `stepwise_dropout`.
+    """
+    return _FusedDropout.apply(values, keys, probability, seed)
+
+
+@cache
+def fused_problem(device: torch.device) -> str | None:
+    """Why the kernel cannot be used on a device; None where it gives the values of the formula on the CPU.
+
+    Args:
+        device: asked once a process.
+    """
+    if device.type != "cuda":
+        return "no GPU"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        return kernel_problem(device)
+    except Exception as error:  # a compiler and a driver may raise anything
+        return f"Triton's kernel does not run here ({reason_of(error)})"
+
+
+@torch.no_grad()
+def kernel_problem(device: torch.device) -> str | None:
+    """Compare the kernel with the formula on the CPU, bit by bit; says what differs, None if nothing does.
+
+    The backward pass is the same kernel, on the gradient. Nothing is kept for one here: the first pack may be inside a
+    checkpointed layer, whose recomputation would miss it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(-(2**62), 2**62, (_CHECKED_TOKENS,), generator=generator)
+    exact = torch.randn(1, _CHECKED_TOKENS, _CHECKED_CHANNELS, generator=generator)
+    for dtype in KERNEL_DTYPES:
+        for probability in (0.05, 0.5):
+            values = exact.to(dtype)
+            found = fused_dropout(values.to(device), keys.to(device), probability, 3).cpu()
+            if not torch.equal(found, stepwise_dropout(values, keys, probability, 3)):
+                return f"Triton's kernel gives other values than the formula here, in {str(dtype)[6:]}"
+    return None
 
 
 class KeyedDropout(torch.nn.Module):
@@ -97,9 +196,9 @@ class KeyedDropout(torch.nn.Module):
             return torch.nn.functional.dropout(values, self.p)
         keys = next((keys for keys in _keys if len(keys) == values.shape[-2]), None)
         assert keys is not None, f"{values.shape[-2]} tokens in a layer of a pack of {len(_keys[0])}"
-        seed = _mix(self.seed * 1_000_003 + _step)
-        keep = keep_mask(keys, values.shape[-1], self.p, seed)
-        return values * keep.to(values.dtype).mul_(1.0 / (1.0 - self.p))
+        fits = values.is_cuda and values.dtype in KERNEL_DTYPES and fused_problem(values.device) is None
+        dropout = fused_dropout if fits else stepwise_dropout
+        return dropout(values, keys, self.p, _mix(self.seed * 1_000_003 + _step))
 
     def extra_repr(self) -> str:
         """Show the probability when the model is printed."""

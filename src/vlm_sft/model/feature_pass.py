@@ -210,7 +210,8 @@ def _batches(cache: DataCache, samples: Mapping[str, Sample]) -> Iterator[tuple[
     patches = 0
     for key, sample in samples.items():
         image = _pixels(cache, sample)
-        size = len(image["pixel_values"]) if "image_grid_thw" in image else BATCH_PATCHES
+        grid = image.get("image_grid_thw")
+        size = BATCH_PATCHES if grid is None else int(grid.prod(-1).sum())
         if keys and patches + size > BATCH_PATCHES:
             yield keys, images
             keys, images, patches = [], [], 0

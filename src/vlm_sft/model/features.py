@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.data.features import PREFIX, features_of, is_pixels
+from vlm_sft.data.pixels import unpack_pixels
 from vlm_sft.data.store import Record
 from vlm_sft.errors import DataError
 from vlm_sft.model.families import family_of
@@ -177,7 +178,7 @@ def encode_images(model: Any, images: Sequence[Mapping[str, torch.Tensor]]) -> l
 
     Args:
         model: the model, its tower on the device where it is to run.
-        images: the processor's tensors of each image.
+        images: the processor's tensors of each image, packed or not.
 
     Returns:
         For each image its features, on the CPU, in the dtype of the language model.
@@ -185,7 +186,8 @@ def encode_images(model: Any, images: Sequence[Mapping[str, torch.Tensor]]) -> l
     base = unwrap(model)
     weight = next(base.get_input_embeddings().parameters())
     device = next(next(iter(tower_modules(model).values())).parameters()).device
-    arguments = {name: value.to(device) for name, value in joined_tensors(images).items()}
+    whole = joined_tensors([unpack_pixels(image) for image in images])
+    arguments = {name: value.to(device) for name, value in whole.items()}
     accepted = inspect.signature(base.model.get_image_features).parameters
     arguments = {name: value for name, value in arguments.items() if name in accepted}
     with torch.autocast(device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Modules that are computed in fewer steps with the same values. Imports model.{gated,products,stepwise}.
+"""Modules that are computed in fewer steps with the same values. Imports model.{aligned,gated,products,stepwise}.
 
 RMSNorm as one node of autograd, on CPUs: the modules of transformers compute it in six elementwise steps, each of which
 keeps an activation for the backward pass and reads it again there. The closed form of the gradient (Zhang and Sennrich
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vlm_sft.model.aligned import align_gated
 from vlm_sft.model.gated import fuse_gated
 from vlm_sft.model.products import EXACT
 from vlm_sft.model.stepwise import exchange_forward
@@ -49,7 +50,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def fuse_modules(model: torch.nn.Module) -> int:
     """Change the modules of a model that have a faster form; returns how many were changed."""
-    return fuse_norms(model) + fuse_patches(model) + fuse_head(model) + fuse_gated(model)
+    return fuse_norms(model) + fuse_patches(model) + fuse_head(model) + fuse_gated(model) + align_gated(model)
 
 
 def fuse_patches(model: torch.nn.Module) -> int:

@@ -64,7 +64,7 @@ def fuse_gated(model: torch.nn.Module) -> int:
     return exchange_forward(model.modules(), _is_gated, _forward)
 
 
-def _parameters(module: Any) -> list[torch.Tensor | None] | None:
+def gated_parameters(module: Any) -> list[torch.Tensor | None] | None:
     """Weight and bias of gate, up and down; None where one of them is no plain linear layer (any more)."""
     linears = [getattr(module, name, None) for name in _PARTS]
     if any(type(linear) is not torch.nn.Linear for linear in linears):
@@ -74,7 +74,7 @@ def _parameters(module: Any) -> list[torch.Tensor | None] | None:
 
 @torch.no_grad()
 def _is_gated(module: torch.nn.Module) -> bool:
-    parameters = _parameters(module)
+    parameters = gated_parameters(module)
     if parameters is None or len(list(module.parameters())) != sum(one is not None for one in parameters):
         return False
     weight = parameters[0]
@@ -87,7 +87,7 @@ def _is_gated(module: torch.nn.Module) -> bool:
 
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Forward of (…, C) hidden states."""
-    parameters = _parameters(module)
+    parameters = gated_parameters(module)
     if parameters is None or not is_frozen(parameters, hidden_states.dtype):
         return module.forward_stepwise(hidden_states)
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])

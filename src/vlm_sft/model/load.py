@@ -19,10 +19,11 @@ from transformers import (
 )
 
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.errors import ModelError
+from vlm_sft.errors import ModelError, quoted
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS
 from vlm_sft.model.features import tower_modules
 from vlm_sft.model.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
+from vlm_sft.model.folder import require_model
 from vlm_sft.model.fused import fuse_modules
 from vlm_sft.model.pocket import WEIGHTS
 from vlm_sft.model.trim import trim_last_layer
@@ -78,14 +79,13 @@ def resolve_path(name: str) -> str:
     """Turn the user's name of a base into what transformers opens.
 
     Raises:
-        ModelError: it looks like a folder and is none.
+        ModelError: it looks like a folder and is none, or the folder does not hold a whole model.
     """
     if name == POCKET:
         return str(WEIGHTS)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"--base_model {name}: the folder has no config.json", "pass a Hugging Face model folder")
+        require_model(path, name)
         return str(path)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" not in name
     if looks_local:
@@ -165,7 +165,7 @@ def find_base(
     config = _open(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), name)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ModelError(
-            f"--base_model {name}: {config.model_type!r} is not an image-text-to-text model",
+            f"--base_model {name}: {quoted(config.model_type)} is not an image-text-to-text model",
             "use a vision-language model, e.g. of the Qwen2.5-VL family",
         )
     settings = prompt or PromptSettings.find(path) or PromptSettings()
@@ -200,23 +200,48 @@ def load_model(base: Base) -> Any:
     Raises:
         ModelError: the weights cannot be opened.
     """
-    model = _open(
+    model, found = _open(
         lambda: AutoModelForImageTextToText.from_pretrained(
             base.path,
             dtype=base.dtype,
             attn_implementation="sdpa",
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
             **(_in_4bit(base) if base.load_in_4bit else {}),
         ),
         base.name,
     )
+    # transformers would give such weights random values.
+    if absent := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        raise ModelError(
+            f"--base_model {base.name}: {len(absent)} tensors of the model are not in its weights, or have another "
+            f"shape there, e.g. {absent[0]}",
+            "copy or download the whole model again",
+        )
     if base.load_in_4bit:
         _keep_scales(model)
-    set_attention(model, base.function)
+    return ready(model, base.function)
+
+
+def ready(model: Any, function: str) -> Any:
+    """Give loaded weights the attention function and the faster forward passes of this package.
+
+    Args:
+        model: as transformers made it; changed in place.
+        function: name of the attention function of its language model.
+    """
+    set_attention(model, function)
     trim_last_layer(model)
     fuse_modules(model)
     return model
+
+
+def empty_model(path: str) -> Any:
+    """The architecture of a base model without weights, on the meta device."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def to_gpu(model: Any, base: Base, number: int) -> None:
@@ -248,9 +273,7 @@ def _in_4bit(base: Base) -> dict[str, Any]:
     stay exact, and a projector may be trained. On a CPU so do layers whose width is no multiple of a block: there
     bitsandbytes 0.50 gives the rows of such weights wrong scales (its kernel for AVX-512 starts a block with each row).
     """
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
-        empty = AutoModelForImageTextToText.from_config(config)
+    empty = empty_model(base.path)
     kept = ["lm_head", *(f"model.{name}" for name in tower_modules(empty))]
     if not torch.cuda.is_available():
         linear = ((name, module) for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear))
@@ -291,7 +314,7 @@ def _open(load: Callable[[], Any], name: str) -> Any:
     """Run a loader of transformers and turn its failures into one message."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # what a broken folder raises in transformers and tokenizers can be anything
         text = str(error)
         offline = any(word in text for word in ("connect", "offline", "resolve", "internet", "Connection"))
         if offline and not Path(name).exists():
@@ -300,5 +323,7 @@ def _open(load: Callable[[], Any], name: str) -> Any:
                 f"pass a folder that holds the model (--base_model /path/to/model), or {POCKET!r} for the embedded one",
             ) from error
         first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        if not isinstance(error, OSError | ValueError):  # their texts are written for users
+            first_line = f"{type(error).__name__}: {first_line}"
         what = f"--base_model {name} cannot be opened: {first_line}"
         raise ModelError(what, "check the name or the folder") from error

@@ -1,8 +1,9 @@
-"""Linear layers with LoRA as one node of autograd, on CPUs. Imports peft and model.{products,stepwise}.
+"""Linear layers with LoRA as one node of autograd. Imports peft and model.{products,stepwise}.
 
 y = W x + b + s B A d(x), with d the adapter's dropout (Hu et al. 2021, arXiv:2106.09685). PEFT's module scales and adds
 the adapter's output in steps of their own, each of which writes a matrix as large as the output, and their gradients do
-so again. Here products accumulate into one another and the scale goes to the small matrices.
+so again; under autocast copies of the input in float32 come on top. Here products accumulate into one another and the
+scale goes to the small matrices. In half precision, on GPUs, that is used in training; evaluation rounds as PEFT does.
 """
 
 from __future__ import annotations
@@ -64,9 +65,25 @@ def _covered_adapter(module: Any, rows: torch.Tensor) -> str | None:
     linears = (base, module.lora_A[names[0]], module.lora_B[names[0]])
     if any(type(linear) is not torch.nn.Linear for linear in linears) or linears[1].bias is not None:
         return None
-    adapter = (linears[1].weight, linears[2].weight)
-    plain = all(one.dtype == rows.dtype and one.device.type == "cpu" and not hasattr(one, "ds_id") for one in adapter)
-    return names[0] if plain and linears[2].bias is None and is_frozen([base.weight, base.bias], rows.dtype) else None
+    fits = _fits_cpu if rows.device.type == "cpu" else _fits_gpu
+    adapter = [linears[1].weight, linears[2].weight]
+    shared_out = any(hasattr(one, "ds_id") for one in (base.weight, *adapter))
+    return names[0] if not shared_out and linears[2].bias is None and fits(rows, base, adapter) else None
+
+
+def _fits_cpu(rows: torch.Tensor, base: torch.nn.Linear, adapter: list[torch.Tensor]) -> bool:
+    same = all(one.dtype == rows.dtype and one.device.type == "cpu" for one in adapter)
+    return same and is_frozen([base.weight, base.bias], rows.dtype)
+
+
+def _fits_gpu(rows: torch.Tensor, base: torch.nn.Linear, adapter: list[torch.Tensor]) -> bool:
+    """Whether the layer is in training and computes in the number format of its input, under autocast or without."""
+    frozen = [one for one in (base.weight, base.bias) if one is not None]
+    if not torch.is_grad_enabled() or any(one.dtype != rows.dtype or one.requires_grad for one in frozen):
+        return False
+    narrowed = rows.is_cuda and torch.is_autocast_enabled("cuda") and rows.dtype == torch.get_autocast_dtype("cuda")
+    here = all(one.device == rows.device for one in (*frozen, *adapter))
+    return here and (narrowed or all(one.dtype == rows.dtype for one in adapter))
 
 
 def _forward(module: Any, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -74,9 +91,15 @@ def _forward(module: Any, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torc
     name = None if args or kwargs else _covered_adapter(module, rows)
     if name is None:
         return module.forward_stepwise(rows, *args, **kwargs)
+    return _one_step(module, name, rows)
+
+
+def _one_step(module: Any, name: str, rows: torch.Tensor) -> torch.Tensor:
+    """What a layer with one active adapter computes, (…, I) to (…, O), in the number format of the rows."""
     flat = rows.reshape(-1, rows.shape[-1])
     dropped = module.lora_dropout[name](rows)
     kept = None if dropped is rows else dropped.reshape(flat.shape)
-    base, down, up = module.base_layer, module.lora_A[name].weight, module.lora_B[name].weight
+    base = module.base_layer
+    down, up = (linear[name].weight.to(rows.dtype) for linear in (module.lora_A, module.lora_B))
     output = _LoraLinear.apply(flat, kept, base.weight, base.bias, down, up, module.scaling[name])
     return output.reshape(*rows.shape[:-1], -1)

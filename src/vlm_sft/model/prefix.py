@@ -1,8 +1,8 @@
 """The forward pass of a pack: positions, attention layout, images in, logits of supervised positions out.
 
-Imports data.collate and model.{attention,dropout,families,features,trim,vocabulary}. The mathematics is that of
-separate sequences: every question sees its own image prefix and itself, its positions restart right after the prefix,
-and the vocabulary projection runs only where a supervised token is predicted.
+Imports data.collate and model.{attention,dropout,families,features,positions,trim,vocabulary}. The mathematics is
+that of separate sequences: every question sees its own image prefix and itself, its positions restart right after the
+prefix, and the vocabulary projection runs only where a supervised token is predicted.
 """
 
 from __future__ import annotations
@@ -21,44 +21,15 @@ from vlm_sft.model.attention import PackLayout, branch_mask, pack_layout
 from vlm_sft.model.dropout import dropout_keys
 from vlm_sft.model.families import PackMode, family_of, masks_for
 from vlm_sft.model.features import image_inputs, unwrap
+from vlm_sft.model.positions import Positions
 from vlm_sft.model.trim import is_trimmed, kept_rows
 
 _IMAGE_TYPE = 1  # token type of image tokens, in all processors that have token types
 
 
 def position_ids(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """Positions of every token of a pack, as its own question alone behind its image would have them.
-
-    Args:
-        model: the model; where it has `get_rope_index` (M-RoPE of the Qwen-VL family) the prefix gets its three rows
-            and a question starts at the prefix's largest position + 1, the same on all rows.
-        batch: the pack.
-
-    Returns:
-        (3, 1, L) int64 for M-RoPE, else (1, L).
-    """
-    base = unwrap(model).model
-    rope_index = getattr(base, "get_rope_index", None)
-    if rope_index is None:
-        return sequence_index(batch)[None]
-    rows = batch.offset.repeat(3, 1)
-    starts = torch.zeros(len(batch.ends), dtype=torch.long, device=rows.device)
-    accepted = inspect.signature(rope_index).parameters
-    for index, (start, end, *_) in enumerate(batch.ends):
-        arguments = {name: value for name, value in batch.tensors[index].items() if name in accepted}
-        if "mm_token_type_ids" in accepted:
-            arguments["mm_token_type_ids"] = batch.prefix_types[None, start:end]
-        prefix, _ = rope_index(input_ids=batch.input_ids[:, start:end], **arguments)
-        rows[:, start:end] = prefix[-3:, 0]
-        starts[index] = prefix.max() + 1
-    rows = torch.where(batch.branch[None] == 0, rows, rows + starts[batch.group][None])
-    return rows[:, None]
-
-
-def sequence_index(batch: PackedBatch) -> torch.Tensor:
-    """Index of every token in the sequence that its question alone would be, (L,) int64."""
-    prefix_length = torch.tensor([end - start for start, end, *_ in batch.ends], device=batch.group.device)
-    return torch.where(batch.branch == 0, batch.offset, batch.offset + prefix_length[batch.group])
+    """Positions of every token of a pack: those that it came with, else computed here, see `positions.Positions`."""
+    return Positions(model)(batch) if batch.positions is None else batch.positions
 
 
 def image_blocks(batch: PackedBatch, mode: PackMode) -> torch.Tensor | None:
@@ -74,12 +45,12 @@ def image_blocks(batch: PackedBatch, mode: PackMode) -> torch.Tensor | None:
 
 def layout_of(batch: PackedBatch, mode: PackMode) -> PackLayout:
     """The attention layout of a pack: the ends of every image's prefix and questions."""
-    return PackLayout(batch.tokens, batch.ends, image_blocks(batch, mode))
+    return PackLayout(batch.tokens, batch.ends, image_blocks(batch, mode), batch.rows)
 
 
 def dense_mask(batch: PackedBatch, mode: PackMode, window: int | None = None) -> torch.Tensor:
     """The same layout as one (1, 1, L, L) bool mask: the general path, for any attention implementation."""
-    mask = branch_mask(batch.branch, sequence_index(batch), window, image_blocks(batch, mode))
+    mask = branch_mask(batch.branch, batch.index, window, image_blocks(batch, mode))
     return (mask & (batch.group[None, :] == batch.group[:, None]))[None, None]
 
 
@@ -147,8 +118,8 @@ def separate_inputs(model: torch.nn.Module, batch: PackedBatch) -> dict[str, tor
 def token_losses(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) -> torch.Tensor:
     """Run the model on one pack, inside `packed(…)`, and compare it with the answers.
 
-    Where the model is trimmed and its head is frozen on a CPU, the losses are computed without the scores
-    (`model/vocabulary.py`).
+    Where the model is trimmed and its head is frozen and plain, the losses are computed without the scores; nowhere is
+    there a copy of all scores in float32 (`model/vocabulary.py`).
 
     Args:
         model: the model, wrapped or not.
@@ -163,5 +134,4 @@ def token_losses(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) -> 
     if mode.shares and is_trimmed(base) and vocabulary.is_covered(head):
         hidden = base.model(use_cache=False, **shared_inputs(model, batch, mode))[0]
         return vocabulary.token_losses(hidden[0], head, batch.targets)
-    scores = forward(model, batch, mode).logits.squeeze(0)
-    return F.cross_entropy(scores.float() if scores.dtype != torch.float64 else scores, batch.targets, reduction="none")
+    return vocabulary.score_losses(forward(model, batch, mode).logits.squeeze(0), batch.targets)

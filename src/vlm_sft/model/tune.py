@@ -55,7 +55,7 @@ def tune(weights: Any, recipe: Recipe, base_name: str, master: bool) -> tuple[An
 def checkpoint_layers(model: Any) -> None:
     """Compute the activations of each decoder layer again in the backward pass instead of keeping them.
 
-    transformers makes the outputs of all input embeddings need a gradient with it, those of patches too, so that a frozen
+    With it transformers makes the outputs of all input embeddings need a gradient, those of patches too: a frozen
     vision tower would keep its activations and get a backward pass. With `use_reentrant=False` nothing needs that.
 
     Args:

@@ -8,19 +8,20 @@ twice, differently, is a contradiction. Every mistake of all layers is collected
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.errors import nearest
 from vlm_sft.recipe.rules import ALIASES, Mistake, find_contradictions, raise_mistakes, suggestion
-from vlm_sft.recipe.schema import KEYS, Recipe
-from vlm_sft.recipe.shipped import RECIPES
+from vlm_sft.recipe.schema import KEYS, Key, Recipe
+from vlm_sft.recipe.shipped import RECIPES, locate_recipe
 from vlm_sft.recipe.values import check_value, parse_text, shown
 
 COMMAND_LINE = "command line"
+LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
 # What the classic pair means where only one of the two is given.
 CLASSIC_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
@@ -76,7 +77,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, object] | None 
     """Read a recipe; `read_recipe` without its notes.
 
     Args:
-        path: a flat JSON object; None takes the defaults.
+        path: a flat JSON object, or the name of a recipe of the package, e.g. "best"; None takes the defaults.
         overrides: values that win over the file's, by key; texts are parsed as the flags' are.
 
     Returns:
@@ -96,7 +97,8 @@ def read_recipe(path: str | Path | None, overrides: Mapping[str, object] | None 
     """
     draft = _Draft()
     if path is not None:
-        _add_layer(draft, _read_object(Path(path), draft.mistakes), str(path))
+        path = locate_recipe(path)
+        _add_layer(draft, _read_object(path, draft.mistakes), str(path))
     _add_layer(draft, overrides or {}, COMMAND_LINE)
     return _finish(draft)
 
@@ -116,6 +118,7 @@ def _finish(draft: _Draft) -> LoadedRecipe:
     _settle_warmup(draft)
     _settle_best(draft)
     _settle_batch(draft)
+    _note_idle(draft)
     draft.mistakes += find_contradictions(draft.values, draft.sources, draft.broken)
     raise_mistakes(draft.mistakes)
     return LoadedRecipe(Recipe(**draft.values), draft.notes)
@@ -131,10 +134,7 @@ def _read_object(path: Path, mistakes: list[Mistake]) -> Mapping[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_Object)
     except FileNotFoundError:
-        beside = sorted(file.name for file in path.parent.glob("*.json"))
-        near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.0)
-        names = f"check its path, or name a recipe of the package: {', '.join(RECIPES.values())}"
-        return failed("the file does not exist", f"did you mean {path.parent / near[0]}?" if near else names)
+        return failed("the file does not exist", _recipe_meant(path))
     except OSError as error:
         return failed(f"cannot be read ({error.strerror})", "give a JSON file that you may read")
     except UnicodeDecodeError as error:
@@ -149,6 +149,23 @@ def _read_object(path: Path, mistakes: list[Mistake]) -> Mapping[str, object]:
         problem = f"given {len(given)} times"
         mistakes.append(Mistake(str(path), f"{name} = {' and '.join(map(shown, given))}", problem, "keep one of them"))
     return value
+
+
+def _choice_meant(key: Key, value: object) -> str:
+    """The choice that a wrong value was probably meant to be, as the end of a message."""
+    names = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
+    wrong = (name.strip() for name in names if isinstance(name, str) and name.strip() not in key.choices)
+    return nearest(next(wrong, ""), key.choices)
+
+
+def _recipe_meant(path: Path) -> str:
+    """What a path that is not there may have meant: a recipe of the package, or a file beside it."""
+    stems = {stem: name for stem, name in RECIPES.items()} | {name: name for name in RECIPES.values()}
+    beside = {file.name: str(file) for file in sorted(path.parent.glob("*.json"))}
+    known = beside if path.suffix else stems  # a name without an ending is one of the package
+    meant = stems.get(path.stem) or known.get(nearest(path.name, known, "{}"))
+    names = f"name a recipe of the package: {', '.join(RECIPES.values())}"
+    return f"did you mean {meant}? or {names}" if meant else f"check its path, or {names}"
 
 
 def _add_layer(draft: _Draft, layer: Mapping[str, object], where: str) -> None:
@@ -172,7 +189,7 @@ def _add_layer(draft: _Draft, layer: Mapping[str, object], where: str) -> None:
             value = parse_text(key, value)
         checked, problem = check_value(key, value)
         if problem:
-            draft.mistakes.append(Mistake(where, label, problem, f"allowed: {key.allowed}"))
+            draft.mistakes.append(Mistake(where, label, problem, f"allowed: {key.allowed}{_choice_meant(key, value)}"))
             draft.broken.add(name)
         else:
             draft.values[name] = checked
@@ -224,6 +241,22 @@ def _settle_batch(draft: _Draft) -> None:
             draft.replace("global_batch_size", None, f"{' x '.join(pair)} x devices is given")
         elif max(map(draft.rank, pair)) < target and values["global_batch_size"] is not None:
             draft.replace("gradient_accumulation_steps", None, "global_batch_size is given")
+
+
+def _note_idle(draft: _Draft) -> None:
+    """Say which flags of the command line have no effect beside the other values.
+
+    They are not refused: a launch line is changed by what is put behind it, as `vlm-sft verify` does.
+    """
+    values = draft.values
+    for names, idle, reason in (
+        (("eval_steps",), values["eval_strategy"] != "steps", f"eval_strategy is {values['eval_strategy']}"),
+        (("save_steps",), values["save_strategy"] != "steps", f"save_strategy is {values['save_strategy']}"),
+        (("save_total_limit",), values["save_strategy"] == "no", "save_strategy is no"),
+        (LORA_KEYS, "language" not in values["train"], "train does not name language, and LoRA is on nothing else"),
+    ):
+        draft.notes += [f"{name} ({COMMAND_LINE}) has no effect: {reason}" for name in names
+                        if idle and draft.rank(name) == 2 and name not in draft.broken]  # fmt: skip
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,13 +6,12 @@ found at once. `resolve_schedule` and `effective_global_batch_size` tell the tra
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_sft.errors import RecipeError
+from vlm_sft.errors import RecipeError, nearest
 from vlm_sft.recipe.schema import KEYS, Recipe
 from vlm_sft.recipe.values import shown
 
@@ -39,7 +38,11 @@ ALIASES = {
     "image_min_pixels": "min_pixels",
 }
 COMMAND_LINE_ONLY = ("base_model", "dataset", "output_dir", "deepspeed", "flash_attn", "resume", "eval_benchmarks",
-                     "eval_samples", "guard", "prompt_template", "system")
+                     "eval_samples", "guard", "prompt_template", "system", "max_new_tokens")
+
+
+FEW_STEPS = 50  # optimizer steps; below, a training can hardly learn
+SMALL_BATCH = 8  # questions; advice goes no lower
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +84,9 @@ def suggestion(name: str) -> str:
         return f"it belongs on the command line: --{name}"
     if name == "fp16":
         return "float16 training is not offered; use bf16"
-    near = difflib.get_close_matches(name.lower(), [*KEYS, *ALIASES], n=1, cutoff=0.6)
+    near = nearest(name, [*KEYS, *ALIASES], "{}")
     if near:
-        return f"did you mean {ALIASES.get(near[0], near[0])}?"
+        return f"did you mean {ALIASES.get(near, near)}?"
     return "no known key is near to it; remove it"
 
 
@@ -251,7 +254,7 @@ class Schedule:
     Attributes:
         steps_per_epoch: steps of one pass over the data.
         total_steps: steps of the whole training.
-        warmup_steps: steps in which the learning rate rises.
+        warmup_steps: steps in which the learning rate rises; at most half of them.
         eval_steps: an evaluation follows every so many steps; 0: never.
         save_steps: a checkpoint follows every so many steps; 0: never.
         notes: one sentence for each value that differs from the recipe's, to be printed.
@@ -321,9 +324,59 @@ def resolve_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     if recipe.load_best_model_at_end and evaluate and save and save != evaluate:
         notes.append(f"saving every {evaluate} steps instead of {save}, so that every evaluation can be the best")
         save = evaluate
-    warmup = recipe.warmup_steps or math.ceil(round(total * recipe.warmup_ratio, 6))
-    if warmup > total:
-        notes.append(f"warmup_steps {warmup} is more than the {total} steps of the training: the learning rate rises "
-                     "to the end")
-        warmup = total
+    asked = recipe.warmup_steps or math.ceil(round(total * recipe.warmup_ratio, 6))
+    warmup = min(asked, total // 2)
+    if warmup < asked:
+        notes.append(f"a warmup of {asked} steps is more than half of the training's {total}: it takes {warmup}")
     return Schedule(steps_per_epoch, total, warmup, evaluate, save, notes)
+
+
+def rate_factor(kind: str, warmup: int, total: int, step: int) -> float:
+    """The learning rate of a step as a share of the highest one; no step of the training has a rate of 0.
+
+    The usual schedules begin a warmup at 0, which makes the first step one that changes nothing. Here the warmup rises
+    in `warmup` + 1 equal parts, of which the first step takes one; behind it the course is theirs.
+
+    Args:
+        kind: one of SCHEDULERS.
+        warmup, total: steps of the warmup and of the training.
+        step: optimizer steps done, 0 for the first step.
+
+    Returns:
+        Above 0 and at most 1 for steps of the training, 0 behind its end (of the schedules that fall).
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if kind.startswith("constant"):
+        return 1.0
+    left = max(0.0, (total - step) / max(1, total - warmup))
+    return left if kind == "linear" else (1 + math.cos(math.pi * (1 - left))) / 2
+
+
+def few_steps_advice(recipe: Recipe, schedule: Schedule, questions: int, batch: int, world_size: int) -> str:
+    """What to say about a run of so few optimizer steps that it can hardly learn.
+
+    Args:
+        recipe, schedule: of the run.
+        questions: of one epoch.
+        batch: questions of one optimizer step.
+        world_size: number of training processes.
+
+    Returns:
+        One sentence with flags that give `FEW_STEPS` on this data; "" where there are as many.
+    """
+    total = schedule.total_steps
+    if total >= FEW_STEPS:
+        return ""
+    told = f"{total:,} optimizer step{'s' if total > 1 else ''} of {batch:,} questions can hardly teach anything"
+    if recipe.max_steps > 0:
+        return f"{told}; --max_steps {FEW_STEPS} or more would"
+    sizes = [batch >> halvings for halvings in range(batch.bit_length()) if batch >> halvings >= SMALL_BATCH] or [batch]
+    fitting = (size for size in sizes if math.ceil(questions / size) * recipe.num_train_epochs >= FEW_STEPS)
+    size = next(fitting, sizes[-1])
+    steps = math.ceil(questions / size)
+    epochs = max(recipe.num_train_epochs, math.ceil(FEW_STEPS / steps))
+    flags = f"--global_batch_size {size}"
+    if recipe.per_device_train_batch_size and recipe.gradient_accumulation_steps:
+        flags = f"--per_device_train_batch_size {max(1, size // world_size)} --gradient_accumulation_steps 1"
+    return f"{told}; {flags} --num_train_epochs {epochs:g} makes {math.ceil(steps * epochs):,} steps of this data"

@@ -82,8 +82,9 @@ class Recipe:
                           "optimizer steps", Range(1, also=(-1,)))
     learning_rate: float = _key(1e-4, "highest learning rate", "per optimizer step", Range(0, 1.0, low_open=True))
     lr_scheduler_type: str = _key("linear", "course of the learning rate after the warmup", choices=SCHEDULERS)
-    warmup_ratio: float = _key(0.03, "part of all optimizer steps in which the learning rate rises from 0",
-                               "fraction of the steps", FRACTION)
+    warmup_ratio: float = _key(
+        0.03, "part of all optimizer steps in which the learning rate rises; half of them at most",
+        "fraction of the steps", FRACTION)
     warmup_steps: int = _key(0, "the same as a number of steps; above 0 it replaces warmup_ratio", "optimizer steps",
                              Range(0))
     weight_decay: float = _key(0.0, "decoupled weight decay", "per step and learning rate", Range(0, 1.0))
@@ -111,8 +112,9 @@ class Recipe:
         "that are answered at each evaluation", choices=EVALUATION_METRICS)
     greater_is_better: bool | None = _key(None, "whether more of that metric is better; null: no for a name that ends "
                                                 "in loss, yes for any other")
-    dataloader_num_workers: int = _key(0, "processes that prepare batches; 0: the training process itself",
-                                       "processes per device", Range(0, 256))
+    dataloader_num_workers: int | str = _key(
+        0, "processes that prepare batches; 0: the training process itself; auto, and on a GPU a 0 that is no flag: "
+           "what the device needs", "processes per device", Range(0, 256), AUTO)
     seed: int = _key(42, "seed of the data order, the adapter's first weights and dropout", "", Range(0, 2**32 - 1))
     global_batch_size: int | None = _key(
         64, "questions per optimizer step whatever the number of devices; null: per_device_train_batch_size x "
@@ -172,11 +174,11 @@ class Recipe:
 
 
 _KINDS: dict[Any, str] = {
-    float: "number", int: "whole number", bool: "switch", bool | str: "auto switch", str: "text",
-    tuple[str, ...]: "names",
+    float: "number", int: "whole number", int | str: "auto number", bool: "switch", bool | str: "auto switch",
+    str: "text", tuple[str, ...]: "names",
 }
-_METAVARS = {"number": "NUMBER", "whole number": "N", "switch": "true|false", "auto switch": "auto|true|false",
-             "text": "NAME", "names": "NAMES"}
+_METAVARS = {"number": "NUMBER", "whole number": "N", "auto number": "auto|N", "switch": "true|false",
+             "auto switch": "auto|true|false", "text": "NAME", "names": "NAMES"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,7 @@ class Key:
 
     Attributes:
         name: the key in a file; the flag is "--" and the name.
-        kind: "number", "whole number", "switch", "auto switch", "text" or "names".
+        kind: "number", "whole number", "auto number" (a whole one), "switch", "auto switch", "text" or "names".
         optional: whether null is a value.
         default: the value of a key that is not given.
         help: what it does, in one sentence.
@@ -222,6 +224,7 @@ class Key:
         text = {
             "number": "a number",
             "whole number": "a whole number",
+            "auto number": '"auto" or a whole number',
             "switch": "true or false",
             "auto switch": '"auto", true or false',
             "text": f"one of {choices}" if len(self.choices) > 1 else choices or "a text",

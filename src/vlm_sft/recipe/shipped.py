@@ -29,4 +29,4 @@ def locate_recipe(path: str | Path) -> Path:
     """
     path = Path(path)
     stems = {name: stem for stem, name in RECIPES.items()}
-    return path if path.exists() or str(path) not in stems else FILES / f"{stems[str(path)]}.json"
+    return path if str(path) not in stems or path.is_file() else FILES / f"{stems[str(path)]}.json"

@@ -26,8 +26,8 @@ def parse_text(key: Key, text: str) -> object:
     if key.optional and word.lower() in ("null", "none"):
         return None
     try:
-        if key.kind == "whole number":
-            return int(word)
+        if key.kind in ("whole number", "auto number"):
+            return word if word in key.choices else int(word)
         if key.kind == "number":
             return float(word)
     except ValueError:
@@ -52,6 +52,7 @@ def check_value(key: Key, value: Any) -> tuple[Any, str]:
     check = {
         "number": _check_number,
         "whole number": _check_number,
+        "auto number": _check_number,
         "switch": _check_switch,
         "auto switch": _check_switch,
         "text": _check_text,
@@ -68,7 +69,9 @@ def _wrong_type(value: object) -> str:
 
 
 def _check_number(key: Key, value: Any) -> tuple[Any, str]:
-    whole = key.kind == "whole number"
+    whole = key.kind != "number"
+    if isinstance(value, str) and value in key.choices:
+        return value, ""
     if isinstance(value, float) and not math.isfinite(value):
         return value, "not a finite number"
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):

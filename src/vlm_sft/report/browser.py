@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -24,11 +25,12 @@ CARDS = 12  # shown without the script, and on paper
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One prediction that the page shows without its script, with its picture as a data address (None: missing)."""
+    """One prediction that the page shows without its script: its picture as a data address, or "" and why not."""
 
     run: str
     prediction: Prediction
-    picture: str | None
+    picture: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Browser:
         data: JSON for a script element.
         held, total: predictions in the page, and in the runs.
         pictures: how many are embedded.
+        unpictured: questions that are shown without one, by reason.
         cards: a fixed choice from every outcome and benchmark.
     """
 
@@ -46,6 +49,7 @@ class Browser:
     held: int
     total: int
     pictures: int
+    unpictured: dict[str, int]
     cards: list[Card]
 
 
@@ -58,11 +62,7 @@ def browser(runs: Sequence[RunReport]) -> Browser:
     limit = max(ROWS_AT_LEAST, ROWS // len(runs))
     chosen = [choose(run.predictions, max(1, CARDS // len(runs))) for run in runs]
     kept = [_ordered(run.predictions, first, limit) for run, first in zip(runs, chosen, strict=True)]
-    album = Album()
-    for turn in zip_longest(*kept):
-        for one in turn:
-            if one is not None:
-                album.add(one.image)
+    album = Album(one.image for turn in zip_longest(*kept) for one in turn if one is not None)
     questions: dict[tuple[Any, ...], int] = {}
     listed = []
     for run, rows in zip(runs, kept, strict=True):
@@ -72,14 +72,19 @@ def browser(runs: Sequence[RunReport]) -> Browser:
         ]
         listed.append({"name": run.name, "rows": answers})
     cards = [
-        Card(run.name, one, thumbnail(one.image))
+        _card(run.name, one, album)
         for run, rows in zip(runs, chosen, strict=True)
         for one in rows
     ]
+    reasons = (album.reason(album.number(one.image)).partition(":")[0] for rows in kept for one in rows)
+    unpictured = Counter(reason for reason in reasons if reason)
+    data = {
+        "runs": listed, "questions": list(questions), "pictures": album.addresses, "unpictured": album.reasons,
+    }  # fmt: skip
     return Browser(
-        as_data({"runs": listed, "questions": list(questions), "pictures": album.addresses}),
-        sum(map(len, kept)), sum(len(run.predictions) for run in runs), len(album.addresses), cards[:CARDS],
-    )
+        as_data(data), sum(map(len, kept)), sum(len(run.predictions) for run in runs), len(album.addresses),
+        dict(unpictured.most_common()), cards[:CARDS],
+    )  # fmt: skip
 
 
 def _ordered(predictions: Sequence[Prediction], first: Sequence[Prediction], limit: int) -> list[Prediction]:
@@ -92,8 +97,17 @@ def _ordered(predictions: Sequence[Prediction], first: Sequence[Prediction], lim
     return [*first, *others][:limit]
 
 
-def _rank(one: Prediction) -> bytes:
-    return hashlib.sha256(f"{one.benchmark}\n{one.id}".encode("utf-8", "surrogatepass")).digest()
+def _rank(one: Prediction) -> tuple[bool, bytes]:
+    """Those whose picture was kept first: which they are does not depend on any answer."""
+    pictured = one.image is not None and one.image.is_file()
+    return not pictured, hashlib.sha256(f"{one.benchmark}\n{one.id}".encode("utf-8", "surrogatepass")).digest()
+
+
+def _card(run: str, one: Prediction, album: Album) -> Card:
+    number = album.number(one.image)
+    if number < 0 or one.image is None:
+        return Card(run, one, "", album.reason(number))
+    return Card(run, one, thumbnail(one.image), "")
 
 
 def _question(one: Prediction, album: Album) -> tuple[Any, ...]:
@@ -106,7 +120,7 @@ def _question(one: Prediction, album: Album) -> tuple[Any, ...]:
 
 
 def _answer(answer: Answer | None) -> list[Any] | None:
-    return None if answer is None else [shorten(answer.text), round(answer.score, 4)]
+    return None if answer is None else [shorten(answer.text), round(answer.score, 4), *([1] if answer.cut else [])]
 
 
 def as_data(value: Any) -> str:

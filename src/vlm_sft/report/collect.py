@@ -227,14 +227,24 @@ def _parse_benchmark(name: str, fields: Fields) -> Benchmark:
         splits=tuple(
             SplitScore(split, one.whole("n"), one.number("base"), one.number("tuned")) for split, one in splits
         ),
+        clusters=fields.whole("clusters"), needed=_parse_needed(fields),
+        also_chose=fields.whole("also_chose") or 0, also_trained=fields.whole("also_trained") or 0,
+        max_new_tokens=fields.whole("max_new_tokens"), answer_tokens=fields.whole("answer_tokens"),
     )
+
+
+def _parse_needed(fields: Fields) -> tuple[int, int] | None:
+    questions, clusters = fields.whole("questions_needed"), fields.whole("clusters_needed")
+    return None if questions is None or clusters is None else (questions, clusters)
 
 
 def _parse_score(fields: Fields, side: str) -> Score | None:
     if not fields.given(side):
         return None
     inner = fields.inside(side)
-    return Score(inner.number("accuracy"), inner.interval("interval"), inner.number("seconds"))
+    return Score(
+        inner.number("accuracy"), inner.interval("interval"), inner.number("seconds"), inner.whole("cut") or 0
+    )
 
 
 def benchmark_names(runs: Iterable[RunReport]) -> list[str]:

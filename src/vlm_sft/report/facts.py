@@ -9,6 +9,8 @@ from vlm_sft.report import formats
 from vlm_sft.report.records import DataPart, RunReport
 
 Rows = list[tuple[str, str]]
+RUNNING = "running"
+WALL_SO_FAR = "Wall time so far"  # a page that follows the run counts it on
 
 
 def summary_rows(run: RunReport) -> Rows:
@@ -25,7 +27,7 @@ def summary_rows(run: RunReport) -> Rows:
         ("Best step", f"{best.step:,} ({best.metric} {formats.number(best.value)})" if best else ""),
         ("Started", record.started),
         ("Finished", record.finished),
-        ("Wall time", formats.duration(record.wall_seconds)),
+        (WALL_SO_FAR if run.status == RUNNING else "Wall time", formats.duration(record.wall_seconds)),
     ])
 
 
@@ -37,7 +39,7 @@ def cost_rows(run: RunReport) -> Rows:
     train_seconds = record.seconds.get("train")
     speed = record.questions_seen / train_seconds if record.questions_seen and train_seconds else None
     return _present([
-        ("Wall time", formats.duration(record.wall_seconds)),
+        (WALL_SO_FAR if run.status == RUNNING else "Wall time", formats.duration(record.wall_seconds)),
         *((f"Time: {name}", formats.duration(value)) for name, value in record.seconds.items()),
         ("Questions seen", formats.count(record.questions_seen)),
         ("Training speed", "" if speed is None else f"{formats.number(speed)} questions/s"),

@@ -42,6 +42,7 @@ class RunView:
     cost: facts.Rows
     data: list[tuple[str, str, str]]
     environment: facts.Rows
+    since: str
 
 
 def write_report(run_folders: list[Path], output: Path) -> Path:
@@ -67,12 +68,13 @@ def write_report(run_folders: list[Path], output: Path) -> Path:
     return artifacts.write_text_atomic(output, render(collect_runs([Path(folder) for folder in run_folders])))
 
 
-def render(runs: Sequence[RunReport], version: str | None = None) -> str:
+def render(runs: Sequence[RunReport], version: str | None = None, changed: float = 0.0) -> str:
     """Render collected runs as one HTML page.
 
     Args:
         runs: at least one run, as `collect_runs` returns them.
         version: of a page that is served and loads itself anew when `/version` says something else; None for a file.
+        changed: of such a page: when a file of the runs was written last, in seconds since 1970.
 
     Returns:
         The page. It holds no address other than data and anchors; the only scripts that a browser will run in it are
@@ -97,7 +99,7 @@ def render(runs: Sequence[RunReport], version: str | None = None) -> str:
     scripts = [_script("report.js"), *([_script("watch.js")] if version is not None else [])]
     page = environment.get_template("report.html.j2").render(
         title=f"{len(runs)} runs" if many else runs[0].name,
-        views=[_view(run, f"run{number}", len(runs)) for number, run in enumerate(runs, start=1)],
+        views=[_view(run, f"run{number}", len(runs), version is not None) for number, run in enumerate(runs, start=1)],
         comparison=_comparison(runs, names) if many else {},
         choices=choices,
         overlays=comparison.overlays(runs, list(dict.fromkeys(leading))) if many else [],
@@ -110,11 +112,14 @@ def render(runs: Sequence[RunReport], version: str | None = None) -> str:
         scripts=scripts,
         hashes=[_hash(script) for script in scripts],
         version=version,
+        changed=changed,
+        running=any(run.status == facts.RUNNING for run in runs),
+        so_far=facts.WALL_SO_FAR,
     )
     return _clean(page)
 
 
-def _view(run: RunReport, key: str, number_of_runs: int) -> RunView:
+def _view(run: RunReport, key: str, number_of_runs: int, served: bool) -> RunView:
     drawn = number_of_runs <= RUNS_WITH_FIGURES
     record = run.record
     curves = (
@@ -133,6 +138,7 @@ def _view(run: RunReport, key: str, number_of_runs: int) -> RunView:
         forecast_rows=facts.forecast_rows(run), forecast_items=facts.forecast_items(run),
         summary=facts.summary_rows(run), cost=facts.cost_rows(run), data=facts.data_rows(run),
         environment=facts.environment_rows(run),
+        since=record.started if served and record and run.status == facts.RUNNING else "",
     )
 
 

@@ -1,33 +1,40 @@
-"""The results table as Markdown, readable as plain text too. May import its neighbours in report."""
+"""The results table as Markdown, readable as plain text too. May import evaluate.compare and its neighbours."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from vlm_sft.evaluate.compare import TOO_FEW
 from vlm_sft.report import formats
 from vlm_sft.report.collect import parse_results
 from vlm_sft.report.records import Benchmark, Score
 
 HEADER = ("benchmark", "n", "base", "tuned", "difference", "time")
+CUT = "cut (base, tuned)"
 
 
 def results_table(results: dict[str, Any]) -> str:
     """Render the content of results.json as a Markdown table with aligned columns.
 
     Accuracies are in percent with their 95 % intervals, the difference (tuned minus base) in percentage points, the
-    time is that of both evaluations together. Synthetic benchmarks are called so, splits follow their benchmark.
+    time is that of both evaluations together. Synthetic benchmarks are called so, splits follow their benchmark. Where
+    the limit of tokens ended answers, a column counts them. What a reader has to know of a benchmark (such answers, too
+    few questions, questions that were used before) stands below the table.
 
     Args:
         results: the parsed results.json; what is missing in it is shown as a dash.
 
     Returns:
-        The table without a final newline.
+        The table, and such lines, without a final newline.
     """
-    rows: list[tuple[str, ...]] = [HEADER]
-    for benchmark in parse_results(results):
-        rows.extend(_rows(benchmark))
-    return table(rows)
+    benchmarks = parse_results(results)
+    cut = [note for benchmark in benchmarks for note in benchmark.cut_notes]
+    rows: list[tuple[str, ...]] = [(*HEADER, CUT) if cut else HEADER]
+    for benchmark in benchmarks:
+        own = _rows(benchmark)
+        rows += [(*row, _cut(benchmark) if row is own[0] else "") for row in own] if cut else own
+    return "\n\n".join([table(rows), *(line for benchmark in benchmarks for line in benchmark.cautions), *cut])
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -49,7 +56,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def _rows(benchmark: Benchmark) -> list[tuple[str, ...]]:
     name = f"{benchmark.name} (synthetic)" if benchmark.synthetic else benchmark.name
-    difference = f"{formats.points(benchmark.difference)} {formats.points_interval(benchmark.difference_interval)}"
+    sure = f"({TOO_FEW})" if benchmark.verdict == TOO_FEW else formats.points_interval(benchmark.difference_interval)
+    difference = f"{formats.points(benchmark.difference)} {sure}"
     rows: list[tuple[str, ...]] = [(
         name, formats.count(benchmark.n), _score(benchmark.base), _score(benchmark.tuned), difference.strip(),
         formats.duration(benchmark.seconds),
@@ -61,6 +69,12 @@ def _rows(benchmark: Benchmark) -> list[tuple[str, ...]]:
             formats.points(gain), "",
         ))
     return rows
+
+
+def _cut(benchmark: Benchmark) -> str:
+    """How many answers of base and tuned the limit of tokens ended."""
+    scores = (benchmark.base, benchmark.tuned)
+    return ", ".join(formats.NOTHING if score is None else f"{score.cut:,}" for score in scores)
 
 
 def _score(score: Score | None) -> str:

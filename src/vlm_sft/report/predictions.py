@@ -22,10 +22,11 @@ OUTCOMES = (
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one model answered, and its score between 0 and 1."""
+    """What one model answered, its score between 0 and 1, and whether the limit of tokens ended the answer."""
 
     text: str
     score: float
+    cut: bool = False
 
     @property
     def verdict(self) -> str:
@@ -35,7 +36,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One question with its picture, references, and the answers of base and tuned model (None: not evaluated)."""
+    """One question with its picture, references, and the answers of base and tuned model (None: not evaluated).
+
+    Questions of equal `cluster` hang together; "" stands alone.
+    """
 
     benchmark: str
     id: str
@@ -46,6 +50,7 @@ class Prediction:
     question_type: str
     base: Answer | None
     tuned: Answer | None
+    cluster: str = ""
 
     @property
     def outcome(self) -> str:
@@ -84,10 +89,15 @@ def _read_benchmark(evaluation: Path, name: str, problems: list[str]) -> Iterabl
         either = tuned or base
         if either is None:
             continue
+        image = _image_path(evaluation, either.text("image"))
+        foreign = f"{name}: names of pictures that lead out of evaluation/ are not followed"
+        if image is None and either.text("image") and foreign not in problems:
+            problems.append(foreign)
         yield Prediction(
-            benchmark=name, id=identity, image=_image_path(evaluation, either.text("image")),
+            benchmark=name, id=identity, image=image,
             question=either.text("question"), answers=either.texts("answers"), split=either.text("split"),
             question_type=either.text("question_type"), base=_answer(base), tuned=_answer(tuned),
+            cluster=either.text("cluster") or either.text("image"),
         )
 
 
@@ -108,7 +118,9 @@ def _read_rows(path: Path, problems: list[str]) -> dict[str, Fields]:
 
 
 def _answer(row: Fields | None) -> Answer | None:
-    return None if row is None else Answer(row.text("prediction"), row.number("score") or 0.0)
+    if row is None:
+        return None
+    return Answer(row.text("prediction"), row.number("score") or 0.0, row.flag("cut") is True)
 
 
 def _image_path(evaluation: Path, relative: str) -> Path | None:

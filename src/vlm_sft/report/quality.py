@@ -1,4 +1,4 @@
-"""Quality against time: which runs no other beats, and which one to take. May import forecast.pareto, evaluate.compare.
+"""Quality against time: which runs no other beats, and which one to take. May import forecast.pareto, evaluate.
 
 The base model takes part as a candidate that costs no training.
 """
@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from vlm_sft.evaluate.compare import compare_rows
+from vlm_sft.evaluate.compare import TOO_FEW, compare_rows
+from vlm_sft.evaluate.statistics import FEWEST_CLUSTERS, UNCLEAR
 from vlm_sft.forecast.pareto import pareto_front
 from vlm_sft.report import formats
 from vlm_sft.report.canvas import Drawing, Palette, canvas, legend, rendered
@@ -66,7 +67,7 @@ class Choice:
         benchmark: its name.
         synthetic: drawn by a generator.
         candidates: by rising cost.
-        recommended: the cheapest one that is not significantly worse than the best; None when there is nothing to tell.
+        recommended: the cheapest one that is not significantly worse than the best; None where nothing can be told.
         best: the one with the highest accuracy.
         reasons: sentences that explain the recommendation.
         drawing: the figure.
@@ -144,7 +145,10 @@ def _candidate(
 def _recommend(
     benchmark: str, ordered: Sequence[Candidate], answers: dict[str, tuple[tuple[Prediction, ...], str]]
 ) -> tuple[Candidate | None, Candidate, list[str]]:
-    """The cheapest candidate of the front that the paired test does not find worse than the best, and why."""
+    """The cheapest candidate of the front that the paired test does not find worse than the best, and why.
+
+    None where the questions cannot tell whether a cheaper one is much worse.
+    """
     best = max(ordered, key=lambda one: (one.accuracy, -one.seconds))
     after = _rows(*answers[best.name])
     skipped: list[str] = []
@@ -156,6 +160,8 @@ def _recommend(
             skipped.append(f"{candidate.name} did not answer the same questions and could not be compared with it.")
             continue
         points, sure = formats.typeset(formats.points(-result["difference"])), formats.p_value(result["p_value"])
+        if result["verdict"] != "better" and result["interval"][1] > UNCLEAR:
+            return None, best, [_unclear(candidate, best, points, result), *skipped]
         if result["verdict"] != "better":
             reasons = [
                 f"{best.name} answers best ({formats.percent(best.accuracy)}), but {candidate.name} "
@@ -170,9 +176,24 @@ def _recommend(
                 )
             return candidate, best, reasons + skipped
         skipped.append(f"{candidate.name} costs less and is significantly worse ({points} points, {sure}).")
+    clusters = len({row[2] or row[0] for row in after})
+    if 0 < clusters < FEWEST_CLUSTERS:
+        reason = f"{len(after):,} questions on {clusters:,} independent images are too few to judge."
+        return None, best, [f"{best.name} answers best ({formats.percent(best.accuracy)}), but {reason}"]
     rest = "needs no training" if best.is_base else "nothing cheaper comes near enough"
     reasons = [f"{best.name} answers best ({formats.percent(best.accuracy)}), and {rest}."]
     return best, best, reasons + skipped[-3:]
+
+
+def _unclear(candidate: Candidate, best: Candidate, points: str, result: dict[str, Any]) -> str:
+    """Why neither a cheaper candidate nor the best one can be recommended."""
+    most = formats.points(result["interval"][1])[1:]
+    judged = "are too few to judge" if result["verdict"] == TOO_FEW else "cannot tell them apart"
+    return (
+        f"{best.name} answers best ({formats.percent(best.accuracy)}); {candidate.name} ({points} points) is cheaper "
+        f"and may be worse by up to {most}: {result['n']:,} questions on {result['clusters']:,} independent images "
+        f"{judged}. About {result['questions_needed']:,} questions on {result['clusters_needed']:,} images would."
+    )
 
 
 def _cheaper(candidate: Candidate, best: Candidate) -> str:
@@ -187,7 +208,7 @@ def _rows(predictions: tuple[Prediction, ...], side: str) -> tuple[tuple[str, fl
     for one in predictions:
         answer = one.base if side == SIDES[0] else one.tuned
         if answer is not None:
-            found.append((one.id, answer.score, one.image.name if one.image else "", one.question, one.answers))
+            found.append((one.id, answer.score, one.cluster, one.question, one.answers))
     return tuple(found)
 
 
@@ -198,7 +219,7 @@ def _compared(before: tuple[Any, ...], after: tuple[Any, ...]) -> dict[str, Any]
     shared = [key for key in first if key in second and first[key][3:] == second[key][3:]]
     if len(shared) < SHARED_AT_LEAST and not (shared and len(shared) == len(first) == len(second)):
         return None
-    keys = ("id", "score", "image", "question", "answers")
+    keys = ("id", "score", "cluster", "question", "answers")
     return compare_rows(
         [dict(zip(keys, first[key], strict=True)) for key in shared],
         [dict(zip(keys, second[key], strict=True)) for key in shared],

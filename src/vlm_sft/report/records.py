@@ -1,6 +1,6 @@
 """What a report knows of a run, as dataclasses; whatever an artifact does not hold is None or empty.
 
-May import report.formats and report.predictions.
+May import evaluate, report.formats and report.predictions.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlm_sft.evaluate.compare import TOO_FEW
+from vlm_sft.evaluate.overlap import cautions
+from vlm_sft.evaluate.scoring import why_cut
 from vlm_sft.report import formats
 from vlm_sft.report.predictions import Prediction
 
@@ -18,11 +21,12 @@ PLOTTABLE = 1e15  # matplotlib cannot scale an axis up to the largest float; a l
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Accuracy of one model on one benchmark (0 to 1), its 95 % interval, and the seconds the evaluation took."""
+    """One model on one benchmark: accuracy (0 to 1), 95 % interval, seconds, answers that the limit of tokens ended."""
 
     accuracy: float | None
     interval: Interval | None
     seconds: float | None
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,10 @@ class SplitScore:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One row of the headline table; `difference` is tuned minus base, as a fraction."""
+    """One row of the headline table; `difference` is tuned minus base, as a fraction.
+
+    `max_new_tokens` is the limit of an answer, `answer_tokens` what the longest expected one has.
+    """
 
     name: str
     n: int | None
@@ -50,6 +57,22 @@ class Benchmark:
     p_value: float | None
     verdict: str
     splits: tuple[SplitScore, ...]
+    clusters: int | None = None
+    needed: tuple[int, int] | None = None  # questions and independent images that could judge it
+    also_chose: int = 0  # questions about images that chose the checkpoint too
+    also_trained: int = 0  # questions about images that were trained on
+    max_new_tokens: int | None = None
+    answer_tokens: int | None = None
+
+    @property
+    def cut_notes(self) -> tuple[str, ...]:
+        """What answers that the limit ended mean for base and tuned; none where every answer ended by itself."""
+        sides = (("base", self.base), ("tuned", self.tuned))
+        return tuple(
+            f"{self.name}, {side}: {why_cut(score.cut, self.n, self.max_new_tokens, self.answer_tokens)}"
+            for side, score in sides
+            if score and score.cut and self.n
+        )
 
     @property
     def seconds(self) -> float | None:
@@ -59,11 +82,25 @@ class Benchmark:
 
     @property
     def direction(self) -> str:
-        """`better` or `worse` when the interval of the difference leaves out zero, else `same`."""
-        if self.difference_interval is None:
-            return "same"
+        """`better`, `worse` or `same`, as the verdict says, or where there is none as the interval does: the colour."""
+        if self.verdict or self.difference_interval is None:
+            return self.verdict if self.verdict in ("better", "worse") else "same"
         low, high = self.difference_interval
         return "better" if low > 0 else "worse" if high < 0 else "same"
+
+    @property
+    def cautions(self) -> list[str]:
+        """What a reader of this row has to know, as sentences without a full stop."""
+        few = [self._too_few()] if self.verdict == TOO_FEW else []
+        return few + cautions(self.name, self.n or 0, self.also_chose, self.also_trained)
+
+    def _too_few(self) -> str:
+        """What it would take to judge it."""
+        images = f" on {self.clusters:,} independent images" if self.clusters else ""
+        questions = f"{self.name}: {formats.count(self.n)} questions{images} are {TOO_FEW}"
+        if self.needed is None:
+            return questions
+        return f"{questions}; about {self.needed[0]:,} on {self.needed[1]:,} would show a difference of this size"
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,12 @@ class LiveReport:
 
     def version(self) -> str:
         """A text that changes when a file of a run does."""
+        return self._state()[0]
+
+    def _state(self) -> tuple[str, float]:
+        """The version, and when a file was written last in seconds since 1970."""
         digest = hashlib.sha256()
+        newest = 0
         for folder in self.folders:
             for pattern in WATCHED:
                 for path in sorted(folder.glob(pattern)):
@@ -53,16 +58,17 @@ class LiveReport:
                         state = path.stat()
                     except OSError:  # replaced in this moment: the next look sees the new one
                         continue
+                    newest = max(newest, state.st_mtime_ns)
                     digest.update(f"{path}\0{state.st_mtime_ns}\0{state.st_size}\0".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+        return digest.hexdigest(), newest / 1e9
 
     def page(self) -> str:
         """The page of the present state; the last one while a run cannot be read."""
         with self._lock:  # several requests at a time would render the same page several times
-            version = self.version()
+            version, changed = self._state()
             if version != self._version:
                 try:
-                    self._page = render(collect_runs(self.folders), version)
+                    self._page = render(collect_runs(self.folders), version, changed)
                 except RunError:
                     if not self._page:
                         raise
@@ -91,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
 
     def _answer(self, kind: str, text: str) -> None:
-        data = text.encode("utf-8")
+        data = text.encode("utf-8", artifacts.UNENCODABLE)
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(data)))

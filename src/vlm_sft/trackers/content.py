@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from vlm_sft import artifacts
-from vlm_sft.errors import RunError
+from vlm_sft.errors import DataError, RunError
 from vlm_sft.report import formats
 from vlm_sft.report.collect import parse_results
 from vlm_sft.report.markdown import table
@@ -41,7 +41,7 @@ class Shown:
     """One answered question.
 
     Attributes:
-        picture: its image at most 480 pixels wide and high, RGB; None where none was saved.
+        picture: its image at most 480 pixels wide and high, RGB; None where none can be shown.
         values: its texts in the order of `COLUMNS`.
         card: the picture with these texts below it, for trackers that show pictures alone.
     """
@@ -111,7 +111,10 @@ def _score(score: Score | None) -> str:
 
 
 def _shown(one: Prediction) -> Shown:
-    picture = scaled(one.image) if one.image is not None else None
+    try:
+        picture = scaled(one.image) if one.image is not None else None
+    except DataError:
+        picture = None
     reference = ", ".join(text if count == 1 else f"{text} ({count})" for text, count in one.references)
     lines = [
         ("question", formats.shorten(one.question, 300), ""),
@@ -125,4 +128,6 @@ def _shown(one: Prediction) -> Shown:
 
 def _answer(answer: Answer | None) -> tuple[str, str]:
     """What a model answered, and whether that was "right" or "wrong"; "" where it was not asked."""
-    return (formats.NOTHING, "") if answer is None else (formats.shorten(answer.text, 300), answer.verdict)
+    if answer is None:
+        return formats.NOTHING, ""
+    return formats.shorten(answer.text, 300) + (" [cut at the limit of tokens]" if answer.cut else ""), answer.verdict

@@ -161,6 +161,7 @@ class Health:
     Attributes:
         stopping: True once the ranks agreed to stop after the present step.
         bad_step: the last step whose numbers were not used; 0 for none.
+        last_loss: of the last step whose numbers were used, over all ranks; None before there was one.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class Health:
         self.max_bad_steps = max_bad_steps
         self.stopping = False
         self.bad_step = 0
+        self.last_loss: float | None = None
         self._stop_requested = stop_requested
         self._device = device
         self._world_size = world_size
@@ -259,7 +261,7 @@ class Health:
             self._record_bad(step, [(rank, event) for rank, event in enumerate(events) if event])
             return False
         self._in_a_row = 0
-        mean = total / self._world_size
+        mean = self.last_loss = total / self._world_size
         score = self._spikes.score(mean)
         if score > SPIKE_SCORE:
             everyone = [name for part in gather(list(ids)) for name in part]

@@ -26,7 +26,7 @@ class RunArguments(TrainingArguments):
 
 
 def training_arguments(
-    recipe: Recipe, schedule: Schedule, launch: Launch, output_dir: Path, bf16: bool
+    recipe: Recipe, schedule: Schedule, launch: Launch, output_dir: Path, bf16: bool, workers: int
 ) -> TrainingArguments:
     """Make the arguments of one run.
 
@@ -39,6 +39,7 @@ def training_arguments(
         launch: how the process was launched.
         output_dir: the run's folder.
         bf16: whether to compute in bfloat16.
+        workers: processes that prepare batches.
     """
     return RunArguments(
         output_dir=str(output_dir),
@@ -66,7 +67,7 @@ def training_arguments(
         logging_steps=recipe.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        dataloader_num_workers=recipe.dataloader_num_workers,
+        dataloader_num_workers=workers,
         bf16=bf16,
         use_cpu=launch.cpu,
         seed=recipe.seed,

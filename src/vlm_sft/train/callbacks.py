@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,14 @@ class MetricsFile(TrainerCallback):
 class Progress(TrainerCallback):
     """A bar over questions, with loss, questions/s and time left; evaluations are told as lines.
 
+    The loss is that of the newest step, not the mean that is logged now and then; before the first one there is none.
+
     Args:
         planner: tells how many questions there are.
         total_steps: optimizer steps of the training.
+
+    Attributes:
+        newest_loss: tells the loss of the newest step; None before the first.
     """
 
     def __init__(self, planner: EpochPlanner, total_steps: int) -> None:
@@ -89,7 +95,7 @@ class Progress(TrainerCallback):
         self.total = planner.questions_after(total_steps)
         self.bar: Bar | None = None
         self.shown = 0
-        self.loss = float("nan")
+        self.newest_loss: Callable[[], float | None] = lambda: None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Open the bar."""
@@ -101,13 +107,6 @@ class Progress(TrainerCallback):
         """Advance the bar and keep the epoch right on a resumed run."""
         state.epoch = state.global_step / self.planner.steps_per_epoch
         self._advance(state.global_step)
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        """Remember the loss for the bar."""
-        if logs and "loss" in logs:
-            self.loss = logs["loss"]
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **arguments: Any) -> None:
         """Tell the result of an evaluation."""
@@ -122,8 +121,11 @@ class Progress(TrainerCallback):
     def _advance(self, step: int) -> None:
         """Move the bar to a step."""
         if self.bar is not None:
+            loss = self.newest_loss()
+            if loss is not None:
+                self.bar.note(f"loss {loss:.4f}")
             done = self.planner.questions_after(step)
-            self.bar.advance(done - self.shown, f"loss {self.loss:.4f}")
+            self.bar.advance(done - self.shown)
             self.shown = done
 
 

@@ -20,8 +20,8 @@ from vlm_sft.data.features import AUTO, OFF
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.evaluate.caches import one_an_image
+from vlm_sft.evaluate.pictures import KEPT_BYTES, scaled_picture
 from vlm_sft.evaluate.plan import image_counter, plan_packs
-from vlm_sft.evaluate.run import PICTURES, scaled_picture
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.forecast.counts import NO_WORK, Work, adapter_of, epoch_work
 from vlm_sft.forecast.disk import PREDICTION_BYTES, Saving
@@ -114,8 +114,9 @@ class Known:
 
     Attributes:
         schedule: its steps.
+        images: different ones in the training.
         planner, eval_planner: how questions are packed; `eval_planner` is None when there is no evaluation loss.
-        visual, eval_visual: visual tokens of each image.
+        visual, eval_visual: visual tokens of each image, or of several that stand together.
         training_images: samples of training and evaluation, one an image.
         count: tells the visual tokens of an image.
         kept: what the cache holds; None where that cannot be known.
@@ -124,6 +125,7 @@ class Known:
     """
 
     schedule: Schedule
+    images: int
     planner: EpochPlanner
     visual: Sequence[int]
     eval_planner: EpochPlanner | None
@@ -142,6 +144,7 @@ class Known:
         final = [task.samples[0] for task in tasks]
         return cls(
             plan.schedule,
+            plan.data.distinct_images,
             plan.planner,
             plan.data.visual_tokens,
             plan.eval_planner,
@@ -248,7 +251,7 @@ def asked_of(task: Task, count: Callable[[ImageRef], int], budget: int, times: i
     """
     packs = plan_packs(task.samples, count, budget)
     works = [answer_work(pack, count) for pack in packs]
-    steps = [_answer_steps(pack, task.benchmark.max_new_tokens) for pack in packs]
+    steps = [_answer_steps(pack, task.max_new_tokens) for pack in packs]
     largest = max((work.tokens + work.questions * step for work, step in zip(works, steps, strict=True)), default=0.0)
     texts = sum(
         len((sample.id + sample.question + "".join(sample.answers)).encode()) + 4 * len(sample.answers)
@@ -286,9 +289,11 @@ def _pictures(samples: Sequence[Sample]) -> tuple[float, float]:
     began = time.perf_counter()
     sizes = [len(scaled_picture(sample.images[0])) for sample in chosen if sample.images]
     seconds = time.perf_counter() - began
-    # A seeded choice of PICTURES questions: about so many different images.
-    images = min(len(firsts), PICTURES * len(firsts) / max(len(samples), 1)) if len(samples) > PICTURES else len(firsts)
-    return (float(np.mean(sizes)) * images, seconds / len(sizes) * images) if sizes else (0.0, 0.0)
+    if not sizes:
+        return 0.0, 0.0
+    mean = float(np.mean(sizes))
+    images = min(len(firsts), KEPT_BYTES / mean)
+    return mean * images, seconds / len(sizes) * images
 
 
 def image_seconds(encoder: Encoder, samples: Sequence[Sample]) -> float:

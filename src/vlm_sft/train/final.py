@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shlex
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,17 @@ from vlm_sft.console import is_main_process, say
 from vlm_sft.data.cache import DataCache
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.identity import identity_of
-from vlm_sft.evaluate.run import Evaluator, results_table, save_pictures
+from vlm_sft.evaluate.pictures import save_pictures
+from vlm_sft.evaluate.run import Evaluator, results_table
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.launch import Launch, barrier
-from vlm_sft.model.adapt import load_adapter
+from vlm_sft.model.adapt import changes_nothing, load_adapter
 from vlm_sft.model.load import Base, load_model, to_gpu
 from vlm_sft.model.parts import ALL
 from vlm_sft.record import folder_bytes
 from vlm_sft.report.html import write_report
 from vlm_sft.report.markdown import results_table as format_results
+from vlm_sft.train.card import write_card
 from vlm_sft.train.options import Run
 from vlm_sft.train.prepare import Plan
 
@@ -56,6 +59,8 @@ def evaluate_run(run: Run, plan: Plan, tasks: list[Task]) -> dict[str, Any]:
         return {}
     save_pictures(tasks, folder)
     results = results_table(tasks, folder)
+    for name, found in run.record.values["overlap"].items():
+        results["benchmarks"][name] |= found
     artifacts.write_json(options.output_dir / artifacts.RESULTS, results)
     return results
 
@@ -114,12 +119,17 @@ def report_run(folder: Path, results: dict[str, Any]) -> None:
     if results:
         say("")
         say(format_results(results))
+    write_card(folder, folder)
     report = write_report([folder], folder / artifacts.REPORT)
     say("")
     full = artifacts.holds_full_model(folder)
     say(f"{'model' if full else 'adapter'}, metrics and predictions: {folder}")
     say(f"report: {report}")
-    model = f"--base_model {folder}" if full else f"--adapter {folder}"
+    if not full and changes_nothing(folder):
+        say("next: train again, with more steps or a higher --learning_rate: this adapter changes nothing")
+        return
+    place = shlex.quote(str(folder))
+    model = f"--base_model {place}" if full else f"--adapter {place}"
     say(f"next: open the report; try it: vlm-sft ask IMAGE \"QUESTION\" {model}")
     if not full:
-        say(f"      one folder for other programs: vlm-sft export {model} --merge --output_dir {folder}-merged")
+        say(f"      one folder for other programs: vlm-sft export {model} --merge --output_dir {place}-merged")

@@ -13,13 +13,15 @@ import torch
 from transformers import PrinterCallback
 
 from vlm_sft import artifacts
-from vlm_sft.console import is_main_process, say
+from vlm_sft.console import is_main_process, say, warn
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.errors import ModelError
 from vlm_sft.evaluate.caches import one_an_image
 from vlm_sft.forecast.run import FEATURES, LOAD, SAVES
 from vlm_sft.launch import Launch, agree
+from vlm_sft.model.adapt import changes_nothing
 from vlm_sft.model.families import PackMode
+from vlm_sft.model.kernels import choose_kernels
 from vlm_sft.model.load import Base, load_model, to_gpu
 from vlm_sft.model.parts import ALL
 from vlm_sft.model.sharing import choose_mode
@@ -45,17 +47,22 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
     options, recipe, launch, checkpoint = run.options, run.recipe, run.launch, run.checkpoint
     base, schedule, planner, eval_planner = plan.base, plan.schedule, plan.planner, plan.eval_planner
     # Before the weights: with ZeRO-3 they are partitioned while they are loaded, once these arguments exist.
-    args = training_arguments(recipe, schedule, launch, options.output_dir, base.dtype == torch.bfloat16)
+    bf16 = base.dtype == torch.bfloat16
+    args = training_arguments(recipe, schedule, launch, options.output_dir, bf16, run.data_workers)
     model, lora = _adapted(base, recipe, launch)
     mode = choose_mode(model, plan.data.encoder)
     run.record.update(attention=base.attention, dtype=base.dtype_name, lora=lora, image_sharing=mode.shares)
+    _record_kernels(run, model)
     if not mode.shares:
         say(mode.note)
         planner, eval_planner = planner.separate(), eval_planner.separate() if eval_planner else None
     told.lap(LOAD)
     _keep_features(plan, model, asked)
+    if run.data_workers != recipe.dataloader_num_workers:
+        say(f"batches: {run.data_workers} processes prepare them (--dataloader_num_workers chooses another number)")
     told.lap(FEATURES)
     done = checkpoint_step(checkpoint)
+    shown = Progress(planner, schedule.total_steps)
     metrics = [MetricsFile(options.output_dir / artifacts.METRICS, planner, done)]
     validation = Validation(asked, base, options.output_dir, run.tokens_per_pack, launch, done) if asked else None
     if validation is not None:
@@ -74,10 +81,11 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
         policy=_policy(run, plan),
         faults=run.faults,
         callbacks=[
-            Progress(planner, schedule.total_steps), *(metrics if is_main_process() else []), LastStep(schedule),
+            shown, *(metrics if is_main_process() else []), LastStep(schedule),
             Clock(told), *trackers.callbacks(),
         ],
     )
+    shown.newest_loss = trainer.last_loss
     trainer.remove_callback(PrinterCallback)
     told.lap(LOAD)
     if options.probe:
@@ -86,13 +94,27 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_adapter()
     plan.engine.describe([plan.cache])
+    plan.engine.facts["data_workers"] = run.data_workers
     run.record.update(engine=plan.engine.facts)
     _record_training(run, trainer, planner)
     say(f"{'model' if ALL in recipe.train else 'adapter'} written to {options.output_dir}")
+    if is_main_process() and not artifacts.holds_full_model(options.output_dir):
+        _tell_silent(run)
     kept = validation.finish(trainer.state.best_global_step) if validation else True
     trainer.accelerator.free_memory()
     told.lap(SAVES)
     return kept
+
+
+def _record_kernels(run: Run, model: Any) -> None:
+    """Check the kernels that this process will use, and record which they are."""
+    launch = run.launch
+    device = torch.device("cpu") if launch.cpu else torch.device("cuda", launch.local_rank)
+    kernels, notes = choose_kernels(model, device)
+    for note in notes:
+        say(note)
+        run.record.note(note)
+    run.record.update(kernels=kernels)
 
 
 @contextmanager
@@ -153,6 +175,14 @@ def _adapted(base: Base, recipe: Recipe, launch: Launch) -> tuple[Any, dict[str,
     if checkpoints_activations(recipe, lora["total_parameters"], not launch.cpu):
         checkpoint_layers(model)
     return model, lora
+
+
+def _tell_silent(run: Run) -> None:
+    """Say loudly that a finished training changed nothing."""
+    if changes_nothing(run.options.output_dir):
+        told = "this training changed nothing: every lora_B matrix of its adapter is zero, as before the first step"
+        run.record.note(told)
+        warn(f"{told}; look at learning_rate and grad_norm in {run.options.output_dir / artifacts.METRICS}")
 
 
 def _record_training(run: Run, trainer: PackTrainer, planner: EpochPlanner) -> None:

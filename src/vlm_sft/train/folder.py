@@ -1,4 +1,4 @@
-"""The output folder of a run: is it free, what an earlier run left in it. Standard library only."""
+"""The output folder of a run: is it free, what an earlier run left in it. Imports report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 
 from vlm_sft import artifacts
 from vlm_sft.errors import RunError
+from vlm_sft.report.card import may_write
 from vlm_sft.train.checkpoints import checkpoints
+
+PREDICTIONS_OF_ANY_RANK = "predictions*.jsonl"
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES)
 
@@ -23,6 +26,23 @@ def disk_error(error: OSError) -> RunError:
     )
 
 
+# What a start writes before the training begins.
+START = (
+    artifacts.RUN, artifacts.RECIPE, artifacts.DATA, artifacts.LEFT_OUT, artifacts.LOCK, artifacts.TRACKERS,
+    *artifacts.TRACKER_FOLDERS,
+)  # fmt: skip
+_WORK = (
+    artifacts.METRICS, artifacts.ANOMALIES, artifacts.ADAPTER_WEIGHTS, artifacts.RESULTS, artifacts.GUARD,
+    artifacts.EVALUATION_FOLDER, artifacts.VALIDATION_FOLDER,
+)  # fmt: skip
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a folder holds what a training or an evaluation did, and not only what a start wrote down."""
+    found = any((folder / name).exists() for name in _WORK) or any(folder.glob(f"*/{PREDICTIONS_OF_ANY_RANK}"))
+    return found or artifacts.holds_full_model(folder) or bool(checkpoints(folder))
+
+
 def claim_folder(folder: Path, resume: str | None, overwrite: bool) -> None:
     """Make sure that the output folder can be used for this run.
 
@@ -31,9 +51,7 @@ def claim_folder(folder: Path, resume: str | None, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--output_dir {folder} is a file", "choose a folder")
-    holds_run = any((folder / name).exists() for name in (artifacts.RUN, artifacts.METRICS, artifacts.ADAPTER_WEIGHTS))
-    holds_run = holds_run or artifacts.holds_full_model(folder)
-    if holds_run and resume is None and not overwrite:
+    if holds_work(folder) and resume is None and not overwrite:
         raise RunError(
             f"--output_dir {folder} holds another run",
             "choose another folder, go on with --resume, or start over with --overwrite_output_dir",
@@ -66,3 +84,5 @@ def clear_run(folder: Path) -> None:
         artifacts.MANIFEST, artifacts.MANIFEST_CHECKSUM, artifacts.TRACKERS,
     ):
         (folder / name).unlink(missing_ok=True)
+    if may_write(folder / artifacts.CARD):
+        (folder / artifacts.CARD).unlink(missing_ok=True)

@@ -26,9 +26,9 @@ from vlm_sft.forecast.calibration import (
     from_past_runs,
     history_key,
     read_past_runs,
+    settled_rates,
 )
 from vlm_sft.forecast.fit import Shortage, shortages
-from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.run import Case, Forecast, forecast
 from vlm_sft.launch import agree, gather
 from vlm_sft.record import device_name, folder_bytes, peak_memory_bytes, resident_bytes
@@ -43,15 +43,6 @@ from vlm_sft.train.validation import ValidationPlan
 PROBING = "probe"
 TRAINER_SECONDS = 0.03  # between a probe and the first step, without DeepSpeed
 OUTCOMES = ("time_seconds", "peak_bytes", "disk_bytes")
-
-
-def best_rates(past: Sequence[dict[str, Any]], key: dict[str, Any], measured: Rates) -> Rates:
-    """The rates that past runs of this shape were forecast with, so that their corrections fit; else those measured."""
-    for row in reversed(past):
-        if row.get("key") == key and isinstance(row.get("rates"), dict):
-            known: dict[str, Any] = {name: float(row["rates"][name]) for name in ("flops", "bandwidth", "launch")}
-            return replace(measured, **known)
-    return measured
 
 
 @dataclass
@@ -101,7 +92,7 @@ class Foretelling:
             width = torch.finfo(plan.base.dtype).bits // 8
             setting = setting_of(run.recipe, shape, width, rates_here(shape, plan.base.dtype))
             key = history_key(device_name(), torch.get_num_threads(), shape.key, history_setting(run.launch, setting))
-            setting = replace(setting, rates=best_rates(past, key, setting.rates))
+            setting = replace(setting, rates=settled_rates(past, key, setting.rates))
             case = case_of(
                 run, Known.of_plan(plan, tasks), asked, tasks, setting,
                 prepared_already=True,
@@ -181,11 +172,8 @@ class Foretelling:
         for line in outcome(self.found, actual):
             say(line)
         measured = {**self.seconds, MEMORY: actual["peak_bytes"] - self.case.process_bytes}
-        rates = self.case.setting.rates
-        row = forecasts.history_row(self.case, self.key, measured)
-        row["rates"] = {"flops": rates.flops, "bandwidth": rates.bandwidth, "launch": rates.launch}
         try:
-            add_past_run(root, row)
+            add_past_run(root, forecasts.history_row(self.case, self.key, measured))
         except RunError as error:
             warn(f"this run is not kept for later forecasts: {error.what}")
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.data.cache_folder import weights_mark
 from vlm_sft.data.prepared import PreparedData
-from vlm_sft.errors import RunError
+from vlm_sft.data.prompt import PROMPT_KEYS
+from vlm_sft.errors import RunError, quoted
 from vlm_sft.launch import Launch
 from vlm_sft.manifest import read_manifest
 from vlm_sft.model.load import Base
+from vlm_sft.model.saved_adapter import BASE_WEIGHTS
 from vlm_sft.recipe.rules import effective_global_batch_size
 from vlm_sft.recipe.schema import Recipe
 
@@ -47,8 +51,9 @@ def run_identity(
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "base_model": base.name,
         "base_model_sha256": base_fingerprint(base.path),
+        BASE_WEIGHTS: weights_mark(base.path),
         "dtype": base.dtype_name,
-        "prompt": {key: prompt[key] for key in ("template", "system", "min_pixels", "max_pixels")},
+        "prompt": {key: prompt[key] for key in PROMPT_KEYS},
         "data_sha256": data_sha256(data),
         "evaluation_data_sha256": data_sha256(evaluation) if evaluation is not None else None,
     }
@@ -80,7 +85,7 @@ def base_fingerprint(path: str) -> str:
         if file.suffix not in _BASE_FILES:
             continue
         size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
+        digest.update(os.fsencode(file.name) + f" {size}\n".encode())
         with file.open("rb") as stream:
             if size <= _SMALL_BYTES:
                 digest.update(stream.read())
@@ -128,7 +133,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             continue
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
-                found.append(f"{part}: {key} was {old.get(key)!r} and is {new.get(key)!r}")
+                found.append(f"{part}: {key} was {quoted(old.get(key), 300)} and is {quoted(new.get(key), 300)}")
     if _changed(saved, now, "base_model_sha256"):
         found.append(f"base model: its files differ (was {saved.get('base_model')}, is {now['base_model']})")
     if _changed(saved, now, "dtype"):
@@ -159,5 +164,6 @@ def check_ranks(checkpoint: Path | None, launch: Launch) -> None:
     raise RunError(
         f"{checkpoint} was written by {size} process(es) with {kind}, and this is {launch.world_size} with "
         f"{launch.parallel}",
-        f"launch {size} process(es) with {kind}, or evaluate its adapter with vlm-sft eval --adapter {checkpoint}",
+        f"launch {size} process(es) with {kind}, or evaluate its adapter: vlm-sft eval --base_model BASE --adapter "
+        f"{checkpoint} --benchmark SETS --output_dir DIR",
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from vlm_sft.console import say
 from vlm_sft.data.encode import group_by_image, picture_sizes
 from vlm_sft.data.packing import GroupLengths
-from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.data.sample import ImageRef, Sample, distinct_images
 from vlm_sft.errors import DataError, ModelError
 from vlm_sft.evaluate.plan import image_counter
 from vlm_sft.forecast.images import qwen_grid
@@ -27,7 +27,7 @@ PREFIX_TOKENS = 18  # of a chat template around an image
 QUESTION_TOKENS, ANSWER_TOKENS = 6, 2  # of a chat template around a question and an answer
 CHARACTERS_PER_TOKEN = 4  # of English
 IMAGE_SECONDS = 0.02  # of processing one image
-_BLANK = ImageRef("", "", lambda: b"")
+_BLANK = ImageRef("", "an imagined image", lambda: b"")
 Counter = Callable[[ImageRef], int]
 
 
@@ -57,7 +57,7 @@ def known_from_table(
     eval_lengths, eval_visual = _estimated(eval_samples, count)
     planner = planner_over(run, lengths)
     return Known(
-        resolve_schedule(run.recipe, planner.steps_per_epoch), planner, visual,
+        resolve_schedule(run.recipe, planner.steps_per_epoch), distinct_images(train_samples), planner, visual,
         replace(planner, lengths=eval_lengths) if eval_lengths else None, eval_visual,
         [*train_samples, *eval_samples], count, None, IMAGE_SECONDS,
     )  # fmt: skip
@@ -121,7 +121,8 @@ def known_from_numbers(run: Run, asked: Imagined) -> tuple[Known, ModelShape]:
     schedule = resolve_schedule(run.recipe, planner.steps_per_epoch)
     images = Images(asked.images, float(tokens * asked.images), float(tokens**2 * asked.images))
     known = Known(
-        schedule, planner, [tokens] * asked.images, None, (), (), count, None, IMAGE_SECONDS, imagined=images
+        schedule, asked.images, planner, [tokens] * asked.images, None, (), (), count, None, IMAGE_SECONDS,
+        imagined=images,
     )
     return known, shape
 
@@ -131,7 +132,7 @@ def _counter_and_shape(run: Run) -> tuple[Counter, ModelShape]:
     try:
         model = find_published(run.options.base_model)
     except ModelError:
-        base = find_run_base(run.options, run.recipe)
+        base = find_run_base(run.options, run.recipe, [])
         return image_counter(base.processor), shape_of(base)
     say(f"{model.name}: sizes from the built-in table ({model.source})")
     return published_counter(model, run.recipe), model.shape

@@ -1,10 +1,11 @@
-"""Lines of a log that wait for a disk which is full or broken for a while. Imports console."""
+"""Lines of a log that wait for a disk which is full or broken for a while. Imports artifacts and console."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from vlm_sft.artifacts import UNENCODABLE
 from vlm_sft.console import warn
 
 
@@ -31,7 +32,7 @@ class PatientLines:
             # Without a buffer: what one has kept after an error, closing the file would write once more.
             with self.path.open("ab", buffering=0) as stream:
                 end = stream.tell()
-                rest = self._waiting.encode()
+                rest = self._waiting.encode("utf-8", UNENCODABLE)
                 try:
                     while rest:
                         rest = rest[stream.write(rest) :]

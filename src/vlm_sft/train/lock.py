@@ -44,6 +44,9 @@ class RunLock:
         try:
             self._stream = self.path.open("a+", encoding="utf-8")
             fcntl.lockf(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self._is_there():  # a start that failed took its file away in this moment
+                self.__exit__()
+                return self.__enter__()
         except OSError as error:
             holder = self._holder() if error.errno in (errno.EAGAIN, errno.EACCES) and self._stream else ""
             self.__exit__()
@@ -67,12 +70,20 @@ class RunLock:
             self._stream.close()
             self._stream = None
 
+    def _is_there(self) -> bool:
+        """Whether the file that is locked is still the one of this name."""
+        assert self._stream is not None
+        try:
+            return os.path.samestat(os.fstat(self._stream.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
     def _holder(self) -> str:
         """Who holds the lock, in words."""
         assert self._stream is not None
         self._stream.seek(0)
         try:
-            facts = json.loads(self._stream.read())
+            facts = artifacts.parse_json(self._stream.read())
             return f"process {facts['pid']} on {facts['host']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "a process that did not say which"

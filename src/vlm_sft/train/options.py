@@ -14,6 +14,9 @@ from vlm_sft.train.anomalies import MAX_BAD_STEPS, FaultPolicy
 from vlm_sft.train.engine import EngineOptions
 from vlm_sft.train.signals import StopSignals
 
+GPU_WORKERS = 4  # processes that prepare batches for one GPU
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -40,6 +43,7 @@ class TrainOptions:
             metric or a guard needs them, and no such questions elsewhere.
         guard: `BENCHMARK:POINTS,…` that a checkpoint may lose against the base at most; None for no guard.
         prompt_template, system: instead of what the base comes with; None keeps that.
+        max_new_tokens: limit of an answer in tokens, as in an evaluation; it is saved with the adapter.
         probe: run a few passes before the training to make the forecast of time and memory better.
         ignore_forecast: start although memory or disk surely do not suffice.
         engine: caches and packing; they change no result.
@@ -65,6 +69,7 @@ class TrainOptions:
     guard: str | None = None
     prompt_template: str | None = None
     system: str | None = None
+    max_new_tokens: str | None = None
     probe: bool = False
     ignore_forecast: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)
@@ -96,6 +101,17 @@ class Run:
     def tokens_per_pack(self) -> int:
         """Token budget of one forward pass."""
         return self.recipe.tokens_per_pack or pack_tokens(self.launch)
+
+    @property
+    def data_workers(self) -> int:
+        """Processes that prepare batches: a GPU needs some where nobody chose to have none.
+
+        The recipe files of the package say 0, which suits CPUs, so a 0 counts as a choice only as a flag.
+        """
+        asked = self.recipe.dataloader_num_workers
+        if asked == AUTO or (asked == 0 and "dataloader_num_workers" not in self.options.overrides):
+            return 0 if self.launch.cpu else GPU_WORKERS
+        return int(asked)
 
     @property
     def faults(self) -> FaultPolicy:

@@ -15,17 +15,19 @@ from typing import Any
 import torch
 
 from vlm_sft import artifacts
-from vlm_sft.console import progress, say
-from vlm_sft.data.audit import histogram
+from vlm_sft.console import progress, say, warn
+from vlm_sft.data.audit import enforce, histogram, left_out_line
 from vlm_sft.data.cache import DataCache, group_key
 from vlm_sft.data.cache_folder import default_cache_dir
 from vlm_sft.data.encode import EncodedGroup, Encoder, picture_sizes
 from vlm_sft.data.prepared import PreparedData
-from vlm_sft.data.sample import Sample
+from vlm_sft.data.processor import visual_tokens
+from vlm_sft.data.prompt import PromptSettings
+from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.errors import DataError, ModelError, RunError
 from vlm_sft.evaluate.tasks import Task
-from vlm_sft.forecast.calibration import Calibration, from_past_runs, history_key, read_past_runs
+from vlm_sft.forecast.calibration import Calibration, from_past_runs, history_key, read_past_runs, settled_rates
 from vlm_sft.forecast.fit import shortages
 from vlm_sft.forecast.hardware import Device, device_named, table_rates
 from vlm_sft.forecast.images import qwen_grid
@@ -39,11 +41,23 @@ from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import RunRecord, device_name, resident_bytes
 from vlm_sft.train.case import Known, case_of, free_bytes, history_setting, setting_of, shape_of
 from vlm_sft.train.engine import Engine
-from vlm_sft.train.foretell import best_rates, describe, refuse_or_warn
+from vlm_sft.train.foretell import describe, refuse_or_warn
 from vlm_sft.train.imagine import Imagined, known_from_numbers, known_from_table
 from vlm_sft.train.measure import rates_here
 from vlm_sft.train.options import Run, TrainOptions
-from vlm_sft.train.prepare import Plan, final_tasks, find_run_base, load_data, planner_over, validation_plan
+from vlm_sft.train.prepare import (
+    Plan,
+    few_steps,
+    final_tasks,
+    find_run_base,
+    fit_questions,
+    limited,
+    load_data,
+    planner_over,
+    tell_notes,
+    tell_parts,
+    validation_plan,
+)
 from vlm_sft.train.probe import probe_plan
 from vlm_sft.train.validation import ValidationPlan, check_request
 
@@ -125,14 +139,14 @@ def planned_run(options: PlanOptions) -> Planned:
             return _planned(run, known, None, (), shape, device)
         try:
             # 4-bit weights need a GPU to be loaded, not to be counted.
-            base = find_run_base(train, replace(recipe, load_in_4bit=False))
+            base = find_run_base(train, replace(recipe, load_in_4bit=False), specs)
         except ModelError as error:
             try:
                 published = find_published(train.base_model)
             except ModelError:
                 raise error from None
             say(f"{published.name} is not at hand: sizes from the built-in table ({published.source}), text estimated")
-            train_samples, eval_samples, tasks, asked = _questions(run)
+            train_samples, eval_samples, _, tasks, asked = _questions(run, None)
             known = known_from_table(run, published, train_samples, eval_samples)
             return _planned(run, known, asked, tasks, published.shape, device)
         return _from_base(run, base, device, options.counted)
@@ -166,7 +180,7 @@ def _calibrated(
         return case, Calibration()
     past = read_past_runs(cache_root(run.options))
     key = history_key(device_name(), torch.get_num_threads(), shape.key, history_setting(run.launch, case.setting))
-    rates = best_rates(past, key, case.setting.rates)
+    rates = settled_rates(past, key, case.setting.rates)
     return replace(case, setting=replace(case.setting, rates=rates)), from_past_runs(past, key)
 
 
@@ -212,33 +226,58 @@ class CountingCache(DataCache):
 
 
 def grid_tensors(encoder: Encoder, sample: Sample) -> dict[str, torch.Tensor]:
-    """The grids that the processor would report for a sample's images; {} where it works by sizes."""
+    """The grids that the processor would report for a sample's images; {} where it works by sizes.
+
+    Raises:
+        SampleError: it refuses one of them.
+    """
     images = encoder.processor.image_processor
     size = dict(getattr(images, "size", None) or {})
     if not hasattr(images, "merge_size") or not {"shortest_edge", "longest_edge"} <= set(size):
         return {}
     bounds = (images.patch_size, images.merge_size, size["shortest_edge"], size["longest_edge"])
-    grids = [[1, *qwen_grid(height, width, *bounds)] for width, height in picture_sizes(sample)]
+    grids = []
+    for image, (width, height) in zip(sample.images, picture_sizes(sample), strict=True):
+        visual_tokens(encoder.processor, width, height, f"{image.source} ({width} x {height} pixels)")
+        grids.append([1, *qwen_grid(height, width, *bounds)])
     return {"image_grid_thw": torch.tensor(grids)}
 
 
-def _questions(run: Run) -> tuple[list[Sample], list[Sample], list[Task], ValidationPlan | None]:
-    """The questions of training, evaluation loss, final evaluation and evaluations during training."""
+def _questions(
+    run: Run, base: Base | None
+) -> tuple[list[Sample], list[Sample], list[LeftOut], list[Task], ValidationPlan | None]:
+    """The questions of training, evaluation loss, final evaluation and evaluations during training.
+
+    Args:
+        run: the run.
+        base: whose tokenizer counts the answers; None estimates.
+    """
     guards = check_request(run.recipe, run.specs, run.options.guard, run.options.eval_samples)
-    train_samples, eval_samples, _ = load_data(run.specs, run.recipe)
-    return train_samples, eval_samples, final_tasks(run), validation_plan(run, guards)
+    train_samples, eval_samples, left_out = load_data(run.specs, run.recipe)
+    tasks, asked = final_tasks(run), validation_plan(run, guards)
+    tell_parts(run, train_samples, eval_samples, asked, tasks)
+    tokenizer = base.processor.tokenizer if base else None
+    tasks, asked = limited(run, tasks, asked, base.prompt if base else PromptSettings(), tokenizer)
+    return train_samples, eval_samples, left_out, tasks, asked
 
 
 def _from_base(run: Run, base: Base, device: Device | None, counted: dict[str, EncodedGroup]) -> Planned:
     """Plan with a base whose processor is at hand."""
     options, recipe = run.options, run.recipe
-    train_samples, eval_samples, tasks, asked = _questions(run)
+    train_samples, eval_samples, left_out, tasks, asked = _questions(run, base)
     engine = Engine(options.engine, run.launch, base.name, base.path)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     cache = CountingCache(encoder, engine.root, base.name, prepared=False)
     cache.counted = counted
     data = PreparedData(train_samples, encoder, "counting tokens", cache)
     evaluation = PreparedData(eval_samples, encoder, "counting tokens (evaluation)", cache) if eval_samples else None
+    total = len(train_samples) + len(eval_samples) + len(left_out)
+    left_out = left_out + data.left_out + (evaluation.left_out if evaluation else [])
+    enforce(left_out, total, options.max_left_out)
+    if left_out:
+        warn(left_out_line(left_out))
+    tell_notes(run, train_samples + eval_samples, encoder)
+    tasks, asked = fit_questions(run, tasks, asked, encoder)
     planner = planner_over(run, data.lengths)
     eval_planner = replace(planner, lengths=evaluation.lengths) if evaluation and len(evaluation) else None
     schedule = resolve_schedule(recipe, planner.steps_per_epoch)
@@ -257,18 +296,19 @@ def schedule_lines(planned: Planned) -> list[str]:
     known, schedule = planned.known, planned.known.schedule
     questions = known.planner.questions_per_epoch
     evaluations, saves = schedule.evaluation_steps(), schedule.save_steps_list()
-    visual, lengths = sorted(known.visual), known.planner.lengths
-    tokens = sorted(size for group in lengths for size in group.questions)
+    visual = sorted(known.visual)
+    tokens = sorted(size for group in known.planner.lengths for size in group.questions)
     lines = [
         f"schedule: {schedule.total_steps:,} steps of {known.planner.global_batch_size} questions "
         f"({schedule.steps_per_epoch:,} an epoch), warmup {schedule.warmup_steps}, {len(evaluations):,} evaluations, "
         f"{len(saves):,} checkpoints of which {planned.case.saving.kept:,} are kept",
-        f"data: {questions:,} questions on {len(lengths):,} images ({questions / len(lengths):.2f} each)",
+        f"data: {questions:,} questions on {known.images:,} images ({questions / known.images:.2f} each)",
         "tokens of an image: " + _spread(visual) + "; of a question with its answer: " + _spread(tokens),
         f"epoch: {planned.case.epoch.total.packs:,.0f} packs, {planned.case.epoch.total.tokens:,.0f} tokens, the "
         f"largest {planned.case.epoch.largest.tokens:,.0f}",
     ]
-    return [*lines, *(f"note: {note}" for note in schedule.notes)]
+    few = few_steps(planned.recipe, schedule, known.planner)
+    return [*lines, *(f"note: {note}" for note in (*schedule.notes, *([few] if few else [])))]
 
 
 def _spread(values: Sequence[int]) -> str:
@@ -291,7 +331,7 @@ def plan_facts(planned: Planned) -> dict[str, Any]:
             "checkpoints": len(schedule.save_steps_list()),
         },
         "questions": known.planner.questions_per_epoch,
-        "images": len(known.planner.lengths),
+        "images": known.images,
         "histograms": {
             "image_tokens": histogram(known.visual),
             "question_tokens": histogram([size for group in known.planner.lengths for size in group.questions]),

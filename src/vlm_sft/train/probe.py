@@ -141,7 +141,7 @@ class Probe:
         return [packs[round(index * (len(packs) - 1) / (PACKS - 1))] for index in range(PACKS)]
 
     def _gradients(self, pack: Pack) -> StepGradients:
-        batch = collate(pack, self.plan.data).to(self.device)
+        batch = collate(pack, self.plan.data)
         gradients = StepGradients(self.model, self.mode, 0, 1.0 / max(1, len(batch.targets)), self.precision)
         gradients.add(batch)
         return gradients
@@ -201,7 +201,7 @@ class Probe:
         for task in tasks:
             packs = plan_packs(task.samples, count, self.run.tokens_per_pack)
             pack = packs[len(packs) // 2]
-            answer = partial(_answer, backend, pack, task.benchmark.max_new_tokens)
+            answer = partial(_answer, backend, pack, task.max_new_tokens)
             answer()
             took = self._timed(answer)
             work = answer_work(pack, count)

@@ -16,7 +16,9 @@ from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
 from vlm_sft.errors import GuardError, InterruptedRunError, RunError
 from vlm_sft.evaluate.guard import Guard
 from vlm_sft.forecast.run import TRACKERS
-from vlm_sft.launch import Launch, agree, barrier, connected, idle_gpus, quiet_libraries, read_launch
+from vlm_sft.launch import Launch, agree, barrier, connected, expand_segments, idle_gpus, quiet_libraries, read_launch
+from vlm_sft.model.folder import require_utf8
+from vlm_sft.model.load import resolve_path
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import RunRecord, device_name, now
@@ -26,13 +28,22 @@ from vlm_sft.trackers.tracker import INTERRUPTED
 from vlm_sft.train.checkpoints import checkpoint_step, choose_resume, tidy
 from vlm_sft.train.final import evaluate_run, report_run, sizes
 from vlm_sft.train.fit import fit
-from vlm_sft.train.folder import DISK_ERRORS, claim_folder, clear_run, disk_error
+from vlm_sft.train.folder import DISK_ERRORS, START, claim_folder, clear_run, disk_error, holds_work
 from vlm_sft.train.foretell import Foretelling, cache_bytes
 from vlm_sft.train.hosts import HostWatch
 from vlm_sft.train.identity import check_ranks, recipe_identity, refuse_changes
 from vlm_sft.train.lock import RunLock
 from vlm_sft.train.options import Run, TrainOptions
-from vlm_sft.train.prepare import final_tasks, load_data, prepare, validation_plan
+from vlm_sft.train.prepare import (
+    final_tasks,
+    fit_questions,
+    limited,
+    load_data,
+    prepare,
+    tell_parts,
+    token_limits,
+    validation_plan,
+)
 from vlm_sft.train.signals import StopSignals, resume_line
 from vlm_sft.train.validation import check_request
 
@@ -52,10 +63,19 @@ def train(options: TrainOptions) -> dict[str, Any]:
     recipe = loaded.recipe
     specs = parse_datasets(options.dataset)
     guards = check_request(recipe, specs, options.guard, options.eval_samples)
+    token_limits(options, specs)
     check_trackers(recipe.report_to)
     launch = read_launch(options.local_rank, options.deepspeed)
+    expand_segments(launch)
+    resolve_path(options.base_model)  # before the long reading of data
+    require_utf8(options.output_dir, "--output_dir")
+    place = artifacts.OutputFolder(options.output_dir, *(START if is_main_process() else ()))
     claim_folder(options.output_dir, options.resume, options.overwrite)
-    with RunLock(options.output_dir, wanted=is_main_process()), connected(launch):
+    with (
+        RunLock(options.output_dir, wanted=is_main_process()),
+        place.or_nothing(lambda: holds_work(options.output_dir)),
+        connected(launch),
+    ):
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
         _announce(options, launch, loaded.notes, checkpoint)
         return _carry_out(options, recipe, specs, guards, launch, checkpoint)
@@ -147,8 +167,11 @@ def _stages(run: Run, guards: list[Guard], trackers: Trackers) -> tuple[dict[str
         train_samples, eval_samples, left_out = load_data(run.specs, run.recipe)
         tasks = final_tasks(run)
         asked = validation_plan(run, guards)
+        tell_parts(run, train_samples, eval_samples, asked, tasks)
     with record.timed("load"):
         plan = prepare(run, train_samples, eval_samples, left_out)
+        tasks, asked = fit_questions(run, tasks, asked, plan.data.encoder)
+        tasks, asked = limited(run, tasks, asked, plan.base.prompt, plan.base.processor.tokenizer)
     told = Foretelling.begin(run, plan, asked, tasks, cache_before)
     agree(trackers.begin)
     told.lap(TRACKERS)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer
 
@@ -26,6 +27,8 @@ from vlm_sft.console import is_main_process, warn
 from vlm_sft.errors import RunError
 from vlm_sft.launch import agree, gather
 from vlm_sft.manifest import flush, naming, write_manifest
+from vlm_sft.model.saved_adapter import require_places
+from vlm_sft.report.card import may_write
 from vlm_sft.train.checkpoints import begin_checkpoint, checkpoint_problems, last_bytes, publish, rotate
 from vlm_sft.train.state import load_state, random_state, save_state, set_random_state
 
@@ -224,6 +227,12 @@ class CheckpointTrainer(Trainer):
         self._policy.on_failure(text)
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        """As in transformers, which passes over what of an adapter the model has no place for."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if isinstance(self.model, PeftModel):
+            require_places(Path(resume_from_checkpoint), self.model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore both; DeepSpeed has restored its own."""
         if checkpoint is None:
@@ -232,7 +241,7 @@ class CheckpointTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             self.optimizer.load_state_dict(load_state(folder / OPTIMIZER))
         if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
-            self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text(encoding="utf-8")))
+            self.lr_scheduler.load_state_dict(artifacts.read_json(folder / SCHEDULER))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore this rank's random numbers; a rank that the checkpoint does not know takes those of another."""
@@ -267,8 +276,12 @@ class CheckpointTrainer(Trainer):
         folder, partial = self._run_folder, self._run_folder / artifacts.ADAPTER_PARTIAL
 
         def publish_files() -> None:
-            names = [path.name for path in partial.iterdir()]
+            # The card is written again when the results are there, so no checksum of it is kept.
+            names = [path.name for path in partial.iterdir() if path.name != artifacts.CARD]
             write_manifest(partial, names, {"step": self.state.global_step, **self._policy.facts})
+            if may_write(folder / artifacts.CARD):
+                os.replace(partial / artifacts.CARD, folder / artifacts.CARD)
+            (partial / artifacts.CARD).unlink(missing_ok=True)
             for name in (*names, artifacts.MANIFEST, artifacts.MANIFEST_CHECKSUM):
                 os.replace(partial / name, folder / name)
             partial.rmdir()

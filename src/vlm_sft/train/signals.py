@@ -1,8 +1,8 @@
 """Signals that ask a run to stop: noticed at once, acted on at the end of a step. Imports console, errors and launch.
 
-A scheduler that takes a machine away, a spot instance that ends and Ctrl-C all say it with a signal. The first one ends
-the run in order: during the training after a checkpoint of the present step, elsewhere at once. A later one ends the
-process without further work.
+A scheduler that takes a machine away, a spot instance that ends, a terminal that is closed and Ctrl-C all say it with a
+signal. The first one ends the run in order: during the training after a checkpoint of the present step, elsewhere at
+once. A later one ends the process without further work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlm_sft.console import warn
 from vlm_sft.errors import InterruptedRunError
 from vlm_sft.launch import Launch
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # A launcher passes a signal on to ranks that a terminal or a scheduler has signalled already: that is one request.
 REPEAT_SECONDS = 3.0
 STUCK_SECONDS = 15.0  # outside of the training, where a rank may wait for another one that is gone
@@ -61,7 +61,9 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             # The wake-up descriptor is written to even while the main thread computes outside of Python.
             signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            wanted = [number for number in SIGNALS if not (number == signal.SIGHUP and under_nohup)]
+            self._previous = {number: signal.signal(number, self._handle) for number in wanted}
         self._free_since = time.monotonic()
         self._watcher.start()
         return self

@@ -1,4 +1,4 @@
-"""Nested state of optimizer, schedule and random numbers as safetensors with JSON: nothing is pickled. Imports torch.
+"""Nested state of optimizer, schedule and random numbers: safetensors with JSON, no pickles. Imports artifacts.
 
 Tensors and arrays are stored as they are; everything around them is JSON in the file's metadata. A value comes back
 with its exact bits and its exact types, tuples and whole-number keys included.
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from vlm_sft.artifacts import parse_json
 
 _TREE = "state"
 
@@ -42,7 +44,7 @@ def save_state(path: Path, value: Any) -> None:
 def load_state(path: Path) -> Any:
     """Read what `save_state` wrote; tensors are on the CPU."""
     with safe_open(path, framework="pt") as stream:
-        return _decode(json.loads(stream.metadata()[_TREE]), stream)
+        return _decode(parse_json(stream.metadata()[_TREE]), stream)
 
 
 def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

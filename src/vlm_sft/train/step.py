@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vlm_sft.data.collate import PackedBatch, split_pack
+from vlm_sft.data.pixels import is_about_codes
 from vlm_sft.model import prefix
 from vlm_sft.model.families import PackMode
 
@@ -46,6 +47,7 @@ class StepGradients:
         self.step = step
         self.scale = scale
         self.precision = precision
+        self.device = next(model.parameters()).device
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.sums: list[torch.Tensor | None] = [None] * len(self.parameters)
         self.splits: list[dict[str, Any]] = []
@@ -55,7 +57,11 @@ class StepGradients:
         self._tokens: list[tuple[PackedBatch, torch.Tensor]] = []
 
     def add(self, pack: PackedBatch) -> None:
-        """Compute one pack; one that does not fit into the device's memory is cut in two, once."""
+        """Compute one pack; one that does not fit into the device's memory is cut in two, once.
+
+        Args:
+            pack: anywhere; only while it is computed it is on the device.
+        """
         if self.too_large is not None:
             return
         if self._computed(pack):
@@ -73,9 +79,10 @@ class StepGradients:
         """Forward and backward of one pack; False, with nothing kept of it, where the memory does not suffice."""
         gradients = None
         try:
-            with prefix.packed(pack, self.mode, self.step):
+            here = pack.to(self.device)
+            with prefix.packed(here, self.mode, self.step):
                 with self.precision():
-                    token_losses = prefix.token_losses(self.model, pack, self.mode)
+                    token_losses = prefix.token_losses(self.model, here, self.mode)
                     loss = token_losses.sum() * (pack.weight * self.scale)
                 gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         except torch.OutOfMemoryError:
@@ -158,7 +165,7 @@ def loss_problem(tokens: Sequence[tuple[PackedBatch, torch.Tensor]], loss: float
         return {"detail": detail, "sample_ids": images, "source": "image", "loss": loss}
     found = []
     for pack, losses in tokens:
-        branches = pack.target_branch[~losses.isfinite()].unique().tolist()
+        branches = pack.target_branch[~losses.isfinite().to(pack.target_branch.device)].unique().tolist()
         found += [pack.sample_ids[branch - 1] for branch in branches]
     return {"detail": f"the loss is {loss}", "sample_ids": found, "source": "loss", "loss": loss}
 
@@ -170,7 +177,8 @@ def _bad_images(packs: Sequence[PackedBatch]) -> list[str]:
         first = 0
         for ends, tensors in zip(pack.ends, pack.tensors, strict=True):
             count = len(ends) - 2
-            if not all(value.isfinite().all() for value in tensors.values() if value.is_floating_point()):
+            values = [value for name, value in tensors.items() if not is_about_codes(name)]
+            if not all(value.isfinite().all() for value in values if value.is_floating_point()):
                 found += pack.sample_ids[first : first + count]
             first += count
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import SchedulerType, speed_metrics
 
 from vlm_sft import artifacts
 from vlm_sft.data.collate import PackedBatch
@@ -25,8 +25,11 @@ from vlm_sft.evaluate.run import EvaluationStopped
 from vlm_sft.model import prefix
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base
+from vlm_sft.model.positions import Positions
 from vlm_sft.model.tune import save_tuned
+from vlm_sft.recipe.rules import rate_factor
 from vlm_sft.train.anomalies import WATCHED_STEPS, AdapterWatch, EventLog, FaultPolicy, Health, memory_error
+from vlm_sft.train.card import write_card
 from vlm_sft.train.saving import CheckpointTrainer
 from vlm_sft.train.step import StepGradients, loss_problem
 from vlm_sft.train.validation import Validation
@@ -63,8 +66,12 @@ class PackTrainer(CheckpointTrainer):
         rank = kwargs["args"].process_index
         faults = faults or FaultPolicy()
         replace = faults.replace_bad
-        self._steps = StepDataset(train_data, planner, rank, replace)
-        self._eval_steps = StepDataset(eval_data, eval_planner, rank, replace) if eval_data and eval_planner else None
+        # Plain transformers finds the positions of separate questions itself.
+        place = Positions(kwargs["model"]) if mode.shares else None
+        self._steps = StepDataset(train_data, planner, rank, replace, place)
+        self._eval_steps: StepDataset | None = None
+        if eval_data and eval_planner:
+            self._eval_steps = StepDataset(eval_data, eval_planner, rank, replace, place)
         self._prompt = prompt
         self._base = base
         self._mode = mode
@@ -86,6 +93,23 @@ class PackTrainer(CheckpointTrainer):
         """The loader of this rank's steps; it is already split over ranks, so accelerate must not do it again."""
         self._loader = StepLoader(self._steps, self.args.dataloader_num_workers)
         return self._loader
+
+    def last_loss(self) -> float | None:
+        """Loss of the last step that was used, over all ranks; None before there was one."""
+        return self._health.last_loss
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The recipe's course of the learning rate, whose first step is not at 0; under DeepSpeed too."""
+        if self.lr_scheduler is None:
+            kind = SchedulerType(self.args.lr_scheduler_type).value
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: rate_factor(kind, warmup, num_training_steps, step)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def num_examples(self, dataloader: Any) -> int:
         """Questions of one epoch."""
@@ -139,7 +163,7 @@ class PackTrainer(CheckpointTrainer):
         # Gradients are averaged over ranks; the loss is divided by the whole step's tokens already.
         scale = self.args.world_size / inputs.supervised
         compute = self._partitioned_step if self._partitioned else self._whole_step
-        loss = compute(model, [pack.to(self.args.device) for pack in inputs.packs], scale)
+        loss = compute(model, inputs.packs, scale)
         self.accelerator.gradient_state._set_sync_gradients(True)
         if loss is None:
             return self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
@@ -196,9 +220,10 @@ class PackTrainer(CheckpointTrainer):
             last = index == len(packs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
             try:
-                with prefix.packed(pack, self._mode, self.state.global_step):
+                here = pack.to(self.args.device)
+                with prefix.packed(here, self._mode, self.state.global_step):
                     with self.compute_loss_context_manager():
-                        losses = prefix.token_losses(model, pack, self._mode)
+                        losses = prefix.token_losses(model, here, self._mode)
                         loss = losses.sum() * (pack.weight * scale)
                     total += loss.detach().float()
                     tokens.append((pack, losses.detach()))
@@ -307,3 +332,4 @@ class PackTrainer(CheckpointTrainer):
             folder = Path(output_dir or str(self.args.output_dir))
             save_tuned(self.model, folder, self._base, state_dict)
             self._prompt.save(folder)
+            write_card(folder, self._run_folder)

@@ -21,7 +21,8 @@ from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.errors import RecipeError
 from vlm_sft.evaluate.backends import SharedPrefixBackend
-from vlm_sft.evaluate.guard import Guard, judge, parse_guards, tradeoff
+from vlm_sft.evaluate.compare import TOO_FEW
+from vlm_sft.evaluate.guard import FEWEST_IMAGES, Guard, judge, parse_guards, tradeoff
 from vlm_sft.evaluate.identity import identity_of
 from vlm_sft.evaluate.run import Evaluator, StopRequest
 from vlm_sft.evaluate.tasks import Task, benchmark_names, dataset_text, load_tasks, rules_of
@@ -210,8 +211,13 @@ class Validation:
     ) -> list[dict[str, Any]]:
         """The rows of one task; empty on other ranks than the first."""
         place = folder / task.name
-        evaluator.run(task, place, label, identity)
-        return list(artifacts.read_jsonl(place / artifacts.PREDICTIONS)) if self.launch.rank == 0 else []
+        result = evaluator.run(task, place, label, identity)
+        if self.launch.rank != 0:
+            return []
+        if result["cut"]:
+            limit = task.max_new_tokens
+            say(f"{label}: {result['cut']:,} of {result['n']:,} answers ended at the limit of {limit} tokens")
+        return list(artifacts.read_jsonl(place / artifacts.PREDICTIONS))
 
     def _scores(self, rows: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
         by_metric: dict[str, list[float]] = {}
@@ -229,6 +235,11 @@ class Validation:
                 say(
                     f"guard: {one['benchmark']} lost {one['lost_points']:.1f} points ({one['allowed_points']:g} "
                     f"allowed, p = {one['p_value']:.3f}): step {step} cannot be the best checkpoint"
+                )
+            elif one["too_few"]:
+                say(
+                    f"guard: {one['benchmark']} lost {one['lost_points']:.1f} points ({one['allowed_points']:g} "
+                    f"allowed) at step {step}, but fewer than {FEWEST_IMAGES} images are {TOO_FEW}"
                 )
         self._evaluations = [entry for entry in self._evaluations if entry["step"] < step]
         self._evaluations.append({

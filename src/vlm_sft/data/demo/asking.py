@@ -17,9 +17,9 @@ class Question:
     """A question with its one right answer.
 
     Attributes:
-        question_type: "retrieval", "comparison", "arithmetic", "counting", "extreme", "yes_no", "colour" or
+        question_type: "retrieval", "comparison", "arithmetic", "counting", "extreme", "yes/no", "colour" or
             "structure".
-        answer_type: "number", "text" or "yes_no".
+        answer_type: "number", "text" or "yes/no".
         split: "augmented" for retrieval, "human" for everything else.
     """
 

@@ -45,7 +45,7 @@ def chart_questions(spec: ChartSpec, rng: Random, count: int) -> list[Question]:
 
 def _question(question_type: str, text: str, answer: str | float | bool) -> Question:
     if isinstance(answer, bool):
-        return Question(text, "Yes" if answer else "No", question_type, "yes_no")
+        return Question(text, "Yes" if answer else "No", question_type, "yes/no")
     if isinstance(answer, str):
         return Question(text, answer, question_type, "text")
     return Question(text, plain(answer), question_type, "number")
@@ -218,7 +218,7 @@ def _more_than_other(ask: Asker) -> Question | None:
         "Is {one} {word} than {other}{suffix}?", one=one, other=other, suffix=suffix,
         word=ask.rng.choice(("higher", "larger") if more else ("lower", "smaller")),
     )
-    return _question("yes_no", text, (row[one] > row[other]) == more)
+    return _question("yes/no", text, (row[one] > row[other]) == more)
 
 
 def _beyond_level(ask: Asker) -> Question | None:
@@ -232,7 +232,7 @@ def _beyond_level(ask: Asker) -> Question | None:
         "Is the value of {category} {word} {level}{suffix}?", category=category, level=ask.level(level), suffix=suffix,
         word=ask.rng.choice(("above", "more than") if above else ("below", "less than")),
     )
-    return _question("yes_no", text, wanted)
+    return _question("yes/no", text, wanted)
 
 
 def _sum_beyond(ask: Asker) -> Question | None:
@@ -247,7 +247,7 @@ def _sum_beyond(ask: Asker) -> Question | None:
         if excess != 0 and (excess > 0) == wanted:
             words = {"one": one, "other": other, "third": third, "suffix": suffix}
             text = ask.text("Is the sum of {one} and {other} greater than {third}{suffix}?", **words)
-            return _question("yes_no", text, wanted)
+            return _question("yes/no", text, wanted)
     return None
 
 
@@ -262,7 +262,7 @@ def _trend(ask: Asker) -> Question | None:
         "Did the value {word} from {one} to {other}{suffix}?", one=one, other=other, suffix=suffix,
         word=ask.rng.choice(("increase", "rise", "grow") if up else ("decrease", "fall", "drop")),
     )
-    return _question("yes_no", text, (row[other] > row[one]) == up)
+    return _question("yes/no", text, (row[other] > row[one]) == up)
 
 
 def _larger_category(ask: Asker) -> Question | None:

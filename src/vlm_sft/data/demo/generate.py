@@ -26,7 +26,7 @@ from vlm_sft.data.demo.sign_questions import SignQuestion, sign_questions
 from vlm_sft.data.demo.signs import SignSpec, random_sign
 from vlm_sft.data.demo.spec import ChartSpec
 from vlm_sft.data.sample import ImageRef, Sample
-from vlm_sft.errors import DataError
+from vlm_sft.errors import DataError, quoted
 
 KINDS = ("demo_charts", "demo_text")
 SPLITS = ("train", "validation", "test")
@@ -89,9 +89,9 @@ def render_png(spec: ChartSpec | SignSpec) -> bytes:
 
 def _check(kind: str, split: str) -> None:
     if kind not in KINDS:
-        raise DataError(f"unknown synthetic data set {kind!r}", f"use one of {', '.join(KINDS)}")
+        raise DataError(f"unknown synthetic data set {quoted(kind)}", f"use one of {', '.join(KINDS)}")
     if split not in SPLITS:
-        raise DataError(f"{kind} has no split {split!r}", f"use one of {', '.join(SPLITS)}")
+        raise DataError(f"{kind} has no split {quoted(split)}", f"use one of {', '.join(SPLITS)}")
 
 
 def _prefix(kind: str, split: str, seed: int) -> str:

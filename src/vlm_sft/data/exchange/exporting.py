@@ -12,11 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.artifacts import CHANGED, EXCHANGE, LEFT_OUT, write_json, write_jsonl, write_text_atomic
+from vlm_sft.artifacts import CHANGED, EXCHANGE, LEFT_OUT, OutputFolder, write_json, write_jsonl, write_text_atomic
 from vlm_sft.console import progress
+from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
 from vlm_sft.data.exchange.importing import ImportReport, claim_output
 from vlm_sft.data.exchange.layouts import SUPERVISED_NOTE, write_record
-from vlm_sft.data.exchange.pictures import ImageStore
+from vlm_sft.data.exchange.pictures import FOLDER, ImageStore
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.rows import RowProblem, left_out
 from vlm_sft.data.sources.splits import DATASET_INFO
@@ -34,12 +35,14 @@ class ExportRequest:
         output: the folder to write; new or empty.
         style: of LLaMA-Factory: "sharegpt" or "alpaca".
         name: what the data set is called there.
+        max_left_out: share of questions that may be left out, 0 to 1.
     """
 
     layout: str
     output: Path
     style: str = "sharegpt"
     name: str = "data"
+    max_left_out: float = MAX_LEFT_OUT_FRACTION
 
 
 def export_data(request: ExportRequest, splits: dict[str, list[Sample]], gone: list[LeftOut]) -> ImportReport:
@@ -54,9 +57,17 @@ def export_data(request: ExportRequest, splits: dict[str, list[Sample]], gone: l
         What was written and what was not; the same is in export_data.json, left_out.jsonl and changed.jsonl.
 
     Raises:
-        DataError: not one sample can be said in this layout.
+        DataError: not one sample can be said in this layout, or more is left out than is allowed; then left_out.jsonl
+            is all that is written.
         RunError: the output folder holds something else, or cannot be written.
     """
+    made = (FOLDER, f"{FOLDER}/*", LEFT_OUT, *(f"{split}.*" for split in splits))
+    with OutputFolder(request.output, *made).or_nothing():
+        return _export(request, splits, gone)
+
+
+def _export(request: ExportRequest, splits: dict[str, list[Sample]], gone: list[LeftOut]) -> ImportReport:
+    """Write the files; returns as `export_data` does."""
     claim_output(request.output)
     report = ImportReport(left_out=list(gone))
     store = ImageStore(request.output)
@@ -75,6 +86,7 @@ def export_data(request: ExportRequest, splits: dict[str, list[Sample]], gone: l
     if not report.files:
         reasons = ", ".join(sorted({item.reason for item in report.left_out}))
         raise DataError(f"no question can be said as {request.layout}: {reasons}", "choose another --format")
+    enforce(report.left_out, report.total, request.max_left_out, request.output / LEFT_OUT)
     if report.changed:
         lines = [{"id": own_id, "change": note} for note, ids in report.changed.items() for own_id in ids]
         write_jsonl(request.output / CHANGED, lines)

@@ -7,20 +7,22 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from vlm_sft.artifacts import CHANGED, IMPORT, LEFT_OUT, write_json
+from vlm_sft.artifacts import CHANGED, IMPORT, LEFT_OUT, UNENCODABLE, OutputFolder, write_json
 from vlm_sft.console import say
+from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
 from vlm_sft.data.exchange.layouts import read_record, row_of
 from vlm_sft.data.exchange.pictures import FOLDER, ImageStore
 from vlm_sft.data.exchange.tables import input_files, names_for, records
 from vlm_sft.data.sample import LeftOut
-from vlm_sft.data.sources.records import Question
+from vlm_sft.data.sources.records import Question, require_image
 from vlm_sft.data.sources.rows import RowProblem, in_threads, left_out
 from vlm_sft.data.sources.splits import SPLIT_WORDS
-from vlm_sft.errors import DataError, RunError
+from vlm_sft.errors import DataError, RunError, quoted
 
 BATCH = 256  # questions whose images are read together
 TELL_EVERY = 20_000  # questions between two lines of progress
@@ -39,6 +41,7 @@ class ImportRequest:
         columns: our name of a column to the file's.
         allow_urls: whether images may be fetched from the web.
         limit: at most so many questions; None for all.
+        max_left_out: share of questions that may be left out, 0 to 1.
     """
 
     source: Path
@@ -48,6 +51,7 @@ class ImportRequest:
     columns: dict[str, str] = field(default_factory=dict)
     allow_urls: bool = False
     limit: int | None = None
+    max_left_out: float = MAX_LEFT_OUT_FRACTION
 
 
 @dataclass
@@ -89,15 +93,21 @@ class _Item:
 
 
 def import_data(request: ImportRequest) -> ImportReport:
-    """Carry out one import; files get their names when everything is written.
+    """Carry out one import; files get their names when everything is written and not too much is left out.
 
     Returns:
         What was written and what was not; the same is in import.json, left_out.jsonl and changed.jsonl.
 
     Raises:
-        DataError: the input cannot be read, or not one question can be used.
+        DataError: the input cannot be read, not one question can be used, or more is left out than is allowed; then
+            left_out.jsonl is all that is written.
         RunError: the output folder holds something else, or cannot be written.
     """
+    with OutputFolder(request.output, FOLDER, f"{FOLDER}/*", f"*{PARTIAL}", LEFT_OUT).or_nothing():
+        return _import(request)
+
+
+def _import(request: ImportRequest) -> ImportReport:
     files = input_files(request.source, request.layout)
     if request.images is not None and not request.images.is_dir():
         raise DataError(f"--images {request.images} is not a folder", "pass the folder that holds the pictures")
@@ -106,19 +116,46 @@ def import_data(request: ImportRequest) -> ImportReport:
     report = ImportReport()
     writer = _Writer(request.output, report)
     with writer:
-        items = islice(_items(request, files, report, writer), request.limit)
+        unseen = dict(request.columns)
+        items = islice(_items(request, files, report, writer, unseen), request.limit)
         while batch := list(islice(items, BATCH)):
             told = report.total
             for item, kept in zip(batch, _keep_images(batch, store), strict=True):
                 writer.put(item, kept)
             if report.total // TELL_EVERY > told // TELL_EVERY:
                 say(f"imported so far: {sum(report.questions.values()):,} questions, {len(report.left_out):,} left out")
-    if not report.files:
+        _refuse_idle(request, report, unseen, store)
+        _require_enough(request, report)
+    _write_facts(request, report)
+    return report
+
+
+def _require_enough(request: ImportRequest, report: ImportReport) -> None:
+    """Refuse an import of nothing, or one that leaves too much out.
+
+    Raises:
+        DataError: with the first reasons.
+    """
+    if not sum(report.questions.values()):
         first = "".join(f"\n  - {item.reason}: {item.detail}" for item in report.left_out[:3])
         raise DataError(f"{request.source}: no question can be used as {request.layout}; the first reasons:{first}",
                         f"is it another --format? all reasons are in {request.output / LEFT_OUT}")
-    _write_facts(request, report)
-    return report
+    enforce(report.left_out, report.total, request.max_left_out, request.output / LEFT_OUT)
+
+
+def _refuse_idle(request: ImportRequest, report: ImportReport, unseen: dict[str, str], store: ImageStore) -> None:
+    """Refuse what was asked for and changed nothing.
+
+    Raises:
+        DataError: no record has a key that `--columns` names, or none names an image by a path in `--images`.
+    """
+    if unseen and report.records and request.layout != "csv":
+        ours, theirs = next(iter(unseen.items()))
+        raise DataError(f"--columns {ours}={theirs}: no record of {request.source} has the key {quoted(theirs)}",
+                        "name a key that is there, or leave this one out")  # fmt: skip
+    if request.images is not None and report.questions and not store.looked_up:
+        raise DataError(f"--images {request.images} has no effect: every image of {request.source} is inside the "
+                        "records, or has its whole path there", "leave it out")  # fmt: skip
 
 
 def claim_output(output: Path) -> None:
@@ -136,20 +173,25 @@ def claim_output(output: Path) -> None:
 
 
 def _items(
-    request: ImportRequest, files: dict[str, list[Path]], report: ImportReport, writer: _Writer
+    request: ImportRequest, files: dict[str, list[Path]], report: ImportReport, writer: _Writer, unseen: dict[str, str]
 ) -> Iterator[_Item]:
-    """Read the records and cut them into questions; what cannot be used goes to the writer."""
+    """Read the records and cut them into questions; what cannot be used goes to the writer.
+
+    Columns of `--columns` that a record has are taken out of `unseen`.
+    """
     used: Counter[str] = Counter()
     for file_split, paths in files.items():
         for path in paths:
             names = names_for(path, request.columns)
             for number, label, record in records(path, request.layout, request.columns):
                 report.records += 1
+                for ours in [name for name, column in unseen.items() if isinstance(record, dict) and column in record]:
+                    del unseen[ours]
                 where, numbered = f"{path} {label} {number}", f"{path.stem}/{number:06d}"
                 try:
                     if isinstance(record, RowProblem):
                         raise record
-                    questions = read_record(record, request.layout, names)
+                    questions = require_image(record, partial(read_record, record, request.layout, names))
                 except RowProblem as problem:
                     writer.drop(left_out(numbered, where, problem))
                     continue
@@ -188,8 +230,6 @@ def _keep_images(batch: list[_Item], store: ImageStore) -> list[list[str] | RowP
 
     def keep(item: _Item) -> list[str] | RowProblem:
         try:
-            if not item.question.images:
-                raise RowProblem("no image", "the question has no image")
             return [store.keep(store.find(item.folder, image)) for image in item.question.images]
         except RowProblem as problem:
             return problem
@@ -211,9 +251,11 @@ class _Writer:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
+        # A refusal sends its reader to the list of what is left out.
+        final = list(self._open) if kind is None else [LEFT_OUT] if issubclass(kind, DataError) else []
+        for name in final:
+            (self._output / f"{name}{PARTIAL}").replace(self._output / name)
         if kind is None:
-            for name in self._open:
-                (self._output / f"{name}{PARTIAL}").replace(self._output / name)
             self._report.files += [self._output / name for name in self._open if name not in (LEFT_OUT, CHANGED)]
 
     def put(self, item: _Item, images: list[str] | RowProblem) -> None:
@@ -221,7 +263,12 @@ class _Writer:
         if isinstance(images, RowProblem):
             self.drop(left_out(item.id, item.where, images))
             return
-        self._line(f"{item.split}.jsonl", row_of(item.question, images, item.id, item.part))
+        try:
+            row = row_of(item.question, images, item.id, item.part)
+        except RowProblem as problem:
+            self.drop(left_out(item.id, item.where, problem))
+            return
+        self._line(f"{item.split}.jsonl", row)
         self._report.questions[item.split] += 1
         if item.question.note:
             self._report.changed.setdefault(item.question.note, []).append(item.id)
@@ -235,7 +282,7 @@ class _Writer:
     def _line(self, name: str, row: dict[str, Any] | None = None) -> None:
         if name not in self._open:
             path = self._output / f"{name}{PARTIAL}"
-            self._open[name] = self._stack.enter_context(path.open("w", encoding="utf-8"))
+            self._open[name] = self._stack.enter_context(path.open("w", encoding="utf-8", errors=UNENCODABLE))
         if row is not None:
             self._open[name].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 

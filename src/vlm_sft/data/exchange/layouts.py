@@ -7,18 +7,18 @@ dataset_info.json); ms-swift: "Custom dataset" (`messages`, `images`, `query`, `
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vlm_sft.data.plain_text import texts_of
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.records import PLACEHOLDER, Question, questions_of
+from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem, clean_text
 
 FORMATS = ("trl", "llamafactory", "msswift", "csv", "jsonl")
-MEDIA = ("videos", "video", "audios", "audio")
-PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag")
+MARK_IN_TEXT = "text holds the image mark"
 SUPERVISED_NOTE = "LLaMA-Factory also learns the earlier answers of a conversation, unless mask_history: true"
 
 
@@ -52,7 +52,7 @@ def read_record(record: Any, layout: str, names: Names) -> list[Question]:
     if not isinstance(record, dict):
         raise RowProblem("not a record", f"a JSON object is needed, not {type(record).__name__}")
     record = {key: value for key, value in record.items() if value is not None}
-    _refuse(record)
+    refuse(record, names.columns)
     if layout == "llamafactory":
         record = _from_llamafactory(record, names)
     elif layout == "msswift":
@@ -62,16 +62,6 @@ def read_record(record: Any, layout: str, names: Names) -> list[Question]:
     if "question" not in record and len(questions) == 1 and isinstance(answers, list) and answers:
         questions = [replace(questions[0], answers=tuple(clean_text(answer, "answer") for answer in answers))]
     return questions
-
-
-def _refuse(record: dict[str, Any]) -> None:
-    """Name what a question about images cannot hold."""
-    for key in (*MEDIA, "tools", "objects"):
-        if record.get(key):
-            raise RowProblem(f"record with {key}", f"{key} cannot be learned here: questions about images only")
-    for key in PREFERENCE:
-        if key in record:
-            raise RowProblem("preference record", f"{key}: records of preferences are not questions with answers")
 
 
 def _from_llamafactory(record: dict[str, Any], names: Names) -> dict[str, Any]:
@@ -129,11 +119,7 @@ def _retagged(messages: Any, tags: Mapping[str, str]) -> Any:
 
 
 def _from_msswift(record: dict[str, Any]) -> dict[str, Any]:
-    """Messages, or query and response; marks of other media and of places in the image are refused."""
-    texts = str(record.get("messages", record.get("query", "")))
-    found = re.search(r"<(video|audio|img|bbox|ref-object|cot-process)>", texts)
-    if found:
-        raise RowProblem("unknown mark", f"{found.group()} cannot be read; images are marked {PLACEHOLDER}")
+    """Messages, or query and response."""
     if "messages" not in record and "response" in record:
         history = _pairs(record.get("history") or [])
         turn = [{"role": "user", "content": record.get("query", "")}]
@@ -151,6 +137,9 @@ def row_of(question: Question, images: list[str], sample_id: str, split: str) ->
         images: its images, relative to the file.
         sample_id: unique in the data set.
         split: the part that is reported separately; "" for none.
+
+    Raises:
+        RowProblem: a plain record cannot say it: its question begins with the image mark as a word.
     """
     row: dict[str, Any] = {"id": sample_id}
     row |= {"image": images[0]} if len(images) == 1 else {"images": images}
@@ -159,6 +148,8 @@ def row_of(question: Question, images: list[str], sample_id: str, split: str) ->
         row["answers"] = list(question.answers)
     if question.history:
         row["history"] = [{"role": turn.role, "content": turn.text} for turn in question.history]
+    if PLACEHOLDER in question.question and questions_of(row)[0].question != question.question:
+        raise RowProblem(MARK_IN_TEXT, f"the question would be read without {PLACEHOLDER} from a plain record")
     return row | {key: value for key, value in (("system", question.system), ("split", split)) if value}
 
 
@@ -174,9 +165,8 @@ def write_record(sample: Sample, images: list[str], layout: str, style: str) -> 
     Raises:
         RowProblem: the layout cannot say this.
     """
-    texts = (sample.question, sample.target, sample.system, *(turn.text for turn in sample.history))
-    if layout not in ("jsonl", "csv") and any(PLACEHOLDER in text for text in texts):
-        raise RowProblem("text holds the image mark", f"a text holds {PLACEHOLDER}, which means an image there")
+    if layout in ("llamafactory", "msswift") and any(PLACEHOLDER in text for text in texts_of(sample)):
+        raise RowProblem(MARK_IN_TEXT, f"a text holds {PLACEHOLDER}, which means an image there")
     own_id = sample.id.removeprefix(f"{sample.dataset}/")
     record = _WRITERS[layout](sample, images, style)
     extra: dict[str, Any] = {"id": own_id}
@@ -243,6 +233,7 @@ def _to_csv(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
         raise RowProblem("conversation", "a row of a CSV holds neither earlier turns nor a system text")
     if set(sample.answers) != {sample.target}:
         raise RowProblem("several answers", f"a row of a CSV holds one answer, not {len(set(sample.answers))}")
+    _to_jsonl(sample, images, style)  # read as a plain record too
     return {"image": images[0], "question": sample.question, "answer": sample.target, "split": sample.split}
 
 

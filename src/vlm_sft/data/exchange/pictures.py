@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vlm_sft.artifacts import write_bytes_atomic
 from vlm_sft.data.exchange.fetch import fetch
-from vlm_sft.data.images import decode_rgb, read_bytes
+from vlm_sft.data.images import decode_rgb, image_format, read_bytes
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.data.sources.locate import image_text, is_url, locate_image
 from vlm_sft.data.sources.rows import RowProblem
@@ -35,6 +32,7 @@ class ImageStore:
             (output / FOLDER).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot write {output}: {error.strerror}", "choose another --output") from error
+        self.looked_up = False  # whether an image was looked for in a folder of the records
         self._names = {path.stem: f"{FOLDER}/{path.name}" for path in (output / FOLDER).iterdir()}
 
     def find(self, folder: Path, image: Any) -> ImageRef:
@@ -46,6 +44,7 @@ class ImageStore:
         text = image_text(image)
         if is_url(text) and self.allow_urls:
             return ImageRef.from_bytes(fetch(text), text[:200])
+        self.looked_up |= isinstance(text, str) and not text.startswith(("data:", "/", "file://"))
         if isinstance(text, str) and text.strip() and not Path(text).suffix and "*" not in text and len(text) < 255:
             found = sorted(path for path in folder.glob(f"{text}.*") if path.is_file()) if folder.is_dir() else []
             if len(found) == 1 and not Path(text).is_absolute():
@@ -70,8 +69,7 @@ class ImageStore:
             decode_rgb(data, ref.source)
         except DataError as error:
             raise RowProblem("image cannot be read", error.what) from error
-        with Image.open(io.BytesIO(data)) as picture:
-            kind = picture.format or "PNG"
+        kind = image_format(data)
         name = f"{FOLDER}/{stem}.{ENDINGS.get(kind, kind.lower())}"
         try:
             write_bytes_atomic(self.output / name, data)

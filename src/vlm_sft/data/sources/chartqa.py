@@ -12,6 +12,7 @@ from vlm_sft.data.sources.hub import TableSource, load_table
 from vlm_sft.data.sources.rows import RowProblem, clean_text
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import LoadedSplit
+from vlm_sft.errors import quoted
 
 PARTS = {0: "human", 1: "augmented"}
 
@@ -28,7 +29,7 @@ def to_sample(row: dict[str, Any], image: ImageRef, sample_id: str) -> Sample:
         raise RowProblem("empty answer", "the label list is empty")
     answers = tuple(clean_text(label, "answer") for label in labels)
     if row["human_or_machine"] not in PARTS:
-        raise RowProblem("unknown part", f"human_or_machine is {row['human_or_machine']!r}, not 0 or 1")
+        raise RowProblem("unknown part", f"human_or_machine is {quoted(row['human_or_machine'])}, not 0 or 1")
     return Sample(sample_id, "chartqa", PARTS[row["human_or_machine"]], (image,), question, answers[0], answers)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import SPLITS, LoadedSplit
-from vlm_sft.errors import DataError
+from vlm_sft.errors import DataError, quoted
 
 KINDS = {
     "demo_charts": ("demo_charts",),
@@ -30,7 +30,7 @@ def load(spec: DatasetSpec, split: str, at_most: int | None = None) -> LoadedSpl
     from vlm_sft.data.demo.generate import demo_samples
 
     if split not in SPLITS:
-        raise DataError(f"unknown split {split!r}", f"choose one of {', '.join(SPLITS)}")
+        raise DataError(f"unknown split {quoted(split)}", f"choose one of {', '.join(SPLITS)}")
     kinds = KINDS[spec.name]
     samples: list[Sample] = []
     for position, kind in enumerate(kinds):

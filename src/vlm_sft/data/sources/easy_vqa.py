@@ -8,10 +8,9 @@ from types import ModuleType
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, in_threads, left_out
 from vlm_sft.data.sources.spec import DatasetSpec
-from vlm_sft.data.sources.splits import LoadedSplit, plan_split
+from vlm_sft.data.sources.splits import HOLD_OUT_FRACTION, LoadedSplit, plan_split
 from vlm_sft.errors import DataError
 
-HOLD_OUT_FRACTION = 0.10
 SHAPES = {"circle", "rectangle", "triangle"}
 
 

@@ -20,7 +20,7 @@ from vlm_sft.data.sources.rows import RowProblem, finish_split, in_threads, left
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import LoadedSplit, files_by_split, plan_split
 from vlm_sft.data.sources.stream import first_rows, split_stream
-from vlm_sft.errors import DataError
+from vlm_sft.errors import DataError, quoted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -141,7 +141,7 @@ def open_parquet(files: list[Path], columns: tuple[str, ...], split: str) -> tup
             continue
         there = table.schema_arrow.names
         counts.append(table.metadata.num_rows)
-        problems += [f"{file} has no column {name!r} (it has: {', '.join(there)})"
+        problems += [f"{file} has no column {quoted(name)} (it has: {', '.join(there)})"
                      for name in columns if name not in there]
     if problems:
         raise DataError("; ".join(problems), f"the columns needed are {', '.join(columns)}")

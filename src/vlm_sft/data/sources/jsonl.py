@@ -5,22 +5,31 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.artifacts import parse_json, writable
 from vlm_sft.data.images import check_image
-from vlm_sft.data.sample import ImageRef, LeftOut, Sample
+from vlm_sft.data.sample import NOTE, UNREADABLE, ImageRef, LeftOut, Sample
+from vlm_sft.data.sources.foreign import refuse_compressed
 from vlm_sft.data.sources.locate import StoredImage, locate_image
-from vlm_sft.data.sources.records import Question, questions_of
+from vlm_sft.data.sources.records import Question, questions_of, require_image
 from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, in_threads, left_out
 from vlm_sft.data.sources.shards import parquet_records
 from vlm_sft.data.sources.spec import JSON_SUFFIXES, DatasetSpec
-from vlm_sft.data.sources.splits import NO_DATA, SPLIT_WORDS, LoadedSplit, files_by_split, plan_split, split_of_name
+from vlm_sft.data.sources.splits import (
+    HOLD_OUT_FRACTION,
+    NO_DATA,
+    SPLIT_WORDS,
+    LoadedSplit,
+    files_by_split,
+    plan_split,
+    split_of_name,
+)
 from vlm_sft.errors import DataError
-
-HOLD_OUT_FRACTION = 0.10
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,8 @@ def load(spec: DatasetSpec, split: str) -> LoadedSplit:
     """Load one split of your own data; every image is fully decoded once.
 
     Files are assigned to splits by their names (train, val/validation/dev, test), lines by a "split" key with such a
-    value. Where there is no validation part, a tenth of the images is held out of train, always the same.
+    value. Where there is no validation part, a tenth of the images is held out of train, always the same, and another
+    tenth where there is no test part either.
 
     Args:
         spec: its path is a .jsonl, .json or .parquet file, or a folder of them.
@@ -72,6 +82,25 @@ def load(spec: DatasetSpec, split: str) -> LoadedSplit:
     return finish_split(plan, samples, gone, HOLD_OUT_FRACTION, origin)
 
 
+def answer_texts(spec: DatasetSpec) -> tuple[list[str], set[str]]:
+    """What the answers of own data look like, over all its splits; no image is read.
+
+    Returns:
+        The answer of every question that is learned, and all different answers that are accepted.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    assert spec.path is not None
+    lines: dict[str, list[Line]] = {}
+    for split, paths in _split_files(spec.path).items():
+        for path in paths:
+            _read_file(spec, path, split, lines, {})
+    questions = [line.question for part in lines.values() for line in part]
+    accepted = {answer for question in questions for answer in (question.target, *question.answers)}
+    return [question.target for question in questions], accepted
+
+
 def _split_files(path: Path) -> dict[str, list[Path]]:
     """Files by split; beside a single train file its siblings count ("x_train.jsonl" -> "x_val.jsonl")."""
     endings: tuple[str, ...] = JSON_SUFFIXES
@@ -94,14 +123,14 @@ def _read_file(
     """Parse one file into `lines` and `left`, by split."""
     used: Counter[str] = Counter()
     root = spec.path if spec.path and spec.path.is_dir() else path.parent
-    tag = "/".join(path.relative_to(root).with_suffix("").parts)
+    tag = writable("/".join(path.relative_to(root).with_suffix("").parts))
     lines.setdefault(file_split, [])
     for number, label, record in records_of_file(path):
         where, base = f"{path} {label} {number}", f"{spec.name}/{tag}/{number:06d}"
         try:
             if isinstance(record, RowProblem):
                 raise record
-            questions = questions_of(record)
+            questions = require_image(record, partial(questions_of, record))
             part = _part(record)
             base = _record_id(spec.name, record, base, used)
         except RowProblem as problem:
@@ -116,23 +145,25 @@ def _read_file(
                 lines.setdefault(split, []).append(Line(turn_id, where, path.parent, part, question))
 
 
-def records_of_file(path: Path) -> Iterator[tuple[int, str, Any]]:
+def records_of_file(path: Path, pictures: Sequence[str] = ()) -> Iterator[tuple[int, str, Any]]:
     """Yield number, "line", "item" or "row", and the record or the RowProblem that stands in for it.
 
     Args:
         path: JSON lines, a JSON list, or parquet, whose images stay in the file as `StoredImage`.
+        pictures: columns of parquet that hold images besides those of the usual names.
 
     Raises:
         DataError: the file cannot be read.
     """
     if path.suffix == ".parquet":
-        for number, row in enumerate(parquet_records(path)):
+        for number, row in enumerate(parquet_records(path, pictures)):
             yield number, "row", row
         return
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
+    refuse_compressed(path, data[:6])
     data = data.removeprefix(b"\xef\xbb\xbf")
     whole = _whole_document(path, data)
     if whole is not None:
@@ -143,10 +174,10 @@ def records_of_file(path: Path) -> Iterator[tuple[int, str, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, "line", json.loads(line.decode("utf-8"))
+            yield number, "line", parse_json(line.decode("utf-8"), strict=False)
         except UnicodeDecodeError as error:
             yield number, "line", RowProblem("line is not UTF-8", str(error))
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        except ValueError as error:
             yield number, "line", RowProblem("broken JSON line", f"not JSON: {error}")
 
 
@@ -155,8 +186,8 @@ def _whole_document(path: Path, data: bytes) -> list[Any] | None:
     if not data.lstrip().startswith(b"[") and path.suffix != ".json":
         return None
     try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(data.decode("utf-8"), strict=False)
+    except ValueError as error:
         if data.lstrip().startswith(b"["):
             raise DataError(f"{path} is not JSON: {error}", "correct the file, or write one record a line") from error
         return None
@@ -202,7 +233,7 @@ def _read_image(folder: Path, image: Any) -> ImageRef | RowProblem:
     except RowProblem as problem:
         return problem
     except DataError as error:
-        return RowProblem("image cannot be read", error.what)
+        return RowProblem(UNREADABLE, error.what)
 
 
 def _samples(
@@ -214,8 +245,6 @@ def _samples(
         asked = line.question
         refs = []
         try:
-            if not asked.images:
-                raise RowProblem("no image", "the question has no image")
             for image in asked.images:
                 found = images[_image_id(line.folder, image)]
                 if isinstance(found, RowProblem):
@@ -226,5 +255,6 @@ def _samples(
             continue
         part = "" if line.part.lower() in SPLIT_WORDS else line.part
         samples.append(Sample(line.id, spec.name, part, tuple(refs), asked.question, asked.target, asked.answers,
-                              asked.history, asked.system, {"where": line.where}))
+                              asked.history, asked.system,
+                              {"where": line.where} | ({NOTE: asked.note} if asked.note else {})))
     return samples, left

@@ -1,19 +1,24 @@
-"""Finds an image as a record writes it: a path, a data URI, bytes. Imports data.sample, data.images and rows."""
+"""Finds an image as a record writes it: a path, a data URI, bytes. Imports data.sample and rows."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.data.images import MAX_FILE_BYTES
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.data.sources.rows import RowProblem
+from vlm_sft.errors import QUOTED_CHARACTERS, quoted
 
-URL_FIX = "vlm-sft data import FILE --format … --allow_image_urls --output FOLDER fetches them"
+RENAMING = "name it: vlm-sft data import FILE --format jsonl --columns {} --output FOLDER"
+IMAGE_NAMES = ("image", "image_path", "image_file", "file_name", "filename", "file", "path", "picture", "img")
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+_BEGINNINGS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp",
+               b"II*\x00": "tiff", b"MM\x00*": "tiff"}  # fmt: skip
+URL_FIX = "they are fetched by vlm-sft data import FILE --format FORMAT --allow_image_urls --output FOLDER"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,40 @@ class StoredImage:
 
     source: str
     load: Callable[[], bytes] = field(repr=False, compare=False)
+
+
+def keys_of(record: Mapping[str, Any]) -> str:
+    """The keys of a record, for messages."""
+    return "its keys are: " + (", ".join(sorted(str(key)[:QUOTED_CHARACTERS] for key in record)) or "none")
+
+
+def no_image(record: Mapping[str, Any]) -> RowProblem:
+    """Say that a record shows no image, which keys it has, and which of them looks like one."""
+    likely = [key for key, value in record.items() if _shows_image(key, value)]
+    columns = RENAMING.format(f"image={str(likely[0])[:QUOTED_CHARACTERS] if likely else 'KEY'}")
+    return RowProblem("no image", f"the question has no image under image or images; {keys_of(record)}; {columns}")
+
+
+def _shows_image(key: Any, value: Any) -> bool:
+    """Whether a value of a record looks like an image, or its key says so."""
+    if key in ("image", "images"):  # looked at, and empty
+        return False
+    if isinstance(value, str):
+        looks = value.lower().endswith(_ENDINGS) or value.startswith("data:image") or base64_kind(value) != ""
+        return looks or bool(value and str(key).lower() in IMAGE_NAMES)
+    if isinstance(value, list):
+        return any(_shows_image("", item) for item in value[:1])
+    return isinstance(value, (bytes, StoredImage)) or (isinstance(value, dict) and bool(value.get("bytes")))
+
+
+def base64_kind(text: str) -> str:
+    """Which kind of picture a text holds as bare base64, e.g. "png"; "" for any other text."""
+    head = "".join(text[:64].removeprefix("base64,").split()).replace("-", "+").replace("_", "/")[:32]
+    try:
+        data = base64.b64decode(head, validate=True) if len(head) == 32 else b""
+    except ValueError:  # also for letters that are not ASCII
+        return ""
+    return next((kind for beginning, kind in _BEGINNINGS.items() if data.startswith(beginning)), "")
 
 
 def is_url(image: Any) -> bool:
@@ -58,15 +97,16 @@ def locate_image(folder: Path, image: Any) -> ImageRef:
             raise RowProblem("image missing", f"{image.source}: {error}") from error
     if isinstance(image, dict) and isinstance(image.get("bytes"), str):
         return ImageRef.from_bytes(_base64(image["bytes"]), "base64 bytes")
-    image = image_text(image)
+    given, image = image, image_text(image)
     if not isinstance(image, str) or not image.strip():
-        raise RowProblem("image missing", "an image is neither a path, nor a data URI, nor {\"bytes\": base64}")
+        what = f"{quoted(given)} is neither a path, nor a data URI, nor {{\"bytes\": base64}}"
+        raise RowProblem("image missing", what)
     if is_url(image):
-        raise RowProblem("image is a URL", f"{image[:200]} is not fetched; {URL_FIX}")
+        raise RowProblem("image is a URL", f"{quoted(image, 200)} is not fetched; {URL_FIX}")
     if image.startswith("data:"):
         header, _, body = image.partition(",")
         if not header.endswith(";base64"):
-            raise RowProblem("image cannot be read", "a data URI must be base64")
+            raise RowProblem("image cannot be read", f"a data URI must be base64; this one begins {quoted(header)}")
         return ImageRef.from_bytes(_base64(body), "data URI")
     return _file(folder, image)
 
@@ -77,12 +117,22 @@ def _file(folder: Path, image: str) -> ImageRef:
     try:
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
-            raise RowProblem("image missing", f"there is no file {' nor '.join(map(str, candidates))}")
-        if (size := found.stat().st_size) > MAX_FILE_BYTES:
-            raise RowProblem("image cannot be read", f"{found} has {size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
+            raise _missing(image, candidates)
         return ImageRef.from_path(found)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise RowProblem("image missing", f"{image[:200]!r} cannot be opened: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error  # without the name, which may be a picture
+        raise _missing(image, [], f": {reason}") from error
+
+
+def _missing(image: str, candidates: list[Path], reason: str = "") -> RowProblem:
+    """Why there is no file of this name: it may be a picture itself."""
+    kind = base64_kind(image)
+    if kind:
+        how = f'write "data:image/{kind};base64,…" or {{"bytes": "…"}}, with the whole text in place of …'
+        return RowProblem("image is bare base64", f"{quoted(image, 40)} is no path but a picture as base64; {how}")
+    if reason:
+        return RowProblem("image missing", f"{quoted(image)} cannot be opened{reason}")
+    return RowProblem("image missing", f"there is no file {' nor '.join(map(str, candidates))}")
 
 
 def _base64(text: str) -> bytes:

@@ -7,13 +7,20 @@ Formats: `messages` (+ `images`), LLaVA/ShareGPT `conversations`, `prompt` + `co
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlm_sft.data.sample import Turn
+from vlm_sft.data.sources.locate import RENAMING, keys_of, no_image
+from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem, clean_text, most_common
+from vlm_sft.errors import quoted
 
 PLACEHOLDER = "<image>"
+MOVED = "an image stands behind words of its conversation; here images come first"
+IMAGE_PARTS = ("image", "image_url")
+_LEADING_MARKS = re.compile(rf"(\s*{PLACEHOLDER})+\s*")
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
          "system": "system"}
 
@@ -65,13 +72,14 @@ def questions_of(record: Any) -> list[Question]:
     """
     if not isinstance(record, dict):
         raise RowProblem("not a record", f"a JSON object is needed, not {type(record).__name__}")
-    if "messages" in record:
-        return _conversation(_messages(record["messages"], "messages"), _image_list(record))
-    if "conversations" in record:
-        return _conversation(_messages(record["conversations"], "conversations"), _image_list(record))
+    refuse(record)
+    for key in ("messages", "conversations"):
+        if key in record:
+            return _conversation(_messages(record[key], key, not _has_image_parts(record[key])), _image_list(record))
     if "prompt" in record and "completion" in record:
         prompt, completion = record["prompt"], record["completion"]
-        messages = [_text_message("user", prompt)] if isinstance(prompt, str) else _messages(prompt, "prompt")
+        messages = ([_text_message("user", prompt)] if isinstance(prompt, str)
+                    else _messages(prompt, "prompt", not _has_image_parts(prompt)))
         for message in messages:
             message.supervised = False  # the completion alone is learned
         messages += (_messages(completion, "completion") if isinstance(completion, list)
@@ -79,16 +87,37 @@ def questions_of(record: Any) -> list[Question]:
         return _conversation(messages, _image_list(record))
     if "question" in record:
         return [_plain(record)]
-    keys = ", ".join(sorted(map(str, record))) or "none"
     raise RowProblem("missing key", "a record needs messages, conversations, prompt and completion, or image, question "
-                                    f"and answer; its keys are: {keys}")
+                                    f"and answer; {keys_of(record)}; {RENAMING.format('question=KEY,answer=KEY')}")
+
+
+def require_image(record: Mapping[str, Any], read: Callable[[], list[Question]]) -> list[Question]:
+    """The questions of a record; where they see no image, that is told in words that name the record's keys.
+
+    Args:
+        record: the record as it was read.
+        read: what cuts it into questions.
+
+    Raises:
+        RowProblem: the whole record cannot be used.
+    """
+    try:
+        questions = read()
+    except RowProblem as problem:
+        if problem.reason == "more placeholders than images" and problem.detail.endswith(", 0 images"):
+            raise no_image(record) from problem
+        raise
+    return [
+        asked if asked.images or asked.problem else replace(asked, problem=no_image(record)) for asked in questions
+    ]
 
 
 def _plain(record: dict[str, Any]) -> Question:
     if "answer" not in record and "answers" not in record:
-        raise RowProblem("missing key", "the record has a question, but neither answer nor answers")
-    question = _without_placeholders(clean_text(record["question"], "question"))
-    question = clean_text(question, "question")
+        raise RowProblem("missing key", "the record has a question, but neither answer nor answers; "
+                                        f"{keys_of(record)}; {RENAMING.format('answer=KEY')}")
+    images = _image_list(record)
+    message = _plain_question(clean_text(record["question"], "question"), len(images))
     listed = record.get("answers")
     if listed is None:
         listed = record.get("answer")
@@ -99,8 +128,27 @@ def _plain(record: dict[str, Any]) -> Question:
         raise RowProblem("empty answer", "the list of answers is empty")
     system = clean_text(record["system"], "system text") if record.get("system") else ""
     return Question(
-        tuple(_image_list(record)), question, target or most_common(answers), answers, _history(record), system
-    )
+        tuple(images), clean_text(message.text, "question"), target or most_common(answers), answers,
+        _history(record), system, note=MOVED if message.behind else "",
+    )  # fmt: skip
+
+
+def _plain_question(text: str, images: int) -> _Message:
+    """The question of a plain record: `<image>` before all words, or alone in a line, is a mark; else it is a word.
+
+    Raises:
+        RowProblem: it stands there more often than there are images.
+    """
+    _refuse_more_marks(text.count(PLACEHOLDER), images)
+    lead = _LEADING_MARKS.match(text)
+    lines = text[lead.end() if lead else 0 :].split("\n")
+    kept = [line for line in lines if not _LEADING_MARKS.fullmatch(line)]
+    return _Message("user", "\n".join(kept), behind=len(kept) < len(lines))
+
+
+def _refuse_more_marks(marks: int, images: int) -> None:
+    if marks > images:
+        raise RowProblem("more placeholders than images", f"{PLACEHOLDER} {marks} times, {images} images")
 
 
 def _history(record: dict[str, Any]) -> tuple[Turn, ...]:
@@ -108,7 +156,7 @@ def _history(record: dict[str, Any]) -> tuple[Turn, ...]:
     if not record.get("history"):
         return ()
     turns = []
-    for message in _messages(record["history"], "history"):
+    for message in _messages(record["history"], "history", marked=False):
         if message.images or message.marks or message.role == "system":
             raise RowProblem("history is not text", "history holds texts of user and assistant; images come before it")
         turns.append(Turn(message.role, clean_text(message.text, "history")))
@@ -129,28 +177,39 @@ def _without_placeholders(text: str) -> str:
     return re.sub(rf"\s*{PLACEHOLDER}\s*", lambda found: "\n" if "\n" in found.group() else " ", text).strip()
 
 
-def _text_message(role: str, text: str) -> _Message:
+def _text_message(role: str, text: str, marked: bool = True) -> _Message:
+    """A message of text; only a user places images, so in other texts `<image>` is a word like any other."""
+    if role != "user" or not marked:
+        return _Message(role, text.strip())
     before = text.rpartition(PLACEHOLDER)[0].replace(PLACEHOLDER, "")
     return _Message(role, _without_placeholders(text), marks=text.count(PLACEHOLDER), behind=bool(before.strip()))
 
 
-def _messages(value: Any, key: str) -> list[_Message]:
+def _has_image_parts(messages: Any) -> bool:
+    """Whether a conversation places its images by parts of the type image: then its texts hold no marks."""
+    contents = [item.get("content", item.get("value")) for item in messages if isinstance(item, dict)] \
+        if isinstance(messages, list) else []  # fmt: skip
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and part.get("type") in IMAGE_PARTS for part in parts)
+
+
+def _messages(value: Any, key: str, marked: bool = True) -> list[_Message]:
     if not isinstance(value, list) or not value:
         raise RowProblem("missing key", f"{key} must be a list with at least one message")
-    return [_message(item, f"{key}[{position}]") for position, item in enumerate(value)]
+    return [_message(item, f"{key}[{position}]", marked) for position, item in enumerate(value)]
 
 
-def _message(item: Any, where: str) -> _Message:
+def _message(item: Any, where: str, marked: bool) -> _Message:
     if not isinstance(item, dict):
         raise RowProblem("not a message", f"{where} must be an object with a role and a content")
     role = item.get("role", item.get("from"))
     content = item.get("content", item.get("value"))
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(ROLES)
-        raise RowProblem("unknown role", f"{where} has the role {role!r}; known are {known}")
+        raise RowProblem("unknown role", f"{where} has the role {quoted(role)}; known are {known}")
     supervised = item.get("loss") is not False and item.get("weight", 1) != 0
     if content is None or isinstance(content, str):
-        message = _text_message(ROLES[role], content or "")
+        message = _text_message(ROLES[role], content or "", marked)
         message.supervised = supervised
         return message
     if not isinstance(content, list):
@@ -160,13 +219,13 @@ def _message(item: Any, where: str) -> _Message:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            inner = _text_message(message.role, part["text"])
+            inner = _text_message(message.role, part["text"], marked)
             message.behind |= inner.behind or bool(inner.marks and any(texts))
             texts.append(inner.text)
             message.marks += inner.marks
-        elif kind in ("image", "image_url"):
+        elif kind in IMAGE_PARTS:
             message.behind |= any(texts)
-            inline = next((part[name] for name in ("image", "image_url") if part.get(name)), None)
+            inline = next((part[name] for name in IMAGE_PARTS if part.get(name)), None)
             if inline is not None:
                 message.images.append(inline)
             elif any(part.get(name) for name in ("bytes", "path", "url")):
@@ -174,16 +233,30 @@ def _message(item: Any, where: str) -> _Message:
             else:
                 message.marks += 1
         else:
-            raise RowProblem("unknown part", f"{where} has a part of the type {kind!r}; known are text and image")
+            raise _unknown_part(where, part)
     message.text = "\n".join(text for text in texts if text)
     return message
+
+
+def _unknown_part(where: str, part: Any) -> RowProblem:
+    """Why a part of a content cannot be read."""
+    if not isinstance(part, dict):
+        return RowProblem("unknown part", f"{where} has a part that is no object: {quoted(part)}")
+    if "type" not in part:
+        return RowProblem("unknown part", f"{where} has a part without a type; {keys_of(part)}")
+    if part["type"] != "text":
+        return RowProblem("unknown part", f"{where} has a part of the type {quoted(part['type'])}; known are text and "
+                                          "image")
+    given = "null" if part.get("text") is None else f"no text but {quoted(part['text'])}"
+    what = f"is {given}" if "text" in part else f"is missing; {keys_of(part)}"
+    return RowProblem("text part without text", f"{where} has a part of the type text whose text {what}; write it, or "
+                                                "leave the part out")
 
 
 def _conversation(messages: list[_Message], listed: list[Any]) -> list[Question]:
     """One question an assistant turn, with the turns before it as history and the images shown so far."""
     marks = sum(message.marks for message in messages)
-    if marks > len(listed):
-        raise RowProblem("more placeholders than images", f"{marks} image placeholders, {len(listed)} images")
+    _refuse_more_marks(marks, len(listed))
     waiting = listed[len(listed) - marks:]  # those that a placeholder places; the others come before everything
     seen: list[Any] = listed[: len(listed) - marks]
     system, question = "", ""
@@ -192,7 +265,7 @@ def _conversation(messages: list[_Message], listed: list[Any]) -> list[Question]
     note, number = "", 0
     for message in messages:
         if message.behind or (history and (message.images or message.marks)):
-            note = "an image stands behind words of its conversation; here images come first"
+            note = MOVED
         seen += message.images + waiting[: message.marks]
         waiting = waiting[message.marks:]
         if message.role == "system":

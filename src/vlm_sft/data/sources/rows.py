@@ -9,13 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 from typing import Any, TypeVar
 
+from vlm_sft.artifacts import writable
 from vlm_sft.console import progress
-from vlm_sft.data.sample import LeftOut, Sample
-from vlm_sft.data.sources.splits import LoadedSplit, SplitPlan, apply_plan
-from vlm_sft.errors import DataError
+from vlm_sft.data.sample import LeftOut, Sample, distinct_images
+from vlm_sft.data.sources.splits import LoadedSplit, SplitPlan, apply_plan, shared_images
+from vlm_sft.errors import DataError, bounded
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+DETAIL_CHARACTERS = 600  # of one reason, whatever it quotes
 BAR_FROM = 2000  # fewer things than this are done before a bar could be read
 
 
@@ -24,7 +26,7 @@ class RowProblem(Exception):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason = reason
-        self.detail = detail or reason
+        self.detail = bounded(detail or reason, DETAIL_CHARACTERS)
         super().__init__(reason)
 
 
@@ -58,8 +60,7 @@ def most_common(answers: Sequence[str]) -> str:
 
 def left_out(sample_id: str, where: str, problem: RowProblem) -> LeftOut:
     """Name one unusable row; texts are made safe to write as UTF-8."""
-    detail = f"{where}: {problem.detail}".encode("utf-8", "replace").decode("utf-8")
-    return LeftOut(sample_id.encode("utf-8", "replace").decode("utf-8"), problem.reason, detail)
+    return LeftOut(writable(sample_id), problem.reason, writable(f"{where}: {problem.detail}"))
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item], total: int, description: str) -> list[Result]:
@@ -107,12 +108,23 @@ def finish_split(
         raise DataError(f"{origin}: {what}", "correct the data, then look at it with: vlm-sft data check DATASET")
     used, dropped = apply_plan(plan, samples, left, fraction)
     if not used:
-        raise DataError(
-            f"{origin}: one image only, so none can be held out for validation",
-            "add images, or a separate file named validation",
-        )
-    images = len({image.key for sample in used for image in sample.images})
-    description = f"{origin}: {len(used):,} questions on {images:,} images"
-    if plan.part == "kept":
-        description += " (the validation images are held out)"
+        raise DataError(f"{origin}: {_why_none_held(samples)}", "add images, or a separate file named validation")
+    description = f"{origin}: {len(used):,} questions on {distinct_images(used):,} images"
+    if plan.part == "train":
+        description += f" (images for {' and '.join(plan.held)} are held out)"
+    shared = shared_images(samples, fraction) if plan.part != "all" else set()
+    if shared:
+        description += f" ({len(shared)} shown beside many others may be in every part)"
     return LoadedSplit(used, dropped, f"{description}; {plan.note}" if plan.note else description)
+
+
+def _why_none_held(samples: Sequence[Sample]) -> str:
+    """Why no image can be held out: there is one only, or all are tied together."""
+    if distinct_images(samples) == 1:
+        return "one image only, so none can be held out for validation"
+    sources = {image.key: image.source for sample in samples for image in sample.images}
+    key, rows = Counter(key for sample in samples for key in {one.key for one in sample.images}).most_common(1)[0]
+    return (
+        f"its {distinct_images(samples):,} images are tied together by questions about several of them, so none can be "
+        f"held out for validation ({sources[key]} stands in {rows:,} of {len(samples):,} questions)"
+    )

@@ -7,7 +7,7 @@ larger than the memory.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,10 @@ class CellBytes:
     position: int | None
 
     def __call__(self) -> bytes:
-        """Return the encoded bytes; an image that only has a path is read from beside the file."""
+        """Return the encoded bytes."""
         cell = _column(self.file, self.group, self.column)[self.row].as_py()
         image = cell if self.position is None else cell[self.position]
-        if isinstance(image, bytes):
-            return image
-        if image["bytes"] is not None:
-            return bytes(image["bytes"])
-        return (self.file.parent / image["path"]).read_bytes()
+        return image if isinstance(image, bytes) else bytes(image["bytes"])
 
 
 def _column(file: Path, group: int, column: str) -> Any:
@@ -74,11 +70,12 @@ def parquet_columns(path: Path) -> list[str]:
         raise DataError(f"{path} cannot be read as parquet: {error}", "write the file again") from error
 
 
-def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
+def parquet_records(path: Path, pictures: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Yield the rows of a parquet file as records, in order.
 
     Args:
         path: the file. Columns `images` or `image` hold paths, encoded bytes, or `{"bytes", "path"}`.
+        pictures: other columns that hold such.
 
     Raises:
         DataError: the file cannot be read.
@@ -87,14 +84,15 @@ def parquet_records(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
     names = parquet_columns(path)
-    texts = [name for name in names if name not in IMAGE_COLUMNS]
+    holding = [name for name in names if name in IMAGE_COLUMNS or name in pictures]
+    texts = [name for name in names if name not in holding]
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             for group in range(table.num_row_groups):
                 rows = table.read_row_group(group, columns=texts).to_pylist() if texts else []
                 images = {
                     name: _images(path, table.read_row_group(group, columns=[name]).column(name), group, name)
-                    for name in IMAGE_COLUMNS if name in names
+                    for name in holding
                 }  # fmt: skip
                 for index, row in enumerate(rows):
                     row = {key: value for key, value in row.items() if value is not None}
@@ -120,5 +118,5 @@ def _images(file: Path, column: Any, group: int, name: str) -> list[Any]:
 
 
 def _image(value: Any, where: str, load: CellBytes) -> Any:
-    stored = isinstance(value, bytes) or (isinstance(value, dict) and bool(value.get("bytes") or value.get("path")))
+    stored = isinstance(value, bytes) or (isinstance(value, dict) and bool(value.get("bytes")))
     return StoredImage(where, load) if stored else value

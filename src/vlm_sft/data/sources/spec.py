@@ -1,19 +1,20 @@
-"""The dataset argument: `NAME[@PATH][:WEIGHT]`, comma separated. Imports the errors only.
+"""The dataset argument: `NAME[@PATH][:WEIGHT]`, comma separated. Imports artifacts, foreign and the errors.
 
 A NAME is one of `KNOWN` (or its Hub id); an entry that is a path, or `OWN_NAME@FILE.jsonl`, is the user's own data.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm_sft.artifacts import LEFT_OUT
-from vlm_sft.errors import DataError
+from vlm_sft.data.sources.foreign import TABLES, refuse_foreign
+from vlm_sft.errors import DataError, nearest, quoted
 
 KNOWN = ("chartqa", "textvqa", "easy_vqa", "demo_charts", "demo_text", "demo")
 TABLE_SETS = ("chartqa", "textvqa")  # those that also read parquet files given as NAME@PATH
@@ -49,7 +50,12 @@ class DatasetSpec:
     @property
     def own(self) -> bool:
         """True for the user's own JSON data."""
-        return self.name not in KNOWN
+        return is_own(self.name)
+
+
+def is_own(name: str) -> bool:
+    """Whether a data set of this name is the user's own, or a free question: no published or generated set."""
+    return name not in KNOWN
 
 
 def parse_datasets(text: str) -> list[DatasetSpec]:
@@ -66,20 +72,35 @@ def parse_datasets(text: str) -> list[DatasetSpec]:
     """
     specs: list[DatasetSpec] = []
     mistakes: list[str] = []
+    fixes: list[str] = []
     for entry in (part.strip() for part in text.split(",")):
         try:
             specs.append(_parse_entry(entry))
         except DataError as error:
+            fixes.append(error.fix)
             mistakes.append(f"{error.what} ({error.fix})" if error.fix else error.what)
     doubles = [name for name, count in Counter(s.name for s in specs if not s.own).items() if count > 1]
     for name in doubles:
         mistakes.append(f"{name} is named twice (name it once and give it a weight, e.g. {name}:2)")
     if "demo" in {s.name for s in specs} and {"demo_charts", "demo_text"} & {s.name for s in specs}:
         mistakes.append("demo already holds demo_charts and demo_text (name either demo or its parts)")
+    if len(mistakes) == 1 and any(fixes):
+        raise DataError(f"dataset argument {quoted(text)}: {mistakes[0].removesuffix(f' ({fixes[0]})')}", fixes[0])
     if mistakes:
         lines = mistakes[0] if len(mistakes) == 1 else "".join(f"\n  - {mistake}" for mistake in mistakes)
-        raise DataError(f"dataset argument {text!r}: {lines}", GRAMMAR)
+        raise DataError(f"dataset argument {quoted(text)}: {lines}", GRAMMAR)
     return _unique_names(specs)
+
+
+def refuse_weights(specs: list[DatasetSpec], why: str) -> None:
+    """Refuse weights where nothing is drawn by them.
+
+    Raises:
+        DataError: a data set has one.
+    """
+    for spec in specs:
+        if spec.weight is not None:
+            raise DataError(f"the weight {spec.weight:g} of {spec.name} has no effect here: {why}", "leave it out")
 
 
 def _parse_entry(entry: str) -> DatasetSpec:
@@ -96,31 +117,40 @@ def _parse_entry(entry: str) -> DatasetSpec:
         return DatasetSpec(known, _table_path(known, place) if at else None, weight)
     if at and place.endswith((*JSON_SUFFIXES, ".parquet")) and re.fullmatch(r"[\w.-]+", name):
         return DatasetSpec(name, _existing(place), weight)
-    if at and not Path(body).exists():
-        raise DataError(f"unknown data set {name!r}", _nearest(name))
+    if at and re.fullmatch(r"[\w.-]+", name) and _exists(place) and not Path(place).expanduser().is_dir():
+        return DatasetSpec(name, _own_path(place), weight)
+    if at and not _exists(body):
+        raise DataError(f"unknown data set {quoted(name)}", _nearest(name))
     path = Path(body).expanduser()
-    if path.exists() or body.endswith((*JSON_SUFFIXES, ".parquet")) or body.startswith(("/", "./", "../", "~")):
+    if _exists(body) or body.endswith((*JSON_SUFFIXES, ".parquet")) or body.startswith(("/", "./", "../", "~")):
         return DatasetSpec(_own_name(path), _own_path(body), weight)
-    raise DataError(f"unknown data set {name!r}", _nearest(name))
+    raise DataError(f"unknown data set {quoted(name)}", _nearest(name))
 
 
 def _split_weight(entry: str) -> tuple[str, float | None]:
     """Cut a trailing `:WEIGHT` off; a colon inside a path that exists is part of the path."""
     body, colon, tail = entry.rpartition(":")
-    if not colon or Path(entry.partition("@")[2] or entry).exists():
+    if not colon or _exists(entry.partition("@")[2] or entry):
         return entry, None
     try:
         weight = float(tail)
     except ValueError:
-        raise DataError(f"weight {tail!r} of {body!r} is not a number") from None
+        raise DataError(f"weight {quoted(tail)} of {quoted(body)} is not a number") from None
     if not (math.isfinite(weight) and weight > 0):
-        raise DataError(f"weight {tail} of {body!r} is not a positive number")
+        raise DataError(f"weight {tail} of {quoted(body)} is not a positive number")
     return body, weight
 
 
+def _exists(place: str) -> bool:
+    """Whether there is such a path; a text that is too long for one names none."""
+    try:
+        return Path(place).expanduser().exists()
+    except OSError:
+        return False
+
+
 def _nearest(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.5)
-    meant = f"did you mean {close[0]}? " if close else ""
+    meant = nearest(name, KNOWN, "did you mean {}? ")
     own = "own data is a path to a .jsonl, .json or .parquet file or a folder of them"
     return f"{meant}known are {', '.join(KNOWN)}; {own}"
 
@@ -129,6 +159,7 @@ def _existing(place: str) -> Path:
     path = Path(place).expanduser()
     if not path.exists():
         raise DataError(f"{place} does not exist", "check the path; it is relative to the working folder")
+    refuse_foreign(path)
     return path
 
 
@@ -146,12 +177,18 @@ def _own_path(place: str) -> Path:
     if path.is_dir() and not any(child.suffix == ".jsonl" and child.name != LEFT_OUT for child in path.iterdir()):
         shards = sorted(path.rglob("*.parquet"))
     if shards and not _holds_records(shards[0]):
+        from vlm_sft.data.sources.shards import parquet_columns
+
+        has = ", ".join(parquet_columns(shards[0]))
         raise DataError(
-            f"{place} holds parquet without the columns of own records",
-            f"write chartqa@{place} or textvqa@{place}, or name the columns image, question and answer",
+            f"{place} holds parquet without the columns of own records (it has: {has})",
+            f"write chartqa@{place} or textvqa@{place} for their schema, or say which columns they are: vlm-sft data "
+            f"import {place} --format jsonl --columns image=COLUMN,question=COLUMN,answer=COLUMN --output FOLDER",
         )
     if not path.is_dir() and path.suffix not in (*JSON_SUFFIXES, ".parquet"):
-        raise DataError(f"{place} is not a .jsonl, .json or .parquet file", f"vlm-sft data import {place} reads others")
+        layout = "csv" if path.suffix.lower() in TABLES else "FORMAT"
+        others = f"vlm-sft data import {shlex.quote(place)} --format {layout} --output FOLDER"
+        raise DataError(f"{place} is not a .jsonl, .json or .parquet file", f"others are read by {others}")
     return path
 
 
@@ -169,7 +206,7 @@ def _own_name(path: Path) -> str:
     label = path.stem if path.suffix in (*JSON_SUFFIXES, ".parquet") else path.resolve().name
     if label.lower() in {"train", "data", "test", "val", "validation", "dev"} and path.resolve().parent.name:
         label = path.resolve().parent.name
-    label = re.sub(r"[^\w.-]+", "_", label) or "own"
+    label = re.sub(r"[^\w.-]+", "_", label) or "own"  # which also takes bytes of a name that are no UTF-8
     return f"{label}_own" if label.lower() in KNOWN else label
 
 

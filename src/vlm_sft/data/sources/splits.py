@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_sft.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT
+from vlm_sft.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT, REPEATS
 from vlm_sft.data.sample import LeftOut, Sample
-from vlm_sft.errors import DataError
+from vlm_sft.data.sources.foreign import TABLES, refuse_compressed
+from vlm_sft.errors import DataError, quoted
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
                "validation": "validation", "dev": "validation", "eval": "validation", "test": "test"}
 DATASET_INFO = "dataset_info.json"  # LLaMA-Factory's description of the files beside it
-NO_DATA = (LEFT_OUT, CHANGED, IMPORT, EXCHANGE, DATASET_INFO)  # reports and descriptions beside data files
+NO_DATA = (LEFT_OUT, CHANGED, REPEATS, IMPORT, EXCHANGE, DATASET_INFO)  # reports and descriptions beside data files
+HOLD_OUT_FRACTION = 0.10  # of the images, for validation and for test, where a source says nothing else
 HOLD_OUT_SEED = "vlm-sft hold-out 1"  # fixed: every run and every model must hold out the same images
 
 
@@ -47,20 +50,22 @@ class SplitPlan:
 
     Attributes:
         source: the split of the source that is read: "train", "validation" or "test".
-        part: "all" of it, or the "kept" or "held" side of its seeded hold-out by image.
+        part: "all" of it, or the part for "train", "validation" or "test" of its seeded hold-out by image.
+        held: the splits that are held out of it.
         note: said to the user; "" when the split simply exists.
     """
 
     source: str
     part: str
+    held: tuple[str, ...] = ()
     note: str = ""
 
 
 def plan_split(available: Iterable[str], split: str, name: str) -> SplitPlan:
     """Decide what to read for `split`.
 
-    Where there is no validation split, a seeded part of the train images is held out of train. A missing test split
-    falls back to validation.
+    Where there is no validation split, a seeded part of the train images is held out of train, and another one for a
+    test split that is missing too. With a validation split of its own, a missing test split falls back to it.
 
     Args:
         available: the splits that the source has, of "train", "validation", "test".
@@ -71,18 +76,16 @@ def plan_split(available: Iterable[str], split: str, name: str) -> SplitPlan:
         MissingSplitError: the split cannot be made from what there is.
     """
     if split not in SPLITS:
-        raise DataError(f"unknown split {split!r}", f"choose one of {', '.join(SPLITS)}")
+        raise DataError(f"unknown split {quoted(split)}", f"choose one of {', '.join(SPLITS)}")
     has = set(available)
-    if split == "train" and "train" in has:
-        return SplitPlan("train", "all" if "validation" in has else "kept")
-    if split == "test" and "test" in has:
-        return SplitPlan("test", "all")
-    instead = "" if split == "validation" else "there is no test split; "
-    if split != "train" and "validation" in has:
-        return SplitPlan("validation", "all", instead and instead + "the validation split stands in for it")
-    if split != "train" and "train" in has:
-        held = "a seeded part of the train images is held out, and the train split excludes it"
-        return SplitPlan("train", "held", instead + held)
+    if split in has and (split != "train" or "validation" in has):
+        return SplitPlan(split, "all")
+    if split == "test" and "validation" in has:
+        return SplitPlan("validation", "all", note="there is no test split; the validation split stands in for it")
+    if "train" in has:
+        held = tuple(name for name in ("validation", "test") if name not in has)
+        note = "" if split == "train" else f"held out of train for {split}, by a seeded draw of its images"
+        return SplitPlan("train", split, held, note)
     have = ", ".join(sorted(has)) or "none"
     fix = f"add a file named {split}, or choose another split"
     raise MissingSplitError(f"{name} has no {split} split (it has: {have})", fix)
@@ -112,53 +115,98 @@ def files_by_split(path: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]
     found: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path).parts
-        if file.suffix not in suffixes or file.name in NO_DATA or not file.is_file():
+        if any(part.startswith(".") for part in inside) or not file.is_file():
             continue
-        if any(part.startswith(".") for part in inside):
+        if Path(file.stem).suffix in suffixes:  # train.jsonl.gz beside the others would be passed over
+            refuse_compressed(file)
+        if file.suffix not in suffixes or file.name in NO_DATA:
             continue
         split = next((found_split for part in reversed(inside) if (found_split := split_of_name(part))), "train")
         found.setdefault(split, []).append(file)
     if not found:
-        raise DataError(f"{path} holds no {' or '.join(suffixes)} file", "pass the file, or the folder that holds it")
+        fix = "pass the file, or the folder that holds it"
+        if not set(TABLES) & set(suffixes) and any(file.suffix.lower() in TABLES for file in path.rglob("*")):
+            fix = f"import its tables: vlm-sft data import {path} --format csv --output FOLDER"
+        raise DataError(f"{path} holds no {' or '.join(suffixes)} file", fix)
     return found
 
 
 def apply_plan(
     plan: SplitPlan, samples: list[Sample], left_out: list[LeftOut], fraction: float
 ) -> tuple[list[Sample], list[LeftOut]]:
-    """Cut what was read down to the planned side of the hold-out.
+    """Cut what was read down to the planned part of the hold-out.
 
-    Samples that share any image stay on one side. Left-out samples are dealt to the sides by their ids, so that each
-    is counted exactly once over train and validation.
+    Samples that hang together through their images stay in one part, see `image_groups`. Left-out samples are dealt to
+    the parts by their ids, so that each is counted exactly once.
 
     Args:
         plan: what was asked for.
         samples: all samples of the source split.
         left_out: all left-out samples of the source split.
-        fraction: share of the images to hold out, 0 to 1; at least one where there are two.
+        fraction: share of the images of each part that is held out, 0 to 1; at least one. Two images are enough for
+            validation alone, which then is the test part too.
     """
     if plan.part == "all":
         return samples, left_out
-    groups = _connected_images(samples)
-    ranked = sorted(set(groups.values()), key=_rank)
-    count = min(max(1, round(fraction * len(ranked))), len(ranked) - 1) if ranked else 0
-    held = set(ranked[:count])
-    want = plan.part == "held"
-    kept = [sample for sample in samples if (groups[sample.images[0].key] in held) == want]
-    return kept, [item for item in left_out if below(item.id, fraction) == want]
+    groups = image_groups(samples, fraction)
+    ranked = sorted(set(groups), key=_rank)
+    held = plan.held if len(ranked) > len(plan.held) else plan.held[:1]
+    count = min(max(1, round(fraction * len(ranked))), (len(ranked) - 1) // len(held)) if ranked else 0
+    part_of = {group: held[place // count] for place, group in enumerate(ranked[: count * len(held)])} if count else {}
+    part = plan.part if plan.part in ("train", *held) else held[0]
+    kept = [sample for sample, group in zip(samples, groups, strict=True) if part_of.get(group, "train") == part]
+    return kept, [item for item in left_out if dealt(item.id, fraction, held) == part]
 
 
-def below(text: str, fraction: float) -> bool:
-    """Whether a text falls into a seeded part of all texts; it does not depend on which others there are."""
-    return int(_rank(text)[:8], 16) < fraction * 2**32
+def dealt(text: str, fraction: float, held: Sequence[str]) -> str:
+    """The part that a seeded draw deals a text to; it does not depend on which others there are."""
+    drawn = int(_rank(text)[:8], 16) / 2**32
+    return next((name for place, name in enumerate(held, start=1) if drawn < fraction * place), "train")
 
 
 def _rank(text: str) -> str:
     return hashlib.sha256(f"{HOLD_OUT_SEED}:{text}".encode("utf-8", "replace")).hexdigest()
 
 
-def _connected_images(samples: list[Sample]) -> dict[str, str]:
-    """For each image key, the least key of the group of images that samples tie together (union-find)."""
+def shared_images(samples: Sequence[Sample], fraction: float = HOLD_OUT_FRACTION) -> set[str]:
+    """Keys of images that are shown again and again beside others: a legend, a logo, a reference of a category.
+
+    Such an image stands in more rows than a hold-out may take, and beside it, in most of them, an image that stands in
+    half as many rows at most: the one that the question is about.
+
+    Args:
+        samples: of one data set.
+        fraction: share of the rows that a hold-out takes.
+    """
+    rows = Counter(key for sample in samples for key in {image.key for image in sample.images})
+    together: Counter[str] = Counter()
+    beside_rarer: Counter[str] = Counter()
+    for sample in samples:
+        keys = {image.key for image in sample.images}
+        for key in keys if len(keys) > 1 else ():
+            together[key] += 1
+            beside_rarer[key] += 2 * min(rows[other] for other in keys - {key}) <= rows[key]
+    least = max(3, fraction * len(samples))
+    return {key for key, count in together.items() if count >= least and 2 * beside_rarer[key] > count}
+
+
+def own_images(sample: Sample, shared: set[str]) -> tuple[str, ...]:
+    """Keys of the images that a sample is about: those that are not shared, or all where it has no other."""
+    keys = tuple(dict.fromkeys(image.key for image in sample.images))
+    return tuple(key for key in keys if key not in shared) or keys
+
+
+def image_groups(samples: Sequence[Sample], fraction: float = HOLD_OUT_FRACTION) -> list[str]:
+    """For each sample, the name of the group of samples that hang together through the images that they are about.
+
+    Args:
+        samples: of one data set.
+        fraction: as in `shared_images`, whose images tie nothing together.
+
+    Returns:
+        The least key of the group's images (union-find), in the order of the samples.
+    """
+    shared = shared_images(samples, fraction)
     parent: dict[str, str] = {}
 
     def root(key: str) -> str:
@@ -168,11 +216,11 @@ def _connected_images(samples: list[Sample]) -> dict[str, str]:
             key = parent[key]
         return key
 
+    firsts = []
     for sample in samples:
-        first = root(sample.images[0].key)
-        for image in sample.images[1:]:
-            other = root(image.key)
-            low, high = min(first, other), max(first, other)
+        keys = own_images(sample, shared)
+        firsts.append(keys[0])
+        for key in keys[1:]:
+            low, high = sorted((root(keys[0]), root(key)))
             parent[high] = low
-            first = low
-    return {key: root(key) for key in list(parent)}
+    return [root(key) for key in firsts]

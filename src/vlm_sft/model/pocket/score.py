@@ -7,7 +7,6 @@ the card come from scores.json and from nowhere else.
 
 from __future__ import annotations
 
-import io
 import math
 import platform
 from collections import defaultdict
@@ -23,6 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm_sft import artifacts, console
 from vlm_sft.data.demo.generate import demo_samples
+from vlm_sft.data.images import decode_rgb
 from vlm_sft.model.pocket import build, curriculum, words
 from vlm_sft.model.pocket.card import CARD, SCORES, card
 
@@ -72,8 +72,9 @@ def _line_group(question: str, answer: str) -> tuple[str, str]:
 def demo_items(kind: str, count: int) -> list[Item]:
     """The first `count` questions of the test split of a synthetic benchmark."""
     return [
-        Item(kind, Image.open(io.BytesIO(sample.images[0].load())).convert("RGB"), sample.question, sample.target)
+        Item(kind, decode_rgb(image.load(), image.source), sample.question, sample.target)
         for sample in demo_samples(kind, "test", count)
+        for image in sample.images
     ]
 
 

@@ -2,7 +2,6 @@
 // Fills the list of predictions from the page's data. Texts of the run are only ever set as text.
 (() => {
   const PAGE = 24;
-  const MISSING = -1, NOT_EMBEDDED = -2, NONE_GIVEN = -3;
   const BENCHMARK = 0, ID = 1, PICTURE = 2, QUESTION = 3, REFERENCES = 4, MORE_REFERENCES = 5, SPLIT = 6, TYPE = 7;
   const OUTCOMES = [
     ["", "all"], ["changed", "changed"], ["01", "wrong → right"], ["10", "right → wrong"], ["00", "both wrong"],
@@ -40,6 +39,7 @@
     }
     head.append(make("strong", right(answer) ? "good" : "bad", verdict(answer)));
     if (answer[1] !== 0 && answer[1] !== 1) head.append(` (score ${answer[1]})`);
+    if (answer[2]) head.append(", cut at the limit of tokens");
     const text = answer[0].trim() ? make("p", "", answer[0]) : make("p", "quiet", "(empty answer)");
     text.dir = "auto";
     box.append(text);
@@ -56,8 +56,7 @@
       image.src = address;
       box.append(image);
     } else {
-      const told = { [MISSING]: "picture missing or unreadable", [NONE_GIVEN]: "no picture given" };
-      box.append(make("span", "", told[question[PICTURE]] || "picture not embedded"));
+      box.append(make("span", "", data.unpictured[-1 - question[PICTURE]]));
     }
     return box;
   };

@@ -1,18 +1,41 @@
 "use strict";
-// A page that is served asks now and then whether the run has gone on, and loads itself anew when it has.
+// A page that is served asks now and then whether the run has gone on, and loads itself anew when it has. Meanwhile it
+// counts what no file tells: how long the run has taken, and for how long nothing was written.
 (() => {
-  const SECONDS = 2;
+  const SECONDS = 2, SILENT_SECONDS = 600;
   const known = document.querySelector("meta[name=report-version]").content;
+  const changed = Number(document.querySelector("meta[name=report-changed]").content);
   const live = document.getElementById("live");
+  const two = (number) => String(number).padStart(2, "0");
+  const duration = (seconds) => {
+    const whole = Math.max(0, Math.round(seconds)), minutes = Math.round(whole / 60), hours = Math.round(whole / 3600);
+    if (whole < 60) return `${whole} s`;
+    if (whole < 3600) return `${Math.floor(whole / 60)} min ${two(whole % 60)} s`;
+    if (minutes < 24 * 60) return `${Math.floor(minutes / 60)} h ${two(minutes % 60)} min`;
+    return `${Math.floor(hours / 24)} d ${two(hours % 24)} h`;
+  };
+  const tick = () => {
+    const now = Date.now() / 1000, silent = now - changed;
+    for (const cell of document.querySelectorAll("[data-since]")) {
+      cell.textContent = duration(now - Date.parse(cell.dataset.since) / 1000);
+    }
+    if ("running" in live.dataset) {
+      live.textContent = `This page follows the run while it goes on; its files changed ${duration(silent)} ago`
+        + (silent > SILENT_SECONDS ? ": it may have ended without a word." : ".");
+    }
+  };
+  let ticking = setInterval(tick, 1000);
   const ask = async () => {
     try {
       const answer = await fetch("/version", { cache: "no-store" });
       if (answer.ok && (await answer.text()) !== known) return location.reload();
-      live.textContent = "This page follows the run while it goes on.";
+      ticking = ticking || setInterval(tick, 1000);
     } catch {
+      ticking = clearInterval(ticking);
       live.textContent = "The report is no longer served: this is its last state.";
     }
     return setTimeout(ask, 1000 * SECONDS);
   };
+  tick();
   setTimeout(ask, 1000 * SECONDS);
 })();

@@ -1,0 +1,1 @@
+"""The steps of the GPU check: each one measures something by itself and writes what it has so far."""

@@ -1,0 +1,59 @@
+"""Positions of the tokens of a pack, computed by whoever collates it. Imports data.collate and model.features.
+
+A family of M-RoPE finds them with some sixty small operations an image, several of which wait for a GPU. They follow
+from the tokens and the sizes of the images alone, so data workers compute them, on CPUs, beside the training.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from vlm_sft.data.collate import PackedBatch
+from vlm_sft.model.features import unwrap
+
+
+class Positions:
+    """Computes what the tokens of a pack are rotated by, as its own question alone behind its image would have them.
+
+    It has the model's settings and none of its weights, so it may go to another process.
+
+    Args:
+        model: the model, wrapped or not.
+    """
+
+    def __init__(self, model: Any) -> None:
+        inner: Any = unwrap(model).model
+        self._bare: Any = None
+        if hasattr(inner, "get_rope_index"):
+            self._bare = object.__new__(type(inner))
+            torch.nn.Module.__init__(self._bare)
+            settings = {name: value for name, value in vars(inner).items() if isinstance(value, int | float | str)}
+            vars(self._bare).update(settings, config=inner.config)
+
+    def __call__(self, batch: PackedBatch) -> torch.Tensor:
+        """Positions of a pack.
+
+        Args:
+            batch: the pack.
+
+        Returns:
+            (3, 1, L) int64 where the model has `get_rope_index` (M-RoPE of the Qwen-VL family): the prefix gets its
+            three rows, and a question starts at the prefix's largest position + 1, the same on all rows. Else (1, L).
+        """
+        if self._bare is None:
+            return batch.index[None]
+        rows = batch.offset.repeat(3, 1)
+        starts = torch.zeros(len(batch.ends), dtype=torch.long, device=rows.device)
+        accepted = inspect.signature(self._bare.get_rope_index).parameters
+        for image, (start, end, *_) in enumerate(batch.ends):
+            arguments = {name: value for name, value in batch.tensors[image].items() if name in accepted}
+            if "mm_token_type_ids" in accepted:
+                arguments["mm_token_type_ids"] = batch.prefix_types[None, start:end]
+            prefix, _ = self._bare.get_rope_index(input_ids=batch.input_ids[:, start:end], **arguments)
+            rows[:, start:end] = prefix[-3:, 0]
+            starts[image] = prefix.max() + 1
+        rows = torch.where(batch.branch[None] == 0, rows, rows + starts[batch.group][None])
+        return rows[:, None]

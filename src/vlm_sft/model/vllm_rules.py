@@ -1,0 +1,46 @@
+"""Whether vLLM loads an adapter that fits its base, by vLLM's own rules. Imports model.adapt.
+
+What vLLM finds no layer for it passes over, and the adapter then does less than it should, or nothing, without a word
+(vLLM issue 34186).
+
+vLLM's rules, from its `lora` package and the `hf_to_vllm_mapper` of its models: names are
+`base_model.model.<path>.lora_A.weight` and `lora_B`, the path is that of transformers since 4.52
+(`model.language_model.…` in the Qwen-VL, LLaVA and Gemma families, `model.text_model.…` in Idefics3), adapters work on
+the language model only, and neither DoRA nor fully trained modules are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlm_sft.model.adapt import language_model_path
+
+_ROOTS = ("model.language_model", "model.text_model")  # language models that vLLM's mappers know
+LARGEST_RANK = 512  # that vLLM's max_lora_rank takes
+
+
+def not_for_vllm(config: Mapping[str, Any], layers: Sequence[str], model: Any) -> tuple[str, ...]:
+    """Why vLLM would refuse an adapter or pass a part of it over, one sentence each; () where it loads all of it.
+
+    Args:
+        config: its adapter_config.json.
+        layers: paths of its layers with LoRA.
+        model: the base's architecture.
+    """
+    saved = list(config.get("modules_to_save") or ())
+    problems = []
+    if saved:
+        problems.append(f"vLLM loads no fully trained modules ({len(saved)}, e.g. {saved[0]})")
+    if config.get("use_dora"):
+        problems.append("vLLM has no DoRA")
+    rank = max([int(config.get("r", 0)), *(config.get("rank_pattern") or {}).values()])
+    if rank > LARGEST_RANK:
+        problems.append(f"rank {rank} is above vLLM's largest, {LARGEST_RANK}")
+    root = language_model_path(model)
+    if root not in _ROOTS:
+        problems.append(f"vLLM's names for the language model {root} are not known here")
+    outside = sorted(path for path in layers if not path.startswith(root + "."))
+    if outside:
+        problems.append(f"vLLM adapts the language model only, not {len(outside)} layers such as {outside[0]}")
+    return tuple(problems)

@@ -1,0 +1,95 @@
+"""File names whose bytes are no UTF-8 go through every command, and the records name them as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.adapters import save_adapter, save_base
+from tests.pictures import png
+
+ODD = os.fsdecode(b"k\xe9y\xff")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("odd") / ODD
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    save_base(folder.parent / "base")
+    shutil.copytree(folder.parent / "base", folder / f"{ODD}-base")
+    save_adapter(folder.parent / "base", folder.parent / "lora")
+    shutil.copytree(folder.parent / "lora", folder / f"{ODD}-lora")
+    for number in range(8):
+        (folder / f"{ODD}{number}.png").write_bytes(png((number * 20, 9, 9), (40, 30)))
+    rows = [{"image": f"{ODD}{n}.png", "question": f"Q{n}?", "answer": str(n),
+             "split": ("train", "train", "validation", "test")[n % 4]} for n in range(8)]  # fmt: skip
+    rows.append({"image": f"{ODD}-gone.png", "question": "Q?", "answer": "1", "split": "train"})
+    (folder / f"{ODD}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(place: Path, *words: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "vlm_sft", *words], cwd=place, capture_output=True, check=False,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:backslashreplace"},
+    )  # fmt: skip
+    text = (done.stdout + done.stderr).decode("utf-8")
+    assert done.returncode == code and "Traceback" not in text, text[-3000:]
+    return text
+
+
+def test_a_training_and_what_follows(place: Path) -> None:
+    data, base = f"{ODD}.jsonl", "../base"
+    left = ["--max_left_out", "0.5"]
+    run(place, "data", "check", data, "--output_dir", f"{ODD}-check", *left)
+    run(place, "train", "--base_model", base, "--dataset", data, "--output_dir", "run", "--bf16", "false",
+        "--max_steps", "2", "--global_batch_size", "2", "--save_steps", "2", "--report_to", "none", *left)  # fmt: skip
+    facts = json.loads((place / "run" / "run.json").read_text(encoding="utf-8"))
+    assert facts["status"] == "finished" and (place / facts["dataset"]).is_file()
+    rows = (place / "run" / "left_out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "gone.png" in json.loads(rows[0])["detail"]
+    run(place, "train", "--base_model", base, "--dataset", data, "--output_dir", "run", "--bf16", "false",
+        "--max_steps", "2", "--global_batch_size", "2", "--save_steps", "2", "--report_to", "none", *left,
+        "--resume", "auto")  # fmt: skip
+    run(place, "report", "run", "--output", f"{ODD}.html")
+    run(place, "report", "run", "--export", f"{ODD}-figures")
+    run(place, "compare", "run", "--output_dir", f"{ODD}-compared")
+    assert json.loads((place / f"{ODD}-compared" / "compare.json").read_text())["comparisons"][0]["run"] == "run"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ask", f"{ODD}1.png", "How many?", "--base_model", f"{ODD}-base"],
+        ["ask", f"{ODD}1.png", "How many?", "--base_model", "../base", "--adapter", f"{ODD}-lora"],
+        ["export", "--adapter", "../lora", "--output_dir", f"{ODD}-out"],
+        ["train", "--base_model", "../base", "--dataset", f"{ODD}.jsonl", "--output_dir", f"{ODD}-out"],
+    ],
+    ids=["base", "adapter", "export", "train"],
+)
+def test_what_the_libraries_cannot_open_is_told_first(place: Path, words: list[str]) -> None:
+    text = run(place, *words, code=2)
+    assert "bytes that are no UTF-8" in text and "take another name" in text
+    assert not (place / f"{ODD}-out").exists()
+
+
+def test_adapters_and_exchange(place: Path) -> None:
+    adapter = ["--adapter", "../lora", "--base_model", "../base"]
+    left = ["--max_left_out", "0.5"]
+    run(place, "ask", f"{ODD}1.png", "How many?", *adapter)
+    run(place, "eval", *adapter, "--benchmark", f"{ODD}.jsonl", "--output_dir", f"{ODD}-eval", *left)
+    run(place, "export", *adapter, "--merge", "--questions", "1", "--output_dir", "merged")
+    run(place, "data", "import", f"{ODD}.jsonl", "--format", "jsonl", "--output", f"{ODD}-in", *left)
+    facts = json.loads((place / f"{ODD}-in" / "import.json").read_text(encoding="utf-8"))
+    assert (place / facts["source"]).is_file()
+    for layout in ("csv", "llamafactory", "trl"):
+        run(place, "data", "export", f"{ODD}.jsonl", "--format", layout, "--output", f"{ODD}-{layout}", *left)

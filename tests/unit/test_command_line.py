@@ -1,0 +1,149 @@
+"""What the command line says to a slip of the hand: the nearest word, or why a flag would have no effect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlm_sft.cli import main
+from vlm_sft.commands.parser import build_parser
+from vlm_sft.errors import RecipeError
+from vlm_sft.recipe.load import load_recipe, read_recipe
+from vlm_sft.recipe.shipped import RECIPES
+
+Captured = pytest.CaptureFixture[str]
+
+
+def refused(line: str, capsys: Captured) -> str:
+    """What is said on the way out with code 2; a mistake of flags ends the parser itself."""
+    try:
+        code = main(line.split())
+    except SystemExit as end:
+        code = end.code
+    told = capsys.readouterr()
+    assert code == 2 and told.out == "" and "usage" not in told.err and len(told.err) < 1000
+    assert told.err.startswith("error: ") and "\n  fix: " in told.err
+    return told.err
+
+
+@pytest.mark.parametrize("line, told", [
+    ("train --learning_rat 1e-3", "unknown flag --learning_rat; did you mean --learning_rate?"),  # not --output_dir
+    ("train --learning-rate 1e-3 --output_dir o", "did you mean --learning_rate?"),
+    ("train --learning_rat=1e-3 --output_dir o", "unknown flag --learning_rat; did you mean --learning_rate?"),
+    ("train --lr 1e-3 --output_dir o", "did you mean --learning_rate?"),
+    ("train --lora_rank 3 --output_dir o", "did you mean --lora_r?"),
+    ("train -output_dir o", "did you mean --output_dir?"),
+    ("train \N{EN DASH}output_dir o", "did you mean --output_dir?"),
+    ("train --output_dirr o --epocs 3", "unknown flag --epocs; did you mean --num_train_epochs?"),
+    ("plan --gpu_typ L4", "did you mean --gpu_type?"),
+    ("eval --bechmark chartqa", "unknown flag --bechmark; did you mean --benchmark?"),
+    ("data import x --format csv --output o --colums a=b", "did you mean --columns?"),
+    ("data cache clear --older-than 3", "did you mean --older_than?"),
+    ("data check x --columns a=b", "its flags are --split, --output_dir, --limit, --max_left_out"),
+    ("data check x --zzz", "unknown flag --zzz\n"),
+    ("--verbose train", "unknown flag --verbose\n  fix: flags stand behind"),
+    ("trian --output_dir o", "vlm-sft does not know 'trian'; did you mean train?"),
+    ("data chek x", "vlm-sft data does not know 'chek'; did you mean check?"),
+    ("data cache cleer", "did you mean clear?"),
+    ("", "missing: VERB"),
+    ("train", "missing: --output_dir"),
+    ("train --output_dir", "--output_dir: a value is missing"),
+    ("train --output_dir o --on_bad_sample replac", "'replac' is not one of stop, replace; did you mean replace?"),
+    ("data check x --split trian", "did you mean train?"),
+    ("score --benchmark chart_qa --predictions x", "did you mean chartqa?"),
+    ("train --output_dir o --max_bad_steps ten", "--max_bad_steps: 'ten' is not a whole number"),
+    ("train --output_dir o more", "nothing takes 'more'"),
+    ("train --output_dir o --lr_scheduler_type cosin", '"constant_with_warmup"; did you mean cosine?'),
+    ("train --output_dir o --report_to wandbb", "did you mean wandb?"),
+    ("train --output_dir o --sft_config bst", "did you mean best?"),
+    ("train --output_dir o --dataset chartq", "did you mean chartqa?"),
+    ("train --output_dir o --max_bad_steps " + "9" * 50_000 + "x", "(50,001 characters) is not a whole number"),
+    ("train --output_dir o --" + "x" * 50_000, "unknown flag --xxx"),
+    ("completion bsh", "did you mean bash?"),
+], ids=lambda text: text[:40])  # fmt: skip
+def test_the_nearest_word_is_named(
+    line: str, told: str, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bench.json").write_text("{}")  # a stray file is no answer to the name of a recipe
+    assert told in refused(line, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_values_that_look_like_flags_are_values() -> None:
+    words = ["train", "--output_dir", "o", "--system", "-be brief", "--learning_rate", "-1", "--prompt_template=--x"]
+    args = build_parser("train").parse_args(words)
+    assert (args.system, args.learning_rate, args.prompt_template) == ("-be brief", "-1", "--x")
+    assert args.given == {"output_dir", "system", "learning_rate", "prompt_template"}
+    args = build_parser("ask").parse_args(["ask", "a.png", "--", "--flag?", "-5 or 5?"])
+    assert args.questions == ["--flag?", "-5 or 5?"]
+
+
+IDLE = [
+    ("train --output_dir o --allow_changes", "--allow_changes has no effect without --resume"),
+    ("train --output_dir o --resume --overwrite_output_dir", "--overwrite_output_dir has no effect beside --resume"),
+    ("eval --base_model pocket --benchmark demo_charts --output_dir o --allow_prompt_mismatch", "without --adapter"),
+    ("eval --base_model pocket --benchmark demo_charts --output_dir o --backend vllm --tokens_per_pack 9 "
+     "--prepared_cache off", "--tokens_per_pack, --prepared_cache have no effect on --backend vllm"),
+    ("eval --base_model pocket --benchmark demo_charts:2 --output_dir o", "the weight 2 of demo_charts has no effect"),
+    ("export --adapter a --output_dir o --dtype bfloat16", "--dtype has no effect without --merge"),
+    ("export --adapter a --output_dir o --dtype auto", "--dtype has no effect without --merge"),  # also its default
+    ("export --adapter a --output_dir o --public", "--public has no effect without --push_to_hub"),
+    ("export --adapter a --output_dir o --merge --peft_only", "--peft_only has no effect on a merged model"),
+    ("verify r --checkpoints_only --steps 8", "--steps has no effect with --checkpoints_only"),
+    ("plan --image_size 100x100", "--image_size has no effect without --questions"),
+    ("plan --questions 10 --dataset chartqa", "--dataset has no effect with --questions"),
+    ("recommend --hours 1 --questions 9 --sft_config best", "--sft_config has no effect here"),
+    ("recommend --hours 1 --answer_tokens 9", "--answer_tokens has no effect without --questions"),
+    ("data export demo --format csv --output o --style alpaca", "--style has no effect on --format csv"),
+    ("data export demo_charts:3 --format csv --output o", "the weight 3 of demo_charts has no effect here"),
+    ("report r --port 80", "--port is only for --watch"),
+    ("data cache clear --all --older_than 3", "say what to remove"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line, told", IDLE, ids=[line for line, _ in IDLE])
+def test_a_flag_without_effect_is_refused(
+    line: str, told: str, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert main(line.split()) == 2
+    except SystemExit as end:
+        assert end.code == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipe_keys_without_effect_are_noted() -> None:
+    loaded = read_recipe(None, {"eval_strategy": "epoch", "eval_steps": "5", "save_strategy": "no", "save_steps": "5",
+                                "save_total_limit": "2", "train": "projector", "lora_r": "8"})  # fmt: skip
+    idle = [note for note in loaded.notes if "has no effect" in note]
+    assert [note.partition(" ")[0] for note in idle] == ["eval_steps", "save_steps", "save_total_limit", "lora_r"]
+    assert not read_recipe("best", {"eval_strategy": "epoch"}).notes[1:]  # what a file holds is no slip of the hand
+
+
+@pytest.mark.parametrize("name", RECIPES.values())
+def test_recipes_of_the_package_load_by_name_in_python(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # an output folder of that name is not the recipe
+    stem = next(stem for stem, short in RECIPES.items() if short == name)
+    text = (Path(load_recipe.__code__.co_filename).parent / "files" / f"{stem}.json").read_text()
+    assert load_recipe(name) == load_recipe(Path(name)) == load_recipe(None, json.loads(text))
+
+
+@pytest.mark.parametrize("path, told", [
+    ("smoketst", "did you mean smoketest?"), ("BEST", "did you mean best?"),
+    ("sft_config_best.json", "did you mean best?"), ("configs/sft_config_1epoch.json", "did you mean 1epoch?"),
+    ("min.json", "did you mean mine.json?"), ("zzz", "check its path, or name a recipe of the package: smoketest, "),
+])  # fmt: skip
+def test_a_recipe_that_is_not_there(path: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert told in str(caught.value)
