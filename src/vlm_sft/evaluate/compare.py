@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -295,17 +295,19 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {lines[0]} |", f"|-{rule}-|", *(f"| {line} |" for line in lines[1:])]
 
 
-def few_line(name: str, row: Mapping[str, Any]) -> str:
+def few_line(name: str, n: int, clusters: int, difference: float, needed: tuple[int, int]) -> str:
     """Say that a comparison cannot be judged, and what it would take.
 
     Args:
         name: of the benchmark.
-        row: what `compare_rows` or results.json says of it.
+        n: its questions.
+        clusters: its independent images.
+        difference: the observed one, in score units.
+        needed: questions and independent images that would show it, or one that nobody would call small.
     """
     return (
-        f"{name}: {TOO_FEW}: {row['n']:,} questions on {row['clusters']:,} independent images; about "
-        f"{row['questions_needed']:,} on {row['clusters_needed']:,} would show a difference of "
-        f"{100 * max(abs(row['difference']), statistics.UNCLEAR):.0f} points"
+        f"{name}: {n:,} questions on {clusters:,} independent images are {TOO_FEW}; about {needed[0]:,} on "
+        f"{needed[1]:,} would show a difference of {100 * max(abs(difference), statistics.UNCLEAR):.0f} points"
     )
 
 
@@ -324,7 +326,13 @@ def format_table(result: dict[str, Any]) -> str:
         )
         for c in result["comparisons"]
     ]
-    notes = [few_line(c["benchmark"], c) for c in result["comparisons"] if c["verdict"] == TOO_FEW]
+    notes = [
+        few_line(
+            c["benchmark"], c["n"], c["clusters"], c["difference"], (c["questions_needed"], c["clusters_needed"])
+        )
+        for c in result["comparisons"]
+        if c["verdict"] == TOO_FEW
+    ]
     notes += [
         f"not compared: {missing['benchmark']} (not evaluated in {missing['missing_in']})"
         for missing in result["not_compared"]
