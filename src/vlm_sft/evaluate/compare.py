@@ -277,6 +277,13 @@ def _points(value: float, signed: bool = False) -> str:
     return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
 
 
+def _detectable(comparison: Mapping[str, Any]) -> str:
+    """The smallest difference that would be found; "none" where the images are too few to show any."""
+    if comparison["clusters"] < statistics.FEWEST_CLUSTERS:
+        return "none"
+    return _points(comparison["smallest_detectable_difference"])
+
+
 def _with_interval(value: float, interval: Sequence[float], signed: bool = False) -> str:
     low, high = (_points(bound, signed) for bound in interval)
     return f"{_points(value, signed)} [{low}, {high}]"
@@ -322,7 +329,7 @@ def format_table(result: dict[str, Any]) -> str:
             _with_interval(c["baseline_accuracy"], c["baseline_interval"]),
             _with_interval(c["accuracy"], c["accuracy_interval"]),
             _with_interval(c["difference"], c["interval"], signed=True),
-            f"{c['p_value']:.4f}", f"{c['p_holm']:.4f}", c["verdict"], _points(c["smallest_detectable_difference"]),
+            f"{c['p_value']:.4f}", f"{c['p_holm']:.4f}", c["verdict"], _detectable(c),
         )
         for c in result["comparisons"]
     ]
@@ -369,7 +376,7 @@ def format_markdown(result: dict[str, Any]) -> str:
         "Accuracies and differences are in points, with 95 % intervals; questions about one image count as a cluster. "
         "An interval leaves out 0 exactly where its p is below 0.05. The verdict is at the 5 % level after Holm's "
         "correction over all lines. The last column is the smallest true difference that this many items would show in "
-        "four cases of five.",
+        "four cases of five; none: so few images cannot show any.",
     ]
     for c in result["comparisons"]:
         lines += ["", f"## {c['benchmark']}: {c['run']}", "", f"Test: {c['test']}."]
