@@ -119,6 +119,16 @@ def test_each_bad_line_is_left_out_with_its_place(folder, record, reason):
     loaded.left_out[0].detail.encode("utf-8")
 
 
+def test_a_turn_before_the_first_image_is_left_out_alone(folder):
+    says = [("user", "Hello"), ("assistant", "hi"), ("user", "<image>What?"), ("assistant", "a")]
+    talk = {"images": ["a.png"], "messages": [{"role": role, "content": text} for role, text in says]}
+    loaded = load(write(folder / "train.jsonl", [talk]))
+    assert [sample.question for sample in loaded.samples] == ["What?"]
+    (item,) = loaded.left_out
+    assert item.reason == "no image"
+    assert item.detail.endswith("answer 1 of the conversation comes before its first image")
+
+
 def test_not_utf8_and_byte_order_mark(folder):
     good = json.dumps({"image": "a.png", "question": "é?", "answer": "a"}, ensure_ascii=False)
     path = folder / "train.jsonl"

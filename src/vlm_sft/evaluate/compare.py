@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +277,13 @@ def _points(value: float, signed: bool = False) -> str:
     return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
 
 
+def _detectable(comparison: Mapping[str, Any]) -> str:
+    """The smallest difference that would be found; "none" where the images are too few to show any."""
+    if comparison["clusters"] < statistics.FEWEST_CLUSTERS:
+        return "none"
+    return _points(comparison["smallest_detectable_difference"])
+
+
 def _with_interval(value: float, interval: Sequence[float], signed: bool = False) -> str:
     low, high = (_points(bound, signed) for bound in interval)
     return f"{_points(value, signed)} [{low}, {high}]"
@@ -295,17 +302,19 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {lines[0]} |", f"|-{rule}-|", *(f"| {line} |" for line in lines[1:])]
 
 
-def few_line(name: str, row: Mapping[str, Any]) -> str:
+def few_line(name: str, n: int, clusters: int, difference: float, needed: tuple[int, int]) -> str:
     """Say that a comparison cannot be judged, and what it would take.
 
     Args:
         name: of the benchmark.
-        row: what `compare_rows` or results.json says of it.
+        n: its questions.
+        clusters: its independent images.
+        difference: the observed one, in score units.
+        needed: questions and independent images that would show it, or one that nobody would call small.
     """
     return (
-        f"{name}: {TOO_FEW}: {row['n']:,} questions on {row['clusters']:,} independent images; about "
-        f"{row['questions_needed']:,} on {row['clusters_needed']:,} would show a difference of "
-        f"{100 * max(abs(row['difference']), statistics.UNCLEAR):.0f} points"
+        f"{name}: {n:,} questions on {clusters:,} independent images are {TOO_FEW}; about {needed[0]:,} on "
+        f"{needed[1]:,} would show a difference of {100 * max(abs(difference), statistics.UNCLEAR):.0f} points"
     )
 
 
@@ -320,11 +329,17 @@ def format_table(result: dict[str, Any]) -> str:
             _with_interval(c["baseline_accuracy"], c["baseline_interval"]),
             _with_interval(c["accuracy"], c["accuracy_interval"]),
             _with_interval(c["difference"], c["interval"], signed=True),
-            f"{c['p_value']:.4f}", f"{c['p_holm']:.4f}", c["verdict"], _points(c["smallest_detectable_difference"]),
+            f"{c['p_value']:.4f}", f"{c['p_holm']:.4f}", c["verdict"], _detectable(c),
         )
         for c in result["comparisons"]
     ]
-    notes = [few_line(c["benchmark"], c) for c in result["comparisons"] if c["verdict"] == TOO_FEW]
+    notes = [
+        few_line(
+            c["benchmark"], c["n"], c["clusters"], c["difference"], (c["questions_needed"], c["clusters_needed"])
+        )
+        for c in result["comparisons"]
+        if c["verdict"] == TOO_FEW
+    ]
     notes += [
         f"not compared: {missing['benchmark']} (not evaluated in {missing['missing_in']})"
         for missing in result["not_compared"]
@@ -361,7 +376,7 @@ def format_markdown(result: dict[str, Any]) -> str:
         "Accuracies and differences are in points, with 95 % intervals; questions about one image count as a cluster. "
         "An interval leaves out 0 exactly where its p is below 0.05. The verdict is at the 5 % level after Holm's "
         "correction over all lines. The last column is the smallest true difference that this many items would show in "
-        "four cases of five.",
+        "four cases of five; none: so few images cannot show any.",
     ]
     for c in result["comparisons"]:
         lines += ["", f"## {c['benchmark']}: {c['run']}", "", f"Test: {c['test']}."]

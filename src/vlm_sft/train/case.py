@@ -287,7 +287,7 @@ def _pictures(samples: Sequence[Sample]) -> tuple[float, float]:
     firsts = one_an_image(samples)
     chosen = firsts[:: max(1, len(firsts) // PICTURE_PROBES)][:PICTURE_PROBES]
     began = time.perf_counter()
-    sizes = [len(scaled_picture(sample.images[0])) for sample in chosen if sample.images]
+    sizes = [len(scaled_picture(sample.images)) for sample in chosen if sample.images]
     seconds = time.perf_counter() - began
     if not sizes:
         return 0.0, 0.0
