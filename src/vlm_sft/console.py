@@ -1,4 +1,4 @@
-"""What the program says to a person: lines, warnings, progress bars. Imports tqdm only when a bar is shown.
+"""What the program says to a person: lines, warnings, progress bars. Imports errors, and tqdm when a bar is shown.
 
 What is shown never decides about a run: `secure_streams` makes the standard streams ones that take every character and
 outlive their reader, for this module and for every library that writes to them.
@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from vlm_sft.errors import bounded
 
 SECONDS_BETWEEN_LINES = 15.0  # of progress, where the output is not a terminal
 SECONDS_WORTH_A_LINE = 2.0  # shorter work is not reported there
@@ -133,9 +135,9 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Tell the user that something needs attention, on standard error, from rank 0 only."""
+    """Tell the user that something needs attention, on standard error, from rank 0 only; long lines are cut."""
     if is_main_process():
-        sys.stderr.write(f"warning: {text}\n")
+        sys.stderr.write(f"warning: {bounded(text)}\n")
         sys.stderr.flush()
 
 

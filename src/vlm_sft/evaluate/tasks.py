@@ -6,7 +6,7 @@ questions ask for a word or phrase.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vlm_sft.data.answers import fitted, limit_for, longest_answer, room_for
@@ -72,7 +72,12 @@ def benchmark_names(text: str) -> list[str]:
     Raises:
         DataError: the text does not follow the grammar, or names an unknown data set.
     """
-    return [name for spec in parse_datasets(text) for name in _parts(spec)]
+    return names_of(parse_datasets(text))
+
+
+def names_of(specs: Iterable[DatasetSpec]) -> list[str]:
+    """The names of the benchmarks that data sets are, as of `benchmark_names`."""
+    return [name for spec in specs for name in _parts(spec)]
 
 
 def rules_of(name: str) -> Benchmark:

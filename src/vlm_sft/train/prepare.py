@@ -29,6 +29,7 @@ from vlm_sft.evaluate.tasks import (
     dataset_text,
     fit_prompt,
     load_tasks,
+    names_of,
     parse_token_limits,
     too_short,
     usable_tasks,
@@ -240,7 +241,7 @@ def token_limits(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, i
     Raises:
         EvaluationError: it has mistakes, or names a benchmark that this run does not answer.
     """
-    names = benchmark_names(dataset_text(specs))
+    names = names_of(specs)
     if options.eval_benchmarks not in (None, NO_BENCHMARKS):
         names += benchmark_names(str(options.eval_benchmarks))
     names += [guard.name for guard in parse_guards(options.guard)] if options.guard else []

@@ -133,7 +133,7 @@ def files_by_split(path: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]
 
 def apply_plan(
     plan: SplitPlan, samples: list[Sample], left_out: list[LeftOut], fraction: float
-) -> tuple[list[Sample], list[LeftOut]]:
+) -> tuple[list[Sample], list[LeftOut], tuple[str, ...]]:
     """Cut what was read down to the planned part of the hold-out.
 
     Samples that hang together through their images stay in one part, see `image_groups`. Left-out samples are dealt to
@@ -145,9 +145,12 @@ def apply_plan(
         left_out: all left-out samples of the source split.
         fraction: share of the images of each part that is held out, 0 to 1; at least one. Two images are enough for
             validation alone, which then is the test part too.
+
+    Returns:
+        The samples and the left-out samples of the planned part, and the parts that are really held out.
     """
     if plan.part == "all":
-        return samples, left_out
+        return samples, left_out, ()
     groups = image_groups(samples, fraction)
     ranked = sorted(set(groups), key=_rank)
     held = plan.held if len(ranked) > len(plan.held) else plan.held[:1]
@@ -155,7 +158,8 @@ def apply_plan(
     part_of = {group: held[place // count] for place, group in enumerate(ranked[: count * len(held)])} if count else {}
     part = plan.part if plan.part in ("train", *held) else held[0]
     kept = [sample for sample, group in zip(samples, groups, strict=True) if part_of.get(group, "train") == part]
-    return kept, [item for item in left_out if dealt(item.id, fraction, held) == part]
+    left = [item for item in left_out if dealt(item.id, fraction, held) == part]
+    return kept, left, held if part_of else ()
 
 
 def dealt(text: str, fraction: float, held: Sequence[str]) -> str:
