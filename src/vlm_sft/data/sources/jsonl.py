@@ -13,9 +13,9 @@ from typing import Any
 
 from vlm_sft.artifacts import parse_json, writable
 from vlm_sft.data.images import check_image
-from vlm_sft.data.sample import NOTE, UNREADABLE, ImageRef, LeftOut, Sample
+from vlm_sft.data.sample import NOTE, OUTSIDE, UNREADABLE, ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.foreign import refuse_compressed
-from vlm_sft.data.sources.locate import StoredImage, locate_image
+from vlm_sft.data.sources.locate import StoredImage, lies_outside, locate_image
 from vlm_sft.data.sources.records import Question, questions_of, require_image
 from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, in_threads, left_out
 from vlm_sft.data.sources.shards import parquet_records
@@ -239,8 +239,11 @@ def _read_image(folder: Path, image: Any) -> ImageRef | RowProblem:
 def _samples(
     spec: DatasetSpec, lines: list[Line], images: dict[tuple[Path, str], ImageRef | RowProblem]
 ) -> tuple[list[Sample], list[LeftOut]]:
+    assert spec.path is not None
     samples: list[Sample] = []
     left: list[LeftOut] = []
+    root = spec.path if spec.path.is_dir() else spec.path.parent
+    outside = {ref.source for ref in images.values() if isinstance(ref, ImageRef) and lies_outside(ref, root)}
     for line in lines:
         asked = line.question
         refs = []
@@ -254,7 +257,9 @@ def _samples(
             left.append(left_out(line.id, line.where, problem))
             continue
         part = "" if line.part.lower() in SPLIT_WORDS else line.part
+        metadata: dict[str, Any] = {"where": line.where} | ({NOTE: asked.note} if asked.note else {})
+        if outside and (away := [ref.source for ref in refs if ref.source in outside]):
+            metadata[OUTSIDE] = away
         samples.append(Sample(line.id, spec.name, part, tuple(refs), asked.question, asked.target, asked.answers,
-                              asked.history, asked.system,
-                              {"where": line.where} | ({NOTE: asked.note} if asked.note else {})))
+                              asked.history, asked.system, metadata))
     return samples, left

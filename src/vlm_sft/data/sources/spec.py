@@ -106,6 +106,8 @@ def refuse_weights(specs: list[DatasetSpec], why: str) -> None:
 def _parse_entry(entry: str) -> DatasetSpec:
     if not entry:
         raise DataError("an entry is empty")
+    if re.match(r"\w+://", entry):
+        raise DataError(f"{quoted(entry, 200)} is an address, and data sets are not fetched", "download it, pass its path")
     body, weight = _split_weight(entry)
     name, at, place = body.partition("@")
     known = HUB_NAMES.get(name.lower(), name.lower())
