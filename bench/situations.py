@@ -35,9 +35,6 @@ def main() -> int:
     known = {one.name: one for one in SITUATIONS}
     if unknown := set(args.names) - known.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(known)}")
-    record: dict[str, Any] = {"situations": {}}
-    if RECORD.is_file():
-        record = json.loads(RECORD.read_text(encoding="utf-8"))
     failed = []
     warm = Warm()
     try:
@@ -45,15 +42,21 @@ def main() -> int:
             for one in [known[name] for name in args.names or known]:
                 row = play(one, Path(name), warm)
                 failed += [] if row["held"] else [one.name]
-                found = record["situations"] | {one.name: row}
+                # Read anew each time: another call may play others meanwhile.
+                found = (_read()["situations"] if RECORD.is_file() else {}) | {one.name: row}
                 record = {"situations": {name: found[name] for name in known if name in found}} | origin()
                 artifacts.write_json(RECORD, record)
     finally:
         warm.close()
-    page = with_block(PAGE.read_text(encoding="utf-8"), "situations", table(record))
+    page = with_block(PAGE.read_text(encoding="utf-8"), "situations", table(_read()))
     artifacts.write_text_atomic(PAGE, page)
     say(f"record: {RECORD}\ntable: {PAGE}")
     return 1 if failed else 0
+
+
+def _read() -> dict[str, Any]:
+    """The record."""
+    return dict(json.loads(RECORD.read_text(encoding="utf-8")))
 
 
 def play(one: Situation, folder: Path, warm: Warm) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def _changed(place: Place, change: Callable[[Path], None]) -> str:
     change(data)
     told = place.run(*place.train(data, run, "--resume", "auto"), code=2)
     place.run(*place.train(data, run, "--resume", "auto", "--allow_changes"))
-    return line_with(told, "data").replace(str(place.folder), "…")[:240]
+    return told[told.index("error:") : told.index("  fix:")].replace(str(place.folder), "…")
 
 
 def _rewrite(data: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:

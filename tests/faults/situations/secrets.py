@@ -33,10 +33,10 @@ def tokens_of_the_environment(place: Place) -> str:
         **TOKENS,
     )
     told += place.run("report", run, "--export", place.folder / "figures", **TOKENS)
-    told += place.run(
-        "export", "--adapter", run, "--output_dir", place.folder / "export", "--merge", "--dtype", "float32", "--questions", "1", **TOKENS
-    )
-    told += place.run("data", "check", data, "--output_dir", place.folder / "check", **TOKENS)
+    out, check = place.folder / "export", place.folder / "check"
+    merge = ("--merge", "--dtype", "float32", "--questions", "1")
+    told += place.run("export", "--adapter", run, "--output_dir", out, *merge, **TOKENS)
+    told += place.run("data", "check", data, "--output_dir", check, **TOKENS)
     assert SECRET not in told and not files_with(place.folder, SECRET)
     count = sum(path.is_file() for path in place.folder.rglob("*"))
     return f"in none of {count} files, and not in what was printed"

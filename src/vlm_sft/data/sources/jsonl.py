@@ -22,10 +22,10 @@ from vlm_sft.data.sources.shards import parquet_records
 from vlm_sft.data.sources.spec import JSON_SUFFIXES, DatasetSpec
 from vlm_sft.data.sources.splits import (
     HOLD_OUT_FRACTION,
-    NO_DATA,
     SPLIT_WORDS,
     LoadedSplit,
     files_by_split,
+    folder_files,
     plan_split,
     split_of_name,
 )
@@ -105,7 +105,7 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
     """Files by split; beside a single train file its siblings count ("x_train.jsonl" -> "x_val.jsonl")."""
     endings: tuple[str, ...] = JSON_SUFFIXES
     if path.is_dir():  # .json files beside others are mostly settings
-        there = {file.suffix for file in path.rglob("*") if file.name not in NO_DATA}
+        there = {file.suffix for file in folder_files(path)}
         endings = next(((ending,) for ending in (".jsonl", ".parquet") if ending in there), endings)
     files = files_by_split(path, endings)
     if path.is_dir() or split_of_name(path.name) != "train":
