@@ -16,15 +16,15 @@ LINE_CHARACTERS = 2_000  # of one line of a message: room for a list of long pat
 
 # Characters that move the cursor, colour, ring, or turn the direction of what follows: only \n and \t are left.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_LOGIN = re.compile(r"(?<=://)[^\s/?#@'\"]+@")
+_LOGIN = re.compile(r"(?<=\w\w:/)(/?)[^\s/?#'\"]+@")  # a path of one has a single slash
 _KEY = re.compile(r"(?i)([?&][\w.%-]*(?:token|secret|sig|password|passwd|credential|key)[\w.%-]*=)[^\s&#'\"]+")
 _TOKEN = re.compile(r"\b(?:hf_|gh[opsu]_|github_pat_|sk-)[A-Za-z0-9_-]{16,}")
 
 
 def without_secrets(text: str) -> str:
     """A text without the logins, keys and signatures of the addresses in it, and without access tokens."""
-    if "://" in text:
-        text = _KEY.sub(r"\1…", _LOGIN.sub("…@", text))
+    if ":/" in text:
+        text = _KEY.sub(r"\1…", _LOGIN.sub(r"\1…@", text))
     return _TOKEN.sub("…", text)
 
 
