@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -120,6 +121,13 @@ class Place:
             "--save_steps", "2", "--global_batch_size", "4", "--eval_benchmarks", "none", "--report_to", "none",
             "--bf16", "false", "--logging_steps", "1", *more,
         )  # fmt: skip
+
+    def stop_after_two(self, data: Path, run: Path, *more: object) -> None:
+        """Leave a run as one of four steps that was stopped after two."""
+        self.run(*self.train(data, run, *more))
+        shutil.rmtree(run / "checkpoint-4")
+        for name in ("adapter_model.safetensors", "manifest.json", "manifest.sha256"):
+            (run / name).unlink()
 
     def data(self, name: str = "own", rows: list[dict[str, Any]] | None = None, **change: Any) -> Path:
         """A folder with eight pictures and two questions about each; `change` goes into every record."""

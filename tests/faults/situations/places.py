@@ -207,7 +207,7 @@ def lock_of_the_dead(place: Place) -> str:
 )
 def leftovers(place: Place) -> str:
     data, run = place.data(), place.folder / "run"
-    place.run(*place.train(data, run, "--max_steps", "2"))
+    place.stop_after_two(data, run)
     shutil.copytree(run / "checkpoint-2", run / "checkpoint-3.partial")
     shutil.copytree(run / "checkpoint-2", run / "checkpoint-1.removed")
     (run / "checkpoint-9").symlink_to("/nowhere")
@@ -219,20 +219,12 @@ def leftovers(place: Place) -> str:
     return line_with(told, "checkpoint-2").replace(str(place.folder), "…")
 
 
-def _stopped(place: Place, data: Path, run: Path) -> None:
-    """A training of four steps that was ended after two, as a signal ends it."""
-    place.run(*place.train(data, run))
-    shutil.rmtree(run / "checkpoint-4")
-    for name in ("adapter_model.safetensors", "manifest.json", "manifest.sha256"):
-        (run / name).unlink()
-
-
 @situation("a run folder moved, and copied, between stop and resume; then eval, report and export of both")
 def moved_run(place: Place) -> str:
     data, run, moved, copy = place.data(), place.folder / "run", place.folder / "m" / "moved", place.folder / "copy"
-    place.run(*place.train(data, run))
-    expected = weights(run)
-    _stopped_again = [shutil.rmtree(run / "checkpoint-4"), (run / "adapter_model.safetensors").unlink()]
+    place.stop_after_two(data, run)
+    place.run(*place.train(data, place.folder / "alone"))
+    expected = weights(place.folder / "alone")
     shutil.copytree(run, copy)
     moved.parent.mkdir()
     shutil.move(run, moved)
@@ -270,7 +262,7 @@ def moved_run(place: Place) -> str:
 @situation("data moved to another folder between stop and resume")
 def moved_data(place: Place) -> str:
     data, run = place.data(), place.folder / "run"
-    place.run(*place.train(data, run, "--max_steps", "2"))
+    place.stop_after_two(data, run)
     shutil.move(data, place.folder / "elsewhere")
     (place.folder / "elsewhere").rename(place.folder / "new")
     told = place.run(*place.train(data, run, "--resume", "auto"), code=2)
@@ -305,7 +297,7 @@ def stopped_for_days(place: Place) -> str:
 )
 def files_of_the_future(place: Place) -> str:
     data, run, cache = place.data(), place.folder / "run", place.folder / "cache"
-    place.run(*place.train(data, run, "--cache_dir", cache, "--max_steps", "2"))
+    place.stop_after_two(data, run, "--cache_dir", cache)
     for path in (*run.rglob("*"), *cache.rglob("*"), *data.rglob("*")):
         os.utime(path, (time.time() + 10 * YEAR,) * 2)
     place.run(*place.train(data, run, "--cache_dir", cache, "--resume", "auto"))
