@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vlm_sft.errors import bounded
+from vlm_sft.errors import bounded, plain
 
 SECONDS_BETWEEN_LINES = 15.0  # of progress, where the output is not a terminal
 SECONDS_WORTH_A_LINE = 2.0  # shorter work is not reported there
@@ -130,14 +130,14 @@ def muted(wanted: bool = True) -> Iterator[None]:
 def say(text: str) -> None:
     """Tell the user one thing, on standard output, from rank 0 only."""
     if is_main_process() and not _muted:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(plain(text) + "\n")
         sys.stdout.flush()
 
 
 def warn(text: str) -> None:
     """Tell the user that something needs attention, on standard error, from rank 0 only; long lines are cut."""
     if is_main_process():
-        sys.stderr.write(f"warning: {bounded(text)}\n")
+        sys.stderr.write(f"warning: {bounded(plain(text))}\n")
         sys.stderr.flush()
 
 
@@ -160,7 +160,7 @@ class Bar:
         if sys.stderr.isatty() and is_main_process():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True)
+            self._bar = tqdm(total=total, desc=plain(description), unit=f" {unit}", dynamic_ncols=True)
 
     def advance(self, count: int = 1) -> None:
         """Count `count` more as done."""
@@ -174,7 +174,7 @@ class Bar:
         """Show a text beside the bar from the next advance on, in place of the one before."""
         self._note = text
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_postfix_str(plain(text), refresh=False)
 
     def close(self) -> None:
         """Finish the bar."""
@@ -193,9 +193,8 @@ class Bar:
         left = (self._total - self._count) / rate if rate else 0.0
         end = f", {left:.0f} s left" if self._count < self._total else f" in {seconds:.0f} s"
         note = f", {self._note}" if self._note else ""
-        sys.stderr.write(
-            f"{self._description}: {self._count:,} of {self._total:,} {self._unit}, {rate:.1f}/s{end}{note}\n"
-        )
+        line = f"{self._description}: {self._count:,} of {self._total:,} {self._unit}, {rate:.1f}/s{end}{note}"
+        sys.stderr.write(plain(line) + "\n")
         sys.stderr.flush()
 
 

@@ -93,6 +93,7 @@ def _check(args: argparse.Namespace) -> int:
     _print_counts(report)
     say(f"counts: {data}\nleft out: {gone}\nrepeated questions: {again}\npreview with pictures: {preview}")
     _warn_of_repeats(repeats)
+    _warn_of_places(samples)
     enforce(unusable, len(drawn), args.max_left_out, gone)
     enforce(left_out, loaded, args.max_left_out, gone)
     recipe = f"--sft_config smoketest{f' --base_model {shlex.quote(args.base_model)}' if args.base_model else ''}"
@@ -179,6 +180,17 @@ def _warn_of_repeats(repeats: list[Repeat]) -> None:
         if found:
             examples = "".join(f"\n  {repeat}" for repeat in found[:EXAMPLES])
             warn(f"questions {what}: {len(found):,}; the first:{examples}")
+
+
+def _warn_of_places(samples: list[Sample]) -> None:
+    """Tell the images that lie outside of the data's folder: whoever takes the folder does not have them."""
+    from vlm_sft.console import warn
+    from vlm_sft.data.sample import OUTSIDE
+
+    away = {path for sample in samples for path in sample.metadata.get(OUTSIDE, ())}
+    if away:
+        what = "images that lie outside of the data's folder, by their path or a link"
+        warn(f"{what}: {len(away):,}; the first: {min(away)}")
 
 
 def _print_counts(report: AuditReport) -> None:

@@ -152,4 +152,6 @@ def _tell(report: ImportReport, args: argparse.Namespace) -> None:
         say(f"  {path}")
     for note, ids in report.changed.items():
         warn(f"{len(ids):,} questions are not exactly as they were: {note}; named in {args.output / CHANGED}")
+    for caution, found in report.cautions.items():
+        warn(f"{caution}: {len(found):,}; the first: {min(found)}")
     say(f"left out: {len(report.left_out):,} (named in {args.output / LEFT_OUT})")

@@ -14,13 +14,14 @@ from typing import Any
 from vlm_sft.data.images import check_image
 from vlm_sft.data.plain_text import reads_like_control
 from vlm_sft.data.repeats import Repeat
-from vlm_sft.data.sample import NOTE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image
+from vlm_sft.data.sample import NOTE, OUTSIDE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image
 from vlm_sft.data.sources.rows import in_threads
 from vlm_sft.errors import QUOTED_CHARACTERS, DataError, ModelError, bounded
 
 MAX_LEFT_OUT_FRACTION = 0.01
 HISTOGRAM_BINS = 24
 CHECK_ALL = "vlm-sft data check DATASET --split all --base_model MODEL"
+OUTSIDE_NOTE = "an image lies outside of the data's folder, by its path or a link; exports and reports hold copies"
 CONTROL_NOTE = "a text holds the name of a control token, such as <image>; it is read as plain text"
 
 
@@ -121,6 +122,7 @@ def notes_of(
     """
     found: Counter[str] = Counter()
     for sample in samples:
+        found.update([OUTSIDE_NOTE] if OUTSIDE in sample.metadata else [])
         note = sample.metadata.get(NOTE)
         found.update([note] if note else [])
         found.update([CONTROL_NOTE] if holds_control(sample) else [])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_sft import artifacts
+from vlm_sft.artifacts import in_markdown
 from vlm_sft.errors import EvaluationError, quoted
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS
@@ -289,11 +290,6 @@ def _with_interval(value: float, interval: Sequence[float], signed: bool = False
     return f"{_points(value, signed)} [{low}, {high}]"
 
 
-def _cell(text: Any) -> str:
-    """Keep a text from breaking a Markdown table."""
-    return " ".join(str(text).split()).replace("|", "\\|")
-
-
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table whose columns line up, so that it reads well in a terminal too."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
@@ -325,7 +321,7 @@ def format_table(result: dict[str, Any]) -> str:
     )
     rows = [
         (
-            _cell(c["benchmark"]), f"{c['n']:,}", _cell(c["run"]),
+            in_markdown(c["benchmark"]), f"{c['n']:,}", in_markdown(c["run"]),
             _with_interval(c["baseline_accuracy"], c["baseline_interval"]),
             _with_interval(c["accuracy"], c["accuracy_interval"]),
             _with_interval(c["difference"], c["interval"], signed=True),
@@ -350,7 +346,8 @@ def format_table(result: dict[str, Any]) -> str:
         for who, count in (("baseline", c["baseline_cut"]), (c["run"], c["cut"]))
         if count
     ]
-    return "\n".join([f"baseline: {result['baseline']}", "", *_table(header, rows), *notes])
+    first = f"baseline: {in_markdown(result['baseline'])}"
+    return "\n".join([first, "", *_table(header, rows), *map(in_markdown, notes)])
 
 
 def _changed_section(title: str, changes: Sequence[Row]) -> list[str]:
@@ -358,7 +355,7 @@ def _changed_section(title: str, changes: Sequence[Row]) -> list[str]:
         return []
     header = ("id", "question", "answers", "baseline", "now")
     rows = [
-        tuple(_cell(value) for value in (
+        tuple(in_markdown(str(value)) for value in (
             change["id"], change["question"] or "", ", ".join(dict.fromkeys(change["answers"] or [])),
             change["baseline_prediction"], change["prediction"],
         ))
@@ -379,7 +376,7 @@ def format_markdown(result: dict[str, Any]) -> str:
         "four cases of five; none: so few images cannot show any.",
     ]
     for c in result["comparisons"]:
-        lines += ["", f"## {c['benchmark']}: {c['run']}", "", f"Test: {c['test']}."]
+        lines += ["", in_markdown(f"## {c['benchmark']}: {c['run']}"), "", f"Test: {c['test']}."]
         lines += _changed_section("Score fell (right → wrong)", c["lost"])
         lines += _changed_section("Score rose (wrong → right)", c["gained"])
     return "\n".join(lines) + "\n"

@@ -119,7 +119,7 @@ def _carry_out(options: ExportOptions) -> Path:
         report["files"] = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         artifacts.write_json(partial / artifacts.EXPORT, report)
         for path in partial.iterdir():
-            path.chmod(0o644)  # safetensors makes its file readable for its owner only
+            path.chmod(artifacts.FILE_MODE)  # safetensors makes its file readable for its owner only
         os.replace(partial, folder)
     except OSError as error:
         raise RunError(f"{folder} cannot be written: {error.strerror or error}", "choose another folder") from error

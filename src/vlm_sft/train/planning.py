@@ -39,7 +39,7 @@ from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.rules import resolve_schedule
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import RunRecord, device_name, resident_bytes
-from vlm_sft.train.case import Known, case_of, free_bytes, history_setting, setting_of, shape_of
+from vlm_sft.train.case import Known, case_of, free_space, history_setting, setting_of, shape_of
 from vlm_sft.train.engine import Engine
 from vlm_sft.train.foretell import describe, refuse_or_warn
 from vlm_sft.train.imagine import Imagined, known_from_numbers, known_from_table
@@ -113,8 +113,8 @@ def plan(options: PlanOptions) -> Planned:
         say(line)
     train = options.train
     elsewhere = options.gpu_type is not None
-    free = None if elsewhere else min(free_bytes(train.output_dir), free_bytes(cache_root(train)))
-    refuse_or_warn(shortages(case, found, planned.calibration, free), train.ignore_forecast)
+    free = (None, None) if elsewhere else free_space(train.output_dir, cache_root(train))
+    refuse_or_warn(shortages(case, found, planned.calibration, *free), train.ignore_forecast)
     return planned
 
 

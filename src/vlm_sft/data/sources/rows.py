@@ -13,7 +13,7 @@ from vlm_sft.artifacts import writable
 from vlm_sft.console import progress
 from vlm_sft.data.sample import LeftOut, Sample, distinct_images
 from vlm_sft.data.sources.splits import LoadedSplit, SplitPlan, apply_plan, shared_images
-from vlm_sft.errors import DataError, bounded
+from vlm_sft.errors import DataError, bounded, without_secrets
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,7 +27,7 @@ class RowProblem(Exception):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason = reason
-        self.detail = bounded(detail or reason, DETAIL_CHARACTERS)
+        self.detail = bounded(without_secrets(detail or reason), DETAIL_CHARACTERS)
         super().__init__(reason)
 
 

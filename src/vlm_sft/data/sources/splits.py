@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_sft.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT, REPEATS
+from vlm_sft.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT, REPEATS, RUN, read_json
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.foreign import TABLES, refuse_compressed
-from vlm_sft.errors import DataError, quoted
+from vlm_sft.errors import DataError, RunError, quoted
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
@@ -97,6 +97,30 @@ def split_of_name(name: str) -> str | None:
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
+def folder_files(path: Path) -> list[Path]:
+    """The files of a data set's folder and its subfolders, sorted: none that is hidden or was written by our commands.
+
+    A run may have its output folder in the folder of its data.
+    """
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    ours = {file.parent for file in files if file.name == RUN and file.parent != path and _is_record(file)}
+    return [
+        file
+        for file in files
+        if file.name not in NO_DATA
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and ours.isdisjoint(file.parents)
+    ]
+
+
+def _is_record(file: Path) -> bool:
+    """Whether a file is a run.json of ours, and not data of that name."""
+    try:
+        return {"schema", "command", "status"} <= read_json(file).keys()
+    except RunError:
+        return False
+
+
 def files_by_split(path: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
     """Sort the data files under `path` by the split that their names (or their folders' names) speak of.
 
@@ -113,19 +137,17 @@ def files_by_split(path: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]
     if path.is_file():
         return {split_of_name(path.name) or "train": [path]}
     found: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*")):
+    for file in folder_files(path):
         inside = file.relative_to(path).parts
-        if any(part.startswith(".") for part in inside) or not file.is_file():
-            continue
         if Path(file.stem).suffix in suffixes:  # train.jsonl.gz beside the others would be passed over
             refuse_compressed(file)
-        if file.suffix not in suffixes or file.name in NO_DATA:
+        if file.suffix not in suffixes:
             continue
         split = next((found_split for part in reversed(inside) if (found_split := split_of_name(part))), "train")
         found.setdefault(split, []).append(file)
     if not found:
         fix = "pass the file, or the folder that holds it"
-        if not set(TABLES) & set(suffixes) and any(file.suffix.lower() in TABLES for file in path.rglob("*")):
+        if not set(TABLES) & set(suffixes) and any(file.suffix.lower() in TABLES for file in folder_files(path)):
             fix = f"import its tables: vlm-sft data import {path} --format csv --output FOLDER"
         raise DataError(f"{path} holds no {' or '.join(suffixes)} file", fix)
     return found
