@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -17,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.errors import HostLostError, InterruptedRunError, RunError, VlmSftError
+from vlm_sft.errors import HostLostError, InterruptedRunError, RunError, VlmSftError, plain
 
 RUN = "run.json"  # what ran, where, with which versions; its status; seconds and bytes
 RECIPE = "recipe.json"  # the resolved recipe with every default
@@ -60,6 +61,9 @@ COMPARE_MARKDOWN = "compare.md"  # the same as a table to read
 EVALUATION_FOLDER = "evaluation"  # evaluation/base/<benchmark>/…, evaluation/tuned/<benchmark>/…
 
 
+# What the umask leaves of a new file: libraries that write aside make theirs readable for their owner only.
+FILE_MODE = 0o666 & ~(_umask := os.umask(0o077))
+os.umask(_umask)
 MAX_JSON_BYTES = 256 * 1024**2  # of one JSON file; the largest that we write list all that changed between two runs
 MAX_JSON_DEPTH = 100  # of lists and objects in each other
 # How files take the bytes of a name that are no UTF-8 (surrogates in Python): as \\udcXX, which JSON reads back.
@@ -110,7 +114,7 @@ class OutputFolder:
 
     def _put_back(self, told: str) -> None:
         for path in sorted(set(self._found()) - self._before, reverse=True):
-            if str(path) in told:
+            if plain(str(path)) in told:
                 continue
             with suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -119,6 +123,23 @@ class OutputFolder:
         with suppress(OSError):  # what holds something stays
             for folder in self._missing:
                 folder.rmdir()
+
+
+def is_formula(cell: str) -> bool:
+    """Whether a spreadsheet that opens a CSV would compute a cell instead of showing its text."""
+    if cell[:1] not in ("=", "+", "-", "@", "\t", "\r"):
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False
+
+
+def in_markdown(text: str) -> str:
+    """A text from outside on one line of Markdown, where it opens no column, element, code or link of its own."""
+    line = " ".join(text.split()).replace("|", "\\|").replace("`", "\\`").replace("](", "]\\(")
+    return re.sub(r"<(?=[A-Za-z/!?])", r"\<", line)
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
@@ -133,7 +154,7 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, FILE_MODE)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

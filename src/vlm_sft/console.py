@@ -1,4 +1,4 @@
-"""What the program says to a person: lines, warnings, progress bars. Imports tqdm only when a bar is shown.
+"""What the program says to a person: lines, warnings, progress bars. Imports errors, and tqdm when a bar is shown.
 
 What is shown never decides about a run: `secure_streams` makes the standard streams ones that take every character and
 outlive their reader, for this module and for every library that writes to them.
@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from vlm_sft.errors import bounded, plain
 
 SECONDS_BETWEEN_LINES = 15.0  # of progress, where the output is not a terminal
 SECONDS_WORTH_A_LINE = 2.0  # shorter work is not reported there
@@ -128,12 +130,12 @@ def muted(wanted: bool = True) -> Iterator[None]:
 def say(text: str) -> None:
     """Tell the user one thing, on standard output, from rank 0 only."""
     if is_main_process() and not _muted:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(plain(text) + "\n")
         sys.stdout.flush()
 
 
 def warn(text: str, any_rank: bool = False) -> None:
-    """Tell the user that something needs attention, on standard error, from rank 0 only.
+    """Tell the user that something needs attention, on standard error, from rank 0 only; long lines are cut.
 
     Args:
         text: what does.
@@ -141,7 +143,7 @@ def warn(text: str, any_rank: bool = False) -> None:
     """
     if is_main_process() or any_rank:
         rank = "" if is_main_process() else f" (rank {os.environ['RANK']})"
-        sys.stderr.write(f"warning{rank}: {text}\n")
+        sys.stderr.write(f"warning{rank}: {bounded(plain(text))}\n")
         sys.stderr.flush()
 
 
@@ -164,7 +166,7 @@ class Bar:
         if sys.stderr.isatty() and is_main_process():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True)
+            self._bar = tqdm(total=total, desc=plain(description), unit=f" {unit}", dynamic_ncols=True)
 
     def advance(self, count: int = 1) -> None:
         """Count `count` more as done."""
@@ -178,7 +180,7 @@ class Bar:
         """Show a text beside the bar from the next advance on, in place of the one before."""
         self._note = text
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_postfix_str(plain(text), refresh=False)
 
     def close(self) -> None:
         """Finish the bar."""
@@ -197,9 +199,8 @@ class Bar:
         left = (self._total - self._count) / rate if rate else 0.0
         end = f", {left:.0f} s left" if self._count < self._total else f" in {seconds:.0f} s"
         note = f", {self._note}" if self._note else ""
-        sys.stderr.write(
-            f"{self._description}: {self._count:,} of {self._total:,} {self._unit}, {rate:.1f}/s{end}{note}\n"
-        )
+        line = f"{self._description}: {self._count:,} of {self._total:,} {self._unit}, {rate:.1f}/s{end}{note}"
+        sys.stderr.write(plain(line) + "\n")
         sys.stderr.flush()
 
 

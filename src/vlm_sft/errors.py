@@ -7,10 +7,33 @@ traceback and exits with `exit_code`; anything that is not a `VlmSftError` is a 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 QUOTED_CHARACTERS = 80  # of one value
 LINE_CHARACTERS = 2_000  # of one line of a message: room for a list of long paths, not for a picture
+
+
+# Characters that move the cursor, colour, ring, or turn the direction of what follows: only \n and \t are left.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_LOGIN = re.compile(r"(?<=\w\w:/)(/?)[^\s/?#'\"]+@")  # a path of one has a single slash
+_KEY = re.compile(r"(?i)([?&][\w.%-]*(?:token|secret|sig|password|passwd|credential|key)[\w.%-]*=)[^\s&#'\"]+")
+_TOKEN = re.compile(r"\b(?:hf_|gh[opsu]_|github_pat_|sk-)[A-Za-z0-9_-]{16,}")
+
+
+def without_secrets(text: str) -> str:
+    """A text without the logins, keys and signatures of the addresses in it, and without access tokens."""
+    if ":/" in text:
+        text = _KEY.sub(r"\1…", _LOGIN.sub(r"\1…@", text))
+    return _TOKEN.sub("…", text)
+
+
+def plain(text: str) -> str:
+    r"""A text as people may be shown it: without secrets, and with its control characters written as \uXXXX.
+
+    A terminal would obey them; JSON reads such a character back.
+    """
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", without_secrets(text))
 
 
 def quoted(value: object, characters: int = QUOTED_CHARACTERS) -> str:
@@ -22,6 +45,7 @@ def quoted(value: object, characters: int = QUOTED_CHARACTERS) -> str:
     """
     if isinstance(value, (str, bytes)):
         length = f" ({len(value):,} {'characters' if isinstance(value, str) else 'bytes'})"
+        value = without_secrets(value) if isinstance(value, str) else value
         text = repr(value[: characters + 1])
     else:
         length = ""
@@ -65,8 +89,8 @@ class VlmSftError(ValueError):
     everywhere = False  # whether all ranks of a run raise it together
 
     def __init__(self, what: str, fix: str = "") -> None:
-        self.what = bounded(what)
-        self.fix = bounded(fix)
+        self.what = bounded(plain(what))
+        self.fix = bounded(plain(fix))
         super().__init__(f"{self.what}\n  fix: {self.fix}" if fix else self.what)
 
 

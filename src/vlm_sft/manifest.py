@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.artifacts import MANIFEST, MANIFEST_CHECKSUM, UNENCODABLE, json_text, parse_json
+from vlm_sft.artifacts import FILE_MODE, MANIFEST, MANIFEST_CHECKSUM, UNENCODABLE, json_text, parse_json
 from vlm_sft.errors import RunError
 
 _READ_BYTES = 8 * 1024**2
@@ -83,6 +83,8 @@ def write_manifest(folder: Path, names: Iterable[str] | None, facts: dict[str, A
     files = {}
     for name in sorted(set(names) - {MANIFEST, MANIFEST_CHECKSUM}):
         path = folder / name
+        with suppress(OSError):  # a file system without modes, or another's file
+            path.chmod(FILE_MODE)
         flush(path)
         with naming(path):
             files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

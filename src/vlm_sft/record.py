@@ -18,7 +18,7 @@ import torch
 
 from vlm_sft import __version__, artifacts
 from vlm_sft.console import STREAMS, is_main_process, lost_streams, warn
-from vlm_sft.errors import RunError
+from vlm_sft.errors import RunError, without_secrets
 
 PACKAGES = (
     "torch", "torchvision", "transformers", "accelerate", "peft", "deepspeed", "datasets", "numpy", "triton",
@@ -57,6 +57,11 @@ def git_state(left_out: Sequence[str] = ()) -> dict[str, Any]:
 
     status = git("status", "--porcelain", "--", ":/", *(f":/!{path}" for path in left_out))
     return {"hash": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def command_line() -> list[str]:
+    """The words of this process's command line, without secrets: records are shared."""
+    return [without_secrets(word) for word in sys.argv]
 
 
 def device_name() -> str:
@@ -123,7 +128,7 @@ class RunRecord:
         self.values: dict[str, Any] = {
             "schema": 1,
             "status": "running",
-            "command": sys.argv,
+            "command": command_line(),
             "started": now(),
             "finished": None,
             "wall_seconds": 0.0,

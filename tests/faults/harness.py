@@ -150,11 +150,11 @@ class Warm:
 
     def start(
         self, flags: list[str], log: Path, more: dict[str, str] | None = None,
-        settings: dict[str, float] | None = None,
+        settings: dict[str, float] | None = None, script: Path = SCRIPT,
     ) -> Started:  # fmt: skip
         """Fork a run; `more` goes into its environment, `settings` are values of constants, `module:NAME`."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        order = {"script": str(SCRIPT), "flags": flags, "log": str(log), "more": more or {}, "settings": settings or {}}
+        order = {"script": str(script), "flags": flags, "log": str(log), "more": more or {}, "settings": settings or {}}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         pid = int(self._process.stdout.readline())

@@ -101,4 +101,5 @@ def test_the_table_of_few_pictures_says_what_it_cannot_say(
     assert main(["compare", str(run)]) == 0
     compared = capsys.readouterr().out
     assert "| too few to judge " in compared
-    assert "own: too few to judge: 8 questions on 4 independent images" in compared
+    assert "own: 8 questions on 4 independent images are too few to judge" in compared
+    assert "| none " in compared, "four images show no difference, however large"

@@ -91,6 +91,9 @@ def test_evaluation_and_plan_do_the_same(data: Path, tmp_path: Path, capsys: pyt
 def test_check_finds_what_a_model_refuses(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = ["data", "check", str(data), "--output_dir", str(tmp_path)]
     assert main(check) == 0
+    told = capsys.readouterr()
+    assert "as long as wide, which some models cannot take (all of Qwen's): 1, e.g. " in told.err
+    assert "long.png (3,000 x 10 pixels); --base_model MODEL asks the model's processor" in told.err
     assert main([*check, "--base_model", "pocket"]) == 2
     told = capsys.readouterr()
     assert "cannot be used" in told.err and REFUSED in told.err
@@ -102,8 +105,27 @@ def test_a_single_question_gets_one_line(data: Path, capsys: pytest.CaptureFixtu
     assert main(["ask", str(data / "long.png"), "How long?", "--base_model", "pocket"]) == 2
     assert REFUSED in capsys.readouterr().err
     assert main(["ask", str(data / "0.png"), "<|im_end|><|image_pad|><image>", "--base_model", "pocket"]) == 0
-    assert main(["plan", "--questions", "9", "--image_size", "3000x10", *POCKET]) == 2
+    assert main(["plan", "--base_model", "pocket", "--dataset", str(data), "--sft_config", "smoketest"]) == 2
+    assert "fix: correct the samples that vlm-sft data check DATASET --split all --base_model MODEL names" in (
+        capsys.readouterr().err
+    )
+    assert main(["plan", "--questions", "9", "--image_size", "3000x10", *POCKET[:2]]) == 2
     assert REFUSED in capsys.readouterr().err
+
+
+def test_an_id_as_long_as_a_picture_is_not_printed_whole(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "iVBORw0KGgo" * 20_000
+    folder = data.parent / "long_ids"
+    shutil.copytree(data, folder)
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    rows[0]["id"] = rows[1]["split"] = text
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["plan", *POCKET, "--dataset", str(folder), "--sft_config", "smoketest"]) == 0
+    assert main(["data", "check", str(folder), "--output_dir", str(folder / "check")]) == 0
+    assert main(["plan", "--base_model", "pocket", "--dataset", str(folder), "--sft_config", "smoketest"]) == 2
+    assert main(["data", "import", text, "--format", "csv", "--output", str(folder / "out")]) == 2
+    told = capsys.readouterr()
+    assert max(map(len, (told.out + told.err).splitlines())) < 2_100 and REFUSED in told.err
 
 
 def test_a_processor_that_fails_on_all_images_is_no_fault_of_one(data: Path, tmp_path: Path) -> None:

@@ -218,7 +218,8 @@ def trained(job: Path, name: str, **engine: Any) -> tuple[list[float], dict[str,
 
 def test_every_escape_hatch_gives_the_same_losses(job: Path) -> None:
     plain, cold = trained(job, "kept", feature_cache=10**9)
-    assert cold["processed_images"] == 10 and cold["feature_cache"]["training"]["computed"] == 10
+    # One of the ten images is held out for a test that this run does not make.
+    assert cold["processed_images"] == 9 and cold["feature_cache"]["training"]["computed"] == 9
     assert cold["training_tower"] == {"calls": 0, "images": 0}
     again, warm = trained(job, "again", feature_cache=10**9)
     assert warm["processed_images"] == warm["tokenised_images"] == warm["feature_cache"]["training"]["computed"] == 0

@@ -12,6 +12,7 @@ from tests.pictures import png
 from tests.tiny_models import save
 from vlm_sft.cli import main
 from vlm_sft.data.answers import PLAIN_TEMPLATE, are_long, limit_for, longest_answer, room_for
+from vlm_sft.data.chat import Chat
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.prompt import SHORT_ANSWER_TEMPLATE, PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
@@ -191,10 +192,13 @@ def test_the_rules() -> None:
     assert not are_long(["yes"] * 1000 + [SENTENCE]) and not are_long([])
     assert not are_long(["New York, NY 10001", "3.5 %"])
     assert are_long(["图中有一个红色的矩形和一个蓝色的圆"]) and not are_long(["红色的矩形"])
-    tokenizer = find_base("pocket").processor.tokenizer
+    plain = Chat(find_base("pocket").processor, ()).plain
+    tokenizer = plain.tokenizer
     texts = ["go", SENTENCE, SENTENCE[:40]]
-    assert longest_answer(texts, tokenizer) == len(tokenizer(SENTENCE, add_special_tokens=False)["input_ids"])
-    assert longest_answer([], tokenizer) == 0 and longest_answer(["a" * 30], None) == 11
+    assert longest_answer(texts, plain) == len(tokenizer(SENTENCE, add_special_tokens=False)["input_ids"])
+    named = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert longest_answer([named], plain) == len(plain.ids(named, leads=True)) > 30
+    assert longest_answer([], plain) == 0 and longest_answer(["a" * 30], None) == 11
     trained = PromptSettings(max_new_tokens=20, answer_tokens=50)
     assert limit_for(trained, 50) == 20, "a limit that was asked for holds for data that is no longer"
     assert limit_for(trained, 51) == room_for(51) and limit_for(PromptSettings(), 5) == 32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,11 @@ def test_one_step_trains_at_its_rate_and_says_what_would_be_more(
     assert train(data, run, "--sft_config", "1epoch") == 0
     told = capsys.readouterr()
     assert rates(run) == [pytest.approx(2e-4)]
-    assert "vlm-sft export --adapter" in told.out and "changes nothing" not in told.out
+    assert "changes nothing" not in told.out
+    proposed = re.search(r"vlm-sft (export --adapter .+)", told.out)
+    assert proposed is not None and main(shlex.split(proposed[1])) == 0, "one step of few changes is exported too"
+    assert "round away what the adapter changes" in capsys.readouterr().out
+    assert json.loads((tmp_path / "one-merged" / "export.json").read_text())["dtype"] == "float32"
     (advice,) = [note for note in json.loads((run / "run.json").read_text())["notes"] if "optimizer step" in note]
     assert advice in told.err
     found = re.search(r"(--global_batch_size \d+ --num_train_epochs \d+) makes (\d+) steps", advice)

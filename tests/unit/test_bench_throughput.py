@@ -105,7 +105,9 @@ def test_the_shapes_have_the_sizes_that_the_tables_name() -> None:
         found = {name: parameter_counts(Qwen2_5_VLForConditionalGeneration(config(SHAPES[name]))) for name in SHAPES}
     assert round(found["small"]["total"] / 1e6) == 48 and round(found["medium"]["total"] / 1e6) == 219
     assert found["medium"]["embedding"] == 151_936 * 576
-    published = found.pop("7b")
+    published, wide = found.pop("7b"), found.pop("wide")
+    assert wide["embedding"] == published["embedding"]
+    assert 7 * wide["language"] == pytest.approx(published["language"], rel=1e-5)
     assert published["total"] == 8_292_166_656  # of Qwen2.5-VL-7B-Instruct, as its weights' index says
     assert published["language"] + published["vision"] + 2 * published["embedding"] == published["total"]
     assert all(parts["language"] + parts["vision"] + parts["embedding"] == parts["total"] for parts in found.values())

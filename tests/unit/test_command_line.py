@@ -41,7 +41,7 @@ def refused(line: str, capsys: Captured) -> str:
     ("eval --bechmark chartqa", "unknown flag --bechmark; did you mean --benchmark?"),
     ("data import x --format csv --output o --colums a=b", "did you mean --columns?"),
     ("data cache clear --older-than 3", "did you mean --older_than?"),
-    ("data check x --columns a=b", "its flags are --split, --output_dir, --limit, --max_left_out"),
+    ("data check x --columns a=b", "its flags are --split, --output_dir, --base_model, --limit"),
     ("data check x --zzz", "unknown flag --zzz\n"),
     ("--verbose train", "unknown flag --verbose\n  fix: flags stand behind"),
     ("trian --output_dir o", "vlm-sft does not know 'trian'; did you mean train?"),

@@ -84,9 +84,10 @@ def test_few_changes_on_repeated_images_do_not_count_as_proof():
     assert result["p_value"] == 2 / 2**4 and result["interval"][0] <= 0.0
     assert result["verdict"] == "too few to judge"
     assert (result["questions_needed"], result["clusters_needed"]) == (20, 18)
-    line = few_line("own", result | {"verdict": "too few to judge"})
-    assert line == "own: too few to judge: 10 questions on 9 independent images; about 20 on 18 would show a " \
+    line = few_line("own", 10, 9, result["difference"], (20, 18))
+    assert line == "own: 10 questions on 9 independent images are too few to judge; about 20 on 18 would show a " \
         "difference of 40 points"
+    assert few_line("own", 10, 9, 0.0, (60, 54)).endswith("would show a difference of 10 points")
 
 
 def test_graded_scores_use_the_same_test():

@@ -209,7 +209,7 @@ def test_keys_under_other_names_are_named_with_the_flag_that_reads_them(folder: 
     assert main(["data", "import", "marked.jsonl", "--format", "msswift", "--output", "m"]) == 2
     assert "--columns image=picture" in capsys.readouterr().err
     assert check(write("marked.jsonl", [talk("<image><image>q")])) == 2
-    assert "2 image placeholders, 1 images" in capsys.readouterr().err
+    assert "<image> 2 times, 1 images" in capsys.readouterr().err
 
 
 def test_a_folder_of_images_that_no_record_needs_is_refused(folder: Path, capsys: Captured) -> None:

@@ -23,7 +23,7 @@ from vlm_sft.report.browser import as_data
 from vlm_sft.report.collect import collect_runs
 from vlm_sft.report.export import as_csv, export
 from vlm_sft.report.html import write_report
-from vlm_sft.report.pictures import MISSING, NONE_GIVEN, NOT_EMBEDDED, Album
+from vlm_sft.report.pictures import MISSING, NONE_GIVEN, Album
 from vlm_sft.report.quality import choices
 
 FORECAST = {
@@ -204,16 +204,14 @@ def test_pictures_of_runs_are_embedded_once_and_within_the_budget(tmp_path: Path
     for path in paths:
         chart(path, int(path.stem))
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    whole = Album()
-    for path in [*paths, tmp_path / "broken.png", tmp_path / "gone.png", None]:
-        whole.add(path)
+    others = [tmp_path / "broken.png", tmp_path / "gone.png", None]
+    whole = Album([*paths, *others])
     assert [whole.number(path) for path in paths] == [0, 1, 2, 3, 4] * 2 and len(whole.addresses) == 5
-    assert whole.number(tmp_path / "broken.png") == whole.number(tmp_path / "gone.png") == MISSING
-    assert whole.number(None) == NONE_GIVEN
-    small = Album(budget=len(whole.addresses[0]) + len(whole.addresses[1]))
-    for path in paths:
-        small.add(path)
-    assert [small.number(path) for path in paths[:3]] == [0, 1, NOT_EMBEDDED]
+    broken, gone, none = (whole.reason(whole.number(path)) for path in others)
+    assert broken.startswith("picture unreadable") and (gone, none) == (MISSING, NONE_GIVEN)
+    small = Album(paths, budget=len(whole.addresses[0]) + len(whole.addresses[1]))
+    assert [small.number(path) for path in paths[:2]] == [0, 1]
+    assert "not embedded" in small.reason(small.number(paths[2]))
 
 
 @given(st.recursive(st.text(), lambda inner: st.lists(inner, max_size=3), max_leaves=5))

@@ -94,8 +94,8 @@ def test_too_few_are_told_below_the_table() -> None:
            "questions_needed": 20, "clusters_needed": 8}
     text = results_table({"benchmarks": {"own": row, "other": {"n": 100, "verdict": "better", "difference": 0.4}}})
     assert text.splitlines()[-1] == (
-        "own: 10 questions on 4 independent images are too few to judge; about 20 on 8 would show a difference of this "
-        "size"
+        "own: 10 questions on 4 independent images are too few to judge; about 20 on 8 would show a difference of 40 "
+        "points"
     )
     assert "other:" not in text
 

@@ -8,13 +8,16 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
+from tests.pictures import png
 from tests.report_runs import Page, record
 from vlm_sft import artifacts
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.evaluate import pictures as kept_pictures
+from vlm_sft.evaluate.backends import Reply
 from vlm_sft.evaluate.run import prediction_row
 from vlm_sft.evaluate.tasks import Task, load_tasks
 from vlm_sft.report import pictures as shown_pictures
@@ -34,7 +37,7 @@ def evaluated(folder: Path, task: Task) -> Path:
     artifacts.write_json(folder / artifacts.RUN, record())
     evaluation = folder / artifacts.EVALUATION_FOLDER
     for side in ("base", "tuned"):
-        rows = [prediction_row(task.benchmark, sample, "1") for sample in task.samples]
+        rows = [prediction_row(task.benchmark, Reply(sample, "1", False), "") for sample in task.samples]
         artifacts.write_jsonl(evaluation / side / task.name / artifacts.PREDICTIONS, rows)
     kept_pictures.save_pictures([task], evaluation)
     return folder
@@ -67,6 +70,25 @@ def test_every_question_has_its_picture_and_every_picture_is_there_once(task: Ta
     before = (folder / artifacts.REPORT).read_bytes()
     kept_pictures.save_pictures([task], folder / "evaluation")
     assert write_report([folder], folder / artifacts.REPORT).read_bytes() == before
+
+
+def test_several_images_of_a_question_are_shown_beside_each_other(task: Task, tmp_path: Path) -> None:
+    """A reference image that stands first in every question must not be all that is shown."""
+    colors = ["red", "green", "blue", "black", "yellow"]
+    parts = [ImageRef.from_bytes(png(color, (60 + 200 * number, 90)), color) for number, color in enumerate(colors)]
+    asked = [replace(task.samples[0], id=str(count), images=tuple(parts[:count])) for count in (1, 2, 5)]
+    asked.append(replace(asked[1], id="turned", images=asked[1].images[::-1]))
+    folder = evaluated(tmp_path / "run", replace(task, samples=asked))
+    page, told = shown(folder)
+    assert told == {"": 4} and len(page.held["pictures"]) == 4
+    for row in artifacts.read_jsonl(folder / "evaluation" / "tuned" / task.name / artifacts.PREDICTIONS):
+        picture = Image.open(folder / "evaluation" / row["image"]).convert("RGB")
+        assert max(picture.size) <= 480
+        pixels = np.asarray(picture, dtype=int)
+        seen = {name for name in colors
+                if (np.abs(pixels - ImageColor.getrgb(name)).sum(axis=2) < 40).sum() > 100}
+        count = 2 if row["id"] == "turned" else int(row["id"])
+        assert seen == set(colors[:count])
 
 
 def test_what_was_not_kept_is_told(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

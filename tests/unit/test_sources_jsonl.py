@@ -119,6 +119,16 @@ def test_each_bad_line_is_left_out_with_its_place(folder, record, reason):
     loaded.left_out[0].detail.encode("utf-8")
 
 
+def test_a_turn_before_the_first_image_is_left_out_alone(folder):
+    says = [("user", "Hello"), ("assistant", "hi"), ("user", "<image>What?"), ("assistant", "a")]
+    talk = {"images": ["a.png"], "messages": [{"role": role, "content": text} for role, text in says]}
+    loaded = load(write(folder / "train.jsonl", [talk]))
+    assert [sample.question for sample in loaded.samples] == ["What?"]
+    (item,) = loaded.left_out
+    assert item.reason == "no image"
+    assert item.detail.endswith("answer 1 of the conversation comes before its first image")
+
+
 def test_not_utf8_and_byte_order_mark(folder):
     good = json.dumps({"image": "a.png", "question": "é?", "answer": "a"}, ensure_ascii=False)
     path = folder / "train.jsonl"
@@ -176,8 +186,20 @@ def test_a_shared_reference_ties_nothing_and_a_chain_says_what_does(tmp_path):
     )
     chain = write(tmp_path / "chain.jsonl", [
         {"images": [f"{n}.png", f"{n + 1}.png"], "question": "q", "answer": "a"} for n in range(20)])
-    with pytest.raises(DataError, match="its 21 images are tied together .* stands in 2 of 20 questions"):
-        load(chain, "validation")
+    assert load(chain).description.endswith("20 questions on 21 images (none can be held out)")
+    with pytest.raises(DataError, match="its 21 images are tied together .* held out for test .* in 2 of 20 questions"):
+        load(chain, "test")
+    two = write(tmp_path / "two.jsonl", [{"image": f"{n}.png", "question": "q", "answer": "a"} for n in range(2)])
+    assert load(two).description.endswith("1 questions on 1 images (images for validation are held out)")
+
+
+def test_data_of_one_image_says_how_to_train_on_it(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    path = write(tmp_path / "one.jsonl", [{"image": "a.png", "question": f"q{n}", "answer": "a"} for n in range(3)])
+    assert load(path).description.endswith("3 questions on 1 images (none can be held out)")
+    with pytest.raises(DataError, match="one image only, so none can be held out for validation") as told:
+        load(path, "validation")
+    assert told.value.fix.endswith("or let vlm-sft train do without: --eval_strategy no --eval_benchmarks none")
 
 
 def test_sibling_files_and_split_keys(folder):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vlm_sft.commands.data_cache import add_cache_arguments, run_cache
 from vlm_sft.commands.data_exchange import add_exchange_arguments, run_export, run_import
+from vlm_sft.errors import bounded
 
 if TYPE_CHECKING:
     from vlm_sft.data.audit import AuditReport
@@ -22,6 +23,7 @@ HELP = "check a data set, import and export other programs' data sets, list and 
 CHECK_HELP = "check a data set without training: read everything, decode every image, write a preview"
 PREVIEW = "preview.html"
 DRAW_SEED = 0
+STRIP_RATIO = 200  # of the sides of an image, above which the processors of the Qwen families raise
 EXAMPLES = 3  # repeated questions of each kind that are printed
 
 
@@ -91,6 +93,7 @@ def _check(args: argparse.Namespace) -> int:
     _print_counts(report)
     say(f"counts: {data}\nleft out: {gone}\nrepeated questions: {again}\npreview with pictures: {preview}")
     _warn_of_repeats(repeats)
+    _warn_of_places(samples)
     enforce(unusable, len(drawn), args.max_left_out, gone)
     enforce(left_out, loaded, args.max_left_out, gone)
     recipe = f"--sft_config smoketest{f' --base_model {shlex.quote(args.base_model)}' if args.base_model else ''}"
@@ -111,6 +114,7 @@ def _usable(
 
     samples, unusable = check_images(drawn)
     if base_model is None:
+        _warn_of_strips(samples)
         return samples, unusable, reads_like_control
     from vlm_sft.data.encode import Encoder
     from vlm_sft.data.prepared import usable_samples
@@ -150,6 +154,19 @@ def _load(
     return parts, list(left_out.values()), descriptions, synthetic
 
 
+def _warn_of_strips(samples: list[Sample]) -> None:
+    """Tell images so long and narrow that processors refuse them; which ones do is asked with --base_model."""
+    from vlm_sft.console import warn
+
+    strips = {image.key: image for sample in samples for image in sample.images
+              if max(image.width, image.height) > STRIP_RATIO * min(image.width, image.height)}  # fmt: skip
+    if strips:
+        first = next(iter(strips.values()))
+        warn(f"images more than {STRIP_RATIO} times as long as wide, which some models cannot take (all of Qwen's): "
+             f"{len(strips):,}, e.g. {first.source} ({first.width:,} x {first.height:,} pixels); --base_model MODEL "
+             "asks the model's processor")  # fmt: skip
+
+
 def _warn_of_repeats(repeats: list[Repeat]) -> None:
     """Tell questions that come again, contradictions first: of those no model can learn both answers."""
     from vlm_sft.console import warn
@@ -165,13 +182,24 @@ def _warn_of_repeats(repeats: list[Repeat]) -> None:
             warn(f"questions {what}: {len(found):,}; the first:{examples}")
 
 
+def _warn_of_places(samples: list[Sample]) -> None:
+    """Tell the images that lie outside of the data's folder: whoever takes the folder does not have them."""
+    from vlm_sft.console import warn
+    from vlm_sft.data.sample import OUTSIDE
+
+    away = {path for sample in samples for path in sample.metadata.get(OUTSIDE, ())}
+    if away:
+        what = "images that lie outside of the data's folder, by their path or a link"
+        warn(f"{what}: {len(away):,}; the first: {min(away)}")
+
+
 def _print_counts(report: AuditReport) -> None:
     """Print the counts and the histogram of questions per image as plain columns."""
     from vlm_sft.console import say
     from vlm_sft.data.preview import count_rows
 
     for name, value in count_rows(report):
-        say(f"  {name:<36} {value:>24}")
+        say(f"  {bounded(name):<36} {value:>24}")
     most = max(report.questions_per_image.values(), default=1)
     say("  questions per image (k): images")
     for k, images in report.questions_per_image.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_sft.data.exchange.layouts import FORMATS
+from vlm_sft.errors import bounded
 
 if TYPE_CHECKING:
     from vlm_sft.data.exchange.importing import ImportReport
@@ -66,7 +67,7 @@ def run_import(args: argparse.Namespace) -> int:
 
     enforce([], 0, args.max_left_out)
     _check_limit(args.limit)
-    say(f"importing {args.source} as {args.format}")
+    say(bounded(f"importing {args.source} as {args.format}"))
     columns = parse_columns(args.columns, args.format)
     request = ImportRequest(args.source, args.format, args.output, args.images, columns, args.allow_image_urls,
                             args.limit, args.max_left_out)
@@ -99,7 +100,7 @@ def run_export(args: argparse.Namespace) -> int:
     _check_limit(args.limit)
     specs = parse_datasets(args.dataset)
     refuse_weights(specs, "an export holds every question once")
-    say(f"exporting {args.dataset} as {args.format}")
+    say(bounded(f"exporting {args.dataset} as {args.format}"))
     splits: dict[str, list[Any]] = {}
     gone: dict[str, Any] = {}
     for split in SPLITS if args.split == "all" else (args.split,):
@@ -151,4 +152,6 @@ def _tell(report: ImportReport, args: argparse.Namespace) -> None:
         say(f"  {path}")
     for note, ids in report.changed.items():
         warn(f"{len(ids):,} questions are not exactly as they were: {note}; named in {args.output / CHANGED}")
+    for caution, found in report.cautions.items():
+        warn(f"{caution}: {len(found):,}; the first: {min(found)}")
     say(f"left out: {len(report.left_out):,} (named in {args.output / LEFT_OUT})")

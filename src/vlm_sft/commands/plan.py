@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from vlm_sft.train.planning import PlanOptions
 
 IMAGINED = ("images", "image_size", "question_tokens", "answer_tokens")
-READ_DATA = ("dataset", "eval_benchmarks", "eval_samples", "max_eval", "max_left_out", "prompt_template", "system")
+READ_DATA = (
+    "dataset", "eval_benchmarks", "eval_samples", "max_eval", "max_left_out", "max_new_tokens", "prompt_template",
+    "system",
+)  # fmt: skip
 HELP = "forecast time, memory and disk of a training from your data and machine, without starting it"
 
 

@@ -15,8 +15,8 @@ import re
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
+from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.prompt import SHORT_ANSWER_TEMPLATE, PromptSettings
 from vlm_sft.data.sources.jsonl import answer_texts
 from vlm_sft.data.sources.spec import DatasetSpec
@@ -35,19 +35,18 @@ def room_for(tokens: int) -> int:
     return max(SMALLEST_LIMIT, math.ceil(ROOM * tokens) + SPARE)
 
 
-def longest_answer(texts: Collection[str], tokenizer: Any) -> int:
+def longest_answer(texts: Collection[str], plain: PlainText | None) -> int:
     """Tokens of the longest text, without an end token.
 
     Args:
         texts: answers; none give 0.
-        tokenizer: of the model; None estimates by the number of characters.
+        plain: of the model; None estimates by the number of characters.
     """
-    if tokenizer is None:
+    if plain is None:
         return max((len(text) // CHARACTERS_PER_TOKEN + 1 for text in texts), default=0)
     listed = list(texts)
     parts = (listed[start : start + _AT_ONCE] for start in range(0, len(listed), _AT_ONCE))
-    encoded = (ids for part in parts for ids in tokenizer(part, add_special_tokens=False)["input_ids"])
-    return max(map(len, encoded), default=0)
+    return max((tokens for part in parts for tokens in plain.lengths(part)), default=0)
 
 
 def are_long(answers: Sequence[str]) -> bool:
@@ -75,7 +74,7 @@ def limit_for(prompt: PromptSettings, longest: int) -> int:
 
 
 def fitted(
-    prompt: PromptSettings, specs: Sequence[DatasetSpec], tokenizer: Any, *, keep_template: bool = False,
+    prompt: PromptSettings, specs: Sequence[DatasetSpec], plain: PlainText | None, *, keep_template: bool = False,
     limits: Mapping[str, int] | None = None,
 ) -> tuple[PromptSettings, list[str]]:  # fmt: skip
     """Fit prompt settings to the answers of the data, over all splits of own data.
@@ -83,7 +82,7 @@ def fitted(
     Args:
         prompt: those of the base, with what the user asked for.
         specs: the data sets.
-        tokenizer: of the base; None estimates.
+        plain: of the base; None estimates.
         keep_template: the user gave a template: it stays for all data.
         limits: what the user asked for, by data set.
 
@@ -104,7 +103,7 @@ def fitted(
         learned, every = answer_texts(spec)
         targets += learned
         accepted |= every
-    longest = longest_answer(accepted, tokenizer)
+    longest = longest_answer(accepted, plain)
     limit = max(asked) if asked else max(prompt.max_new_tokens, room_for(longest))
     found = replace(prompt, max_new_tokens=limit, answer_tokens=longest)
     names = ", ".join(spec.name for spec in own)

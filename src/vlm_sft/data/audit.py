@@ -14,12 +14,14 @@ from typing import Any
 from vlm_sft.data.images import check_image
 from vlm_sft.data.plain_text import reads_like_control
 from vlm_sft.data.repeats import Repeat
-from vlm_sft.data.sample import NOTE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image
+from vlm_sft.data.sample import NOTE, OUTSIDE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image
 from vlm_sft.data.sources.rows import in_threads
-from vlm_sft.errors import DataError, ModelError
+from vlm_sft.errors import QUOTED_CHARACTERS, DataError, ModelError, bounded
 
 MAX_LEFT_OUT_FRACTION = 0.01
 HISTOGRAM_BINS = 24
+CHECK_ALL = "vlm-sft data check DATASET --split all --base_model MODEL"
+OUTSIDE_NOTE = "an image lies outside of the data's folder, by its path or a link; exports and reports hold copies"
 CONTROL_NOTE = "a text holds the name of a control token, such as <image>; it is read as plain text"
 
 
@@ -120,6 +122,7 @@ def notes_of(
     """
     found: Counter[str] = Counter()
     for sample in samples:
+        found.update([OUTSIDE_NOTE] if OUTSIDE in sample.metadata else [])
         note = sample.metadata.get(NOTE)
         found.update([note] if note else [])
         found.update([CONTROL_NOTE] if holds_control(sample) else [])
@@ -212,7 +215,10 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
     """How many samples are left out and why, with the first of each class."""
     firsts = {item.reason: item for item in reversed(left_out)}
     counts = Counter(item.reason for item in left_out).most_common()
-    parts = [f"{reason}: {count:,}, e.g. {firsts[reason].id}: {firsts[reason].detail}" for reason, count in counts]
+    parts = [
+        f"{reason}: {count:,}, e.g. {bounded(firsts[reason].id, QUOTED_CHARACTERS)}: {firsts[reason].detail}"
+        for reason, count in counts
+    ]
     return f"{len(left_out):,} samples are left out ({'; '.join(parts)})"
 
 
@@ -238,9 +244,9 @@ def enforce(
         return
     share = len(left_out) / total
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in Counter(i.reason for i in left_out).most_common())
-    examples = "".join(f"\n    {item.id}: {item.detail}" for item in left_out[:3])
+    examples = "".join(f"\n    {bounded(item.id, QUOTED_CHARACTERS)}: {item.detail}" for item in left_out[:3])
     enough = min(1.0, math.ceil(share * 100) / 100)
-    named = f"named in {left_out_file}" if left_out_file else "that vlm-sft data check names"
+    named = f"named in {left_out_file}" if left_out_file else f"that {CHECK_ALL} names"
     raise DataError(
         f"{len(left_out):,} of {total:,} samples ({share:.1%}) cannot be used, more than the {allowed:.1%} "
         f"allowed ({reasons}); the first:{examples}",

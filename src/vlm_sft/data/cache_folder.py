@@ -156,6 +156,8 @@ def list_entries(root: Path) -> list[Entry]:
     found = []
     for kind in KINDS:
         for marker in (root / kind).glob(f"*/{ENTRY}"):
+            if marker.parent.is_symlink():  # it leads to files that nobody gave to the cache
+                continue
             try:
                 value = read_json(marker)
                 what = str(value.get("what", "")) if isinstance(value, dict) else ""

@@ -13,6 +13,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -94,6 +95,18 @@ class PlainText:
     def mark_id(self) -> int:
         """The id of the mark in `processor.tokenizer`."""
         return int(self.processor.tokenizer.convert_tokens_to_ids(self.mark))
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text as it is learned: without control tokens, whatever strings it holds."""
+        encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        return [self._plain_length(text, ids) for text, ids in zip(texts, encoded, strict=True)]
+
+    def _plain_length(self, text: str, ids: Sequence[int]) -> int:
+        """The length of a text whose usual tokens are `ids`; theirs where this tokenizer cannot tell them apart."""
+        if len(self.control(np.asarray(ids, dtype=np.int64))):
+            with suppress(SampleError):
+                return len(self.ids(text, leads=True))
+        return len(ids)
 
     def ids(self, text: str, leads: bool) -> np.ndarray:
         """Tokens of a text in which no control token can be, (T,) int32.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say, warn
-from vlm_sft.data.answers import fitted
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.prompt import PromptSettings
@@ -25,6 +24,7 @@ from vlm_sft.evaluate.scoring import format_score
 from vlm_sft.evaluate.tasks import (
     Task,
     benchmark_names,
+    fit_prompt,
     load_tasks,
     parse_token_limits,
     too_short,
@@ -123,7 +123,7 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     tasks, refused = usable_tasks(tasks, encoder)
     left_out += refused
-    tasks = with_limits(tasks, base.prompt, base.processor.tokenizer, limits)
+    tasks = with_limits(tasks, base.prompt, encoder.chat.plain, limits)
     questions = sum(len(task.samples) for task in tasks)
     who = f"{options.base_model} with {options.adapter}" if options.adapter else options.base_model
     say(
@@ -241,11 +241,7 @@ def _find_base(options: EvalOptions) -> Base:
     if options.adapter and saved is None:
         warn(f"{options.adapter} has no {artifacts.PROMPT}: the prompt of its training is unknown")
     if saved is None:
-        asked, notes = fitted(
-            base.prompt, parse_datasets(options.benchmark), base.processor.tokenizer,
-            keep_template=options.prompt_template is not None,
-        )  # fmt: skip
-        base = replace(base, prompt=asked, notes=(*base.notes, *notes))
+        base = fit_prompt(base, parse_datasets(options.benchmark), options.prompt_template is not None)
     changed = saved.differences(base.prompt) if saved else []
     if changed and not options.allow_prompt_mismatch:
         raise EvaluationError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft import artifacts
+from vlm_sft.artifacts import in_markdown
 from vlm_sft.errors import EvaluationError, quoted
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS
@@ -277,14 +278,16 @@ def _points(value: float, signed: bool = False) -> str:
     return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
 
 
+def _detectable(comparison: Mapping[str, Any]) -> str:
+    """The smallest difference that would be found; "none" where the images are too few to show any."""
+    if comparison["clusters"] < statistics.FEWEST_CLUSTERS:
+        return "none"
+    return _points(comparison["smallest_detectable_difference"])
+
+
 def _with_interval(value: float, interval: Sequence[float], signed: bool = False) -> str:
     low, high = (_points(bound, signed) for bound in interval)
     return f"{_points(value, signed)} [{low}, {high}]"
-
-
-def _cell(text: Any) -> str:
-    """Keep a text from breaking a Markdown table."""
-    return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -295,17 +298,19 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {lines[0]} |", f"|-{rule}-|", *(f"| {line} |" for line in lines[1:])]
 
 
-def few_line(name: str, row: Mapping[str, Any]) -> str:
+def few_line(name: str, n: int, clusters: int, difference: float, needed: tuple[int, int]) -> str:
     """Say that a comparison cannot be judged, and what it would take.
 
     Args:
         name: of the benchmark.
-        row: what `compare_rows` or results.json says of it.
+        n: its questions.
+        clusters: its independent images.
+        difference: the observed one, in score units.
+        needed: questions and independent images that would show it, or one that nobody would call small.
     """
     return (
-        f"{name}: {TOO_FEW}: {row['n']:,} questions on {row['clusters']:,} independent images; about "
-        f"{row['questions_needed']:,} on {row['clusters_needed']:,} would show a difference of "
-        f"{100 * max(abs(row['difference']), statistics.UNCLEAR):.0f} points"
+        f"{name}: {n:,} questions on {clusters:,} independent images are {TOO_FEW}; about {needed[0]:,} on "
+        f"{needed[1]:,} would show a difference of {100 * max(abs(difference), statistics.UNCLEAR):.0f} points"
     )
 
 
@@ -316,15 +321,21 @@ def format_table(result: dict[str, Any]) -> str:
     )
     rows = [
         (
-            _cell(c["benchmark"]), f"{c['n']:,}", _cell(c["run"]),
+            in_markdown(c["benchmark"]), f"{c['n']:,}", in_markdown(c["run"]),
             _with_interval(c["baseline_accuracy"], c["baseline_interval"]),
             _with_interval(c["accuracy"], c["accuracy_interval"]),
             _with_interval(c["difference"], c["interval"], signed=True),
-            f"{c['p_value']:.4f}", f"{c['p_holm']:.4f}", c["verdict"], _points(c["smallest_detectable_difference"]),
+            f"{c['p_value']:.4f}", f"{c['p_holm']:.4f}", c["verdict"], _detectable(c),
         )
         for c in result["comparisons"]
     ]
-    notes = [few_line(c["benchmark"], c) for c in result["comparisons"] if c["verdict"] == TOO_FEW]
+    notes = [
+        few_line(
+            c["benchmark"], c["n"], c["clusters"], c["difference"], (c["questions_needed"], c["clusters_needed"])
+        )
+        for c in result["comparisons"]
+        if c["verdict"] == TOO_FEW
+    ]
     notes += [
         f"not compared: {missing['benchmark']} (not evaluated in {missing['missing_in']})"
         for missing in result["not_compared"]
@@ -335,7 +346,8 @@ def format_table(result: dict[str, Any]) -> str:
         for who, count in (("baseline", c["baseline_cut"]), (c["run"], c["cut"]))
         if count
     ]
-    return "\n".join([f"baseline: {result['baseline']}", "", *_table(header, rows), *notes])
+    first = f"baseline: {in_markdown(result['baseline'])}"
+    return "\n".join([first, "", *_table(header, rows), *map(in_markdown, notes)])
 
 
 def _changed_section(title: str, changes: Sequence[Row]) -> list[str]:
@@ -343,7 +355,7 @@ def _changed_section(title: str, changes: Sequence[Row]) -> list[str]:
         return []
     header = ("id", "question", "answers", "baseline", "now")
     rows = [
-        tuple(_cell(value) for value in (
+        tuple(in_markdown(str(value)) for value in (
             change["id"], change["question"] or "", ", ".join(dict.fromkeys(change["answers"] or [])),
             change["baseline_prediction"], change["prediction"],
         ))
@@ -361,10 +373,10 @@ def format_markdown(result: dict[str, Any]) -> str:
         "Accuracies and differences are in points, with 95 % intervals; questions about one image count as a cluster. "
         "An interval leaves out 0 exactly where its p is below 0.05. The verdict is at the 5 % level after Holm's "
         "correction over all lines. The last column is the smallest true difference that this many items would show in "
-        "four cases of five.",
+        "four cases of five; none: so few images cannot show any.",
     ]
     for c in result["comparisons"]:
-        lines += ["", f"## {c['benchmark']}: {c['run']}", "", f"Test: {c['test']}."]
+        lines += ["", in_markdown(f"## {c['benchmark']}: {c['run']}"), "", f"Test: {c['test']}."]
         lines += _changed_section("Score fell (right → wrong)", c["lost"])
         lines += _changed_section("Score rose (wrong → right)", c["gained"])
     return "\n".join(lines) + "\n"

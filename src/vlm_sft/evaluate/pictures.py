@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from vlm_sft import artifacts
 from vlm_sft.console import progress, warn
@@ -15,15 +18,19 @@ from vlm_sft.evaluate.tasks import Task
 
 KEPT_BYTES = 32_000_000  # of pictures a benchmark: all of ChartQA's test split, about half of TextVQA's
 PICTURE_SIDE = 480  # pixels
+GAP = 4  # pixels between the images of a question
 
 
-def picture_name(image: ImageRef) -> str:
-    """Where the report finds the picture of a prediction, relative to the evaluation folder."""
-    return f"images/{image.key[:24]}.webp"
+def picture_name(sample: Sample) -> str | None:
+    """Where the report finds the picture of a question, relative to the evaluation folder; None without images."""
+    if not sample.images:
+        return None
+    key = sample.image_key if len(sample.images) == 1 else hashlib.sha256(sample.image_key.encode()).hexdigest()
+    return f"images/{key[:24]}.webp"
 
 
 def save_pictures(tasks: Sequence[Task], folder: Path) -> None:
-    """Save scaled-down copies of the images of every benchmark for the report, each different image once.
+    """Save scaled-down copies of the images of every benchmark for the report, each different picture once.
 
     The order is that of a hash of the questions' ids, which favours no part of a benchmark. What has no picture in the
     end, for lack of room or because its image cannot be read any more, is counted or named in pictures.json.
@@ -40,12 +47,12 @@ def save_pictures(tasks: Sequence[Task], folder: Path) -> None:
     failed: dict[str, str] = {}
     over_limit = 0
     for task in tasks:
-        first = {picture_name(sample.images[0]): sample.images[0] for sample in _by_hash(task.samples)}
-        fresh = {name: image for name, image in first.items() if name not in names}
+        first = {name: sample.images for sample in _by_hash(task.samples) if (name := picture_name(sample))}
+        fresh = {name: images for name, images in first.items() if name not in names}
         names |= fresh.keys()
         left = KEPT_BYTES
         with progress(len(fresh), f"{task.name}: pictures for the report", "images") as bar:
-            for name, image in fresh.items():
+            for name, images in fresh.items():
                 path = folder / name
                 bar.advance()
                 if left <= 0:
@@ -54,7 +61,7 @@ def save_pictures(tasks: Sequence[Task], folder: Path) -> None:
                 try:
                     if not path.is_file():
                         partial = path.with_suffix(".tmp")
-                        partial.write_bytes(scaled_picture(image))
+                        partial.write_bytes(scaled_picture(images))
                         partial.replace(path)
                     left -= path.stat().st_size
                 except DataError as error:
@@ -70,17 +77,42 @@ def save_pictures(tasks: Sequence[Task], folder: Path) -> None:
     )  # fmt: skip
 
 
-def scaled_picture(image: ImageRef) -> bytes:
-    """The copy of an image that the report shows: WebP, at most `PICTURE_SIDE` pixels wide and high.
+def scaled_picture(images: Sequence[ImageRef]) -> bytes:
+    """What the report shows of a question's images: WebP, at most `PICTURE_SIDE` pixels wide and high.
+
+    Args:
+        images: one at least; several stand beside each other in their order, in rows.
 
     Raises:
-        DataError: the image cannot be read or decoded.
+        DataError: an image cannot be read or decoded.
     """
-    picture = decode_rgb(read_bytes(image), image.source)
-    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    return encode_webp(picture, quality=85)
+    columns = math.ceil(math.sqrt(len(images)))
+    side = (PICTURE_SIDE - GAP * (columns - 1)) // columns
+    parts = []
+    for image in images:
+        part = decode_rgb(read_bytes(image), image.source)
+        part.thumbnail((max(1, side), max(1, side)))
+        parts.append(part)
+    return encode_webp(_in_rows(parts, columns), quality=85)
+
+
+def _in_rows(parts: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures in rows on white; a single one stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = [parts[start : start + columns] for start in range(0, len(parts), columns)]
+    heights = [max(part.height for part in row) for row in rows]
+    width = max(sum(part.width for part in row) + GAP * (len(row) - 1) for row in rows)
+    whole = Image.new("RGB", (width, sum(heights) + GAP * (len(rows) - 1)), "white")
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        left = 0
+        for part in row:
+            whole.paste(part, (left, top))
+            left += part.width + GAP
+        top += height + GAP
+    return whole
 
 
 def _by_hash(samples: Sequence[Sample]) -> list[Sample]:
-    with_images = [sample for sample in samples if sample.images]
-    return sorted(with_images, key=lambda one: hashlib.sha256(one.id.encode("utf-8", "surrogatepass")).digest())
+    return sorted(samples, key=lambda one: hashlib.sha256(one.id.encode("utf-8", "surrogatepass")).digest())

@@ -184,7 +184,7 @@ def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str
     sample, text, cut = reply
     return {
         "id": sample.id,
-        "image": picture_name(sample.images[0]) if sample.images else None,
+        "image": picture_name(sample),
         **({"cluster": cluster} if len(sample.images) > 1 else {}),
         "image_pixels": sum(image.width * image.height for image in sample.images),
         "question": sample.question,

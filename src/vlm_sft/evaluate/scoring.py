@@ -293,7 +293,7 @@ def _per_item_writer(path: Path | None, predictions: Path) -> Iterator[IO[str] |
     try:
         with stream:
             yield cast(IO[str], stream)
-        os.chmod(stream.name, 0o644)
+        os.chmod(stream.name, artifacts.FILE_MODE)
         os.replace(stream.name, path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}", "make room on the disk") from error

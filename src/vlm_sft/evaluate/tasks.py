@@ -1,6 +1,7 @@
-"""What an evaluation asks: benchmarks, their questions, limits of the answers. Imports data, metrics and launch.
+"""What an evaluation asks: benchmarks, questions, limits of the answers. Imports data, model, launch and metrics.
 
-A published benchmark has the limit that its authors use; that of own data follows from its answers.
+A published benchmark has the limit that its authors use; that of own data follows from its answers. So does whether its
+questions ask for a word or phrase.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from vlm_sft.data.answers import limit_for, longest_answer, room_for
+from vlm_sft.data.answers import fitted, limit_for, longest_answer, room_for
 from vlm_sft.data.audit import check_images
+from vlm_sft.data.chat import Chat
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import stratified_limit
+from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.prepared import usable_samples
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample
@@ -23,6 +25,7 @@ from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets, refus
 from vlm_sft.errors import DataError, EvaluationError, quoted
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
 from vlm_sft.launch import gather
+from vlm_sft.model.load import Base
 
 NO_QUESTION = "choose another split"
 SAMPLE_SEED = 0  # of `limit`: fixed, so that every model is asked the same questions
@@ -71,7 +74,12 @@ def benchmark_names(text: str) -> list[str]:
     Raises:
         DataError: the text does not follow the grammar, or names an unknown data set.
     """
-    return [name for spec in parse_datasets(text) for name in _parts(spec)]
+    return names_of(parse_datasets(text))
+
+
+def names_of(specs: Iterable[DatasetSpec]) -> list[str]:
+    """The names of the benchmarks that data sets are, as of `benchmark_names`."""
+    return [name for spec in specs for name in _parts(spec)]
 
 
 def rules_of(name: str) -> Benchmark:
@@ -160,15 +168,35 @@ def usable_tasks(tasks: list[Task], encoder: Encoder) -> tuple[list[Task], list[
     return kept, left_out
 
 
+def fit_prompt(
+    base: Base, specs: Sequence[DatasetSpec], keep_template: bool, limits: Mapping[str, int] | None = None
+) -> Base:
+    """Fit the prompt of a base to the answers of own data, see `data.answers`; what the user should know is noted.
+
+    Args:
+        base: with the prompt that it comes with.
+        specs: the data sets; without own data the base stays as it is.
+        keep_template: the user gave a template.
+        limits: of answers that the user asked for, by data set.
+
+    Raises:
+        DataError: own data cannot be read.
+        ModelError: the base has no usable chat template.
+    """
+    plain = Chat(base.processor, base.stop_ids).plain if any(spec.own for spec in specs) else None
+    prompt, notes = fitted(base.prompt, specs, plain, keep_template=keep_template, limits=limits)
+    return replace(base, prompt=prompt, notes=(*base.notes, *notes))
+
+
 def with_limits(
-    tasks: Sequence[Task], prompt: PromptSettings, tokenizer: Any, asked: Mapping[str, int]
+    tasks: Sequence[Task], prompt: PromptSettings, plain: PlainText | None, asked: Mapping[str, int]
 ) -> list[Task]:
     """Give every task the limit of its answers.
 
     Args:
         tasks: from `load_tasks`.
         prompt: that of the model which answers.
-        tokenizer: of the model; None estimates.
+        plain: of the model; None estimates.
         asked: limits that the user asked for, by benchmark, from `parse_token_limits`.
 
     Raises:
@@ -177,10 +205,10 @@ def with_limits(
     found = []
     for task in tasks:
         if task.source is None:
-            longest = longest_answer({sample.target for sample in task.samples}, tokenizer)
+            longest = longest_answer({sample.target for sample in task.samples}, plain)
             limit = task.benchmark.max_new_tokens
         else:
-            longest = longest_answer(answer_texts(task.source)[1], tokenizer)
+            longest = longest_answer(answer_texts(task.source)[1], plain)
             limit = limit_for(prompt, longest)
         found.append(replace(task, max_new_tokens=asked.get(task.name, limit), answer_tokens=longest))
     return found

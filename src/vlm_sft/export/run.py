@@ -113,21 +113,13 @@ def _carry_out(options: ExportOptions) -> Path:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        model = _placed(load_adapter(load_model(source.base), source.adapter))
-        reference = _reference(model, source, options.questions)
-        dtype = export_dtype(options.dtype, source.base) if options.merge else torch.float32
-        if options.merge:
-            write_merged(model.cpu(), source, partial, dtype)
-        else:
-            write_adapter(source, partial)
-        del model
-        check = _verify(partial, source, reference, dtype, options.merge)
+        dtype, check = _write_verified(options, source, partial)
         report = _report(options, source, contents, vllm, dtype, check)
         artifacts.write_text_atomic(partial / artifacts.CARD, card(_about(source, report)))
         report["files"] = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         artifacts.write_json(partial / artifacts.EXPORT, report)
         for path in partial.iterdir():
-            path.chmod(0o644)  # safetensors makes its file readable for its owner only
+            path.chmod(artifacts.FILE_MODE)  # safetensors makes its file readable for its owner only
         os.replace(partial, folder)
     except OSError as error:
         raise RunError(f"{folder} cannot be written: {error.strerror or error}", "choose another folder") from error
@@ -135,6 +127,38 @@ def _carry_out(options: ExportOptions) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
     _tell(folder, report)
     return folder
+
+
+def _write_verified(options: ExportOptions, source: Source, partial: Path) -> tuple[torch.dtype, dict[str, Any]]:
+    """Write the weights into an empty folder, and compare them with the adapter.
+
+    Returns:
+        Their number format, and what `_verify` found.
+
+    Raises:
+        ModelError: they answer otherwise.
+    """
+    model = _placed(load_adapter(load_model(source.base), source.adapter))
+    reference = _reference(model, source, options.questions)
+    if not options.merge:
+        write_adapter(source, partial)
+        del model
+        check = _verify(partial, source, reference, torch.float32, merged=False)
+        require(check, "the exported adapter")
+        return torch.float32, check
+    dtype = export_dtype(options.dtype, source.base)
+    write_merged(model.cpu(), source, partial, dtype)
+    del model
+    check = _verify(partial, source, reference, dtype, merged=True)
+    if not check["passed"] and options.dtype == AUTO and dtype != torch.float32:
+        say("16 bits would round away what the adapter changes: the merged weights are written in float32")
+        shutil.rmtree(partial)
+        partial.mkdir()
+        dtype = torch.float32
+        write_merged(load_adapter(load_model(source.base), source.adapter), source, partial, dtype)
+        check = _verify(partial, source, reference, dtype, merged=True)
+    require(check, "the merged model")
+    return dtype, check
 
 
 def _require_free(folder: Path) -> None:
@@ -189,11 +213,7 @@ def _reference(model: Any, source: Source, questions: int) -> _Reference:
 def _verify(
     partial: Path, source: Source, reference: _Reference, dtype: torch.dtype, merged: bool
 ) -> dict[str, Any]:
-    """Open the new folder with plain transformers and PEFT, ask it the same, and compare.
-
-    Raises:
-        ModelError: it answers otherwise.
-    """
+    """Open the new folder with plain transformers and PEFT, ask it the same, and compare; returns what it came to."""
     place = str(partial) if merged else source.base.path
     model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32, trust_remote_code=False)
     if not merged:
@@ -202,7 +222,6 @@ def _verify(
     samples = reference.samples
     told = told_by_folder(_placed(model), processor, reference.encoder, samples, "export")
     result = compare(reference.tuned, told, dtype, reference.effect)
-    require(result, "the merged model" if merged else "the exported adapter")
     shown = examples(samples, reference.tuned, told, reference.encoder.tokenizer)
     return result | {"source": reference.origin, "examples": shown}
 

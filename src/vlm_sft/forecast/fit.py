@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from vlm_sft.forecast.calibration import PROBE, Calibration
 from vlm_sft.forecast.memory import CONTEXT_BYTES, Ranks
-from vlm_sft.forecast.run import Case, Forecast, forecast, smaller_packs
+from vlm_sft.forecast.run import CACHED, Case, Forecast, forecast, smaller_packs
 
 PACK_SHARES = (0.5, 0.25, 0.125)
 
@@ -27,7 +27,9 @@ class Shortage:
     sure: bool
 
 
-def shortages(case: Case, found: Forecast, calibration: Calibration, disk_free: float | None) -> list[Shortage]:
+def shortages(
+    case: Case, found: Forecast, calibration: Calibration, disk_free: float | None, cache_free: float | None = None
+) -> list[Shortage]:
     """Compare a forecast with what there is.
 
     Args:
@@ -35,6 +37,7 @@ def shortages(case: Case, found: Forecast, calibration: Calibration, disk_free: 
         found: its forecast.
         calibration: what corrected it.
         disk_free: bytes that are free where the run writes; None for unknown.
+        cache_free: the same of the cache's disk, which a run can do without; None where it is the run's own.
     """
     problems = []
     room = _room(case)
@@ -42,12 +45,25 @@ def shortages(case: Case, found: Forecast, calibration: Calibration, disk_free: 
         device = case.setting.rates.name
         what = f"memory: {size(found.peak_bytes.value)} a process are forecast, {device} has {size(room)}"
         problems.append(Shortage(what, _memory_fix(case, calibration, room), found.peak_bytes.low > room))
-    if disk_free is not None and found.fullest_bytes - case.written_bytes > disk_free:
-        coming = found.fullest_bytes - case.written_bytes
+    apart = cache_free is not None
+    if disk_free is not None and (coming := _coming(case, found, apart)) > disk_free:
         what = f"disk: {size(coming)} are forecast in the fullest moment, {size(disk_free)} are free"
         sure = coming / 1.05 > disk_free
-        problems.append(Shortage(what, _disk_fix(case, calibration, disk_free), sure))
+        problems.append(Shortage(what, _disk_fix(case, calibration, disk_free, apart), sure))
+    if cache_free is not None and (cached := _cached(found)) > cache_free:
+        what = f"disk of the cache: {size(cached)} are forecast, {size(cache_free)} are free: not all will be kept"
+        problems.append(Shortage(what, "free some space, or pass --cache_dir on a larger disk", False))
     return problems
+
+
+def _cached(found: Forecast) -> float:
+    """Bytes that a run adds to the cache."""
+    return sum(found.items["disk_bytes"].get(name, 0.0) for name in CACHED)
+
+
+def _coming(case: Case, found: Forecast, apart: bool) -> float:
+    """Bytes that the fullest moment adds to the disk of a run; `apart`: its cache is on another one."""
+    return found.fullest_bytes - case.written_bytes - (_cached(found) if apart else 0.0)
 
 
 def size(count: float) -> str:
@@ -108,18 +124,17 @@ def _memory_fix(case: Case, calibration: Calibration, room: float) -> str:
     return "use a device with more memory, more devices with --deepspeed zero3, or a smaller --base_model"
 
 
-def _disk_fix(case: Case, calibration: Calibration, free: float) -> str:
+def _disk_fix(case: Case, calibration: Calibration, free: float, apart: bool) -> str:
     """The first change after which the fullest moment fits."""
     changes: list[tuple[str, Case]] = []
     if case.saving.steps and case.saving.kept > 1:
         changes.append(("--save_total_limit 1", replace(case, saving=replace(case.saving, limit=1))))
-    if case.features:
+    if case.features and not apart:
         changes.append(("--feature_cache off", replace(case, features=False, final_features=False)))
     if len(changes) > 1:
         both = replace(changes[0][1], features=False, final_features=False)
         changes.append(("--save_total_limit 1 --feature_cache off", both))
     for flags, changed in changes:
-        found = forecast(changed, calibration)
-        if found.fullest_bytes - case.written_bytes <= free:
+        if _coming(case, forecast(changed, calibration), apart) <= free:
             return f"it would fit with {flags}"
     return "free some space, or pass --output_dir and --cache_dir on a larger disk"

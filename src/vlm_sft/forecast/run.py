@@ -309,6 +309,7 @@ def disk_items(case: Case) -> dict[str, float]:
 
 
 ONE_MORE = "one more while it is written"
+CACHED = ("vision features", "prepared images")  # items of the disk that are written to the cache
 
 
 def forecast(case: Case, calibration: Calibration) -> Forecast:

@@ -6,6 +6,7 @@ Nothing is loaded: small JSON files are read, and of weights their headers.
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 from vlm_sft.artifacts import ADAPTER_CONFIG, FULL_WEIGHTS, FULL_WEIGHTS_INDEX, parse_json, read_json, writable
@@ -60,9 +61,14 @@ def require_utf8(folder: Path, flag: str) -> None:
     """Refuse a folder that the libraries of weights and tokenizers cannot open.
 
     Raises:
-        ModelError: its path holds bytes that are no UTF-8.
+        ModelError: its path holds bytes that are no UTF-8, or that the locale does not take for such.
     """
     if writable(str(folder)) != str(folder):
+        if (locale := sys.getfilesystemencoding()) != "utf-8":
+            raise ModelError(
+                f"{flag} {writable(str(folder))}: the locale has Python read names of files as {locale}",
+                "set PYTHONUTF8=1, or LC_ALL=C.UTF-8, and start again",
+            )
         raise ModelError(
             f"{flag} {writable(str(folder))}: the path holds bytes that are no UTF-8, and the libraries of weights and "
             "tokenizers cannot open it",

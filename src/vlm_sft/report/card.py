@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft import artifacts
+from vlm_sft.artifacts import in_markdown
 from vlm_sft.report.collect import collect_runs
 from vlm_sft.report.facts import forecast_rows
 from vlm_sft.report.markdown import results_table
@@ -99,8 +101,8 @@ def card(about: About) -> str:
     """Write the card: front matter of the Hub, use, training, data, results, forecast, verification, limits."""
     sections = [
         _front_matter(about),
-        f"# {about.name}",
-        f"{_KINDS[about.kind]} for questions about images, fine-tuned from `{about.public_base}` with vlm-sft "
+        f"# {in_markdown(about.name)}",
+        f"{_KINDS[about.kind]} for questions about images, fine-tuned from {_code(about.public_base)} with vlm-sft "
         f"{about.version}.{_where_the_base_is(about)}",
         "## Use",
         _use(about),
@@ -129,7 +131,7 @@ def _where_the_base_is(about: About) -> str:
 
 
 def _front_matter(about: About) -> str:
-    on_hub = not about.local and about.base != POCKET and "/" in about.base
+    on_hub = not about.local and re.fullmatch(r"[\w.-]+/[\w.-]+", about.base)
     tags = (_TAG, "visual-question-answering", *(("lora",) if about.kind == ADAPTER else ()))
     lines = [
         "---",
@@ -149,7 +151,7 @@ def _opened(about: About) -> str:
         return """folder = "."
 model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
 processor = AutoProcessor.from_pretrained(folder)"""
-    base = "str(WEIGHTS)" if about.base == POCKET else f'"{about.public_base}"'
+    base = "str(WEIGHTS)" if about.base == POCKET else json.dumps(about.public_base, ensure_ascii=False)
     return f"""base = {base}
 model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
 model = PeftModel.from_pretrained(model, ".")
@@ -221,7 +223,7 @@ def _results(about: About) -> str:
     if not results.get("benchmarks"):
         return "Not measured."
     verdicts = [
-        f"- {name}: {row['verdict']}" for name, row in results["benchmarks"].items() if row.get("verdict")
+        f"- {in_markdown(name)}: {row['verdict']}" for name, row in results["benchmarks"].items() if row.get("verdict")
     ]
     return "\n\n".join([
         "Percent with 95 % intervals; the difference is paired, on the same questions, in points.",
@@ -251,8 +253,8 @@ def _limits(about: About) -> str:
     if not results:
         lines.append("- No benchmark was measured in the run that made it.")
     lines += [
-        f"- {name}: differences below {100 * row['smallest_detectable_difference']:.1f} points cannot be told from "
-        f"chance with {row['n']:,} questions."
+        f"- {in_markdown(name)}: differences below {100 * row['smallest_detectable_difference']:.1f} points cannot be "
+        f"told from chance with {row['n']:,} questions."
         for name, row in results.items()
         if row.get("smallest_detectable_difference") is not None
     ]
@@ -261,7 +263,7 @@ def _limits(about: About) -> str:
 
 
 def _listed(counts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_shown(value)}" for name, value in counts.items())
+    return ", ".join(f"{in_markdown(name)} {_shown(value)}" for name, value in counts.items())
 
 
 def _shown(value: Any) -> str:
@@ -270,6 +272,11 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def _code(text: str) -> str:
+    """A name as code, whose own backticks do not end it."""
+    return f"`{' '.join(text.split()).replace('`', chr(0x2019))}`"
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(in_markdown(cell) for cell in line) + " |" for line in lines)

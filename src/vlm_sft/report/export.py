@@ -172,15 +172,7 @@ def as_csv(rows: Table) -> str:
 
 def _plain(text: str) -> str:
     text = text.encode("utf-8", "replace").decode("utf-8")
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") and not _is_number(text) else text
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return f"'{text}" if artifacts.is_formula(text) else text
 
 
 def as_markdown(rows: Table) -> str:

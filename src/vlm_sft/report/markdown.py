@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vlm_sft.artifacts import in_markdown
 from vlm_sft.evaluate.compare import TOO_FEW
 from vlm_sft.report import formats
 from vlm_sft.report.collect import parse_results
@@ -34,7 +35,8 @@ def results_table(results: dict[str, Any]) -> str:
     for benchmark in benchmarks:
         own = _rows(benchmark)
         rows += [(*row, _cut(benchmark) if row is own[0] else "") for row in own] if cut else own
-    return "\n\n".join([table(rows), *(line for benchmark in benchmarks for line in benchmark.cautions), *cut])
+    notes = [in_markdown(line) for benchmark in benchmarks for line in benchmark.cautions]
+    return "\n\n".join([table(rows), *notes, *cut])
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -46,7 +48,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     Returns:
         The table without a final newline.
     """
-    cells = [[_cell(text) for text in row] for row in rows]
+    cells = [[in_markdown(text) for text in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(rows[0]))]
     lines = [_line(row, widths) for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":"
@@ -81,11 +83,6 @@ def _score(score: Score | None) -> str:
     if score is None:
         return formats.NOTHING
     return f"{formats.percent(score.accuracy)} {formats.percent_interval(score.interval)}".strip()
-
-
-def _cell(text: str) -> str:
-    """One line, and no bar that would open another column."""
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _line(cells: list[str], widths: list[int]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlm_sft.evaluate.compare import TOO_FEW
+from vlm_sft.evaluate.compare import TOO_FEW, few_line
 from vlm_sft.evaluate.overlap import cautions
 from vlm_sft.evaluate.scoring import why_cut
 from vlm_sft.report import formats
@@ -96,11 +96,9 @@ class Benchmark:
 
     def _too_few(self) -> str:
         """What it would take to judge it."""
-        images = f" on {self.clusters:,} independent images" if self.clusters else ""
-        questions = f"{self.name}: {formats.count(self.n)} questions{images} are {TOO_FEW}"
-        if self.needed is None:
-            return questions
-        return f"{questions}; about {self.needed[0]:,} on {self.needed[1]:,} would show a difference of this size"
+        if self.needed is None or self.clusters is None:
+            return f"{self.name}: {formats.count(self.n)} questions are {TOO_FEW}"
+        return few_line(self.name, self.n or 0, self.clusters, self.difference or 0.0, self.needed)
 
 
 @dataclass(frozen=True, slots=True)

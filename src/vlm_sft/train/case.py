@@ -287,7 +287,7 @@ def _pictures(samples: Sequence[Sample]) -> tuple[float, float]:
     firsts = one_an_image(samples)
     chosen = firsts[:: max(1, len(firsts) // PICTURE_PROBES)][:PICTURE_PROBES]
     began = time.perf_counter()
-    sizes = [len(scaled_picture(sample.images[0])) for sample in chosen if sample.images]
+    sizes = [len(scaled_picture(sample.images)) for sample in chosen if sample.images]
     seconds = time.perf_counter() - began
     if not sizes:
         return 0.0, 0.0
@@ -333,9 +333,20 @@ def keeps_features(case: Case, budget: int | str, free: float) -> bool:
 
 def free_bytes(folder: Path) -> float:
     """Bytes free on the disk of a folder that may not exist yet."""
+    return float(shutil.disk_usage(_there(folder)).free)
+
+
+def free_space(output: Path, cache: Path) -> tuple[float, float | None]:
+    """Bytes free on the disk of a run's folder, and on that of its cache; None for that where it is the same."""
+    same = _there(output).stat().st_dev == _there(cache).stat().st_dev
+    return free_bytes(output), None if same else free_bytes(cache)
+
+
+def _there(folder: Path) -> Path:
+    """The innermost folder of a path that exists."""
     while not folder.exists():
         folder = folder.parent
-    return float(shutil.disk_usage(folder).free)
+    return folder
 
 
 def history_setting(launch: Launch, setting: Setting) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from vlm_sft.forecast.run import Case, Forecast, forecast
 from vlm_sft.launch import agree, gather
 from vlm_sft.record import device_name, folder_bytes, peak_memory_bytes, resident_bytes
 from vlm_sft.report.formats import duration, relative, size
-from vlm_sft.train.case import Known, case_of, free_bytes, history_setting, setting_of, shape_of
+from vlm_sft.train.case import Known, case_of, free_space, history_setting, setting_of, shape_of
 from vlm_sft.train.checkpoints import checkpoint_step
 from vlm_sft.train.measure import rates_here
 from vlm_sft.train.options import Run
@@ -152,8 +152,8 @@ class Foretelling:
 
     def _check(self, root: Path) -> None:
         """Warn of what may not fit; refuse what surely does not."""
-        free = min(free_bytes(self.run.options.output_dir), free_bytes(root))
-        found = agree(lambda: shortages(self.case, self.found, self.calibration, free))
+        free = free_space(self.run.options.output_dir, root)
+        found = agree(lambda: shortages(self.case, self.found, self.calibration, *free))
         refuse_or_warn(found, self.run.options.ignore_forecast)
 
     def finish(self, root: Path) -> None:

@@ -55,17 +55,22 @@ def run_identity(
         "dtype": base.dtype_name,
         "prompt": {key: prompt[key] for key in PROMPT_KEYS},
         "data_sha256": data_sha256(data),
-        "evaluation_data_sha256": data_sha256(evaluation) if evaluation is not None else None,
+        "evaluation_data_sha256": data_sha256(evaluation, scored=True) if evaluation is not None else None,
     }
 
 
-def data_sha256(data: PreparedData) -> str:
-    """SHA-256 over every image's bytes (by their own hashes) and every question and answer, in order."""
+def data_sha256(data: PreparedData, scored: bool = False) -> str:
+    """SHA-256 over every image's bytes (by their own hashes) and every question and answer, in order.
+
+    Args:
+        data: the questions.
+        scored: answers are scored against them too: all accepted ones count.
+    """
     digest = hashlib.sha256()
     for sample, _, _ in data.samples():
         turns = [(turn.role, turn.text) for turn in sample.history]
-        row = json.dumps([sample.image_key, sample.system, turns, sample.question, sample.target])
-        digest.update(row.encode() + b"\n")
+        row = [sample.image_key, sample.system, turns, sample.question, sample.target]
+        digest.update(json.dumps([*row, *sample.answers] if scored else row).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""One run a folder: a lock that the system releases when its holder dies. Imports artifacts, errors and console."""
+"""One run a folder: a lock that the system releases when its holder dies. Imports console, record and the errors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import fcntl
 import json
 import os
 import socket
-import sys
 from pathlib import Path
 from typing import TextIO
 
 from vlm_sft import artifacts
 from vlm_sft.console import warn
 from vlm_sft.errors import RunError
+from vlm_sft.record import command_line
 
 
 class RunLock:
@@ -57,7 +57,7 @@ class RunLock:
                 f"--output_dir {self.path.parent} is in use by another run: {holder}",
                 "wait for it, stop it, or choose another folder",
             ) from error
-        facts = {"pid": os.getpid(), "host": socket.gethostname(), "command": sys.argv}
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "command": command_line()}
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a name too
             self._stream.truncate(0)
             self._stream.write(json.dumps(facts) + "\n")

@@ -39,7 +39,7 @@ from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.rules import resolve_schedule
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import RunRecord, device_name, resident_bytes
-from vlm_sft.train.case import Known, case_of, free_bytes, history_setting, setting_of, shape_of
+from vlm_sft.train.case import Known, case_of, free_space, history_setting, setting_of, shape_of
 from vlm_sft.train.engine import Engine
 from vlm_sft.train.foretell import describe, refuse_or_warn
 from vlm_sft.train.imagine import Imagined, known_from_numbers, known_from_table
@@ -113,8 +113,8 @@ def plan(options: PlanOptions) -> Planned:
         say(line)
     train = options.train
     elsewhere = options.gpu_type is not None
-    free = None if elsewhere else min(free_bytes(train.output_dir), free_bytes(cache_root(train)))
-    refuse_or_warn(shortages(case, found, planned.calibration, free), train.ignore_forecast)
+    free = (None, None) if elsewhere else free_space(train.output_dir, cache_root(train))
+    refuse_or_warn(shortages(case, found, planned.calibration, *free), train.ignore_forecast)
     return planned
 
 
@@ -244,29 +244,29 @@ def grid_tensors(encoder: Encoder, sample: Sample) -> dict[str, torch.Tensor]:
 
 
 def _questions(
-    run: Run, base: Base | None
+    run: Run, encoder: Encoder | None
 ) -> tuple[list[Sample], list[Sample], list[LeftOut], list[Task], ValidationPlan | None]:
     """The questions of training, evaluation loss, final evaluation and evaluations during training.
 
     Args:
         run: the run.
-        base: whose tokenizer counts the answers; None estimates.
+        encoder: counts the tokens of answers; None estimates.
     """
     guards = check_request(run.recipe, run.specs, run.options.guard, run.options.eval_samples)
     train_samples, eval_samples, left_out = load_data(run.specs, run.recipe)
     tasks, asked = final_tasks(run), validation_plan(run, guards)
     tell_parts(run, train_samples, eval_samples, asked, tasks)
-    tokenizer = base.processor.tokenizer if base else None
-    tasks, asked = limited(run, tasks, asked, base.prompt if base else PromptSettings(), tokenizer)
+    prompt, plain = (encoder.prompt, encoder.chat.plain) if encoder else (PromptSettings(), None)
+    tasks, asked = limited(run, tasks, asked, prompt, plain)
     return train_samples, eval_samples, left_out, tasks, asked
 
 
 def _from_base(run: Run, base: Base, device: Device | None, counted: dict[str, EncodedGroup]) -> Planned:
     """Plan with a base whose processor is at hand."""
     options, recipe = run.options, run.recipe
-    train_samples, eval_samples, left_out, tasks, asked = _questions(run, base)
-    engine = Engine(options.engine, run.launch, base.name, base.path)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    train_samples, eval_samples, left_out, tasks, asked = _questions(run, encoder)
+    engine = Engine(options.engine, run.launch, base.name, base.path)
     cache = CountingCache(encoder, engine.root, base.name, prepared=False)
     cache.counted = counted
     data = PreparedData(train_samples, encoder, "counting tokens", cache)

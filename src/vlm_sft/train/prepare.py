@@ -8,12 +8,12 @@ from typing import Any
 
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say, warn
-from vlm_sft.data.answers import fitted
 from vlm_sft.data.audit import enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.cache import DataCache
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import mix, stratified_limit
 from vlm_sft.data.packing import EpochPlanner, GroupLengths
+from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.prepared import PreparedData
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample, distinct_images
@@ -27,7 +27,9 @@ from vlm_sft.evaluate.tasks import (
     Task,
     benchmark_names,
     dataset_text,
+    fit_prompt,
     load_tasks,
+    names_of,
     parse_token_limits,
     require_same_data,
     too_short,
@@ -243,7 +245,7 @@ def token_limits(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, i
     Raises:
         EvaluationError: it has mistakes, or names a benchmark that this run does not answer.
     """
-    names = benchmark_names(dataset_text(specs))
+    names = names_of(specs)
     if options.eval_benchmarks not in (None, NO_BENCHMARKS):
         names += benchmark_names(str(options.eval_benchmarks))
     names += [guard.name for guard in parse_guards(options.guard)] if options.guard else []
@@ -251,13 +253,13 @@ def token_limits(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, i
 
 
 def limited(
-    run: Run, tasks: list[Task], asked: ValidationPlan | None, prompt: PromptSettings, tokenizer: Any
+    run: Run, tasks: list[Task], asked: ValidationPlan | None, prompt: PromptSettings, plain: PlainText | None
 ) -> tuple[list[Task], ValidationPlan | None]:
     """Give what a run answers, at its end and at each evaluation, the limits of answers; too short ones are told."""
     limits = token_limits(run.options, run.specs)
-    final = with_limits(tasks, prompt, tokenizer, limits)
+    final = with_limits(tasks, prompt, plain, limits)
     if asked is not None:
-        asked = replace(asked, tasks=with_limits(asked.tasks, prompt, tokenizer, limits))
+        asked = replace(asked, tasks=with_limits(asked.tasks, prompt, plain, limits))
     for line in dict.fromkeys([*too_short(final), *too_short(asked.tasks if asked else ())]):
         warn(line)
         run.record.note(line)
@@ -276,13 +278,10 @@ def find_run_base(options: TrainOptions, recipe: Recipe, specs: list[DatasetSpec
         system=options.system,
         load_in_4bit=recipe.load_in_4bit,
     )
-    prompt, notes = fitted(
-        base.prompt, specs, base.processor.tokenizer, keep_template=options.prompt_template is not None,
-        limits=token_limits(options, specs),
-    )  # fmt: skip
-    for note in (*base.notes, *notes):
+    base = fit_prompt(base, specs, options.prompt_template is not None, token_limits(options, specs))
+    for note in base.notes:
         say(note)
-    return replace(base, prompt=prompt)
+    return base
 
 
 def _write_data_facts(

@@ -171,7 +171,7 @@ def _stages(run: Run, guards: list[Guard], trackers: Trackers) -> tuple[dict[str
     with record.timed("load"):
         plan = prepare(run, train_samples, eval_samples, left_out)
         tasks, asked = fit_questions(run, tasks, asked, plan.data.encoder)
-        tasks, asked = limited(run, tasks, asked, plan.base.prompt, plan.base.processor.tokenizer)
+        tasks, asked = limited(run, tasks, asked, plan.base.prompt, plan.data.encoder.chat.plain)
     told = Foretelling.begin(run, plan, asked, tasks, cache_before)
     agree(trackers.begin)
     told.lap(TRACKERS)

@@ -25,7 +25,7 @@ from vlm_sft.evaluate.compare import TOO_FEW
 from vlm_sft.evaluate.guard import FEWEST_IMAGES, Guard, judge, parse_guards, tradeoff
 from vlm_sft.evaluate.identity import identity_of
 from vlm_sft.evaluate.run import Evaluator, StopRequest
-from vlm_sft.evaluate.tasks import Task, benchmark_names, dataset_text, load_tasks, rules_of
+from vlm_sft.evaluate.tasks import Task, dataset_text, load_tasks, names_of, rules_of
 from vlm_sft.launch import Launch, agree, barrier
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base
@@ -68,7 +68,7 @@ def check_request(recipe: Recipe, specs: list[DatasetSpec], guard: str | None, s
             of samples is below 1.
         EvaluationError, DataError: the guard argument has mistakes.
     """
-    known = {name: rules_of(name).metric_name for name in benchmark_names(dataset_text(specs))}
+    known = {name: rules_of(name).metric_name for name in names_of(specs)}
     metric = recipe.metric_for_best_model
     if metric != LOSS and metric not in known.values():
         have = ", ".join(dict.fromkeys([LOSS, *known.values()]))

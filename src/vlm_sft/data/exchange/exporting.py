@@ -12,17 +12,27 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.artifacts import CHANGED, EXCHANGE, LEFT_OUT, OutputFolder, write_json, write_jsonl, write_text_atomic
+from vlm_sft.artifacts import (
+    CHANGED,
+    EXCHANGE,
+    LEFT_OUT,
+    OutputFolder,
+    is_formula,
+    write_json,
+    write_jsonl,
+    write_text_atomic,
+)
 from vlm_sft.console import progress
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
-from vlm_sft.data.exchange.importing import ImportReport, claim_output
+from vlm_sft.data.exchange.importing import OUTSIDE_CAUTION, ImportReport, claim_output
 from vlm_sft.data.exchange.layouts import SUPERVISED_NOTE, write_record
 from vlm_sft.data.exchange.pictures import FOLDER, ImageStore
-from vlm_sft.data.sample import LeftOut, Sample
+from vlm_sft.data.sample import OUTSIDE, LeftOut, Sample
 from vlm_sft.data.sources.rows import RowProblem, left_out
 from vlm_sft.data.sources.splits import DATASET_INFO
 from vlm_sft.errors import DataError, RunError
 
+FORMULA_CAUTION = "texts that begin like a formula, which a spreadsheet would compute: open the file with text columns"
 ROW_GROUP = 100  # rows with their images that are held in memory together
 
 
@@ -75,7 +85,7 @@ def _export(request: ExportRequest, splits: dict[str, list[Sample]], gone: list[
         for split, samples in splits.items():
             rows = _rows(request, samples, split, store, report, bar.advance)
             try:
-                path = _write(request, split, rows)
+                path = _write(request, split, rows, report)
             except OSError as error:
                 raise RunError(f"cannot write {request.output}: {error.strerror}", "make room, then again") from error
             if report.questions[split]:
@@ -103,6 +113,8 @@ def _rows(
     for sample in samples:
         tick()
         report.records += 1
+        if OUTSIDE in sample.metadata:
+            report.cautions.setdefault(OUTSIDE_CAUTION, set()).update(sample.metadata[OUTSIDE])
         try:
             record = write_record(sample, [store.keep(image) for image in sample.images], request.layout, request.style)
         except RowProblem as problem:
@@ -114,16 +126,24 @@ def _rows(
         yield record
 
 
-def _write(request: ExportRequest, split: str, rows: Iterator[dict[str, Any]]) -> Path:
+def _write(request: ExportRequest, split: str, rows: Iterator[dict[str, Any]], report: ImportReport) -> Path:
     """Write one split's file."""
     folder = request.output
     if request.layout == "trl":
         return _write_parquet(folder / f"{split}.parquet", rows, folder)
     if request.layout == "csv":
-        return write_text_atomic(folder / f"{split}.csv", _csv_text(rows))
+        return write_text_atomic(folder / f"{split}.csv", _csv_text(_counting_formulas(rows, report)))
     if request.layout == "llamafactory":
         return write_text_atomic(folder / f"{split}.json", json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
     return write_jsonl(folder / f"{split}.jsonl", rows)
+
+
+def _counting_formulas(rows: Iterable[dict[str, Any]], report: ImportReport) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV as they are; those with a cell that a spreadsheet would compute are named in the report."""
+    for row in rows:
+        if any(is_formula(cell) for cell in row.values() if isinstance(cell, str)):
+            report.cautions.setdefault(FORMULA_CAUTION, set()).add(row["id"])
+        yield row
 
 
 def _csv_text(rows: Iterable[dict[str, Any]]) -> str:
@@ -174,6 +194,7 @@ def _write_facts(request: ExportRequest, report: ImportReport) -> None:
         "style": request.style if request.layout == "llamafactory" else "",
         "questions": dict(report.questions),
         "left_out": dict(Counter(item.reason for item in report.left_out)),
+        "cautions": {caution: len(found) for caution, found in report.cautions.items()},
         "changed": {note: len(ids) for note, ids in report.changed.items()},
         "files": [path.name for path in report.files],
     }

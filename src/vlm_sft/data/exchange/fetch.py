@@ -7,6 +7,7 @@ import time
 import urllib.request
 
 from vlm_sft.data.sources.rows import RowProblem
+from vlm_sft.errors import without_secrets
 
 MAX_BYTES = 32 * 1024**2
 SECONDS = 30.0  # for one image, from the first look-up to the last byte
@@ -33,7 +34,7 @@ def fetch(url: str, max_bytes: int = MAX_BYTES, seconds: float = SECONDS) -> byt
     opener = urllib.request.OpenerDirector()
     for handler in HANDLERS:
         opener.add_handler(handler())
-    end = time.monotonic() + seconds
+    end, named = time.monotonic() + seconds, without_secrets(url)[:200]
     request = urllib.request.Request(url, headers={"User-Agent": "vlm-sft", "Accept": "image/*"})
     data = bytearray()
     try:
@@ -41,9 +42,9 @@ def fetch(url: str, max_bytes: int = MAX_BYTES, seconds: float = SECONDS) -> byt
             while chunk := answer.read1(_CHUNK):
                 data += chunk
                 if len(data) > max_bytes:
-                    raise RowProblem("image URL failed", f"{url[:200]}: more than {max_bytes:,} bytes")
+                    raise RowProblem("image URL failed", f"{named}: more than {max_bytes:,} bytes")
                 if time.monotonic() > end:
-                    raise RowProblem("image URL failed", f"{url[:200]}: not done within {seconds:g} s")
+                    raise RowProblem("image URL failed", f"{named}: not done within {seconds:g} s")
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-        raise RowProblem("image URL failed", f"{url[:200]}: {error}") from error
+        raise RowProblem("image URL failed", f"{named}: {error}") from error
     return bytes(data)

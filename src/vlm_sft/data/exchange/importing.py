@@ -19,6 +19,7 @@ from vlm_sft.data.exchange.layouts import read_record, row_of
 from vlm_sft.data.exchange.pictures import FOLDER, ImageStore
 from vlm_sft.data.exchange.tables import input_files, names_for, records
 from vlm_sft.data.sample import LeftOut
+from vlm_sft.data.sources.locate import lies_outside
 from vlm_sft.data.sources.records import Question, require_image
 from vlm_sft.data.sources.rows import RowProblem, in_threads, left_out
 from vlm_sft.data.sources.splits import SPLIT_WORDS
@@ -27,6 +28,9 @@ from vlm_sft.errors import DataError, RunError, quoted
 BATCH = 256  # questions whose images are read together
 TELL_EVERY = 20_000  # questions between two lines of progress
 PARTIAL = ".partial"
+OUTSIDE_CAUTION = (
+    "images that lie outside of the data's own folder, by their path or a link, and are copied with the others"
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class ImportReport:
         left_out: what cannot be used.
         changed: ids of what is not exactly as it was, by reason.
         files: the data files written.
+        cautions: what a reader has to know of what was written, with the paths or ids that it is about.
     """
 
     records: int = 0
@@ -73,6 +78,7 @@ class ImportReport:
     left_out: list[LeftOut] = field(default_factory=list)
     changed: dict[str, list[str]] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+    cautions: dict[str, set[str]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -113,18 +119,22 @@ def _import(request: ImportRequest) -> ImportReport:
         raise DataError(f"--images {request.images} is not a folder", "pass the folder that holds the pictures")
     claim_output(request.output)
     store = ImageStore(request.output, request.allow_urls)
-    report = ImportReport()
+    report, outside = ImportReport(), set[str]()
+    root = request.source if request.source.is_dir() else request.source.parent
+    homes = (root, *([request.images] if request.images else []))
     writer = _Writer(request.output, report)
     with writer:
         unseen = dict(request.columns)
         items = islice(_items(request, files, report, writer, unseen), request.limit)
         while batch := list(islice(items, BATCH)):
             told = report.total
-            for item, kept in zip(batch, _keep_images(batch, store), strict=True):
+            for item, kept in zip(batch, _keep_images(batch, store, homes, outside), strict=True):
                 writer.put(item, kept)
             if report.total // TELL_EVERY > told // TELL_EVERY:
                 say(f"imported so far: {sum(report.questions.values()):,} questions, {len(report.left_out):,} left out")
         _refuse_idle(request, report, unseen, store)
+        if outside:
+            report.cautions[OUTSIDE_CAUTION] = outside
         _require_enough(request, report)
     _write_facts(request, report)
     return report
@@ -225,12 +235,16 @@ def _own_id(record: dict[str, Any], numbered: str, used: Counter[str]) -> str:
     return name if used[name] == 1 else f"{name}:{numbered}"
 
 
-def _keep_images(batch: list[_Item], store: ImageStore) -> list[list[str] | RowProblem]:
-    """Find, check and write the images of some questions, in threads; each different place once."""
+def _keep_images(
+    batch: list[_Item], store: ImageStore, homes: tuple[Path, ...], outside: set[str]
+) -> list[list[str] | RowProblem]:
+    """Find, check and write the images of some questions, in threads; those that lie in no home go to `outside`."""
 
     def keep(item: _Item) -> list[str] | RowProblem:
         try:
-            return [store.keep(store.find(item.folder, image)) for image in item.question.images]
+            refs = [store.find(item.folder, image) for image in item.question.images]
+            outside.update(ref.source for ref in refs if lies_outside(ref, *homes))
+            return [store.keep(ref) for ref in refs]
         except RowProblem as problem:
             return problem
 
@@ -296,6 +310,7 @@ def _write_facts(request: ImportRequest, report: ImportReport) -> None:
         "conversations": report.conversations,
         "questions": dict(report.questions),
         "left_out": dict(Counter(item.reason for item in report.left_out)),
+        "cautions": {caution: len(found) for caution, found in report.cautions.items()},
         "changed": {note: len(ids) for note, ids in report.changed.items()},
     }
     write_json(request.output / IMPORT, facts)

@@ -11,7 +11,7 @@ from vlm_sft.data.images import decode_rgb, image_format, read_bytes
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.data.sources.locate import image_text, is_url, locate_image
 from vlm_sft.data.sources.rows import RowProblem
-from vlm_sft.errors import DataError, RunError
+from vlm_sft.errors import DataError, RunError, without_secrets
 
 FOLDER = "images"
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
@@ -43,7 +43,7 @@ class ImageStore:
         """
         text = image_text(image)
         if is_url(text) and self.allow_urls:
-            return ImageRef.from_bytes(fetch(text), text[:200])
+            return ImageRef.from_bytes(fetch(text), without_secrets(text)[:200])
         self.looked_up |= isinstance(text, str) and not text.startswith(("data:", "/", "file://"))
         if isinstance(text, str) and text.strip() and not Path(text).suffix and "*" not in text and len(text) < 255:
             found = sorted(path for path in folder.glob(f"{text}.*") if path.is_file()) if folder.is_dir() else []

@@ -13,19 +13,19 @@ from typing import Any
 
 from vlm_sft.artifacts import parse_json, writable
 from vlm_sft.data.images import check_image
-from vlm_sft.data.sample import NOTE, UNREADABLE, ImageRef, LeftOut, Sample
+from vlm_sft.data.sample import NOTE, OUTSIDE, UNREADABLE, ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.foreign import refuse_compressed
-from vlm_sft.data.sources.locate import StoredImage, locate_image
+from vlm_sft.data.sources.locate import StoredImage, lies_outside, locate_image
 from vlm_sft.data.sources.records import Question, questions_of, require_image
 from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, in_threads, left_out
 from vlm_sft.data.sources.shards import parquet_records
 from vlm_sft.data.sources.spec import JSON_SUFFIXES, DatasetSpec
 from vlm_sft.data.sources.splits import (
     HOLD_OUT_FRACTION,
-    NO_DATA,
     SPLIT_WORDS,
     LoadedSplit,
     files_by_split,
+    folder_files,
     plan_split,
     split_of_name,
 )
@@ -105,7 +105,7 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
     """Files by split; beside a single train file its siblings count ("x_train.jsonl" -> "x_val.jsonl")."""
     endings: tuple[str, ...] = JSON_SUFFIXES
     if path.is_dir():  # .json files beside others are mostly settings
-        there = {file.suffix for file in path.rglob("*") if file.name not in NO_DATA}
+        there = {file.suffix for file in folder_files(path)}
         endings = next(((ending,) for ending in (".jsonl", ".parquet") if ending in there), endings)
     files = files_by_split(path, endings)
     if path.is_dir() or split_of_name(path.name) != "train":
@@ -239,8 +239,11 @@ def _read_image(folder: Path, image: Any) -> ImageRef | RowProblem:
 def _samples(
     spec: DatasetSpec, lines: list[Line], images: dict[tuple[Path, str], ImageRef | RowProblem]
 ) -> tuple[list[Sample], list[LeftOut]]:
+    assert spec.path is not None
     samples: list[Sample] = []
     left: list[LeftOut] = []
+    root = spec.path if spec.path.is_dir() else spec.path.parent
+    outside = {ref.source for ref in images.values() if isinstance(ref, ImageRef) and lies_outside(ref, root)}
     for line in lines:
         asked = line.question
         refs = []
@@ -254,7 +257,9 @@ def _samples(
             left.append(left_out(line.id, line.where, problem))
             continue
         part = "" if line.part.lower() in SPLIT_WORDS else line.part
+        metadata: dict[str, Any] = {"where": line.where} | ({NOTE: asked.note} if asked.note else {})
+        if outside and (away := [ref.source for ref in refs if ref.source in outside]):
+            metadata[OUTSIDE] = away
         samples.append(Sample(line.id, spec.name, part, tuple(refs), asked.question, asked.target, asked.answers,
-                              asked.history, asked.system,
-                              {"where": line.where} | ({NOTE: asked.note} if asked.note else {})))
+                              asked.history, asked.system, metadata))
     return samples, left

@@ -111,6 +111,14 @@ def locate_image(folder: Path, image: Any) -> ImageRef:
     return _file(folder, image)
 
 
+def lies_outside(ref: ImageRef, *roots: Path) -> bool:
+    """Whether an image is a file that lies in none of some folders, by its path or through a link."""
+    path = Path(ref.source)
+    if not path.is_file():  # bytes within a record or a table
+        return False
+    return not any(path.resolve().is_relative_to(root.resolve()) for root in roots)
+
+
 def _file(folder: Path, image: str) -> ImageRef:
     path = Path(image.removeprefix("file://"))
     candidates = [path] if path.is_absolute() else [folder / path, folder / "images" / path]

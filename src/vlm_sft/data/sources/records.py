@@ -107,9 +107,16 @@ def require_image(record: Mapping[str, Any], read: Callable[[], list[Question]])
         if problem.reason == "more placeholders than images" and problem.detail.endswith(", 0 images"):
             raise no_image(record) from problem
         raise
+    later = any(asked.images for asked in questions)
     return [
-        asked if asked.images or asked.problem else replace(asked, problem=no_image(record)) for asked in questions
+        asked if asked.images or asked.problem
+        else replace(asked, problem=_too_early(asked.turn) if later else no_image(record))
+        for asked in questions
     ]
+
+
+def _too_early(turn: int) -> RowProblem:
+    return RowProblem("no image", f"answer {turn} of the conversation comes before its first image")
 
 
 def _plain(record: dict[str, Any]) -> Question:

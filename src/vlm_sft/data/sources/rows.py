@@ -13,11 +13,12 @@ from vlm_sft.artifacts import writable
 from vlm_sft.console import progress
 from vlm_sft.data.sample import LeftOut, Sample, distinct_images
 from vlm_sft.data.sources.splits import LoadedSplit, SplitPlan, apply_plan, shared_images
-from vlm_sft.errors import DataError, bounded
+from vlm_sft.errors import DataError, bounded, without_secrets
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 DETAIL_CHARACTERS = 600  # of one reason, whatever it quotes
+WITHOUT = {"validation": "--eval_strategy no", "test": "--eval_benchmarks none"}  # of vlm-sft train
 BAR_FROM = 2000  # fewer things than this are done before a bar could be read
 
 
@@ -26,7 +27,7 @@ class RowProblem(Exception):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason = reason
-        self.detail = bounded(detail or reason, DETAIL_CHARACTERS)
+        self.detail = bounded(without_secrets(detail or reason), DETAIL_CHARACTERS)
         super().__init__(reason)
 
 
@@ -106,25 +107,27 @@ def finish_split(
         first = "".join(f"\n  - {item.reason}: {item.detail}" for item in left[:3])
         what = f"none of its {len(left):,} samples can be used; the first reasons:{first}" if left else "it is empty"
         raise DataError(f"{origin}: {what}", "correct the data, then look at it with: vlm-sft data check DATASET")
-    used, dropped = apply_plan(plan, samples, left, fraction)
+    used, dropped, held = apply_plan(plan, samples, left, fraction)
     if not used:
-        raise DataError(f"{origin}: {_why_none_held(samples)}", "add images, or a separate file named validation")
+        without = " ".join(WITHOUT[name] for name in plan.held)
+        fix = f"add images, or a separate file named {plan.part}; or let vlm-sft train do without: {without}"
+        raise DataError(f"{origin}: {_why_none_held(samples, plan.part)}", fix)
     description = f"{origin}: {len(used):,} questions on {distinct_images(used):,} images"
     if plan.part == "train":
-        description += f" (images for {' and '.join(plan.held)} are held out)"
+        description += f" (images for {' and '.join(held)} are held out)" if held else " (none can be held out)"
     shared = shared_images(samples, fraction) if plan.part != "all" else set()
     if shared:
         description += f" ({len(shared)} shown beside many others may be in every part)"
     return LoadedSplit(used, dropped, f"{description}; {plan.note}" if plan.note else description)
 
 
-def _why_none_held(samples: Sequence[Sample]) -> str:
+def _why_none_held(samples: Sequence[Sample], part: str) -> str:
     """Why no image can be held out: there is one only, or all are tied together."""
     if distinct_images(samples) == 1:
-        return "one image only, so none can be held out for validation"
+        return f"one image only, so none can be held out for {part}"
     sources = {image.key: image.source for sample in samples for image in sample.images}
     key, rows = Counter(key for sample in samples for key in {one.key for one in sample.images}).most_common(1)[0]
     return (
         f"its {distinct_images(samples):,} images are tied together by questions about several of them, so none can be "
-        f"held out for validation ({sources[key]} stands in {rows:,} of {len(samples):,} questions)"
+        f"held out for {part} ({sources[key]} stands in {rows:,} of {len(samples):,} questions)"
     )

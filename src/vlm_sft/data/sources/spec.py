@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vlm_sft.artifacts import LEFT_OUT
 from vlm_sft.data.sources.foreign import TABLES, refuse_foreign
+from vlm_sft.data.sources.splits import folder_files
 from vlm_sft.errors import DataError, nearest, quoted
 
 KNOWN = ("chartqa", "textvqa", "easy_vqa", "demo_charts", "demo_text", "demo")
@@ -106,6 +107,8 @@ def refuse_weights(specs: list[DatasetSpec], why: str) -> None:
 def _parse_entry(entry: str) -> DatasetSpec:
     if not entry:
         raise DataError("an entry is empty")
+    if re.match(r"\w+://", entry):
+        raise DataError(f"{quoted(entry, 200)} is an address; data sets are not fetched", "download it, pass its path")
     body, weight = _split_weight(entry)
     name, at, place = body.partition("@")
     known = HUB_NAMES.get(name.lower(), name.lower())
@@ -175,7 +178,7 @@ def _own_path(place: str) -> Path:
     path = _existing(place)
     shards = [path] if path.suffix == ".parquet" else []
     if path.is_dir() and not any(child.suffix == ".jsonl" and child.name != LEFT_OUT for child in path.iterdir()):
-        shards = sorted(path.rglob("*.parquet"))
+        shards = [file for file in folder_files(path) if file.suffix == ".parquet"]
     if shards and not _holds_records(shards[0]):
         from vlm_sft.data.sources.shards import parquet_columns
 

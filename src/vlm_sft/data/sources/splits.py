@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_sft.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT, REPEATS
+from vlm_sft.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT, REPEATS, RUN, read_json
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.foreign import TABLES, refuse_compressed
-from vlm_sft.errors import DataError, quoted
+from vlm_sft.errors import DataError, RunError, quoted
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
@@ -97,6 +97,30 @@ def split_of_name(name: str) -> str | None:
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
+def folder_files(path: Path) -> list[Path]:
+    """The files of a data set's folder and its subfolders, sorted: none that is hidden or was written by our commands.
+
+    A run may have its output folder in the folder of its data.
+    """
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    ours = {file.parent for file in files if file.name == RUN and file.parent != path and _is_record(file)}
+    return [
+        file
+        for file in files
+        if file.name not in NO_DATA
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and ours.isdisjoint(file.parents)
+    ]
+
+
+def _is_record(file: Path) -> bool:
+    """Whether a file is a run.json of ours, and not data of that name."""
+    try:
+        return {"schema", "command", "status"} <= read_json(file).keys()
+    except RunError:
+        return False
+
+
 def files_by_split(path: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
     """Sort the data files under `path` by the split that their names (or their folders' names) speak of.
 
@@ -113,19 +137,17 @@ def files_by_split(path: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]
     if path.is_file():
         return {split_of_name(path.name) or "train": [path]}
     found: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*")):
+    for file in folder_files(path):
         inside = file.relative_to(path).parts
-        if any(part.startswith(".") for part in inside) or not file.is_file():
-            continue
         if Path(file.stem).suffix in suffixes:  # train.jsonl.gz beside the others would be passed over
             refuse_compressed(file)
-        if file.suffix not in suffixes or file.name in NO_DATA:
+        if file.suffix not in suffixes:
             continue
         split = next((found_split for part in reversed(inside) if (found_split := split_of_name(part))), "train")
         found.setdefault(split, []).append(file)
     if not found:
         fix = "pass the file, or the folder that holds it"
-        if not set(TABLES) & set(suffixes) and any(file.suffix.lower() in TABLES for file in path.rglob("*")):
+        if not set(TABLES) & set(suffixes) and any(file.suffix.lower() in TABLES for file in folder_files(path)):
             fix = f"import its tables: vlm-sft data import {path} --format csv --output FOLDER"
         raise DataError(f"{path} holds no {' or '.join(suffixes)} file", fix)
     return found
@@ -133,7 +155,7 @@ def files_by_split(path: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]
 
 def apply_plan(
     plan: SplitPlan, samples: list[Sample], left_out: list[LeftOut], fraction: float
-) -> tuple[list[Sample], list[LeftOut]]:
+) -> tuple[list[Sample], list[LeftOut], tuple[str, ...]]:
     """Cut what was read down to the planned part of the hold-out.
 
     Samples that hang together through their images stay in one part, see `image_groups`. Left-out samples are dealt to
@@ -145,9 +167,12 @@ def apply_plan(
         left_out: all left-out samples of the source split.
         fraction: share of the images of each part that is held out, 0 to 1; at least one. Two images are enough for
             validation alone, which then is the test part too.
+
+    Returns:
+        The samples and the left-out samples of the planned part, and the parts that are really held out.
     """
     if plan.part == "all":
-        return samples, left_out
+        return samples, left_out, ()
     groups = image_groups(samples, fraction)
     ranked = sorted(set(groups), key=_rank)
     held = plan.held if len(ranked) > len(plan.held) else plan.held[:1]
@@ -155,7 +180,8 @@ def apply_plan(
     part_of = {group: held[place // count] for place, group in enumerate(ranked[: count * len(held)])} if count else {}
     part = plan.part if plan.part in ("train", *held) else held[0]
     kept = [sample for sample, group in zip(samples, groups, strict=True) if part_of.get(group, "train") == part]
-    return kept, [item for item in left_out if dealt(item.id, fraction, held) == part]
+    left = [item for item in left_out if dealt(item.id, fraction, held) == part]
+    return kept, left, held if part_of else ()
 
 
 def dealt(text: str, fraction: float, held: Sequence[str]) -> str:
