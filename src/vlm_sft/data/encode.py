@@ -18,7 +18,6 @@ from PIL import Image
 
 from vlm_sft.data.chat import TEXT_KEYS, Chat, Message, message
 from vlm_sft.data.images import decode_rgb, read_bytes
-from vlm_sft.data.plain_text import texts_of
 from vlm_sft.data.processor import apply_pixel_bounds, blamed_on, image_token_id, visual_tokens
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
@@ -183,7 +182,7 @@ class Encoder:
 
     def holds_control(self, sample: Sample) -> bool:
         """Whether a text of a sample holds the string of a control token of this model."""
-        return bool(self.chat.plain.found_in(texts_of(sample)))
+        return bool(self.chat.plain.found_in(sample.texts))
 
     def _try_sizes(self, sample: Sample) -> None:
         """Process blank pictures of unusual sizes, once a size.

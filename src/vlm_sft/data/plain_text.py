@@ -30,14 +30,9 @@ _USUAL = re.compile(
 )
 
 
-def texts_of(sample: Sample) -> tuple[str, ...]:
-    """All texts of a sample that a model may read or learn."""
-    return (sample.system, *(turn.text for turn in sample.history), sample.question, sample.target)
-
-
 def reads_like_control(sample: Sample) -> bool:
     """Whether a text of a sample holds a control token of some family."""
-    return any(_USUAL.search(text) for text in texts_of(sample))
+    return any(_USUAL.search(text) for text in sample.texts)
 
 
 class PlainText:

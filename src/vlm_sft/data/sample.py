@@ -112,6 +112,11 @@ class Sample:
         """Key of the images of this sample together; samples with equal keys share one encoded prefix."""
         return "+".join(image.key for image in self.images)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts of this sample that a model may read or learn."""
+        return (self.system, *(turn.text for turn in self.history), self.question, self.target)
+
 
 def distinct_images(samples: Iterable[Sample]) -> int:
     """How many different images some samples show, by the hash of their bytes."""

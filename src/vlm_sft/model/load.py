@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -18,8 +19,9 @@ from transformers import (
     GenerationConfig,
 )
 
+from vlm_sft.artifacts import read_json
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.errors import ModelError, quoted
+from vlm_sft.errors import ModelError, RunError, quoted
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS
 from vlm_sft.model.features import tower_modules
 from vlm_sft.model.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
@@ -85,6 +87,7 @@ def resolve_path(name: str) -> str:
         return str(WEIGHTS)
     path = Path(name).expanduser()
     if path.is_dir():
+        _require_family(path, name)
         require_model(path, name)
         return str(path)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" not in name
@@ -94,6 +97,25 @@ def resolve_path(name: str) -> str:
             f"pass an existing folder, a Hub id such as {DEFAULT_BASE}, or {POCKET!r} for the embedded model",
         )
     return name
+
+
+def _require_family(folder: Path, name: str) -> None:
+    """Refuse a text-only model before what such a folder has no use for is said to be missing."""
+    try:
+        family = read_json(folder / "config.json", strict=False).get("model_type")
+    except RunError:
+        return  # told by `require_model`
+    if isinstance(family, str) and family in CONFIG_MAPPING:
+        _require_image_text(CONFIG_MAPPING[family], family, name)
+
+
+def _require_image_text(config: type, family: str, name: str) -> None:
+    """Refuse a family of models that takes no images or writes no text."""
+    if config not in AutoModelForImageTextToText._model_mapping:
+        raise ModelError(
+            f"--base_model {name}: {quoted(family)} is not an image-text-to-text model",
+            "use a vision-language model, e.g. of the Qwen2.5-VL family",
+        )
 
 
 def default_dtype(bf16: bool | str = "auto") -> torch.dtype:
@@ -163,11 +185,7 @@ def find_base(
     dtype = default_dtype(bf16)
     function, notes = choose_attention(flash_attn, dtype)
     config = _open(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), name)
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
-        raise ModelError(
-            f"--base_model {name}: {quoted(config.model_type)} is not an image-text-to-text model",
-            "use a vision-language model, e.g. of the Qwen2.5-VL family",
-        )
+    _require_image_text(type(config), config.model_type, name)
     settings = prompt or PromptSettings.find(path) or PromptSettings()
     return Base(
         name=name,

@@ -29,6 +29,7 @@ from vlm_sft.data.exchange.layouts import SUPERVISED_NOTE, write_record
 from vlm_sft.data.exchange.pictures import FOLDER, ImageStore
 from vlm_sft.data.sample import OUTSIDE, LeftOut, Sample
 from vlm_sft.data.sources.rows import RowProblem, left_out
+from vlm_sft.data.sources.shards import native_file
 from vlm_sft.data.sources.splits import DATASET_INFO
 from vlm_sft.errors import DataError, RunError
 
@@ -168,7 +169,7 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], folder: Path) -> 
     })  # fmt: skip
     schema = features.arrow_schema
     partial = path.with_name(f"{path.name}.partial")
-    with pyarrow.parquet.ParquetWriter(partial, schema) as writer:
+    with native_file(partial, "wb") as stream, pyarrow.parquet.ParquetWriter(stream, schema) as writer:
         while group := list(islice(rows, ROW_GROUP)):
             for row in group:
                 row["images"] = [{"bytes": (folder / name).read_bytes(), "path": name} for name in row["images"]]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vlm_sft.data.plain_text import texts_of
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.records import PLACEHOLDER, Question, questions_of
 from vlm_sft.data.sources.refusals import refuse
@@ -165,7 +164,7 @@ def write_record(sample: Sample, images: list[str], layout: str, style: str) -> 
     Raises:
         RowProblem: the layout cannot say this.
     """
-    if layout in ("llamafactory", "msswift") and any(PLACEHOLDER in text for text in texts_of(sample)):
+    if layout in ("llamafactory", "msswift") and any(PLACEHOLDER in text for text in sample.texts):
         raise RowProblem(MARK_IN_TEXT, f"a text holds {PLACEHOLDER}, which means an image there")
     own_id = sample.id.removeprefix(f"{sample.dataset}/")
     record = _WRITERS[layout](sample, images, style)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.rows import RowProblem, finish_split, in_threads, left_out
+from vlm_sft.data.sources.shards import native_file
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import LoadedSplit, files_by_split, plan_split
 from vlm_sft.data.sources.stream import first_rows, split_stream
@@ -135,12 +136,12 @@ def open_parquet(files: list[Path], columns: tuple[str, ...], split: str) -> tup
     counts, problems = [], []
     for file in files:
         try:
-            table = pyarrow.parquet.ParquetFile(file)
+            with native_file(file) as stream, pyarrow.parquet.ParquetFile(stream) as table:
+                there, count = table.schema_arrow.names, table.metadata.num_rows
         except (pyarrow.ArrowException, OSError) as error:
             problems.append(f"{file} cannot be read as parquet: {error}")
             continue
-        there = table.schema_arrow.names
-        counts.append(table.metadata.num_rows)
+        counts.append(count)
         problems += [f"{file} has no column {quoted(name)} (it has: {', '.join(there)})"
                      for name in columns if name not in there]
     if problems:

@@ -124,12 +124,15 @@ def _file(folder: Path, image: str) -> ImageRef:
     candidates = [path] if path.is_absolute() else [folder / path, folder / "images" / path]
     try:
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if found is None:
-            raise _missing(image, candidates)
-        return ImageRef.from_path(found)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = error.strerror if isinstance(error, OSError) else error  # without the name, which may be a picture
         raise _missing(image, [], f": {reason}") from error
+    if found is None:
+        raise _missing(image, candidates)
+    try:
+        return ImageRef.from_path(found)
+    except OSError as error:
+        raise RowProblem("image cannot be read", f"{quoted(image)} cannot be opened: {error.strerror}") from error
 
 
 def _missing(image: str, candidates: list[Path], reason: str = "") -> RowProblem:

@@ -6,6 +6,7 @@ larger than the memory.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,13 +44,24 @@ class CellBytes:
         return image if isinstance(image, bytes) else bytes(image["bytes"])
 
 
+def native_file(path: Path, mode: str = "rb") -> Any:
+    """A file opened by Arrow itself, whatever bytes its name holds; to be closed by the caller.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    import pyarrow
+
+    return pyarrow.OSFile(os.fsencode(path), mode)
+
+
 def _column(file: Path, group: int, column: str) -> Any:
     """One column of one row group; each thread keeps the last one, since rows are read in order."""
     key = (file, group, column)
     if getattr(_opened, "key", None) != key:
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(file) as table:
+        with native_file(file) as stream, pyarrow.parquet.ParquetFile(stream) as table:
             _opened.value = table.read_row_group(group, columns=[column]).column(column)
         _opened.key = key
     return _opened.value
@@ -65,7 +77,8 @@ def parquet_columns(path: Path) -> list[str]:
     import pyarrow.parquet
 
     try:
-        return list(pyarrow.parquet.read_schema(path).names)
+        with native_file(path) as stream:
+            return list(pyarrow.parquet.read_schema(stream).names)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}", "write the file again") from error
 
@@ -87,7 +100,7 @@ def parquet_records(path: Path, pictures: Sequence[str] = ()) -> Iterator[dict[s
     holding = [name for name in names if name in IMAGE_COLUMNS or name in pictures]
     texts = [name for name in names if name not in holding]
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with native_file(path) as stream, pyarrow.parquet.ParquetFile(stream) as table:
             for group in range(table.num_row_groups):
                 rows = table.read_row_group(group, columns=texts).to_pylist() if texts else []
                 images = {
