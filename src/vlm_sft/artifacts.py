@@ -193,19 +193,20 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def parse_json(text: str, strict: bool = True) -> Any:
+def parse_json(text: str, strict: bool = True, unique: bool = False) -> Any:
     """Parse one JSON text that may come from anyone.
 
     Args:
         text: the text.
         strict: refuse a key that comes twice and numbers that are not finite; other programs write either.
+        unique: refuse a key that comes twice in any case: of two answers none is known to be the right one.
 
     Raises:
         ValueError: it is not JSON, not as strict as asked, or nested deeper than `MAX_JSON_DEPTH`.
     """
-    hooks: dict[str, Any] = {}
+    hooks: dict[str, Any] = {"object_pairs_hook": _unique} if strict or unique else {}
     if strict:
-        hooks = {"object_pairs_hook": _unique, "parse_float": _finite, "parse_constant": _finite}
+        hooks |= {"parse_float": _finite, "parse_constant": _finite}
     try:
         value = json.loads(text, **hooks)
     except RecursionError as error:

@@ -62,7 +62,7 @@ def arguments(place: Path, output: Path, *more: str) -> list[str]:
         "--base_model", str(place / "model"), "--dataset", str(place / "data"), "--output_dir", str(output),
         "--cache_dir", str(place / "cache"), "--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS),
         "--eval_steps", str(SAVE_STEPS), "--logging_steps", "3", "--global_batch_size", "5", "--learning_rate", "0.01",
-        "--adam_epsilon", "1e-6",  # above the roundings of small gradients, which Adam would make steps of
+        "--adam_epsilon", "1e-5",  # above the roundings of small gradients, which Adam would make steps of
         "--lora_dropout", "0.1", "--save_total_limit", "2", "--load_best_model_at_end", "true", "--eval_samples", "2",
         "--eval_benchmarks", "none", "--report_to", "none", "--resume", "auto", *more,
     ]  # fmt: skip

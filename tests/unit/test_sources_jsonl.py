@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.pictures import png
+from vlm_sft.artifacts import read_jsonl
+from vlm_sft.cli import main
 from vlm_sft.data.sample import Turn
 from vlm_sft.data.sources.registry import load_split, parse_datasets
 from vlm_sft.errors import DataError
@@ -226,3 +228,23 @@ def test_folder_and_repeated_ids(folder):
     loaded = load(sub)
     assert [s.id for s in loaded.samples] == ["sets/same", "sets/train/000002:same"] and not loaded.left_out
     assert len(load(sub, "test").samples) == 1
+
+
+def test_a_key_that_comes_twice_is_no_answer(folder):
+    line = '{"image": "a.png", "question": "q", "answer": "a", "answer": "b"}'
+    path = write(folder / "own.jsonl", [line, {"image": "a.png", "question": "q", "answer": "a"}])
+    (item,) = load(path).left_out
+    assert item.reason == "broken JSON line" and "the key 'answer' comes twice" in item.detail
+
+
+def test_all_of_a_set_of_one_image_can_be_checked_and_exported(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"image": "a.png", "question": f"q{n}", "answer": "a" if n < 3 else ""} for n in range(9)]
+    path, check = write(tmp_path / "one.jsonl", rows), tmp_path / "check"
+    left = ["--max_left_out", "0.7"]
+    assert main(["data", "check", str(path), "--split", "all", "--output_dir", str(check), *left]) == 0
+    assert len(list(read_jsonl(check / "left_out.jsonl"))) == 6
+    assert "3 questions on 1 images (none can be held out)" in capsys.readouterr().out
+    out = tmp_path / "out"
+    assert main(["data", "export", str(path), "--format", "csv", "--output", str(out), "--split", "all", *left]) == 0
+    assert len((out / "train.csv").read_text().splitlines()) == 4

@@ -230,7 +230,7 @@ def _decode(line: bytes) -> Any:
         ValueError: it is not UTF-8 or not JSON; the message says which.
     """
     try:
-        return artifacts.parse_json(line.decode("utf-8"), strict=False)
+        return artifacts.parse_json(line.decode("utf-8"), strict=False, unique=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 (byte {error.start + 1})") from error
     except json.JSONDecodeError as error:

@@ -174,7 +174,7 @@ def records_of_file(path: Path, pictures: Sequence[str] = ()) -> Iterator[tuple[
         if not line.strip():
             continue
         try:
-            yield number, "line", parse_json(line.decode("utf-8"), strict=False)
+            yield number, "line", parse_json(line.decode("utf-8"), strict=False, unique=True)
         except UnicodeDecodeError as error:
             yield number, "line", RowProblem("line is not UTF-8", str(error))
         except ValueError as error:
@@ -186,7 +186,7 @@ def _whole_document(path: Path, data: bytes) -> list[Any] | None:
     if not data.lstrip().startswith(b"[") and path.suffix != ".json":
         return None
     try:
-        document = parse_json(data.decode("utf-8"), strict=False)
+        document = parse_json(data.decode("utf-8"), strict=False, unique=True)
     except ValueError as error:
         if data.lstrip().startswith(b"["):
             raise DataError(f"{path} is not JSON: {error}", "correct the file, or write one record a line") from error

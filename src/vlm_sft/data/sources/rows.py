@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from vlm_sft.artifacts import writable
 from vlm_sft.console import progress
 from vlm_sft.data.sample import LeftOut, Sample, distinct_images
-from vlm_sft.data.sources.splits import LoadedSplit, SplitPlan, apply_plan, shared_images
+from vlm_sft.data.sources.splits import LoadedSplit, MissingSplitError, SplitPlan, apply_plan, shared_images
 from vlm_sft.errors import DataError, bounded, without_secrets
 
 Item = TypeVar("Item")
@@ -101,7 +101,8 @@ def finish_split(
         origin: what was read, e.g. "ChartQA train from data/train.parquet".
 
     Raises:
-        DataError: nothing can be used, or the hold-out is empty.
+        MissingSplitError: nothing can be held out for it.
+        DataError: nothing can be used.
     """
     if not samples:
         first = "".join(f"\n  - {item.reason}: {item.detail}" for item in left[:3])
@@ -111,7 +112,7 @@ def finish_split(
     if not used:
         without = " ".join(WITHOUT[name] for name in plan.held)
         fix = f"add images, or a separate file named {plan.part}; or let vlm-sft train do without: {without}"
-        raise DataError(f"{origin}: {_why_none_held(samples, plan.part)}", fix)
+        raise MissingSplitError(f"{origin}: {_why_none_held(samples, plan.part)}", fix)
     description = f"{origin}: {len(used):,} questions on {distinct_images(used):,} images"
     if plan.part == "train":
         description += f" (images for {' and '.join(held)} are held out)" if held else " (none can be held out)"

@@ -159,7 +159,7 @@ def apply_plan(
     """Cut what was read down to the planned part of the hold-out.
 
     Samples that hang together through their images stay in one part, see `image_groups`. Left-out samples are dealt to
-    the parts by their ids, so that each is counted exactly once.
+    the parts by their ids, so that each is counted exactly once; all are train's where nothing can be held out.
 
     Args:
         plan: what was asked for.
@@ -180,8 +180,9 @@ def apply_plan(
     part_of = {group: held[place // count] for place, group in enumerate(ranked[: count * len(held)])} if count else {}
     part = plan.part if plan.part in ("train", *held) else held[0]
     kept = [sample for sample, group in zip(samples, groups, strict=True) if part_of.get(group, "train") == part]
-    left = [item for item in left_out if dealt(item.id, fraction, held) == part]
-    return kept, left, held if part_of else ()
+    if not part_of:  # all of it is train
+        return kept, left_out if part == "train" else [], ()
+    return kept, [item for item in left_out if dealt(item.id, fraction, held) == part], held
 
 
 def dealt(text: str, fraction: float, held: Sequence[str]) -> str:
