@@ -229,10 +229,7 @@ def _connect(launch: Launch) -> None:
     """Open the process groups: one for the training, one for meetings outside of it."""
     global _meeting
     if launch.deepspeed is not None and launch.cpu:
-        # DeepSpeed would compile its own shared-memory collectives, for minutes and with a C++ compiler; gloo serves.
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
+        _without_compiler()
     if launch.world_size == 1 or torch.distributed.is_initialized():
         return
     if not launch.cpu:
@@ -244,11 +241,26 @@ def _connect(launch: Launch) -> None:
         backend, store=PrefixStore("training", store), rank=launch.rank, world_size=launch.world_size, timeout=limit
     )
     if launch.deepspeed is not None:
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=limit)  # takes that group
+        join_deepspeed(launch)
     group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=MEETING_SECONDS))
     _meeting = _Meeting(launch, group, PrefixStore("meeting", store))
+
+
+def join_deepspeed(launch: Launch) -> None:
+    """Let DeepSpeed use the process group that is open."""
+    import deepspeed
+
+    if launch.cpu:
+        _without_compiler()
+    limit = timedelta(seconds=STEP_SECONDS)
+    deepspeed.init_distributed(dist_backend="gloo" if launch.cpu else "nccl", verbose=False, timeout=limit)
+
+
+def _without_compiler() -> None:
+    """Keep DeepSpeed from compiling its own shared-memory collectives, for minutes and with a C++ compiler."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)  # gloo serves
 
 
 class _Meeting:

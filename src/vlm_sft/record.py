@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import resource
 import subprocess
@@ -88,6 +89,17 @@ def peak_memory_bytes() -> int:
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, ValueError, IndexError):
         return _most_resident_bytes()
+
+
+def memory_bytes() -> int:
+    """Memory that this process may have, itself included: of the GPU, else of the machine or its container."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[1])
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return total
 
 
 def resident_bytes() -> int:

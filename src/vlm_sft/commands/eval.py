@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 HELP = "answer benchmarks with a base model or an adapter and score the answers"
-NOT_FOR_VLLM = ("tokens_per_pack", "flash_attn", "cache_dir", "prepared_cache", "feature_cache")
+NOT_FOR_VLLM = ("tokens_per_pack", "flash_attn", "cache_dir", "prepared_cache", "feature_cache", "shard_weights")
 
 
 def prompt_text(text: str) -> str:
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=("transformers", "vllm"), default="transformers",
         help="what generates; vllm needs a GPU and the optional extra vlm-sft[vllm] (default: %(default)s)",
     )
+    add_shard_argument(parser)
     add_cache_arguments(parser)
     parser.add_argument("--max_left_out", type=float, default=0.01, metavar="SHARE", help="share of unusable questions")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -53,6 +54,15 @@ def add_other_base_argument(parser: argparse.ArgumentParser) -> None:
     """Add the flag that opens an adapter on a base which is not its own; every verb with --adapter has it."""
     parser.add_argument(
         "--allow_other_base", action="store_true", help="the base may be another one than the adapter was trained on"
+    )
+
+
+def add_shard_argument(parser: argparse._ActionsContainer) -> None:
+    """Add the flag for models that no device holds whole; training has it too, for its final evaluation."""
+    parser.add_argument(
+        "--shard_weights", choices=("auto", "true", "false"), default="auto",
+        help="several ranks share out the weights while they answer (ZeRO-3): auto does so where a whole model does "
+        "not fit on a device (default: %(default)s)",
     )
 
 

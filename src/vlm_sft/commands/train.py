@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_sft.commands.eval import add_cache_arguments, add_prompt_arguments
+from vlm_sft.commands.eval import add_cache_arguments, add_prompt_arguments, add_shard_argument
 from vlm_sft.recipe.load import add_recipe_arguments, overrides_from
 from vlm_sft.recipe.shipped import RECIPES, locate_recipe
 
@@ -112,6 +112,7 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the switches that change speed, disk and memory, and no result."""
     group = parser.add_argument_group("engine", "these change speed, disk and memory; the loss stays the same")
     add_cache_arguments(group)
+    add_shard_argument(group)
     group.add_argument(
         "--share_images", default="true", metavar="true|false",
         help="compute an image once for all its questions of a step (default: %(default)s)",
@@ -149,6 +150,7 @@ def train_options(args: argparse.Namespace) -> TrainOptions:
         prompt_template=args.prompt_template,
         system=args.system,
         max_new_tokens=args.max_new_tokens,
+        shard_weights=args.shard_weights,
         probe=args.probe,
         ignore_forecast=args.ignore_forecast,
         engine=EngineOptions.parse(

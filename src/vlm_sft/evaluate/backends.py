@@ -21,6 +21,7 @@ from vlm_sft.evaluate.generate import Generated, alone, generate
 from vlm_sft.evaluate.plan import Pack, ahead
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base
+from vlm_sft.model.partitioned import is_partitioned
 from vlm_sft.model.sharing import choose_mode
 
 # Rounding differs between packs by about 1e-5 in float32. A question whose two best tokens were nearer than this is
@@ -38,9 +39,14 @@ class Reply(NamedTuple):
 
 
 class Backend(Protocol):
-    """Answers packs of questions, in order."""
+    """Answers packs of questions, in order.
+
+    Attributes:
+        in_step: every rank computes the same number of packs (ZeRO-3); what is too many is thrown away.
+    """
 
     encoder: Encoder
+    in_step: bool
 
     def answers(self, packs: Sequence[Pack], max_new_tokens: int) -> Iterator[list[Reply]]:
         """Yield for each pack its questions with their answers.
@@ -59,15 +65,17 @@ class SharedPrefixBackend:
         base: where the processor and the prompt come from.
         model: what generates: the base's weights, wrapped by an adapter or not, on its device.
         mode: how its packs are computed; None finds out.
+
+    Attributes:
         in_step: every forward pass needs all ranks (ZeRO-3 partitions the weights), so all take the same number.
     """
 
-    def __init__(self, base: Base, model: Any, mode: PackMode | None = None, in_step: bool = False) -> None:
+    def __init__(self, base: Base, model: Any, mode: PackMode | None = None) -> None:
         self.base = base
         self.model = model
         self.encoder = Encoder(base.processor, base.prompt, base.stop_ids)
         self.mode = mode or choose_mode(model, self.encoder)
-        self.in_step = in_step
+        self.in_step = is_partitioned(model)
         # Decoding and encoding happen at the same time, and a tokenizer is not made for two threads.
         self._tokenizer = copy.deepcopy(self.encoder.tokenizer)
 
@@ -151,6 +159,7 @@ class VllmBackend:
         from vllm.lora.request import LoRARequest
 
         self.encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+        self.in_step = False
         bounds = {"min_pixels": base.prompt.min_pixels, "max_pixels": base.prompt.max_pixels}
         self._lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
         self._model = LLM(

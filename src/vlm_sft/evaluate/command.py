@@ -15,6 +15,7 @@ from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import distinct_images
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.errors import EvaluationError, ModelError
+from vlm_sft.evaluate.answering import load_answering
 from vlm_sft.evaluate.backends import Backend, SharedPrefixBackend, VllmBackend, require_vllm
 from vlm_sft.evaluate.caches import CacheOptions, Caches
 from vlm_sft.evaluate.identity import PART, identity_of
@@ -32,8 +33,7 @@ from vlm_sft.evaluate.tasks import (
     with_limits,
 )
 from vlm_sft.launch import Launch, barrier, connected, idle_gpus, pack_tokens, quiet_libraries, read_launch
-from vlm_sft.model.adapt import load_adapter
-from vlm_sft.model.load import Base, empty_model, find_base, load_model, to_gpu
+from vlm_sft.model.load import Base, empty_model, find_base
 from vlm_sft.model.saved_adapter import check_adapter_folder, require_fit
 from vlm_sft.model.vllm_rules import not_for_vllm
 from vlm_sft.record import RunRecord, device_name
@@ -60,6 +60,7 @@ class EvalOptions:
         load_in_4bit: hold the weights of the language model in 4 bits, as a QLoRA training does.
         backend: "transformers" (shared prefixes) or "vllm".
         max_left_out: share of questions that may be left out, 0 to 1.
+        shard_weights: "true", "false" or "auto": the ranks share out the weights.
         caches: what is kept on disk; it changes no answer.
         local_rank: from the deepspeed launcher.
     """
@@ -82,6 +83,7 @@ class EvalOptions:
     load_in_4bit: bool = False
     backend: str = "transformers"
     max_left_out: float = MAX_LEFT_OUT_FRACTION
+    shard_weights: str = "auto"
     caches: CacheOptions = field(default_factory=CacheOptions)
     local_rank: int | None = None
 
@@ -196,12 +198,7 @@ def _backend(options: EvalOptions, base: Base, launch: Launch) -> Backend:
     """Load what answers."""
     if options.backend == "vllm":
         return VllmBackend(base, options.adapter)
-    model = load_model(base).requires_grad_(False)  # frozen features are kept of a frozen tower only
-    if options.adapter:
-        model = load_adapter(model, options.adapter)
-    if not launch.cpu:
-        to_gpu(model, base, launch.gpu)
-    return SharedPrefixBackend(base, model)
+    return SharedPrefixBackend(base, load_answering(base, options.adapter, launch, options.shard_weights))
 
 
 def _prepare(

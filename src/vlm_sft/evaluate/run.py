@@ -51,7 +51,6 @@ class Evaluator:
         backend: what answers.
         tokens_per_pack: token budget of one forward pass.
         rank, world_size: this process answers every `world_size`-th pack.
-        in_step: every rank computes the same number of packs (ZeRO-3); what is too many is thrown away.
         replace: predictions of another model in a folder are removed; otherwise they are an error.
         stop: looked at between packs; None where nothing asks an evaluation to stop.
     """
@@ -63,14 +62,13 @@ class Evaluator:
         rank: int = 0,
         world_size: int = 1,
         *,
-        in_step: bool = False,
         replace: bool = False,
         stop: StopRequest | None = None,
     ) -> None:
         self.backend = backend
         self.tokens_per_pack = tokens_per_pack
         self.rank, self.world_size = rank, world_size
-        self.in_step = in_step
+        self.in_step = backend.in_step
         self.replace = replace
         self.stop = stop
         self._image_tokens = image_counter(backend.encoder.processor)

@@ -14,14 +14,15 @@ import torch
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say
 from vlm_sft.data.cache import DataCache
+from vlm_sft.evaluate.answering import load_answering
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.identity import identity_of
 from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.run import Evaluator, results_table
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.launch import Launch, barrier
-from vlm_sft.model.adapt import changes_nothing, load_adapter
-from vlm_sft.model.load import Base, load_model, to_gpu
+from vlm_sft.model.adapt import changes_nothing
+from vlm_sft.model.load import Base
 from vlm_sft.model.parts import ALL
 from vlm_sft.record import folder_bytes
 from vlm_sft.report.html import write_report
@@ -70,11 +71,7 @@ def _answer(
 ) -> DataCache:
     """Answer the benchmarks with one model, for each side: "base" is the model without its adapter."""
     launch = run.launch
-    model = load_model(base)
-    if not launch.cpu:
-        to_gpu(model, base, launch.gpu)
-    if adapter is not None:
-        model = load_adapter(model, adapter)
+    model = load_answering(base, adapter, launch, run.options.shard_weights)
     # A resumed run may have evaluated an earlier adapter: its predictions are replaced.
     backend = SharedPrefixBackend(base, model)
     evaluator = Evaluator(backend, run.tokens_per_pack, launch.rank, launch.world_size, replace=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ import torch
 
 from vlm_sft.forecast.hardware import Rates, find_device, table_rates
 from vlm_sft.forecast.shapes import ModelShape
-from vlm_sft.record import device_name
+from vlm_sft.record import device_name, memory_bytes
 
 ROUND_SECONDS = 0.24  # of one round of measurements
 ROUNDS = (2, 6)  # at least, and at most while the machine is busy
@@ -146,15 +145,3 @@ def _timed(work: Callable[[], object], budget: float, device: torch.device) -> T
     # While a GPU computes this thread may sleep: its share of the time says nothing there.
     share = (time.thread_time() - computed) / (now - began) if device.type == "cpu" else 1.0
     return Timed(tuple(seconds), share)
-
-
-def memory_bytes() -> int:
-    """Memory that this process may have, itself included: of the GPU, else of the machine or its container."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[1])
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="utf-8") as stream:
-            return min(total, int(stream.read()))
-    except (OSError, ValueError):
-        return total

@@ -44,6 +44,7 @@ class TrainOptions:
         guard: `BENCHMARK:POINTS,…` that a checkpoint may lose against the base at most; None for no guard.
         prompt_template, system: instead of what the base comes with; None keeps that.
         max_new_tokens: limit of an answer in tokens, as in an evaluation; it is saved with the adapter.
+        shard_weights: "true", "false" or "auto": the ranks share out the weights in the final evaluation.
         probe: run a few passes before the training to make the forecast of time and memory better.
         ignore_forecast: start although memory or disk surely do not suffice.
         engine: caches and packing; they change no result.
@@ -70,6 +71,7 @@ class TrainOptions:
     prompt_template: str | None = None
     system: str | None = None
     max_new_tokens: str | None = None
+    shard_weights: str = AUTO
     probe: bool = False
     ignore_forecast: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)

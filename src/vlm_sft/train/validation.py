@@ -161,9 +161,7 @@ class Validation:
         Returns:
             Mean score by metric name, the same on every rank. Data sets with the same metric count as one.
         """
-        # ZeRO-3 partitions the weights: every forward pass needs every rank.
-        in_step = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-        backend = SharedPrefixBackend(self.base, model, mode, in_step)
+        backend = SharedPrefixBackend(self.base, model, mode)
         backend.encoder.image_source = self.image_source
         evaluator = self._evaluator(backend)
         self._score_base(evaluator, model)
@@ -185,8 +183,7 @@ class Validation:
     def _evaluator(self, backend: SharedPrefixBackend) -> Evaluator:
         launch = self.launch
         return Evaluator(
-            backend, self.tokens_per_pack, launch.rank, launch.world_size, in_step=backend.in_step, replace=True,
-            stop=self.stop,
+            backend, self.tokens_per_pack, launch.rank, launch.world_size, replace=True, stop=self.stop
         )
 
     def _score_base(self, evaluator: Evaluator, model: Any) -> None:
@@ -199,7 +196,7 @@ class Validation:
             if base_model is not model:
                 own = evaluator.backend
                 assert isinstance(own, SharedPrefixBackend)
-                evaluator = self._evaluator(SharedPrefixBackend(self.base, base_model, own.mode, own.in_step))
+                evaluator = self._evaluator(SharedPrefixBackend(self.base, base_model, own.mode))
             for task in self.plan.tasks:
                 if task.name in guarded:
                     self._base_rows[task.name] = self._ask(

@@ -1,0 +1,85 @@
+"""Weights that the ranks share out while they answer: the answers are those of the whole model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.adapters import save_adapter, save_base
+from tests.pictures import png
+from vlm_sft.errors import ModelError
+from vlm_sft.model.load import find_base
+from vlm_sft.model.partitioned import shards_weights
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+TWO = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+COLOURS = ("red", "navy", "gold", "white", "black", "green")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, an adapter on it, and questions: not as many on one rank as on the other."""
+    folder = tmp_path_factory.mktemp("sharded")
+    save_adapter(save_base(folder / "base"), folder / "adapter")
+    rows = []
+    for number, colour in enumerate(COLOURS):
+        (folder / f"{number}.png").write_bytes(png(colour, (56 + 14 * number, 70)))
+        rows += [{"image": f"{number}.png", "question": f"Say {text}.", "answer": "x"} for text in "abc"[: 1 + number % 3]]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def launch(words: list[str], *arguments: str) -> str:
+    command = [sys.executable, *words, "-m", "vlm_sft", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def answers(folder: Path) -> list[str]:
+    (path,) = folder.rglob("predictions.jsonl")
+    return [json.loads(line)["prediction"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@needs_deepspeed
+def test_two_ranks_with_half_the_weights_each_answer_as_the_whole_model(place: Path) -> None:
+    asked = ["eval", "--base_model", str(place / "base"), "--benchmark", str(place / "own.jsonl"), "--split", "train",
+             "--max_new_tokens", "8", "--tokens_per_pack", "300", "--output_dir"]  # fmt: skip
+    for name, more in (("base", []), ("tuned", ["--adapter", str(place / "adapter")])):
+        launch([], *asked, str(place / name), *more)
+        told = launch(TWO, *asked, str(place / f"{name} shared"), *more, "--shard_weights", "true")
+        assert "the weights are shared out over 2 ranks" in told
+        assert answers(place / f"{name} shared") == answers(place / name)
+    assert answers(place / "base") != answers(place / "tuned")
+
+
+@needs_deepspeed
+def test_a_training_under_zero_3_can_end_with_it(place: Path) -> None:
+    run, data = place / "run", str(place / "own.jsonl")
+    settings = ["--base_model", str(place / "base"), "--max_new_tokens", "8"]
+    launch(TWO, "train", *settings, "--dataset", data, "--output_dir", str(run), "--max_steps", "2",
+           "--global_batch_size", "4", "--learning_rate", "0.02", "--deepspeed", "zero3", "--eval_strategy", "no",
+           "--report_to", "none", "--shard_weights", "true")  # fmt: skip
+    for name, more in (("base", []), ("tuned", ["--adapter", str(run)])):
+        launch([], "eval", *settings, "--benchmark", data, "--output_dir", str(place / "again" / name), *more)
+        assert answers(run / "evaluation" / name) == answers(place / "again" / name)
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+
+
+def test_auto_looks_at_the_memory_of_a_rank() -> None:
+    base = find_base("pocket")
+    assert [shards_weights("auto", base, 2, size) for size in (2**30, 2**40)] == [find_spec("deepspeed") is not None, False]
+    assert not shards_weights("auto", base, 1, 2**30) and not shards_weights("false", base, 2, 2**30)
+    assert not shards_weights("auto", replace(base, load_in_4bit=True), 2, 2**30)
+    with pytest.raises(ModelError, match="nobody to share with"):
+        shards_weights("true", base, 1, 2**30)
+    with pytest.raises(ModelError, match="4-bit"):
+        shards_weights("true", replace(base, load_in_4bit=True), 2, 2**30)
+    assert base.dtype == torch.float32
