@@ -195,7 +195,8 @@ def test_devices_are_found_by_their_drivers_names_and_never_guessed() -> None:
         ("H100-80GB", "H100"), ("H100-SXM", "H100"), ("h100 sxm5 80gb", "H100"), ("h100_pcie", "H100-PCIe"),
         ("nvidia h200", "H200"), ("DGX B200", "B200"), ("GB200 NVL72", "GB200"), ("RTX 5090", "RTX5090"),
         ("RTX 6000 Ada", "RTX6000-Ada"), ("RTX PRO 6000 Blackwell", "RTX-PRO-6000"),
-        ("L40S", "L40S"), ("mi300x", "MI300X"), ("A100 80GB", "A100-80GB"), ("A100-SXM4-40GB", "A100-40GB"), ("T4", "T4"), ("V100", "V100-16GB"),
+        ("L40S", "L40S"), ("mi300x", "MI300X"), ("A100 80GB", "A100-80GB"),
+        ("A100-SXM4-40GB", "A100-40GB"), ("T4", "T4"), ("V100", "V100-16GB"),
         ("GeForce RTX 4090", "RTX4090"), ("4090", "RTX4090"),
     ],
 )  # fmt: skip

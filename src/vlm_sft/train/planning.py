@@ -169,6 +169,8 @@ def _value_bytes(recipe: Recipe, device: Device | None) -> int:
     """Bytes of one number of the computation."""
     if device is not None and recipe.bf16 == "auto":
         return 2 if device.bf16 else 4
+    if device is not None and recipe.bf16 and not device.bf16:
+        warn(f"--bf16 true: {device.name} has no bfloat16 of its own; emulated, it is slower than forecast")
     return torch.finfo(default_dtype(recipe.bf16)).bits // 8
 
 
