@@ -196,7 +196,7 @@ def find_base(
         load_in_4bit: hold the weights of the language model in 4 bits.
 
     Raises:
-        ModelError: the model cannot be found, reached or opened, is not an image-text-to-text model, or is built in a way
+        ModelError: the model cannot be found, reached or opened, is no image-text-to-text model, or is one of a family
             that is not supported.
     """
     if load_in_4bit:
