@@ -217,10 +217,39 @@ def test_a_kernel_is_checked_before_it_is_used(reference_kernel: None, monkeypat
     def absent(*args: Any, **kwargs: Any) -> torch.Tensor:
         raise RuntimeError("no kernel image\nis available")
 
-    for kernel, reason in ((first_key, "other values than SDPA"), (absent, "(no kernel image)")):
+    def blind_towers(*args: Any, window_size: tuple[int, int], **kwargs: Any) -> torch.Tensor:
+        """Right for packs, which are causal; in windows no query looks ahead."""
+        return varlen_reference(*args, window_size=(window_size[0], 0), **kwargs)
+
+    for kernel, reason in (
+        (first_key, "other values than SDPA"), (absent, "(no kernel image)"),
+        (blind_towers, "other values than SDPA here in the windows of a vision tower"),
+    ):  # fmt: skip
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
         problem = kernel_problem(device, torch.bfloat16)
         assert problem is not None and reason in problem
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_is_not_asked(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
+    """It builds a graph for every new shape; what PyTorch has set stands again afterwards."""
+    allowed = []
+
+    def kernel(*args: Any, **kwargs: Any) -> torch.Tensor:
+        cuda = torch.backends.cuda
+        allowed.append((cuda.flash_sdp_enabled(), cuda.cudnn_sdp_enabled()))
+        return varlen_reference(*args, **kwargs)
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(flash, "_fits", lambda query: True)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    query = torch.randn(1, 2, 7, 8)
+    if causal:
+        with pack_layout(PackLayout(7, [[0, 5, 7]])):
+            shared_flash(torch.nn.Module(), query, query, query, None)
+    else:
+        flash_windows(torch.nn.Module(), query, query, query, None, cu_seq_lens_q=torch.tensor([0, 3, 7]))
+    assert allowed == [(True, False)] and torch.backends.cuda.cudnn_sdp_enabled() is before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
