@@ -8,16 +8,21 @@ attention and the gated product remain. tests/unit/test_forecast_memory.py compa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlm_sft.forecast.counts import Work
 from vlm_sft.forecast.time import Setting
 
 NORM_VALUES = 4  # hidden vectors a token and layer: the input of two norms, and their normalised values
-NORM_VALUES_HALF = 8  # in bfloat16 both are float32 copies
+NORM_VALUES_HALF = 4  # in half precision the two inputs as float32 copies
+NORM_VALUES_FUSED = 2  # the two inputs as they are
 ATTENTION_VALUES = 4  # queries, keys, values (repeated for every head) and the output
 GATE_VALUES = 3  # gate, activated gate, up
-GATE_VALUES_BLOCKWISE = 2  # gate and up
+GATE_VALUES_TWO = 2  # gate and up, where MLPs are computed block by block or by one kernel
+BACKWARD_VALUES = 3  # vectors of the MLP's width a token that the backward pass of one layer needs at once
+# Modules that read the same vectors; without dropout these are kept once. The output projection's stay with attention.
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
 LOGIT_VALUES = 3  # float32 scores, their probabilities and the gradient
 # QLoRA (Dettmers et al. 2023): half a byte a weight, a byte for the scale of 64, 4 bytes for the scale of 256 scales.
 FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
@@ -72,40 +77,60 @@ def activation_bytes(setting: Setting, work: Work) -> float:
         work: of the pack.
     """
     text, size = setting.model.text, setting.value_bytes
-    layer = _layer_bytes(setting) * work.tokens
+    layer = _layer_bytes(setting, work) * work.tokens
+    # A CPU's allocator serves the backward pass from what was freed before.
+    backward = BACKWARD_VALUES * text.intermediate * work.tokens * size if setting.rates.gpu else 0.0
     if setting.checkpointing:
-        return text.layers * work.tokens * text.hidden * size + layer
+        return text.layers * work.tokens * text.hidden * size + layer + backward
     if not setting.trimmed:
-        return text.layers * layer
-    rows = _layer_bytes(setting) * work.supervised
-    return (text.layers - 1) * layer + _keys_bytes(setting) * work.tokens + rows
+        return text.layers * layer + backward
+    rows = _layer_bytes(setting, work) * work.supervised
+    return (text.layers - 1) * layer + _keys_bytes(setting, work) * work.tokens + rows + backward
 
 
-def _layer_bytes(setting: Setting) -> float:
+def _layer_bytes(setting: Setting, work: Work) -> float:
     """Bytes that one layer keeps for one token."""
-    text, size, adapter = setting.model.text, setting.value_bytes, setting.adapter
-    norms = (NORM_VALUES if size == 4 else NORM_VALUES_HALF) * text.hidden
-    modules = adapter.modules(setting.model)
-    # The inputs of the adapted modules; dropout makes a copy and a mask for each of them.
-    inputs = sum(inputs for inputs, _ in modules) * (2 if adapter.dropout else 1)
-    ranks = sum(adapter.r for _ in modules)
-    attention = ATTENTION_VALUES * text.heads * text.head_dim
-    gate = GATE_VALUES_BLOCKWISE if setting.blockwise_mlp else GATE_VALUES
-    kept = norms + attention + gate * text.intermediate
-    if adapter.everything:
-        kept += 2 * text.hidden + text.heads * text.head_dim + text.intermediate
-    return (kept + inputs + ranks) * size
+    text, adapter = setting.model.text, setting.adapter
+    gate = GATE_VALUES_TWO if setting.blockwise_mlp or setting.fused else GATE_VALUES
+    kept = _norm_values(setting) * text.hidden + _attention_values(setting, work) + gate * text.intermediate
+    kept += _input_values(setting, tuple(text.linears) if adapter.everything else adapter.targets)
+    return (kept + adapter.r * len(adapter.modules(setting.model))) * setting.value_bytes
 
 
-def _keys_bytes(setting: Setting) -> float:
+def _norm_values(setting: Setting) -> int:
+    """Hidden vectors that the norms of one layer keep for one token."""
+    if setting.fused:
+        return NORM_VALUES_FUSED
+    return NORM_VALUES if setting.value_bytes == 4 else NORM_VALUES_HALF
+
+
+def _attention_values(setting: Setting, work: Work) -> float:
+    """Values that the attention of one layer keeps for one token."""
+    text = setting.model.text
+    if not setting.flash_heads:
+        return ATTENTION_VALUES * text.heads * text.head_dim
+    gathered = work.keys / max(1.0, work.tokens)  # every question has a copy of its prefix's keys and values
+    return (2 * text.heads + 2 * gathered * setting.flash_heads) * text.head_dim
+
+
+def _input_values(setting: Setting, names: Sequence[str]) -> int:
+    """Values that the inputs of some trained modules of one layer take for one token."""
+    linears, adapter = setting.model.text.linears, setting.adapter
+    inputs = [linears[name][0] for name in names if name in linears]
+    if not setting.rates.gpu and not adapter.everything:
+        return sum(inputs) * (2 if adapter.dropout else 1)  # dropout makes a copy, and a mask on a CPU
+    if adapter.dropout and not adapter.everything:
+        return sum(inputs)
+    return sum(linears[group[0]][0] for group in SHARED_INPUTS if set(group) & set(names))
+
+
+def _keys_bytes(setting: Setting, work: Work) -> float:
     """Bytes that a trimmed last layer keeps for every token, whether it predicts or not: what keys and values need."""
     text, adapter = setting.model.text, setting.adapter
-    norms = (NORM_VALUES if setting.value_bytes == 4 else NORM_VALUES_HALF) / 2 * text.hidden
-    adapted = {"q_proj", "k_proj", "v_proj"} & set(adapter.targets)
-    modules = [text.linears[name] for name in adapted]
-    inputs = sum(inputs for inputs, _ in modules) * (2 if adapter.dropout else 1)
-    attention = ATTENTION_VALUES / 2 * text.heads * text.head_dim
-    return (norms + inputs + adapter.r * len(modules) + attention) * setting.value_bytes
+    adapted = [name for name in ("q_proj", "k_proj", "v_proj") if name in adapter.targets or adapter.everything]
+    kept = _norm_values(setting) / 2 * text.hidden + _input_values(setting, adapted)
+    kept += adapter.r * len(adapted) + _attention_values(setting, work) / 2
+    return kept * setting.value_bytes
 
 
 def logit_bytes(setting: Setting, supervised: float) -> float:
@@ -120,11 +145,18 @@ def image_bytes(setting: Setting, work: Work, features: bool) -> float:
     vision, text = setting.model.vision, setting.model.text
     if features:
         return feature_bytes(setting, work.visual)
-    patches = work.visual * vision.patches_per_token
-    tower = TOWER_VALUES * vision.hidden * setting.value_bytes
-    if not setting.adapter.frozen_tower:
-        tower *= vision.layers
-    return patches * (vision.patch_values * 4 + tower) + work.visual * text.hidden * setting.value_bytes
+    kept = work.visual * text.hidden * setting.value_bytes
+    pixels = work.visual * vision.patches_per_token * vision.patch_values * 4
+    if setting.adapter.frozen_tower and setting.rates.gpu:
+        return pixels + kept  # what the tower needs is free again when the language model begins
+    return pixels + kept + _tower_values(setting, work)
+
+
+def _tower_values(setting: Setting, work: Work) -> float:
+    """Bytes that the tower needs at once for the images of one pack; of a trained one for its backward pass too."""
+    vision = setting.model.vision
+    once = work.visual * vision.patches_per_token * TOWER_VALUES * vision.hidden * setting.value_bytes
+    return once if setting.adapter.frozen_tower else once * vision.layers
 
 
 def feature_bytes(setting: Setting, visual: float) -> float:
@@ -139,7 +171,8 @@ def cache_bytes(setting: Setting, tokens: float) -> float:
 
 
 def peak_items(
-    setting: Setting, ranks: Ranks, largest: Work, answering_tokens: float, features: bool, process_bytes: float
+    setting: Setting, ranks: Ranks, largest: Work, answering_tokens: float, features: bool, process_bytes: float,
+    rounds: int = 1,
 ) -> dict[str, float]:
     """What the largest moment of a run consists of, in bytes on one device.
 

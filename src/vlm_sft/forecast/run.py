@@ -280,8 +280,9 @@ def memory_items(case: Case) -> dict[str, float]:
     """Bytes of one device in its largest moment before any correction."""
     asked = [one.largest for one in (*case.validation, *case.final)]
     items = memory.peak_items(
-        case.setting, case.ranks, case.epoch.largest, max(asked, default=0.0), case.features, case.process_bytes
-    )
+        case.setting, case.ranks, case.epoch.largest, max(asked, default=0.0), case.features, case.process_bytes,
+        case.epoch.rounds,
+    )  # fmt: skip
     return {name: value for name, value in items.items() if value}
 
 

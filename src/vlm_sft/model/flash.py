@@ -168,6 +168,11 @@ def _attend(
     return output
 
 
+def gathered_heads(heads: int, key_heads: int) -> int:
+    """How many heads the keys have that are gathered for the kernel: their own, or those of the queries."""
+    return key_heads if _takes_groups() else heads
+
+
 @cache
 def _takes_groups() -> bool:
     """Whether the kernel of this PyTorch lets heads share keys (2.12 and later)."""

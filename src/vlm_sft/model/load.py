@@ -64,7 +64,12 @@ class Base:
     @property
     def attention(self) -> str:
         """What computes the attention: "sdpa" or "flash_attention_2"."""
-        return "flash_attention_2" if self.function == SHARED_FLASH else "sdpa"
+        return "flash_attention_2" if self.flash else "sdpa"
+
+    @property
+    def flash(self) -> bool:
+        """Whether FlashAttention computes it."""
+        return self.function == SHARED_FLASH
 
     @property
     def dtype_name(self) -> str:

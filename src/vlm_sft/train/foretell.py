@@ -90,7 +90,7 @@ class Foretelling:
 
         def foresee() -> tuple[Case, Calibration, dict[str, Any]]:
             width = torch.finfo(plan.base.dtype).bits // 8
-            setting = setting_of(run.recipe, shape, width, rates_here(shape, plan.base.dtype))
+            setting = setting_of(run, shape, width, rates_here(shape, plan.base.dtype), plan.base.flash)
             key = history_key(device_name(), torch.get_num_threads(), shape.key, history_setting(run.launch, setting))
             setting = replace(setting, rates=settled_rates(past, key, setting.rates))
             case = case_of(
