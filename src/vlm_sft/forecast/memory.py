@@ -29,7 +29,8 @@ FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 TOWER_PATCHES = 8192  # of one call in the pass that computes features
 TOWER_VALUES = 12  # hidden vectors a patch at once, forward only
 CONTEXT_BYTES = 600 * 1024**2  # of the driver on a GPU, outside the allocator
-ZERO_BUFFER_BYTES = 1_000_000_000  # of DeepSpeed's communication, at its default sizes
+ZERO_BUCKET = 500_000_000  # gradients that DeepSpeed reduces at once (`reduce_bucket_size` at its default)
+ZERO_BUCKETS = 2  # with `overlap_comm` one fills while the other is on its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +156,11 @@ def image_bytes(setting: Setting, work: Work, features: bool) -> float:
 def _tower_values(setting: Setting, work: Work) -> float:
     """Bytes that the tower needs at once for the images of one pack; of a trained one for its backward pass too."""
     vision = setting.model.vision
-    once = work.visual * vision.patches_per_token * TOWER_VALUES * vision.hidden * setting.value_bytes
-    return once if setting.adapter.frozen_tower else once * vision.layers
+    hidden = work.visual * vision.patches_per_token * vision.hidden * setting.value_bytes
+    if setting.adapter.frozen_tower:
+        return TOWER_VALUES * hidden
+    # Checkpointing keeps the input of each block, and what one block needs.
+    return (vision.layers + TOWER_VALUES) * hidden if setting.checkpointing else TOWER_VALUES * vision.layers * hidden
 
 
 def feature_bytes(setting: Setting, visual: float) -> float:
@@ -173,7 +177,7 @@ def cache_bytes(setting: Setting, tokens: float) -> float:
 def peak_items(
     setting: Setting, ranks: Ranks, largest: Work, answering_tokens: float, features: bool, process_bytes: float,
     rounds: int = 1,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """What the largest moment of a run consists of, in bytes on one device.
 
     Args:
@@ -183,34 +187,82 @@ def peak_items(
         answering_tokens: tokens of the largest pack that is answered, answers included; 0 for none.
         features: whether kept vision features enter, or pixels.
         process_bytes: of the process before the model is loaded (on a CPU); 0 on a GPU.
+        rounds: packs that a rank computes in one step.
     """
-    trained = setting.adapter.parameters(setting.model)
-    size = 2 if ranks.engine and setting.value_bytes == 2 else 4
-    master = 4 if size == 2 else 0
-    frozen = weight_bytes(setting) - trained * setting.value_bytes * setting.adapter.everything
-    items = {
-        "process": process_bytes,
-        "weights": frozen / ranks.shared_weights,
-        "trained weights": trained * size / ranks.shared_weights,
-        "gradients": trained * size / ranks.shared_optimizer,
-        "optimizer": trained * (8 + master) / ranks.shared_optimizer,
-    }
+    items = {"process": process_bytes} | _state_items(setting, ranks)
     if setting.four_bit:  # the largest matrix of a layer, unpacked while it is used
         items["unpacked weights"] = setting.model.text.hidden * setting.model.text.intermediate * setting.value_bytes
-    if ranks.engine and setting.rates.gpu:
-        items["communication"] = min(ZERO_BUFFER_BYTES, 4.0 * trained)
-        if ranks.shared_weights > 1:  # the layer that is gathered, and the next one
-            items["communication"] += 2 * setting.model.text.layer_weights * setting.value_bytes
-            items["communication"] += setting.model.text.embedding * setting.value_bytes
     training = {
+        "gradients": _gradient_bytes(setting, ranks, rounds),
         "activations": activation_bytes(setting, largest),
         "logits": logit_bytes(setting, largest.supervised),
         "images": image_bytes(setting, largest, features),
     }
+    exchange = _exchange_items(setting, ranks)
     answering = {"answering": cache_bytes(setting, answering_tokens) + _forward_bytes(setting, answering_tokens)}
-    tower = {"vision features": _tower_bytes(setting)} if features else {}
-    phases = (training, answering, tower)
+    tower = {"vision features": _tower_bytes(setting)} if features else {"images": _tower_values(setting, largest)}
+    phases = (training, exchange, answering, tower)
     return items | max(phases, key=lambda phase: sum(phase.values()))
+
+
+def _state_items(setting: Setting, ranks: Ranks) -> dict[str, float]:
+    """Weights and optimizer: there all the time.
+
+    DeepSpeed holds what is trained in bfloat16 and its partition of it in float32 besides, with Adam's two moments
+    (12 bytes a weight, shared out by stages 2 and 3). Without it what is trained is float32 (4 + 8 bytes), and autocast
+    keeps the half-precision copy of a weight from its first use until the pass ends (2 bytes).
+    """
+    trained = setting.adapter.parameters(setting.model)
+    size = _trained_bytes(setting, ranks)
+    master = 4 if size == 2 else 0
+    frozen = weight_bytes(setting) - trained * setting.value_bytes * setting.adapter.everything
+    items = {
+        "weights": frozen / ranks.shared_weights,
+        "trained weights": trained * size / ranks.shared_weights,
+        "optimizer": trained * (8 + master) / ranks.shared_optimizer,
+    }
+    if setting.value_bytes < size:
+        items["copies of trained weights"] = trained * setting.value_bytes
+    if ranks.engine and setting.rates.gpu and ranks.shared_weights > 1:  # the layer that is gathered, and the next one
+        gathered = 2 * setting.model.text.layer_weights + setting.model.text.embedding
+        items["gathered weights"] = gathered * setting.value_bytes
+    return items
+
+
+def _trained_bytes(setting: Setting, ranks: Ranks) -> int:
+    """Bytes of one trained weight, and of its gradient."""
+    return 2 if ranks.engine and setting.value_bytes == 2 else 4
+
+
+def _gradient_bytes(setting: Setting, ranks: Ranks, rounds: int) -> float:
+    """Bytes of gradients while packs are computed.
+
+    The sum over the packs of a step is whole on every rank (`train/step.py`), under ZeRO-2 too, and so are those of the
+    pack that is being added. Under ZeRO-3 the engine runs backward itself and keeps the rank's partition.
+    """
+    trained = setting.adapter.parameters(setting.model) * _trained_bytes(setting, ranks)
+    if ranks.shared_weights > 1:
+        return trained / ranks.shared_weights
+    return trained * (2 if rounds > 1 else 1)
+
+
+def _exchange_items(setting: Setting, ranks: Ranks) -> dict[str, float]:
+    """What there is while DeepSpeed reduces the gradients of a step and updates its partition; {} without it.
+
+    The whole gradients go through contiguous buckets into this rank's partition, which the optimizer then widens to
+    float32 (DeepSpeed's stage_1_and_2.py: `ipg_buckets`, `averaged_gradients`, `single_grad_partition`).
+    """
+    if not ranks.engine:
+        return {}
+    trained = setting.adapter.parameters(setting.model)
+    size = _trained_bytes(setting, ranks)
+    items = {"gradient partitions": trained * (size + (4 if size == 2 else 0)) / ranks.shared_optimizer}
+    if ranks.shared_weights == 1:
+        items["gradients"] = trained * size
+    if setting.rates.gpu:
+        bucket = setting.model.text.hidden**2 if ranks.shared_weights > 1 else ZERO_BUCKET  # "auto" under ZeRO-3
+        items["gradient buckets"] = ZERO_BUCKETS * bucket * size
+    return items
 
 
 def _forward_bytes(setting: Setting, tokens: float) -> float:

@@ -130,17 +130,18 @@ def default_dtype(bf16: bool | str = "auto") -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def choose_attention(flash_attn: bool, dtype: torch.dtype) -> tuple[str, list[str]]:
+def choose_attention(flash_attn: bool, dtype: torch.dtype, width: int | None = None) -> tuple[str, list[str]]:
     """Choose the attention function and say why FlashAttention is not used where it was asked for.
 
     Args:
         flash_attn: whether it was asked for.
         dtype: of the model.
+        width: of the heads of its language model, where that is known.
 
     Returns:
         Name of the registered function, notes for the user.
     """
-    problem = flash_problem(dtype) if flash_attn else None
+    problem = flash_problem(dtype, width) if flash_attn else None
     if problem:
         return SHARED_SDPA, [f"--flash_attn: {problem}; using SDPA"]
     return SHARED_FLASH if flash_attn else SHARED_SDPA, []
@@ -188,9 +189,9 @@ def find_base(
         require_4bit()
     path = resolve_path(name)
     dtype = default_dtype(bf16)
-    function, notes = choose_attention(flash_attn, dtype)
     config = _open(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), name)
     _require_image_text(type(config), config.model_type, name)
+    function, notes = choose_attention(flash_attn, dtype, getattr(config.get_text_config(), "head_dim", None))
     settings = prompt or PromptSettings.find(path) or PromptSettings()
     return Base(
         name=name,

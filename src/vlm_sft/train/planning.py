@@ -34,7 +34,7 @@ from vlm_sft.forecast.images import qwen_grid
 from vlm_sft.forecast.run import Case, Forecast, forecast
 from vlm_sft.forecast.shapes import ModelShape, find_published
 from vlm_sft.launch import Launch, quiet_libraries, read_launch, threads_of_a_rank
-from vlm_sft.model.flash import SHARED_FLASH
+from vlm_sft.model.flash import SHARED_FLASH, takes_width
 from vlm_sft.model.load import Base, choose_attention, default_dtype
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.rules import resolve_schedule
@@ -199,9 +199,10 @@ def _planned(
     size = _value_bytes(run.recipe, device)
     dtype = torch.bfloat16 if size == 2 else torch.float32
     rates = table_rates(device) if device else rates_here(shape, dtype)
-    flash = run.options.flash_attn and size == 2
+    width = shape.text.head_dim
+    flash = run.options.flash_attn and size == 2 and takes_width(width)
     if device is None:
-        flash = choose_attention(run.options.flash_attn, dtype)[0] == SHARED_FLASH
+        flash = choose_attention(run.options.flash_attn, dtype, width)[0] == SHARED_FLASH
     setting = setting_of(run, shape, size, rates, flash)
     run = decided(run, lambda: setting, known.planner, known.visual)
     known = known.packed(run.tokens_per_pack)
