@@ -4,7 +4,7 @@ A pass takes the sum of three terms: products of matrices at the rate reached fo
 at the memory's bandwidth (a roofline without overlap, Williams et al. 2009), and a launch for every operation, which
 is what small models are made of. A GPU computes while the next operations are launched: there the larger of the two
 counts. A probe or past runs correct each kind of pass by a factor of its own. The numbers for GPUs are those of
-bench/results/gpu_check-nvidia_h100_80gb_hbm3.json, kernel group by kernel group; `forecast/sources.py` compares.
+bench/results/gpu_check-nvidia_h100_80gb_hbm3.json, kernel group by kernel group; `bench/forecast_gpu.py` compares.
 """
 
 from __future__ import annotations
