@@ -141,6 +141,7 @@ def test_plan_says_and_writes_the_decision(
     passes = json.loads((tmp_path / "plan.json").read_text())["passes"]
     assert (passes["tokens_per_pack"], passes["gradient_checkpointing"]) == (tokens, checkpointing)
     output = capsys.readouterr().out
+    assert "assumed: liger-kernel is " in output and "attention by FlashAttention" in output
     open_ones = {"--tokens_per_pack", "--gradient_checkpointing"} - set(flags)
     assert (f"passes: packs of {tokens:,} tokens" in output) == bool(open_ones)
     largest = next(line for line in output.splitlines() if line.startswith("epoch: "))

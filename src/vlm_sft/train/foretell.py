@@ -158,8 +158,8 @@ class Foretelling:
 
     def finish(self, root: Path) -> None:
         """Compare with the outcome: on the terminal, in run.json, and among the past runs of this machine."""
+        peak = max(gather(peak_memory_bytes()))  # of the process that needed most; waits for the others
         self.lap(forecasts.FINAL if self.case.final else forecasts.SAVES)
-        peak = max(gather(peak_memory_bytes()))  # of the process that needed most
         if not is_main_process():
             return
         actual = {
