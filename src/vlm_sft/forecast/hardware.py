@@ -138,12 +138,14 @@ class Rates:
     unrest: float = 1.0
 
 
-# Shares of the peaks that training reaches, before anything was measured: the middle of what trainers of this kind
-# report. The interval reaches from 0.25 to 0.6 of the peak.
-GPU_FLOPS_SHARE = 0.4
+# Shares of the peaks that kernels reach, before anything was measured. Products: 202 TFLOP in 0.269 s on an H100 of 989
+# TFLOP/s (bench/results/gpu_check-nvidia_h100_80gb_hbm3.json); what a whole training reaches of it is lower, as simple
+# operations come on top. A launch: short sequences on an A100 (bench/results/published_speeds.json), whose time is
+# launches. `bench/forecast_gpu.py` states the errors against every source; the interval is wider, as models differ.
+GPU_FLOPS_SHARE = 0.75
 GPU_BANDWIDTH_SHARE = 0.7
-GPU_LAUNCH_SECONDS = 8e-6
-GPU_SPREAD = 1.6
+GPU_LAUNCH_SECONDS = 5e-6
+GPU_SPREAD = 1.5
 
 
 def table_rates(device: Device) -> Rates:

@@ -44,6 +44,7 @@ def shared_flash(
     does not take; the few rows of a trimmed layer, heads that are too wide and dropout are computed by SDPA too.
     Arguments and result as `shared_sdpa`.
     """
+    query, key, value = autocast_states(query, key, value)
     layout = causal_pack(query, key)
     if layout is None or dropout or not _fits(query):
         return shared_sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -77,6 +78,7 @@ def flash_windows(
     Returns:
         (1, L, H, D) and None.
     """
+    query, key, value = autocast_states(query, key, value)
     if dropout or not _fits(query):
         return shared_windows(module, query, key, value, attention_mask, dropout, scaling, cu_seq_lens_q)
     assert cu_seq_lens_q is not None, "a tower of this kind tells the ends of its windows"
@@ -86,12 +88,15 @@ def flash_windows(
     return _attend(queries, keys, values, (ends, ends), (longest, longest), scaling, _ALL)[None], None
 
 
-def flash_problem(dtype: torch.dtype) -> str | None:
+def flash_problem(dtype: torch.dtype, width: int | None = None) -> str | None:
     """Why FlashAttention cannot be used in this process; None where it computes what SDPA computes.
 
     Args:
         dtype: of the model.
+        width: of the heads of its language model; None where that is not known.
     """
+    if width is not None and not takes_width(width):
+        return f"the model's heads are {width} wide, and the kernel takes multiples of {_WIDTH_STEP} up to {_WIDEST}"
     if not torch.cuda.is_available():
         return "no GPU"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -141,8 +146,12 @@ def _values_and_gradients(function: Any, states: list[torch.Tensor], also: dict[
 
 def _fits(query: torch.Tensor) -> bool:
     """Whether the kernel computes queries (B, H, L, D) of this format and width."""
-    width = query.shape[-1]
-    return query.dtype in _HALF and width <= _WIDEST and width % _WIDTH_STEP == 0 and not query.is_cpu
+    return query.dtype in _HALF and takes_width(query.shape[-1]) and not query.is_cpu
+
+
+def takes_width(width: int) -> bool:
+    """Whether the kernel computes heads of this width."""
+    return width <= _WIDEST and width % _WIDTH_STEP == 0
 
 
 def _attend(
@@ -180,6 +189,24 @@ def _attend(
         output = varlen.varlen_attn(queries, keys, values, *ends, *longest, scale=scale, window_size=looks, **grouped)
     assert isinstance(output, torch.Tensor)  # it is a tuple where more is asked for
     return output
+
+
+def autocast_states(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values in the number format in which autocast would compute scaled dot-product attention.
+
+    Where all weights are trained they are float32, and so are the rotary positions and what they are multiplied with:
+    queries and keys. Autocast narrows them for SDPA, and knows nothing of this kernel, which takes half precision only.
+    """
+    kind = states[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return states
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(state.to(dtype) if state.dtype == torch.float32 else state for state in states)
+
+
+def gathered_heads(heads: int, key_heads: int) -> int:
+    """How many heads the keys have that are gathered for the kernel: their own, or those of the queries."""
+    return key_heads if _takes_groups() else heads
 
 
 @cache

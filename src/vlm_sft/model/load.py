@@ -67,7 +67,12 @@ class Base:
     @property
     def attention(self) -> str:
         """What computes the attention: "sdpa" or "flash_attention_2"."""
-        return "flash_attention_2" if self.function == SHARED_FLASH else "sdpa"
+        return "flash_attention_2" if self.flash else "sdpa"
+
+    @property
+    def flash(self) -> bool:
+        """Whether FlashAttention computes it."""
+        return self.function == SHARED_FLASH
 
     @property
     def dtype_name(self) -> str:
@@ -144,17 +149,18 @@ def _bfloat16_notes(bf16: bool | str) -> list[str]:
     return []
 
 
-def choose_attention(flash_attn: bool, dtype: torch.dtype) -> tuple[str, list[str]]:
+def choose_attention(flash_attn: bool, dtype: torch.dtype, width: int | None = None) -> tuple[str, list[str]]:
     """Choose the attention function and say why FlashAttention is not used where it was asked for.
 
     Args:
         flash_attn: whether it was asked for.
         dtype: of the model.
+        width: of the heads of its language model, where that is known.
 
     Returns:
         Name of the registered function, notes for the user.
     """
-    problem = flash_problem(dtype) if flash_attn else None
+    problem = flash_problem(dtype, width) if flash_attn else None
     if problem:
         return SHARED_SDPA, [f"--flash_attn: {problem}; using SDPA"]
     return SHARED_FLASH if flash_attn else SHARED_SDPA, []
@@ -203,11 +209,11 @@ def find_base(
         require_4bit()
     path = resolve_path(name)
     dtype = default_dtype(bf16)
-    function, notes = choose_attention(flash_attn, dtype)
-    notes = [*_bfloat16_notes(bf16), *notes]
     config = _open(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), name)
     _require_image_text(type(config), config.model_type, name)
     require_layout(config, name)
+    function, notes = choose_attention(flash_attn, dtype, getattr(config.get_text_config(), "head_dim", None))
+    notes = [*_bfloat16_notes(bf16), *notes]
     settings = prompt or PromptSettings.find(path) or PromptSettings()
     return Base(
         name=name,
