@@ -22,7 +22,7 @@ from vlm_sft.model.features import encode_images
 from vlm_sft.model.kernels import choose_kernels
 from vlm_sft.model.load import ready, set_attention
 from vlm_sft.model.stepwise import PLAIN
-from vlm_sft.model.tune import tune
+from vlm_sft.model.tune import checkpoint_layers, tune
 from vlm_sft.recipe.load import load_recipe
 
 SOME, ALL_LINEAR = (
@@ -57,10 +57,9 @@ def modes(context: Context) -> None:
     _measure(context, model, batch, sizes, "dropout 0", 0.0)
     _profile(context, "profile", lambda: one_pass(context, model, batch))
     _measure(context, model, batch, sizes, f"dropout {DROPOUT}", DROPOUT)
-    checkpoint: Any = model
-    checkpoint.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(model)
     _measure(context, model, batch, sizes, "dropout 0, checkpointing", 0.0)
-    checkpoint.gradient_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     set_attention(model.get_base_model(), SHARED_SDPA)
     _measure(context, model, batch, sizes, "dropout 0, SDPA", 0.0)
     set_attention(model.get_base_model(), context.base.function)

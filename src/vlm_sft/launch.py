@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from packaging.version import Version
 from torch.distributed import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -28,6 +31,7 @@ from vlm_sft.errors import RunError, VlmSftError
 from vlm_sft.place import announce, read_place
 
 ZERO_STAGES = {"zero2": 2, "zero3": 3}
+OLDEST_DEEPSPEED = "0.19.2"
 ALLOCATOR = "PYTORCH_ALLOC_CONF"  # in the environment; its older names are heard too
 _ALLOCATOR_NAMES = (ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 # Of a collective operation of the training itself: no rank may be away for so long there.
@@ -78,7 +82,7 @@ def read_launch(local_rank: int | None, deepspeed: str | None) -> Launch:
         deepspeed: "zero2", "zero3", a configuration file, or None (zero2 under the deepspeed launcher).
 
     Raises:
-        RunError: DeepSpeed is asked for and is not installed, or its configuration cannot be read.
+        RunError: DeepSpeed is asked for and is not installed or too old, or its configuration cannot be read.
     """
     place = rank, world_size, own_rank, local_size = read_place(local_rank)
     if world_size > 1 or "RANK" in os.environ:
@@ -144,10 +148,15 @@ def threads_of_a_rank(launch: Launch) -> Iterator[None]:
 
 
 def _require_deepspeed() -> None:
-    from importlib.util import find_spec
-
     if find_spec("deepspeed") is None:
         raise RunError("DeepSpeed is asked for and not installed", "pip install 'vlm-sft[deepspeed]'")
+    found = version("deepspeed")
+    if Version(found) < Version(OLDEST_DEEPSPEED):
+        raise RunError(
+            f"DeepSpeed {found} is installed; before {OLDEST_DEEPSPEED} it may round the frequencies of rotary "
+            "positions to bfloat16, which moves distant tokens",
+            f"pip install 'deepspeed>={OLDEST_DEEPSPEED}'",
+        )
 
 
 def _deepspeed_config(name: str, cpu: bool) -> dict[str, Any]:

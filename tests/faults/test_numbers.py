@@ -49,7 +49,11 @@ def test_gradients_are_those_of_backward(data: PreparedData) -> None:
     assert len(computed.parameters) == 12
     for parameter, gradient in zip(computed.parameters, computed.sums, strict=True):
         assert torch.equal(parameter.grad, gradient)
-    found = torch.autograd.grad(computed.surrogate(), computed.parameters)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        surrogate = computed.surrogate()
+    assert {one.data_ptr() for one in kept} == {one.data_ptr() for one in computed.sums}, "no copies of gradients"
+    found = torch.autograd.grad(surrogate, computed.parameters)
     assert all(torch.equal(one, other) for one, other in zip(found, computed.sums, strict=True))
 
 

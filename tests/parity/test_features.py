@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,6 +148,26 @@ def test_reasons_against(tmp_path: Path) -> None:
     next(prefix.unwrap(model).model.visual.parameters()).requires_grad_(True)
     assert why_not(model) == "the vision tower is trained"
     assert not keep(model, data, cache).used
+
+
+def from_disk() -> int:
+    """Bytes that the disk, not memory, has given this process."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not tell what it has read")
+def test_reading_is_measured_from_the_disk(tmp_path: Path) -> None:
+    """What was written a moment ago lies in memory, where the features of a large training do not."""
+    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True).stdout.strip()
+    if kind not in ("ext2/ext3", "xfs", "btrfs"):
+        pytest.skip(f"{kind} need not have a disk")
+    model, data, cache = prepared("qwen2_5_vl", tmp_path)
+    keep(model, data, cache, 1000)  # whatever else has to be read is in memory from here on
+    before = from_disk()
+    decision = keep(model, data, cache, 1000)
+    assert "do not fit" in decision.reason and decision.bytes > 0
+    assert from_disk() - before >= decision.bytes  # of the four images that are measured, which are all there are
 
 
 def test_features_without_prepared_images(tmp_path: Path) -> None:

@@ -217,10 +217,39 @@ def test_a_kernel_is_checked_before_it_is_used(reference_kernel: None, monkeypat
     def absent(*args: Any, **kwargs: Any) -> torch.Tensor:
         raise RuntimeError("no kernel image\nis available")
 
-    for kernel, reason in ((first_key, "other values than SDPA"), (absent, "(no kernel image)")):
+    def blind_towers(*args: Any, window_size: tuple[int, int], **kwargs: Any) -> torch.Tensor:
+        """Right for packs, which are causal; in windows no query looks ahead."""
+        return varlen_reference(*args, window_size=(window_size[0], 0), **kwargs)
+
+    for kernel, reason in (
+        (first_key, "other values than SDPA"), (absent, "(no kernel image)"),
+        (blind_towers, "other values than SDPA here in the windows of a vision tower"),
+    ):  # fmt: skip
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
         problem = kernel_problem(device, torch.bfloat16)
         assert problem is not None and reason in problem
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_is_not_asked(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
+    """It builds a graph for every new shape; what PyTorch has set stands again afterwards."""
+    allowed = []
+
+    def kernel(*args: Any, **kwargs: Any) -> torch.Tensor:
+        cuda = torch.backends.cuda
+        allowed.append((cuda.flash_sdp_enabled(), cuda.cudnn_sdp_enabled()))
+        return varlen_reference(*args, **kwargs)
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(flash, "_fits", lambda query: True)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    query = torch.randn(1, 2, 7, 8)
+    if causal:
+        with pack_layout(PackLayout(7, [[0, 5, 7]])):
+            shared_flash(torch.nn.Module(), query, query, query, None)
+    else:
+        flash_windows(torch.nn.Module(), query, query, query, None, cu_seq_lens_q=torch.tensor([0, 3, 7]))
+    assert allowed == [(True, False)] and torch.backends.cuda.cudnn_sdp_enabled() is before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -245,3 +274,39 @@ def test_what_is_chosen_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not float32" in choose_attention(True, torch.float32)[1][0]
     gpu(monkeypatch, (9, 0), lambda *_: "it is broken")
     assert choose_attention(True, torch.float16) == (SHARED_SDPA, ["--flash_attn: it is broken; using SDPA"])
+
+
+@pytest.mark.parametrize("function", [shared_sdpa, shared_flash])
+def test_float32_queries_are_what_autocast_makes_of_them(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all weights trained queries and keys come as float32 and values as bfloat16: the kernel takes them still."""
+    took: list[torch.dtype] = []
+
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        took.extend((query.dtype, key.dtype, value.dtype))
+        return varlen_reference(*(state.float() for state in (query, key, value)), *rest, **more).to(query.dtype)
+
+    flash._takes_groups()  # of the real one
+    monkeypatch.setattr(flash, "_fits", lambda query: query.dtype == torch.bfloat16)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    branches = PATTERNS[1]
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, heads, branches[-1][-1], 8, generator=generator) for heads in (4, 2, 2)]
+    query, key, value = states[0].requires_grad_(), states[1].requires_grad_(), states[2].bfloat16().requires_grad_()
+    with pack_layout(PackLayout(branches[-1][-1], branches)):
+        exact, _ = shared_sdpa(torch.nn.Module(), query, key, value.float(), None)
+        with torch.autocast("cpu", torch.bfloat16):
+            output, _ = function(torch.nn.Module(), query, key, value, None)
+    assert took == ([torch.bfloat16] * 3 if function is shared_flash else [])
+    assert output.dtype == torch.bfloat16
+    assert torch.allclose(output.float(), exact, atol=0.03)
+    slopes = torch.autograd.grad(output.float().sum(), [query, key])
+    for ours, theirs in zip(slopes, torch.autograd.grad(exact.sum(), [query, key]), strict=True):
+        assert ours.dtype == torch.float32 and torch.allclose(ours, theirs, atol=0.06)
+
+
+def test_heads_that_the_kernel_does_not_take_are_told() -> None:
+    """Such layers would be computed by SDPA while run.json says FlashAttention."""
+    for width in (260, 512, 36):
+        function, notes = choose_attention(True, torch.bfloat16, width)
+        assert function == SHARED_SDPA and f"heads are {width} wide" in notes[0] and "using SDPA" in notes[0]
+    assert "no GPU" in choose_attention(True, torch.bfloat16, 256)[1][0] or torch.cuda.is_available()

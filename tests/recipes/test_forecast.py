@@ -42,6 +42,8 @@ def test_plan_says_what_training_does(setup: list[str], tmp_path: Path, capsys: 
     # The plan counts tokens without processing an image; training counts them from what the processor made.
     assert plan["histograms"]["image_tokens"] == counts["token_histograms"]["image_tokens"]
     assert plan["histograms"]["question_tokens"] == counts["token_histograms"]["question_tokens"]
+    assert record["passes"] == plan["passes"]
+    assert (plan["passes"]["tokens_per_pack"], plan["passes"]["gradient_checkpointing"]) == (2048, False)
     told = record["forecast"]
     assert told["basis"] == "probe" and "probe" in told["items"]["time_seconds"]
     for name in OUTCOMES:

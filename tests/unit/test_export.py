@@ -19,7 +19,7 @@ from vlm_sft.cli import main
 from vlm_sft.export import run as export_run
 from vlm_sft.model.load import empty_model, find_base
 from vlm_sft.model.saved_adapter import require_fit
-from vlm_sft.model.vllm_rules import not_for_vllm
+from vlm_sft.model.vllm_rules import max_lora_rank, not_for_vllm
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -103,14 +103,17 @@ def test_a_merged_folder_holds_all_that_a_model_needs(base: Path, adapter: Path,
     assert str(tmp_path) not in (tmp_path / "merged" / "README.md").read_text() + json.dumps(report)
 
 
-def test_an_adapter_folder_opens_with_plain_peft(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_folder_opens_with_plain_peft(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert export(adapter, tmp_path / "out") == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         WEIGHTS, "adapter_config.json", "prompt.json", "README.md", "export.json"
     }
     assert torch.equal(by_peft(base, tmp_path / "out"), by_peft(base, adapter))
     report = report_of(tmp_path / "out")
-    assert report["vllm"] == {"loads": True, "reasons": []}
+    assert report["vllm"] == {"loads": True, "reasons": [], "max_lora_rank": 8}  # vLLM takes no 4
+    assert "--enable-lora --max-lora-rank 8 --lora-modules" in capsys.readouterr().out
     assert report["verification"]["largest_difference"] < 1e-5
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
 
@@ -199,6 +202,7 @@ def test_what_vllm_does_not_load_is_said(
     refused(export(adapter, tmp_path / "out"), capsys, word, "--merge", "--peft_only")
     assert export(adapter, tmp_path / "out", "--peft_only") == 0
     assert report_of(tmp_path / "out")["vllm"]["loads"] is False
+    assert "vllm serve" not in capsys.readouterr().out  # it would not start
 
 
 def test_lora_on_the_vision_tower_is_not_for_vllm(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -216,6 +220,13 @@ def test_lora_on_the_vision_tower_is_not_for_vllm(base: Path, adapter: Path, tmp
         "rank 1024 is above vLLM's largest, 512",
         "vLLM adapts the language model only, not 1 layers such as model.visual.blocks.0.attn.proj",
     )
+
+
+@pytest.mark.parametrize(
+    ("rank", "taken"), [(1, 8), (8, 8), (9, 16), (24, 32), (100, 128), (257, 320), (321, 512), (512, 512), (513, None)]
+)
+def test_vllm_is_told_the_next_rank_that_it_takes(rank: int, taken: int | None) -> None:
+    assert max_lora_rank({"r": rank}) == max_lora_rank({"r": 1, "rank_pattern": {"q_proj": rank}}) == taken
 
 
 def test_every_family_merges(tmp_path: Path) -> None:

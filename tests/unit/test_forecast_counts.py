@@ -158,6 +158,31 @@ def test_zero_and_four_bits_save_what_they_should() -> None:
     assert items("single", 1, four_bit=True)["weights"] < 0.45 * whole["weights"]
 
 
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_full_training_by_a_hand_count(rounds: int) -> None:
+    """All of Qwen2.5-VL-7B on 8 GPUs; activations are whatever they are."""
+    shape = find_published("Qwen/Qwen2.5-VL-7B-Instruct").shape
+    weights, ranks = 8_292_166_656, 8
+    setting = Setting(shape, Adapter(0, (), False, everything=True), 2, True, replace(RATES, gpu=True))
+    pack = Work(packs=1, tokens=2048, squares=1024**2, supervised=20, questions=4, images=2, visual=1800)
+    activations = memory.activation_bytes(setting, pack) + memory.logit_bytes(setting, 20)
+    activations += memory.image_bytes(setting, pack, False)
+
+    def said(parallel: str) -> float:
+        return sum(memory.peak_items(setting, memory.Ranks(ranks, parallel), pack, 0, False, 0, rounds).values())
+
+    sums = 2 if rounds > 1 else 1  # those of the step so far, and of the pack that is added
+    buckets = 2 * 500_000_000 * 2
+    # bfloat16 weights; a partition of float32 weights with two moments; whole bfloat16 gradients.
+    kept = 2 * weights + 12 * weights / ranks
+    reducing = 2 * weights + (2 + 4) * weights / ranks + buckets
+    assert said("zero2") == pytest.approx(kept + max(2 * weights * sums + activations, reducing), rel=1e-6)
+    assert said("zero2") > 53.8e9, "without the whole gradients it was said to be 45.7 GB"
+    # float32 weights with two moments, their bfloat16 copies under autocast, whole float32 gradients.
+    assert said("ddp") == pytest.approx((4 + 8 + 2 + 4 * sums) * weights + activations, rel=1e-6)
+    assert said("zero3") < said("zero2") / 2
+
+
 def test_adapter_bytes_are_those_on_disk(tmp_path: Any) -> None:
     model, _ = adapted("qwen2_5_vl")
     shape = model_shape(model.get_base_model().config.to_dict())

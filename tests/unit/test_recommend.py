@@ -171,10 +171,45 @@ def test_devices_are_found_by_their_drivers_names_and_never_guessed() -> None:
     reported = {
         "NVIDIA A100-SXM4-80GB": "A100-80GB", "NVIDIA H200": "H200", "NVIDIA L40S": "L40S", "NVIDIA L4": "L4",
         "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100-PCIe", "NVIDIA GeForce RTX 4090": "RTX4090",
-        "Tesla T4": "T4", "NVIDIA A10G": "A10G", "NVIDIA A10": "A10",
+        "Tesla T4": "T4", "NVIDIA A10G": "A10G", "NVIDIA A10": "A10", "NVIDIA H100 NVL": "H100-NVL",
+        "NVIDIA A100-PCIE-40GB": "A100-40GB", "NVIDIA A100 80GB PCIe": "A100-80GB", "NVIDIA B200": "B200",
+        "NVIDIA GB200": "GB200", "NVIDIA GeForce RTX 5090": "RTX5090", "NVIDIA RTX A6000": "A6000",
+        "NVIDIA RTX 6000 Ada Generation": "RTX6000-Ada", "AMD Instinct MI300X OAM": "MI300X",
+        "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": "RTX-PRO-6000",
+        "NVIDIA RTX PRO 6000 Blackwell Server Edition": "RTX-PRO-6000-Server",
+        "Tesla V100-SXM2-16GB": "V100-16GB", "Tesla V100S-PCIE-32GB": "V100-32GB",
     }  # fmt: skip
     assert {name: device.name for name in reported if (device := find_device(name))} == reported
-    assert find_device("NVIDIA B300") is None and find_device("NVIDIA A1000") is None
-    assert all(device.source for device in DEVICES)
-    with pytest.raises(ValueError, match="A100-80GB"):
-        device_named("A999")
+    others = (
+        "NVIDIA B300", "NVIDIA A1000", "NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA L40",
+        "NVIDIA H20", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 5090 D", "NVIDIA GeForce RTX 3090 Ti",
+        "Quadro RTX 6000",
+    )  # fmt: skip
+    assert [name for name in others if find_device(name)] == []
+    assert all(device.source and find_device(device.name) is device for device in DEVICES)
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("H100-80GB", "H100"), ("H100-SXM", "H100"), ("h100 sxm5 80gb", "H100"), ("h100_pcie", "H100-PCIe"),
+        ("nvidia h200", "H200"), ("DGX B200", "B200"), ("GB200 NVL72", "GB200"), ("RTX 5090", "RTX5090"),
+        ("RTX 6000 Ada", "RTX6000-Ada"), ("RTX PRO 6000 Blackwell", "RTX-PRO-6000"),
+        ("L40S", "L40S"), ("mi300x", "MI300X"), ("A100 80GB", "A100-80GB"),
+        ("A100-SXM4-40GB", "A100-40GB"), ("T4", "T4"), ("V100", "V100-16GB"),
+        ("GeForce RTX 4090", "RTX4090"), ("4090", "RTX4090"),
+    ],
+)  # fmt: skip
+def test_natural_spellings_of_a_device_are_known(written: str, name: str) -> None:
+    assert device_named(written).name == name
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("B300", "did you mean B200?"), ("GH200", "did you mean "), ("MI325X", "did you mean MI300X?"), ("abacus", "")],
+)
+def test_an_unknown_device_gets_the_nearest_and_the_list(written: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"--gpu_type {written} is not in the table") as error:
+        device_named(written)
+    assert meant in str(error.value) and ("did you mean" in str(error.value)) is bool(meant)
+    assert all(device.name in str(error.value) for device in DEVICES)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from vlm_sft.console import warn
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.errors import ModelError
@@ -96,6 +97,8 @@ def open_asker(
         base_model = base_of_adapter(adapter, base_model)
         prompt = PromptSettings.find(adapter)
     base = find_base(base_model or POCKET, flash_attn=flash_attn, prompt=prompt)
+    for note in base.notes:
+        warn(note)  # standard output holds the answer
     if adapter is not None:
         require_fit(adapter, base, allow_other_base)
     model = load_model(base)

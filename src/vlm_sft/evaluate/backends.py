@@ -23,6 +23,7 @@ from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base
 from vlm_sft.model.partitioned import is_partitioned
 from vlm_sft.model.sharing import choose_mode
+from vlm_sft.model.vllm_rules import max_lora_rank
 
 # Rounding differs between packs by about 1e-5 in float32. A question whose two best tokens were nearer than this is
 # asked again alone, and that answer counts: so the budget of a pack never shows in the answers. In bfloat16 rounding
@@ -168,7 +169,7 @@ class VllmBackend:
             seed=0,
             trust_remote_code=False,
             enable_lora=adapter is not None,
-            **({"max_lora_rank": read_json(adapter / ADAPTER_CONFIG)["r"]} if adapter else {}),
+            **({"max_lora_rank": max_lora_rank(read_json(adapter / ADAPTER_CONFIG))} if adapter else {}),
             enable_prefix_caching=True,
             mm_processor_kwargs={name: value for name, value in bounds.items() if value is not None},
         )

@@ -32,7 +32,7 @@ from vlm_sft.model.adapt import load_adapter
 from vlm_sft.model.folder import require_utf8
 from vlm_sft.model.load import empty_model, load_model
 from vlm_sft.model.saved_adapter import BASE_WEIGHTS, Contents, require_fit
-from vlm_sft.model.vllm_rules import not_for_vllm
+from vlm_sft.model.vllm_rules import max_lora_rank, not_for_vllm
 from vlm_sft.record import now, versions
 from vlm_sft.report.card import ADAPTER, MERGED, About, card
 
@@ -233,6 +233,7 @@ def _report(
     """What export.json says; no folder of this machine is in it."""
     weights = (source.adapter / artifacts.ADAPTER_WEIGHTS).read_bytes()
     vllm = () if options.merge else vllm
+    rank = {} if options.merge or vllm else {"max_lora_rank": max_lora_rank(source.config)}
     return {
         "schema": 1,
         "kind": "merged" if options.merge else "adapter",
@@ -244,7 +245,7 @@ def _report(
         "dtype": str(dtype).removeprefix("torch."),
         "adapted_layers": len(contents.layers),
         "layers_without_effect": len(contents.dead),
-        "vllm": {"loads": not vllm, "reasons": list(vllm)},
+        "vllm": {"loads": not vllm, "reasons": list(vllm), **rank},
         "verification": check,
         "versions": versions(),
     }
@@ -281,5 +282,7 @@ def _tell(folder: Path, report: dict[str, Any]) -> None:
     if report["kind"] == "merged":
         say(f"next: vlm-sft ask IMAGE \"QUESTION\" --base_model {place}, or vllm serve {place}")
     else:
-        say(f"next: vlm-sft ask IMAGE \"QUESTION\" --adapter {place}, or vllm serve BASE --enable-lora --lora-modules "
-            f"tuned={place}, or PeftModel.from_pretrained")  # fmt: skip
+        rank = report["vllm"].get("max_lora_rank")
+        serve = f"vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules tuned={place}, or "
+        say(f"next: vlm-sft ask IMAGE \"QUESTION\" --adapter {place}, or "
+            f"{serve if rank else ''}PeftModel.from_pretrained")  # fmt: skip

@@ -33,6 +33,7 @@ class Work:
         images: images with their prefix.
         visual: visual tokens among `tokens`.
         visual_squares: sum over images of their squared visual tokens.
+        keys: keys that FlashAttention gathers: of every prefix, and of every question with its prefix.
     """
 
     packs: float = 0
@@ -43,6 +44,7 @@ class Work:
     images: float = 0
     visual: float = 0
     visual_squares: float = 0
+    keys: float = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
@@ -75,6 +77,7 @@ def pack_work(pack: Sequence[Bundle], lengths: Sequence[GroupLengths], visual: S
         images=len(pack),
         visual=sum(seen),
         visual_squares=sum(count * count for count in seen),
+        keys=sum(sizes) + sum(len(bundle.questions) * lengths[bundle.group].prefix for bundle in pack),
     )
 
 
@@ -86,11 +89,13 @@ class EpochWork:
         slowest: what a step waits for: of every round of packs the one with the most tokens.
         total: of all ranks together.
         largest: the largest sizes that any one pack has, each for itself.
+        rounds: packs that a rank computes in one step, at most.
     """
 
     slowest: Work
     total: Work
     largest: Work
+    rounds: int = 1
 
 
 def epoch_work(planner: EpochPlanner, visual: Sequence[int], epoch: int = 0) -> EpochWork:
@@ -102,14 +107,16 @@ def epoch_work(planner: EpochPlanner, visual: Sequence[int], epoch: int = 0) -> 
         epoch: its number, from 0.
     """
     slowest = total = largest = NO_WORK
+    rounds = 1
     for step in planner.epoch(epoch):
+        rounds = max(rounds, *map(len, step.ranks))
         for packs in zip(*step.ranks, strict=True):
             works = [pack_work(pack, planner.lengths, visual) for pack in packs]
             slowest += max(works, key=lambda work: work.tokens)
             for work in works:
                 total += work
                 largest = _largest(largest, work)
-    return EpochWork(slowest, total, largest)
+    return EpochWork(slowest, total, largest, rounds)
 
 
 def _largest(left: Work, right: Work) -> Work:

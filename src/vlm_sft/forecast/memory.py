@@ -8,23 +8,29 @@ attention and the gated product remain. tests/unit/test_forecast_memory.py compa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlm_sft.forecast.counts import Work
 from vlm_sft.forecast.time import Setting
 
 NORM_VALUES = 4  # hidden vectors a token and layer: the input of two norms, and their normalised values
-NORM_VALUES_HALF = 8  # in bfloat16 both are float32 copies
+NORM_VALUES_HALF = 4  # in half precision the two inputs as float32 copies
+NORM_VALUES_FUSED = 2  # the two inputs as they are
 ATTENTION_VALUES = 4  # queries, keys, values (repeated for every head) and the output
 GATE_VALUES = 3  # gate, activated gate, up
-GATE_VALUES_BLOCKWISE = 2  # gate and up
+GATE_VALUES_TWO = 2  # gate and up, where MLPs are computed block by block or by one kernel
+BACKWARD_VALUES = 3  # vectors of the MLP's width a token that the backward pass of one layer needs at once
+# Modules that read the same vectors; without dropout these are kept once. The output projection's stay with attention.
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
 LOGIT_VALUES = 3  # float32 scores, their probabilities and the gradient
 # QLoRA (Dettmers et al. 2023): half a byte a weight, a byte for the scale of 64, 4 bytes for the scale of 256 scales.
 FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 TOWER_PATCHES = 8192  # of one call in the pass that computes features
 TOWER_VALUES = 12  # hidden vectors a patch at once, forward only
 CONTEXT_BYTES = 600 * 1024**2  # of the driver on a GPU, outside the allocator
-ZERO_BUFFER_BYTES = 1_000_000_000  # of DeepSpeed's communication, at its default sizes
+ZERO_BUCKET = 500_000_000  # gradients that DeepSpeed reduces at once (`reduce_bucket_size` at its default)
+ZERO_BUCKETS = 2  # with `overlap_comm` one fills while the other is on its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,40 +78,60 @@ def activation_bytes(setting: Setting, work: Work) -> float:
         work: of the pack.
     """
     text, size = setting.model.text, setting.value_bytes
-    layer = _layer_bytes(setting) * work.tokens
+    layer = _layer_bytes(setting, work) * work.tokens
+    # A CPU's allocator serves the backward pass from what was freed before.
+    backward = BACKWARD_VALUES * text.intermediate * work.tokens * size if setting.rates.gpu else 0.0
     if setting.checkpointing:
-        return text.layers * work.tokens * text.hidden * size + layer
+        return text.layers * work.tokens * text.hidden * size + layer + backward
     if not setting.trimmed:
-        return text.layers * layer
-    rows = _layer_bytes(setting) * work.supervised
-    return (text.layers - 1) * layer + _keys_bytes(setting) * work.tokens + rows
+        return text.layers * layer + backward
+    rows = _layer_bytes(setting, work) * work.supervised
+    return (text.layers - 1) * layer + _keys_bytes(setting, work) * work.tokens + rows + backward
 
 
-def _layer_bytes(setting: Setting) -> float:
+def _layer_bytes(setting: Setting, work: Work) -> float:
     """Bytes that one layer keeps for one token."""
-    text, size, adapter = setting.model.text, setting.value_bytes, setting.adapter
-    norms = (NORM_VALUES if size == 4 else NORM_VALUES_HALF) * text.hidden
-    modules = adapter.modules(setting.model)
-    # The inputs of the adapted modules; dropout makes a copy and a mask for each of them.
-    inputs = sum(inputs for inputs, _ in modules) * (2 if adapter.dropout else 1)
-    ranks = sum(adapter.r for _ in modules)
-    attention = ATTENTION_VALUES * text.heads * text.head_dim
-    gate = GATE_VALUES_BLOCKWISE if setting.blockwise_mlp else GATE_VALUES
-    kept = norms + attention + gate * text.intermediate
-    if adapter.everything:
-        kept += 2 * text.hidden + text.heads * text.head_dim + text.intermediate
-    return (kept + inputs + ranks) * size
+    text, adapter = setting.model.text, setting.adapter
+    gate = GATE_VALUES_TWO if setting.blockwise_mlp or setting.fused else GATE_VALUES
+    kept = _norm_values(setting) * text.hidden + _attention_values(setting, work) + gate * text.intermediate
+    kept += _input_values(setting, tuple(text.linears) if adapter.everything else adapter.targets)
+    return (kept + adapter.r * len(adapter.modules(setting.model))) * setting.value_bytes
 
 
-def _keys_bytes(setting: Setting) -> float:
+def _norm_values(setting: Setting) -> int:
+    """Hidden vectors that the norms of one layer keep for one token."""
+    if setting.fused:
+        return NORM_VALUES_FUSED
+    return NORM_VALUES if setting.value_bytes == 4 else NORM_VALUES_HALF
+
+
+def _attention_values(setting: Setting, work: Work) -> float:
+    """Values that the attention of one layer keeps for one token."""
+    text = setting.model.text
+    if not setting.flash_heads:
+        return ATTENTION_VALUES * text.heads * text.head_dim
+    gathered = work.keys / max(1.0, work.tokens)  # every question has a copy of its prefix's keys and values
+    return (2 * text.heads + 2 * gathered * setting.flash_heads) * text.head_dim
+
+
+def _input_values(setting: Setting, names: Sequence[str]) -> int:
+    """Values that the inputs of some trained modules of one layer take for one token."""
+    linears, adapter = setting.model.text.linears, setting.adapter
+    inputs = [linears[name][0] for name in names if name in linears]
+    if not setting.rates.gpu and not adapter.everything:
+        return sum(inputs) * (2 if adapter.dropout else 1)  # dropout makes a copy, and a mask on a CPU
+    if adapter.dropout and not adapter.everything:
+        return sum(inputs)
+    return sum(linears[group[0]][0] for group in SHARED_INPUTS if set(group) & set(names))
+
+
+def _keys_bytes(setting: Setting, work: Work) -> float:
     """Bytes that a trimmed last layer keeps for every token, whether it predicts or not: what keys and values need."""
     text, adapter = setting.model.text, setting.adapter
-    norms = (NORM_VALUES if setting.value_bytes == 4 else NORM_VALUES_HALF) / 2 * text.hidden
-    adapted = {"q_proj", "k_proj", "v_proj"} & set(adapter.targets)
-    modules = [text.linears[name] for name in adapted]
-    inputs = sum(inputs for inputs, _ in modules) * (2 if adapter.dropout else 1)
-    attention = ATTENTION_VALUES / 2 * text.heads * text.head_dim
-    return (norms + inputs + adapter.r * len(modules) + attention) * setting.value_bytes
+    adapted = [name for name in ("q_proj", "k_proj", "v_proj") if name in adapter.targets or adapter.everything]
+    kept = _norm_values(setting) / 2 * text.hidden + _input_values(setting, adapted)
+    kept += adapter.r * len(adapted) + _attention_values(setting, work) / 2
+    return kept * setting.value_bytes
 
 
 def logit_bytes(setting: Setting, supervised: float) -> float:
@@ -120,11 +146,21 @@ def image_bytes(setting: Setting, work: Work, features: bool) -> float:
     vision, text = setting.model.vision, setting.model.text
     if features:
         return feature_bytes(setting, work.visual)
-    patches = work.visual * vision.patches_per_token
-    tower = TOWER_VALUES * vision.hidden * setting.value_bytes
-    if not setting.adapter.frozen_tower:
-        tower *= vision.layers
-    return patches * (vision.patch_values * 4 + tower) + work.visual * text.hidden * setting.value_bytes
+    kept = work.visual * text.hidden * setting.value_bytes
+    pixels = work.visual * vision.patches_per_token * vision.patch_values * 4
+    if setting.adapter.frozen_tower and setting.rates.gpu:
+        return pixels + kept  # what the tower needs is free again when the language model begins
+    return pixels + kept + _tower_values(setting, work)
+
+
+def _tower_values(setting: Setting, work: Work) -> float:
+    """Bytes that the tower needs at once for the images of one pack; of a trained one for its backward pass too."""
+    vision = setting.model.vision
+    hidden = work.visual * vision.patches_per_token * vision.hidden * setting.value_bytes
+    if setting.adapter.frozen_tower:
+        return TOWER_VALUES * hidden
+    # Checkpointing keeps the input of each block, and what one block needs.
+    return (vision.layers + TOWER_VALUES) * hidden if setting.checkpointing else TOWER_VALUES * vision.layers * hidden
 
 
 def feature_bytes(setting: Setting, visual: float) -> float:
@@ -139,8 +175,9 @@ def cache_bytes(setting: Setting, tokens: float) -> float:
 
 
 def peak_items(
-    setting: Setting, ranks: Ranks, largest: Work, answering_tokens: float, features: bool, process_bytes: float
-) -> dict[str, float]:
+    setting: Setting, ranks: Ranks, largest: Work, answering_tokens: float, features: bool, process_bytes: float,
+    rounds: int = 1,
+) -> dict[str, float]:  # fmt: skip
     """What the largest moment of a run consists of, in bytes on one device.
 
     Args:
@@ -150,34 +187,82 @@ def peak_items(
         answering_tokens: tokens of the largest pack that is answered, answers included; 0 for none.
         features: whether kept vision features enter, or pixels.
         process_bytes: of the process before the model is loaded (on a CPU); 0 on a GPU.
+        rounds: packs that a rank computes in one step.
     """
-    trained = setting.adapter.parameters(setting.model)
-    size = 2 if ranks.engine and setting.value_bytes == 2 else 4
-    master = 4 if size == 2 else 0
-    frozen = weight_bytes(setting) - trained * setting.value_bytes * setting.adapter.everything
-    items = {
-        "process": process_bytes,
-        "weights": frozen / ranks.shared_weights,
-        "trained weights": trained * size / ranks.shared_weights,
-        "gradients": trained * size / ranks.shared_optimizer,
-        "optimizer": trained * (8 + master) / ranks.shared_optimizer,
-    }
+    items = {"process": process_bytes} | _state_items(setting, ranks)
     if setting.four_bit:  # the largest matrix of a layer, unpacked while it is used
         items["unpacked weights"] = setting.model.text.hidden * setting.model.text.intermediate * setting.value_bytes
-    if ranks.engine and setting.rates.gpu:
-        items["communication"] = min(ZERO_BUFFER_BYTES, 4.0 * trained)
-        if ranks.shared_weights > 1:  # the layer that is gathered, and the next one
-            items["communication"] += 2 * setting.model.text.layer_weights * setting.value_bytes
-            items["communication"] += setting.model.text.embedding * setting.value_bytes
     training = {
+        "gradients": _gradient_bytes(setting, ranks, rounds),
         "activations": activation_bytes(setting, largest),
         "logits": logit_bytes(setting, largest.supervised),
         "images": image_bytes(setting, largest, features),
     }
+    exchange = _exchange_items(setting, ranks)
     answering = {"answering": cache_bytes(setting, answering_tokens) + _forward_bytes(setting, answering_tokens)}
-    tower = {"vision features": _tower_bytes(setting)} if features else {}
-    phases = (training, answering, tower)
+    tower = {"vision features": _tower_bytes(setting)} if features else {"images": _tower_values(setting, largest)}
+    phases = (training, exchange, answering, tower)
     return items | max(phases, key=lambda phase: sum(phase.values()))
+
+
+def _state_items(setting: Setting, ranks: Ranks) -> dict[str, float]:
+    """Weights and optimizer: there all the time.
+
+    DeepSpeed holds what is trained in bfloat16 and its partition of it in float32 besides, with Adam's two moments
+    (12 bytes a weight, shared out by stages 2 and 3). Without it what is trained is float32 (4 + 8 bytes), and autocast
+    keeps the half-precision copy of a weight from its first use until the pass ends (2 bytes).
+    """
+    trained = setting.adapter.parameters(setting.model)
+    size = _trained_bytes(setting, ranks)
+    master = 4 if size == 2 else 0
+    frozen = weight_bytes(setting) - trained * setting.value_bytes * setting.adapter.everything
+    items = {
+        "weights": frozen / ranks.shared_weights,
+        "trained weights": trained * size / ranks.shared_weights,
+        "optimizer": trained * (8 + master) / ranks.shared_optimizer,
+    }
+    if setting.value_bytes < size:
+        items["copies of trained weights"] = trained * setting.value_bytes
+    if ranks.engine and setting.rates.gpu and ranks.shared_weights > 1:  # the layer that is gathered, and the next one
+        gathered = 2 * setting.model.text.layer_weights + setting.model.text.embedding
+        items["gathered weights"] = gathered * setting.value_bytes
+    return items
+
+
+def _trained_bytes(setting: Setting, ranks: Ranks) -> int:
+    """Bytes of one trained weight, and of its gradient."""
+    return 2 if ranks.engine and setting.value_bytes == 2 else 4
+
+
+def _gradient_bytes(setting: Setting, ranks: Ranks, rounds: int) -> float:
+    """Bytes of gradients while packs are computed.
+
+    The sum over the packs of a step is whole on every rank (`train/step.py`), under ZeRO-2 too, and so are those of the
+    pack that is being added. Under ZeRO-3 the engine runs backward itself and keeps the rank's partition.
+    """
+    trained = setting.adapter.parameters(setting.model) * _trained_bytes(setting, ranks)
+    if ranks.shared_weights > 1:
+        return trained / ranks.shared_weights
+    return trained * (2 if rounds > 1 else 1)
+
+
+def _exchange_items(setting: Setting, ranks: Ranks) -> dict[str, float]:
+    """What there is while DeepSpeed reduces the gradients of a step and updates its partition; {} without it.
+
+    The whole gradients go through contiguous buckets into this rank's partition, which the optimizer then widens to
+    float32 (DeepSpeed's stage_1_and_2.py: `ipg_buckets`, `averaged_gradients`, `single_grad_partition`).
+    """
+    if not ranks.engine:
+        return {}
+    trained = setting.adapter.parameters(setting.model)
+    size = _trained_bytes(setting, ranks)
+    items = {"gradient partitions": trained * (size + (4 if size == 2 else 0)) / ranks.shared_optimizer}
+    if ranks.shared_weights == 1:
+        items["gradients"] = trained * size
+    if setting.rates.gpu:
+        bucket = setting.model.text.hidden**2 if ranks.shared_weights > 1 else ZERO_BUCKET  # "auto" under ZeRO-3
+        items["gradient buckets"] = ZERO_BUCKETS * bucket * size
+    return items
 
 
 def _forward_bytes(setting: Setting, tokens: float) -> float:

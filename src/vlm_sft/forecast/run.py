@@ -280,8 +280,9 @@ def memory_items(case: Case) -> dict[str, float]:
     """Bytes of one device in its largest moment before any correction."""
     asked = [one.largest for one in (*case.validation, *case.final)]
     items = memory.peak_items(
-        case.setting, case.ranks, case.epoch.largest, max(asked, default=0.0), case.features, case.process_bytes
-    )
+        case.setting, case.ranks, case.epoch.largest, max(asked, default=0.0), case.features, case.process_bytes,
+        case.epoch.rounds,
+    )  # fmt: skip
     return {name: value for name, value in items.items() if value}
 
 
@@ -364,6 +365,10 @@ def assumptions(case: Case, calibration: Calibration) -> tuple[str, ...]:
         "vision features are kept and the tower runs once an image" if case.features
         else "the vision tower runs again for every image of every step",
     ]  # fmt: skip
+    if rates.gpu:
+        kernels = "counted" if case.setting.fused else "not installed here: norms and MLPs are counted without it"
+        attention = "FlashAttention" if case.setting.flash_heads else "SDPA (--flash_attn is not used)"
+        lines.append(f"liger-kernel is {kernels}; attention by {attention}")
     if rates.unrest > 1:
         lines.append(
             f"other programs held this machine while it was measured (work took {rates.unrest:.1f} times as long): the "

@@ -2,7 +2,9 @@
 
 A pass takes the sum of three terms: products of matrices at the rate reached for the model's sizes, simple operations
 at the memory's bandwidth (a roofline without overlap, Williams et al. 2009), and a launch for every operation, which
-is what small models are made of. A probe or past runs correct each kind of pass by a factor of its own.
+is what small models are made of. A GPU computes while the next operations are launched: there the larger of the two
+counts. A probe or past runs correct each kind of pass by a factor of its own. The numbers for GPUs are those of
+bench/results/gpu_check-nvidia_h100_80gb_hbm3.json, kernel group by kernel group; `bench/forecast_gpu.py` compares.
 """
 
 from __future__ import annotations
@@ -20,19 +22,21 @@ from vlm_sft.forecast.counts import (
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.shapes import ModelShape
 
-PRODUCT_OVERHEAD = 1.25  # of products smaller than the one that is measured: adapters, heads of attention
+PRODUCT_OVERHEAD = 1.25  # on a CPU, of products smaller than the one that is measured: adapters, heads of attention
 ATTENTION_OVERHEAD = 2.0  # of scores and their softmax, over all patches of an image
 # Reads and writes of simple operations (norms, rotary positions, activation, residuals), in values a token and layer:
 # counted in the code of a Qwen2.5-VL layer.
 HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES = 22, 12, 5
+UNFUSED_PASSES = 1.85  # times as many on a GPU without liger-kernel
 DROPOUT_PASSES = 34  # of the hash that makes a mask, 4-byte numbers
+DROPOUT_PASSES_FUSED = 3  # of the kernel that does so on a GPU (`model/dropout_kernel.py`)
 LORA_PASSES = 4
 BACKWARD_PASSES = 1.6  # of those forward
 # A module's launch costs about three times that of a bare operation: Python around it.
 LAYER_LAUNCHES_FORWARD, LAYER_LAUNCHES_LORA, LAYER_LAUNCHES_BACKWARD = 135, 42, 1.5
 IMAGE_LAUNCHES = 24  # of attention, an image and layer
 TOWER_LAUNCHES = 200  # a layer and call
-TOWER_PASSES = 60  # values a patch and layer
+TOWER_PASSES, TOWER_PASSES_GPU = 60, 80  # values a patch and layer; on a GPU rotary positions are float32 copies
 LOGIT_PASSES = 12  # of the loss, a vocabulary entry and position, 4-byte numbers
 # The same where blocks of the MLP and of the vocabulary stay in the processor's cache.
 INNER_PASSES_BLOCKWISE, LOGIT_PASSES_BLOCKWISE = 2, 4
@@ -50,6 +54,8 @@ class Setting:
         checkpointing: gradient checkpointing.
         rates: of one device.
         four_bit: the language model's weights are held in 4 bits.
+        fused: norms and MLPs are computed by liger-kernel (`model/liger.py`).
+        flash_heads: heads of the keys that FlashAttention gathers; 0 where SDPA computes the attention.
     """
 
     model: ModelShape
@@ -58,6 +64,8 @@ class Setting:
     checkpointing: bool
     rates: Rates
     four_bit: bool = False
+    fused: bool = False
+    flash_heads: int = 0
 
     @property
     def blockwise(self) -> bool:
@@ -85,9 +93,12 @@ def _simple_bytes(setting: Setting, work: Work, dropout: bool) -> float:
     text, adapter = setting.model.text, setting.adapter
     modules = adapter.modules(setting.model)
     inner = INNER_PASSES_BLOCKWISE if setting.blockwise_mlp else INNER_PASSES
-    values = HIDDEN_PASSES * text.hidden + HEAD_PASSES * text.heads * text.head_dim + inner * text.intermediate
+    values: float = HIDDEN_PASSES * text.hidden + HEAD_PASSES * text.heads * text.head_dim + inner * text.intermediate
     values += LORA_PASSES * sum(outputs for _, outputs in modules)
-    masks = DROPOUT_PASSES * 4 * sum(inputs for inputs, _ in modules) if dropout and adapter.dropout else 0
+    if setting.rates.gpu and not setting.fused:
+        values *= UNFUSED_PASSES
+    passes = DROPOUT_PASSES_FUSED * setting.value_bytes if setting.rates.gpu else DROPOUT_PASSES * 4
+    masks = passes * sum(inputs for inputs, _ in modules) if dropout and adapter.dropout else 0
     passes = LOGIT_PASSES if setting.scored else LOGIT_PASSES_BLOCKWISE
     logits = passes * 4 * text.vocabulary * work.supervised
     return text.layers * work.tokens * (values * setting.value_bytes + masks) + logits
@@ -97,26 +108,36 @@ def _launches(setting: Setting, work: Work) -> float:
     """Operations that a forward pass starts."""
     layers, modules = setting.model.text.layers, len(setting.adapter.modules(setting.model))
     per_pack = layers * (LAYER_LAUNCHES_FORWARD + LAYER_LAUNCHES_LORA * modules)
-    return per_pack * work.packs + layers * IMAGE_LAUNCHES * work.images
+    return per_pack * work.packs + (0 if setting.flash_heads else layers * IMAGE_LAUNCHES * work.images)
+
+
+def _products(rates: Rates, flops: float) -> float:
+    """Seconds of products of matrices."""
+    return (1.0 if rates.gpu else PRODUCT_OVERHEAD) * flops / rates.flops
+
+
+def _pass_seconds(rates: Rates, computing: float, launches: float) -> float:
+    """Seconds of passes that compute so long and start so many operations."""
+    starting = launches * rates.launch
+    return max(computing, starting) if rates.gpu else computing + starting
 
 
 def forward_seconds(setting: Setting, work: Work) -> float:
     """Seconds of forward passes without gradients: the evaluation loss, and the prompt of a generation."""
     rates = setting.rates
-    products = PRODUCT_OVERHEAD * forward_flops(setting.model, work, setting.adapter) / rates.flops
+    products = _products(rates, forward_flops(setting.model, work, setting.adapter))
     simple = _simple_bytes(setting, work, False) / rates.bandwidth
-    return products + simple + _launches(setting, work) * rates.launch
+    return _pass_seconds(rates, products + simple, _launches(setting, work))
 
 
 def training_seconds(setting: Setting, work: Work) -> float:
     """Seconds of forward and backward passes."""
     rates = setting.rates
-    products = training_flops(setting.model, work, setting.adapter, setting.checkpointing) / rates.flops
-    products *= PRODUCT_OVERHEAD
+    products = _products(rates, training_flops(setting.model, work, setting.adapter, setting.checkpointing))
     again = 2 if setting.checkpointing else 1
     simple = _simple_bytes(setting, work, True) * (again + BACKWARD_PASSES) / rates.bandwidth
     launches = _launches(setting, work) * (again + LAYER_LAUNCHES_BACKWARD)
-    return products + simple + launches * rates.launch
+    return _pass_seconds(rates, products + simple, launches)
 
 
 def tower_seconds(setting: Setting, work: Work, training: bool = False) -> float:
@@ -124,13 +145,14 @@ def tower_seconds(setting: Setting, work: Work, training: bool = False) -> float
     rates, vision = setting.rates, setting.model.vision
     attention = tower_attention_flops(setting.model, work.visual, work.visual_squares)
     products = tower_flops(setting.model, work.visual, work.visual_squares) - attention
-    products = (PRODUCT_OVERHEAD * products + ATTENTION_OVERHEAD * attention) / rates.flops
+    products = _products(rates, products) + ATTENTION_OVERHEAD * attention / rates.flops
     if training and not setting.adapter.frozen_tower:
         products *= 3  # the gradients of weights and inputs too
     patches = work.visual * vision.patches_per_token
-    simple = patches * vision.layers * TOWER_PASSES * vision.hidden * setting.value_bytes / rates.bandwidth
+    passes = TOWER_PASSES_GPU if rates.gpu else TOWER_PASSES
+    simple = patches * vision.layers * passes * vision.hidden * setting.value_bytes / rates.bandwidth
     launches = vision.layers * (TOWER_LAUNCHES * work.packs + IMAGE_LAUNCHES * work.images)
-    return products + simple + launches * rates.launch
+    return _pass_seconds(rates, products + simple, launches)
 
 
 def answering_seconds(setting: Setting, work: Work, tokens: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -9,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vlm_sft.console import progress
 from vlm_sft.data.cache import DataCache, record_key
@@ -76,7 +79,7 @@ def use_features(
         with whole_tower(model, device):
             store = _open(model, cache, samples)
             missing = [sample for key, sample in samples.items() if key not in store]
-            decision = cache.team.agree(lambda: _decide(model, cache, missing, len(samples), looks, budget))
+            decision = cache.team.agree(lambda: _decide(model, cache, missing, len(samples), looks, budget, device))
             if not decision.used:
                 return decision
             limit = None if budget == AUTO else int(budget) // cache.team.size
@@ -109,13 +112,13 @@ def _open(model: Any, cache: DataCache, samples: Mapping[str, Sample]) -> Store:
 
 
 def _decide(
-    model: Any, cache: DataCache, missing: Sequence[Sample], images: int, looks: float, budget: int | str
+    model: Any, cache: DataCache, missing: Sequence[Sample], images: int, looks: float, budget: int | str, device: str
 ) -> Decision:
     """Measure on a few images whether keeping features pays and fits; what is kept already is always used."""
     if not missing:
         return Decision(True, f"all {images:,} images have theirs in the cache", images)
     probes = list(missing[:: max(1, len(missing) // PROBES)])[:PROBES]
-    tower, write, read, size = _measure(model, cache, probes)
+    tower, write, read, size = _measure(model, cache, probes, device)
     facts: dict[str, Any] = {
         "images": images, "bytes": round(size * images),
         "tower_seconds": tower, "read_seconds": read, "write_seconds": write,
@@ -132,28 +135,44 @@ def _decide(
     return Decision(True, kept, computed=len(missing), **facts)
 
 
-def _measure(model: Any, cache: DataCache, probes: Sequence[Sample]) -> tuple[float, float, float, float]:
-    """Seconds of the tower, of writing and of reading, and bytes, of one image; read and written for real."""
+def _measure(
+    model: Any, cache: DataCache, probes: Sequence[Sample], device: str
+) -> tuple[float, float, float, float]:
+    """Seconds of the tower, of writing and of reading, and bytes, of one image; read from the disk to the device."""
     images = [_pixels(cache, sample) for sample in probes]
     encode_images(model, images[:1])
     began = time.perf_counter()
     records = [record for image in images for record in encode_images(model, [image])]
     tower = time.perf_counter() - began
     with tempfile.TemporaryDirectory(dir=cache.root, prefix=".probe") as folder:
-        store = Store(Path(folder))
         began = time.perf_counter()
         try:
-            store.publish({str(index): record for index, record in enumerate(records)})
+            Store(Path(folder)).publish({str(index): record for index, record in enumerate(records)})
         except OSError as error:
             raise RunError(f"vision features cannot be kept: {error}", "pass another --cache_dir") from error
         write = time.perf_counter() - began
+        _forget_pages(Path(folder))  # before it is mapped: mapped pages stay
+        store = Store(Path(folder))
+        store.open(map(str, range(len(records))))
         began = time.perf_counter()
         for index in range(len(records)):
             for value in (store.get(str(index)) or {}).values():
-                value.clone()
+                value.to(device, copy=True)
+        if device != "cpu":
+            torch.cuda.synchronize(device)
         read = time.perf_counter() - began
     count = len(probes)
     return tower / count, write / count, read / count, sum(map(record_bytes, records)) / count
+
+
+def _forget_pages(folder: Path) -> None:
+    """Let the operating system drop what it holds of files in memory: a training's features are read from the disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in folder.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())  # what is not written yet cannot be dropped
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _pixels(cache: DataCache, sample: Sample) -> Record:

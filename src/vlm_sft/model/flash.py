@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.attention import varlen
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 from vlm_sft.model.attention import PackLayout, causal_pack, pack_layout, register, shared_sdpa, shared_windows
 
@@ -22,7 +22,8 @@ _HALF = (torch.float16, torch.bfloat16)
 _WIDEST, _WIDTH_STEP = 256, 8  # head widths that the kernel takes
 _ALL, _CAUSAL = (-1, -1), (-1, 0)  # how far back and ahead a query looks
 _CHECKED = [[0, 70, 90, 97], [97, 130, 131]]  # branches of a small pack
-_CHECKED_HEADS, _CHECKED_WIDTH, _TOLERANCE = (4, 2, 2), 64, 0.05
+_CHECKED_WINDOWS = [0, 64, 70, 131]  # ends of the windows of a small tower call
+_CHECKED_HEADS, _CHECKED_WIDTHS, _TOLERANCE = (4, 2, 2), (64, 80), 0.05  # of a language model, of Qwen's towers
 
 
 def shared_flash(
@@ -43,6 +44,7 @@ def shared_flash(
     does not take; the few rows of a trimmed layer, heads that are too wide and dropout are computed by SDPA too.
     Arguments and result as `shared_sdpa`.
     """
+    query, key, value = autocast_states(query, key, value)
     layout = causal_pack(query, key)
     if layout is None or dropout or not _fits(query):
         return shared_sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -76,6 +78,7 @@ def flash_windows(
     Returns:
         (1, L, H, D) and None.
     """
+    query, key, value = autocast_states(query, key, value)
     if dropout or not _fits(query):
         return shared_windows(module, query, key, value, attention_mask, dropout, scaling, cu_seq_lens_q)
     assert cu_seq_lens_q is not None, "a tower of this kind tells the ends of its windows"
@@ -85,12 +88,15 @@ def flash_windows(
     return _attend(queries, keys, values, (ends, ends), (longest, longest), scaling, _ALL)[None], None
 
 
-def flash_problem(dtype: torch.dtype) -> str | None:
+def flash_problem(dtype: torch.dtype, width: int | None = None) -> str | None:
     """Why FlashAttention cannot be used in this process; None where it computes what SDPA computes.
 
     Args:
         dtype: of the model.
+        width: of the heads of its language model; None where that is not known.
     """
+    if width is not None and not takes_width(width):
+        return f"the model's heads are {width} wide, and the kernel takes multiples of {_WIDTH_STEP} up to {_WIDEST}"
     if not torch.cuda.is_available():
         return "no GPU"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -101,37 +107,51 @@ def flash_problem(dtype: torch.dtype) -> str | None:
 
 
 def kernel_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Compute a small pack and its gradients both ways; says what is wrong with FlashAttention's, None if nothing is.
+    """What is wrong with FlashAttention on a small pack, small windows and their gradients; None if nothing is.
 
     Kernels differ in where a causal rule begins when there are more keys than queries: one that aligns it to the first
     key would let questions see a part of their image only, and nothing would tell.
     """
-    generator = torch.Generator().manual_seed(0)
-    length = _CHECKED[-1][-1]
-    shapes = [(1, heads, length, _CHECKED_WIDTH) for heads in _CHECKED_HEADS]
-    states = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-    try:
-        found = _values_and_gradients(shared_flash, states)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        return f"PyTorch's kernel does not run here ({str(error).strip().splitlines()[0]})"
-    for ours, exact in zip(found, _values_and_gradients(shared_sdpa, states), strict=True):
-        if not torch.allclose(ours.float(), exact.float(), rtol=_TOLERANCE, atol=_TOLERANCE):
-            return "PyTorch's kernel gives other values than SDPA here"
+    ends = {"cu_seq_lens_q": torch.tensor(_CHECKED_WINDOWS, dtype=torch.int32, device=device)}
+    pack, tower = (_random_states(width, device, dtype) for width in _CHECKED_WIDTHS)
+    windows = [tower[0], tower[0].flip(1), tower[0].flip(2)]  # as many heads of each, which is how towers attend
+    for name, ours, exact, states, also in (
+        ("", shared_flash, shared_sdpa, pack, {}),
+        (" in the windows of a vision tower", flash_windows, shared_windows, windows, ends),
+    ):
+        try:
+            found = _values_and_gradients(ours, states, also)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            return f"PyTorch's kernel does not run here{name} ({str(error).strip().splitlines()[0]})"
+        for value, right in zip(found, _values_and_gradients(exact, states, also), strict=True):
+            if not torch.allclose(value.float(), right.float(), rtol=_TOLERANCE, atol=_TOLERANCE):
+                return f"PyTorch's kernel gives other values than SDPA here{name}"
     return None
 
 
-def _values_and_gradients(function: Any, states: list[torch.Tensor]) -> list[torch.Tensor]:
+def _random_states(width: int, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Queries, keys and values of the checked length, (1, H, L, width)."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, _CHECKED[-1][-1], width) for heads in _CHECKED_HEADS]
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def _values_and_gradients(function: Any, states: list[torch.Tensor], also: dict[str, Any]) -> list[torch.Tensor]:
     """The output of an attention function on the checked pack, and the gradients of queries, keys and values."""
     inputs = [state.clone().requires_grad_() for state in states]
     with torch.enable_grad(), pack_layout(PackLayout(_CHECKED[-1][-1], _CHECKED)):
-        output, _ = function(torch.nn.Module(), *inputs, None)
+        output, _ = function(torch.nn.Module(), *inputs, None, **also)
         return [output.detach(), *torch.autograd.grad(output.sum(), inputs)]
 
 
 def _fits(query: torch.Tensor) -> bool:
     """Whether the kernel computes queries (B, H, L, D) of this format and width."""
-    width = query.shape[-1]
-    return query.dtype in _HALF and width <= _WIDEST and width % _WIDTH_STEP == 0 and not query.is_cpu
+    return query.dtype in _HALF and takes_width(query.shape[-1]) and not query.is_cpu
+
+
+def takes_width(width: int) -> bool:
+    """Whether the kernel computes heads of this width."""
+    return width <= _WIDEST and width % _WIDTH_STEP == 0
 
 
 def _attend(
@@ -163,9 +183,30 @@ def _attend(
         else:
             repeats = queries.shape[1] // keys.shape[1]
             keys, values = (tensor.repeat_interleave(repeats, dim=1) for tensor in (keys, values))
-    output = varlen.varlen_attn(queries, keys, values, *ends, *longest, scale=scale, window_size=looks, **grouped)
+    # PyTorch 2.12 and later would take cuDNN for windows, which builds a graph for every new shape (42 to 51 ms each
+    # were reported), and images have many.
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        output = varlen.varlen_attn(queries, keys, values, *ends, *longest, scale=scale, window_size=looks, **grouped)
     assert isinstance(output, torch.Tensor)  # it is a tuple where more is asked for
     return output
+
+
+def autocast_states(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values in the number format in which autocast would compute scaled dot-product attention.
+
+    Where all weights are trained they are float32, and so are the rotary positions and what they are multiplied with:
+    queries and keys. Autocast narrows them for SDPA, and knows nothing of this kernel, which takes half precision only.
+    """
+    kind = states[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return states
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(state.to(dtype) if state.dtype == torch.float32 else state for state in states)
+
+
+def gathered_heads(heads: int, key_heads: int) -> int:
+    """How many heads the keys have that are gathered for the kernel: their own, or those of the queries."""
+    return key_heads if _takes_groups() else heads
 
 
 @cache

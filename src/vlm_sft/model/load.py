@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from vlm_sft.artifacts import read_json
+from vlm_sft.console import warn
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.errors import ModelError, RunError, quoted
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS
@@ -27,8 +28,10 @@ from vlm_sft.model.features import tower_modules
 from vlm_sft.model.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.folder import require_model
 from vlm_sft.model.fused import fuse_modules
+from vlm_sft.model.layout import require_layout
 from vlm_sft.model.pocket import WEIGHTS
 from vlm_sft.model.trim import trim_last_layer
+from vlm_sft.model.turned import know_whole_shapes
 
 POCKET = "pocket"
 DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -64,7 +67,12 @@ class Base:
     @property
     def attention(self) -> str:
         """What computes the attention: "sdpa" or "flash_attention_2"."""
-        return "flash_attention_2" if self.function == SHARED_FLASH else "sdpa"
+        return "flash_attention_2" if self.flash else "sdpa"
+
+    @property
+    def flash(self) -> bool:
+        """Whether FlashAttention computes it."""
+        return self.function == SHARED_FLASH
 
     @property
     def dtype_name(self) -> str:
@@ -121,21 +129,38 @@ def _require_image_text(config: type, family: str, name: str) -> None:
 def default_dtype(bf16: bool | str = "auto") -> torch.dtype:
     """bfloat16 where a GPU has it, float32 elsewhere (bfloat16 products on CPUs are several times slower)."""
     if bf16 == "auto":
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        bf16 = torch.cuda.is_available() and not emulates_bfloat16()
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def choose_attention(flash_attn: bool, dtype: torch.dtype) -> tuple[str, list[str]]:
+def emulates_bfloat16() -> bool:
+    """Whether this process's GPU has no bfloat16 of its own (NVIDIA before Ampere), so that PyTorch emulates it."""
+    return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _bfloat16_notes(bf16: bool | str) -> list[str]:
+    """What to say where a GPU has no bfloat16; a warning where it is computed nevertheless."""
+    if not bf16 or not emulates_bfloat16():
+        return []
+    card = torch.cuda.get_device_name()
+    if bf16 == "auto":
+        return [f"{card} has no bfloat16 of its own, and emulating it is slower than float32: computing in float32"]
+    warn(f"--bf16 true: {card} has no bfloat16 of its own, and emulating it is slower than float32; leave it at auto")
+    return []
+
+
+def choose_attention(flash_attn: bool, dtype: torch.dtype, width: int | None = None) -> tuple[str, list[str]]:
     """Choose the attention function and say why FlashAttention is not used where it was asked for.
 
     Args:
         flash_attn: whether it was asked for.
         dtype: of the model.
+        width: of the heads of its language model, where that is known.
 
     Returns:
         Name of the registered function, notes for the user.
     """
-    problem = flash_problem(dtype) if flash_attn else None
+    problem = flash_problem(dtype, width) if flash_attn else None
     if problem:
         return SHARED_SDPA, [f"--flash_attn: {problem}; using SDPA"]
     return SHARED_FLASH if flash_attn else SHARED_SDPA, []
@@ -177,15 +202,18 @@ def find_base(
         load_in_4bit: hold the weights of the language model in 4 bits.
 
     Raises:
-        ModelError: the model cannot be found, reached or opened, or is not an image-text-to-text model.
+        ModelError: the model cannot be found, reached or opened, is no image-text-to-text model, or is one of a family
+            that is not supported.
     """
     if load_in_4bit:
         require_4bit()
     path = resolve_path(name)
     dtype = default_dtype(bf16)
-    function, notes = choose_attention(flash_attn, dtype)
     config = _open(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), name)
     _require_image_text(type(config), config.model_type, name)
+    require_layout(config, name)
+    function, notes = choose_attention(flash_attn, dtype, getattr(config.get_text_config(), "head_dim", None))
+    notes = [*_bfloat16_notes(bf16), *notes]
     settings = prompt or PromptSettings.find(path) or PromptSettings()
     return Base(
         name=name,
@@ -218,6 +246,7 @@ def load_model(base: Base) -> Any:
     Raises:
         ModelError: the weights cannot be opened.
     """
+    know_whole_shapes(AutoConfig.from_pretrained(base.path, trust_remote_code=False))
     model, found = _open(
         lambda: AutoModelForImageTextToText.from_pretrained(
             base.path,
@@ -340,7 +369,8 @@ def _open(load: Callable[[], Any], name: str) -> Any:
                 f"--base_model {name}: the Hugging Face Hub cannot be reached and the model is not in the local cache",
                 f"pass a folder that holds the model (--base_model /path/to/model), or {POCKET!r} for the embedded one",
             ) from error
-        first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        lines = text.strip().splitlines() or [type(error).__name__]
+        first_line = " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
         if not isinstance(error, OSError | ValueError):  # their texts are written for users
             first_line = f"{type(error).__name__}: {first_line}"
         what = f"--base_model {name} cannot be opened: {first_line}"

@@ -17,7 +17,7 @@ from typing import Any
 from vlm_sft.model.adapt import language_model_path
 
 _ROOTS = ("model.language_model", "model.text_model")  # language models that vLLM's mappers know
-LARGEST_RANK = 512  # that vLLM's max_lora_rank takes
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank takes
 
 
 def not_for_vllm(config: Mapping[str, Any], layers: Sequence[str], model: Any) -> tuple[str, ...]:
@@ -34,9 +34,8 @@ def not_for_vllm(config: Mapping[str, Any], layers: Sequence[str], model: Any) -
         problems.append(f"vLLM loads no fully trained modules ({len(saved)}, e.g. {saved[0]})")
     if config.get("use_dora"):
         problems.append("vLLM has no DoRA")
-    rank = max([int(config.get("r", 0)), *(config.get("rank_pattern") or {}).values()])
-    if rank > LARGEST_RANK:
-        problems.append(f"rank {rank} is above vLLM's largest, {LARGEST_RANK}")
+    if max_lora_rank(config) is None:
+        problems.append(f"rank {_rank(config)} is above vLLM's largest, {RANKS[-1]}")
     root = language_model_path(model)
     if root not in _ROOTS:
         problems.append(f"vLLM's names for the language model {root} are not known here")
@@ -44,3 +43,20 @@ def not_for_vllm(config: Mapping[str, Any], layers: Sequence[str], model: Any) -
     if outside:
         problems.append(f"vLLM adapts the language model only, not {len(outside)} layers such as {outside[0]}")
     return tuple(problems)
+
+
+def max_lora_rank(config: Mapping[str, Any]) -> int | None:
+    """What vLLM's `max_lora_rank` has to be for an adapter: its rank, up to the next that vLLM takes.
+
+    Args:
+        config: its adapter_config.json.
+
+    Returns:
+        None where the rank is above the largest.
+    """
+    return next((rank for rank in RANKS if rank >= _rank(config)), None)
+
+
+def _rank(config: Mapping[str, Any]) -> int:
+    """The largest rank of an adapter's layers."""
+    return max([int(config.get("r", 0)), *(config.get("rank_pattern") or {}).values()])

@@ -31,16 +31,15 @@ from vlm_sft.forecast.run import Asked, Case, Images
 from vlm_sft.forecast.shapes import ModelShape, TextShape, VisionShape, model_shape
 from vlm_sft.forecast.time import Setting, tower_seconds
 from vlm_sft.launch import Launch
+from vlm_sft.model import liger
+from vlm_sft.model.flash import gathered_heads
 from vlm_sft.model.load import Base
 from vlm_sft.recipe.rules import Schedule
-from vlm_sft.recipe.schema import Recipe
 from vlm_sft.train.kept import Kept
 from vlm_sft.train.options import Run
 from vlm_sft.train.prepare import Plan
 from vlm_sft.train.validation import ValidationPlan
 
-# Gradient checkpointing pays where activations are large against the memory: models above this many parameters.
-CHECKPOINTING_PARAMETERS = 1_000_000_000
 PROMPT_TOKENS = 24  # of a question with its chat template, beside the image
 PICTURE_PROBES = 12  # pictures that are scaled down to see how large they become
 DISK_SHARE = 0.5  # of the free disk that --feature_cache auto may fill
@@ -90,22 +89,26 @@ def _counted(config: Any) -> ModelShape:
     )  # fmt: skip
 
 
-def setting_of(recipe: Recipe, shape: ModelShape, value_bytes: int, rates: Rates) -> Setting:
-    """What the time and the memory of a pass depend on, besides its sizes; `value_bytes` of one number."""
+def setting_of(run: Run, shape: ModelShape, value_bytes: int, rates: Rates, flash: bool) -> Setting:
+    """What the time and the memory of a pass depend on, besides its sizes.
+
+    Args:
+        run: its recipe, and how its passes are cut where that is decided.
+        shape: the base.
+        value_bytes: of one number of the computation.
+        rates: of one device.
+        flash: whether FlashAttention computes the attention.
+    """
     return Setting(
         shape,
-        adapter_of(recipe, shape),
+        adapter_of(run.recipe, shape),
         value_bytes,
-        checkpoints_activations(recipe, shape.parameters, rates.gpu),
+        run.checkpointing,
         rates,
-        four_bit=recipe.load_in_4bit,
+        four_bit=run.recipe.load_in_4bit,
+        fused=rates.gpu and liger.missing() is None,
+        flash_heads=gathered_heads(shape.text.heads, shape.text.kv_heads) if flash else 0,
     )
-
-
-def checkpoints_activations(recipe: Recipe, parameters: int, gpu: bool) -> bool:
-    """Whether activations are computed again in the backward pass: as the recipe says; auto: large models on GPUs."""
-    wanted = recipe.gradient_checkpointing
-    return bool(gpu and parameters > CHECKPOINTING_PARAMETERS) if wanted == "auto" else bool(wanted)
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,11 @@ class Known:
             Kept(plan.engine.root, encoder, plan.base.path),
             image_seconds(encoder, [*final, *images[:2]]),
         )
+
+    def packed(self, tokens: int) -> Known:
+        """The same with packs of another size."""
+        evaluation = replace(self.eval_planner, tokens_per_pack=tokens) if self.eval_planner else None
+        return replace(self, planner=replace(self.planner, tokens_per_pack=tokens), eval_planner=evaluation)
 
 
 def _counter(plan: Plan, images: Sequence[Sample]) -> Callable[[ImageRef], int]:

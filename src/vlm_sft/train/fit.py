@@ -18,7 +18,7 @@ from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.errors import ModelError
 from vlm_sft.evaluate.caches import one_an_image
 from vlm_sft.forecast.run import FEATURES, LOAD, SAVES
-from vlm_sft.launch import Launch, agree
+from vlm_sft.launch import agree
 from vlm_sft.model.adapt import changes_nothing
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.kernels import choose_kernels
@@ -26,12 +26,10 @@ from vlm_sft.model.load import Base, load_model, to_gpu
 from vlm_sft.model.parts import ALL
 from vlm_sft.model.sharing import choose_mode
 from vlm_sft.model.tune import checkpoint_layers, described, tune
-from vlm_sft.recipe.schema import Recipe
 from vlm_sft.record import versions
 from vlm_sft.trackers.session import Trackers
 from vlm_sft.train.arguments import training_arguments
 from vlm_sft.train.callbacks import LastStep, MetricsFile, Progress
-from vlm_sft.train.case import checkpoints_activations
 from vlm_sft.train.checkpoints import checkpoint_step
 from vlm_sft.train.foretell import Clock, Foretelling
 from vlm_sft.train.options import Run
@@ -49,7 +47,7 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
     # Before the weights: with ZeRO-3 they are partitioned while they are loaded, once these arguments exist.
     bf16 = base.dtype == torch.bfloat16
     args = training_arguments(recipe, schedule, launch, options.output_dir, bf16, run.data_workers)
-    model, lora = _adapted(base, recipe, launch)
+    model, lora = _adapted(run, base)
     mode = choose_mode(model, plan.data.encoder)
     run.record.update(attention=base.attention, dtype=base.dtype_name, lora=lora, image_sharing=mode.shares)
     _record_kernels(run, model)
@@ -166,13 +164,13 @@ def _keep_features(plan: Plan, model: Any, asked: ValidationPlan | None) -> None
     plan.engine.keep_features(model, plan.cache, uses, "training")
 
 
-def _adapted(base: Base, recipe: Recipe, launch: Launch) -> tuple[Any, dict[str, Any]]:
+def _adapted(run: Run, base: Base) -> tuple[Any, dict[str, Any]]:
     """Load the weights and make trainable what is trained; returns the model and what run.json says about that."""
-    if base.load_in_4bit and launch.parallel == "zero3":
+    if base.load_in_4bit and run.launch.parallel == "zero3":
         raise ModelError("--load_in_4bit true: ZeRO-3 cannot partition 4-bit weights", "use --deepspeed zero2")
-    model, lora = tune(load_model(base), recipe, base.name, master=launch.deepspeed is None)
+    model, lora = tune(load_model(base), run.recipe, base.name, master=run.launch.deepspeed is None)
     say(described(lora))
-    if checkpoints_activations(recipe, lora["total_parameters"], not launch.cpu):
+    if run.checkpointing:
         checkpoint_layers(model)
     return model, lora
 

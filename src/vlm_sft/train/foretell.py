@@ -90,7 +90,7 @@ class Foretelling:
 
         def foresee() -> tuple[Case, Calibration, dict[str, Any]]:
             width = torch.finfo(plan.base.dtype).bits // 8
-            setting = setting_of(run.recipe, shape, width, rates_here(shape, plan.base.dtype))
+            setting = setting_of(run, shape, width, rates_here(shape, plan.base.dtype), plan.base.flash)
             key = history_key(device_name(), torch.get_num_threads(), shape.key, history_setting(run.launch, setting))
             setting = replace(setting, rates=settled_rates(past, key, setting.rates))
             case = case_of(
@@ -158,8 +158,8 @@ class Foretelling:
 
     def finish(self, root: Path) -> None:
         """Compare with the outcome: on the terminal, in run.json, and among the past runs of this machine."""
+        peak = max(gather(peak_memory_bytes()))  # of the process that needed most; waits for the others
         self.lap(forecasts.FINAL if self.case.final else forecasts.SAVES)
-        peak = max(gather(peak_memory_bytes()))  # of the process that needed most
         if not is_main_process():
             return
         actual = {

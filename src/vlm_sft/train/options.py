@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_sft.data.sources.spec import DatasetSpec
+from vlm_sft.forecast.passes import Passes
 from vlm_sft.launch import Launch, pack_tokens
 from vlm_sft.model.load import DEFAULT_BASE
 from vlm_sft.recipe.schema import Recipe
@@ -89,6 +90,7 @@ class Run:
         record: run.json.
         checkpoint: what it goes on from, or None.
         signals: what watches for signals, or None.
+        passes: how forward passes are cut, once the data is known (`train/passes.py`).
     """
 
     options: TrainOptions
@@ -98,11 +100,19 @@ class Run:
     record: RunRecord
     checkpoint: Path | None
     signals: StopSignals | None = None
+    passes: Passes | None = None
 
     @property
     def tokens_per_pack(self) -> int:
         """Token budget of one forward pass."""
+        if self.passes is not None:
+            return self.passes.tokens_per_pack
         return self.recipe.tokens_per_pack or pack_tokens(self.launch)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are computed again in the backward pass."""
+        return self.passes.gradient_checkpointing if self.passes else self.recipe.gradient_checkpointing is True
 
     @property
     def data_workers(self) -> int:

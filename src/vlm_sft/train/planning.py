@@ -34,7 +34,8 @@ from vlm_sft.forecast.images import qwen_grid
 from vlm_sft.forecast.run import Case, Forecast, forecast
 from vlm_sft.forecast.shapes import ModelShape, find_published
 from vlm_sft.launch import Launch, quiet_libraries, read_launch, threads_of_a_rank
-from vlm_sft.model.load import Base, default_dtype
+from vlm_sft.model.flash import SHARED_FLASH, takes_width
+from vlm_sft.model.load import Base, choose_attention, default_dtype
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.rules import resolve_schedule
 from vlm_sft.recipe.schema import Recipe
@@ -45,6 +46,7 @@ from vlm_sft.train.foretell import describe, refuse_or_warn
 from vlm_sft.train.imagine import Imagined, known_from_numbers, known_from_table
 from vlm_sft.train.measure import rates_here
 from vlm_sft.train.options import Run, TrainOptions
+from vlm_sft.train.passes import decided
 from vlm_sft.train.prepare import (
     Plan,
     few_steps,
@@ -88,14 +90,19 @@ class Planned:
     Attributes:
         case, calibration, found: the forecast and what it follows from.
         known: its questions and images.
-        recipe: the resolved recipe.
+        run: the run that it would be.
     """
 
     case: Case
     calibration: Calibration
     found: Forecast
     known: Known
-    recipe: Recipe
+    run: Run
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return self.run.recipe
 
 
 def plan(options: PlanOptions) -> Planned:
@@ -169,6 +176,8 @@ def _value_bytes(recipe: Recipe, device: Device | None) -> int:
     """Bytes of one number of the computation."""
     if device is not None and recipe.bf16 == "auto":
         return 2 if device.bf16 else 4
+    if device is not None and recipe.bf16 and not device.bf16:
+        warn(f"--bf16 true: {device.name} has no bfloat16 of its own; emulated, it is slower than forecast")
     return torch.finfo(default_dtype(recipe.bf16)).bits // 8
 
 
@@ -192,13 +201,20 @@ def _planned(
     size = _value_bytes(run.recipe, device)
     dtype = torch.bfloat16 if size == 2 else torch.float32
     rates = table_rates(device) if device else rates_here(shape, dtype)
-    setting = setting_of(run.recipe, shape, size, rates)
+    width = shape.text.head_dim
+    flash = run.options.flash_attn and size == 2 and takes_width(width)
+    if device is None:
+        flash = choose_attention(run.options.flash_attn, dtype, width)[0] == SHARED_FLASH
+    setting = setting_of(run, shape, size, rates, flash)
+    run = decided(run, lambda: setting, known.planner, known.visual)
+    known = known.packed(run.tokens_per_pack)
+    setting = replace(setting, checkpointing=run.checkpointing)
     case = case_of(
         run, known, asked, tasks, setting, prepared_already=False,
         process_bytes=0.0 if rates.gpu else float(resident_bytes()),
     )  # fmt: skip
     case, calibration = _calibrated(run, case, shape, device)
-    return Planned(case, calibration, forecast(case, calibration), known, run.recipe)
+    return Planned(case, calibration, forecast(case, calibration), known, run)
 
 
 class CountingCache(DataCache):
@@ -287,7 +303,8 @@ def _from_base(run: Run, base: Base, device: Device | None, counted: dict[str, E
         return planned
     if device is not None:
         raise RunError("--probe measures this machine, and --gpu_type names another one", "leave one of them out")
-    calibration = probe_plan(run, drawn, planned.case, tasks)
+    drawn = replace(drawn, planner=planned.known.planner, eval_planner=planned.known.eval_planner)
+    calibration = probe_plan(planned.run, drawn, planned.case, tasks)
     return replace(planned, calibration=calibration, found=forecast(planned.case, calibration))
 
 
@@ -336,6 +353,7 @@ def plan_facts(planned: Planned) -> dict[str, Any]:
             "image_tokens": histogram(known.visual),
             "question_tokens": histogram([size for group in known.planner.lengths for size in group.questions]),
         },
+        "passes": planned.run.passes.to_dict() if planned.run.passes else None,
         "flops": planned.case.flops,
         "forecast": planned.found.to_dict(),
     }

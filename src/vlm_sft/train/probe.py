@@ -33,7 +33,7 @@ from vlm_sft.model.load import Base, load_model, to_gpu
 from vlm_sft.model.sharing import choose_mode
 from vlm_sft.model.tune import checkpoint_layers, tune
 from vlm_sft.record import peak_memory_bytes
-from vlm_sft.train.case import answer_work, checkpoints_activations
+from vlm_sft.train.case import answer_work
 from vlm_sft.train.options import Run
 from vlm_sft.train.prepare import Plan
 from vlm_sft.train.step import StepGradients
@@ -242,7 +242,7 @@ def probe_plan(run: Run, plan: Plan, case: Case, tasks: Sequence[Task]) -> Calib
     """
     began = time.perf_counter()
     model, _ = tune(load_model(plan.base), run.recipe, plan.base.name, master=True)
-    if checkpoints_activations(run.recipe, case.setting.model.parameters, not run.launch.cpu):
+    if case.setting.checkpointing:
         checkpoint_layers(model)
     if not run.launch.cpu:
         to_gpu(model, plan.base, run.launch.gpu)

@@ -34,6 +34,7 @@ from vlm_sft.train.hosts import HostWatch
 from vlm_sft.train.identity import check_ranks, recipe_identity, refuse_changes
 from vlm_sft.train.lock import RunLock
 from vlm_sft.train.options import Run, TrainOptions
+from vlm_sft.train.passes import with_passes
 from vlm_sft.train.prepare import (
     final_tasks,
     fit_questions,
@@ -172,6 +173,7 @@ def _stages(run: Run, guards: list[Guard], trackers: Trackers) -> tuple[dict[str
         plan = prepare(run, train_samples, eval_samples, left_out)
         tasks, asked = fit_questions(run, tasks, asked, plan.data.encoder)
         tasks, asked = limited(run, tasks, asked, plan.base.prompt, plan.data.encoder.chat.plain)
+    run, plan = with_passes(run, plan)
     told = Foretelling.begin(run, plan, asked, tasks, cache_before)
     agree(trackers.begin)
     told.lap(TRACKERS)

@@ -142,12 +142,34 @@ class StepGradients:
             parameter.grad = gradient
 
     def surrogate(self) -> torch.Tensor:
-        """() float32, a loss whose gradients are exactly these, for an engine that wants to run backward itself."""
+        """() float32 zero whose gradients are exactly these, for an engine that wants to run backward itself.
+
+        A sum of products would keep a float32 copy of every gradient: with all weights trained, twice the model.
+        """
         terms = [
-            (parameter.float() * gradient.float()).sum() if gradient is not None else parameter.float().sum() * 0.0
+            _Known.apply(parameter, gradient)
             for parameter, gradient in zip(self.parameters, self.sums, strict=True)
         ]
         return torch.stack(terms).sum()
+
+
+class _Known(torch.autograd.Function):
+    """A number whose gradient in a parameter is known; None for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+        """() float32."""
+        ctx.save_for_backward(parameter if gradient is None else gradient)
+        ctx.zero, ctx.dtype = gradient is None, parameter.dtype
+        return parameter.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient, times that of the number."""
+        (known,) = ctx.saved_tensors
+        if ctx.zero:
+            return torch.zeros_like(known), None
+        return (known * slopes[0].to(known.dtype)).to(ctx.dtype), None
 
 
 def loss_problem(tokens: Sequence[tuple[PackedBatch, torch.Tensor]], loss: float) -> dict[str, Any] | None:

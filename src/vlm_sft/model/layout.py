@@ -1,0 +1,58 @@
+"""Whether a model is built as needed: one language model that reads the images' tokens. Imports transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
+
+from vlm_sft.errors import ModelError, quoted
+from vlm_sft.model.families import FAMILIES
+
+
+def require_layout(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a family whose models are built otherwise; nothing but its configuration is needed.
+
+    Args:
+        config: of the model.
+        name: what the user calls it.
+
+    Raises:
+        ModelError: why it cannot be used, or which package its model needs.
+    """
+    if config.model_type in FAMILIES:
+        return
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    except ImportError as error:  # its text tells what to install
+        raise ModelError(
+            f"--base_model {name}: {' '.join(str(error).split())}", "install that package, or use another base"
+        ) from error
+    except Exception:  # some models are never built without their weights: loading them tells what is wrong
+        return
+    problem = layout_problem(model)
+    if problem:
+        raise ModelError(
+            f"--base_model {name}: models of the family {quoted(config.model_type)} are not supported: {problem}",
+            "use a model of the Qwen2.5-VL family, or of another one in docs/FAMILIES.md",
+        )
+
+
+def layout_problem(model: Any) -> str | None:
+    """Why a model cannot be used; None where one language model reads the tokens of images among its own.
+
+    Args:
+        model: an image-text-to-text model, with weights or without.
+    """
+    if model.config.is_encoder_decoder:
+        return "a decoder of its own writes the answer, apart from image and question"
+    inner, decoder = getattr(model, "model", None), model.get_decoder()
+    if inner is None or decoder is inner or all(part is not decoder for part in inner.modules()):
+        return f"{type(model).__name__} does not hold its vision tower and its language model side by side in `model`"
+    try:
+        model.set_attn_implementation({"text_config": "sdpa"})
+    except ValueError:  # transformers': a language model with an attention of another kind
+        return "its language model takes no attention function but its own"
+    return None
