@@ -31,7 +31,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for number, colour in enumerate(COLOURS):
         (folder / f"{number}.png").write_bytes(png(colour, (56 + 14 * number, 70)))
-        rows += [{"image": f"{number}.png", "question": f"Say {text}.", "answer": "x"} for text in "abc"[: 1 + number % 3]]
+        texts = "abc"[: 1 + number % 3]
+        rows += [{"image": f"{number}.png", "question": f"Say {text}.", "answer": "x"} for text in texts]
     (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -75,7 +76,8 @@ def test_a_training_under_zero_3_can_end_with_it(place: Path) -> None:
 
 def test_auto_looks_at_the_memory_of_a_rank() -> None:
     base = find_base("pocket")
-    assert [shards_weights("auto", base, 2, size) for size in (2**30, 2**40)] == [find_spec("deepspeed") is not None, False]
+    assert shards_weights("auto", base, 2, 2**30) == (find_spec("deepspeed") is not None)
+    assert not shards_weights("auto", base, 2, 2**40)
     assert not shards_weights("auto", base, 1, 2**30) and not shards_weights("false", base, 2, 2**30)
     assert not shards_weights("auto", replace(base, load_in_4bit=True), 2, 2**30)
     with pytest.raises(ModelError, match="nobody to share with"):

@@ -15,8 +15,8 @@ from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import distinct_images
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.errors import EvaluationError, ModelError
-from vlm_sft.evaluate.answering import load_answering
-from vlm_sft.evaluate.backends import Backend, SharedPrefixBackend, VllmBackend, require_vllm
+from vlm_sft.evaluate.answering import open_backend
+from vlm_sft.evaluate.backends import Backend, VllmBackend, require_vllm
 from vlm_sft.evaluate.caches import CacheOptions, Caches
 from vlm_sft.evaluate.identity import PART, identity_of
 from vlm_sft.evaluate.pictures import save_pictures
@@ -143,13 +143,11 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
     for line in too_short(tasks):
         warn(line)
     identity = identity_of(base, options.adapter)
-    backend = _backend(options, base, launch)
     record = RunRecord(options.output_dir, _facts(options, launch, base))
     record.write()
     for line in notes:
         record.note(line)
-    if isinstance(backend, SharedPrefixBackend):
-        _prepare(options, launch, backend, tasks, record)
+    backend = _backend(options, base, launch, tasks, record)
     evaluator = Evaluator(backend, options.tokens_per_pack or pack_tokens(launch), launch.rank, launch.world_size)
     results = {}
     for task in tasks:
@@ -194,21 +192,16 @@ def _facts(options: EvalOptions, launch: Launch, base: Base) -> dict[str, object
     }  # fmt: skip
 
 
-def _backend(options: EvalOptions, base: Base, launch: Launch) -> Backend:
-    """Load what answers."""
+def _backend(options: EvalOptions, base: Base, launch: Launch, tasks: list[Task], record: RunRecord) -> Backend:
+    """Load what answers; images and their vision features come from the cache, as in the evaluation of a training."""
     if options.backend == "vllm":
         return VllmBackend(base, options.adapter)
-    return SharedPrefixBackend(base, load_answering(base, options.adapter, launch, options.shard_weights))
-
-
-def _prepare(
-    options: EvalOptions, launch: Launch, backend: SharedPrefixBackend, tasks: list[Task], record: RunRecord
-) -> None:
-    """Let images and their vision features come from the cache, as in the evaluation that ends a training."""
-    caches = Caches(options.caches, launch, backend.base.name, backend.base.path)
+    caches = Caches(options.caches, launch, base.name, base.path)
     asked = [sample for task in tasks for sample in task.samples]
-    caches.describe([caches.evaluation_cache(backend.model, backend.encoder, asked)])
+    backend, cache = open_backend(base, options.adapter, launch, options.shard_weights, caches, asked)
+    caches.describe([cache])
     record.update(engine=caches.facts)
+    return backend
 
 
 def _find_base(options: EvalOptions) -> Base:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from vlm_sft.errors import ModelError
@@ -70,28 +71,35 @@ def load_partitioned(base: Base, adapter: Path | None, ranks: int) -> Any:
         ranks: how many there are; DeepSpeed has joined them already.
 
     Returns:
-        The model, frozen, on the device of this rank.
+        The model, frozen; `gather_on_forward` lets it compute.
 
     Raises:
         ModelError: the weights or the adapter cannot be opened.
     """
-    import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    settings = {
+    alive = HfDeepSpeedConfig(_settings(base, ranks))  # while it lives, weights are shared out as they are read
+    try:
+        model = load_model(base).requires_grad_(False)
+        return model if adapter is None else load_adapter(model, adapter)
+    finally:
+        del alive
+        unset_hf_deepspeed_config()
+
+
+def gather_on_forward(model: Any, base: Base, ranks: int) -> None:
+    """Let the layers of a model from `load_partitioned` gather their weights to compute; all ranks must call it."""
+    import deepspeed
+
+    deepspeed.initialize(model=model.eval(), config=_settings(base, ranks))
+
+
+def _settings(base: Base, ranks: int) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
+    return {
         "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": base.dtype.itemsize == 2},
+        "bf16": {"enabled": base.dtype == torch.bfloat16},
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": ranks,
         "steps_per_print": 1_000_000_000,
     }
-    alive = HfDeepSpeedConfig(settings)  # while it lives, transformers shares the weights out as it reads them
-    try:
-        model = load_model(base).requires_grad_(False)
-        if adapter is not None:
-            model = load_adapter(model, adapter)
-        engine, *_ = deepspeed.initialize(model=model, config=settings)
-    finally:
-        del alive
-        unset_hf_deepspeed_config()
-    return engine.module.eval()

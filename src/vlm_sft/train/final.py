@@ -14,8 +14,7 @@ import torch
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say
 from vlm_sft.data.cache import DataCache
-from vlm_sft.evaluate.answering import load_answering
-from vlm_sft.evaluate.backends import SharedPrefixBackend
+from vlm_sft.evaluate.answering import open_backend
 from vlm_sft.evaluate.identity import identity_of
 from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.run import Evaluator, results_table
@@ -71,12 +70,11 @@ def _answer(
 ) -> DataCache:
     """Answer the benchmarks with one model, for each side: "base" is the model without its adapter."""
     launch = run.launch
-    model = load_answering(base, adapter, launch, run.options.shard_weights)
-    # A resumed run may have evaluated an earlier adapter: its predictions are replaced.
-    backend = SharedPrefixBackend(base, model)
-    evaluator = Evaluator(backend, run.tokens_per_pack, launch.rank, launch.world_size, replace=True)
     asked = [sample for task in tasks for sample in task.samples]
-    cache = plan.engine.evaluation_cache(model, backend.encoder, asked)
+    backend, cache = open_backend(base, adapter, launch, run.options.shard_weights, plan.engine, asked)
+    model = backend.model
+    # A resumed run may have evaluated an earlier adapter: its predictions are replaced.
+    evaluator = Evaluator(backend, run.tokens_per_pack, launch.rank, launch.world_size, replace=True)
     for task in tasks:
         for side in sides:
             tuned = adapter if side == "tuned" else None

@@ -106,9 +106,7 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
 
 def _record_kernels(run: Run, model: Any) -> None:
     """Check the kernels that this process will use, and record which they are."""
-    launch = run.launch
-    device = torch.device("cpu") if launch.cpu else torch.device("cuda", launch.local_rank)
-    kernels, notes = choose_kernels(model, device)
+    kernels, notes = choose_kernels(model, torch.device(run.launch.device))
     for note in notes:
         say(note)
         run.record.note(note)
