@@ -15,7 +15,7 @@ import torch
 from tests.adapters import save_adapter, save_base
 from tests.pictures import png
 from vlm_sft.errors import ModelError
-from vlm_sft.model.load import find_base
+from vlm_sft.model.load import find_base, load_model
 from vlm_sft.model.partitioned import shards_weights
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -85,3 +85,11 @@ def test_auto_looks_at_the_memory_of_a_rank() -> None:
     with pytest.raises(ModelError, match="4-bit"):
         shards_weights("true", replace(base, load_in_4bit=True), 2, 2**30)
     assert base.dtype == torch.float32
+
+
+def test_a_model_that_was_read_onto_its_device_is_an_ordinary_one(place: Path) -> None:
+    base = find_base(str(place / "base"))
+    plain, placed = load_model(base), load_model(base, "cpu:0")
+    assert not hasattr(placed, "hf_device_map") and not hasattr(placed, "_hf_hook")
+    weights = placed.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())

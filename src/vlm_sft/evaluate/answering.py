@@ -12,7 +12,7 @@ from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.caches import Caches
 from vlm_sft.launch import Launch, agree, join_deepspeed
 from vlm_sft.model.adapt import load_adapter
-from vlm_sft.model.load import Base, load_model, to_gpu
+from vlm_sft.model.load import Base, load_model
 from vlm_sft.model.partitioned import gather_on_forward, load_partitioned, shards_weights
 from vlm_sft.record import memory_bytes
 
@@ -40,9 +40,8 @@ def open_backend(
         join_deepspeed(launch)
         model = load_partitioned(base, adapter, launch.world_size)
     else:
-        model = load_model(base).requires_grad_(False)  # frozen features are kept of a frozen tower only
-        if not launch.cpu:
-            to_gpu(model, base, launch.gpu)
+        # Frozen features are kept of a frozen tower only.
+        model = load_model(base, launch.device).requires_grad_(False)
         model = load_adapter(model, adapter) if adapter is not None else model
     backend = SharedPrefixBackend(base, model)
     # Vision features come first: once its layers gather their weights, no rank can use the model by itself.

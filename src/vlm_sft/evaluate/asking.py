@@ -101,10 +101,8 @@ def open_asker(
         warn(note)  # standard output holds the answer
     if adapter is not None:
         require_fit(adapter, base, allow_other_base)
-    model = load_model(base)
+    model = load_model(base, "cuda:0" if torch.cuda.is_available() else "cpu")
     if adapter is not None:
         model = load_adapter(model, adapter)
-    if torch.cuda.is_available():
-        model.to("cuda")
     limit = max_new_tokens or base.prompt.max_new_tokens
     return Asker(SharedPrefixBackend(base, model), adapter, limit)

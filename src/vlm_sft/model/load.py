@@ -240,8 +240,12 @@ def require_4bit() -> None:
         )
 
 
-def load_model(base: Base) -> Any:
-    """Load the weights of a base model, in its dtype, on the CPU; in 4 bits on this process's GPU, where there is one.
+def load_model(base: Base, device: str = "cpu") -> Any:
+    """Load the weights of a base model, in its dtype; in 4 bits on this process's GPU, where there is one.
+
+    Args:
+        base: where they are found.
+        device: where they go, tensor by tensor: eight processes of a machine never hold eight models in its memory.
 
     Raises:
         ModelError: the weights cannot be opened.
@@ -255,7 +259,7 @@ def load_model(base: Base) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            **(_in_4bit(base) if base.load_in_4bit else {}),
+            **(_in_4bit(base) if base.load_in_4bit else {} if device == "cpu" else {"device_map": {"": device}}),
         ),
         base.name,
     )
@@ -268,6 +272,8 @@ def load_model(base: Base) -> Any:
         )
     if base.load_in_4bit:
         _keep_scales(model)
+    else:
+        vars(model).pop("hf_device_map", None)  # by which trainers take a model for one on several devices
     return ready(model, base.function)
 
 
@@ -289,18 +295,6 @@ def empty_model(path: str) -> Any:
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
-
-
-def to_gpu(model: Any, base: Base, number: int) -> None:
-    """Move a model to a GPU; one in 4 bits was loaded there.
-
-    Args:
-        model: from `load_model`, or its adapter.
-        base: what it was loaded from.
-        number: of the GPU on this machine.
-    """
-    if not base.load_in_4bit:
-        model.to(f"cuda:{number}")
 
 
 def _keep_scales(model: Any) -> None:

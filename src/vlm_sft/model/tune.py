@@ -151,7 +151,7 @@ def untuned(model: Any, base: Base) -> Iterator[Any]:
         with model.disable_adapter():
             yield model
     else:
-        yield load_model(base).to(next(model.parameters()).device)
+        yield load_model(base, str(next(model.parameters()).device))
 
 
 def in_format(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

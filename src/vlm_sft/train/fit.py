@@ -22,7 +22,7 @@ from vlm_sft.launch import agree
 from vlm_sft.model.adapt import changes_nothing
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.kernels import choose_kernels
-from vlm_sft.model.load import Base, load_model, to_gpu
+from vlm_sft.model.load import Base, load_model
 from vlm_sft.model.parts import ALL
 from vlm_sft.model.sharing import choose_mode
 from vlm_sft.model.tune import checkpoint_layers, described, tune
@@ -133,8 +133,6 @@ def _probe(
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             say("--probe: under ZeRO-3 no rank has the whole model for a pass of its own; the forecast stays as it is")
             return
-        if not run.launch.cpu:
-            to_gpu(model, plan.base, run.launch.gpu)
     # The trainer wraps the model in it only when the training begins.
     precision = partial(half_precision, run.launch, plan.base)
     case = replace(told.case, features=plan.cache.features is not None)
@@ -166,7 +164,10 @@ def _adapted(run: Run, base: Base) -> tuple[Any, dict[str, Any]]:
     """Load the weights and make trainable what is trained; returns the model and what run.json says about that."""
     if base.load_in_4bit and run.launch.parallel == "zero3":
         raise ModelError("--load_in_4bit true: ZeRO-3 cannot partition 4-bit weights", "use --deepspeed zero2")
-    model, lora = tune(load_model(base), run.recipe, base.name, master=run.launch.deepspeed is None)
+    # ZeRO-3 shares the weights out while they are read; a configuration of the user's may ask for that, too.
+    whole = run.launch.parallel in ("single", "ddp", "zero2")
+    loaded = load_model(base, run.launch.device if whole else "cpu")
+    model, lora = tune(loaded, run.recipe, base.name, master=run.launch.deepspeed is None)
     say(described(lora))
     if run.checkpointing:
         checkpoint_layers(model)

@@ -29,7 +29,7 @@ from vlm_sft.forecast.time import answering_seconds, forward_seconds, tower_seco
 from vlm_sft.launch import Launch, gather
 from vlm_sft.model import prefix
 from vlm_sft.model.families import PackMode
-from vlm_sft.model.load import Base, load_model, to_gpu
+from vlm_sft.model.load import Base, load_model
 from vlm_sft.model.sharing import choose_mode
 from vlm_sft.model.tune import checkpoint_layers, tune
 from vlm_sft.record import peak_memory_bytes
@@ -241,11 +241,9 @@ def probe_plan(run: Run, plan: Plan, case: Case, tasks: Sequence[Task]) -> Calib
         tasks: benchmarks that it would answer.
     """
     began = time.perf_counter()
-    model, _ = tune(load_model(plan.base), run.recipe, plan.base.name, master=True)
+    model, _ = tune(load_model(plan.base, run.launch.device), run.recipe, plan.base.name, master=True)
     if case.setting.checkpointing:
         checkpoint_layers(model)
-    if not run.launch.cpu:
-        to_gpu(model, plan.base, run.launch.gpu)
     mode = choose_mode(model, plan.data.encoder)
     planners = (plan.planner, plan.eval_planner)
     if not mode.shares:
