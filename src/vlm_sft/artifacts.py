@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.errors import HostLostError, InterruptedRunError, RunError, VlmSftError, plain
+from vlm_sft.errors import HostLostError, RunError, VlmSftError, plain
 
 RUN = "run.json"  # what ran, where, with which versions; its status; seconds and bytes
 RECIPE = "recipe.json"  # the resolved recipe with every default
@@ -108,7 +108,7 @@ class OutputFolder:
         try:
             yield
         except VlmSftError as error:
-            if not isinstance(error, InterruptedRunError | HostLostError) and not worked():
+            if not isinstance(error, HostLostError) and not worked():
                 self._put_back(str(error))
             raise
 

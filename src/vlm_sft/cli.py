@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = int(importlib.import_module(f"vlm_sft.commands.{args.verb}").run(args))
         return code or (_printed() if args.verb in PRINTING else 0)
-    except VlmSftError as error:
+    except (VlmSftError, InterruptedRunError) as error:
         if not isinstance(error, InterruptedRunError) or os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"{error.label}: {error}\n")
         return error.exit_code

@@ -91,7 +91,11 @@ class VlmSftError(ValueError):
     def __init__(self, what: str, fix: str = "") -> None:
         self.what = bounded(plain(what))
         self.fix = bounded(plain(fix))
-        super().__init__(f"{self.what}\n  fix: {self.fix}" if fix else self.what)
+        super().__init__(_message(self.what, self.fix))
+
+
+def _message(what: str, fix: str) -> str:
+    return f"{what}\n  fix: {fix}" if fix else what
 
 
 class RecipeError(VlmSftError):
@@ -155,8 +159,11 @@ class HostLostError(VlmSftError):
     label = "interrupted"
 
 
-class InterruptedRunError(VlmSftError):
+class InterruptedRunError(KeyboardInterrupt):
     """A run that a signal ended; it can be started again as it was.
+
+    It is raised wherever the signal finds the program, so it is no `Exception`: whoever reads a damaged file must not
+    take it for the damage.
 
     Args:
         what, fix: as for every error.
@@ -167,5 +174,5 @@ class InterruptedRunError(VlmSftError):
     label = "interrupted"
 
     def __init__(self, what: str, fix: str = "", everywhere: bool = False) -> None:
-        super().__init__(what, fix)
-        self.everywhere = everywhere
+        self.what, self.fix, self.everywhere = bounded(plain(what)), bounded(plain(fix)), everywhere
+        super().__init__(_message(self.what, self.fix))

@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from vlm_sft.artifacts import read_json
 from vlm_sft.console import say, warn
-from vlm_sft.errors import RunError, VlmSftError
+from vlm_sft.errors import InterruptedRunError, RunError, VlmSftError
 from vlm_sft.place import announce, read_place
 
 ZERO_STAGES = {"zero2": 2, "zero3": 3}
@@ -218,7 +218,7 @@ def connected(launch: Launch) -> Iterator[None]:
     _connect(launch)
     try:
         yield
-    except VlmSftError as error:
+    except (VlmSftError, InterruptedRunError) as error:
         if ours and error.everywhere:
             _part()
         raise
@@ -387,7 +387,7 @@ def agree(work: Callable[[], Result]) -> Result:
     if not several or torch.distributed.get_rank() == 0:
         try:
             box[0] = work()
-        except VlmSftError as error:
+        except (VlmSftError, InterruptedRunError) as error:
             box[1] = error
     if several:
         torch.distributed.broadcast_object_list(box, src=0, group=_group())

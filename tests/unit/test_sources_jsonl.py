@@ -7,9 +7,10 @@ import pytest
 from tests.pictures import png
 from vlm_sft.artifacts import read_jsonl
 from vlm_sft.cli import main
+from vlm_sft.data.audit import check_images
 from vlm_sft.data.sample import Turn
 from vlm_sft.data.sources.registry import load_split, parse_datasets
-from vlm_sft.errors import DataError
+from vlm_sft.errors import DataError, InterruptedRunError
 
 
 def write(path: Path, records: list) -> Path:
@@ -248,3 +249,14 @@ def test_all_of_a_set_of_one_image_can_be_checked_and_exported(tmp_path, capsys)
     out = tmp_path / "out"
     assert main(["data", "export", str(path), "--format", "csv", "--output", str(out), "--split", "all", *left]) == 0
     assert len((out / "train.csv").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("interrupted", ["json.loads", "PIL.Image.open"])
+def test_a_signal_in_the_middle_of_reading_is_no_fault_of_the_data(folder, monkeypatch, interrupted):
+    def signalled(*arguments, **settings):
+        raise InterruptedRunError("stopped by SIGINT")
+
+    path = write(folder / "own.jsonl", [{"image": "a.png", "question": "q", "answer": "a"}])
+    monkeypatch.setattr(interrupted, signalled)
+    with pytest.raises(InterruptedRunError):
+        check_images(load(path).samples)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_sft import artifacts
 from vlm_sft.console import is_main_process, say, warn
-from vlm_sft.errors import InterruptedRunError, RunError
+from vlm_sft.errors import RunError
 from vlm_sft.trackers.content import Outcome
 from vlm_sft.trackers.tracker import FAILED, FINISHED, INTERRUPTED, About, Tracker
 
@@ -55,7 +55,7 @@ class Trackers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the runs: as failed or interrupted after an error."""
-        stopped = isinstance(error, InterruptedRunError | KeyboardInterrupt)
+        stopped = isinstance(error, KeyboardInterrupt)
         self.close(FINISHED if error is None else INTERRUPTED if stopped else FAILED)
 
     def begin(self) -> None:
