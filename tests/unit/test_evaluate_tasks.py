@@ -8,16 +8,28 @@ from pathlib import Path
 import pytest
 
 from tests.pictures import png
+from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.errors import DataError, EvaluationError, RecipeError
 from vlm_sft.evaluate.guard import Guard, judge, parse_guards, tradeoff
 from vlm_sft.evaluate.metrics import BENCHMARKS
-from vlm_sft.evaluate.tasks import benchmark_names, dataset_text, load_tasks, parse_token_limits
+from vlm_sft.evaluate.tasks import benchmark_names, dataset_text, load_tasks, parse_token_limits, too_short, with_limits
+from vlm_sft.model.load import find_base
 from vlm_sft.recipe.schema import EVALUATION_METRICS, Recipe
 
 
 def test_metric_names_of_recipes_are_those_of_the_benchmarks() -> None:
     assert EVALUATION_METRICS == ("eval_loss", *(benchmark.metric_name for benchmark in BENCHMARKS.values()))
+
+
+@pytest.mark.parametrize("name", ["easy_vqa", "demo_charts", "demo_text"])
+def test_every_answer_that_the_package_brings_along_has_room_on_pocket(name: str) -> None:
+    if name == "easy_vqa":
+        pytest.importorskip("easy_vqa")
+    base = find_base("pocket")
+    plain = Encoder(base.processor, base.prompt).chat.plain
+    tasks, _ = load_tasks(name, None, None)
+    assert too_short(with_limits(tasks, base.prompt, plain, {})) == []
 
 
 @pytest.mark.parametrize(

@@ -278,9 +278,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "infographicvqa", "infographicvqa_anls", anls, "InfographicVQA: ANLS, the best over the answers",
             {"exact_match": exact_match}, max_new_tokens=64,
         ),
-        Benchmark(
-            "easy_vqa", "easy_vqa_accuracy", exact_match, "easy-VQA: exact match ignoring case", max_new_tokens=8,
-        ),
+        Benchmark("easy_vqa", "easy_vqa_accuracy", exact_match, "easy-VQA: exact match ignoring case"),
         Benchmark(
             "demo_charts", "demo_charts_relaxed_accuracy", _relaxed,
             "synthetic charts of the demo: ChartQA's relaxed accuracy", _CHART_SECONDARY,
