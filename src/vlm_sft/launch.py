@@ -256,7 +256,12 @@ def _connect(launch: Launch) -> None:
 
 
 def join_deepspeed(launch: Launch) -> None:
-    """Let DeepSpeed use the process group that is open."""
+    """Let DeepSpeed use the process group that is open.
+
+    Raises:
+        RunError: it is not installed, or too old.
+    """
+    _require_deepspeed()
     import deepspeed
 
     if launch.cpu:

@@ -1,4 +1,4 @@
-"""What the tests with injected faults share: one place, and one warm process with the layer."""
+"""What the tests share: a warm process; with injected faults one place, and one warm process with the layer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ import pytest
 
 from tests.faults.harness import Warm, make_place
 from tests.faults.injection import layer
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    """A warm process of which commands are forked."""
+    server = Warm()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="package")

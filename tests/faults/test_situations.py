@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,6 @@ QUICK = (
     "absolute_path", "link_to_a_folder", "pictures_of_a_foreign_run", "cache_disk_full_or_read_only",
     "cache_with_links", "umask_of_the_user", "answer_edited", "odd_numbers",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    server = Warm()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tests.adapters import save_adapter, save_base
 from tests.pictures import png
 from vlm_sft.errors import ModelError
 from vlm_sft.model.load import find_base, load_model
-from vlm_sft.model.partitioned import shards_weights
+from vlm_sft.model.sharded import shards_weights
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 TWO = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]

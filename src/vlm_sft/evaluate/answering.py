@@ -13,7 +13,7 @@ from vlm_sft.evaluate.caches import Caches
 from vlm_sft.launch import Launch, agree, join_deepspeed
 from vlm_sft.model.adapt import load_adapter
 from vlm_sft.model.load import Base, load_model
-from vlm_sft.model.partitioned import gather_on_forward, load_partitioned, shards_weights
+from vlm_sft.model.sharded import gather_on_forward, load_partitioned, shards_weights
 from vlm_sft.record import memory_bytes
 
 

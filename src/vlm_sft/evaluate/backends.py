@@ -76,7 +76,7 @@ class SharedPrefixBackend:
         self.model = model
         self.encoder = Encoder(base.processor, base.prompt, base.stop_ids)
         self.mode = mode or choose_mode(model, self.encoder)
-        self.in_step = is_partitioned(model)
+        self.in_step = is_partitioned(*model.parameters())
         # Decoding and encoding happen at the same time, and a tokenizer is not made for two threads.
         self._tokenizer = copy.deepcopy(self.encoder.tokenizer)
 

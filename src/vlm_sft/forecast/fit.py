@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from vlm_sft.forecast.calibration import PROBE, Calibration
 from vlm_sft.forecast.memory import CONTEXT_BYTES, Ranks
-from vlm_sft.forecast.run import CACHED, Case, Forecast, forecast, smaller_packs
+from vlm_sft.forecast.run import CACHED, Case, Forecast, forecast
 
 PACK_SHARES = (0.5, 0.25, 0.125)
 
@@ -85,7 +85,7 @@ def _memory_changes(case: Case) -> Iterator[tuple[str, Case]]:
     single = max(1, case.longest)
     for share in PACK_SHARES:
         if tokens * share >= single:
-            yield f"--tokens_per_pack {round(tokens * share)}", smaller_packs(case, share)
+            yield f"--tokens_per_pack {round(tokens * share)}", _smaller_packs(case, share)
     options: list[tuple[str, Case]] = []
     if not setting.checkpointing:
         options.append(("--gradient_checkpointing true", replace(case, setting=replace(setting, checkpointing=True))))
@@ -95,7 +95,7 @@ def _memory_changes(case: Case) -> Iterator[tuple[str, Case]]:
         options.append(("--load_in_4bit true", replace(case, setting=replace(setting, four_bit=True))))
     yield from options
     share = max(PACK_SHARES[-1], min(1.0, single / max(1.0, tokens)))
-    together = smaller_packs(case, share)
+    together = _smaller_packs(case, share)
     if share < 1:
         flags.append(f"--tokens_per_pack {round(tokens * share)}")
     for flag, changed in options:
@@ -138,3 +138,8 @@ def _disk_fix(case: Case, calibration: Calibration, free: float, apart: bool) ->
         if _coming(case, forecast(changed, calibration), apart) <= free:
             return f"it would fit with {flags}"
     return "free some space, or pass --output_dir and --cache_dir on a larger disk"
+
+
+def _smaller_packs(case: Case, share: float) -> Case:
+    """The same run with packs of a share of their tokens."""
+    return replace(case, epoch=replace(case.epoch, largest=case.epoch.largest.times(share)))

@@ -398,8 +398,3 @@ def history_row(case: Case, key: Mapping[str, Any], actual: Mapping[str, float])
     rates = {name: getattr(case.setting.rates, name) for name in ("flops", "bandwidth", "launch", "unrest")}
     at = datetime.now(UTC).isoformat(timespec="seconds")
     return {"at": at, "key": dict(key), "forecast": said, "actual": dict(actual), "rates": rates}
-
-
-def smaller_packs(case: Case, share: float) -> Case:
-    """The same run with packs of a share of their tokens."""
-    return replace(case, epoch=replace(case.epoch, largest=case.epoch.largest.times(share)))

@@ -13,9 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors import safe_open
 
-from vlm_sft.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from vlm_sft.errors import ModelError, quoted
 from vlm_sft.model.dropout import KeyedDropout
 from vlm_sft.model.lora import fuse_lora
@@ -188,16 +186,6 @@ def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> Pef
     require_places(Path(folder), adapted)
     fuse_lora(adapted)
     return adapted
-
-
-def changes_nothing(folder: Path) -> bool:
-    """Whether a saved adapter surely answers as its base does: nothing but LoRA, and every lora_B is zero."""
-    config = read_json(folder / ADAPTER_CONFIG)
-    if config.get("modules_to_save") or config.get("use_dora"):
-        return False
-    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
-        updates = [name for name in file.keys() if ".lora_B." in name]
-        return bool(updates) and not any(file.get_tensor(name).any() for name in updates)
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.model.gated import gated_parameters
+from vlm_sft.model.partitioned import is_partitioned
 from vlm_sft.model.stepwise import exchange_forward
 
 HALF = (torch.bfloat16, torch.float16)
@@ -29,7 +30,7 @@ def align_gated(model: torch.nn.Module) -> int:
 def _is_unaligned(module: torch.nn.Module) -> bool:
     parameters = gated_parameters(module)
     weight = parameters[0] if parameters else None
-    if weight is None or weight.dtype not in HALF or not len(weight) % 8 or hasattr(weight, "ds_id"):
+    if weight is None or weight.dtype not in HALF or not len(weight) % 8 or is_partitioned(weight):
         return False
     assert parameters is not None
     rows = torch.linspace(-2.0, 3.0, _CHECKED_ROWS * weight.shape[1]).reshape(_CHECKED_ROWS, -1).to(weight)
@@ -56,7 +57,7 @@ def _is_frozen(parameter: torch.Tensor | None) -> bool:
     """Whether a parameter is whole, on a GPU, in half precision, and not trained; so is one that is not there."""
     if parameter is None:
         return True
-    whole = parameter.is_cuda and not hasattr(parameter, "ds_id")
+    whole = parameter.is_cuda and not is_partitioned(parameter)
     return whole and parameter.dtype in HALF and not parameter.requires_grad
 
 

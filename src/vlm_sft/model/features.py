@@ -25,6 +25,7 @@ from vlm_sft.data.pixels import unpack_pixels
 from vlm_sft.data.store import Record
 from vlm_sft.errors import DataError
 from vlm_sft.model.families import family_of
+from vlm_sft.model.partitioned import is_partitioned
 
 POOLED, DEEPSTACK = "pooled", "deepstack"
 _POOLED_PATCHES = "image_token_pooling"  # Molmo 2: which patches of which crop make an image token
@@ -114,7 +115,7 @@ def _features_now(model: Any, image: Mapping[str, torch.Tensor]) -> Record:
     Raises:
         DataError: ZeRO-3 has shared the tower out among ranks, and the others do not know of this image.
     """
-    if any(hasattr(parameter, "ds_id") for tower in tower_modules(model).values() for parameter in tower.parameters()):
+    if is_partitioned(*(parameter for tower in tower_modules(model).values() for parameter in tower.parameters())):
         raise DataError("kept vision features are damaged", "start again with --resume auto: they are computed anew")
     device = next(iter(image.values())).device
     with whole_tower(model, str(device)):
@@ -270,7 +271,7 @@ def whole_tower(model: Any, device: str) -> Iterator[None]:
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     parameters += loose_parameters(model).values()
     gathered: AbstractContextManager[Any] = nullcontext()
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+    if is_partitioned(*parameters):
         from deepspeed import zero
 
         # The embeddings too: their dtype and width are asked for.

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from vlm_sft.model.aligned import align_gated
 from vlm_sft.model.gated import fuse_gated
+from vlm_sft.model.partitioned import is_partitioned
 from vlm_sft.model.products import EXACT
 from vlm_sft.model.stepwise import exchange_forward
 
@@ -107,7 +108,7 @@ def _is_rms_norm(module: torch.nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 1 or len(list(module.parameters())) != 1:
         return False
-    if not hasattr(module, "variance_epsilon") or hasattr(weight, "ds_id"):
+    if not hasattr(module, "variance_epsilon") or is_partitioned(weight):
         return False
     if weight.device.type != "cpu" or weight.dtype not in EXACT:
         return False

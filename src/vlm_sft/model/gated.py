@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vlm_sft.model.partitioned import is_partitioned
 from vlm_sft.model.products import EXACT, is_frozen, multiply
 from vlm_sft.model.stepwise import exchange_forward
 
@@ -79,7 +80,7 @@ def _is_gated(module: torch.nn.Module) -> bool:
         return False
     weight = parameters[0]
     assert weight is not None
-    if weight.device.type != "cpu" or weight.dtype not in EXACT or hasattr(weight, "ds_id"):
+    if weight.device.type != "cpu" or weight.dtype not in EXACT or is_partitioned(weight):
         return False
     rows = torch.linspace(-2.0, 3.0, _CHECKED_ROWS * weight.shape[1]).reshape(_CHECKED_ROWS, -1).to(weight)
     return bool(torch.allclose(_GatedMLP.apply(rows, *parameters), module(rows), rtol=_TOLERANCE, atol=_TOLERANCE))

@@ -24,8 +24,7 @@ def require_layout(config: PreTrainedConfig, name: str) -> None:
     if config.model_type in FAMILIES:
         return
     try:
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
+        model = without_weights(config)
     except ImportError as error:  # its text tells what to install
         raise ModelError(
             f"--base_model {name}: {' '.join(str(error).split())}", "install that package, or use another base"
@@ -38,6 +37,12 @@ def require_layout(config: PreTrainedConfig, name: str) -> None:
             f"--base_model {name}: models of the family {quoted(config.model_type)} are not supported: {problem}",
             "use a model of the Qwen2.5-VL family, or of another one in docs/FAMILIES.md",
         )
+
+
+def without_weights(config: PreTrainedConfig) -> Any:
+    """The architecture that a configuration describes, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def layout_problem(model: Any) -> str | None:

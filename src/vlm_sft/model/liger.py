@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vlm_sft.model.partitioned import is_partitioned
 from vlm_sft.model.stepwise import exchange_forward, reason_of
 
 PACKAGE = "liger_kernel"
@@ -95,7 +96,7 @@ def _is_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 1 or len(list(module.parameters())) != 1:
         return False
-    return hasattr(module, "variance_epsilon") and not hasattr(weight, "ds_id") and weight.dtype in _TOLERANCE
+    return hasattr(module, "variance_epsilon") and not is_partitioned(weight) and weight.dtype in _TOLERANCE
 
 
 def _small_norm(module: Any, device: torch.device, dtype: torch.dtype) -> Any:

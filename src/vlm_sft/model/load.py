@@ -28,7 +28,7 @@ from vlm_sft.model.features import tower_modules
 from vlm_sft.model.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.folder import require_model
 from vlm_sft.model.fused import fuse_modules
-from vlm_sft.model.layout import require_layout
+from vlm_sft.model.layout import require_layout, without_weights
 from vlm_sft.model.pocket import WEIGHTS
 from vlm_sft.model.trim import trim_last_layer
 from vlm_sft.model.turned import know_whole_shapes
@@ -250,7 +250,7 @@ def load_model(base: Base, device: str = "cpu") -> Any:
     Raises:
         ModelError: the weights cannot be opened.
     """
-    know_whole_shapes(AutoConfig.from_pretrained(base.path, trust_remote_code=False))
+    know_whole_shapes(base.path)
     model, found = _open(
         lambda: AutoModelForImageTextToText.from_pretrained(
             base.path,
@@ -292,9 +292,7 @@ def ready(model: Any, function: str) -> Any:
 
 def empty_model(path: str) -> Any:
     """The architecture of a base model without weights, on the meta device."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
+    return without_weights(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
 def _keep_scales(model: Any) -> None:

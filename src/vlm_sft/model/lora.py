@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear
 
+from vlm_sft.model.partitioned import is_partitioned
 from vlm_sft.model.products import is_frozen
 from vlm_sft.model.stepwise import exchange_forward
 
@@ -67,7 +68,7 @@ def _covered_adapter(module: Any, rows: torch.Tensor) -> str | None:
         return None
     fits = _fits_cpu if rows.device.type == "cpu" else _fits_gpu
     adapter = [linears[1].weight, linears[2].weight]
-    shared_out = any(hasattr(one, "ds_id") for one in (base.weight, *adapter))
+    shared_out = is_partitioned(base.weight, *adapter)
     return names[0] if not shared_out and linears[2].bias is None and fits(rows, base, adapter) else None
 
 

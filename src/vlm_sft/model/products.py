@@ -13,6 +13,8 @@ from functools import cache
 
 import torch
 
+from vlm_sft.model.partitioned import is_partitioned
+
 EXACT = (torch.float32, torch.float64)  # half precision rounds in between, where the libraries' modules say
 _CHECKED_SIZE, _TOLERANCE = 48, 1e-5
 
@@ -28,7 +30,7 @@ def is_frozen(parameters: Iterable[torch.Tensor | None], dtype: torch.dtype) -> 
         dtype in EXACT
         and not torch.is_autocast_enabled("cpu")
         and all(
-            one.dtype == dtype and one.device.type == "cpu" and not one.requires_grad and not hasattr(one, "ds_id")
+            one.dtype == dtype and one.device.type == "cpu" and not one.requires_grad and not is_partitioned(one)
             for one in parameters
             if one is not None
         )

@@ -215,8 +215,22 @@ def read_contents(folder: Path, config: Mapping[str, Any]) -> Contents:
             f"--adapter {folder}: {len(wrong)} tensors hold numbers that are not finite, e.g. {wrong[0]}",
             "use an earlier checkpoint, or train again with a lower learning rate",
         )
-    only_lora = not config.get("modules_to_save") and not config.get("use_dora")
-    return Contents(shapes, tuple(layers), tuple(dead), bool(shapes) and only_lora and len(dead) == len(layers))
+    silent = bool(shapes) and _only_lora(config) and len(dead) == len(layers)
+    return Contents(shapes, tuple(layers), tuple(dead), silent)
+
+
+def changes_nothing(folder: Path) -> bool:
+    """Whether a saved adapter surely answers as its base does: nothing but LoRA, and every lora_B is zero."""
+    if not _only_lora(read_json(folder / ADAPTER_CONFIG)):
+        return False
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+        updates = [name for name in file.keys() if ".lora_B." in name]
+        return bool(updates) and not any(file.get_tensor(name).any() for name in updates)
+
+
+def _only_lora(config: Mapping[str, Any]) -> bool:
+    """Whether all that an adapter changes is in its lora_B matrices."""
+    return not config.get("modules_to_save") and not config.get("use_dora")
 
 
 def fit_problems(contents: Contents, wrapped: Any) -> list[str]:

@@ -22,6 +22,7 @@ from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.model import prefix
 from vlm_sft.model.families import Kind, PackMode, declared_mode, separate_mode
 from vlm_sft.model.load import is_blockwise
+from vlm_sft.model.partitioned import is_partitioned
 
 # Root mean square difference of the logits, relative to their spread, that rounding explains.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -45,7 +46,7 @@ def choose_mode(model: Any, encoder: Encoder) -> PackMode:
     declared = declared_mode(base.config, kind)
     if declared is not None:
         return declared
-    if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):
+    if is_partitioned(*base.parameters()):
         return separate_mode(base.config, "an unknown family cannot be checked while ZeRO-3 has partitioned it")
     mode = PackMode(kind)
     try:

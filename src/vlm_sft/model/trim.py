@@ -15,6 +15,7 @@ import torch
 
 from vlm_sft.model.attention import attending_rows
 from vlm_sft.model.families import PLAIN_LAYERS
+from vlm_sft.model.partitioned import is_partitioned
 from vlm_sft.model.stepwise import exchange_forward
 
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -50,7 +51,7 @@ def trim_last_layer(base: Any) -> bool:
         weights out among ranks; nothing is changed then.
     """
     layer = _last_layer(base)
-    if layer is None or any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+    if layer is None or is_partitioned(*layer.parameters()):
         return False
     exchange_forward([layer], lambda _: True, _forward)
     return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -20,7 +20,8 @@ class _TurnedToFit(Transpose):
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, torch.Tensor], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> Any:  # a weight by its name; transformers annotates lists and returns this, too
+    ) -> Any:
+        """Turn one weight where it has to be; by its name, though transformers annotates lists."""
         parameter = kwargs["model"].get_parameter(kwargs["full_layer_name"])
         found = next(iter(input_dict.values()))
         weight = found[0] if isinstance(found, list) else found
@@ -29,14 +30,15 @@ class _TurnedToFit(Transpose):
         return {self.get_target_pattern(input_dict, source_patterns, target_patterns): weight}
 
 
-def know_whole_shapes(config: PreTrainedConfig) -> None:
+def know_whole_shapes(path: str) -> None:
     """Let weights that have to be turned be compared with whole parameters, in a process that shares them out.
 
     Args:
-        config: of the model that will be loaded.
+        path: of the model that will be loaded.
     """
     if not is_deepspeed_zero3_enabled():
         return
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     for kind in (config.model_type, *(part.model_type for part in _parts(config))):
         mapping = get_checkpoint_conversion_mapping(kind) or []
         asking = [step for step in mapping if any(_asks(work) for work in getattr(step, "operations", ()))]

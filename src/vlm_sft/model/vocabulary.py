@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from vlm_sft.model.partitioned import is_partitioned
 from vlm_sft.model.products import EXACT, is_frozen, multiply
 
 _BLOCK = 2048  # rows of the projection at a time: with their scores they stay in the processor's cache
@@ -135,7 +136,7 @@ def is_covered(head: Any) -> bool:
     weight = head.weight
     if weight.device.type == "cpu":
         return is_frozen([weight], weight.dtype)
-    return weight.is_floating_point() and not weight.requires_grad and not hasattr(weight, "ds_id")
+    return weight.is_floating_point() and not weight.requires_grad and not is_partitioned(weight)
 
 
 def token_losses(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import AutoConfig
 
 from vlm_sft.data.cache import record_key
@@ -33,6 +32,7 @@ from vlm_sft.forecast.time import Setting, tower_seconds
 from vlm_sft.launch import Launch
 from vlm_sft.model import liger
 from vlm_sft.model.flash import gathered_heads
+from vlm_sft.model.layout import without_weights
 from vlm_sft.model.load import Base
 from vlm_sft.recipe.rules import Schedule
 from vlm_sft.train.kept import Kept
@@ -54,10 +54,7 @@ def shape_of(base: Base) -> ModelShape:
 
 def _counted(config: Any) -> ModelShape:
     """The sizes of a model of an unknown family: its modules, built on the device that holds no data."""
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+    model = without_weights(config)
     text = config.get_text_config()
     decoder = model.get_decoder()
     embedding = model.get_input_embeddings().weight.numel()

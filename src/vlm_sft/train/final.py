@@ -20,9 +20,9 @@ from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.run import Evaluator, results_table
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.launch import Launch, barrier
-from vlm_sft.model.adapt import changes_nothing
 from vlm_sft.model.load import Base
 from vlm_sft.model.parts import ALL
+from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.record import folder_bytes
 from vlm_sft.report.html import write_report
 from vlm_sft.report.markdown import results_table as format_results

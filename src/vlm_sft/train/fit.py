@@ -19,11 +19,12 @@ from vlm_sft.errors import ModelError
 from vlm_sft.evaluate.caches import one_an_image
 from vlm_sft.forecast.run import FEATURES, LOAD, SAVES
 from vlm_sft.launch import agree
-from vlm_sft.model.adapt import changes_nothing
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.kernels import choose_kernels
 from vlm_sft.model.load import Base, load_model
+from vlm_sft.model.partitioned import is_partitioned
 from vlm_sft.model.parts import ALL
+from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.model.sharing import choose_mode
 from vlm_sft.model.tune import checkpoint_layers, described, tune
 from vlm_sft.record import versions
@@ -91,10 +92,7 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
     with _settled_heap(), plan.engine.counted(model), run.signals.at_step_end() if run.signals else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_adapter()
-    plan.engine.describe([plan.cache])
-    plan.engine.facts["data_workers"] = run.data_workers
-    run.record.update(engine=plan.engine.facts)
-    _record_training(run, trainer, planner)
+    _record_training(run, plan, trainer, planner)
     say(f"{'model' if ALL in recipe.train else 'adapter'} written to {options.output_dir}")
     if is_main_process() and not artifacts.holds_full_model(options.output_dir):
         _tell_silent(run)
@@ -130,7 +128,7 @@ def _probe(
     """Measure a few passes and forecast again."""
     model: Any = trainer.model
     if run.launch.deepspeed is not None:  # its engine takes the model over when the training begins
-        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        if is_partitioned(*model.parameters()):
             say("--probe: under ZeRO-3 no rank has the whole model for a pass of its own; the forecast stays as it is")
             return
     # The trainer wraps the model in it only when the training begins.
@@ -182,8 +180,11 @@ def _tell_silent(run: Run) -> None:
         warn(f"{told}; look at learning_rate and grad_norm in {run.options.output_dir / artifacts.METRICS}")
 
 
-def _record_training(run: Run, trainer: PackTrainer, planner: EpochPlanner) -> None:
-    """Write what the training came to into run.json."""
+def _record_training(run: Run, plan: Plan, trainer: PackTrainer, planner: EpochPlanner) -> None:
+    """Write what the training came to, and what it took from the cache, into run.json."""
+    plan.engine.describe([plan.cache])
+    plan.engine.facts["data_workers"] = run.data_workers
+    run.record.update(engine=plan.engine.facts)
     state, recipe = trainer.state, run.recipe
     best = {"step": state.best_global_step, "metric": recipe.metric_for_best_model, "value": state.best_metric}
     run.record.update(

@@ -122,6 +122,15 @@ class Place:
             "--bf16", "false", "--logging_steps", "1", *more,
         )  # fmt: skip
 
+    def evaluate(
+        self, adapter: object, data: object, output: Path, *more: object, code: int = 0, **variables: str
+    ) -> str:
+        """Evaluate an adapter of pocket on some data; returns as `run` does."""
+        return self.run(
+            "eval", "--base_model", "pocket", "--adapter", adapter, "--benchmark", data, "--output_dir", output,
+            *more, code=code, **variables,
+        )  # fmt: skip
+
     def stop_after_two(self, data: Path, run: Path, *more: object) -> None:
         """Leave a run as one of four steps that was stopped after two."""
         self.run(*self.train(data, run, *more))

@@ -119,17 +119,7 @@ def odd_output_names(place: Place) -> str:
         place.run(*place.train(data, run))
         place.run(*place.train(data, run, "--resume"))
         place.run("report", run)
-        place.run(
-            "eval",
-            "--base_model",
-            "pocket",
-            "--adapter",
-            run,
-            "--benchmark",
-            data,
-            "--output_dir",
-            place.folder / f"{name} eval",
-        )
+        place.evaluate(run, data, place.folder / f"{name} eval")
         place.run("export", "--adapter", run, "--output_dir", place.folder / f"{name} out")
     return "4 names go through all five"
 
@@ -232,17 +222,7 @@ def moved_run(place: Place) -> str:
         told = place.run(*place.train(data, folder, "--resume", "auto"))
         line_with(told, "checkpoint-2")
         assert weights(folder) == expected
-        place.run(
-            "eval",
-            "--base_model",
-            "pocket",
-            "--adapter",
-            folder,
-            "--benchmark",
-            data,
-            "--output_dir",
-            folder.parent / f"{folder.name}-eval",
-        )
+        place.evaluate(folder, data, folder.parent / f"{folder.name}-eval")
         place.run("report", folder)
         place.run(
             "export",

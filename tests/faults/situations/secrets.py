@@ -20,18 +20,7 @@ TOKENS = {
 def tokens_of_the_environment(place: Place) -> str:
     data, run = place.data(), place.folder / "run"
     told = place.run(*place.train(data, run, "--report_to", "tensorboard", "--eval_benchmarks", data), **TOKENS)
-    told += place.run(
-        "eval",
-        "--base_model",
-        "pocket",
-        "--adapter",
-        run,
-        "--benchmark",
-        data,
-        "--output_dir",
-        place.folder / "eval",
-        **TOKENS,
-    )
+    told += place.evaluate(run, data, place.folder / "eval", **TOKENS)
     told += place.run("report", run, "--export", place.folder / "figures", **TOKENS)
     out, check = place.folder / "export", place.folder / "check"
     merge = ("--merge", "--dtype", "float32", "--questions", "1")
@@ -85,18 +74,7 @@ def password_on_the_command_line(place: Place) -> str:
     url = f"https://anna:{SECRET}@host/set"
     told = place.run(*place.train(place.data(), place.folder / "run", "--dataset", url), code=2)
     told += place.run(*place.train(place.data(), place.folder / "run", "--base_model", url), code=2)
-    told += place.run(
-        "eval",
-        "--base_model",
-        "pocket",
-        "--adapter",
-        url,
-        "--benchmark",
-        "demo",
-        "--output_dir",
-        place.folder / "eval",
-        code=2,
-    )
+    told += place.evaluate(url, "demo", place.folder / "eval", code=2)
     assert SECRET not in files_with_text(place), files_with_text(place)
     assert SECRET not in told, line_with(told, SECRET)
     return line_with(told, "error:", "https://")[:160]
