@@ -30,11 +30,15 @@ from vlm_sft.model.flash import shared_flash
 RESULT = RESULTS / "attention.json"
 REFERENCE = "sdpa"
 SIZES = {
-    "images": (8, "of a pack"), "prefix": (700, "tokens of an image with the text before it"),
-    "questions": (2, "an image"), "question": (40, "tokens of a question with its answer"),
-    "heads": (28, "of the queries"), "kv_heads": (4, "of the keys"), "width": (128, "channels of a head"),
+    "images": (8, "of a pack"),
+    "prefix": (700, "tokens of an image with the text before it"),
+    "questions": (2, "an image"),
+    "question": (40, "tokens of a question with its answer"),
+    "heads": (28, "of the queries"),
+    "kv_heads": (4, "of the keys"),
+    "width": (128, "channels of a head"),
     "rounds": (20, "in which the kernels take turns"),
-}  # fmt: skip
+}
 Kernel = Callable[[list[torch.Tensor]], torch.Tensor]
 Timed = tuple[Kernel, torch.Tensor | None]  # with the tokens of its sequences where they are not those of the pack
 
@@ -158,10 +162,14 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             for key, backward in passes.items():
                 times[name][key].append(timed(kernel, inputs[name], backward))
     return [
-        {"kernel": name, "tokens": inputs[name][0].shape[2], "difference": differences[name],
-         **{f"{key}_ms": median(values[1:]) for key, values in times[name].items()}}
+        {
+            "kernel": name,
+            "tokens": inputs[name][0].shape[2],
+            "difference": differences[name],
+            **{f"{key}_ms": median(values[1:]) for key, values in times[name].items()},
+        }
         for name in found
-    ]  # fmt: skip
+    ]
 
 
 def table(result: dict[str, Any]) -> str:

@@ -164,15 +164,22 @@ def _write_formats(rows: list[Row], folder: Path) -> None:
     ours, turns, pairs = [], [], []
     for row in rows:
         ours.append({"image": row.image, "question": row.question, "answer": row.answer})
-        turns.append({
-            "messages": [{"role": "user", "content": f"<image>{row.question}"},
-                         {"role": "assistant", "content": row.answer}],
-            "images": [row.image],
-        })  # fmt: skip
-        pairs.append({
-            "prompt": [{"role": "user", "content": row.question}],
-            "completion": [{"role": "assistant", "content": row.answer}], "images": [row.image],
-        })  # fmt: skip
+        turns.append(
+            {
+                "messages": [
+                    {"role": "user", "content": f"<image>{row.question}"},
+                    {"role": "assistant", "content": row.answer},
+                ],
+                "images": [row.image],
+            }
+        )
+        pairs.append(
+            {
+                "prompt": [{"role": "user", "content": row.question}],
+                "completion": [{"role": "assistant", "content": row.answer}],
+                "images": [row.image],
+            }
+        )
     (folder / "ours").mkdir(exist_ok=True)
     write_lines(folder / "ours" / "train.jsonl", ours)
     # A data set without a validation file would have a tenth of its images held out.
@@ -196,8 +203,10 @@ def expected_work(rows: list[Row], processor: Any) -> dict[str, int]:
     """
     from PIL import Image
 
-    found = dict.fromkeys(("tokens", "image_tokens", "supervised", "patches", "distinct_patches",
-                           "distinct_prefix_tokens", "own_tokens"), 0)  # fmt: skip
+    found = dict.fromkeys(
+        ("tokens", "image_tokens", "supervised", "patches", "distinct_patches", "distinct_prefix_tokens", "own_tokens"),
+        0,
+    )
     seen: set[str] = set()
     image_id = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     end_id = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")

@@ -24,8 +24,14 @@ def origin() -> dict[str, Any]:
     # Folders outside the repository are a matter of the machine: their names are enough.
     arguments = [f"…/{Path(word).name}" if word.startswith(("/", "../")) else word for word in sys.argv[1:]]
     command = ["python", f"bench/{Path(sys.argv[0]).name}", *arguments]
-    return {"schema": 1, "made": now(), "command": command, "device": device_name(), "versions": versions(),
-            "git": git_state(WRITTEN)}  # fmt: skip
+    return {
+        "schema": 1,
+        "made": now(),
+        "command": command,
+        "device": device_name(),
+        "versions": versions(),
+        "git": git_state(WRITTEN),
+    }
 
 
 def commit(result: dict[str, Any]) -> str:

@@ -52,9 +52,13 @@ class World:
 
 
 WORLDS = (
-    World(0.5, 0.2, 0.2), World(0.5, 0.5, 0.1), World(0.02, 0.4, 0.0), World(0.8, 0.2, 0.02), World(0.9, 0.05, 0.01),
+    World(0.5, 0.2, 0.2),
+    World(0.5, 0.5, 0.1),
+    World(0.02, 0.4, 0.0),
+    World(0.8, 0.2, 0.02),
+    World(0.9, 0.05, 0.01),
     World(0.1, 0.9, 0.1),
-)  # fmt: skip
+)
 
 
 def draw(world: World, images: int, correlation: float, rng: np.random.Generator) -> tuple[np.ndarray, ...]:

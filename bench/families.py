@@ -130,29 +130,72 @@ def conversation(encoder: Encoder, sample: Sample) -> tuple[np.ndarray, np.ndarr
 def trained(base: Path, work: Path, targets: str) -> dict[str, Any]:
     """A training with its evaluation of base and adapter."""
     run = work / "run"
-    code = command([
-        "train", "--base_model", str(base), "--dataset", "demo_charts", "--output_dir", str(run),
-        "--cache_dir", str(work / "cache"), "--max_train", str(TRAINED), "--max_eval", str(HELD_OUT),
-        "--num_train_epochs", "1", "--global_batch_size", "8", "--learning_rate", "1e-3", "--lora_r", "4",
-        "--target_modules", targets, "--report_to", "none", "--feature_cache", "1GB",
-    ])  # fmt: skip
+    code = command(
+        [
+            "train",
+            "--base_model",
+            str(base),
+            "--dataset",
+            "demo_charts",
+            "--output_dir",
+            str(run),
+            "--cache_dir",
+            str(work / "cache"),
+            "--max_train",
+            str(TRAINED),
+            "--max_eval",
+            str(HELD_OUT),
+            "--num_train_epochs",
+            "1",
+            "--global_batch_size",
+            "8",
+            "--learning_rate",
+            "1e-3",
+            "--lora_r",
+            "4",
+            "--target_modules",
+            targets,
+            "--report_to",
+            "none",
+            "--feature_cache",
+            "1GB",
+        ]
+    )
     if code:
         return {"exit_code": code}
     record = artifacts.read_json(run / artifacts.RUN)
     lines = (run / artifacts.METRICS).read_text(encoding="utf-8").splitlines()
     losses = [value["loss"] for value in map(json.loads, lines) if "loss" in value]
     results = artifacts.read_json(run / artifacts.RESULTS)["benchmarks"]["demo_charts"]
-    return {"exit_code": 0, "steps": record["steps"], "losses": losses, "evaluated": results["n"],
-            "shared": record["image_sharing"]}  # fmt: skip
+    return {
+        "exit_code": 0,
+        "steps": record["steps"],
+        "losses": losses,
+        "evaluated": results["n"],
+        "shared": record["image_sharing"],
+    }
 
 
 def reloaded(base: Path, work: Path) -> dict[str, Any]:
     """The saved adapter, opened again by `eval`: how many of its answers are those of the run."""
     again = work / "eval"
-    code = command([
-        "eval", "--base_model", str(base), "--adapter", str(work / "run"), "--benchmark", "demo_charts",
-        "--limit", str(HELD_OUT), "--output_dir", str(again), "--cache_dir", str(work / "cache"),
-    ])  # fmt: skip
+    code = command(
+        [
+            "eval",
+            "--base_model",
+            str(base),
+            "--adapter",
+            str(work / "run"),
+            "--benchmark",
+            "demo_charts",
+            "--limit",
+            str(HELD_OUT),
+            "--output_dir",
+            str(again),
+            "--cache_dir",
+            str(work / "cache"),
+        ]
+    )
     if code:
         return {"exit_code": code}
     before, after = answers(work / "run" / artifacts.EVALUATION_FOLDER / "tuned"), answers(again)
@@ -169,8 +212,9 @@ def answers(folder: Path) -> dict[str, str]:
 def merged(work: Path) -> dict[str, Any]:
     """The adapter put into the weights, held against it by plain transformers."""
     folder = work / "merged"
-    code = command(["export", "--adapter", str(work / "run"), "--merge", "--output_dir", str(folder),
-                    "--questions", "2"])  # fmt: skip
+    code = command(
+        ["export", "--adapter", str(work / "run"), "--merge", "--output_dir", str(folder), "--questions", "2"]
+    )
     if code:
         return {"exit_code": code}
     check = artifacts.read_json(folder / artifacts.EXPORT)["verification"]

@@ -36,7 +36,7 @@ from tests.faults.harness import (
     start_deepspeed,
     start_ranks,
     torture,
-)  # fmt: skip
+)
 from tests.faults.injection import layer
 from vlm_sft import artifacts
 from vlm_sft.console import say
@@ -180,8 +180,7 @@ def _merged(record: dict[str, Any], name: str, tally: Tally) -> dict[str, Any]:
         return record
     old = record["parts"].get(name)
     if old is not None:
-        new["kills"] = {key: old["kills"].get(key, 0) + new["kills"].get(key, 0)
-                        for key in old["kills"] | new["kills"]}  # fmt: skip
+        new["kills"] = {key: old["kills"].get(key, 0) + new["kills"].get(key, 0) for key in old["kills"] | new["kills"]}
         for key in ("finished", "identical", "left_over"):
             new[key] += old[key]
         new["peaks_mib"] = old.get("peaks_mib", []) + new["peaks_mib"]
@@ -193,11 +192,12 @@ def _merged(record: dict[str, Any], name: str, tally: Tally) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """The tables of the page."""
     lines = [
-        f"Made on {record['device']}, commit {commit(record)}, the last part on {record['made'][:10]}.", "",
+        f"Made on {record['device']}, commit {commit(record)}, the last part on {record['made'][:10]}.",
+        "",
         "| how it was launched | killed while | kills | trainings finished | bit-identical to the uninterrupted one | "
         "steps lost, at most |",
         "|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for name, part in record["parts"].items():
         if name == "disk":
             continue

@@ -24,47 +24,135 @@ from vlm_sft.console import say
 # name: flags beside the common ones
 CASES = {
     "charts, 2 epochs": ["--dataset", "demo_charts", "--max_train", "192", "--num_train_epochs", "2"],
-    "charts, 5 epochs, small batch": ["--dataset", "demo_charts", "--max_train", "96", "--num_train_epochs", "5",
-                                      "--global_batch_size", "16"],
+    "charts, 5 epochs, small batch": [
+        "--dataset",
+        "demo_charts",
+        "--max_train",
+        "96",
+        "--num_train_epochs",
+        "5",
+        "--global_batch_size",
+        "16",
+    ],
     "signs, 2 epochs": ["--dataset", "demo_text", "--max_train", "192", "--num_train_epochs", "2"],
     "easy-VQA, 1 epoch": ["--dataset", "easy_vqa", "--max_train", "800", "--num_train_epochs", "1"],
-    "easy-VQA, 3 epochs, rank 64": ["--dataset", "easy_vqa", "--max_train", "300", "--num_train_epochs", "3",
-                                    "--lora_r", "64", "--lora_alpha", "128"],
-    "charts, no feature cache": ["--dataset", "demo_charts", "--max_train", "256", "--num_train_epochs", "2",
-                                 "--feature_cache", "off"],
-    "charts, no sharing": ["--dataset", "demo_charts", "--max_train", "128", "--num_train_epochs", "2",
-                           "--share_images", "false"],
-    "mixture, small packs, no dropout": ["--dataset", "demo_charts,easy_vqa", "--max_train", "512",
-                                         "--num_train_epochs", "2", "--tokens_per_pack", "1024", "--lora_dropout", "0"],
-    "easy-VQA, checkpointing": ["--dataset", "easy_vqa", "--max_train", "300", "--num_train_epochs", "2",
-                                "--gradient_checkpointing", "true"],
-    "charts, task metric": ["--dataset", "demo_charts", "--max_train", "256", "--num_train_epochs", "3",
-                            "--metric_for_best_model", "demo_charts_relaxed_accuracy",
-                            "--eval_samples", "40"],
-}  # fmt: skip
+    "easy-VQA, 3 epochs, rank 64": [
+        "--dataset",
+        "easy_vqa",
+        "--max_train",
+        "300",
+        "--num_train_epochs",
+        "3",
+        "--lora_r",
+        "64",
+        "--lora_alpha",
+        "128",
+    ],
+    "charts, no feature cache": [
+        "--dataset",
+        "demo_charts",
+        "--max_train",
+        "256",
+        "--num_train_epochs",
+        "2",
+        "--feature_cache",
+        "off",
+    ],
+    "charts, no sharing": [
+        "--dataset",
+        "demo_charts",
+        "--max_train",
+        "128",
+        "--num_train_epochs",
+        "2",
+        "--share_images",
+        "false",
+    ],
+    "mixture, small packs, no dropout": [
+        "--dataset",
+        "demo_charts,easy_vqa",
+        "--max_train",
+        "512",
+        "--num_train_epochs",
+        "2",
+        "--tokens_per_pack",
+        "1024",
+        "--lora_dropout",
+        "0",
+    ],
+    "easy-VQA, checkpointing": [
+        "--dataset",
+        "easy_vqa",
+        "--max_train",
+        "300",
+        "--num_train_epochs",
+        "2",
+        "--gradient_checkpointing",
+        "true",
+    ],
+    "charts, task metric": [
+        "--dataset",
+        "demo_charts",
+        "--max_train",
+        "256",
+        "--num_train_epochs",
+        "3",
+        "--metric_for_best_model",
+        "demo_charts_relaxed_accuracy",
+        "--eval_samples",
+        "40",
+    ],
+}
 RECIPE = ROOT / "configs" / "sft_config_5epoch.json"
 COMMON = ["--base_model", "pocket", "--sft_config", str(RECIPE), "--max_eval", "64"]
-GOALS = {"probe": {"time_seconds": 0.10, "peak_bytes": 0.10, "disk_bytes": 0.02},
-         "table": {"time_seconds": 0.30, "peak_bytes": 0.30, "disk_bytes": 0.30}}  # fmt: skip
+GOALS = {
+    "probe": {"time_seconds": 0.10, "peak_bytes": 0.10, "disk_bytes": 0.02},
+    "table": {"time_seconds": 0.30, "peak_bytes": 0.30, "disk_bytes": 0.30},
+}
 LABELS = {"time_seconds": "time", "peak_bytes": "memory", "disk_bytes": "disk"}
 
 
 def measure(flags: list[str], work: Path, probe: bool) -> dict[str, Any]:
     """Train once; what was forecast and what it came to."""
     output = work / ("probe" if probe else "table")
-    line = [sys.executable, "-m", "vlm_sft", "train", *COMMON, *flags, "--output_dir", str(output),
-            "--cache_dir", str(work / f"cache-{probe}"), *(["--probe"] if probe else [])]  # fmt: skip
-    done = subprocess.run(line, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, check=False,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    line = [
+        sys.executable,
+        "-m",
+        "vlm_sft",
+        "train",
+        *COMMON,
+        *flags,
+        "--output_dir",
+        str(output),
+        "--cache_dir",
+        str(work / f"cache-{probe}"),
+        *(["--probe"] if probe else []),
+    ]
+    done = subprocess.run(
+        line,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode != 0:
         raise SystemExit(done.stdout[-3000:])
     forecast = json.loads((output / artifacts.RUN).read_text(encoding="utf-8"))["forecast"]
-    row = {"basis": forecast["basis"], "items": forecast["items"]["time_seconds"],
-           "actual_items": forecast["actual"]["items"]["time_seconds"]}  # fmt: skip
+    row = {
+        "basis": forecast["basis"],
+        "items": forecast["items"]["time_seconds"],
+        "actual_items": forecast["actual"]["items"]["time_seconds"],
+    }
     for name in LABELS:
         said, came = forecast[name], forecast["actual"][name]
-        row[name] = {**said, "actual": came, "error": said["value"] / came - 1,
-                     "inside": said["low"] <= came <= said["high"]}  # fmt: skip
+        row[name] = {
+            **said,
+            "actual": came,
+            "error": said["value"] / came - 1,
+            "inside": said["low"] <= came <= said["high"],
+        }
     return row
 
 

@@ -62,9 +62,14 @@ def recorded() -> list[Compared]:
     found = []
     for mode, (dropout, fused, again, features) in MODES.items():
         setting = Setting(
-            shape, Adapter(16, SOME, dropout), 2, again, table_rates(device_named("H100")), fused=fused,
+            shape,
+            Adapter(16, SOME, dropout),
+            2,
+            again,
+            table_rates(device_named("H100")),
+            fused=fused,
             flash_heads=shape.text.heads,
-        )  # fmt: skip
+        )
         tower = 0.0 if features else tower_seconds(setting, pack, training=True)
         found.append(_compared(f"H100, Qwen2.5-VL-7B: {mode}", setting, pack, tower, features, rows[mode]))
     return found
@@ -75,8 +80,17 @@ def recorded_pack(modes: dict[str, Any], shape: ModelShape) -> Work:
     tokens, images, questions = modes["tokens"], modes["images"], modes["questions"]
     visual = modes["patches"] / shape.vision.patches_per_token
     prefix = visual / images + PREFIX_TOKENS
-    return Work(1, tokens, tokens**2 / images, modes["supervised"], questions, images, visual, visual**2 / images,
-                tokens + questions * prefix)  # fmt: skip
+    return Work(
+        1,
+        tokens,
+        tokens**2 / images,
+        modes["supervised"],
+        questions,
+        images,
+        visual,
+        visual**2 / images,
+        tokens + questions * prefix,
+    )
 
 
 def published() -> list[Compared]:
@@ -125,10 +139,15 @@ def table(rows: list[Compared]) -> str:
         for row in rows
     ]
     source = read_json(RESULTS / "published_speeds.json")
-    return "\n".join([
-        *lines, "", "H100: `gpu_check` below; its numbers set the rates of GPUs in `forecast/time.py`, so these errors "
-        f"are those of a fit. A100: {source['source']}; the seconds of a launch were set by its shortest sequences.",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "H100: `gpu_check` below; its numbers set the rates of GPUs in `forecast/time.py`, so these errors "
+            "are those of a fit. "
+            f"A100: {source['source']}; the seconds of a launch were set by its shortest sequences.",
+        ]
+    )
 
 
 def main() -> None:

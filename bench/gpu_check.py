@@ -96,8 +96,18 @@ def run_step(args: argparse.Namespace, name: str, left: float) -> dict[str, Any]
     path, log = args.work_dir / f"{name}.json", args.work_dir / f"{name}.log"
     path.unlink(missing_ok=True)
     limit = min(left, STEPS[name][1] * (1 if args.device == "cuda" else CPU_PATIENCE))
-    words = ["--device", args.device, "--tokenizer", str(args.tokenizer), "--data", str(args.data),
-             "--work_dir", str(args.work_dir), "--inside", name]  # fmt: skip
+    words = [
+        "--device",
+        args.device,
+        "--tokenizer",
+        str(args.tokenizer),
+        "--data",
+        str(args.data),
+        "--work_dir",
+        str(args.work_dir),
+        "--inside",
+        name,
+    ]
     failed = ""
     with log.open("w", encoding="utf-8") as stream:
         try:

@@ -22,9 +22,16 @@ def _one(result: dict[str, Any]) -> str:
     steps = result["steps"]
     lines = [f"**{result['device']}** ({', '.join(f'{name} {value}' for name, value in _versions(result))})"]
     writers: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
-        "installed": _installed, "modes": _modes, "kernels": _kernels, "features": _features, "memory": _memory,
-        "questions": _questions, "training": _commands, "answers": _answers, "launches": _launches,
-    }  # fmt: skip
+        "installed": _installed,
+        "modes": _modes,
+        "kernels": _kernels,
+        "features": _features,
+        "memory": _memory,
+        "questions": _questions,
+        "training": _commands,
+        "answers": _answers,
+        "launches": _launches,
+    }
     for name, write in writers.items():
         if name not in steps:
             continue

@@ -50,11 +50,32 @@ def run(args: argparse.Namespace, cap: str, seed: int) -> dict[str, Any]:
     results = folder / artifacts.RESULTS
     if not results.is_file():
         flags = [
-            "--base_model", "pocket", "--dataset", args.dataset, "--output_dir", str(folder), "--seed", str(seed),
-            "--max_train", str(args.max_train), "--max_eval", str(args.max_eval), "--num_train_epochs", "1",
-            "--learning_rate", args.learning_rate, "--global_batch_size", str(args.global_batch_size),
-            "--eval_strategy", "no", "--save_strategy", "no", "--overwrite_output_dir", "--report_to", "none",
-        ]  # fmt: skip
+            "--base_model",
+            "pocket",
+            "--dataset",
+            args.dataset,
+            "--output_dir",
+            str(folder),
+            "--seed",
+            str(seed),
+            "--max_train",
+            str(args.max_train),
+            "--max_eval",
+            str(args.max_eval),
+            "--num_train_epochs",
+            "1",
+            "--learning_rate",
+            args.learning_rate,
+            "--global_batch_size",
+            str(args.global_batch_size),
+            "--eval_strategy",
+            "no",
+            "--save_strategy",
+            "no",
+            "--overwrite_output_dir",
+            "--report_to",
+            "none",
+        ]
         flags += [] if cap == "none" else ["--max_questions_per_image", cap]
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
         done = subprocess.run(
@@ -65,9 +86,12 @@ def run(args: argparse.Namespace, cap: str, seed: int) -> dict[str, Any]:
     benchmark = json.loads(results.read_text(encoding="utf-8"))["benchmarks"][args.dataset]
     record = json.loads((folder / artifacts.RUN).read_text(encoding="utf-8"))
     return {
-        "cap": cap, "seed": seed, "base": accuracy(benchmark["base"]), "tuned": accuracy(benchmark["tuned"]),
+        "cap": cap,
+        "seed": seed,
+        "base": accuracy(benchmark["base"]),
+        "tuned": accuracy(benchmark["tuned"]),
         "questions_seen": record["questions_seen"],
-    }  # fmt: skip
+    }
 
 
 def accuracy(scores: dict[str, Any]) -> float:
@@ -114,9 +138,9 @@ def main() -> None:
                 runs.append(run(args, cap, seed))
                 say(f"cap {cap}, seed {seed}: {runs[-1]['base']:.1f} -> {runs[-1]['tuned']:.1f} %")
         settings = ("dataset", "max_train", "max_eval", "global_batch_size", "learning_rate", "seeds")
-        artifacts.write_json(RESULT, {
-            **origin(), **{name: getattr(args, name) for name in settings}, "caps": caps, "runs": runs,
-        })  # fmt: skip
+        artifacts.write_json(
+            RESULT, {**origin(), **{name: getattr(args, name) for name in settings}, "caps": caps, "runs": runs}
+        )
         say(f"result: {RESULT}")
     write_block("grouping", "Questions of one image in one step", table(json.loads(RESULT.read_text(encoding="utf-8"))))
     say(f"table: {README}")

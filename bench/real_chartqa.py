@@ -79,9 +79,12 @@ def main() -> int:
             )
             facts = artifacts.read_json(run / artifacts.RUN)
         result = origin() | {
-            "recipe": args.sft_config.name, "learning_rate": args.learning_rate, "steps": facts["steps"],
-            "train_seconds": facts["seconds"]["train"], "benchmark": results["benchmarks"]["chartqa"],
-        }  # fmt: skip
+            "recipe": args.sft_config.name,
+            "learning_rate": args.learning_rate,
+            "steps": facts["steps"],
+            "train_seconds": facts["seconds"]["train"],
+            "benchmark": results["benchmarks"]["chartqa"],
+        }
         result["benchmark"].pop("analysis", None)
         path = artifacts.write_json(RESULTS / f"real_chartqa_{args.sft_config.stem}.json", result)
         say(f"written: {path.relative_to(ROOT)} and {README.relative_to(ROOT)}")

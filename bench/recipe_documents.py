@@ -29,9 +29,10 @@ FACT = "Default "  # how the generated line under a key's heading begins
 # Of the base model, from the Qwen2.5-VL technical report (Bai et al. 2025); accuracies of tuned models have to be run.
 PUBLISHED = {
     "Qwen/Qwen2.5-VL-7B-Instruct": {
-        "chartqa": "87.3 % (relaxed accuracy, test)", "textvqa": "84.9 % (VQA accuracy, validation)",
-    },
-}  # fmt: skip
+        "chartqa": "87.3 % (relaxed accuracy, test)",
+        "textvqa": "84.9 % (VQA accuracy, validation)",
+    }
+}
 Result = dict[str, Any]
 
 
@@ -98,8 +99,16 @@ def benchmark_table(result: Result, name: str) -> str:
     for row in result["rows"]:
         if row["arm"] == "recipe":
             rows.append([row["recipe"], *_trained(row), *_scores(row, name)])
-    head = ["recipe", "variant", "epochs", "learning rate", "seeds", "accuracy [95 %]", "against base, points",
-            "against the recipe before, points"]  # fmt: skip
+    head = [
+        "recipe",
+        "variant",
+        "epochs",
+        "learning rate",
+        "seeds",
+        "accuracy [95 %]",
+        "against base, points",
+        "against the recipe before, points",
+    ]
     metric = f" `{base['metric']}`, {base['n']:,} questions" if base else ""
     return f"**{name}**{note}{metric}\n\n" + table(head, rows, (2, 3, 4, 5, 6, 7))
 
@@ -135,15 +144,32 @@ def cost_table(result: Result) -> str:
     rows = []
     for row in result["rows"]:
         disk = row["disk_bytes"]
-        costs = [
-            count(row["questions_seen"]), count(row["steps"]), duration(row["wall_seconds"]),
-            duration(row["evaluate_seconds"]), size(row["peak_bytes"]),
-            *(size(disk[key]) for key in ("adapter", "checkpoints", "logs")),
-        ] if disk else [NOT_RUN, *[""] * 7]  # fmt: skip
+        costs = (
+            [
+                count(row["questions_seen"]),
+                count(row["steps"]),
+                duration(row["wall_seconds"]),
+                duration(row["evaluate_seconds"]),
+                size(row["peak_bytes"]),
+                *(size(disk[key]) for key in ("adapter", "checkpoints", "logs")),
+            ]
+            if disk
+            else [NOT_RUN, *[""] * 7]
+        )
         name = row["recipe"] if row["arm"] == "recipe" else f"{row['recipe']} on `{row['dataset']}` alone"
         rows.append([name, row["variant"], *costs])
-    head = ["recipe", "variant", "questions seen", "steps", "training", "evaluation", "peak memory", "adapter",
-            "checkpoints", "logs"]  # fmt: skip
+    head = [
+        "recipe",
+        "variant",
+        "questions seen",
+        "steps",
+        "training",
+        "evaluation",
+        "peak memory",
+        "adapter",
+        "checkpoints",
+        "logs",
+    ]
     return table(head, rows, range(2, len(head)))
 
 
@@ -152,13 +178,24 @@ def forgetting_table(result: Result) -> str:
     alone = [row for row in result["rows"] if row["arm"] == "first_only"]
     rows = []
     for row in alone:
-        (mixed,) = (other for other in result["rows"] if other["arm"] == "recipe"
-                    and (other["recipe"], other["variant"]) == (row["recipe"], row["variant"]))  # fmt: skip
+        (mixed,) = (
+            other
+            for other in result["rows"]
+            if other["arm"] == "recipe" and (other["recipe"], other["variant"]) == (row["recipe"], row["variant"])
+        )
         for name in result["settings"]["benchmarks"]:
             for which in (row, mixed):
                 rows.append([name, f"`{which['dataset']}`", *_trained(which), *_scores(which, name)[:2]])
-    head = ["benchmark", "trained on", "variant", "epochs", "learning rate", "seeds", "accuracy [95 %]",
-            "against base, points"]  # fmt: skip
+    head = [
+        "benchmark",
+        "trained on",
+        "variant",
+        "epochs",
+        "learning rate",
+        "seeds",
+        "accuracy [95 %]",
+        "against base, points",
+    ]
     return table(head, rows, (3, 4, 5, 6, 7)) if rows else ""
 
 
@@ -192,8 +229,12 @@ def ablation_table(result: Result) -> str:
             changed = f"reference: best with {', '.join(f'{key} {value:g}' for key, value in common.items())}"
         cells = [cell for name in names for cell in (_scores(row, name)[0], _scores(row, name)[2])]
         rows.append([changed, str(len(row["seeds"])), *cells, duration(row["wall_seconds"])])
-    head = ["changed", "seeds", *(part for name in names for part in (name, "against the reference, points")),
-            "training"]  # fmt: skip
+    head = [
+        "changed",
+        "seeds",
+        *(part for name in names for part in (name, "against the reference, points")),
+        "training",
+    ]
     return table(head, rows, range(1, len(head)))
 
 
@@ -260,23 +301,31 @@ def _figure_link(path: Path, result: Result) -> str:
 
 def documents() -> dict[Path, str]:
     """The text of every guide as it has to be: the prose that is there, with tables of the recorded results."""
-    benchmarks = measured_sections(lambda _, result: "\n\n".join(
-        benchmark_table(result, name) for name in result["settings"]["benchmarks"]), title=measured_on)  # fmt: skip
+    benchmarks = measured_sections(
+        lambda _, result: "\n\n".join(benchmark_table(result, name) for name in result["settings"]["benchmarks"]),
+        title=measured_on,
+    )
     return {
-        COMPARISON: fill(COMPARISON.read_text(encoding="utf-8"), {
-            "parameters": parameters(),
-            "benchmarks": benchmarks,
-            "figures": measured_sections(_figure_link),
-            "costs": measured_sections(lambda _, result: cost_table(result)),
-            "forgetting": measured_sections(lambda _, result: forgetting_table(result)),
-            "real models": real_models(),
-        }),
-        BEST: fill(BEST.read_text(encoding="utf-8"), {
-            "values": best_values(),
-            "ablation": measured_sections(lambda _, result: ablation_table(result), "ablation", measured_on),
-        }),
+        COMPARISON: fill(
+            COMPARISON.read_text(encoding="utf-8"),
+            {
+                "parameters": parameters(),
+                "benchmarks": benchmarks,
+                "figures": measured_sections(_figure_link),
+                "costs": measured_sections(lambda _, result: cost_table(result)),
+                "forgetting": measured_sections(lambda _, result: forgetting_table(result)),
+                "real models": real_models(),
+            },
+        ),
+        BEST: fill(
+            BEST.read_text(encoding="utf-8"),
+            {
+                "values": best_values(),
+                "ablation": measured_sections(lambda _, result: ablation_table(result), "ablation", measured_on),
+            },
+        ),
         GUIDE: with_facts(GUIDE.read_text(encoding="utf-8")),
-    }  # fmt: skip
+    }
 
 
 def write_documents() -> list[Path]:

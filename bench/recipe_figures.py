@@ -74,8 +74,18 @@ def _panel(axes: Any, name: str, panel: dict[str, Any]) -> None:
         points = [point for point in panel["points"] if point[0] == variant]
         seconds, percent = [point[2] for point in points], [point[3] for point in points]
         whiskers = [[point[3] - point[4] for point in points], [point[5] - point[3] for point in points]]
-        axes.errorbar(seconds, percent, yerr=whiskers, color=colour, marker="o", markersize=5, linewidth=1.2,
-                      elinewidth=1, capsize=2, label=variant)  # fmt: skip
+        axes.errorbar(
+            seconds,
+            percent,
+            yerr=whiskers,
+            color=colour,
+            marker="o",
+            markersize=5,
+            linewidth=1.2,
+            elinewidth=1,
+            capsize=2,
+            label=variant,
+        )
     axes.set_title(name.replace("_", " "), fontsize=10)
     axes.set_xlabel("training, seconds of wall time")
     axes.set_ylabel("accuracy, %")

@@ -23,8 +23,17 @@ MEASURED = ROOT / "src" / "vlm_sft" / "forecast" / "measured"  # package data: w
 Predictions = list[dict[str, Any]]  # one benchmark's, each score the mean over the seeds
 COMPARED = ("difference", "interval", "p_value", "verdict")
 OWN_FACTS = ("device", "world_size", "parallel", "dtype", "versions", "git")
-UNMEASURED = ("train_questions", "questions_seen", "steps", "wall_seconds", "seconds", "evaluate_seconds", "peak_bytes",
-              "disk_bytes", *OWN_FACTS)  # fmt: skip
+UNMEASURED = (
+    "train_questions",
+    "questions_seen",
+    "steps",
+    "wall_seconds",
+    "seconds",
+    "evaluate_seconds",
+    "peak_bytes",
+    "disk_bytes",
+    *OWN_FACTS,
+)
 
 
 def file_name(kind: str, settings: Settings) -> str:
@@ -50,10 +59,15 @@ def collect(kind: str, settings: Settings, arms: Sequence[Arm]) -> dict[str, Any
         arms: its rows; those without a finished run are there too, and say so.
     """
     base = base_folder(settings)
-    scored = {name: artifacts.read_json(base / name / artifacts.RESULTS) for name in settings.benchmarks} \
-        if finished(base) else {}
-    runs = [[(seed, folder) for seed in settings.seeds if finished(folder := arm.folder(settings.work_dir, seed))]
-            for arm in arms]  # fmt: skip
+    scored = (
+        {name: artifacts.read_json(base / name / artifacts.RESULTS) for name in settings.benchmarks}
+        if finished(base)
+        else {}
+    )
+    runs = [
+        [(seed, folder) for seed in settings.seeds if finished(folder := arm.folder(settings.work_dir, seed))]
+        for arm in arms
+    ]
     rows = [_row(settings, arm, runs[index], _partner(index, arms, runs)) for index, arm in enumerate(arms)]
     counts = [artifacts.read_json(folder / artifacts.RUN)["lora"] for one in runs for _, folder in one]
     return origin() | {
@@ -66,15 +80,20 @@ def collect(kind: str, settings: Settings, arms: Sequence[Arm]) -> dict[str, Any
             "max_train": settings.max_train,
             "max_eval": settings.max_eval,
             "seeds": list(settings.seeds),
-            "lora": {"r": LORA["lora_r"], "alpha": LORA["lora_alpha"],
-                     "target_modules": str(LORA["target_modules"]).split(",")},
+            "lora": {
+                "r": LORA["lora_r"],
+                "alpha": LORA["lora_alpha"],
+                "target_modules": str(LORA["target_modules"]).split(","),
+            },
         },
-        "base": {"benchmarks": {
-            name: {key: result[key] for key in ("n", "metric", "synthetic", "accuracy", "interval", "seconds")}
-            for name, result in scored.items()
-        }},
+        "base": {
+            "benchmarks": {
+                name: {key: result[key] for key in ("n", "metric", "synthetic", "accuracy", "interval", "seconds")}
+                for name, result in scored.items()
+            }
+        },
         "rows": rows,
-    }  # fmt: skip
+    }
 
 
 Finished = list[tuple[int, Path]]  # seed and folder
@@ -92,11 +111,19 @@ def _row(settings: Settings, arm: Arm, runs: Finished, partner: tuple[Arm, Finis
     """One row of the result file."""
     values = arm.values()
     row = {
-        "arm": arm.kind, "recipe": arm.recipe, "recipe_file": RECIPES[arm.recipe], "variant": arm.variant,
-        "overrides": arm.overrides, "dataset": arm.dataset, "epochs": values["num_train_epochs"],
-        "learning_rate": values["learning_rate"], "seeds": [seed for seed, _ in runs], "benchmarks": {},
-        "interrupted_runs": 0, **dict.fromkeys(UNMEASURED),
-    }  # fmt: skip
+        "arm": arm.kind,
+        "recipe": arm.recipe,
+        "recipe_file": RECIPES[arm.recipe],
+        "variant": arm.variant,
+        "overrides": arm.overrides,
+        "dataset": arm.dataset,
+        "epochs": values["num_train_epochs"],
+        "learning_rate": values["learning_rate"],
+        "seeds": [seed for seed, _ in runs],
+        "benchmarks": {},
+        "interrupted_runs": 0,
+        **dict.fromkeys(UNMEASURED),
+    }
     if not runs:
         return row
     folders = [folder for _, folder in runs]
@@ -120,11 +147,18 @@ def _benchmark(
         found = compare_rows(averaged([folder for _, folder in runs], name)[0], answers)
         previous = {"recipe": arm.recipe, "variant": arm.variant, **{key: found[key] for key in COMPARED}}
     return {
-        "n": len(answers), "metric": facts["metric"], "synthetic": facts["synthetic"],
-        "accuracy": fmean(scores), "interval": list(statistics.mean_interval(scores, images)), "by_seed": by_seed,
-        "difference": compared["difference"], "difference_interval": compared["interval"],
-        "p_value": compared["p_value"], "verdict": compared["verdict"], "previous": previous,
-    }  # fmt: skip
+        "n": len(answers),
+        "metric": facts["metric"],
+        "synthetic": facts["synthetic"],
+        "accuracy": fmean(scores),
+        "interval": list(statistics.mean_interval(scores, images)),
+        "by_seed": by_seed,
+        "difference": compared["difference"],
+        "difference_interval": compared["interval"],
+        "p_value": compared["p_value"],
+        "verdict": compared["verdict"],
+        "previous": previous,
+    }
 
 
 def averaged(folders: Sequence[Path], name: str) -> tuple[Predictions, list[float]]:

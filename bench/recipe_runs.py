@@ -101,9 +101,11 @@ class Settings:
         """What has to stay the same while a benchmark is continued; the weights of the base are part of it."""
         base = find_base(self.base_model, flash_attn=self.flash_attn)
         return {
-            "base": identity_of(base, None), "dataset": self.dataset,
-            "max_train": self.max_train, "max_eval": self.max_eval,
-        }  # fmt: skip
+            "base": identity_of(base, None),
+            "dataset": self.dataset,
+            "max_train": self.max_train,
+            "max_eval": self.max_eval,
+        }
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,12 @@ class Arm:
 
 def label(overrides: dict[str, Any]) -> str:
     """What was changed, in words."""
-    return ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-                     for key, value in overrides.items()) or AS_IS  # fmt: skip
+    return (
+        ", ".join(
+            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in overrides.items()
+        )
+        or AS_IS
+    )
 
 
 def recipe_arms(settings: Settings) -> list[Arm]:
@@ -158,8 +164,7 @@ def recipe_arms(settings: Settings) -> list[Arm]:
     That is trained as the last variant only: as they are, the recipes move a small model too little to forget.
     """
     variants: list[dict[str, Any]] = [{}, *([settings.changes] if settings.changes else [])]
-    arms = [Arm("recipe", name, label(changed), changed, settings.dataset)
-            for changed in variants for name in RECIPES]  # fmt: skip
+    arms = [Arm("recipe", name, label(changed), changed, settings.dataset) for changed in variants for name in RECIPES]
     first, *others = settings.dataset.split(",")
     if others:
         changed = variants[-1]
@@ -193,19 +198,35 @@ def train_command(settings: Settings, arm: Arm, seed: int) -> list[str]:
     changes = {**LORA, **arm.overrides, "max_train": train, "max_eval": settings.max_eval, "seed": seed}
     flags = [word for key, value in changes.items() for word in (f"--{key}", "null" if value is None else str(value))]
     return [
-        *settings.launcher, "train", "--sft_config", RECIPES[arm.recipe], *shared_arguments(settings),
-        "--dataset", arm.dataset, "--eval_benchmarks", settings.benchmark_text,
-        "--output_dir", str(arm.folder(settings.work_dir, seed)), "--resume", *flags,
-    ]  # fmt: skip
+        *settings.launcher,
+        "train",
+        "--sft_config",
+        RECIPES[arm.recipe],
+        *shared_arguments(settings),
+        "--dataset",
+        arm.dataset,
+        "--eval_benchmarks",
+        settings.benchmark_text,
+        "--output_dir",
+        str(arm.folder(settings.work_dir, seed)),
+        "--resume",
+        *flags,
+    ]
 
 
 def base_command(settings: Settings) -> list[str]:
     """The command line that evaluates the base."""
     limit = ["--limit", str(settings.max_eval)] if settings.max_eval is not None else []
     return [
-        *settings.launcher, "eval", *shared_arguments(settings), "--benchmark", settings.benchmark_text,
-        "--output_dir", str(base_folder(settings)), *limit,
-    ]  # fmt: skip
+        *settings.launcher,
+        "eval",
+        *shared_arguments(settings),
+        "--benchmark",
+        settings.benchmark_text,
+        "--output_dir",
+        str(base_folder(settings)),
+        *limit,
+    ]
 
 
 def base_folder(settings: Settings) -> Path:

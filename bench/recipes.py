@@ -28,9 +28,10 @@ from vlm_sft.errors import VlmSftError
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=__doc__.split("\n", 1)[1],
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split("\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--base_model", default="pocket", help="pocket, a folder or a Hub id (default: %(default)s)")
     parser.add_argument("--dataset", default="demo_charts,demo_text", help="as in vlm-sft train (default: %(default)s)")
     parser.add_argument("--max_train", type=int, metavar="N", help="questions of a training (default: all)")
@@ -51,12 +52,17 @@ def parse() -> argparse.Namespace:
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings, with the place of the runs filled in."""
     settings = Settings(
-        base_model=args.base_model, dataset=args.dataset, max_train=args.max_train, max_eval=args.max_eval,
+        base_model=args.base_model,
+        dataset=args.dataset,
+        max_train=args.max_train,
+        max_eval=args.max_eval,
         seeds=tuple(range(1, args.seeds + 1)),
-        learning_rate=args.learning_rate, global_batch_size=args.global_batch_size,
+        learning_rate=args.learning_rate,
+        global_batch_size=args.global_batch_size,
         launcher=tuple(shlex.split(args.launcher)) if args.launcher else default_launcher(),
-        flash_attn=args.flash_attn, work_dir=args.work_dir or Path(),
-    )  # fmt: skip
+        flash_attn=args.flash_attn,
+        work_dir=args.work_dir or Path(),
+    )
     if args.work_dir:
         return settings
     kind = "ablation" if args.ablation else "recipes"

@@ -51,16 +51,18 @@ def copy(source: Path, target: Path, seed: int, questions: int) -> Path:
         if (source / name).is_file():
             shutil.copy(source / name, target / name)
     recipe = artifacts.read_json(source / artifacts.RECIPE)
-    artifacts.write_json(target / artifacts.RECIPE, recipe | {
-        "seed": seed, "learning_rate": recipe["learning_rate"] * draw.choice([0.5, 1, 2]),
-    })
+    artifacts.write_json(
+        target / artifacts.RECIPE,
+        recipe | {"seed": seed, "learning_rate": recipe["learning_rate"] * draw.choice([0.5, 1, 2])},
+    )
     record = artifacts.read_json(source / artifacts.RUN)
     record["seconds"]["train"] *= draw.uniform(0.5, 5)
     artifacts.write_json(target / artifacts.RUN, record)
     rows = artifacts.read_jsonl(source / artifacts.METRICS)
-    artifacts.write_jsonl(target / artifacts.METRICS, [
-        {key: value * factor if "loss" in key else value for key, value in row.items()} for row in rows
-    ])
+    artifacts.write_jsonl(
+        target / artifacts.METRICS,
+        [{key: value * factor if "loss" in key else value for key, value in row.items()} for row in rows],
+    )
     results = artifacts.read_json(source / artifacts.RESULTS)
     for row in results["benchmarks"].values():
         row["tuned"]["accuracy"] = min(1.0, row["tuned"]["accuracy"] * factor)
@@ -99,8 +101,11 @@ def measure(folders: list[Path], repeat: int, page: Path) -> dict[str, Any]:
             loads.append(browser.open(page))
             cards = browser.run("document.querySelectorAll('.card').length")
     return {
-        "runs": len(folders), "bytes": page.stat().st_size, "write_seconds": round(written, 2),
-        "load_seconds": [round(load, 3) for load in loads], "cards_shown": cards,
+        "runs": len(folders),
+        "bytes": page.stat().st_size,
+        "write_seconds": round(written, 2),
+        "load_seconds": [round(load, 3) for load in loads],
+        "cards_shown": cards,
     }
 
 

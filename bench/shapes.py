@@ -16,9 +16,11 @@ CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 MIN_PIXELS = 3_136  # as published; the upper bound is the case's
 SPECIAL: dict[str, Any] = {
-    "image_token_id": 151_655, "video_token_id": 151_656, "vision_start_token_id": 151_652,
+    "image_token_id": 151_655,
+    "video_token_id": 151_656,
+    "vision_start_token_id": 151_652,
     "vision_end_token_id": 151_653,
-}  # fmt: skip
+}
 END, PAD = 151_645, 151_643
 # The published template as far as one question with one image needs it. The line feed stands before a turn, where the
 # published one has it behind: the same tokens, but none behind the last answer, where trainers differ in whether they
@@ -88,24 +90,25 @@ def fetch_tokenizer(folder: Path) -> Path:
 def processor(tokenizer: Path, max_pixels: int) -> Any:
     """A Qwen2.5-VL processor with the published image settings and the case's bound on the area in pixels."""
     # The old name: the peers' environments may have a transformers whose Qwen2Tokenizer is the slow one.
-    from transformers import (  # type: ignore[attr-defined]
-        Qwen2_5_VLProcessor,
-        Qwen2TokenizerFast,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
+    from transformers import Qwen2_5_VLProcessor, Qwen2TokenizerFast, Qwen2VLImageProcessor, Qwen2VLVideoProcessor  # type: ignore[attr-defined]
 
     common: dict[str, Any] = {
-        "patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD, "size": {"shortest_edge": MIN_PIXELS, "longest_edge": max_pixels},
-    }  # fmt: skip
+        "patch_size": PATCH,
+        "merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "size": {"shortest_edge": MIN_PIXELS, "longest_edge": max_pixels},
+    }
     words = Qwen2TokenizerFast.from_pretrained(
         str(tokenizer.parent), eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None
     )
     return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**common), tokenizer=words,
-        video_processor=Qwen2VLVideoProcessor(**common), chat_template=TEMPLATE,
-    )  # fmt: skip
+        image_processor=Qwen2VLImageProcessor(**common),
+        tokenizer=words,
+        video_processor=Qwen2VLVideoProcessor(**common),
+        chat_template=TEMPLATE,
+    )
 
 
 def config(shape: Shape) -> Any:
@@ -114,21 +117,35 @@ def config(shape: Shape) -> Any:
 
     quarter = shape.hidden // shape.heads // 8
     text = {
-        "vocab_size": shape.vocabulary, "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads, "max_position_embeddings": 32_768, "tie_word_embeddings": shape.tied,
-        "use_sliding_window": False, "bos_token_id": PAD, "eos_token_id": END,
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": shape.tied,
+        "use_sliding_window": False,
+        "bos_token_id": PAD,
+        "eos_token_id": END,
         "rope_parameters": {
-            "rope_type": "default", "rope_theta": 1e6, "mrope_section": [quarter, quarter + quarter // 2,
-                                                                         quarter + quarter // 2],
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [quarter, quarter + quarter // 2, quarter + quarter // 2],
         },
-    }  # fmt: skip
+    }
     vision = {
-        "depth": shape.vision_layers, "hidden_size": shape.vision_hidden, "num_heads": shape.vision_heads,
-        "intermediate_size": shape.vision_intermediate, "out_hidden_size": shape.hidden, "patch_size": PATCH,
-        "spatial_merge_size": MERGE, "temporal_patch_size": 2, "window_size": 112,
+        "depth": shape.vision_layers,
+        "hidden_size": shape.vision_hidden,
+        "num_heads": shape.vision_heads,
+        "intermediate_size": shape.vision_intermediate,
+        "out_hidden_size": shape.hidden,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "window_size": 112,
         "fullatt_block_indexes": list(shape.full_attention),
-    }  # fmt: skip
+    }
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied, **SPECIAL)
 
 

@@ -46,16 +46,27 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sides", default=",".join(SIDES), help="who trains, in turn (default: %(default)s)")
-    parser.add_argument("--cases", default="chartqa,easy_vqa,k1", help="rows; native: ChartQA's images "
-                        "in their own size (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--cases",
+        default="chartqa,easy_vqa,k1",
+        help="rows; native: ChartQA's images in their own size (default: %(default)s)",
+    )
     parser.add_argument("--shapes", default="small,medium", help="tiny, small, medium, 7b (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu, in float32, or one GPU, in "
-                        "bfloat16 (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="cpu, in float32, or one GPU, in bfloat16 (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=1, help="how often each side trains (default: %(default)s)")
     parser.add_argument("--rounds_of", default="", help="fewer rounds of some sides, e.g. trl=1,llamafactory=1")
     parser.add_argument("--epochs", type=int, default=6, help="passes of our side (default: %(default)s)")
-    parser.add_argument("--peer_epochs", type=int, default=1, help="passes of a peer; its time over all epochs is then "
-                        "extrapolated from them (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--peer_epochs",
+        type=int,
+        default=1,
+        help="passes of a peer; its time over all epochs is then extrapolated from them (default: %(default)s)",
+    )
     parser.add_argument("--questions", type=int, help=f"an epoch (default by shape: {QUESTIONS})")
     parser.add_argument("--batch", type=int, default=16, help="questions of an optimizer step (default: %(default)s)")
     parser.add_argument("--micro_batch", type=int, help=f"questions of a forward pass (default: {MICRO_BATCH})")
@@ -84,10 +95,16 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def job(args: argparse.Namespace, side: str, model: Path, rows: Path, max_pixels: int, epochs: int) -> dict[str, Any]:
     """What one side is asked to train, but for the output folder."""
     return {
-        "model": str(model), "rows": str(rows), "epochs": epochs, "batch": args.batch,
-        "micro_batch": args.micro_batch or MICRO_BATCH[side], "max_pixels": max_pixels,
-        "learning_rate": LEARNING_RATE, "device": args.device, **LORA,
-    }  # fmt: skip
+        "model": str(model),
+        "rows": str(rows),
+        "epochs": epochs,
+        "batch": args.batch,
+        "micro_batch": args.micro_batch or MICRO_BATCH[side],
+        "max_pixels": max_pixels,
+        "learning_rate": LEARNING_RATE,
+        "device": args.device,
+        **LORA,
+    }
 
 
 def rows_of(args: argparse.Namespace, name: str, questions: int, processor: Any) -> tuple[Path, dict[str, int]]:
@@ -109,10 +126,15 @@ def environment(threads: int, folder: Path, device: str) -> dict[str, str]:
     """The environment variables of a side: its threads, one GPU or none, no hub, no cache of an earlier run."""
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if device == "cuda" else ""
     return os.environ | {
-        "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": gpu, "HF_HOME": str(folder / "hf"),
-        "HF_HUB_OFFLINE": "1", "MODELSCOPE_CACHE": str(folder / "modelscope"), "USE_HF": "1",
-        "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": "",
-    }  # fmt: skip
+        "OMP_NUM_THREADS": str(threads),
+        "CUDA_VISIBLE_DEVICES": gpu,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "MODELSCOPE_CACHE": str(folder / "modelscope"),
+        "USE_HF": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": "",
+    }
 
 
 def run_side(args: argparse.Namespace, side: str, jobs: list[dict[str, Any]], path: Path) -> dict[str, Any] | None:
@@ -170,10 +192,15 @@ def measure(args: argparse.Namespace, case: str, shape: str) -> dict[str, Any]:
     for side, reasons in refused.items():
         warn(f"{case}, {shape}: {side} is not reported: {'; '.join(reasons)}")
     return {
-        "case": case, "shape": shape, "sizes": sizes, "expected": expected, "rounds": args.rounds,
-        "epochs": args.epochs, "sides": {side: row for side, row in sides.items() if side not in refused},
+        "case": case,
+        "shape": shape,
+        "sizes": sizes,
+        "expected": expected,
+        "rounds": args.rounds,
+        "epochs": args.epochs,
+        "sides": {side: row for side, row in sides.items() if side not in refused},
         "refused": refused,
-    }  # fmt: skip
+    }
 
 
 def main() -> int:

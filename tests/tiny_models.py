@@ -46,10 +46,25 @@ from transformers import (
 from tests import tiny_models_more
 from tests.tiny_models_parts import QWEN_TEMPLATE, byte_tokenizer, llama_text, siglip, token_ids
 
-QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-               "<|image_pad|>", "<|video_pad|>"]
-SMOL_TOKENS = ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", "<pad>",
-               *(f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5))]
+QWEN_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+SMOL_TOKENS = [
+    "<|im_start|>",
+    "<end_of_utterance>",
+    "<fake_token_around_image>",
+    "<image>",
+    "<global-img>",
+    "<pad>",
+    *(f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)),
+]
 SMOL_TEMPLATE = (
     "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}:{% for c in m.content %}{% if c.type == 'image' %}"
     "<image>{% else %} {{ c.text }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
@@ -60,8 +75,16 @@ LLAVA_TEMPLATE = (
     "{% else %}{{ c.text }}{% endif %}{% endfor %}{% if m.role == 'assistant' %}</s>{% endif %} {% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
-GEMMA_TOKENS = ["<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<image_soft_token>",
-                "<end_of_image>"]
+GEMMA_TOKENS = [
+    "<bos>",
+    "<eos>",
+    "<pad>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<image_soft_token>",
+    "<end_of_image>",
+]
 GEMMA_TEMPLATE = (
     "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
     "{% for c in m.content %}{% if c.type == 'image' %}<start_of_image>"
@@ -89,8 +112,13 @@ def _qwen_processor(kind: type) -> Any:
 
 def _qwen_text(vocab: int) -> dict[str, Any]:
     return {
-        "vocab_size": vocab, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "vocab_size": vocab,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
         "tie_word_embeddings": False,
     }
@@ -98,8 +126,11 @@ def _qwen_text(vocab: int) -> dict[str, Any]:
 
 def _qwen_ids(tokenizer: Any) -> dict[str, int]:
     return token_ids(
-        tokenizer, image_token_id="<|image_pad|>", video_token_id="<|video_pad|>",
-        vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>",
+        tokenizer,
+        image_token_id="<|image_pad|>",
+        video_token_id="<|video_pad|>",
+        vision_start_token_id="<|vision_start|>",
+        vision_end_token_id="<|vision_end|>",
     )
 
 
@@ -109,8 +140,15 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     config = Qwen2_5_VLConfig(
         text_config=_qwen_text(len(processor.tokenizer)),
         vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
-            "patch_size": 14, "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1],
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
         },
         **_qwen_ids(processor.tokenizer),
     )
@@ -122,8 +160,14 @@ def qwen2_vl() -> tuple[Any, Any]:
     processor = _qwen_processor(Qwen2VLProcessor)
     config = Qwen2VLConfig(
         text_config=_qwen_text(len(processor.tokenizer)),
-        vision_config={"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 64,
-                       "patch_size": 14},
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "hidden_size": 64,
+            "patch_size": 14,
+        },
         **_qwen_ids(processor.tokenizer),
     )
     return Qwen2VLForConditionalGeneration(config), processor
@@ -134,14 +178,25 @@ def smolvlm() -> tuple[Any, Any]:
     tokenizer = byte_tokenizer(SMOL_TOKENS, eos_token="<end_of_utterance>", pad_token="<pad>", bos_token="<|im_start|>")
     images = SmolVLMImageProcessor(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
     processor = SmolVLMProcessor(
-        image_processor=images, tokenizer=tokenizer, video_processor=SmolVLMVideoProcessor(),
-        image_seq_len=4, chat_template=SMOL_TEMPLATE,
+        image_processor=images,
+        tokenizer=tokenizer,
+        video_processor=SmolVLMVideoProcessor(),
+        image_seq_len=4,
+        chat_template=SMOL_TEMPLATE,
     )
     config = SmolVLMConfig(
         text_config=llama_text(tokenizer),
-        vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-                       "image_size": 56, "patch_size": 14},
-        scale_factor=2, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=tokenizer.pad_token_id,
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
     )
     return SmolVLMForConditionalGeneration(config), processor
 
@@ -153,9 +208,16 @@ def idefics3() -> tuple[Any, Any]:
     processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=SMOL_TEMPLATE)
     config = Idefics3Config(
         text_config=llama_text(tokenizer),
-        vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-                       "image_size": 56, "patch_size": 14},
-        scale_factor=2, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
     return Idefics3ForConditionalGeneration(config), processor
 
@@ -166,15 +228,23 @@ def qwen3_vl() -> tuple[Any, Any]:
     size = {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 48}
     processor = Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size, patch_size=16, merge_size=2),
-        tokenizer=tokenizer, video_processor=Qwen3VLVideoProcessor(size=size), chat_template=QWEN_TEMPLATE,
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(size=size),
+        chat_template=QWEN_TEMPLATE,
     )
     text = _qwen_text(len(tokenizer)) | {"head_dim": 16, "num_hidden_layers": 3}
     text["rope_parameters"] = text["rope_parameters"] | {"mrope_interleaved": True}
     config = Qwen3VLConfig(
         text_config=text,
         vision_config={
-            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
-            "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 16,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
         },
         **_qwen_ids(tokenizer),
     )
@@ -186,13 +256,24 @@ def llava() -> tuple[Any, Any]:
     tokenizer = byte_tokenizer(["<image>", "<pad>", "</s>"], eos_token="</s>", pad_token="<pad>")
     images = CLIPImageProcessor(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42})
     processor = LlavaProcessor(
-        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
         chat_template=LLAVA_TEMPLATE,
     )
     config = LlavaConfig(
         text_config=llama_text(tokenizer),
-        vision_config={"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48,
-                       "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 42, "patch_size": 14},
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 42,
+            "patch_size": 14,
+        },
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     return LlavaForConditionalGeneration(config), processor
@@ -208,14 +289,26 @@ def gemma3() -> tuple[Any, Any]:
     processor = Gemma3Processor(images, tokenizer, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
     config = Gemma3Config(
         text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 24,
-            "query_pre_attn_scalar": 16, "pad_token_id": tokenizer.pad_token_id,
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 16,
+            "pad_token_id": tokenizer.pad_token_id,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
-        vision_config=siglip(56), mm_tokens_per_image=4,
-        **token_ids(tokenizer, image_token_index="<image_soft_token>", boi_token_index="<start_of_image>",
-               eoi_token_index="<end_of_image>"),
+        vision_config=siglip(56),
+        mm_tokens_per_image=4,
+        **token_ids(
+            tokenizer,
+            image_token_index="<image_soft_token>",
+            boi_token_index="<start_of_image>",
+            eoi_token_index="<end_of_image>",
+        ),
     )
     return Gemma3ForConditionalGeneration(config), processor
 
@@ -229,19 +322,33 @@ def paligemma() -> tuple[Any, Any]:
     processor = PaliGemmaProcessor(images, tokenizer, chat_template=PALIGEMMA_TEMPLATE)
     config = PaliGemmaConfig(
         text_config={
-            "model_type": "gemma", "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "model_type": "gemma",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
             "pad_token_id": tokenizer.pad_token_id,
         },
-        vision_config=siglip(42) | {"projection_dim": 64}, projection_dim=64,
+        vision_config=siglip(42) | {"projection_dim": 64},
+        projection_dim=64,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     return PaliGemmaForConditionalGeneration(config), processor
 
 
 FAMILIES = {
-    "qwen2_5_vl": qwen2_5_vl, "qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl, "smolvlm": smolvlm, "idefics3": idefics3,
-    "llava": llava, "gemma3": gemma3, "paligemma": paligemma, **tiny_models_more.FAMILIES,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen2_vl": qwen2_vl,
+    "qwen3_vl": qwen3_vl,
+    "smolvlm": smolvlm,
+    "idefics3": idefics3,
+    "llava": llava,
+    "gemma3": gemma3,
+    "paligemma": paligemma,
+    **tiny_models_more.FAMILIES,
 }
 
 

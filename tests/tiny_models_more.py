@@ -22,8 +22,18 @@ MISTRAL_TEMPLATE = (
     "{% else %}[INST]{% for c in m.content %}{% if c.type == 'image' %}[IMG]{% else %}{{ c.text }}{% endif %}"
     "{% endfor %}[/INST]{% endif %}{% endfor %}"
 )
-MOLMO_TOKENS = ["<|image|>", "<|video|>", "<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>",
-                "<frame_start>", "<im_end>", "<frame_end>", "<im_low>"]
+MOLMO_TOKENS = [
+    "<|image|>",
+    "<|video|>",
+    "<im_patch>",
+    "<im_col>",
+    "<im_start>",
+    "<low_res_im_start>",
+    "<frame_start>",
+    "<im_end>",
+    "<frame_end>",
+    "<im_low>",
+]
 
 
 def _chatml(image: str) -> str:
@@ -43,10 +53,14 @@ def llava_onevision() -> Built:
         transformers.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=tiles),
         tokenizer,
         transformers.LlavaOnevisionVideoProcessor(size=size),
-        num_image_tokens=9, vision_feature_select_strategy="full", chat_template=_chatml("<image>"),
+        num_image_tokens=9,
+        vision_feature_select_strategy="full",
+        chat_template=_chatml("<image>"),
     )
     config = transformers.LlavaOnevisionConfig(
-        text_config=_qwen2_text(tokenizer), vision_config=siglip(42), image_grid_pinpoints=tiles,
+        text_config=_qwen2_text(tokenizer),
+        vision_config=siglip(42),
+        image_grid_pinpoints=tiles,
         **token_ids(tokenizer, image_token_index="<image>", video_token_index="<video>"),
     )
     return transformers.LlavaOnevisionForConditionalGeneration(config), processor
@@ -54,8 +68,12 @@ def llava_onevision() -> Built:
 
 def internvl() -> Built:
     """An InternVL 3: tiles of one size and a small whole image, pixel shuffle, a class token that is left out."""
-    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
-             "video_token": "<video>"}
+    names = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
     tokenizer = byte_tokenizer(
         [*CHATML, *names.values()], eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=names
     )
@@ -64,13 +82,22 @@ def internvl() -> Built:
         transformers.GotOcr2ImageProcessor(size=size, max_patches=3),
         tokenizer,
         transformers.InternVLVideoProcessor(size=size),
-        image_seq_length=4, chat_template=_chatml("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        chat_template=_chatml("<IMG_CONTEXT>"),
     )
     config = transformers.InternVLConfig(
         text_config=_qwen2_text(tokenizer),
-        vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-                       "image_size": 56, "patch_size": 14},
-        image_seq_length=4, tie_word_embeddings=False, **token_ids(tokenizer, image_token_id="<IMG_CONTEXT>"),
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        image_seq_length=4,
+        tie_word_embeddings=False,
+        **token_ids(tokenizer, image_token_id="<IMG_CONTEXT>"),
     )
     return transformers.InternVLForConditionalGeneration(config), processor
 
@@ -80,38 +107,64 @@ def mistral3() -> Built:
     tokenizer = byte_tokenizer(MISTRAL_TOKENS, eos_token="</s>", pad_token="<pad>", bos_token="<s>")
     processor = transformers.PixtralProcessor(
         transformers.PixtralImageProcessor(size={"longest_edge": 112}, patch_size={"height": 14, "width": 14}),
-        tokenizer, patch_size=14, spatial_merge_size=2, chat_template=MISTRAL_TEMPLATE,
+        tokenizer,
+        patch_size=14,
+        spatial_merge_size=2,
+        chat_template=MISTRAL_TEMPLATE,
     )
     config = transformers.Mistral3Config(
         text_config=llama_text(tokenizer) | {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
-        vision_config={"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                       "num_attention_heads": 2, "head_dim": 16, "image_size": 112, "patch_size": 14},
-        tie_word_embeddings=False, **token_ids(tokenizer, image_token_index="[IMG]"),
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "head_dim": 16,
+            "image_size": 112,
+            "patch_size": 14,
+        },
+        tie_word_embeddings=False,
+        **token_ids(tokenizer, image_token_index="[IMG]"),
     )
     return transformers.Mistral3ForConditionalGeneration(config), processor
 
 
 def lfm2_vl() -> Built:
     """An LFM2-VL: one layer of two is a short convolution over neighbouring tokens."""
-    names = {"image_token": "<image>", "image_start_token": "<|image_start|>", "image_end_token": "<|image_end|>",
-             "image_thumbnail_token": "<|img_thumbnail|>"}
+    names = {
+        "image_token": "<image>",
+        "image_start_token": "<|image_start|>",
+        "image_end_token": "<|image_end|>",
+        "image_thumbnail_token": "<|img_thumbnail|>",
+    }
     places = [f"<|img_row_{row}_col_{column}|>" for row in range(1, 4) for column in range(1, 4)]
     tokenizer = byte_tokenizer(
         [*CHATML, *names.values(), *places],
-        eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=names,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=names,
     )
     images = transformers.Lfm2VlImageProcessor(
         tile_size=64, min_tiles=2, max_tiles=3, min_image_tokens=2, max_image_tokens=6, encoder_patch_size=16
     )
     processor = transformers.Lfm2VlProcessor(images, tokenizer, chat_template=_chatml("<image>"))
     config = transformers.Lfm2VlConfig(
-        text_config=llama_text(tokenizer) | {
-            "model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False,
+        text_config=llama_text(tokenizer)
+        | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        vision_config={
+            "model_type": "siglip2_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "patch_size": 16,
+            "num_patches": 16,
+            "vision_use_head": False,
         },
-        vision_config={"model_type": "siglip2_vision_model", "hidden_size": 32, "intermediate_size": 48,
-                       "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16, "num_patches": 16,
-                       "vision_use_head": False},
-        projector_hidden_size=48, tie_word_embeddings=False, **token_ids(tokenizer, image_token_id="<image>"),
+        projector_hidden_size=48,
+        tie_word_embeddings=False,
+        **token_ids(tokenizer, image_token_id="<image>"),
     )
     return transformers.Lfm2VlForConditionalGeneration(config), processor
 
@@ -123,21 +176,46 @@ def molmo2() -> Built:
     processor = transformers.Molmo2Processor(
         transformers.Molmo2ImageProcessor(size=size, max_crops=4, overlap_margins=[0, 1], patch_size=14),
         transformers.Molmo2VideoProcessor(size=size),
-        tokenizer, chat_template=_chatml("<|image|>"),
+        tokenizer,
+        chat_template=_chatml("<|image|>"),
     )
     config = transformers.Molmo2Config(
         text_config={
-            "vocab_size": len(tokenizer), "additional_vocab_size": 0, "hidden_size": 64, "intermediate_size": 96,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "vocab_size": len(tokenizer),
+            "additional_vocab_size": 0,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
         },
-        vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-                       "num_key_value_heads": 2, "head_dim": 16, "image_size": [42, 42], "patch_size": 14},
-        adapter_config={"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2,
-                        "num_key_value_heads": 2, "head_dim": 16, "text_hidden_size": 64,
-                        "vision_feature_layer": [1, 0]},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "image_size": [42, 42],
+            "patch_size": 14,
+        },
+        adapter_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "text_hidden_size": 64,
+            "vision_feature_layer": [1, 0],
+        },
         **token_ids(
-            tokenizer, image_patch_id="<im_patch>", image_start_token_id="<im_start>", image_end_token_id="<im_end>",
-            low_res_image_start_token_id="<low_res_im_start>", frame_start_token_id="<frame_start>",
+            tokenizer,
+            image_patch_id="<im_patch>",
+            image_start_token_id="<im_start>",
+            image_end_token_id="<im_end>",
+            low_res_image_start_token_id="<low_res_im_start>",
+            frame_start_token_id="<frame_start>",
             frame_end_token_id="<frame_end>",
         ),
     )

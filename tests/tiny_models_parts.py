@@ -31,13 +31,26 @@ def token_ids(tokenizer: Any, **tokens: str) -> dict[str, int]:
 def llama_text(tokenizer: Any) -> dict[str, Any]:
     """A small Llama."""
     return {
-        "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "pad_token_id": tokenizer.pad_token_id,
     }
 
 
 def siglip(image_size: int) -> dict[str, Any]:
     """A small SigLIP tower for square pictures of so many pixels a side."""
-    return {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "image_size": image_size, "patch_size": 14, "vision_use_head": False}
+    return {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": image_size,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }

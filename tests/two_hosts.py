@@ -52,21 +52,35 @@ class TwoHosts:
         """Start a command on one of the hosts, in a session of its own."""
         kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS") if name in os.environ}
         environment = {
-            **kept, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "", "NIC": NIC,
-            "OMP_NUM_THREADS": "1", **variables,
-        }  # fmt: skip
+            **kept,
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "CUDA_VISIBLE_DEVICES": "",
+            "NIC": NIC,
+            "OMP_NUM_THREADS": "1",
+            **variables,
+        }
         with log.open("ab") as stream:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.names[index], *command], env=environment, stdout=stream,
-                stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
-            )  # fmt: skip
+                ["ip", "netns", "exec", self.names[index], *command],
+                env=environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd=ROOT,
+            )
         self.started.append(process)
         return process
 
     def torchrun(self, index: int, flags: list[str], log: Path, port: int, **variables: str) -> subprocess.Popen[bytes]:
         """Start examples/clusters/torchrun.sh on one of the hosts, one process each."""
-        place = {"NNODES": "2", "NODE_RANK": str(index), "MASTER_ADDR": self.addresses[0], "MASTER_PORT": str(port),
-                 "GPUS_PER_NODE": "1", "SFT_CONFIG": "configs/sft_config_smoketest.json"}  # fmt: skip
+        place = {
+            "NNODES": "2",
+            "NODE_RANK": str(index),
+            "MASTER_ADDR": self.addresses[0],
+            "MASTER_PORT": str(port),
+            "GPUS_PER_NODE": "1",
+            "SFT_CONFIG": "configs/sft_config_smoketest.json",
+        }
         return self.start(index, ["examples/clusters/torchrun.sh", *flags], log, **{**place, **variables})
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:

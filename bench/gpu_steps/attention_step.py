@@ -27,8 +27,12 @@ def installed(context: Context) -> None:
     facts: dict[str, Any] = {"python": platform.python_version(), "versions": versions()}
     if context.on_gpu:
         properties = torch.cuda.get_device_properties(0)
-        facts |= {"device": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda,
-                  "capability": list(torch.cuda.get_device_capability())}  # fmt: skip
+        facts |= {
+            "device": properties.name,
+            "memory": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "capability": list(torch.cuda.get_device_capability()),
+        }
     context.note(**facts, flash_problem=flash_problem(context.dtype), peaks=context.peaks)
 
 
@@ -46,8 +50,12 @@ def kernels(context: Context) -> None:
         for kind, ends in (("windows", _windows(lengths)), ("images", _ends(lengths))):
             states = _states(context, (TOWER_HEADS,) * 3, sum(lengths), TOWER_WIDTH)
             where = f"{', '.join(map(str, lengths))} patches"
-            context.row(what=f"tower, {kind}", sizes=where, tokens=sum(lengths),
-                        **_compare(_tower(ends.to(context.device)), states))  # fmt: skip
+            context.row(
+                what=f"tower, {kind}",
+                sizes=where,
+                tokens=sum(lengths),
+                **_compare(_tower(ends.to(context.device)), states),
+            )
 
 
 def _states(context: Context, heads: tuple[int, ...], length: int, width: int) -> list[torch.Tensor]:

@@ -22,10 +22,29 @@ from vlm_sft.errors import InterruptedRunError
 
 STEPS, EVERY, BATCH, QUESTIONS = 6, 3, 8, 64
 TAIL = 6  # lines of a log that are kept of a command that failed
-COMMON = ["--prompt_template", "{question}", "--logging_steps", "1", "--global_batch_size", str(BATCH),
-          "--eval_strategy", "steps", "--eval_steps", str(EVERY), "--save_strategy", "steps",
-          "--save_steps", str(EVERY), "--flash_attn",
-          "--learning_rate", "1e-4", "--warmup_ratio", "0", "--max_steps", str(STEPS)]  # fmt: skip
+COMMON = [
+    "--prompt_template",
+    "{question}",
+    "--logging_steps",
+    "1",
+    "--global_batch_size",
+    str(BATCH),
+    "--eval_strategy",
+    "steps",
+    "--eval_steps",
+    str(EVERY),
+    "--save_strategy",
+    "steps",
+    "--save_steps",
+    str(EVERY),
+    "--flash_attn",
+    "--learning_rate",
+    "1e-4",
+    "--warmup_ratio",
+    "0",
+    "--max_steps",
+    str(STEPS),
+]
 LAUNCHES = {
     "python": [],
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone"],
@@ -41,8 +60,10 @@ def training(context: Context) -> None:
     whole, stopped = context.work / "runs" / "whole", context.work / "runs" / "stopped"
     train = ["train", "--base_model", str(model), "--dataset", str(rows), "--eval_benchmarks", str(rows), *COMMON]
     context.row(command="train", **_run(context, "whole", [*train, "--output_dir", str(whole)]))
-    context.row(command="train, SIGTERM", **_run(context, "stopped", [*train, "--output_dir", str(stopped)],
-                                                 stop_after=stopped / artifacts.METRICS))  # fmt: skip
+    context.row(
+        command="train, SIGTERM",
+        **_run(context, "stopped", [*train, "--output_dir", str(stopped)], stop_after=stopped / artifacts.METRICS),
+    )
     context.row(command="resume", **_run(context, "resumed", [*train, "--output_dir", str(stopped), "--resume"]))
     context.note(resumed=_difference(whole, stopped), losses=_losses(whole), facts=_facts(whole))
     merged = ["export", "--adapter", str(whole), "--merge", "--output_dir", str(context.work / "runs" / "merged")]
@@ -69,8 +90,19 @@ def launches(context: Context) -> None:
     for name, launcher in LAUNCHES.items():
         folder = context.work / "runs" / name
         flags = ["--deepspeed", name] if name.startswith("zero") else []
-        command = ["train", "--base_model", str(model), "--dataset", str(rows), "--eval_benchmarks", "none", *COMMON,
-                   "--output_dir", str(folder), *flags]  # fmt: skip
+        command = [
+            "train",
+            "--base_model",
+            str(model),
+            "--dataset",
+            str(rows),
+            "--eval_benchmarks",
+            "none",
+            *COMMON,
+            "--output_dir",
+            str(folder),
+            *flags,
+        ]
         context.row(launch=name, **_run(context, name, command, launcher), losses=_losses(folder))
 
 
@@ -78,9 +110,26 @@ def questions(context: Context) -> None:
     """Questions a second of the whole command on the rows in their own size."""
     name = "native" if context.data.is_dir() else "drawn"
     count = {"cuda": 384, "cpu": 16}[context.device]
-    options = ["--device", context.device, "--shapes", context.shape, "--cases", name, "--sides", "ours",
-               "--epochs", "2", "--questions", str(count), "--data", str(context.data),
-               "--envs", str(context.work / "envs"), "--work_dir", str(context.work / "throughput")]  # fmt: skip
+    options = [
+        "--device",
+        context.device,
+        "--shapes",
+        context.shape,
+        "--cases",
+        name,
+        "--sides",
+        "ours",
+        "--epochs",
+        "2",
+        "--questions",
+        str(count),
+        "--data",
+        str(context.data),
+        "--envs",
+        str(context.work / "envs"),
+        "--work_dir",
+        str(context.work / "throughput"),
+    ]
     args = throughput.parse(options)
     folder = args.envs / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)

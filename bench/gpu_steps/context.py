@@ -186,14 +186,17 @@ def timed_passes(context: Context, model: Any, batch: PackedBatch, sizes: dict[s
     language = 4.0 * sizes["language"] * batch.tokens / usual
     peaks = context.peaks
     return {
-        "first_seconds": seconds[0], "seconds": usual, "tokens": batch.tokens,
+        "first_seconds": seconds[0],
+        "seconds": usual,
+        "tokens": batch.tokens,
         "tokens_per_second": batch.tokens / usual,
         "share_of_measured_peak": rate / (peaks["measured"] or 1.0),
         "mfu": rate / peaks["data_sheet"] if peaks["data_sheet"] else None,
         "language_mfu": language / peaks["data_sheet"] if peaks["data_sheet"] else None,
         "peak_bytes": torch.cuda.max_memory_allocated() if context.on_gpu else None,
-        "cut_in_two": bool(split), "loss": loss,
-    }  # fmt: skip
+        "cut_in_two": bool(split),
+        "loss": loss,
+    }
 
 
 def patches(batch: PackedBatch) -> int:

@@ -32,11 +32,15 @@ SOME, ALL_LINEAR = (
 DROPOUT = 0.05
 # What a kernel is for, by a part of its name; the first that fits.
 GROUPS = (
-    ("attention", ("flash", "fmha", "attention")), ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "gemv")),
-    ("triton", ("triton", "keyed")), ("copies", ("memcpy", "memset", "copy")),
-    ("gather and scatter", ("index", "gather", "scatter", "cat")), ("softmax", ("softmax",)),
-    ("reductions", ("reduce", "norm")), ("elementwise", ("elementwise", "vectorized")),
-)  # fmt: skip
+    ("attention", ("flash", "fmha", "attention")),
+    ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "gemv")),
+    ("triton", ("triton", "keyed")),
+    ("copies", ("memcpy", "memset", "copy")),
+    ("gather and scatter", ("index", "gather", "scatter", "cat")),
+    ("softmax", ("softmax",)),
+    ("reductions", ("reduce", "norm")),
+    ("elementwise", ("elementwise", "vectorized")),
+)
 SHOWN = 14  # kernels
 
 
@@ -46,8 +50,15 @@ def modes(context: Context) -> None:
     weights = context.build()
     sizes = shapes.parameter_counts(weights)
     batch = context.pack(weights).to(torch.device(context.device))
-    context.note(parameters=sizes, tokens=batch.tokens, questions=len(batch.sample_ids), images=len(batch.ends),
-                 supervised=len(batch.targets), patches=patches(batch), attention=context.base.attention)  # fmt: skip
+    context.note(
+        parameters=sizes,
+        tokens=batch.tokens,
+        questions=len(batch.sample_ids),
+        images=len(batch.ends),
+        supervised=len(batch.targets),
+        patches=patches(batch),
+        attention=context.base.attention,
+    )
     plain = _tuned(weights, SOME)
     _measure(context, plain, batch, sizes, f"dropout {DROPOUT}, modules of the libraries", DROPOUT)
     del os.environ[PLAIN]
@@ -80,8 +91,9 @@ def features(context: Context) -> None:
     images = [{name: value.to(device) for name, value in image.items()} for image in apart.tensors]
     first, usual = median_seconds(lambda: encode_images(model, images), 3)
     context.note(tower_first_seconds=first, tower_seconds=usual, tower_patches=patches(apart))
-    kept = [feature_record(record, image) for record, image in
-            zip(encode_images(model, images), apart.tensors, strict=True)]  # fmt: skip
+    kept = [
+        feature_record(record, image) for record, image in zip(encode_images(model, images), apart.tensors, strict=True)
+    ]
     model.train()
     context.row(mode="pixels", **timed_passes(context, model, apart.to(device), sizes))
     batch = replace(apart, tensors=kept).to(device)
@@ -112,8 +124,14 @@ def memory(context: Context) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
         sums = [gradient for gradient in found.sums if gradient is not None]
         errors = relative(sums, exact) if len(sums) == len(exact) else []
-        context.row(share=share, cut_in_two=bool(found.splits), too_large=found.too_large is not None, whole_loss=loss,
-                    loss=float(found.loss), largest_gradient_error=max(errors, default=None))  # fmt: skip
+        context.row(
+            share=share,
+            cut_in_two=bool(found.splits),
+            too_large=found.too_large is not None,
+            whole_loss=loss,
+            loss=float(found.loss),
+            largest_gradient_error=max(errors, default=None),
+        )
         del found, sums
 
 

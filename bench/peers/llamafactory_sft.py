@@ -19,23 +19,49 @@ def train(job: Job) -> None:
     folder = Path(job.output)
     folder.mkdir(parents=True)
     entry = {
-        "file_name": str(Path(job.rows) / "conversations.jsonl"), "formatting": "sharegpt",
+        "file_name": str(Path(job.rows) / "conversations.jsonl"),
+        "formatting": "sharegpt",
         "columns": {"messages": "messages", "images": "images"},
         "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
-    }  # fmt: skip
+    }
     (folder / "dataset_info.json").write_text(json.dumps({"rows": entry}), encoding="utf-8")
-    run_exp({
-        "model_name_or_path": job.model, "image_max_pixels": UNBOUNDED, "stage": "sft", "do_train": True,
-        "finetuning_type": "lora", "lora_rank": job.rank, "lora_alpha": job.alpha, "lora_dropout": 0.0,
-        "lora_target": ",".join(job.targets), "dataset_dir": str(folder), "dataset": "rows", "template": TEMPLATE,
-        "cutoff_len": 8192, "output_dir": str(folder / "run"), "overwrite_cache": True,
-        "flash_attn": "fa2" if job.has_flash else "sdpa",
-        "disable_gradient_checkpointing": True, "disable_shuffling": True, "num_train_epochs": float(job.epochs),
-        "per_device_train_batch_size": job.micro_batch, "gradient_accumulation_steps": job.accumulation,
-        "learning_rate": job.learning_rate, "lr_scheduler_type": "constant", "max_grad_norm": 1.0,
-        "optim": "adamw_torch", "save_strategy": "no", "eval_strategy": "no", "report_to": "none", "logging_steps": 1,
-        "use_cpu": not job.on_gpu, "bf16": job.on_gpu, "plot_loss": False, "disable_tqdm": True,
-    })  # fmt: skip
+    run_exp(
+        {
+            "model_name_or_path": job.model,
+            "image_max_pixels": UNBOUNDED,
+            "stage": "sft",
+            "do_train": True,
+            "finetuning_type": "lora",
+            "lora_rank": job.rank,
+            "lora_alpha": job.alpha,
+            "lora_dropout": 0.0,
+            "lora_target": ",".join(job.targets),
+            "dataset_dir": str(folder),
+            "dataset": "rows",
+            "template": TEMPLATE,
+            "cutoff_len": 8192,
+            "output_dir": str(folder / "run"),
+            "overwrite_cache": True,
+            "flash_attn": "fa2" if job.has_flash else "sdpa",
+            "disable_gradient_checkpointing": True,
+            "disable_shuffling": True,
+            "num_train_epochs": float(job.epochs),
+            "per_device_train_batch_size": job.micro_batch,
+            "gradient_accumulation_steps": job.accumulation,
+            "learning_rate": job.learning_rate,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 1.0,
+            "optim": "adamw_torch",
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "report_to": "none",
+            "logging_steps": 1,
+            "use_cpu": not job.on_gpu,
+            "bf16": job.on_gpu,
+            "plot_loss": False,
+            "disable_tqdm": True,
+        }
+    )
 
 
 def _register_template() -> None:

@@ -14,12 +14,24 @@ def train(job: Job) -> None:
     from vlm_sft.train.run import train as train_run
 
     overrides = {
-        "num_train_epochs": float(job.epochs), "global_batch_size": job.batch, "learning_rate": job.learning_rate,
-        "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "lora_r": job.rank, "lora_alpha": job.alpha,
-        "lora_dropout": 0.0, "target_modules": list(job.targets), "max_grad_norm": 1.0, "optim": "adamw_torch",
-        "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1, "report_to": ["none"], "bf16": job.on_gpu,
+        "num_train_epochs": float(job.epochs),
+        "global_batch_size": job.batch,
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.0,
+        "lora_r": job.rank,
+        "lora_alpha": job.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(job.targets),
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": ["none"],
+        "bf16": job.on_gpu,
         "max_pixels": job.max_pixels,
-    }  # fmt: skip
+    }
     train_run(
         TrainOptions(
             output_dir=Path(job.output) / "run",

@@ -24,16 +24,29 @@ def train(job: Job) -> None:
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=job.output, num_train_epochs=job.epochs, per_device_train_batch_size=job.micro_batch,
-            gradient_accumulation_steps=job.accumulation, learning_rate=job.learning_rate,
-            lr_scheduler_type="constant", max_grad_norm=1.0, optim="adamw_torch", max_length=None,
-            gradient_checkpointing=False, bf16=job.on_gpu, use_cpu=not job.on_gpu, train_sampling_strategy="sequential",
-            save_strategy="no", eval_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
+            output_dir=job.output,
+            num_train_epochs=job.epochs,
+            per_device_train_batch_size=job.micro_batch,
+            gradient_accumulation_steps=job.accumulation,
+            learning_rate=job.learning_rate,
+            lr_scheduler_type="constant",
+            max_grad_norm=1.0,
+            optim="adamw_torch",
+            max_length=None,
+            gradient_checkpointing=False,
+            bf16=job.on_gpu,
+            use_cpu=not job.on_gpu,
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+            eval_strategy="no",
+            report_to="none",
+            logging_steps=1,
+            disable_tqdm=True,
         ),
         train_dataset=rows,
         processing_class=AutoProcessor.from_pretrained(job.model),
         peft_config=LoraConfig(
             r=job.rank, lora_alpha=job.alpha, lora_dropout=0.0, target_modules=list(job.targets), task_type="CAUSAL_LM"
         ),
-    )  # fmt: skip
+    )
     trainer.train()

@@ -20,8 +20,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peers import measure  # noqa: E402
 
-PACKAGES = ("torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "trl", "llamafactory", "ms-swift",
-            "numpy", "pillow")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "trl",
+    "llamafactory",
+    "ms-swift",
+    "numpy",
+    "pillow",
+)
 
 
 @dataclass(frozen=True)
@@ -105,10 +116,13 @@ def main() -> int:
     with measure.measuring(meter):
         program.train(Job(**timed))
     result = {
-        "side": side, "versions": versions(), "warm_up": first.result(), **meter.result(),
+        "side": side,
+        "versions": versions(),
+        "warm_up": first.result(),
+        **meter.result(),
         "peak_memory_bytes": measure.peak_memory_bytes(on_gpu),
         "matrix_peak": max(peak, measure.matrix_peak(on_gpu)),
-    }  # fmt: skip
+    }
     Path(sys.argv[2]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 

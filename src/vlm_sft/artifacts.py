@@ -45,9 +45,20 @@ LOCK = ".lock"  # held by the run that writes the folder; says which one
 FULL_WEIGHTS = "model.safetensors"  # a whole model, where all weights were trained; large ones are in shards
 FULL_WEIGHTS_INDEX = "model.safetensors.index.json"
 MODEL_FILES = (  # patterns of what a folder of a whole model holds besides ours
-    "model*.safetensors", FULL_WEIGHTS_INDEX, "config.json", "generation_config.json", "processor_config.json",
-    "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "model*.safetensors",
+    FULL_WEIGHTS_INDEX,
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
 )
 IMPORT = "import.json"  # what `vlm-sft data import` read, wrote and left out
 REPEATS = "repeats.jsonl"  # one line a question that `vlm-sft data check` found asked before of the same image

@@ -88,9 +88,12 @@ def secure_streams() -> None:
         if isinstance(raw, io.FileIO) and raw.fileno() == descriptor:
             stream.flush()
             secured = io.TextIOWrapper(
-                io.BufferedWriter(_Enduring(name, descriptor)), stream.encoding, stream.errors,
-                line_buffering=stream.line_buffering, write_through=stream.write_through,
-            )  # fmt: skip
+                io.BufferedWriter(_Enduring(name, descriptor)),
+                stream.encoding,
+                stream.errors,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
             setattr(sys, name, secured)
 
 

@@ -22,9 +22,17 @@ from vlm_sft.console import STREAMS, is_main_process, lost_streams, warn
 from vlm_sft.errors import RunError, without_secrets
 
 PACKAGES = (
-    "torch", "torchvision", "transformers", "accelerate", "peft", "deepspeed", "datasets", "numpy", "triton",
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "peft",
+    "deepspeed",
+    "datasets",
+    "numpy",
+    "triton",
     "liger-kernel",
-)  # fmt: skip
+)
 
 
 def versions() -> dict[str, str]:
@@ -49,8 +57,12 @@ def git_state(left_out: Sequence[str] = ()) -> dict[str, Any]:
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(folder), *words], capture_output=True, encoding="utf-8", errors="replace",
-                timeout=20, check=True,
+                ["git", "-C", str(folder), *words],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=20,
+                check=True,
             )
         except (OSError, subprocess.SubprocessError):
             return None

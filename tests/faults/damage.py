@@ -135,9 +135,14 @@ def fill(folder: Path, free_bytes: int) -> Path:
 
 
 def starve(
-    begin: Callable[[list[str], Path], Started], place: Path, reference: Reference, fault: str, folder: Path,
-    tally: Tally, rng: random.Random,
-) -> None:  # fmt: skip
+    begin: Callable[[list[str], Path], Started],
+    place: Path,
+    reference: Reference,
+    fault: str,
+    folder: Path,
+    tally: Tally,
+    rng: random.Random,
+) -> None:
     """Take the disk away from a run after its first checkpoint, give it back, resume, and compare.
 
     Args:
@@ -179,9 +184,14 @@ def starve(
 
 
 def _resume(
-    begin: Callable[[list[str], Path], Started], flags: list[str], log: Path, output: Path, reference: Reference,
-    fault: str, tally: Tally,
-) -> None:  # fmt: skip
+    begin: Callable[[list[str], Path], Started],
+    flags: list[str],
+    log: Path,
+    output: Path,
+    reference: Reference,
+    fault: str,
+    tally: Tally,
+) -> None:
     """Go on with a sound disk, and compare."""
     code = begin(flags, log).wait(120)
     if code != 0:

@@ -35,9 +35,11 @@ FINISH_SECONDS = 1200  # for what is left after the last kill; a soak on a busy 
 def environment() -> dict[str, str]:
     """One thread, no GPU, and this checkout's package: what makes two runs bit-identical."""
     return {
-        **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-    }  # fmt: skip
+    }
 
 
 def make_place(folder: Path) -> Path:
@@ -48,8 +50,9 @@ def make_place(folder: Path) -> Path:
     for name, count in (("train", 3), ("validation", 1)):
         rows = [
             {"image": f"../{index}.png", "question": f"{name} {number}?", "answer": f"{index} {number}"}
-            for index in range(len(COLOURS)) for number in range(count)
-        ]  # fmt: skip
+            for index in range(len(COLOURS))
+            for number in range(count)
+        ]
         path = folder / "data" / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -59,13 +62,44 @@ def make_place(folder: Path) -> Path:
 def arguments(place: Path, output: Path, *more: str) -> list[str]:
     """The launch line's flags: dropout on, evaluation with answers, the best checkpoint kept, rotation."""
     return [
-        "--base_model", str(place / "model"), "--dataset", str(place / "data"), "--output_dir", str(output),
-        "--cache_dir", str(place / "cache"), "--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS),
-        "--eval_steps", str(SAVE_STEPS), "--logging_steps", "3", "--global_batch_size", "5", "--learning_rate", "0.01",
-        "--adam_epsilon", "1e-5",  # above the roundings of small gradients, which Adam would make steps of
-        "--lora_dropout", "0.1", "--save_total_limit", "2", "--load_best_model_at_end", "true", "--eval_samples", "2",
-        "--eval_benchmarks", "none", "--report_to", "none", "--resume", "auto", *more,
-    ]  # fmt: skip
+        "--base_model",
+        str(place / "model"),
+        "--dataset",
+        str(place / "data"),
+        "--output_dir",
+        str(output),
+        "--cache_dir",
+        str(place / "cache"),
+        "--max_steps",
+        str(STEPS),
+        "--save_steps",
+        str(SAVE_STEPS),
+        "--eval_steps",
+        str(SAVE_STEPS),
+        "--logging_steps",
+        "3",
+        "--global_batch_size",
+        "5",
+        "--learning_rate",
+        "0.01",
+        "--adam_epsilon",
+        "1e-5",  # above the roundings of small gradients, which Adam would make steps of
+        "--lora_dropout",
+        "0.1",
+        "--save_total_limit",
+        "2",
+        "--load_best_model_at_end",
+        "true",
+        "--eval_samples",
+        "2",
+        "--eval_benchmarks",
+        "none",
+        "--report_to",
+        "none",
+        "--resume",
+        "auto",
+        *more,
+    ]
 
 
 def descendants(pid: int) -> list[int]:
@@ -96,9 +130,13 @@ def start(command: list[str], log: Path, more: dict[str, str] | None = None) -> 
     """Start a command line in its own process group, with further variables in its environment."""
     stream = log.open("ab")
     process = subprocess.Popen(
-        command, env=environment() | (more or {}), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+        command,
+        env=environment() | (more or {}),
+        stdout=stream,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
         cwd=log.parent,
-    )  # fmt: skip
+    )
     stream.close()
 
     def wait(seconds: float) -> int | None:
@@ -117,8 +155,11 @@ def start_cold(flags: list[str], log: Path) -> Started:
 
 def start_ranks(flags: list[str], log: Path, more: dict[str, str] | None = None) -> Started:
     """The launch line on two ranks."""
-    return start([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT),
-                  *flags], log, more)  # fmt: skip
+    return start(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), *flags],
+        log,
+        more,
+    )
 
 
 def free_port() -> int:
@@ -144,15 +185,23 @@ class Warm:
 
     def __init__(self, more: dict[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.warm"], env=environment() | (more or {}), cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.faults.warm"],
+            env=environment() | (more or {}),
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
 
     def start(
-        self, flags: list[str], log: Path, more: dict[str, str] | None = None,
-        settings: dict[str, float] | None = None, script: Path = SCRIPT,
-    ) -> Started:  # fmt: skip
+        self,
+        flags: list[str],
+        log: Path,
+        more: dict[str, str] | None = None,
+        settings: dict[str, float] | None = None,
+        script: Path = SCRIPT,
+    ) -> Started:
         """Fork a run; `more` goes into its environment, `settings` are values of constants, `module:NAME`."""
         assert self._process.stdin is not None and self._process.stdout is not None
         order = {"script": str(script), "flags": flags, "log": str(log), "more": more or {}, "settings": settings or {}}
@@ -178,9 +227,8 @@ class Warm:
         return started
 
     def start_ranks(
-        self, flags: list[str], log: Path, more: dict[str, str] | None = None,
-        settings: dict[str, float] | None = None,
-    ) -> list[Started]:  # fmt: skip
+        self, flags: list[str], log: Path, more: dict[str, str] | None = None, settings: dict[str, float] | None = None
+    ) -> list[Started]:
         """Fork two ranks of one run, as torchrun would start them; nobody ends the second when the first is gone."""
         both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         ranks = ({**(more or {}), **both, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1"))
@@ -245,8 +293,11 @@ class Reference:
     def differences(self, output: Path) -> list[str]:
         """In what a finished run differs; empty when it is bit-identical."""
         other = Reference.of(output)
-        pairs = {"adapter": (self.adapter, other.adapter), "metrics": (self.rows, other.rows),
-                 "best": (self.best, other.best)}  # fmt: skip
+        pairs = {
+            "adapter": (self.adapter, other.adapter),
+            "metrics": (self.rows, other.rows),
+            "best": (self.best, other.best),
+        }
         return [name for name, (left, right) in pairs.items() if left != right]
 
 
@@ -316,9 +367,16 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def torture(
-    begin: Callable[[list[str], Path], Started], place: Path, reference: Reference, moments: list[str], folder: Path,
-    tally: Tally, rng: random.Random, more: tuple[str, ...] = (), tell: Callable[[str], None] = lambda text: None,
-) -> None:  # fmt: skip
+    begin: Callable[[list[str], Path], Started],
+    place: Path,
+    reference: Reference,
+    moments: list[str],
+    folder: Path,
+    tally: Tally,
+    rng: random.Random,
+    more: tuple[str, ...] = (),
+    tell: Callable[[str], None] = lambda text: None,
+) -> None:
     """Kill one training at each of some moments, resume it every time, and compare what it comes to.
 
     Args:

@@ -68,4 +68,3 @@ def layer(folder: Path) -> dict[str, str]:
     library = folder / "injected.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE)], check=True)
     return {"LD_PRELOAD": str(library)}
-

@@ -64,8 +64,9 @@ def test_an_image_column_of_numbers(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    pq.write_table(pa.table({"image": [1], "query": ["q"], "label": [["a"]], "human_or_machine": [0]}),
-                   tmp_path / "train.parquet")
+    pq.write_table(
+        pa.table({"image": [1], "query": ["q"], "label": [["a"]], "human_or_machine": [0]}), tmp_path / "train.parquet"
+    )
     with pytest.raises(DataError, match="column 'image' is .*not images"):
         load_split(parse_datasets(f"chartqa@{tmp_path}")[0], "train")
 
@@ -80,11 +81,16 @@ def test_a_missing_split_says_what_there_is(tmp_path):
 
 @pytest.mark.parametrize("name, offline", [("chartqa", "0"), ("textvqa", "1")])
 def test_no_network_is_answered_within_seconds(tmp_path, name, offline):
-    code = ("import sys; from vlm_sft.data.sources.registry import *; from vlm_sft.errors import DataError\n"
-            f"try: load_split(parse_datasets('{name}')[0], 'train')\n"
-            "except DataError as error: sys.stdout.write(str(error))")
+    code = (
+        "import sys; from vlm_sft.data.sources.registry import *; from vlm_sft.errors import DataError\n"
+        f"try: load_split(parse_datasets('{name}')[0], 'train')\n"
+        "except DataError as error: sys.stdout.write(str(error))"
+    )
     environment = os.environ | {
-        "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": offline}
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": offline,
+    }
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert time.monotonic() - start < 30  # most of it is the import on a busy machine; retries alone would take 23 s
@@ -139,7 +145,11 @@ def test_check_writes_files_then_refuses(tmp_path, capsys):
     assert f"preview with pictures: {out}/preview.html" in said and "next: vlm-sft train" in said
     data = json.loads((out / "data.json").read_text())
     assert (data["samples"], data["images"], data["loaded"], data["left_out"]) == (
-        96, 1, 101, {"image cannot be read": 5})
+        96,
+        1,
+        101,
+        {"image cannot be read": 5},
+    )
     assert data["questions_per_image"] == {"96": 1} and data["synthetic"] is False
 
 
@@ -161,8 +171,10 @@ def test_a_limit_keeps_images_whole_and_the_share_true(tmp_path):
 def test_hostile_text_is_shown_as_text(tmp_path):
     (tmp_path / "a.png").write_bytes(png("red", (900, 500)))
     attack = '<script>alert("x")</script><img src=http://x onerror=1>{{ 7*7 }}'
-    rows = [{"image": "a.png", "question": attack, "answer": attack, "split": part, "id": '"><u>'}
-            for part in ("train", "val")]
+    rows = [
+        {"image": "a.png", "question": attack, "answer": attack, "split": part, "id": '"><u>'}
+        for part in ("train", "val")
+    ]
     rows += [{"image": "a.png", "question": "q", "answer": "a", "split": "<i>part</i>"}] * 3
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

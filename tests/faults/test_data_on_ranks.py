@@ -30,10 +30,25 @@ FAULTS = {
 def flags(place: Path, output: Path, policy: str) -> list[str]:
     """A training that reads its images again for each step, in one worker a rank."""
     found = arguments(
-        place, output, "--max_steps", str(STEPS), "--logging_steps", "1", "--prepared_cache", "off",
-        "--feature_cache", "off", "--dataloader_num_workers", "1", "--on_bad_sample", policy, "--eval_strategy", "no",
-        "--load_best_model_at_end", "false",
-    )  # fmt: skip
+        place,
+        output,
+        "--max_steps",
+        str(STEPS),
+        "--logging_steps",
+        "1",
+        "--prepared_cache",
+        "off",
+        "--feature_cache",
+        "off",
+        "--dataloader_num_workers",
+        "1",
+        "--on_bad_sample",
+        policy,
+        "--eval_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+    )
     at = found.index("--eval_samples")
     return found[:at] + found[at + 2 :]
 
@@ -42,9 +57,7 @@ def events(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "anomalies.jsonl").read_text().splitlines()]
 
 
-def on_two_ranks(
-    warm: Warm, place: Path, folder: Path, name: str, policy: str
-) -> tuple[list[int | None], str, float]:
+def on_two_ranks(warm: Warm, place: Path, folder: Path, name: str, policy: str) -> tuple[list[int | None], str, float]:
     """Run with a fault on rank 1; exit codes, what was said, seconds from the fault to the end."""
     folder.mkdir(exist_ok=True)
     faults, log = Injected(folder / "faults", FAULTS[name][0]), folder / "log"

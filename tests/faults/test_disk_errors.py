@@ -41,9 +41,18 @@ def reference(injected_place: Path, injected_warm: Warm) -> Reference:
 def flags_of(place: Path, output: Path, *more: str) -> list[str]:
     """A checkpoint after each step, and none that must be the best: every one of them may fail."""
     found = arguments(
-        place, output, "--save_steps", "1", "--eval_strategy", "no", "--load_best_model_at_end", "false",
-        "--save_total_limit", "9", *more,
-    )  # fmt: skip
+        place,
+        output,
+        "--save_steps",
+        "1",
+        "--eval_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+        "--save_total_limit",
+        "9",
+        *more,
+    )
     at = found.index("--eval_samples")
     return found[:at] + found[at + 2 :]
 
@@ -74,10 +83,12 @@ def test_a_training_goes_on_past_what_cannot_be_written(
     """Six checkpoints in a row, each for another reason, now and then a log, and the cache."""
     output, cache = tmp_path / "run", tmp_path / "cache"
     faults = Injected(
-        tmp_path / "faults", *(fault for fault, _ in SAVING.values()),
-        Fault("write", "*/run/metrics.jsonl", count=1), Fault("write", "*/run/.run.json.*", first=2, count=1),
+        tmp_path / "faults",
+        *(fault for fault, _ in SAVING.values()),
+        Fault("write", "*/run/metrics.jsonl", count=1),
+        Fault("write", "*/run/.run.json.*", first=2, count=1),
         Fault("write", "*/cache/images/*/.*.tmp"),
-    )  # fmt: skip
+    )
     code, told = launched(injected_warm, injected_place, output, faults, "--cache_dir", str(cache))
     assert code == 0, told[-2000:]
     assert all(faults.met), faults.met
@@ -158,9 +169,11 @@ def test_what_cannot_be_read_is_passed_over(
     shutil.copytree(injected_place / "cache", cache)
     (*_, index) = sorted(path for path in cache.glob("tokens/*/*.json") if path.name != "entry.json")
     faults = Injected(
-        tmp_path / "faults", Fault("read", "*/run/checkpoint-8/optimizer.safetensors"),
-        Fault("read", "*/images/*/*.safetensors", count=1), Fault("read", f"*/{index.name}", count=1),
-    )  # fmt: skip
+        tmp_path / "faults",
+        Fault("read", "*/run/checkpoint-8/optimizer.safetensors"),
+        Fault("read", "*/images/*/*.safetensors", count=1),
+        Fault("read", f"*/{index.name}", count=1),
+    )
     code, told = launched(injected_warm, injected_place, output, faults, "--cache_dir", str(cache))
     assert code == 0, told[-2000:]
     assert f"{output / 'checkpoint-8'} is not resumed from: optimizer.safetensors cannot be read: {EIO}" in told

@@ -16,16 +16,44 @@ from vlm_sft.errors import DataError
 SOUND = [
     {"image": "a.png", "question": "What?", "answer": "42"},
     {"image": ["a.png", "a.png"], "question": "What?", "answer": "42", "id": "x", "split": "train"},
-    {"messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "42"}],
-     "images": ["a.png"]},
+    {
+        "messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "42"}],
+        "images": ["a.png"],
+    },
     {"image": "a.png", "conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "42"}]},
     {"image": {"path": "a.png"}, "prompt": "What?", "completion": "42"},
-]  # fmt: skip
+]
 ODD: list[Any] = [
-    None, True, -1, 1e308, float("nan"), "", " ", "\u0000", "\ud800", "a" * 5000, [], {}, [[]], [None], {"a": 1}, [{}],
-    {"path": None}, {"bytes": "!!"}, "data:image/png;base64,AAAA", "data:,", "http://x/a.png", "../../x",
-    "/dev/zero", "file://", ".", "a.png/b", "a\u0000.png", {"bytes": ""}, [{"role": 3, "content": []}],
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    1e308,
+    float("nan"),
+    "",
+    " ",
+    "\u0000",
+    "\ud800",
+    "a" * 5000,
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": 1},
+    [{}],
+    {"path": None},
+    {"bytes": "!!"},
+    "data:image/png;base64,AAAA",
+    "data:,",
+    "http://x/a.png",
+    "../../x",
+    "/dev/zero",
+    "file://",
+    ".",
+    "a.png/b",
+    "a\u0000.png",
+    {"bytes": ""},
+    [{"role": 3, "content": []}],
+]
 
 
 def damaged(random: np.random.Generator, number: int) -> bytes:

@@ -27,10 +27,14 @@ def data(folder: Path, name: str, numbers: list[int], reference: bool = False) -
     for number in numbers:
         picture(folder / f"{number}.png", number)
     rows = [
-        {"images": [*(["reference.png"] if reference else []), f"{number}.png"], "question": question,
-         "answer": COLORS[number % 4]}
-        for number in numbers for question in ("Which color is the box?", "What color has the box?")
-    ]  # fmt: skip
+        {
+            "images": [*(["reference.png"] if reference else []), f"{number}.png"],
+            "question": question,
+            "answer": COLORS[number % 4],
+        }
+        for number in numbers
+        for question in ("Which color is the box?", "What color has the box?")
+    ]
     (folder / name).write_text("\n".join(map(json.dumps, rows)))
 
 
@@ -79,11 +83,30 @@ def test_the_table_of_few_pictures_says_what_it_cannot_say(
     data(tmp_path / "own", "train.jsonl", list(range(8)))
     data(tmp_path / "own", "val.jsonl", [20, 21, 22, 23])
     run = tmp_path / "run"
-    assert main([
-        "train", "--base_model", "pocket", "--dataset", str(tmp_path / "own"), "--sft_config", "1epoch",
-        "--global_batch_size", "8", "--load_best_model_at_end", "true", "--eval_strategy", "epoch",
-        "--save_strategy", "epoch", "--output_dir", str(run),
-    ]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "train",
+                "--base_model",
+                "pocket",
+                "--dataset",
+                str(tmp_path / "own"),
+                "--sft_config",
+                "1epoch",
+                "--global_batch_size",
+                "8",
+                "--load_best_model_at_end",
+                "true",
+                "--eval_strategy",
+                "epoch",
+                "--save_strategy",
+                "epoch",
+                "--output_dir",
+                str(run),
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     few = "own: 8 questions on 4 independent images are too few to judge"
     used = "own: 8 of 8 questions are about images that chose the checkpoint too"

@@ -36,8 +36,22 @@ def write(folder: Path, lines: list[object]) -> Path:
 
 def train(base: Path | str, data: object, output: Path, *more: str) -> int:
     return main(
-        ["train", "--base_model", str(base), "--dataset", str(data), "--output_dir", str(output), "--max_steps", "1",
-         "--eval_benchmarks", "none", "--report_to", "none", *more]
+        [
+            "train",
+            "--base_model",
+            str(base),
+            "--dataset",
+            str(data),
+            "--output_dir",
+            str(output),
+            "--max_steps",
+            "1",
+            "--eval_benchmarks",
+            "none",
+            "--report_to",
+            "none",
+            *more,
+        ]
     )
 
 
@@ -147,6 +161,19 @@ def test_text_only_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_adapter_that_is_none(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["eval", "--base_model", str(base), "--adapter", str(tmp_path), "--benchmark", "demo_charts",
-                 "--limit", "2", "--output_dir", str(tmp_path / "o")])  # fmt: skip
+    code = main(
+        [
+            "eval",
+            "--base_model",
+            str(base),
+            "--adapter",
+            str(tmp_path),
+            "--benchmark",
+            "demo_charts",
+            "--limit",
+            "2",
+            "--output_dir",
+            str(tmp_path / "o"),
+        ]
+    )
     refused(code, capsys, str(tmp_path), "adapter_config.json")

@@ -23,8 +23,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     save_adapter(save_base(folder / "base"), folder / "lora")
     (folder / "a.png").write_bytes(png())
-    rows = [{"image": "a.png", "question": f"Q{n}?", "answer": "1", "split": split}
-            for n, split in enumerate(("train", "validation", "test"))]  # fmt: skip
+    rows = [
+        {"image": "a.png", "question": f"Q{n}?", "answer": "1", "split": split}
+        for n, split in enumerate(("train", "validation", "test"))
+    ]
     (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -98,45 +100,58 @@ def _folder(name: str) -> Callable[[Path], None]:
     return make
 
 
-BROKEN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "no weights": (_drop("model.safetensors"), ("its weights are missing",)),
-    "pickles only": (_pickles, ("pytorch_model.bin", "pickles", "safetensors")),
-    "a shard is absent": (_shards("model-1-of-2.safetensors"), ("model-2-of-2.safetensors is missing",)),
-    "all shards are absent": (_shards(), ("model-1-of-2.safetensors is missing", "model-2-of-2.safetensors is")),
-    "index without a map": (_write("model.safetensors.index.json", b'{"weight_map": []}'), ("has no weight_map",)),
-    "index that leads away": (
-        _write("model.safetensors.index.json", b'{"weight_map": {"a": "../b.safetensors"}}'), ("another folder",),
-    ),
-    "weights cut off": (_cut, ("model.safetensors has", "instead of")),
-    "a pointer of Git LFS": (_write("model.safetensors", b"version https://git-lfs.github.com/"), ("git lfs pull",)),
-    "empty weights": (_write("model.safetensors", b""), ("model.safetensors is cut off",)),
-    "no tokenizer": (_drop("tokenizer.json"), ("its tokenizer is missing",)),
-    "no processor": (_drop("processor_config.json"), ("its image processor is missing",)),
-    "no config": (_drop("config.json"), ("no config.json",)),
-    "config is a folder": (_folder("config.json"), ("config.json: it is no file",)),
-    "config is a list": (_write("config.json", b"[]"), ("config.json: it holds a list",)),
-    "config of an unknown type": (_write("config.json", b'{"model_type": "none"}'), ("cannot be opened", "none")),
-    "config of odd values": (
-        _write("config.json", b'{"model_type": "qwen2_5_vl", "text_config": 3}'), ("cannot be opened",),
-    ),
-    "tokenizer is no tokenizer": (_write("tokenizer.json", b"{}"), ("cannot be opened",)),
-    "tokenizer too deep": (_write("tokenizer.json", b"[" * 100_000), ("cannot be opened",)),
-} | {
-    f"prompt with {key} {value}": (
-        _write("prompt.json", f'{{"schema": 1, "{key}": {value}}}'.encode()), ("prompt.json", f"{key} is "),
-    )
-    for key, value in {"template": '["{question}"]', "max_new_tokens": "0", "max_pixels": "true", "system": "1"}.items()
-} | {
-    f"{name} {kind}": (_write(name, content), ("cannot read", name))
-    for name in CONFIGS
-    for kind, content in {"too deep": b'{"a": ' * 100_000, "torn": b'{"a": 1', "no UTF-8": b'{"a": "\xff"}'}.items()
-}  # fmt: skip
+BROKEN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = (
+    {
+        "no weights": (_drop("model.safetensors"), ("its weights are missing",)),
+        "pickles only": (_pickles, ("pytorch_model.bin", "pickles", "safetensors")),
+        "a shard is absent": (_shards("model-1-of-2.safetensors"), ("model-2-of-2.safetensors is missing",)),
+        "all shards are absent": (_shards(), ("model-1-of-2.safetensors is missing", "model-2-of-2.safetensors is")),
+        "index without a map": (_write("model.safetensors.index.json", b'{"weight_map": []}'), ("has no weight_map",)),
+        "index that leads away": (
+            _write("model.safetensors.index.json", b'{"weight_map": {"a": "../b.safetensors"}}'),
+            ("another folder",),
+        ),
+        "weights cut off": (_cut, ("model.safetensors has", "instead of")),
+        "a pointer of Git LFS": (
+            _write("model.safetensors", b"version https://git-lfs.github.com/"),
+            ("git lfs pull",),
+        ),
+        "empty weights": (_write("model.safetensors", b""), ("model.safetensors is cut off",)),
+        "no tokenizer": (_drop("tokenizer.json"), ("its tokenizer is missing",)),
+        "no processor": (_drop("processor_config.json"), ("its image processor is missing",)),
+        "no config": (_drop("config.json"), ("no config.json",)),
+        "config is a folder": (_folder("config.json"), ("config.json: it is no file",)),
+        "config is a list": (_write("config.json", b"[]"), ("config.json: it holds a list",)),
+        "config of an unknown type": (_write("config.json", b'{"model_type": "none"}'), ("cannot be opened", "none")),
+        "config of odd values": (
+            _write("config.json", b'{"model_type": "qwen2_5_vl", "text_config": 3}'),
+            ("cannot be opened",),
+        ),
+        "tokenizer is no tokenizer": (_write("tokenizer.json", b"{}"), ("cannot be opened",)),
+        "tokenizer too deep": (_write("tokenizer.json", b"[" * 100_000), ("cannot be opened",)),
+    }
+    | {
+        f"prompt with {key} {value}": (
+            _write("prompt.json", f'{{"schema": 1, "{key}": {value}}}'.encode()),
+            ("prompt.json", f"{key} is "),
+        )
+        for key, value in {
+            "template": '["{question}"]',
+            "max_new_tokens": "0",
+            "max_pixels": "true",
+            "system": "1",
+        }.items()
+    }
+    | {
+        f"{name} {kind}": (_write(name, content), ("cannot read", name))
+        for name in CONFIGS
+        for kind, content in {"too deep": b'{"a": ' * 100_000, "torn": b'{"a": 1', "no UTF-8": b'{"a": "\xff"}'}.items()
+    }
+)
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_folder_that_is_not_whole(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_a_folder_that_is_not_whole(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     damage, words = BROKEN[kind]
     model = tmp_path / "model"
     shutil.copytree(place / "base", model)

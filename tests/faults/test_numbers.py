@@ -145,9 +145,15 @@ def test_never_best(data: PreparedData, tmp_path: Path, monkeypatch: pytest.Monk
     """Evaluations at steps 1 to 4: not finite at 1, sound at 2, after a dropped step at 3, sound at 4."""
     training.spoil_loss(monkeypatch, lambda step, ids: step == 2)
     made = training.trainer(
-        data, tmp_path, evaluation=data, max_steps=4, eval_strategy="steps", eval_steps=1, save_steps=1,
+        data,
+        tmp_path,
+        evaluation=data,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
         load_best_model_at_end=True,
-    )  # fmt: skip
+    )
     results = iter([float("nan"), 3.0, 1.0, 2.0])
     monkeypatch.setattr(made, "_evaluation_loss", lambda steps: next(results))
     made.train()
@@ -249,15 +255,25 @@ def test_no_rank_steps_when_one_has_bad_numbers(parallel: str, tmp_path: Path) -
     if parallel != "ddp" and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     shared = os.environ | {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     command = [sys.executable, "-m", "tests.faults.training", str(tmp_path), parallel]
     ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     said = [rank.communicate(timeout=240)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]

@@ -30,8 +30,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder.parent / "lora", folder / f"{ODD}-lora")
     for number in range(8):
         (folder / f"{ODD}{number}.png").write_bytes(png((number * 20, 9, 9), (40, 30)))
-    rows = [{"image": f"{ODD}{n}.png", "question": f"Q{n}?", "answer": str(n),
-             "split": ("train", "train", "validation", "test")[n % 4]} for n in range(8)]  # fmt: skip
+    rows = [
+        {
+            "image": f"{ODD}{n}.png",
+            "question": f"Q{n}?",
+            "answer": str(n),
+            "split": ("train", "train", "validation", "test")[n % 4],
+        }
+        for n in range(8)
+    ]
     rows.append({"image": f"{ODD}-gone.png", "question": "Q?", "answer": "1", "split": "train"})
     (folder / f"{ODD}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -39,9 +46,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(place: Path, *words: str, code: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "vlm_sft", *words], cwd=place, capture_output=True, check=False,
+        [sys.executable, "-m", "vlm_sft", *words],
+        cwd=place,
+        capture_output=True,
+        check=False,
         env=os.environ | {"PYTHONIOENCODING": "utf-8:backslashreplace"},
-    )  # fmt: skip
+    )
     text = (done.stdout + done.stderr).decode("utf-8")
     assert done.returncode == code and "Traceback" not in text, text[-3000:]
     return text
@@ -51,15 +61,54 @@ def test_a_training_and_what_follows(place: Path) -> None:
     data, base = f"{ODD}.jsonl", "../base"
     left = ["--max_left_out", "0.5"]
     run(place, "data", "check", data, "--output_dir", f"{ODD}-check", *left)
-    run(place, "train", "--base_model", base, "--dataset", data, "--output_dir", "run", "--bf16", "false",
-        "--max_steps", "2", "--global_batch_size", "2", "--save_steps", "2", "--report_to", "none", *left)  # fmt: skip
+    run(
+        place,
+        "train",
+        "--base_model",
+        base,
+        "--dataset",
+        data,
+        "--output_dir",
+        "run",
+        "--bf16",
+        "false",
+        "--max_steps",
+        "2",
+        "--global_batch_size",
+        "2",
+        "--save_steps",
+        "2",
+        "--report_to",
+        "none",
+        *left,
+    )
     facts = json.loads((place / "run" / "run.json").read_text(encoding="utf-8"))
     assert facts["status"] == "finished" and (place / facts["dataset"]).is_file()
     rows = (place / "run" / "left_out.jsonl").read_text(encoding="utf-8").splitlines()
     assert "gone.png" in json.loads(rows[0])["detail"]
-    run(place, "train", "--base_model", base, "--dataset", data, "--output_dir", "run", "--bf16", "false",
-        "--max_steps", "2", "--global_batch_size", "2", "--save_steps", "2", "--report_to", "none", *left,
-        "--resume", "auto")  # fmt: skip
+    run(
+        place,
+        "train",
+        "--base_model",
+        base,
+        "--dataset",
+        data,
+        "--output_dir",
+        "run",
+        "--bf16",
+        "false",
+        "--max_steps",
+        "2",
+        "--global_batch_size",
+        "2",
+        "--save_steps",
+        "2",
+        "--report_to",
+        "none",
+        *left,
+        "--resume",
+        "auto",
+    )
     run(place, "report", "run", "--output", f"{ODD}.html")
     run(place, "report", "run", "--export", f"{ODD}-figures")
     run(place, "compare", "run", "--output_dir", f"{ODD}-compared")

@@ -22,8 +22,20 @@ from vlm_sft.cli import main
 from vlm_sft.commands.parser import VERBS, build_parser
 from vlm_sft.manifest import write_manifest
 
-SHORT = ["--max_steps", "2", "--global_batch_size", "2", "--bf16", "false", "--eval_strategy", "no",
-         "--save_strategy", "no", "--max_eval", "2"]  # fmt: skip
+SHORT = [
+    "--max_steps",
+    "2",
+    "--global_batch_size",
+    "2",
+    "--bf16",
+    "false",
+    "--eval_strategy",
+    "no",
+    "--save_strategy",
+    "no",
+    "--max_eval",
+    "2",
+]
 PLACES = {"IMAGE": "a.png", "QUESTION": "How many?", "SETS": "own.jsonl", "DIR": "evaluated", "FOLDER": "again"}
 
 
@@ -228,9 +240,10 @@ def texts(path: Path) -> list[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     inside = {id(value) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for value in node.values}
     documents = {
-        id(node.body[0].value) for node in ast.walk(tree)
+        id(node.body[0].value)
+        for node in ast.walk(tree)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and isinstance(node.body[0], ast.Expr)
-    }  # fmt: skip
+    }
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):

@@ -24,7 +24,7 @@ from tests.faults.harness import (
     make_place,
     start_ranks,
     torture,
-)  # fmt: skip
+)
 from vlm_sft.train.checkpoints import checkpoints
 
 
@@ -57,10 +57,7 @@ def interrupted(place: Path, output: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("moments", "more"),
-    [
-        (["caching", "saving", "evaluating", "rotating"], ()),
-        (["sealing"], ("--dataloader_num_workers", "2")),
-    ],
+    [(["caching", "saving", "evaluating", "rotating"], ()), (["sealing"], ("--dataloader_num_workers", "2"))],
     ids=["every stage", "loader workers"],
 )
 def test_killed_and_resumed(
@@ -84,14 +81,14 @@ def test_two_ranks_killed_and_resumed(place: Path, reference: Reference, tmp_pat
     cache = ("--cache_dir", str(place / "cache"))
     torture(start_ranks, place, whole, ["rotating"], tmp_path / "killed", tally, random.Random(1), cache)
     assert (tally.trouble, tally.finished, tally.identical) == ([], 1, 1)
-    left, right = (load_file(place / "reference" / "adapter_model.safetensors"),
-                   load_file(tmp_path / "whole" / "adapter_model.safetensors"))  # fmt: skip
+    left, right = (
+        load_file(place / "reference" / "adapter_model.safetensors"),
+        load_file(tmp_path / "whole" / "adapter_model.safetensors"),
+    )
     assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-5
 
 
-def test_two_ranks_go_on_with_what_one_began(
-    warm: Warm, place: Path, reference: Reference, tmp_path: Path
-) -> None:
+def test_two_ranks_go_on_with_what_one_began(warm: Warm, place: Path, reference: Reference, tmp_path: Path) -> None:
     output = interrupted(place, tmp_path / "run")
     run = start_ranks(arguments(place, output), tmp_path / "log")
     assert run.wait(200) == 0, (tmp_path / "log").read_text()[-2000:]
@@ -192,9 +189,12 @@ def test_two_runs_fill_one_cache(warm: Warm, place: Path, reference: Reference, 
 def test_verify_proves_it_on_the_runs_own_configuration(place: Path, reference: Reference, tmp_path: Path) -> None:
     shutil.copytree(place / "reference", tmp_path / "run")
     done = subprocess.run(
-        [sys.executable, "-m", "vlm_sft", "verify", str(tmp_path / "run")], env=environment(), capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-m", "vlm_sft", "verify", str(tmp_path / "run")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "adapter: bit-identical" in done.stdout
     assert "every line is the same" in done.stdout
@@ -215,9 +215,13 @@ def test_a_write_that_fails_leaves_earlier_checkpoints_as_they_were(
     )
     flags = arguments(place, output, "--on_save_error", "stop")
     done = subprocess.run(
-        [sys.executable, "-c", code, str(SCRIPT), *flags], env={**environment(), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True, text=True, timeout=200, preexec_fn=os.setsid,
-    )  # fmt: skip
+        [sys.executable, "-c", code, str(SCRIPT), *flags],
+        env={**environment(), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        preexec_fn=os.setsid,
+    )
     assert done.returncode == 2, done.stderr[-2000:]
     assert "the checkpoint of step 8 cannot be written" in done.stderr
     assert "File too large" in done.stderr and "Traceback" not in done.stderr

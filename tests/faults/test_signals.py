@@ -44,11 +44,33 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
-        "--base_model", str(base), "--dataset", str(data), "--global_batch_size", "4", "--lora_r", "4",
-        "--eval_benchmarks", "none", "--report_to", "none", "--logging_steps", "1", "--save_strategy", "no",
-        "--eval_strategy", "no", "--cache_dir", str(folder / "cache"), "--load_best_model_at_end", "false",
-        "--learning_rate", "1e-3", "--lr_scheduler_type", "constant",
-    ]  # fmt: skip
+        "--base_model",
+        str(base),
+        "--dataset",
+        str(data),
+        "--global_batch_size",
+        "4",
+        "--lora_r",
+        "4",
+        "--eval_benchmarks",
+        "none",
+        "--report_to",
+        "none",
+        "--logging_steps",
+        "1",
+        "--save_strategy",
+        "no",
+        "--eval_strategy",
+        "no",
+        "--cache_dir",
+        str(folder / "cache"),
+        "--load_best_model_at_end",
+        "false",
+        "--learning_rate",
+        "1e-3",
+        "--lr_scheduler_type",
+        "constant",
+    ]
 
 
 def start(command: list[str], output: Path, line: list[str], *more: str) -> subprocess.Popen[str]:
@@ -58,9 +80,14 @@ def start(command: list[str], output: Path, line: list[str], *more: str) -> subp
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
     return subprocess.Popen(
-        [*command, *line, "--output_dir", str(output), *more], env=environment, cwd=output.parent, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [*command, *line, "--output_dir", str(output), *more],
+        env=environment,
+        cwd=output.parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def wait_for_step(output: Path, step: int, run: subprocess.Popen[str]) -> None:
@@ -113,8 +140,17 @@ def end(run: subprocess.Popen[str], seconds: float) -> str:
 def test_stop_and_go_on(line: list[str], tmp_path: Path) -> None:
     """SIGTERM to a training with workers; the line it names ends where an undisturbed run ends, bit for bit."""
     output = tmp_path / "run"
-    first = start([sys.executable, str(SCRIPT)], output, line, "--max_steps", str(LONG), "--dataloader_num_workers",
-                  "1", "--resume", "auto")  # fmt: skip
+    first = start(
+        [sys.executable, str(SCRIPT)],
+        output,
+        line,
+        "--max_steps",
+        str(LONG),
+        "--dataloader_num_workers",
+        "1",
+        "--resume",
+        "auto",
+    )
     wait_for_step(output, 3, first)
     began = time.monotonic()
     os.killpg(first.pid, signal.SIGTERM)  # as a scheduler does: workers too
@@ -125,8 +161,9 @@ def test_stop_and_go_on(line: list[str], tmp_path: Path) -> None:
     assert f"interrupted: stopped by SIGTERM after step {step}, with its checkpoint" in said
     assert f"--output_dir {output}" in said.split("go on with: ")[1] and "--resume auto" in said
     total = str(step + 3)
-    went_on = start([sys.executable, str(SCRIPT)], output, line, "--max_steps", total, "--resume", "auto",
-                    "--allow_changes")  # fmt: skip
+    went_on = start(
+        [sys.executable, str(SCRIPT)], output, line, "--max_steps", total, "--resume", "auto", "--allow_changes"
+    )
     said = end(went_on, 120)
     assert went_on.returncode == 0, said[-3000:]
     steps = [row["step"] for row in read_jsonl(output / "metrics.jsonl") if "loss" in row]
@@ -198,8 +235,10 @@ def test_a_signal_during_the_evaluation_loses_no_answer(line: list[str], tmp_pat
         return sum(len(path.read_text().splitlines()) for path in parts)
 
     models = ("base", "tuned")
-    wanted = [word if word != "none" or line[place - 1] != "--eval_benchmarks" else "demo_text"
-              for place, word in enumerate(line)]  # fmt: skip
+    wanted = [
+        word if word != "none" or line[place - 1] != "--eval_benchmarks" else "demo_text"
+        for place, word in enumerate(line)
+    ]
     more = ("--max_steps", "2", "--max_eval", "200")
     whole = start([sys.executable, str(SCRIPT)], tmp_path / "whole", wanted, *more)
     said = end(whole, 300)

@@ -14,10 +14,19 @@ from tests.faults.situations.place import CannotPlay, Place, Situation
 from tests.faults.training import EVERYTHING
 
 QUICK = (
-    "password_of_an_image_url", "code_in_prompt", "formulas_in_exported_data", "escapes_on_the_terminal",
-    "absolute_path", "link_to_a_folder", "pictures_of_a_foreign_run", "cache_disk_full_or_read_only",
-    "cache_with_links", "umask_of_the_user", "answer_edited", "odd_numbers",
-)  # fmt: skip
+    "password_of_an_image_url",
+    "code_in_prompt",
+    "formulas_in_exported_data",
+    "escapes_on_the_terminal",
+    "absolute_path",
+    "link_to_a_folder",
+    "pictures_of_a_foreign_run",
+    "cache_disk_full_or_read_only",
+    "cache_with_links",
+    "umask_of_the_user",
+    "answer_edited",
+    "odd_numbers",
+)
 
 
 @pytest.fixture(scope="module")

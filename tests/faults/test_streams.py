@@ -161,8 +161,9 @@ def test_what_only_prints_fails_without_its_reader(verb: str, place: Path, tmp_p
     data = ["--base_model", str(place / "model"), "--dataset", str(place / "data")]
     words = {
         "score": ["--benchmark", "chartqa", "--predictions", str(tmp_path / "p.jsonl"), "--json"],
-        "completion": ["bash"], "plan": [*data, "--output_dir", str(tmp_path / "run")],
-    }.get(verb, [])  # fmt: skip
+        "completion": ["bash"],
+        "plan": [*data, "--output_dir", str(tmp_path / "run")],
+    }.get(verb, [])
     command = vlm_sft(verb, *words)
     for make, code, told in ((closed_pipe, 128 + signal.SIGPIPE, ""), (full_disk, 1, "No space left on device")):
         with (tmp_path / "errors").open("wb") as errors:

@@ -34,18 +34,45 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(place: Path, output: Path, steps: str, save_steps: str = "2") -> list[str]:
     return [
-        "--base_model", str(place / "model"), "--dataset", str(place / "data"), "--output_dir", str(output),
-        "--cache_dir", str(place / "cache"), "--max_steps", steps, "--save_steps", save_steps, "--eval_strategy", "no",
-        "--logging_steps", "1", "--global_batch_size", "5", "--learning_rate", "0.01", "--lora_dropout", "0.1",
-        "--save_total_limit", "2", "--load_best_model_at_end", "false", "--eval_benchmarks", "none",
-        "--report_to", "none", "--ignore_forecast",
-    ]  # fmt: skip
+        "--base_model",
+        str(place / "model"),
+        "--dataset",
+        str(place / "data"),
+        "--output_dir",
+        str(output),
+        "--cache_dir",
+        str(place / "cache"),
+        "--max_steps",
+        steps,
+        "--save_steps",
+        save_steps,
+        "--eval_strategy",
+        "no",
+        "--logging_steps",
+        "1",
+        "--global_batch_size",
+        "5",
+        "--learning_rate",
+        "0.01",
+        "--lora_dropout",
+        "0.1",
+        "--save_total_limit",
+        "2",
+        "--load_best_model_at_end",
+        "false",
+        "--eval_benchmarks",
+        "none",
+        "--report_to",
+        "none",
+        "--ignore_forecast",
+    ]
 
 
 def test_two_hosts_give_the_adapter_of_one(hosts: TwoHosts, place: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = hosts.torchrun(0, flags(place, one, str(STEPS)), tmp_path / "one.log", free_port(),
-                           NNODES="1", GPUS_PER_NODE="2")  # fmt: skip
+    alone = hosts.torchrun(
+        0, flags(place, one, str(STEPS)), tmp_path / "one.log", free_port(), NNODES="1", GPUS_PER_NODE="2"
+    )
     assert alone.wait(200) == 0, (tmp_path / "one.log").read_text()[-3000:]
     port = free_port()
     logs = [tmp_path / f"{index}.log" for index in (0, 1)]
@@ -59,9 +86,7 @@ def test_two_hosts_give_the_adapter_of_one(hosts: TwoHosts, place: Path, tmp_pat
 
 
 @pytest.mark.parametrize("how", ["killed", "unplugged"])
-def test_a_lost_host_ends_the_job_and_it_can_be_resumed(
-    how: str, hosts: TwoHosts, place: Path, tmp_path: Path
-) -> None:
+def test_a_lost_host_ends_the_job_and_it_can_be_resumed(how: str, hosts: TwoHosts, place: Path, tmp_path: Path) -> None:
     output, port = tmp_path / "run", free_port()
     logs = [tmp_path / f"{index}.log" for index in (0, 1)]
     both = [
@@ -115,10 +140,16 @@ def test_the_slurm_script_queues_an_interrupted_run_again(tmp_path: Path) -> Non
 
     def job(status: str, code: int, restarts: int = 0) -> tuple[int, str]:
         environment = {
-            **os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "STATUS": status, "CODE": str(code),
-            "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node-[1-2]",
-            "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_RESTART_COUNT": str(restarts),
-        }  # fmt: skip
+            **os.environ,
+            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            "STATUS": status,
+            "CODE": str(code),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NODELIST": "node-[1-2]",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_RESTART_COUNT": str(restarts),
+        }
         script = ["bash", str(ROOT / "examples" / "clusters" / "slurm.sbatch"), str(output), "--base_model", "pocket"]
         done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout

@@ -35,10 +35,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"id": "end", "image": "0.png", "question": "What <|im_end|>?", "answer": "An <|im_end|> tag"},
         {"id": "image", "image": "1.png", "question": "What does the <image> tag do?", "answer": "The <image> tag."},
         {"id": "pad", "image": "2.png", "question": "<|image_pad|><|vision_start|>?", "answer": "<|image_pad|>"},
-        {"id": "moved", "images": ["3.png"], "messages": [
-            {"role": "user", "content": "Look: <image> what?"}, {"role": "assistant", "content": "3"}]},
+        {
+            "id": "moved",
+            "images": ["3.png"],
+            "messages": [{"role": "user", "content": "Look: <image> what?"}, {"role": "assistant", "content": "3"}],
+        },
         {"id": "plain", "image": "4.png", "question": "What?", "answer": "4"},
-    ]  # fmt: skip
+    ]
     for split in ("train", "val", "test"):
         lines = [json.dumps(row | {"id": f"{split}-{row['id']}"}) for row in rows]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
@@ -136,10 +139,17 @@ def test_a_processor_that_fails_on_all_images_is_no_fault_of_one(data: Path, tmp
         PreparedData(samples, encoder, "preparing")
 
 
-@pytest.mark.parametrize("family, size", [
-    ("qwen3_vl", (10, 3000)), ("qwen2_vl", (1, 300)), ("lfm2_vl", (3000, 10)), ("mistral3", (300, 1)),
-    ("smolvlm", (1, 1)), ("gemma3", (3000, 10)),
-])
+@pytest.mark.parametrize(
+    "family, size",
+    [
+        ("qwen3_vl", (10, 3000)),
+        ("qwen2_vl", (1, 300)),
+        ("lfm2_vl", (3000, 10)),
+        ("mistral3", (300, 1)),
+        ("smolvlm", (1, 1)),
+        ("gemma3", (3000, 10)),
+    ],
+)
 def test_every_family_takes_an_image_or_names_it(family: str, size: tuple[int, int]) -> None:
     if family not in tiny_models.FAMILIES:
         pytest.skip(f"this transformers has no {family}")

@@ -23,9 +23,19 @@ STEPS = 2
 
 def flags(place: Path, output: Path, cache: Path, *more: str) -> list[str]:
     found = arguments(
-        place, output, "--cache_dir", str(cache), "--max_steps", str(STEPS), "--eval_strategy", "no",
-        "--load_best_model_at_end", "false", "--ignore_forecast", *more,
-    )  # fmt: skip
+        place,
+        output,
+        "--cache_dir",
+        str(cache),
+        "--max_steps",
+        str(STEPS),
+        "--eval_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+        "--ignore_forecast",
+        *more,
+    )
     at = found.index("--eval_samples")
     return found[:at] + found[at + 2 :]
 
@@ -115,11 +125,12 @@ def test_machines_without_a_shared_disk_have_all_features_each(
     caches, log, output = [tmp_path / "first", tmp_path / "second"], tmp_path / "log", tmp_path / "run"
     ranks = [
         injected_warm.start(
-            flags(injected_place, output, cache, "--feature_cache", "1GB"), log,
+            flags(injected_place, output, cache, "--feature_cache", "1GB"),
+            log,
             {**both, "RANK": str(rank), "LOCAL_RANK": "0"},
         )
         for rank, cache in enumerate(caches)
-    ]  # fmt: skip
+    ]
     facts = finished(ranks, log, output)
     decision = facts["engine"]["feature_cache"]["training"]
     assert decision["used"] and decision["images"] == len(COLOURS), decision

@@ -153,9 +153,9 @@ def trapped(folder: Path, how: str) -> PreparedData:
     bad = [sample for sample in found if sample.id.startswith("picture 4/")]
     trap = Trap(bad[0].images[0].load(), how)
     refs = {id(sample): ImageRef(sample.images[0].key, sample.images[0].source, trap) for sample in bad}
-    return training.prepared([
-        Sample(s.id, "tiny", "", (refs.get(id(s), s.images[0]),), s.question, s.target, s.answers) for s in found
-    ])  # fmt: skip
+    return training.prepared(
+        [Sample(s.id, "tiny", "", (refs.get(id(s), s.images[0]),), s.question, s.target, s.answers) for s in found]
+    )
 
 
 @pytest.mark.parametrize(

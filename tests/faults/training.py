@@ -34,9 +34,18 @@ EVERYTHING = bool(os.environ.get("VLM_SFT_ALL_FAULTS"))
 full = pytest.mark.skipif(not EVERYTHING, reason="takes half a minute; runs with VLM_SFT_ALL_FAULTS=1")
 ALONE = Launch(rank=0, local_rank=0, world_size=1, cpu=True, deepspeed=None, parallel="single")
 RECIPE = Recipe(
-    max_steps=6, global_batch_size=6, learning_rate=1e-3, lora_dropout=0.0, bf16=False, eval_strategy="no",
-    save_steps=0, logging_steps=1, report_to=("none",), warmup_ratio=0.0, lr_scheduler_type="constant",
-)  # fmt: skip
+    max_steps=6,
+    global_batch_size=6,
+    learning_rate=1e-3,
+    lora_dropout=0.0,
+    bf16=False,
+    eval_strategy="no",
+    save_steps=0,
+    logging_steps=1,
+    report_to=("none",),
+    warmup_ratio=0.0,
+    lr_scheduler_type="constant",
+)
 
 
 @dataclass
@@ -60,9 +69,16 @@ def prepared(found: list[Sample]) -> PreparedData:
 
 
 def trainer(
-    data: PreparedData, folder: Path, *, launch: Launch = ALONE, budget: int = 1000, policy: FaultPolicy | None = None,
-    evaluation: PreparedData | None = None, recipe: Recipe = RECIPE, **changes: Any,
-) -> PackTrainer:  # fmt: skip
+    data: PreparedData,
+    folder: Path,
+    *,
+    launch: Launch = ALONE,
+    budget: int = 1000,
+    policy: FaultPolicy | None = None,
+    evaluation: PreparedData | None = None,
+    recipe: Recipe = RECIPE,
+    **changes: Any,
+) -> PackTrainer:
     """A trainer of LoRA on a tiny Qwen2.5-VL."""
     recipe = replace(recipe, **changes)
     planner = EpochPlanner(data.lengths, recipe.global_batch_size, budget, launch.world_size, recipe.seed)
@@ -124,8 +140,7 @@ def watch_steps(made: PackTrainer) -> list[dict[str, torch.Tensor]]:
 def moved(seen: list[dict[str, torch.Tensor]]) -> list[bool]:
     """For each step whether it changed any bit of the parameters."""
     return [
-        any(not torch.equal(one[name], other[name]) for name in one)
-        for one, other in zip(seen, seen[1:], strict=False)
+        any(not torch.equal(one[name], other[name]) for name in one) for one, other in zip(seen, seen[1:], strict=False)
     ]
 
 

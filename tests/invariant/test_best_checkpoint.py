@@ -40,7 +40,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluate(folder, f"asked_{split}", "--benchmark", str(folder / "asked.jsonl"), "--split", split)
     said = {
         row["question"]: row["prediction"]
-        for split in SPLITS for row in lines(folder / f"asked_{split}" / "asked" / "predictions.jsonl")
+        for split in SPLITS
+        for row in lines(folder / f"asked_{split}" / "asked" / "predictions.jsonl")
     }
     assert len(said) == len(COLOURS)
     assert all(said.values())
@@ -86,12 +87,40 @@ def train(folder: Path, name: str, *arguments: str) -> tuple[int, Path]:
 
 def command(folder: Path, out: Path, *arguments: str) -> list[str]:
     return [
-        "train", "--base_model", str(folder / "model"), "--dataset", str(folder / "own"), "--output_dir", str(out),
-        "--max_steps", str(LAST), "--warmup_steps", str(LAST // 2), "--warmup_ratio", "0", "--learning_rate", "0.01",
-        "--lora_dropout", "0", "--eval_steps", "1", "--save_steps", "1", "--logging_steps", "1", "--global_batch_size",
-        "8", "--load_best_model_at_end", "true", "--report_to", "none", "--eval_benchmarks", "none", *ASKED,
+        "train",
+        "--base_model",
+        str(folder / "model"),
+        "--dataset",
+        str(folder / "own"),
+        "--output_dir",
+        str(out),
+        "--max_steps",
+        str(LAST),
+        "--warmup_steps",
+        str(LAST // 2),
+        "--warmup_ratio",
+        "0",
+        "--learning_rate",
+        "0.01",
+        "--lora_dropout",
+        "0",
+        "--eval_steps",
+        "1",
+        "--save_steps",
+        "1",
+        "--logging_steps",
+        "1",
+        "--global_batch_size",
+        "8",
+        "--load_best_model_at_end",
+        "true",
+        "--report_to",
+        "none",
+        "--eval_benchmarks",
+        "none",
+        *ASKED,
         *arguments,
-    ]  # fmt: skip
+    ]
 
 
 def evaluations(run: Path) -> dict[int, dict[str, float]]:
@@ -125,8 +154,18 @@ def test_loss_and_task_metric_choose_different_checkpoints(place: Path, by_metri
 def test_a_recorded_score_is_measured_again_exactly(place: Path, by_metric: Path, step: int) -> None:
     again = f"again_{step}"
     evaluate(
-        place, again, "--adapter", str(by_metric / f"checkpoint-{step}"), "--benchmark", str(place / "own"),
-        "--split", "validation", "--limit", "11", "--tokens_per_pack", "200",
+        place,
+        again,
+        "--adapter",
+        str(by_metric / f"checkpoint-{step}"),
+        "--benchmark",
+        str(place / "own"),
+        "--split",
+        "validation",
+        "--limit",
+        "11",
+        "--tokens_per_pack",
+        "200",
     )
     assert lines(place / again / "own" / "predictions.jsonl") == lines(
         by_metric / "validation" / f"step-{step}" / "own" / "predictions.jsonl"
@@ -143,8 +182,7 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="Dee
 
 
 @pytest.mark.parametrize(
-    "parallel",
-    ["ddp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
+    "parallel", ["ddp", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
 )
 def test_two_ranks_measure_the_same_and_choose_the_same(place: Path, by_metric: Path, parallel: str) -> None:
     launcher = TORCHRUN if parallel == "ddp" else DEEPSPEED
@@ -155,10 +193,17 @@ def test_two_ranks_measure_the_same_and_choose_the_same(place: Path, by_metric: 
         port = f"--master_port={free.getsockname()[1]}"
     options = command(place, out, "--metric_for_best_model", "exact_match", "--eval_samples", "11", *stage)
     done = subprocess.run(
-        [launcher[0], *launcher[1:-2], port, *launcher[-2:], *options], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
-    )  # fmt: skip
+        [launcher[0], *launcher[1:-2], port, *launcher[-2:], *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        },
+    )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     facts = [json.loads((run / "run.json").read_text()) for run in (out, by_metric)]
     assert (facts[0]["parallel"], facts[0]["world_size"]) == (parallel, 2)
@@ -171,9 +216,23 @@ def test_two_ranks_measure_the_same_and_choose_the_same(place: Path, by_metric: 
 def test_a_prompt_other_than_that_of_the_training_is_refused(
     place: Path, by_metric: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["eval", "--base_model", str(place / "model"), "--adapter", str(by_metric), "--benchmark",
-                 str(place / "remember"), "--split", "validation", "--output_dir", str(place / "other"),
-                 "--prompt_template", r"{question}\nBriefly.", "--max_pixels", "9000"]  # fmt: skip
+    arguments = [
+        "eval",
+        "--base_model",
+        str(place / "model"),
+        "--adapter",
+        str(by_metric),
+        "--benchmark",
+        str(place / "remember"),
+        "--split",
+        "validation",
+        "--output_dir",
+        str(place / "other"),
+        "--prompt_template",
+        r"{question}\nBriefly.",
+        "--max_pixels",
+        "9000",
+    ]
     assert main(arguments) == 2
     told = capsys.readouterr().err
     assert r"template '{question}\nBriefly.' instead of" in told

@@ -30,9 +30,12 @@ def samples() -> list[Sample]:
 
 
 def prepare(
-    root: Path, asked: list[Sample], family: str = "qwen2_5_vl", prompt: PromptSettings = PROMPT,
+    root: Path,
+    asked: list[Sample],
+    family: str = "qwen2_5_vl",
+    prompt: PromptSettings = PROMPT,
     change: Callable[[Any], None] = lambda processor: None,
-) -> tuple[PreparedData, DataCache]:  # fmt: skip
+) -> tuple[PreparedData, DataCache]:
     _, processor = build(family)
     change(processor)
     encoder = Encoder(processor, prompt)
@@ -176,8 +179,10 @@ def test_no_packing_puts_one_bundle_into_each_pass() -> None:
     for step, plain in zip(planner.epoch(0), replace(planner, packing=False).epoch(0), strict=True):
         assert all(len(pack) <= 1 for packs in plain.ranks for pack in packs)
         assert len({len(packs) for packs in plain.ranks}) == 1
-        asked = [sorted((b.group, q) for packs in ranks for pack in packs for b in pack for q in b.questions)
-                 for ranks in (step.ranks, plain.ranks)]  # fmt: skip
+        asked = [
+            sorted((b.group, q) for packs in ranks for pack in packs for b in pack for q in b.questions)
+            for ranks in (step.ranks, plain.ranks)
+        ]
         assert asked[0] == asked[1]
 
 
@@ -202,15 +207,25 @@ def trained(job: Path, name: str, **engine: Any) -> tuple[list[float], dict[str,
     from vlm_sft.train.run import train
 
     overrides: dict[str, object] = {
-        "num_train_epochs": 2, "global_batch_size": 8, "logging_steps": 1, "lora_dropout": 0.1, "learning_rate": 1e-3,
+        "num_train_epochs": 2,
+        "global_batch_size": 8,
+        "logging_steps": 1,
+        "lora_dropout": 0.1,
+        "learning_rate": 1e-3,
         "save_strategy": "no",
-    }  # fmt: skip
+    }
     output = job / name
     options = EngineOptions(cache_dir=job / "cache", **engine)
-    train(TrainOptions(
-        output_dir=output, overrides=overrides, base_model=str(job / "base"), dataset=str(job / "data.jsonl"),
-        eval_benchmarks="none", engine=options,
-    ))  # fmt: skip
+    train(
+        TrainOptions(
+            output_dir=output,
+            overrides=overrides,
+            base_model=str(job / "base"),
+            dataset=str(job / "data.jsonl"),
+            eval_benchmarks="none",
+            engine=options,
+        )
+    )
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [row[key] for row in rows for key in ("loss", "eval_loss") if key in row]
     return losses, json.loads((output / "run.json").read_text())["engine"]
@@ -225,9 +240,12 @@ def test_every_escape_hatch_gives_the_same_losses(job: Path) -> None:
     assert warm["processed_images"] == warm["tokenised_images"] == warm["feature_cache"]["training"]["computed"] == 0
     assert again == plain
     hatches: list[dict[str, Any]] = [
-        {"feature_cache": "off"}, {"feature_cache": "off", "prepared_cache": False}, {"share_images": False},
-        {"packing": False}, {"packing": False, "share_images": False, "feature_cache": "off", "prepared_cache": False},
-    ]  # fmt: skip
+        {"feature_cache": "off"},
+        {"feature_cache": "off", "prepared_cache": False},
+        {"share_images": False},
+        {"packing": False},
+        {"packing": False, "share_images": False, "feature_cache": "off", "prepared_cache": False},
+    ]
     for number, hatch in enumerate(hatches):
         losses, facts = trained(job, f"hatch{number}", **({"feature_cache": 10**9} | hatch))
         assert losses == pytest.approx(plain, rel=1e-6), hatch

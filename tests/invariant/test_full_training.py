@@ -21,12 +21,40 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(base: Path, output: Path, *flags: str) -> int:
-    return main([
-        "train", "--base_model", str(base), "--dataset", "demo_charts", "--max_train", "16", "--max_eval", "6",
-        "--global_batch_size", "4", "--max_steps", "4", "--eval_steps", "2", "--save_steps", "2", "--learning_rate",
-        "0.01", "--lora_r", "4", "--max_pixels", "15680", "--report_to", "none", "--cache_dir",
-        str(output.parent / "cache"), "--output_dir", str(output), *flags,
-    ])  # fmt: skip
+    return main(
+        [
+            "train",
+            "--base_model",
+            str(base),
+            "--dataset",
+            "demo_charts",
+            "--max_train",
+            "16",
+            "--max_eval",
+            "6",
+            "--global_batch_size",
+            "4",
+            "--max_steps",
+            "4",
+            "--eval_steps",
+            "2",
+            "--save_steps",
+            "2",
+            "--learning_rate",
+            "0.01",
+            "--lora_r",
+            "4",
+            "--max_pixels",
+            "15680",
+            "--report_to",
+            "none",
+            "--cache_dir",
+            str(output.parent / "cache"),
+            "--output_dir",
+            str(output),
+            *flags,
+        ]
+    )
 
 
 def predictions(folder: Path) -> list[str]:

@@ -101,14 +101,14 @@ def test_a_near_tie_is_reported_and_decided_alone() -> None:
     group = backend.encoder.encode(samples()[3:], with_answers=False)
     batch = collate([Bundle(0, (0, 1, 2))], [group])
     settings: dict[str, Any] = {
-        "mode": choose_mode(model, backend.encoder), "max_new_tokens": TOKENS, "stop_ids": backend.encoder.stop_ids,
+        "mode": choose_mode(model, backend.encoder),
+        "max_new_tokens": TOKENS,
+        "stop_ids": backend.encoder.stop_ids,
     }
     assert generate(model, batch, **settings, near_tie=0.0).near_ties == []
     everything = generate(model, batch, **settings, near_tie=1e9)
     assert everything.near_ties == [0, 1, 2]
-    alone = [
-        generate(model, collate([Bundle(0, (number,))], [group]), **settings).tokens[0] for number in range(3)
-    ]
+    alone = [generate(model, collate([Bundle(0, (number,))], [group]), **settings).tokens[0] for number in range(3)]
     assert everything.tokens == alone
 
 
@@ -156,15 +156,27 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str
         (folder / f"{index}.png").write_bytes(png(COLOURS[index], (56 + 14 * index, 70)))
         rows += [{"image": f"{index}.png", "question": text, "answer": "x"} for text in QUESTIONS]
     (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["eval", "--base_model", str(folder / "model"), "--benchmark", str(folder / "own.jsonl"),
-                 "--split", "train", "--max_new_tokens", str(TOKENS)]  # fmt: skip
+    arguments = [
+        "eval",
+        "--base_model",
+        str(folder / "model"),
+        "--benchmark",
+        str(folder / "own.jsonl"),
+        "--split",
+        "train",
+        "--max_new_tokens",
+        str(TOKENS),
+    ]
     return folder, arguments
 
 
 def launch(arguments: list[str], ranks: int = 1) -> None:
     module = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "-m"] if ranks > 1 else ["-m"]
     done = subprocess.run(
-        [sys.executable, *module, "vlm_sft", *arguments], capture_output=True, text=True, timeout=300,
+        [sys.executable, *module, "vlm_sft", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -187,7 +199,9 @@ def test_one_and_two_ranks_and_any_budget_write_the_same_predictions(evaluation:
 def kill_after_lines(arguments: list[str], part: Path, count: int) -> None:
     """Start an evaluation and kill it once it has written so many predictions."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "vlm_sft", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "vlm_sft", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     give_up = time.monotonic() + 120

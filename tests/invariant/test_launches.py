@@ -44,12 +44,31 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
-        "--sft_config", str(ROOT / "configs" / "sft_config_1epoch.json"), "--lora_r", "16", "--lora_alpha", "32",
-        "--target_modules", "q_proj,v_proj,o_proj", "--flash_attn", "--base_model", "pocket", "--dataset", str(data),
+        "--sft_config",
+        str(ROOT / "configs" / "sft_config_1epoch.json"),
+        "--lora_r",
+        "16",
+        "--lora_alpha",
+        "32",
+        "--target_modules",
+        "q_proj,v_proj,o_proj",
+        "--flash_attn",
+        "--base_model",
+        "pocket",
+        "--dataset",
+        str(data),
         # An epsilon above the noise of the gradients: without it Adam moves what is all rounding by a learning rate.
-        "--global_batch_size", "8", "--adam_epsilon", "1e-6", "--learning_rate", "2e-3", "--eval_benchmarks", "none",
-        "--cache_dir", str(folder / "cache"),
-    ]  # fmt: skip
+        "--global_batch_size",
+        "8",
+        "--adam_epsilon",
+        "1e-6",
+        "--learning_rate",
+        "2e-3",
+        "--eval_benchmarks",
+        "none",
+        "--cache_dir",
+        str(folder / "cache"),
+    ]
 
 
 def launch(command: list[str], output: Path, line: list[str]) -> dict[str, torch.Tensor]:
@@ -59,9 +78,15 @@ def launch(command: list[str], output: Path, line: list[str]) -> dict[str, torch
     environment["CUDA_VISIBLE_DEVICES"] = ""
     environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(
-        [*command, *line, "--output_dir", str(output)], env=environment, cwd=output.parent, text=True, timeout=300,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-    )  # fmt: skip
+        [*command, *line, "--output_dir", str(output)],
+        env=environment,
+        cwd=output.parent,
+        text=True,
+        timeout=300,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     facts = json.loads((output / "run.json").read_text())
     assert facts["status"] == "finished" and facts["steps"] == 3

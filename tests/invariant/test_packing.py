@@ -82,9 +82,15 @@ def test_batches_do_not_depend_on_ranks_or_budgets(
     planner: EpochPlanner, world_size: int, budget: int, most: int | None, epoch: int
 ) -> None:
     other = EpochPlanner(
-        planner.lengths, planner.global_batch_size, budget, world_size, planner.seed, planner.max_questions_per_image,
-        most, not planner.share_images,
-    )  # fmt: skip
+        planner.lengths,
+        planner.global_batch_size,
+        budget,
+        world_size,
+        planner.seed,
+        planner.max_questions_per_image,
+        most,
+        not planner.share_images,
+    )
     assert [asked(step) for step in planner.epoch(epoch)] == [asked(step) for step in other.epoch(epoch)]
     assert planner.epoch(epoch) == planner.epoch(epoch)
 
@@ -118,9 +124,7 @@ def test_the_balance_of_a_typical_step() -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(1, 32), st.integers(1, 8), st.integers(0, 2)
-)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(1, 32), st.integers(1, 8), st.integers(0, 2))
 def test_the_cap_holds_while_there_are_other_images(sizes: list[int], batch_size: int, cap: int, epoch: int) -> None:
     batches = global_batches(sizes, batch_size, 0, epoch, cap)
     allowed = max(cap, -(-batch_size // len(sizes)))

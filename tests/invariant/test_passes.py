@@ -46,11 +46,34 @@ def test_probe_and_training_compute_alike_and_the_frozen_tower_keeps_nothing(
 ) -> None:
     """A tower whose output needs a gradient keeps the activations of all its blocks for a backward pass."""
     command = [
-        verb, "--base_model", str(place / "model"), "--dataset", str(place / "data"), "--output_dir",
-        str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), "--max_steps", "2", "--eval_strategy", "no",
-        "--load_best_model_at_end", "false", "--eval_benchmarks", "none", "--report_to", "none", "--probe",
-        "--feature_cache", "off", "--bf16", "true", "--gradient_checkpointing", "true", "--ignore_forecast",
-    ]  # fmt: skip
+        verb,
+        "--base_model",
+        str(place / "model"),
+        "--dataset",
+        str(place / "data"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        "--max_steps",
+        "2",
+        "--eval_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+        "--eval_benchmarks",
+        "none",
+        "--report_to",
+        "none",
+        "--probe",
+        "--feature_cache",
+        "off",
+        "--bf16",
+        "true",
+        "--gradient_checkpointing",
+        "true",
+        "--ignore_forecast",
+    ]
     assert main(command) == 0
     trained = [call for call in calls if call[1]]
     assert {kind for kind, *_ in trained} == {LAYER, TOWER}

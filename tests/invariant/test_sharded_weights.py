@@ -51,8 +51,20 @@ def answers(folder: Path) -> list[str]:
 
 @needs_deepspeed
 def test_two_ranks_with_half_the_weights_each_answer_as_the_whole_model(place: Path) -> None:
-    asked = ["eval", "--base_model", str(place / "base"), "--benchmark", str(place / "own.jsonl"), "--split", "train",
-             "--max_new_tokens", "8", "--tokens_per_pack", "300", "--output_dir"]  # fmt: skip
+    asked = [
+        "eval",
+        "--base_model",
+        str(place / "base"),
+        "--benchmark",
+        str(place / "own.jsonl"),
+        "--split",
+        "train",
+        "--max_new_tokens",
+        "8",
+        "--tokens_per_pack",
+        "300",
+        "--output_dir",
+    ]
     for name, more in (("base", []), ("tuned", ["--adapter", str(place / "adapter")])):
         launch([], *asked, str(place / name), *more)
         told = launch(TWO, *asked, str(place / f"{name} shared"), *more, "--shard_weights", "true")
@@ -65,9 +77,29 @@ def test_two_ranks_with_half_the_weights_each_answer_as_the_whole_model(place: P
 def test_a_training_under_zero_3_can_end_with_it(place: Path) -> None:
     run, data = place / "run", str(place / "own.jsonl")
     settings = ["--base_model", str(place / "base"), "--max_new_tokens", "8"]
-    launch(TWO, "train", *settings, "--dataset", data, "--output_dir", str(run), "--max_steps", "2",
-           "--global_batch_size", "4", "--learning_rate", "0.02", "--deepspeed", "zero3", "--eval_strategy", "no",
-           "--report_to", "none", "--shard_weights", "true")  # fmt: skip
+    launch(
+        TWO,
+        "train",
+        *settings,
+        "--dataset",
+        data,
+        "--output_dir",
+        str(run),
+        "--max_steps",
+        "2",
+        "--global_batch_size",
+        "4",
+        "--learning_rate",
+        "0.02",
+        "--deepspeed",
+        "zero3",
+        "--eval_strategy",
+        "no",
+        "--report_to",
+        "none",
+        "--shard_weights",
+        "true",
+    )
     for name, more in (("base", []), ("tuned", ["--adapter", str(run)])):
         launch([], "eval", *settings, "--benchmark", data, "--output_dir", str(place / "again" / name), *more)
         assert answers(run / "evaluation" / name) == answers(place / "again" / name)

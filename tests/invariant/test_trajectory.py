@@ -27,9 +27,18 @@ from vlm_sft.train.arguments import training_arguments
 from vlm_sft.train.trainer import PackTrainer
 
 RECIPE = Recipe(
-    num_train_epochs=2, global_batch_size=8, learning_rate=1e-3, lora_dropout=0.05, bf16=False, eval_strategy="no",
-    save_steps=3, logging_steps=1, report_to=("none",), dataloader_num_workers=0, warmup_ratio=0.0,
-)  # fmt: skip
+    num_train_epochs=2,
+    global_batch_size=8,
+    learning_rate=1e-3,
+    lora_dropout=0.05,
+    bf16=False,
+    eval_strategy="no",
+    save_steps=3,
+    logging_steps=1,
+    report_to=("none",),
+    dataloader_num_workers=0,
+    warmup_ratio=0.0,
+)
 LAUNCH = Launch(rank=0, local_rank=0, world_size=1, cpu=True, deepspeed=None, parallel="single")
 IMAGES, PER_IMAGE = 9, 4  # 36 questions: five steps an epoch, the last one with four questions
 STEPS = 10
@@ -128,8 +137,6 @@ def test_a_resume_within_an_epoch(
     assert losses[-(STEPS - 3) :] == pytest.approx(reference[1][3:], abs=2e-6)
 
 
-def test_dropout_is_really_on(
-    data: PreparedData, reference: tuple[Weights, list[float], Path], tmp_path: Path
-) -> None:
+def test_dropout_is_really_on(data: PreparedData, reference: tuple[Weights, list[float], Path], tmp_path: Path) -> None:
     weights, _ = train(data, tmp_path, dropout=0.0)
     assert max(float((weights[name] - reference[0][name]).abs().max()) for name in weights) > 1e-4

@@ -72,8 +72,16 @@ def test_the_page_is_made_from_the_artifact() -> None:
 def test_what_does_not_work_is_told() -> None:
     lacking = {"family": "later", "missing": "transformers 5.0 lacks it"}
     assert bench.row(lacking).startswith("| `later` | transformers 5.0 lacks it |")
-    found = {"family": "odd", "questions": 9, "other_tokens": 2, "shares": False, "note": "odd: no", "features": "why",
-             "trimmed": False, "train": {"exit_code": 2}}  # fmt: skip
+    found = {
+        "family": "odd",
+        "questions": 9,
+        "other_tokens": 2,
+        "shares": False,
+        "note": "odd: no",
+        "features": "why",
+        "trimmed": False,
+        "train": {"exit_code": 2},
+    }
     assert bench.row(found) == (
         "| `odd` | 7 of 9 the processor's own | no, see below | no (exit code 2) | not reached | not reached "
         "| no: why | no |"

@@ -20,11 +20,7 @@ from vlm_sft.model.features import encode_images
 from vlm_sft.model.flash import FLASH_WINDOWS, SHARED_FLASH, flash_windows, kernel_problem, shared_flash
 from vlm_sft.model.load import choose_attention, set_attention
 
-PATTERNS = [
-    [[0, 7, 12, 15, 23]],
-    [[0, 5, 6], [6, 16, 20, 29, 30], [30, 31, 40]],
-    [[0, 12, 13, 14, 15, 16, 17, 18]],
-]
+PATTERNS = [[[0, 7, 12, 15, 23]], [[0, 5, 6], [6, 16, 20, 29, 30], [30, 31, 40]], [[0, 12, 13, 14, 15, 16, 17, 18]]]
 
 
 def varlen_reference(
@@ -222,9 +218,10 @@ def test_a_kernel_is_checked_before_it_is_used(reference_kernel: None, monkeypat
         return varlen_reference(*args, window_size=(window_size[0], 0), **kwargs)
 
     for kernel, reason in (
-        (first_key, "other values than SDPA"), (absent, "(no kernel image)"),
+        (first_key, "other values than SDPA"),
+        (absent, "(no kernel image)"),
         (blind_towers, "other values than SDPA here in the windows of a vision tower"),
-    ):  # fmt: skip
+    ):
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
         problem = kernel_problem(device, torch.bfloat16)
         assert problem is not None and reason in problem

@@ -25,11 +25,26 @@ from vlm_sft.model.sharing import choose_mode
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'vlm-sft[qlora]'")
 
 # The sixteen values of NormalFloat4 as published (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
-NF4 = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # fmt: skip
+NF4 = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +128,38 @@ def test_packs_on_4_bit_weights_are_those_on_the_values_they_stand_for(folder: P
 def test_training_resume_evaluation_and_merge(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, torn, merged = tmp_path / "run", tmp_path / "torn", tmp_path / "merged"
     line = [
-        "train", "--base_model", str(folder), "--dataset", "demo_charts", "--max_train", "16", "--max_eval", "6",
-        "--global_batch_size", "4", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2", "--lora_r", "4",
-        "--learning_rate", "0.01", "--max_pixels", "15680", "--report_to", "none", "--bf16", "false",
-        "--load_in_4bit", "true", "--cache_dir", str(tmp_path / "cache"),
-    ]  # fmt: skip
+        "train",
+        "--base_model",
+        str(folder),
+        "--dataset",
+        "demo_charts",
+        "--max_train",
+        "16",
+        "--max_eval",
+        "6",
+        "--global_batch_size",
+        "4",
+        "--max_steps",
+        "4",
+        "--save_steps",
+        "2",
+        "--eval_steps",
+        "2",
+        "--lora_r",
+        "4",
+        "--learning_rate",
+        "0.01",
+        "--max_pixels",
+        "15680",
+        "--report_to",
+        "none",
+        "--bf16",
+        "false",
+        "--load_in_4bit",
+        "true",
+        "--cache_dir",
+        str(tmp_path / "cache"),
+    ]
     assert main([*line, "--output_dir", str(run)]) == 0
     facts = json.loads((run / "run.json").read_text())
     assert facts["lora"]["load_in_4bit"] is True and facts["lora"]["matched_modules"] == 6

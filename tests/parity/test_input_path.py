@@ -38,16 +38,25 @@ from vlm_sft.train.step import StepGradients
 SIZES = [(72, 56), (140, 90), (56, 300)]
 SHARING = [family for family in tiny_models.FAMILIES if not FAMILIES.get(family) or not FAMILIES[family].reason]
 WAITING = {
-    "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_consecutive", "aten::_unique2",
-    "aten::repeat_interleave.Tensor", "aten::equal", "aten::is_nonzero",
-}  # fmt: skip
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::unique_consecutive",
+    "aten::_unique2",
+    "aten::repeat_interleave.Tensor",
+    "aten::equal",
+    "aten::is_nonzero",
+}
 
 # Functions of transformers that run once a pack, in front of the first layer.
 AT_THE_IMAGES = {"get_placeholder_mask", "torch_compilable_check"}
 IN_THE_TOWER = {
-    "get_vision_position_ids", "get_vision_cu_seqlens", "get_vision_window_index", "get_max_seqlen",
+    "get_vision_position_ids",
+    "get_vision_cu_seqlens",
+    "get_vision_window_index",
+    "get_max_seqlen",
     "get_image_features",
-}  # fmt: skip
+}
 
 
 def prepare(root: Path, coded: bool, family: str = "qwen2_5_vl") -> tuple[PreparedData, DataCache]:
@@ -219,9 +228,15 @@ def test_a_pack_is_computed_without_waiting(
 
 @pytest.mark.parametrize(
     ("given", "flags", "on_cpu", "on_gpu"),
-    [(0, {}, 0, 4), (2, {}, 2, 2), ("auto", {}, 0, 4), (0, {"dataloader_num_workers": "0"}, 0, 0),
-     (6, {"dataloader_num_workers": "6"}, 6, 6), ("auto", {"dataloader_num_workers": "auto"}, 0, 4)],
-)  # fmt: skip
+    [
+        (0, {}, 0, 4),
+        (2, {}, 2, 2),
+        ("auto", {}, 0, 4),
+        (0, {"dataloader_num_workers": "0"}, 0, 0),
+        (6, {"dataloader_num_workers": "6"}, 6, 6),
+        ("auto", {"dataloader_num_workers": "auto"}, 0, 4),
+    ],
+)
 def test_a_gpu_has_workers_where_nobody_chose(given: Any, flags: dict[str, object], on_cpu: int, on_gpu: int) -> None:
     recipe = load_recipe(None, {"dataloader_num_workers": given} | flags)
     assert recipe.dataloader_num_workers == given, "the recipe stays as it was given"

@@ -22,10 +22,13 @@ from vlm_sft.model.tune import described, tune
 from vlm_sft.recipe.schema import Recipe
 
 VARIANTS = {
-    "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
-    "projector": {"train": "language,projector"}, "projector alone": {"train": "projector"},
-    "vision": {"train": "language,vision"}, "all": {"train": "all"},
-}  # fmt: skip
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "projector": {"train": "language,projector"},
+    "projector alone": {"train": "projector"},
+    "vision": {"train": "language,vision"},
+    "all": {"train": "all"},
+}
 
 
 def tuned(family: str, dropout: float = 0.0, **recipe: Any) -> tuple[Any, Encoder]:
@@ -171,5 +174,9 @@ def test_trained_weights_are_held_in_float32() -> None:
         model, _ = tiny_models.build("qwen2_5_vl")
         wrapped, _ = tune(model.bfloat16(), Recipe.from_dict({"train": train}), "tiny", master=True)
         assert {p.dtype for p in wrapped.parameters() if p.requires_grad} == {torch.float32}
-    assert {p.dtype for p in tune(tiny_models.build("qwen2_5_vl")[0].bfloat16(), Recipe.from_dict({"train": "all"}),
-                                  "tiny", master=False)[0].parameters()} == {torch.bfloat16}  # fmt: skip
+    assert {
+        p.dtype
+        for p in tune(
+            tiny_models.build("qwen2_5_vl")[0].bfloat16(), Recipe.from_dict({"train": "all"}), "tiny", master=False
+        )[0].parameters()
+    } == {torch.bfloat16}

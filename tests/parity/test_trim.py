@@ -26,9 +26,16 @@ TEXT = sorted(name for name in PLAIN_LAYERS if not name.endswith("_text"))
 @pytest.mark.parametrize("model_type", TEXT)
 def test_declared_text_models_give_the_same_rows_and_gradients(model_type: str) -> None:
     config = AutoConfig.for_model(
-        model_type, vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, pad_token_id=0,
-    )  # fmt: skip
+        model_type,
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double()
     ids = torch.arange(1, 13)[None]

@@ -36,13 +36,44 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{number}.png").write_bytes(png((10 * number, 90, 200 - 9 * number), (64, 48)))
         rows += [{"image": f"{number}.png", "question": text, "answer": SENTENCE} for text in QUESTIONS]
     (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main([
-        "train", "--base_model", "pocket", "--dataset", str(folder / "mine.jsonl"), "--output_dir", str(folder / "run"),
-        "--num_train_epochs", "6", "--global_batch_size", "3", "--learning_rate", "4e-3", "--lora_dropout", "0",
-        "--target_modules", "all-linear", "--lora_r", "32", "--max_grad_norm", "1", "--eval_strategy", "epoch",
-        "--save_strategy", "epoch", "--load_best_model_at_end", "true", "--metric_for_best_model", "exact_match",
-        "--report_to", "none",
-    ]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "train",
+                "--base_model",
+                "pocket",
+                "--dataset",
+                str(folder / "mine.jsonl"),
+                "--output_dir",
+                str(folder / "run"),
+                "--num_train_epochs",
+                "6",
+                "--global_batch_size",
+                "3",
+                "--learning_rate",
+                "4e-3",
+                "--lora_dropout",
+                "0",
+                "--target_modules",
+                "all-linear",
+                "--lora_r",
+                "32",
+                "--max_grad_norm",
+                "1",
+                "--eval_strategy",
+                "epoch",
+                "--save_strategy",
+                "epoch",
+                "--load_best_model_at_end",
+                "true",
+                "--metric_for_best_model",
+                "exact_match",
+                "--report_to",
+                "none",
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -101,8 +132,12 @@ def test_answers_that_the_limit_ends_are_marked_counted_and_explained(
     assert f"evaluate with --max_new_tokens {room_for(longest)}" in told.out
     assert main(["ask", str(place / "3.png"), "What?", *adapter, "--max_new_tokens", str(SHORT_LIMIT)]) == 0
     assert f"[cut at the limit of {SHORT_LIMIT} tokens; --max_new_tokens raises it]" in capsys.readouterr().out
-    assert main(["score", "--benchmark", "exact_match", "--predictions",
-                 str(place / "cut" / "mine" / "predictions.jsonl")]) == 0  # fmt: skip
+    assert (
+        main(
+            ["score", "--benchmark", "exact_match", "--predictions", str(place / "cut" / "mine" / "predictions.jsonl")]
+        )
+        == 0
+    )
     assert "cut by the limit" in capsys.readouterr().out
     assert main(["compare", str(place / "cut"), str(place / "base"), "--baseline", str(place / "base")]) == 0
     assert f"{result['n']} of {result['n']} answers ended at the limit" in capsys.readouterr().out
@@ -110,10 +145,26 @@ def test_answers_that_the_limit_ends_are_marked_counted_and_explained(
 
 def test_a_training_with_a_limit_of_its_own_says_what_it_cut(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = place / "limited"
-    assert main([
-        "train", "--base_model", "pocket", "--dataset", str(place / "mine.jsonl"), "--output_dir", str(run),
-        "--max_steps", "1", "--max_new_tokens", f"mine={SHORT_LIMIT}", "--report_to", "none",
-    ]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "train",
+                "--base_model",
+                "pocket",
+                "--dataset",
+                str(place / "mine.jsonl"),
+                "--output_dir",
+                str(run),
+                "--max_steps",
+                "1",
+                "--max_new_tokens",
+                f"mine={SHORT_LIMIT}",
+                "--report_to",
+                "none",
+            ]
+        )
+        == 0
+    )
     told = capsys.readouterr()
     assert "it cannot be right; pass --max_new_tokens mine=" in told.err
     assert read(run / "prompt.json")["max_new_tokens"] == SHORT_LIMIT
@@ -144,25 +195,81 @@ def test_sentences_are_not_asked_for_as_a_word_or_phrase(place: Path, capsys: py
     """A base without a prompt of its own: the rule decides, and what it decided travels with the adapter."""
     model = save("qwen2_5_vl", place / "model")
     short = place / "short.jsonl"
-    short.write_text(json.dumps({"image": "1.png", "question": "Which?", "answer": "light blue"}) + "\n"
-                     + json.dumps({"image": "2.png", "question": "Which?", "answer": "blue"}) + "\n")  # fmt: skip
+    short.write_text(
+        json.dumps({"image": "1.png", "question": "Which?", "answer": "light blue"})
+        + "\n"
+        + json.dumps({"image": "2.png", "question": "Which?", "answer": "blue"})
+        + "\n"
+    )
     for data, own in ((place / "mine.jsonl", PLAIN_TEMPLATE), (short, None)):
         run = place / f"rule-{data.stem}"
-        assert main(["train", "--base_model", str(model), "--dataset", str(data), "--output_dir", str(run),
-                     "--max_steps", "1", "--eval_benchmarks", "none", "--report_to", "none"]) == 0  # fmt: skip
+        assert (
+            main(
+                [
+                    "train",
+                    "--base_model",
+                    str(model),
+                    "--dataset",
+                    str(data),
+                    "--output_dir",
+                    str(run),
+                    "--max_steps",
+                    "1",
+                    "--eval_benchmarks",
+                    "none",
+                    "--report_to",
+                    "none",
+                ]
+            )
+            == 0
+        )
         assert ("single word or phrase" in capsys.readouterr().out) == (own is None)
         prompt = read(run / "prompt.json")
         assert (prompt["template"], prompt["own_template"]) == (SHORT_ANSWER_TEMPLATE, own)
         for flags in ((), ("--adapter", str(run))):
             out = place / f"rule-{data.stem}-{len(flags)}"
-            assert main(["eval", "--base_model", str(model), "--benchmark", str(data), "--output_dir", str(out),
-                         "--limit", "1", *flags]) == 0  # fmt: skip
+            assert (
+                main(
+                    [
+                        "eval",
+                        "--base_model",
+                        str(model),
+                        "--benchmark",
+                        str(data),
+                        "--output_dir",
+                        str(out),
+                        "--limit",
+                        "1",
+                        *flags,
+                    ]
+                )
+                == 0
+            )
             (asked,) = (read(path)["prompt"] for path in out.glob("*/results.json"))
             assert asked == prompt
     capsys.readouterr()
-    assert main(["train", "--base_model", str(model), "--dataset", str(place / "mine.jsonl"), "--output_dir",
-                 str(place / "asked"), "--prompt_template", "Q: {question}", "--max_steps", "1", "--eval_benchmarks",
-                 "none", "--report_to", "none"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "train",
+                "--base_model",
+                str(model),
+                "--dataset",
+                str(place / "mine.jsonl"),
+                "--output_dir",
+                str(place / "asked"),
+                "--prompt_template",
+                "Q: {question}",
+                "--max_steps",
+                "1",
+                "--eval_benchmarks",
+                "none",
+                "--report_to",
+                "none",
+            ]
+        )
+        == 0
+    )
     prompt = read(place / "asked" / "prompt.json")
     assert (prompt["template"], prompt["own_template"]) == ("Q: {question}", None)
 
@@ -176,7 +283,9 @@ def test_benchmarks_keep_their_wording_beside_own_data() -> None:
         for name in ("chartqa", "textvqa", "demo_charts", "mine", "ask")
     }
     assert [name for name, text in asked.items() if "single word or phrase" in text] == [
-        "chartqa", "textvqa", "demo_charts"
+        "chartqa",
+        "textvqa",
+        "demo_charts",
     ]
     pair = [Sample(str(n), name, "", (image,), "What?", "x", ("x",)) for n, name in enumerate(("chartqa", "mine"))]
     group = encoder.encode(pair)

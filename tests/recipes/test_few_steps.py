@@ -70,8 +70,18 @@ def test_the_rate_rises_from_the_first_step_and_the_bar_shows_the_newest_loss(
     monkeypatch.setattr("vlm_sft.console.SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr("vlm_sft.console.SECONDS_WORTH_A_LINE", 0.0)
     run = tmp_path / "rising"
-    flags = ("--global_batch_size", "4", "--num_train_epochs", "2", "--learning_rate", "0.01", "--warmup_ratio", "0.5",
-             "--eval_strategy", "no")  # fmt: skip
+    flags = (
+        "--global_batch_size",
+        "4",
+        "--num_train_epochs",
+        "2",
+        "--learning_rate",
+        "0.01",
+        "--warmup_ratio",
+        "0.5",
+        "--eval_strategy",
+        "no",
+    )
     assert train(data, run, *flags, "--logging_steps", "1") == 0
     bar = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ")]
     losses = [row["loss"] for row in rows_of(run) if "loss" in row]
@@ -90,8 +100,23 @@ def test_a_warmup_of_more_steps_than_there_are_takes_half(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "warm"
-    assert train(data, run, "--global_batch_size", "6", "--num_train_epochs", "3", "--warmup_steps", "500",
-                 "--lr_scheduler_type", "cosine", "--logging_steps", "1") == 0  # fmt: skip
+    assert (
+        train(
+            data,
+            run,
+            "--global_batch_size",
+            "6",
+            "--num_train_epochs",
+            "3",
+            "--warmup_steps",
+            "500",
+            "--lr_scheduler_type",
+            "cosine",
+            "--logging_steps",
+            "1",
+        )
+        == 0
+    )
     assert "a warmup of 500 steps is more than half of the training's 6: it takes 3" in capsys.readouterr().out
     found = rates(run)
     assert len(found) == 6 and min(found) > 0 and max(found) == found[3] == pytest.approx(1e-4)

@@ -23,9 +23,20 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("setup")
     base = tiny_models.save("qwen2_5_vl", folder / "base")
     data = write(folder, list(rows(folder, 20)))
-    return ["--base_model", str(base), "--dataset", str(data), "--global_batch_size", "8", "--eval_benchmarks", "none",
-            "--sft_config", str(ROOT / "configs" / "sft_config_1epoch.json"),
-            "--cache_dir", str(folder / "cache")]  # fmt: skip
+    return [
+        "--base_model",
+        str(base),
+        "--dataset",
+        str(data),
+        "--global_batch_size",
+        "8",
+        "--eval_benchmarks",
+        "none",
+        "--sft_config",
+        str(ROOT / "configs" / "sft_config_1epoch.json"),
+        "--cache_dir",
+        str(folder / "cache"),
+    ]
 
 
 def test_plan_says_what_training_does(setup: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,8 +96,9 @@ def test_plan_says_what_training_does(setup: list[str], tmp_path: Path, capsys: 
     # Other weights in the same folder need features of their own, and no new images.
     weights = Path(setup[1]) / "model.safetensors"
     value = load_file(weights)
-    save_file({name: -tensor if "visual" in name else tensor for name, tensor in value.items()}, weights,
-              {"format": "pt"})  # fmt: skip
+    save_file(
+        {name: -tensor if "visual" in name else tensor for name, tensor in value.items()}, weights, {"format": "pt"}
+    )
     other = tmp_path / "other"
     assert main(["train", *setup, "--feature_cache", "100MB", "--output_dir", str(other)]) == 0
     cold = json.loads((other / "run.json").read_text())["forecast"]
@@ -96,8 +108,21 @@ def test_plan_says_what_training_does(setup: list[str], tmp_path: Path, capsys: 
 
 
 def test_what_surely_does_not_fit_is_refused_with_a_way_out(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["plan", "--base_model", "Qwen/Qwen2.5-VL-72B-Instruct", "--questions", "1000", "--images", "500",
-            "--gpus", "8", "--gpu_type", "A100-80GB", "--deepspeed", "zero2"]  # fmt: skip
+    line = [
+        "plan",
+        "--base_model",
+        "Qwen/Qwen2.5-VL-72B-Instruct",
+        "--questions",
+        "1000",
+        "--images",
+        "500",
+        "--gpus",
+        "8",
+        "--gpu_type",
+        "A100-80GB",
+        "--deepspeed",
+        "zero2",
+    ]
     assert main(line) == 4
     message = capsys.readouterr().err
     assert "memory:" in message and "A100-80GB has 84.2 GB" in message
@@ -124,8 +149,23 @@ def test_mistakes_are_told(flags: list[str], message: str, capsys: pytest.Captur
 
 def test_recommend_on_the_guides_set_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figure = tmp_path / "front.svg"
-    line = ["recommend", "--hours", "12", "--base_model", "Qwen/Qwen2.5-VL-7B-Instruct", "--questions", "50000",
-            "--images", "5000", "--gpus", "8", "--gpu_type", "A100-80GB", "--output", str(figure)]  # fmt: skip
+    line = [
+        "recommend",
+        "--hours",
+        "12",
+        "--base_model",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        "--questions",
+        "50000",
+        "--images",
+        "5000",
+        "--gpus",
+        "8",
+        "--gpu_type",
+        "A100-80GB",
+        "--output",
+        str(figure),
+    ]
     assert main(line) == 0
     output = capsys.readouterr().out
     assert "recommended: " in output and "start it with:\n  torchrun --nproc_per_node=8 -m vlm_sft train" in output

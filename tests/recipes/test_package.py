@@ -72,14 +72,36 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if name.startswith("vlm_sft/")}
     assert held == expected
-    assert {"vlm_sft/py.typed", "vlm_sft/model/pocket/weights/model.safetensors", "vlm_sft/report/templates/report.css",
-            "vlm_sft/recipe/files/sft_config_best.json"} <= held  # fmt: skip
+    assert {
+        "vlm_sft/py.typed",
+        "vlm_sft/model/pocket/weights/model.safetensors",
+        "vlm_sft/report/templates/report.css",
+        "vlm_sft/recipe/files/sft_config_best.json",
+    } <= held
 
 
 def test_the_installed_package_trains_and_reports(installed: Path, tmp_path: Path) -> None:
-    done = run(installed, tmp_path, "-m", "vlm_sft", "train", "--sft_config", "smoketest", "--base_model", "pocket",
-               "--dataset", "demo_charts", "--max_train", "8", "--max_eval", "4", "--global_batch_size", "8",
-               "--output_dir", "run")  # fmt: skip
+    done = run(
+        installed,
+        tmp_path,
+        "-m",
+        "vlm_sft",
+        "train",
+        "--sft_config",
+        "smoketest",
+        "--base_model",
+        "pocket",
+        "--dataset",
+        "demo_charts",
+        "--max_train",
+        "8",
+        "--max_eval",
+        "4",
+        "--global_batch_size",
+        "8",
+        "--output_dir",
+        "run",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "adapter_model.safetensors").is_file()
     where = run(installed, tmp_path, "-c", "import vlm_sft; print(vlm_sft.__file__)").stdout.strip()

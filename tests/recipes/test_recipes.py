@@ -51,10 +51,29 @@ def test_recipe(name: str, base: Path, data: Path, tmp_path: Path) -> None:
     epochs, limit, best = RECIPES[name]
     run = tmp_path / name
     code = main(
-        ["train", "--sft_config", str(ROOT / "configs" / f"{name}.json"), "--base_model", str(base),
-         "--dataset", str(data), "--output_dir", str(run), "--global_batch_size", "8", "--eval_benchmarks", "none",
-         "--lora_r", "16", "--lora_alpha", "32", "--target_modules", "q_proj,v_proj,o_proj", "--flash_attn"]
-    )  # fmt: skip
+        [
+            "train",
+            "--sft_config",
+            str(ROOT / "configs" / f"{name}.json"),
+            "--base_model",
+            str(base),
+            "--dataset",
+            str(data),
+            "--output_dir",
+            str(run),
+            "--global_batch_size",
+            "8",
+            "--eval_benchmarks",
+            "none",
+            "--lora_r",
+            "16",
+            "--lora_alpha",
+            "32",
+            "--target_modules",
+            "q_proj,v_proj,o_proj",
+            "--flash_attn",
+        ]
+    )
     assert code == 0
     state = json.loads((run / "run.json").read_text())
     assert state["status"] == "finished"
@@ -98,10 +117,28 @@ def test_best_is_not_always_last(base: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "data", list(lines))
     run = tmp_path / "run"
     code = main(
-        ["train", "--sft_config", str(ROOT / "configs" / "sft_config_best.json"), "--base_model", str(base),
-         "--dataset", str(data), "--output_dir", str(run), "--global_batch_size", "8", "--eval_benchmarks", "none",
-         "--learning_rate", "0.05", "--save_total_limit", "1", "--dataloader_num_workers", "0"]
-    )  # fmt: skip
+        [
+            "train",
+            "--sft_config",
+            str(ROOT / "configs" / "sft_config_best.json"),
+            "--base_model",
+            str(base),
+            "--dataset",
+            str(data),
+            "--output_dir",
+            str(run),
+            "--global_batch_size",
+            "8",
+            "--eval_benchmarks",
+            "none",
+            "--learning_rate",
+            "0.05",
+            "--save_total_limit",
+            "1",
+            "--dataloader_num_workers",
+            "0",
+        ]
+    )
     assert code == 0
     evaluations = {row["step"]: row["eval_loss"] for row in metrics(run) if "eval_loss" in row}
     winner = min(evaluations, key=lambda step: (evaluations[step], step))
@@ -122,10 +159,26 @@ def test_real_chartqa_rows(base: Path, tmp_path: Path) -> None:
         shutil.copy(REAL_ROWS / f"{name}.parquet", folder)
     run = tmp_path / "run"
     code = main(
-        ["train", "--base_model", str(base), "--dataset", f"chartqa@{folder}", "--output_dir", str(run),
-         "--max_train", "24", "--max_eval", "12", "--global_batch_size", "8", "--num_train_epochs", "1",
-         "--max_pixels", "50176"]
-    )  # fmt: skip
+        [
+            "train",
+            "--base_model",
+            str(base),
+            "--dataset",
+            f"chartqa@{folder}",
+            "--output_dir",
+            str(run),
+            "--max_train",
+            "24",
+            "--max_eval",
+            "12",
+            "--global_batch_size",
+            "8",
+            "--num_train_epochs",
+            "1",
+            "--max_pixels",
+            "50176",
+        ]
+    )
     assert code == 0
     results = json.loads((run / "results.json").read_text())["benchmarks"]["chartqa"]
     assert results["n"] == 12

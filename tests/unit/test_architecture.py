@@ -64,8 +64,17 @@ def test_every_room_has_a_row_and_a_docstring() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["recipe.load", "forecast.run", "forecast.fit", "forecast.recommend", "report.html", "evaluate.metrics",
-     "evaluate.statistics", "evaluate.scoring", "cli"],
+    [
+        "recipe.load",
+        "forecast.run",
+        "forecast.fit",
+        "forecast.recommend",
+        "report.html",
+        "evaluate.metrics",
+        "evaluate.statistics",
+        "evaluate.scoring",
+        "cli",
+    ],
 )
 def test_light_modules_import_without_torch(module: str) -> None:
     heavy = "any(name.split('.')[0] in ('torch', 'transformers') for name in sys.modules)"

@@ -10,8 +10,26 @@ import torch
 import attention
 from vlm_sft.model.attention import PackLayout
 
-SMALL = ["--device", "cpu", "--images", "2", "--prefix", "20", "--questions", "2", "--question", "5", "--heads", "4",
-         "--kv_heads", "2", "--width", "16", "--rounds", "1"]  # fmt: skip
+SMALL = [
+    "--device",
+    "cpu",
+    "--images",
+    "2",
+    "--prefix",
+    "20",
+    "--questions",
+    "2",
+    "--question",
+    "5",
+    "--heads",
+    "4",
+    "--kv_heads",
+    "2",
+    "--width",
+    "16",
+    "--rounds",
+    "1",
+]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

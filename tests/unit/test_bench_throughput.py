@@ -34,17 +34,29 @@ from throughput_results import arithmetic_flops, check, limits, median_row, rati
 
 SIZES = {"language": 100, "vision": 10, "embedding": 1000, "total": 1110}
 EXPECTED = {
-    "questions": 8, "images": 4, "tokens": 800, "image_tokens": 600, "supervised": 24, "patches": 2400,
-    "distinct_patches": 1200, "distinct_prefix_tokens": 320, "own_tokens": 160,
-}  # fmt: skip
+    "questions": 8,
+    "images": 4,
+    "tokens": 800,
+    "image_tokens": 600,
+    "supervised": 24,
+    "patches": 2400,
+    "distinct_patches": 1200,
+    "distinct_prefix_tokens": 320,
+    "own_tokens": 160,
+}
 
 
 def counts(**changes: int) -> dict[str, int]:
     """What a side without sharing has to process in one epoch."""
     found = {
-        "language_tokens": 832, "padding": 32, "image_tokens": 600, "supervised": 24, "patches": 2400, "tower_calls": 2,
+        "language_tokens": 832,
+        "padding": 32,
+        "image_tokens": 600,
+        "supervised": 24,
+        "patches": 2400,
+        "tower_calls": 2,
         "tower_images": 8,
-    }  # fmt: skip
+    }
     return found | changes
 
 
@@ -52,10 +64,19 @@ def measured(epochs: list[dict[str, int]], seconds: list[float], **changes: Any)
     """A worker's result."""
     warm_up = {"flops": [50, 50 + 2 * int(arithmetic_flops(counts(), SIZES))], "epochs": [counts()]}
     return {
-        "preparation_seconds": 2.0, "loading_seconds": 1.0, "epoch_seconds": seconds, "preparation": {},
-        "data_wait_seconds": [0.1] * len(seconds), "epochs": epochs, "warm_up": warm_up, "epoch_loss": [12.0],
-        "peak_memory_bytes": 10, "matrix_peak": 1e6, "trainable_parameters": 7, "versions": {"torch": "2"},
-    } | changes  # fmt: skip
+        "preparation_seconds": 2.0,
+        "loading_seconds": 1.0,
+        "epoch_seconds": seconds,
+        "preparation": {},
+        "data_wait_seconds": [0.1] * len(seconds),
+        "epochs": epochs,
+        "warm_up": warm_up,
+        "epoch_loss": [12.0],
+        "peak_memory_bytes": 10,
+        "matrix_peak": 1e6,
+        "trainable_parameters": 7,
+        "versions": {"torch": "2"},
+    } | changes
 
 
 def peer(**changes: Any) -> dict[str, Any]:
@@ -166,14 +187,16 @@ def test_sides_that_do_the_common_work_are_reported() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (lambda: processed(counts(image_tokens=8, language_tokens=240)),
-         "8 image_tokens in epoch 1, not 600; 208 tokens in epoch 1, not 800"),
+        (
+            lambda: processed(counts(image_tokens=8, language_tokens=240)),
+            "8 image_tokens in epoch 1, not 600; 208 tokens in epoch 1, not 800",
+        ),
         (lambda: peer(epoch_loss=[12.1]), "a loss of 12.10000 in epoch 1, not 12.00000"),
         (lambda: peer(trainable_parameters=14), "14 trained parameters, not 7"),
         (lambda: processed(counts(), counts(patches=0)), "0 patches in epoch 2, not 2,400"),
     ],
     ids=["one image token a question", "another loss", "another adapter", "a cached tower"],
-)  # fmt: skip
+)
 def test_a_peer_that_does_other_work_is_refused(row: Any, reason: str) -> None:
     refused = check({"ours": ours(), "msswift": row()}, EXPECTED)
     assert list(refused) == ["msswift"] and "; ".join(refused["msswift"]) == reason
@@ -186,10 +209,7 @@ def test_our_side_is_refused_when_it_leaves_out_images_questions_or_answers() ->
 
 
 def test_speedups_are_paired_round_by_round() -> None:
-    sides = {
-        "ours": {"by_round": {"cold": [10.0, 20.0, 60.0]}},
-        "trl": {"by_round": {"cold": [5.0, 5.0, 10.0]}},
-    }
+    sides = {"ours": {"by_round": {"cold": [10.0, 20.0, 60.0]}}, "trl": {"by_round": {"cold": [5.0, 5.0, 10.0]}}}
     assert ratios(sides, "cold") == {"trl": 4.0}  # of 2, 4 and 6
     assert ratios({"trl": sides["trl"]}, "cold") == {}
 
@@ -197,11 +217,21 @@ def test_speedups_are_paired_round_by_round() -> None:
 def test_tables_name_the_best_peer_the_origin_and_who_was_refused(tmp_path: Path) -> None:
     slow = peer(preparation_seconds=12.0)
     result = {
-        "case": "chartqa", "shape": "small", "sizes": SIZES | {"total": 48_000_000}, "expected": EXPECTED, "rounds": 1,
-        "epochs": 6, "sides": {"ours": ours(), "trl": slow, "msswift": peer()}, "threads": 2, "batch": 16,
-        "refused": {"llamafactory": ["a loss of 13.0"]}, "device": "CPU", "git": {"hash": "0123456789", "dirty": True},
-        "command": ["python", "bench/throughput.py"], "versions": {"torch": "2.15"},
-    }  # fmt: skip
+        "case": "chartqa",
+        "shape": "small",
+        "sizes": SIZES | {"total": 48_000_000},
+        "expected": EXPECTED,
+        "rounds": 1,
+        "epochs": 6,
+        "sides": {"ours": ours(), "trl": slow, "msswift": peer()},
+        "threads": 2,
+        "batch": 16,
+        "refused": {"llamafactory": ["a loss of 13.0"]},
+        "device": "CPU",
+        "git": {"hash": "0123456789", "dirty": True},
+        "command": ["python", "bench/throughput.py"],
+        "versions": {"torch": "2.15"},
+    }
     (tmp_path / "throughput_chartqa_small.json").write_text(json.dumps(result))
     text = tables(tmp_path)
     assert "| chartqa | small, 48 M | 8 / 4 | msswift | 1.5x | 2.2x | 4.0x |" in text
@@ -250,11 +280,14 @@ def test_a_meter_counts_what_a_training_really_processes(
     expected = expected_work(rows, processor)
     texts = [
         processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]}], tokenize=False,
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]}],
+            tokenize=False,
             add_generation_prompt=True,
-        ) + row.answer + "<|im_end|>\n"
+        )
+        + row.answer
+        + "<|im_end|>\n"
         for row in rows
-    ]  # fmt: skip
+    ]
     pictures = [[Image.open(row.image)] for row in rows]
 
     def collate(chosen: list[int]) -> dict[str, torch.Tensor]:
@@ -269,10 +302,17 @@ def test_a_meter_counts_what_a_training_really_processes(
         return {**batch, "labels": labels}
 
     arguments = TrainingArguments(
-        output_dir=str(tmp_path / "out"), num_train_epochs=2, per_device_train_batch_size=2, learning_rate=1e-9,
-        use_cpu=True, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
+        output_dir=str(tmp_path / "out"),
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-9,
+        use_cpu=True,
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
         remove_unused_columns=False,
-    )  # fmt: skip
+    )
     meter = measure.Meter()
     with measure.measuring(meter):
         Trainer(model, arguments, train_dataset=[0, 1], data_collator=collate).train()

@@ -26,15 +26,21 @@ def card(monkeypatch: pytest.MonkeyPatch, name: str, major: int, hip: str | None
 @pytest.mark.parametrize(
     ("name", "major", "hip", "dtype"),
     [
-        ("Tesla V100-SXM2-16GB", 7, None, torch.float32), ("Tesla T4", 7, None, torch.float32),
-        ("NVIDIA A100-SXM4-80GB", 8, None, torch.bfloat16), ("NVIDIA B200", 10, None, torch.bfloat16),
+        ("Tesla V100-SXM2-16GB", 7, None, torch.float32),
+        ("Tesla T4", 7, None, torch.float32),
+        ("NVIDIA A100-SXM4-80GB", 8, None, torch.bfloat16),
+        ("NVIDIA B200", 10, None, torch.bfloat16),
         ("AMD Instinct MI300X", 9, "7.0", torch.bfloat16),
     ],
-)  # fmt: skip
+)
 def test_auto_takes_bfloat16_where_the_gpu_itself_has_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, major: int, hip: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    major: int,
+    hip: str | None,
     dtype: torch.dtype,
-) -> None:  # fmt: skip
+) -> None:
     card(monkeypatch, name, major, hip)
     assert torch.cuda.is_bf16_supported()  # what was asked before
     base = find_base("pocket")

@@ -69,10 +69,16 @@ def test_optimizer_and_schedule_go_on_as_if_nothing_had_been(name: str, tmp_path
 
 def test_state_keeps_bits_and_types(tmp_path: Path) -> None:
     shared = torch.arange(4.0)
-    value = {0: shared, "view": shared[1:], "t": (1, [None, True], 0.1),
-             "half": torch.tensor(1.5, dtype=torch.bfloat16), "nan": math.nan, "low": -math.inf,
-             "array": np.arange(3, dtype=np.uint32),
-             "n": np.int64(3)}  # fmt: skip
+    value = {
+        0: shared,
+        "view": shared[1:],
+        "t": (1, [None, True], 0.1),
+        "half": torch.tensor(1.5, dtype=torch.bfloat16),
+        "nan": math.nan,
+        "low": -math.inf,
+        "array": np.arange(3, dtype=np.uint32),
+        "n": np.int64(3),
+    }
     save_state(tmp_path / "a.safetensors", value)
     found = load_state(tmp_path / "a.safetensors")
     assert list(found) == list(value) and found["t"] == (1, [None, True], 0.1) and found["n"] == 3

@@ -28,41 +28,45 @@ def refused(line: str, capsys: Captured) -> str:
     return told.err
 
 
-@pytest.mark.parametrize("line, told", [
-    ("train --learning_rat 1e-3", "unknown flag --learning_rat; did you mean --learning_rate?"),  # not --output_dir
-    ("train --learning-rate 1e-3 --output_dir o", "did you mean --learning_rate?"),
-    ("train --learning_rat=1e-3 --output_dir o", "unknown flag --learning_rat; did you mean --learning_rate?"),
-    ("train --lr 1e-3 --output_dir o", "did you mean --learning_rate?"),
-    ("train --lora_rank 3 --output_dir o", "did you mean --lora_r?"),
-    ("train -output_dir o", "did you mean --output_dir?"),
-    ("train \N{EN DASH}output_dir o", "did you mean --output_dir?"),
-    ("train --output_dirr o --epocs 3", "unknown flag --epocs; did you mean --num_train_epochs?"),
-    ("plan --gpu_typ L4", "did you mean --gpu_type?"),
-    ("eval --bechmark chartqa", "unknown flag --bechmark; did you mean --benchmark?"),
-    ("data import x --format csv --output o --colums a=b", "did you mean --columns?"),
-    ("data cache clear --older-than 3", "did you mean --older_than?"),
-    ("data check x --columns a=b", "its flags are --split, --output_dir, --base_model, --limit"),
-    ("data check x --zzz", "unknown flag --zzz\n"),
-    ("--verbose train", "unknown flag --verbose\n  fix: flags stand behind"),
-    ("trian --output_dir o", "vlm-sft does not know 'trian'; did you mean train?"),
-    ("data chek x", "vlm-sft data does not know 'chek'; did you mean check?"),
-    ("data cache cleer", "did you mean clear?"),
-    ("", "missing: VERB"),
-    ("train", "missing: --output_dir"),
-    ("train --output_dir", "--output_dir: a value is missing"),
-    ("train --output_dir o --on_bad_sample replac", "'replac' is not one of stop, replace; did you mean replace?"),
-    ("data check x --split trian", "did you mean train?"),
-    ("score --benchmark chart_qa --predictions x", "did you mean chartqa?"),
-    ("train --output_dir o --max_bad_steps ten", "--max_bad_steps: 'ten' is not a whole number"),
-    ("train --output_dir o more", "nothing takes 'more'"),
-    ("train --output_dir o --lr_scheduler_type cosin", '"constant_with_warmup"; did you mean cosine?'),
-    ("train --output_dir o --report_to wandbb", "did you mean wandb?"),
-    ("train --output_dir o --sft_config bst", "did you mean best?"),
-    ("train --output_dir o --dataset chartq", "did you mean chartqa?"),
-    ("train --output_dir o --max_bad_steps " + "9" * 50_000 + "x", "(50,001 characters) is not a whole number"),
-    ("train --output_dir o --" + "x" * 50_000, "unknown flag --xxx"),
-    ("completion bsh", "did you mean bash?"),
-], ids=lambda text: text[:40])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("train --learning_rat 1e-3", "unknown flag --learning_rat; did you mean --learning_rate?"),  # not --output_dir
+        ("train --learning-rate 1e-3 --output_dir o", "did you mean --learning_rate?"),
+        ("train --learning_rat=1e-3 --output_dir o", "unknown flag --learning_rat; did you mean --learning_rate?"),
+        ("train --lr 1e-3 --output_dir o", "did you mean --learning_rate?"),
+        ("train --lora_rank 3 --output_dir o", "did you mean --lora_r?"),
+        ("train -output_dir o", "did you mean --output_dir?"),
+        ("train \N{EN DASH}output_dir o", "did you mean --output_dir?"),
+        ("train --output_dirr o --epocs 3", "unknown flag --epocs; did you mean --num_train_epochs?"),
+        ("plan --gpu_typ L4", "did you mean --gpu_type?"),
+        ("eval --bechmark chartqa", "unknown flag --bechmark; did you mean --benchmark?"),
+        ("data import x --format csv --output o --colums a=b", "did you mean --columns?"),
+        ("data cache clear --older-than 3", "did you mean --older_than?"),
+        ("data check x --columns a=b", "its flags are --split, --output_dir, --base_model, --limit"),
+        ("data check x --zzz", "unknown flag --zzz\n"),
+        ("--verbose train", "unknown flag --verbose\n  fix: flags stand behind"),
+        ("trian --output_dir o", "vlm-sft does not know 'trian'; did you mean train?"),
+        ("data chek x", "vlm-sft data does not know 'chek'; did you mean check?"),
+        ("data cache cleer", "did you mean clear?"),
+        ("", "missing: VERB"),
+        ("train", "missing: --output_dir"),
+        ("train --output_dir", "--output_dir: a value is missing"),
+        ("train --output_dir o --on_bad_sample replac", "'replac' is not one of stop, replace; did you mean replace?"),
+        ("data check x --split trian", "did you mean train?"),
+        ("score --benchmark chart_qa --predictions x", "did you mean chartqa?"),
+        ("train --output_dir o --max_bad_steps ten", "--max_bad_steps: 'ten' is not a whole number"),
+        ("train --output_dir o more", "nothing takes 'more'"),
+        ("train --output_dir o --lr_scheduler_type cosin", '"constant_with_warmup"; did you mean cosine?'),
+        ("train --output_dir o --report_to wandbb", "did you mean wandb?"),
+        ("train --output_dir o --sft_config bst", "did you mean best?"),
+        ("train --output_dir o --dataset chartq", "did you mean chartqa?"),
+        ("train --output_dir o --max_bad_steps " + "9" * 50_000 + "x", "(50,001 characters) is not a whole number"),
+        ("train --output_dir o --" + "x" * 50_000, "unknown flag --xxx"),
+        ("completion bsh", "did you mean bash?"),
+    ],
+    ids=lambda text: text[:40],
+)
 def test_the_nearest_word_is_named(
     line: str, told: str, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,8 +89,11 @@ IDLE = [
     ("train --output_dir o --allow_changes", "--allow_changes has no effect without --resume"),
     ("train --output_dir o --resume --overwrite_output_dir", "--overwrite_output_dir has no effect beside --resume"),
     ("eval --base_model pocket --benchmark demo_charts --output_dir o --allow_prompt_mismatch", "without --adapter"),
-    ("eval --base_model pocket --benchmark demo_charts --output_dir o --backend vllm --tokens_per_pack 9 "
-     "--prepared_cache off", "--tokens_per_pack, --prepared_cache have no effect on --backend vllm"),
+    (
+        "eval --base_model pocket --benchmark demo_charts --output_dir o --backend vllm --tokens_per_pack 9 "
+        "--prepared_cache off",
+        "--tokens_per_pack, --prepared_cache have no effect on --backend vllm",
+    ),
     ("eval --base_model pocket --benchmark demo_charts:2 --output_dir o", "the weight 2 of demo_charts has no effect"),
     ("export --adapter a --output_dir o --dtype bfloat16", "--dtype has no effect without --merge"),
     ("export --adapter a --output_dir o --dtype auto", "--dtype has no effect without --merge"),  # also its default
@@ -101,7 +108,7 @@ IDLE = [
     ("data export demo_charts:3 --format csv --output o", "the weight 3 of demo_charts has no effect here"),
     ("report r --port 80", "--port is only for --watch"),
     ("data cache clear --all --older_than 3", "say what to remove"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("line, told", IDLE, ids=[line for line, _ in IDLE])
@@ -118,8 +125,18 @@ def test_a_flag_without_effect_is_refused(
 
 
 def test_recipe_keys_without_effect_are_noted() -> None:
-    loaded = read_recipe(None, {"eval_strategy": "epoch", "eval_steps": "5", "save_strategy": "no", "save_steps": "5",
-                                "save_total_limit": "2", "train": "projector", "lora_r": "8"})  # fmt: skip
+    loaded = read_recipe(
+        None,
+        {
+            "eval_strategy": "epoch",
+            "eval_steps": "5",
+            "save_strategy": "no",
+            "save_steps": "5",
+            "save_total_limit": "2",
+            "train": "projector",
+            "lora_r": "8",
+        },
+    )
     idle = [note for note in loaded.notes if "has no effect" in note]
     assert [note.partition(" ")[0] for note in idle] == ["eval_steps", "save_steps", "save_total_limit", "lora_r"]
     assert not read_recipe("best", {"eval_strategy": "epoch"}).notes[1:]  # what a file holds is no slip of the hand
@@ -136,11 +153,17 @@ def test_recipes_of_the_package_load_by_name_in_python(
     assert load_recipe(name) == load_recipe(Path(name)) == load_recipe(None, json.loads(text))
 
 
-@pytest.mark.parametrize("path, told", [
-    ("smoketst", "did you mean smoketest?"), ("BEST", "did you mean best?"),
-    ("sft_config_best.json", "did you mean best?"), ("configs/sft_config_1epoch.json", "did you mean 1epoch?"),
-    ("min.json", "did you mean mine.json?"), ("zzz", "check its path, or name a recipe of the package: smoketest, "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, told",
+    [
+        ("smoketst", "did you mean smoketest?"),
+        ("BEST", "did you mean best?"),
+        ("sft_config_best.json", "did you mean best?"),
+        ("configs/sft_config_1epoch.json", "did you mean 1epoch?"),
+        ("min.json", "did you mean mine.json?"),
+        ("zzz", "check its path, or name a recipe of the package: smoketest, "),
+    ],
+)
 def test_a_recipe_that_is_not_there(path: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.json").write_text("{}")

@@ -24,8 +24,13 @@ from vlm_sft.evaluate.statistics import paired_test, wilson_interval
 def rows_with(scores, per_image=1, **more):
     return [
         {
-            "id": f"q{index}", "image": f"i{index // per_image}", "question": f"what | {index}?", "answers": ["yes"],
-            "prediction": "yes" if right else "no", "score": float(right), **more,
+            "id": f"q{index}",
+            "image": f"i{index // per_image}",
+            "question": f"what | {index}?",
+            "answers": ["yes"],
+            "prediction": "yes" if right else "no",
+            "score": float(right),
+            **more,
         }
         for index, right in enumerate(scores)
     ]
@@ -78,15 +83,19 @@ def test_few_changes_on_repeated_images_do_not_count_as_proof():
     """Four gains out of ten: resampling would call it a difference, the exact test knows better."""
     base, tuned = [0] * 10, [1] * 4 + [0] * 6
     clusters = [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]
-    rows = [[{"id": index, "image": f"i{clusters[index]}", "score": score} for index, score in enumerate(scores)]
-            for scores in (base, tuned)]
+    rows = [
+        [{"id": index, "image": f"i{clusters[index]}", "score": score} for index, score in enumerate(scores)]
+        for scores in (base, tuned)
+    ]
     result = compare_rows(*rows)
     assert result["p_value"] == 2 / 2**4 and result["interval"][0] <= 0.0
     assert result["verdict"] == "too few to judge"
     assert (result["questions_needed"], result["clusters_needed"]) == (20, 18)
     line = few_line("own", 10, 9, result["difference"], (20, 18))
-    assert line == "own: 10 questions on 9 independent images are too few to judge; about 20 on 18 would show a " \
+    assert (
+        line == "own: 10 questions on 9 independent images are too few to judge; about 20 on 18 would show a "
         "difference of 40 points"
+    )
     assert few_line("own", 10, 9, 0.0, (60, 54)).endswith("would show a difference of 10 points")
 
 
@@ -223,8 +232,14 @@ def test_command_writes_both_files_and_prints_the_table(tmp_path, capsys):
     written = artifacts.read_json(tmp_path / "out" / artifacts.COMPARE_JSON)
     (entry,) = written["comparisons"]
     assert entry["lost"][0] == {
-        "id": "q47", "image": "i47", "question": "what | 47?", "answers": ["yes"], "baseline_prediction": "yes",
-        "prediction": "no", "baseline_score": 1.0, "score": 0.0,
+        "id": "q47",
+        "image": "i47",
+        "question": "what | 47?",
+        "answers": ["yes"],
+        "baseline_prediction": "yes",
+        "prediction": "no",
+        "baseline_score": 1.0,
+        "score": 0.0,
     }
     markdown = (tmp_path / "out" / artifacts.COMPARE_MARKDOWN).read_text()
     assert markdown == format_markdown(written)

@@ -35,8 +35,11 @@ def test_bash_completes_verbs_flags_and_values(script: str, tmp_path: Path) -> N
     assert offered(script, tmp_path, "train", "--bf16", "") == {"auto", "true", "false"}
     assert offered(script, tmp_path, "data", "cache", "") == {"list", "clear"}
     assert offered(script, tmp_path, "data", "cache", "clear", "--") == {
-        "--help", "--older_than", "--all", "--cache_dir",
-    }  # fmt: skip
+        "--help",
+        "--older_than",
+        "--all",
+        "--cache_dir",
+    }
     assert offered(script, tmp_path, "data", "check", "--split", "te") == {"test"}
     assert "--adapter" not in offered(script, tmp_path, "train", "--a")
 

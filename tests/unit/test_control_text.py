@@ -23,8 +23,17 @@ from vlm_sft.model.load import find_base
 from vlm_sft.model.pocket.tokenizer import IMAGE_PAD, TURN_END, VISION_START
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "chartqa_real"
-USUAL = ("<unk>", "</s>", "<image>", "<|im_end|>", "<|image_pad|>", "<start_of_image>", "[IMG]",
-         "<fake_token_around_image>", "<end_of_utterance>")  # fmt: skip
+USUAL = (
+    "<unk>",
+    "</s>",
+    "<image>",
+    "<|im_end|>",
+    "<|image_pad|>",
+    "<start_of_image>",
+    "[IMG]",
+    "<fake_token_around_image>",
+    "<end_of_utterance>",
+)
 
 
 def variants(text: str) -> list[Sample]:
@@ -141,9 +150,13 @@ def words_tokenizer(kind: str, scheme: str) -> PreTrainedTokenizerFast:
     words = ["What is here? ASSISTANT: USER: SYSTEM: How many <image> tags </s>s say unk pad [IMG]\nShort answer:"]
     tokenizer.train_from_iterator(words * 4 + [chr(code) for code in range(32, 127)], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", pad_token="<pad>", unk_token="<unk>",
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        bos_token="<s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
         additional_special_tokens=["<image>"],
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -151,9 +164,13 @@ def words_tokenizer(kind: str, scheme: str) -> PreTrainedTokenizerFast:
 def test_tokenizers_that_put_a_blank_in_front(kind: str, scheme: str) -> None:
     images = CLIPImageProcessor(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42})
     processor = LlavaProcessor(
-        images, words_tokenizer(kind, scheme), patch_size=14, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=tiny_models.LLAVA_TEMPLATE,
-    )  # fmt: skip
+        images,
+        words_tokenizer(kind, scheme),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tiny_models.LLAVA_TEMPLATE,
+    )
     encoder = Encoder(processor, PROMPT)
     ordinary = encoder.answer_ids(ask(picture(0), "How many?", "tags"))
     for text in ("</s>", "<image>", "<unk>", "<pad>", "<s>"):
@@ -189,8 +206,9 @@ def test_vllm_gets_tokens_where_its_own_tokenizer_would_find_a_control_token() -
     assert f"{VISION_START}{IMAGE_PAD}\nShort" in encoder.tokenizer.decode(second["prompt_token_ids"])
 
 
-@pytest.mark.parametrize("text, control", [
-    *((text, True) for text in USUAL), ("a < b > c", False), ("<b>bold</b>", False), ("[1]", False), ("image", False),
-])
+@pytest.mark.parametrize(
+    "text, control",
+    [*((text, True) for text in USUAL), ("a < b > c", False), ("<b>bold</b>", False), ("[1]", False), ("image", False)],
+)
 def test_names_that_a_check_without_a_model_counts(text: str, control: bool) -> None:
     assert reads_like_control(ask(picture(0), f"x {text} y", "7")) is control

@@ -73,15 +73,26 @@ def browser(folder: Path) -> Iterator[Callable[..., Any]]:
     """A headless browser driven through its debugging pipe; yields a function that sends one command."""
     to_read, to_write = os.pipe(), os.pipe()
     command = [
-        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={folder}", "--remote-debugging-pipe", "about:blank",
-    ]  # fmt: skip
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={folder}",
+        "--remote-debugging-pipe",
+        "about:blank",
+    ]
     shell = f'exec "$@" 3<&{to_read[0]} 4>&{to_write[1]}'
     process = subprocess.Popen(
-        ["bash", "-c", shell, "bash", *command], pass_fds=(to_read[0], to_write[1]), stdout=subprocess.DEVNULL,
+        ["bash", "-c", shell, "bash", *command],
+        pass_fds=(to_read[0], to_write[1]),
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     os.close(to_read[0]), os.close(to_write[1])
     sender, receiver = os.fdopen(to_read[1], "wb", buffering=0), os.fdopen(to_write[0], "rb")
     state: dict[str, Any] = {"number": 0, "session": {}, "rest": b"", "urls": []}

@@ -50,7 +50,7 @@ def test_sizes_are_few_and_made_of_whole_visual_tokens():
 
 def test_ink_stands_out_from_the_board():
     def luminance(colour: str) -> float:
-        channels = [int(colour[start:start + 2], 16) / 255 for start in (1, 3, 5)]
+        channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
         linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

@@ -13,9 +13,17 @@ from vlm_sft.evaluate.statistics import mean_interval
 @pytest.mark.parametrize(
     ("answers", "expected"),
     [
-        (["Yes"], "yes/no"), (["no"], "yes/no"), (["1,234.5"], "number"), (["62%"], "number"), (["$5"], "number"),
-        (["-3"], "number"), (["2015"], "number"), (["blue"], "one word"), (["New York"], "several words"),
-        (["[2013, 2014]"], "several words"), (["red", "blue", "blue sky", "blue sky"], "several words"),
+        (["Yes"], "yes/no"),
+        (["no"], "yes/no"),
+        (["1,234.5"], "number"),
+        (["62%"], "number"),
+        (["$5"], "number"),
+        (["-3"], "number"),
+        (["2015"], "number"),
+        (["blue"], "one word"),
+        (["New York"], "several words"),
+        (["[2013, 2014]"], "several words"),
+        (["red", "blue", "blue sky", "blue sky"], "several words"),
         ([], "one word"),
     ],
 )
@@ -36,11 +44,19 @@ def rows() -> list[dict[str, Any]]:
         image = number // 3
         answer = ("no", "7", "blue")[number % 3]
         wrong = answer == "7" and image >= 15
-        made.append({
-            "id": f"q{number}", "image": f"i{image}", "image_pixels": 1000 + 100 * image, "question": f"?{number}",
-            "prediction": "?", "answers": [answer], "split": "human" if image % 2 else "augmented",
-            "question_type": "", "score": 0.0 if wrong else 1.0,
-        })
+        made.append(
+            {
+                "id": f"q{number}",
+                "image": f"i{image}",
+                "image_pixels": 1000 + 100 * image,
+                "question": f"?{number}",
+                "prediction": "?",
+                "answers": [answer],
+                "split": "human" if image % 2 else "augmented",
+                "question_type": "",
+                "score": 0.0 if wrong else 1.0,
+            }
+        )
     return made
 
 

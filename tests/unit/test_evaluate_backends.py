@@ -18,10 +18,19 @@ from vlm_sft.evaluate.plan import AHEAD, ahead
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
 def test_vllm_absent_is_told_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main([
-        "eval", "--base_model", "pocket", "--benchmark", "demo_charts", "--output_dir", str(tmp_path / "out"),
-        "--backend", "vllm",
-    ])
+    code = main(
+        [
+            "eval",
+            "--base_model",
+            "pocket",
+            "--benchmark",
+            "demo_charts",
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--backend",
+            "vllm",
+        ]
+    )
     assert code == 2
     assert "vllm is not installed\n  fix: pip install 'vlm-sft[vllm]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -78,7 +78,8 @@ def test_a_broken_image_is_drawn_and_left_out(tmp_path: Path) -> None:
 
 def test_guards() -> None:
     assert parse_guards("textvqa:2.0,demo:0.5") == [
-        Guard("textvqa", "textvqa", 0.02), Guard("demo_charts", "demo_charts", 0.005),
+        Guard("textvqa", "textvqa", 0.02),
+        Guard("demo_charts", "demo_charts", 0.005),
         Guard("demo_text", "demo_text", 0.005),
     ]
     with pytest.raises(EvaluationError) as caught:

@@ -36,8 +36,16 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 def content(sample: Sample) -> tuple[Any, ...]:
     """Everything that is trained on and scored, without the names of files and data sets."""
-    return (sample.id.partition("/")[2], sample.question, sample.target, sample.answers, sample.history, sample.system,
-            sample.split, tuple(image.load() for image in sample.images))  # fmt: skip
+    return (
+        sample.id.partition("/")[2],
+        sample.question,
+        sample.target,
+        sample.answers,
+        sample.history,
+        sample.system,
+        sample.split,
+        tuple(image.load() for image in sample.images),
+    )
 
 
 def contents(path: Path, split: str = "train") -> list[tuple[Any, ...]]:
@@ -53,13 +61,22 @@ def own(tmp_path: Path) -> Path:
         (folder / "pictures" / f"{colour}.png").write_bytes(png(colour))
     red, blue = "pictures/red.png", "pictures/blue.png"
     turns = [{"role": "user", "content": "Färbe?"}, {"role": "assistant", "content": "rot"}]
-    write(folder / "train.jsonl", [
-        {"id": "a", "image": red, "question": "Which colour, \"exactly\"?", "answer": "red"},
-        {"id": "b", "image": red, "question": "How\nmany?", "answer": "1", "answers": ["1", "1", "one"],
-         "split": "human"},
-        {"id": "c", "images": [red, blue], "question": "Same?", "answer": "no", "system": "Be brief."},
-        {"id": "d", "image": blue, "question": "Und jetzt?", "answer": "blau", "history": turns},
-    ])  # fmt: skip
+    write(
+        folder / "train.jsonl",
+        [
+            {"id": "a", "image": red, "question": 'Which colour, "exactly"?', "answer": "red"},
+            {
+                "id": "b",
+                "image": red,
+                "question": "How\nmany?",
+                "answer": "1",
+                "answers": ["1", "1", "one"],
+                "split": "human",
+            },
+            {"id": "c", "images": [red, blue], "question": "Same?", "answer": "no", "system": "Be brief."},
+            {"id": "d", "image": blue, "question": "Und jetzt?", "answer": "blau", "history": turns},
+        ],
+    )
     write(folder / "validation.jsonl", [{"id": "e", "image": blue, "question": "Which?", "answer": "blue"}])
     return folder
 
@@ -98,8 +115,9 @@ def test_a_folder_of_parquet_shards_is_a_data_set(own: Path, tmp_path: Path) -> 
     plain = tmp_path / "plain"
     plain.mkdir()
     for number in range(2):
-        table = pa.table({"image": [png("red"), png((number, 9, 9))], "question": ["q?", "r?"],
-                          "answers": [["x"], ["y", "z", "z"]]})  # fmt: skip
+        table = pa.table(
+            {"image": [png("red"), png((number, 9, 9))], "question": ["q?", "r?"], "answers": [["x"], ["y", "z", "z"]]}
+        )
         pq.write_table(table, plain / f"part-{number}.parquet", row_group_size=1)
     samples = load_split(parse_datasets(str(plain))[0], "train").samples
     for split in ("validation", "test"):
@@ -121,11 +139,33 @@ def test_llamafactory_alpaca_and_dataset_info(own: Path, tmp_path: Path) -> None
     named = tmp_path / "named"
     (named / "media").mkdir(parents=True)
     (named / "media" / "x.png").write_bytes(png("red"))
-    (named / "set.json").write_text(json.dumps([{"talk": [
-        {"wer": "mensch", "was": "<image>Was?"}, {"wer": "maschine", "was": "Rot"}], "bilder": ["media/x.png"]}]))
-    (named / "dataset_info.json").write_text(json.dumps({"meins": {
-        "file_name": "set.json", "formatting": "sharegpt", "columns": {"messages": "talk", "images": "bilder"},
-        "tags": {"role_tag": "wer", "content_tag": "was", "user_tag": "mensch", "assistant_tag": "maschine"}}}))
+    (named / "set.json").write_text(
+        json.dumps(
+            [
+                {
+                    "talk": [{"wer": "mensch", "was": "<image>Was?"}, {"wer": "maschine", "was": "Rot"}],
+                    "bilder": ["media/x.png"],
+                }
+            ]
+        )
+    )
+    (named / "dataset_info.json").write_text(
+        json.dumps(
+            {
+                "meins": {
+                    "file_name": "set.json",
+                    "formatting": "sharegpt",
+                    "columns": {"messages": "talk", "images": "bilder"},
+                    "tags": {
+                        "role_tag": "wer",
+                        "content_tag": "was",
+                        "user_tag": "mensch",
+                        "assistant_tag": "maschine",
+                    },
+                }
+            }
+        )
+    )
     assert main(["data", "import", str(named), "--format", "llamafactory", "--output", str(tmp_path / "n")]) == 0
     assert [(row["question"], row["answer"]) for row in lines(tmp_path / "n" / "train.jsonl")] == [("Was?", "Rot")]
 
@@ -140,29 +180,42 @@ def test_what_is_dropped_or_changed_is_named(tmp_path: Path, capsys: pytest.Capt
         messages = [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]
         return {"messages": messages, "images": ["a.png"]} | more
 
-    source = write(tmp_path / "in" / "set.jsonl", [
-        talk("<image>one?", "1", "two?", "2"),
-        talk("look: <image> what?", "3"),
-        talk("<image>x", "4", images=["broken.png"]),
-        talk("<image>x", "4", images=["gone.png"]),
-        talk("<image><video>x", "5"),
-        talk("<image>x", "6", tools=[{"name": "t"}]),
-        talk("<image>x", "7", rejected_response="8"),
-        {"query": "<image>old?", "response": "yes", "history": [["before?", "so"]], "images": ["a.png"]},
-        talk("x", "9", images=["https://example.org/a.png"]),
-        talk("<image>x", ""),
-    ])  # fmt: skip
+    source = write(
+        tmp_path / "in" / "set.jsonl",
+        [
+            talk("<image>one?", "1", "two?", "2"),
+            talk("look: <image> what?", "3"),
+            talk("<image>x", "4", images=["broken.png"]),
+            talk("<image>x", "4", images=["gone.png"]),
+            talk("<image><video>x", "5"),
+            talk("<image>x", "6", tools=[{"name": "t"}]),
+            talk("<image>x", "7", rejected_response="8"),
+            {"query": "<image>old?", "response": "yes", "history": [["before?", "so"]], "images": ["a.png"]},
+            talk("x", "9", images=["https://example.org/a.png"]),
+            talk("<image>x", ""),
+        ],
+    )
     out = tmp_path / "out"
     flags = ["data", "import", str(source), "--format", "msswift", "--output", str(out), "--max_left_out", "1"]
     assert main(flags) == 0
     rows = lines(out / "train.jsonl")
     assert [(row["id"], row["answer"], len(row.get("history", []))) for row in rows] == [
-        ("set/000001/turn1", "1", 0), ("set/000001/turn2", "2", 2), ("set/000002", "3", 0),
-        ("set/000008/turn2", "yes", 2)]  # fmt: skip
+        ("set/000001/turn1", "1", 0),
+        ("set/000001/turn2", "2", 2),
+        ("set/000002", "3", 0),
+        ("set/000008/turn2", "yes", 2),
+    ]
     assert {row["image"] for row in rows} == {f"images/{next((out / 'images').iterdir()).name}"}
     assert json.loads((out / "import.json").read_text())["left_out"] == {
-        "image cannot be read": 1, "image missing": 1, "unknown mark": 1, "record with tools": 1,
-        "preference record": 1, "image is a URL": 1, "empty answer": 1, "no image": 1}  # fmt: skip
+        "image cannot be read": 1,
+        "image missing": 1,
+        "unknown mark": 1,
+        "record with tools": 1,
+        "preference record": 1,
+        "image is a URL": 1,
+        "empty answer": 1,
+        "no image": 1,
+    }
     gone = {row["reason"]: row["detail"] for row in lines(out / "left_out.jsonl")}
     assert "set.jsonl line 4" in gone["image missing"] and "--allow_image_urls" in gone["image is a URL"]
     # The image of a second turn stands behind words too; the first turn does not see it.
@@ -178,8 +231,12 @@ def test_what_is_dropped_or_changed_is_named(tmp_path: Path, capsys: pytest.Capt
 
 def test_answers_without_loss_are_context(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
-    messages = [{"role": "user", "content": "<image>one?"}, {"role": "assistant", "content": "1", "loss": False},
-                {"role": "user", "content": "two?"}, {"role": "assistant", "content": "2", "loss": True}]
+    messages = [
+        {"role": "user", "content": "<image>one?"},
+        {"role": "assistant", "content": "1", "loss": False},
+        {"role": "user", "content": "two?"},
+        {"role": "assistant", "content": "2", "loss": True},
+    ]
     source = write(tmp_path / "set.jsonl", [{"messages": messages, "images": ["a.png"]}] * 3)
     assert main(["data", "import", str(source), "--format", "msswift", "--output", str(tmp_path / "out")]) == 0
     assert [(r["question"], len(r["history"])) for r in lines(tmp_path / "out" / "train.jsonl")] == [("two?", 2)] * 3
@@ -191,13 +248,18 @@ def test_a_csv_and_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixt
     (pictures / "scan 1.png").write_bytes(png("red"))
     (pictures / "scan 2.jpg").write_bytes(png("blue"))
     table = tmp_path / "questions.csv"
-    table.write_text("\ufeffPicture;Question;Label;split\nscan 1.png;\"How many;\nreally?\";3;\n"
-                     "scan 2;Colour?;blue;human\nscan 1.png;only three\nscan 9.png;x;y;\n", encoding="utf-8")
+    table.write_text(
+        '\ufeffPicture;Question;Label;split\nscan 1.png;"How many;\nreally?";3;\n'
+        "scan 2;Colour?;blue;human\nscan 1.png;only three\nscan 9.png;x;y;\n",
+        encoding="utf-8",
+    )
     flags = ["data", "import", str(table), "--format", "csv", "--images", str(pictures)]
     assert main([*flags, "--output", str(tmp_path / "out"), "--max_left_out", "0.5"]) == 0
     rows = lines(tmp_path / "out" / "train.jsonl")
     assert [(row["question"], row["answer"], row.get("split")) for row in rows] == [
-        ("How many;\nreally?", "3", None), ("Colour?", "blue", "human")]  # fmt: skip
+        ("How many;\nreally?", "3", None),
+        ("Colour?", "blue", "human"),
+    ]
     assert [row["reason"] for row in lines(tmp_path / "out" / "left_out.jsonl")] == ["broken CSV row", "image missing"]
     assert "vlm-sft train --dataset" in capsys.readouterr().out
     assert [content(s)[1] for s in load_split(parse_datasets(str(tmp_path / "out"))[0], "train").samples]
@@ -213,7 +275,7 @@ def test_csv_out(own: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["data", "export", str(own), "--format", "csv", "--output", str(out), "--max_left_out", "1"]) == 0
     with (out / "train.csv").open(encoding="utf-8", newline="") as stream:
-        assert [row["question"] for row in csv.DictReader(stream)] == ["Which colour, \"exactly\"?"]
+        assert [row["question"] for row in csv.DictReader(stream)] == ['Which colour, "exactly"?']
     reasons = [row["reason"] for row in lines(out / "left_out.jsonl")]
     assert reasons == ["several answers", "several images", "conversation"]
 
@@ -274,8 +336,13 @@ def test_image_urls_only_when_asked(web: str, tmp_path: Path, monkeypatch: pytes
     assert [path.read_bytes() for path in (asked / "images").iterdir()] == [png("red")]
     gone = {row["id"]: (row["reason"], row["detail"]) for row in lines(asked / "left_out.jsonl")}
     assert {own_id: reason for own_id, (reason, _) in gone.items()} == {
-        "gone": "image URL failed", "big": "image URL failed", "slow": "image URL failed", "file": "image URL failed",
-        "text": "image cannot be read", "ftp": "image missing"}  # fmt: skip
+        "gone": "image URL failed",
+        "big": "image URL failed",
+        "slow": "image URL failed",
+        "file": "image URL failed",
+        "text": "image cannot be read",
+        "ftp": "image missing",
+    }
     assert "404" in gone["gone"][1] and "33,554,432 bytes" in gone["big"][1]
     assert "not done within 0.5 s" in gone["slow"][1] and "file:///etc/hostname' is not allowed" in gone["file"][1]
 
@@ -284,11 +351,14 @@ def test_the_mark_as_a_word_survives_or_is_named(tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
     (own / "a.png").write_bytes(png("red"))
-    write(own / "train.jsonl", [
-        {"id": "answer", "image": "a.png", "question": "What tag?", "answer": "The <image> tag."},
-        {"id": "question", "image": "a.png", "question": "What does the <image> tag do?", "answer": "it shows"},
-        {"id": "control", "image": "a.png", "question": "Is <|im_end|> one?", "answer": "</s> too"},
-    ])
+    write(
+        own / "train.jsonl",
+        [
+            {"id": "answer", "image": "a.png", "question": "What tag?", "answer": "The <image> tag."},
+            {"id": "question", "image": "a.png", "question": "What does the <image> tag do?", "answer": "it shows"},
+            {"id": "control", "image": "a.png", "question": "Is <|im_end|> one?", "answer": "</s> too"},
+        ],
+    )
     write(own / "val.jsonl", [{"id": "v", "image": "a.png", "question": "v?", "answer": "v"}])
     for layout in LAYOUTS:
         out, back = tmp_path / layout, tmp_path / f"{layout}_back"

@@ -87,9 +87,17 @@ def test_a_merged_folder_holds_all_that_a_model_needs(base: Path, adapter: Path,
     assert export(adapter, tmp_path / "merged", "--merge", "--dtype", "bfloat16") == 0
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert names == {
-        "model.safetensors", "config.json", "generation_config.json", "processor_config.json",
-        "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "prompt.json",
-        "README.md", "export.json",
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "processor_config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "prompt.json",
+        "README.md",
+        "export.json",
     }
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", base))
     assert set(ours) == set(theirs)
@@ -108,7 +116,11 @@ def test_an_adapter_folder_opens_with_plain_peft(
 ) -> None:
     assert export(adapter, tmp_path / "out") == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        WEIGHTS, "adapter_config.json", "prompt.json", "README.md", "export.json"
+        WEIGHTS,
+        "adapter_config.json",
+        "prompt.json",
+        "README.md",
+        "export.json",
     }
     assert torch.equal(by_peft(base, tmp_path / "out"), by_peft(base, adapter))
     report = report_of(tmp_path / "out")
@@ -246,21 +258,34 @@ def a_run(adapter: Path, folder: Path) -> Path:
     (checkpoint).rename(folder / "checkpoint-8")
     PROMPT.save(folder / "checkpoint-8")
     row = {
-        "n": 400, "metric": "chartqa_relaxed_accuracy", "synthetic": False,
+        "n": 400,
+        "metric": "chartqa_relaxed_accuracy",
+        "synthetic": False,
         "base": {"accuracy": 0.52, "interval": [0.471, 0.569], "seconds": 3.0},
         "tuned": {"accuracy": 0.61, "interval": [0.561, 0.657], "seconds": 3.0},
-        "difference": 0.09, "difference_interval": [0.04, 0.14], "p_value": 0.0007, "verdict": "tuned is better",
-        "smallest_detectable_difference": 0.048, "splits": {},
-    }  # fmt: skip
+        "difference": 0.09,
+        "difference_interval": [0.04, 0.14],
+        "p_value": 0.0007,
+        "verdict": "tuned is better",
+        "smallest_detectable_difference": 0.048,
+        "splits": {},
+    }
     files = {
         "results.json": {"schema": 1, "benchmarks": {"chartqa": row}},
         "recipe.json": {"learning_rate": 0.0002, "lora_r": 4, "target_modules": ["q_proj", "v_proj"]},
-        "data.json": {"train": {"samples": 1200, "images": 800, "by_dataset": {"chartqa": 1200}, "synthetic": []},
-                      "left_out": {"image cannot be read": 3}},
-        "run.json": {"schema": 1, "base_model": "tiny", "steps": 8, "wall_seconds": 12.5, "status": "finished",
-                     "forecast": {"time_seconds": {"value": 10.0, "low": 8.0, "high": 13.0},
-                                  "actual": {"time_seconds": 12.5}}},
-    }  # fmt: skip
+        "data.json": {
+            "train": {"samples": 1200, "images": 800, "by_dataset": {"chartqa": 1200}, "synthetic": []},
+            "left_out": {"image cannot be read": 3},
+        },
+        "run.json": {
+            "schema": 1,
+            "base_model": "tiny",
+            "steps": 8,
+            "wall_seconds": 12.5,
+            "status": "finished",
+            "forecast": {"time_seconds": {"value": 10.0, "low": 8.0, "high": 13.0}, "actual": {"time_seconds": 12.5}},
+        },
+    }
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value))
     predictions = folder / "evaluation" / "tuned" / "chartqa"
@@ -280,9 +305,18 @@ def test_the_card_tells_what_the_run_measured(adapter: Path, tmp_path: Path) -> 
     assert export(checkpoint, tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
     for text in (
-        "pipeline_tag: image-text-to-text", "1,200 questions on 800 images: chartqa 1,200", "image cannot be read 3",
-        "| learning_rate | 0.0002 |", "52.0", "61.0", "56.1", "65.7", "chartqa: tuned is better",
-        "differences below 4.8 points", "| Time | 10 s | 8.0 s to 13 s |", PROMPT.template.split("\n")[1],
+        "pipeline_tag: image-text-to-text",
+        "1,200 questions on 800 images: chartqa 1,200",
+        "image cannot be read 3",
+        "| learning_rate | 0.0002 |",
+        "52.0",
+        "61.0",
+        "56.1",
+        "65.7",
+        "chartqa: tuned is better",
+        "differences below 4.8 points",
+        "| Time | 10 s | 8.0 s to 13 s |",
+        PROMPT.template.split("\n")[1],
     ):
         assert text in card, f"{text!r} is not in:\n{card}"
     check = report_of(tmp_path / "out")["verification"]

@@ -36,8 +36,10 @@ class Hub(BaseHTTPRequestHandler):
             self.received["repo"] = json.loads(body)
             self.answer({"url": f"http://{self.headers['Host']}/me/charts", "id": "me/charts", "name": "me/charts"})
         elif "/preupload/" in self.path:
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                     for file in json.loads(body)["files"]]  # fmt: skip
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                for file in json.loads(body)["files"]
+            ]
             self.answer({"files": files})
         elif "/commit/" in self.path:
             rows = [json.loads(line) for line in body.splitlines() if line.strip()]

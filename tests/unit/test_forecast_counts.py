@@ -190,8 +190,12 @@ def test_adapter_bytes_are_those_on_disk(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     said = disk.adapter_bytes(shape, Adapter(4, TARGETS))
     assert said == pytest.approx((tmp_path / "adapter_model.safetensors").stat().st_size, rel=0.02)
-    state = {f"{name}.{part}": parameter.detach().clone() for name, parameter in model.named_parameters()
-             if parameter.requires_grad for part in ("exp_avg", "exp_avg_sq")}  # fmt: skip
+    state = {
+        f"{name}.{part}": parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        for part in ("exp_avg", "exp_avg_sq")
+    }
     save_file(state, tmp_path / "state.safetensors")
     moments = disk.optimizer_bytes(shape, Adapter(4, TARGETS), "adamw_torch")
     assert moments == pytest.approx((tmp_path / "state.safetensors").stat().st_size, rel=0.1)

@@ -45,10 +45,12 @@ def row(ratio: float, seconds: float = 29.0, days: float = 0.0, flops: float = 1
     """A past run that was forecast to take so many seconds, and took `ratio` times as long."""
     said = {item: value * seconds / 29.0 for item, value in FORECAST.items()}
     return {
-        "key": KEY, "at": (NOW - timedelta(days=days)).isoformat(), "forecast": said | {MEMORY: 100.0},
+        "key": KEY,
+        "at": (NOW - timedelta(days=days)).isoformat(),
+        "forecast": said | {MEMORY: 100.0},
         "actual": {item: value * ratio for item, value in said.items()} | {MEMORY: 150.0},
         "rates": {"flops": flops, "bandwidth": flops / 10, "launch": 1e12 / flops * 1e-7, "unrest": 1.0} | more,
-    }  # fmt: skip
+    }
 
 
 def corrected(found: Calibration) -> float:

@@ -80,16 +80,29 @@ REFUSED = [
     (talk("<image>q", label=False), "preference record"),
     ({"messages": CALL, "images": ["red.png"]}, "record with tool_calls"),
     ({"messages": THOUGHT, "images": ["red.png"]}, "record with channel"),
-    ({"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "<video>q"}]}],
-      "completion": "a", "images": ["red.png"]}, "unknown mark"),
-]  # fmt: skip
+    (
+        {
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "<video>q"}]}],
+            "completion": "a",
+            "images": ["red.png"],
+        },
+        "unknown mark",
+    ),
+]
 TAKEN = [
-    talk("<image>q", videos=[], audio=None, tools="[]", objects={"ref": [], "bbox": []}, rejected_response="",
-         rejected_messages=[]),
+    talk(
+        "<image>q",
+        videos=[],
+        audio=None,
+        tools="[]",
+        objects={"ref": [], "bbox": []},
+        rejected_response="",
+        rejected_messages=[],
+    ),
     PLAIN | {"id": 7, "source": "web", "difficulty": 2, "meta": {"video": "x"}, "bbox": [1, 2], "label": True},
     talk("<image>q", "It is the <video> element.", channel="charts"),
     talk("<image>What does <img> do?"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("record, reason", REFUSED, ids=[f"{number}-{case[1]}" for number, case in enumerate(REFUSED)])
@@ -115,16 +128,30 @@ def test_empty_keys_and_metadata_are_no_reason(folder: Path) -> None:
 
 
 def test_parquet_rows_are_refused_alike(folder: Path) -> None:
-    table = {"image": [png("red"), png("blue"), png("green")], "question": ["q", "r", "s"],
-             "answer": ["a", "b", "c"], "videos": [["x.mp4"], [], None], "tools": [None, None, "[]"]}  # fmt: skip
+    table = {
+        "image": [png("red"), png("blue"), png("green")],
+        "question": ["q", "r", "s"],
+        "answer": ["a", "b", "c"],
+        "videos": [["x.mp4"], [], None],
+        "tools": [None, None, "[]"],
+    }
     pq.write_table(pa.table(table), "set.parquet")
     assert check("set.parquet", "--max_left_out", "1") == 0
     assert [reason for reason, _ in reasons("check")] == ["record with videos"]
 
 
 def test_dataset_info_may_call_a_preference_by_another_name(folder: Path, capsys: Captured) -> None:
-    write("set.jsonl", [{"conversations": [{"from": "human", "value": "<image>q"}], "better": {"value": "a"},
-                         "worse": {"value": "b"}, "images": ["red.png"]}])  # fmt: skip
+    write(
+        "set.jsonl",
+        [
+            {
+                "conversations": [{"from": "human", "value": "<image>q"}],
+                "better": {"value": "a"},
+                "worse": {"value": "b"},
+                "images": ["red.png"],
+            }
+        ],
+    )
     columns = {"messages": "conversations", "chosen": "better", "rejected": "worse"}
     Path("dataset_info.json").write_text(json.dumps({"pairs": {"file_name": "set.jsonl", "columns": columns}}))
     assert main(["data", "import", "set.jsonl", "--format", "llamafactory", "--output", "out"]) == 2
@@ -134,8 +161,15 @@ def test_dataset_info_may_call_a_preference_by_another_name(folder: Path, capsys
 def test_bare_base64_is_recognised_and_never_printed(folder: Path, capsys: Captured) -> None:
     text = large_picture()
     jpeg = "/9j/" + text  # begins like an absolute path
-    rows = [{"image": text}, {"image": {"path": text}}, {"images": [text]}, {"image": jpeg}, {"image": text + " "},
-            {"image": f"base64,{text}"}, {"image": {"bytes": text[:-8] + "?" * 8}}]  # fmt: skip
+    rows = [
+        {"image": text},
+        {"image": {"path": text}},
+        {"images": [text]},
+        {"image": jpeg},
+        {"image": text + " "},
+        {"image": f"base64,{text}"},
+        {"image": {"bytes": text[:-8] + "?" * 8}},
+    ]
     source = write("set.jsonl", [{"question": "q", "answer": "a", **row} for row in rows] + [PLAIN, OTHER])
     assert check(source, "--max_left_out", "0.9") == 0
     found = {detail.partition(": ")[0]: (reason, detail) for reason, detail in reasons("check")}
@@ -146,8 +180,14 @@ def test_bare_base64_is_recognised_and_never_printed(folder: Path, capsys: Captu
     assert main(["train", "--base_model", "pocket", "--dataset", source, "--output_dir", "run"]) == 2
     said = "".join(capsys.readouterr()) + Path("check", "left_out.jsonl").read_text()
     assert len(said) < 8000 and text[100:200] not in said
-    fixed = write("fixed.jsonl", [{"image": f"data:image/png;base64,{text}", "question": "q", "answer": "a"},
-                                  {"image": {"bytes": text}, "question": "r", "answer": "a"}, OTHER])  # fmt: skip
+    fixed = write(
+        "fixed.jsonl",
+        [
+            {"image": f"data:image/png;base64,{text}", "question": "q", "answer": "a"},
+            {"image": {"bytes": text}, "question": "r", "answer": "a"},
+            OTHER,
+        ],
+    )
     assert check(fixed) == 0  # both of the ways that the message names
 
 
@@ -173,17 +213,37 @@ def test_no_message_grows_with_what_it_quotes(record: dict[str, Any], folder: Pa
     assert len(told) < 5000 and "fix: " in told
 
 
-@pytest.mark.parametrize("line", [
-    ["data", "check", LONG], ["data", "check", f"chartqa:{LONG}"], ["data", "check", f"mine@{LONG}"],
-    ["ask", LONG, "q"], ["score", "--benchmark", "chartqa", "--predictions", LONG], ["verify", LONG],
-    ["train", "--base_model", "pocket", "--output_dir", "run", "--sft_config", LONG],
-    ["train", "--base_model", "pocket", "--output_dir", "run", "--guard", LONG],
-    ["train", "--base_model", "pocket", "--output_dir", LONG, "--dataset", "demo_charts"],
-    ["eval", "--base_model", LONG, "--benchmark", "demo_charts", "--output_dir", "run"],
-    ["eval", "--base_model", "pocket", "--benchmark", "demo_charts", "--output_dir", "run", "--max_new_tokens", LONG],
-    ["report", LONG], ["compare", LONG, LONG], ["data", "import", LONG, "--format", "csv", "--output", "out"],
-    ["data", "import", "red.png", "--format", "csv", "--output", "out", "--columns", LONG],
-], ids=lambda line: f"{line[0]}-{len(line)}-{line[-2][:12]}")  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["data", "check", LONG],
+        ["data", "check", f"chartqa:{LONG}"],
+        ["data", "check", f"mine@{LONG}"],
+        ["ask", LONG, "q"],
+        ["score", "--benchmark", "chartqa", "--predictions", LONG],
+        ["verify", LONG],
+        ["train", "--base_model", "pocket", "--output_dir", "run", "--sft_config", LONG],
+        ["train", "--base_model", "pocket", "--output_dir", "run", "--guard", LONG],
+        ["train", "--base_model", "pocket", "--output_dir", LONG, "--dataset", "demo_charts"],
+        ["eval", "--base_model", LONG, "--benchmark", "demo_charts", "--output_dir", "run"],
+        [
+            "eval",
+            "--base_model",
+            "pocket",
+            "--benchmark",
+            "demo_charts",
+            "--output_dir",
+            "run",
+            "--max_new_tokens",
+            LONG,
+        ],
+        ["report", LONG],
+        ["compare", LONG, LONG],
+        ["data", "import", LONG, "--format", "csv", "--output", "out"],
+        ["data", "import", "red.png", "--format", "csv", "--output", "out", "--columns", LONG],
+    ],
+    ids=lambda line: f"{line[0]}-{len(line)}-{line[-2][:12]}",
+)
 def test_no_flag_is_told_at_its_full_length(line: list[str], folder: Path, capsys: Captured) -> None:
     assert main(line) == 2
     told = capsys.readouterr().err
@@ -220,8 +280,9 @@ def test_a_folder_of_images_that_no_record_needs_is_refused(folder: Path, capsys
     assert "--images . has no effect" in capsys.readouterr().err and not list(Path().glob("out/*.jsonl"))
     write("set.jsonl", [inside, PLAIN])
     assert main([*line, "--output", "out"]) == 0
-    pq.write_table(pa.table({"image": [{"bytes": None, "path": "red.png"}], "question": ["q"], "answer": ["a"]}),
-                   "set.parquet")  # fmt: skip
+    pq.write_table(
+        pa.table({"image": [{"bytes": None, "path": "red.png"}], "question": ["q"], "answer": ["a"]}), "set.parquet"
+    )
     Path("elsewhere").mkdir()
     Path("red.png").rename("elsewhere/red.png")  # a table that holds paths only
     assert main(["data", "import", "set.parquet", "--format", "trl", "--images", "elsewhere", "--output", "p"]) == 0
@@ -229,8 +290,9 @@ def test_a_folder_of_images_that_no_record_needs_is_refused(folder: Path, capsys
 
 @pytest.mark.parametrize("layout", ["jsonl", "trl", "msswift"])
 def test_columns_name_keys_of_every_layout(layout: str, folder: Path) -> None:
-    pq.write_table(pa.table({"photo": [{"bytes": png("red"), "path": None}], "frage": ["q"], "antwort": ["a"]}),
-                   "set.parquet")  # fmt: skip
+    pq.write_table(
+        pa.table({"photo": [{"bytes": png("red"), "path": None}], "frage": ["q"], "antwort": ["a"]}), "set.parquet"
+    )
     flags = ["--format", layout, "--columns", "image=photo, question=frage,answer=antwort"]
     assert main(["data", "import", "set.parquet", *flags, "--output", "out"]) == 0
     row = json.loads(Path("out", "train.jsonl").read_text())
@@ -247,15 +309,19 @@ def test_columns_of_llamafactory_and_of_talks(folder: Path) -> None:
         assert json.loads(Path(out, "train.jsonl").read_text())["question"] == "q"
 
 
-@pytest.mark.parametrize("layout, columns, told", [
-    ("jsonl", "imag=photo", "nothing is called 'imag'; did you mean image?"),
-    ("csv", "questoin=frage", "nothing is called 'questoin'; did you mean question?"),
-    ("trl", "query=frage", "nothing is called 'query'"),
-    ("llamafactory", "id=photo", "nothing is called 'id'"),
-    ("jsonl", "image=photo,split=part", "no record of set.jsonl has the key 'part'"),
-    ("msswift", "image=photo,image=other", "image is named twice"),
-    ("jsonl", "image", "not NAME=COLUMN"), ("jsonl", "", "not NAME=COLUMN"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, columns, told",
+    [
+        ("jsonl", "imag=photo", "nothing is called 'imag'; did you mean image?"),
+        ("csv", "questoin=frage", "nothing is called 'questoin'; did you mean question?"),
+        ("trl", "query=frage", "nothing is called 'query'"),
+        ("llamafactory", "id=photo", "nothing is called 'id'"),
+        ("jsonl", "image=photo,split=part", "no record of set.jsonl has the key 'part'"),
+        ("msswift", "image=photo,image=other", "image is named twice"),
+        ("jsonl", "image", "not NAME=COLUMN"),
+        ("jsonl", "", "not NAME=COLUMN"),
+    ],
+)
 def test_columns_without_effect_are_refused(
     layout: str, columns: str, told: str, folder: Path, capsys: Captured
 ) -> None:
@@ -268,8 +334,9 @@ def test_columns_without_effect_are_refused(
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_folder_of_save_to_disk_is_named_and_its_fix_works(whole: bool, folder: Path, capsys: Captured) -> None:
-    features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string"),
-                                  "answer": datasets.Value("string")})  # fmt: skip
+    features = datasets.Features(
+        {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
+    )
     rows = {"image": ["red.png", "blue.png"], "question": ["q", "q"], "answer": ["a", "b"]}
     made = datasets.Dataset.from_dict(rows, features=features)
     (datasets.DatasetDict(train=made, test=made) if whole else made).save_to_disk("saved")
@@ -293,8 +360,10 @@ def test_parts_of_a_content_say_what_is_wrong_with_them(folder: Path, capsys: Ca
         ({"text": "q"}, "a part without a type; its keys are: text"),
         ("q", "a part that is no object: 'q'"),
     ):
-        record = {"messages": [{"role": "user", "content": [{"type": "image"}, part]},
-                               {"role": "assistant", "content": "a"}], "images": ["red.png"]}  # fmt: skip
+        record = {
+            "messages": [{"role": "user", "content": [{"type": "image"}, part]}, {"role": "assistant", "content": "a"}],
+            "images": ["red.png"],
+        }
         assert check(write("set.jsonl", [record])) == 2
         assert told in capsys.readouterr().err
 
@@ -314,7 +383,10 @@ def test_a_broken_csv_row_costs_no_other_row(folder: Path, capsys: Captured) -> 
     assert main(["data", "import", "set.csv", "--format", "csv", "--output", "out", "--max_left_out", "0.6"]) == 0
     rows = [json.loads(line) for line in Path("out", "train.jsonl").read_text().splitlines()]
     assert [(row["question"], row["answer"]) for row in rows] == [
-        ("Colour?", "blue"), ('say "x",\nplease', "green"), ("last?", "yes")]  # fmt: skip
+        ("Colour?", "blue"),
+        ('say "x",\nplease', "green"),
+        ("last?", "yes"),
+    ]
     found = reasons("out")
     assert [detail.partition(":")[0] for _, detail in found] == [f"set.csv line {n}" for n in (2, 6, 7, 9)]
     assert {reason for reason, _ in found} == {"broken CSV row"} and 'a quote inside of one as ""' in found[0][1]

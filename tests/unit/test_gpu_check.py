@@ -16,8 +16,15 @@ from shapes import SPECIAL, VOCABULARY
 from vlm_sft import artifacts
 
 GIT = {"git": {"hash": "0123456789", "dirty": False}}
-SPECIAL_NAMES = {"<|endoftext|>": 151_643, "<|im_start|>": 151_644, "<|im_end|>": 151_645, "<|vision_start|>": 151_652,
-                 "<|vision_end|>": 151_653, "<|image_pad|>": 151_655, "<|video_pad|>": 151_656}  # fmt: skip
+SPECIAL_NAMES = {
+    "<|endoftext|>": 151_643,
+    "<|im_start|>": 151_644,
+    "<|im_end|>": 151_645,
+    "<|vision_start|>": 151_652,
+    "<|vision_end|>": 151_653,
+    "<|image_pad|>": 151_655,
+    "<|video_pad|>": 151_656,
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +49,22 @@ def checked(
     steps: str, tokenizer: Path, work: Path, monkeypatch: pytest.MonkeyPatch, seconds: int = 1500
 ) -> tuple[int, dict[str, Any]]:
     """The exit code and the steps of a check."""
-    words = ["--device", "cpu", "--steps", steps, "--tokenizer", str(tokenizer), "--work_dir", str(work), "--data",
-             str(work / "none"), "--seconds", str(seconds), "--commit", "0123456789"]  # fmt: skip
+    words = [
+        "--device",
+        "cpu",
+        "--steps",
+        steps,
+        "--tokenizer",
+        str(tokenizer),
+        "--work_dir",
+        str(work),
+        "--data",
+        str(work / "none"),
+        "--seconds",
+        str(seconds),
+        "--commit",
+        "0123456789",
+    ]
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *words])
     code = gpu_check.main()
     return code, artifacts.read_json(next(work.glob("gpu_check-*.json")))["steps"]
@@ -102,15 +123,33 @@ def test_a_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str], mon
 
 
 def test_tables_of_a_gpu(tmp_path: Path) -> None:
-    speed = {"first_seconds": 2.0, "seconds": 0.5, "tokens_per_second": 16_000.0, "mfu": 0.41, "language_mfu": 0.39,
-             "peak_bytes": 40e9, "cut_in_two": False}  # fmt: skip
+    speed = {
+        "first_seconds": 2.0,
+        "seconds": 0.5,
+        "tokens_per_second": 16_000.0,
+        "mfu": 0.41,
+        "language_mfu": 0.39,
+        "peak_bytes": 40e9,
+        "cut_in_two": False,
+    }
     launched = [{"launch": "zero2", "code": 0, "seconds": 9.0, "losses": [1.25, 1.0]}]
     steps = {
         "features": {"rows": [{"mode": "pixels", **speed}, {"mode": "kept", "failed": "out of memory"}]} | GIT,
-        "memory": {"rows": [{"share": 0.75, "cut_in_two": True, "too_large": False, "loss": 2.0, "whole_loss": 2.0,
-                             "largest_gradient_error": 1e-3}]} | GIT,
+        "memory": {
+            "rows": [
+                {
+                    "share": 0.75,
+                    "cut_in_two": True,
+                    "too_large": False,
+                    "loss": 2.0,
+                    "whole_loss": 2.0,
+                    "largest_gradient_error": 1e-3,
+                }
+            ]
+        }
+        | GIT,
         "launches": {"rows": launched, "failed": "cut off after 9 s"} | GIT,
-    }  # fmt: skip
+    }
     result = {"device": "H100", "versions": {"torch": "2.11", "numpy": "2"}, "steps": steps}
     (tmp_path / "gpu_check-h100.json").write_text(json.dumps(result), encoding="utf-8")
     text = gpu_tables.tables(tmp_path)

@@ -98,14 +98,21 @@ def test_ask_and_the_data_verbs_start_no_ghostscript(
     assert not trap.exists()
 
 
-@pytest.mark.parametrize("data, name", [
-    (EPS, "PostScript"), (b"\xc5\xd0\xd3\xc6" + bytes(30), "PostScript"), (b"%PDF-1.7\n", "PDF"),
-    (b"<?xml version='1.0'?>\n<!-- made by hand -->\n<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
-    (b"\xef\xbb\xbf  <SVG/>", "SVG"), (b"<!DOCTYPE html><html>404</html>", "HTML"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"), (b"\0\0\0\x18ftypheic\0", "HEIC"),
-    *((encoded(Image.new("RGB", (9, 9)), kind), "known format") for kind in ("TGA", "ICO", "PCX")),
-    (b"<" * 100_000, "known format"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, name",
+    [
+        (EPS, "PostScript"),
+        (b"\xc5\xd0\xd3\xc6" + bytes(30), "PostScript"),
+        (b"%PDF-1.7\n", "PDF"),
+        (b"<?xml version='1.0'?>\n<!-- made by hand -->\n<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"\xef\xbb\xbf  <SVG/>", "SVG"),
+        (b"<!DOCTYPE html><html>404</html>", "HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
+        (b"\0\0\0\x18ftypheic\0", "HEIC"),
+        *((encoded(Image.new("RGB", (9, 9)), kind), "known format") for kind in ("TGA", "ICO", "PCX")),
+        (b"<" * 100_000, "known format"),
+    ],
+)
 def test_other_formats_are_called_by_their_name(data: bytes, name: str) -> None:
     with pytest.raises(DataError, match=name) as caught:
         decode_rgb(data, "pic.png")

@@ -87,11 +87,16 @@ def test_truncated_is_refused(kind, share):
         decode_rgb(whole[: int(len(whole) * share)], "pic.x")
 
 
-@pytest.mark.parametrize("data, part", [
-    (b"", "0 bytes"), (b"hello", "not an image"), (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image"),
-    (b"\x89PNG\r\n\x1a\n", "cannot be decoded|not an image"),
-])
+@pytest.mark.parametrize(
+    "data, part",
+    [
+        (b"", "0 bytes"),
+        (b"hello", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image"),
+        (b"\x89PNG\r\n\x1a\n", "cannot be decoded|not an image"),
+    ],
+)
 def test_what_is_no_picture_is_refused(data, part):
     with pytest.raises(DataError, match=part):
         decode_rgb(data, "pic")
@@ -114,12 +119,15 @@ def test_every_exif_orientation_is_shown_upright():
     upright = Image.new("RGB", (20, 10), "black")
     upright.paste("red", (0, 0, 5, 5))  # the corner that must be at the top left again
     stored = {
-        1: upright, 2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        1: upright,
+        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
         3: upright.transpose(Image.Transpose.ROTATE_180),
-        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM), 5: upright.transpose(Image.Transpose.TRANSPOSE),
-        6: upright.transpose(Image.Transpose.ROTATE_90), 7: upright.transpose(Image.Transpose.TRANSVERSE),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.transpose(Image.Transpose.ROTATE_90),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
         8: upright.transpose(Image.Transpose.ROTATE_270),
-    }  # fmt: skip
+    }
     for orientation, image in stored.items():
         exif = Image.Exif()
         exif[0x0112] = orientation

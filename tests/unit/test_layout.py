@@ -35,9 +35,21 @@ from vlm_sft.model.load import ready
 from vlm_sft.model.parts import ALL, LANGUAGE, PROJECTOR, VISION, saved_modules
 
 REFUSED = {
-    "blip", "blip-2", "florence2", "git", "idefics", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5",
-    "pix2struct", "t5gemma2", "udop", "vision-encoder-decoder", "llama4",
-}  # fmt: skip
+    "blip",
+    "blip-2",
+    "florence2",
+    "git",
+    "idefics",
+    "instructblip",
+    "instructblipvideo",
+    "kosmos-2",
+    "kosmos-2.5",
+    "pix2struct",
+    "t5gemma2",
+    "udop",
+    "vision-encoder-decoder",
+    "llama4",
+}
 KNOWN = {"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "gemma3", "internvl", "idefics3", "smolvlm", "mistral3"}
 
 
@@ -83,8 +95,16 @@ SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 
 
 def blip2() -> Any:
-    text = {"model_type": "opt", "hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "word_embed_proj_dim": 32, "vocab_size": 300, "max_position_embeddings": 64}  # fmt: skip
+    text = {
+        "model_type": "opt",
+        "hidden_size": 32,
+        "ffn_dim": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 32,
+        "vocab_size": 300,
+        "max_position_embeddings": 64,
+    }
     vision = SMALL | {"image_size": 28, "patch_size": 14}
     return Blip2ForConditionalGeneration(
         Blip2Config(vision_config=vision, qformer_config=SMALL | {"encoder_hidden_size": 32}, text_config=text)
@@ -104,8 +124,15 @@ def kosmos2() -> Any:
 
 def pix2struct() -> Any:
     text = {"vocab_size": 300, "hidden_size": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    vision = {"hidden_size": 32, "patch_embed_hidden_size": 32, "d_ff": 32, "d_kv": 16, "num_hidden_layers": 1,
-              "num_attention_heads": 2, "seq_len": 64}  # fmt: skip
+    vision = {
+        "hidden_size": 32,
+        "patch_embed_hidden_size": 32,
+        "d_ff": 32,
+        "d_kv": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "seq_len": 64,
+    }
     return Pix2StructForConditionalGeneration(Pix2StructConfig(text_config=text, vision_config=vision))
 
 

@@ -200,7 +200,8 @@ def test_registry_knows_each_benchmark_and_its_rule():
     assert chartqa.metric("1990", ["2015", "7"]) == 1.0  # the first answer is the gold
     assert chartqa.metric("7", ["2015", "7"]) == 0.0
     assert {name: metric("1990", ["2015"]) for name, metric in chartqa.secondary.items()} == {
-        "strict_year_accuracy": 0.0, "exact_match": 0.0,
+        "strict_year_accuracy": 0.0,
+        "exact_match": 0.0,
     }
     assert BENCHMARKS["easy_vqa"].metric("Circle", ["circle"]) == 1.0
     assert BENCHMARKS["docvqa"].metric("abcde", ["abcdx"]) == pytest.approx(0.8)

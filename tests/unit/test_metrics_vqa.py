@@ -22,7 +22,7 @@ def normalise_by_regex(text: str) -> str:
     beside_space = {mark for pair in re.findall(r"(?=(..))", text, re.DOTALL) if " " in pair for mark in pair}
     characters = []
     for character in text:
-        if character in ";/[]\"{}()=+\\_-><@`,?!":
+        if character in ';/[]"{}()=+\\_-><@`,?!':
             characters.append("" if character in beside_space else " ")
         else:
             characters.append(character)

@@ -18,8 +18,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def questions(name: str, count: int, per_image: int = 3, split: str = "", kind: str = "") -> list[Sample]:
     metadata = {"question_type": kind} if kind else {}
-    return [Sample(f"{name}/{split}{kind}{n:05d}", name, split, (ImageRef(f"{name}{n // per_image}", "", bytes),),
-                   "q", "a", ("a",), metadata=metadata) for n in range(count)]
+    return [
+        Sample(
+            f"{name}/{split}{kind}{n:05d}",
+            name,
+            split,
+            (ImageRef(f"{name}{n // per_image}", "", bytes),),
+            "q",
+            "a",
+            ("a",),
+            metadata=metadata,
+        )
+        for n in range(count)
+    ]
 
 
 def part(name: str, count: int, weight: float | None = None) -> tuple[DatasetSpec, list[Sample]]:
@@ -62,17 +73,30 @@ def test_the_seed_decides():
 
 
 def test_a_draw_does_not_depend_on_hash_randomisation():
-    code = ("from tests.unit.test_mixture import *; import hashlib;"
-            "m = mix([part('a', 300, 2), part('b', 500)], 90, 3) + stratified_limit(questions('c', 200), 20, 1);"
-            "import sys; sys.stdout.write(hashlib.sha256(' '.join(s.id for s in m).encode()).hexdigest())")
-    outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                              env=os.environ | {"PYTHONHASHSEED": seed}, cwd=ROOT).stdout for seed in ("1", "2")}
+    code = (
+        "from tests.unit.test_mixture import *; import hashlib;"
+        "m = mix([part('a', 300, 2), part('b', 500)], 90, 3) + stratified_limit(questions('c', 200), 20, 1);"
+        "import sys; sys.stdout.write(hashlib.sha256(' '.join(s.id for s in m).encode()).hexdigest())"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=ROOT,
+        ).stdout
+        for seed in ("1", "2")
+    }
     assert len(outputs) == 1 and len(outputs.pop()) == 64
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes=st.lists(st.tuples(st.integers(0, 40), st.sampled_from([None, 0.3, 1.0, 7.0])), min_size=1, max_size=4),
-       limit=st.one_of(st.none(), st.integers(1, 60)))
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 40), st.sampled_from([None, 0.3, 1.0, 7.0])), min_size=1, max_size=4),
+    limit=st.one_of(st.none(), st.integers(1, 60)),
+)
 def test_sizes_and_unique_ids(sizes, limit):
     parts = [part(f"d{n}", size, weight) for n, (size, weight) in enumerate(sizes)]
     total = sum(size for size, _ in sizes)
@@ -85,11 +109,17 @@ def test_sizes_and_unique_ids(sizes, limit):
 
 
 def test_stratified_limit_mirrors_the_whole_and_is_no_head_slice():
-    samples = questions("t", 500, split="human", kind="x") + questions("t", 300, split="augmented", kind="y") + \
-        questions("t", 200, split="augmented", kind="z")
+    samples = (
+        questions("t", 500, split="human", kind="x")
+        + questions("t", 300, split="augmented", kind="y")
+        + questions("t", 200, split="augmented", kind="z")
+    )
     drawn = stratified_limit(samples, 100, 0)
     assert Counter((s.split, s.metadata["question_type"]) for s in drawn) == {
-        ("human", "x"): 50, ("augmented", "y"): 30, ("augmented", "z"): 20}
+        ("human", "x"): 50,
+        ("augmented", "y"): 30,
+        ("augmented", "z"): 20,
+    }
     assert {s.id for s in stratified_limit(samples[::-1], 100, 0)} == {s.id for s in drawn}
     assert [s.id for s in drawn[:50]] != [s.id for s in samples[:50]]
     assert [s.id for s in drawn] == [s.id for s in samples if s in drawn]

@@ -78,8 +78,9 @@ def test_small_models_keep_their_activations_and_full_training_does_not() -> Non
     tight = table_rates(device_named("L4"))
     assert not chosen(Setting(small, Adapter(16, SOME), 2, False, tight)).gradient_checkpointing
     everything = Adapter(16, (), False, everything=True)
-    whole = choose_passes(Setting(small, everything, 2, False, tight), Ranks(8, "zero3"), PLANNER, VISUAL,
-                          (8192,), (False, True))  # fmt: skip
+    whole = choose_passes(
+        Setting(small, everything, 2, False, tight), Ranks(8, "zero3"), PLANNER, VISUAL, (8192,), (False, True)
+    )
     assert whole.gradient_checkpointing
 
 
@@ -121,8 +122,18 @@ def peak(asked: Setting, pack: Work, features: bool = False) -> float:
     return sum(memory.peak_items(asked, Ranks(), pack, 0, features, 0.0).values())
 
 
-PLAN = ["plan", "--base_model", "Qwen/Qwen2.5-VL-7B-Instruct", "--questions", "400", "--images", "200",
-        "--bf16", "auto", "--flash_attn"]  # fmt: skip
+PLAN = [
+    "plan",
+    "--base_model",
+    "Qwen/Qwen2.5-VL-7B-Instruct",
+    "--questions",
+    "400",
+    "--images",
+    "200",
+    "--bf16",
+    "auto",
+    "--flash_attn",
+]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,20 @@ from vlm_sft.errors import RunError
 from vlm_sft.place import announce, read_place
 
 _MINE = ("RANK", "WORLD_SIZE", "LOCAL_", "OMPI_", "MV2_", "PMI_", "MPI_", "SLURM_", "MASTER_")
-OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-            "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
-SLURM = {"SLURM_PROCID": "11", "SLURM_STEP_NUM_TASKS": "11", "SLURM_LOCALID": "2", "SLURM_NODEID": "2",
-         "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_JOB_ID": "4321"}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+SLURM = {
+    "SLURM_PROCID": "11",
+    "SLURM_STEP_NUM_TASKS": "11",
+    "SLURM_LOCALID": "2",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+    "SLURM_JOB_ID": "4321",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -30,18 +40,41 @@ CASES = {
     "deepspeed": ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, 1, (3, 4, 1, 2)),
     "deepspeed, flag only": ({"RANK": "1", "WORLD_SIZE": "2"}, 1, (1, 2, 1, 2)),
     "Open MPI": (OPEN_MPI, None, (3, 4, 1, 2)),
-    "Intel MPI": ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, None,
-                  (1, 2, 1, 2)),
+    "Intel MPI": (
+        {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+        None,
+        (1, 2, 1, 2),
+    ),
     "srun, uneven machines": (SLURM | {"SLURM_PROCID": "10"}, None, (10, 11, 2, 3)),
     "a job's script is no rank": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, None, (0, 1, 0, 1)),
     "torchrun below srun": (
-        {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "SLURM_PROCID": "1",
-         "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}, None, (9, 16, 1, 8)),
+        {
+            "RANK": "9",
+            "WORLD_SIZE": "16",
+            "LOCAL_RANK": "1",
+            "LOCAL_WORLD_SIZE": "8",
+            "SLURM_PROCID": "1",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_LOCALID": "0",
+        },
+        None,
+        (9, 16, 1, 8),
+    ),
     "by hand below srun": (
-        {"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1",
-         "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "2"}, None, (1, 2, 1, 2)),
+        {
+            "RANK": "1",
+            "WORLD_SIZE": "2",
+            "SLURM_PROCID": "1",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_LOCALID": "1",
+            "SLURM_NODEID": "0",
+            "SLURM_STEP_TASKS_PER_NODE": "2",
+        },
+        None,
+        (1, 2, 1, 2),
+    ),
     "one process on purpose": (OPEN_MPI | {"RANK": "0", "WORLD_SIZE": "1"}, None, (0, 1, 0, 1)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

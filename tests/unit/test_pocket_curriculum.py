@@ -17,13 +17,7 @@ from vlm_sft.data.demo.chart_questions import chart_questions
 from vlm_sft.data.demo.charts import random_chart
 from vlm_sft.data.demo.fonts import load_font
 from vlm_sft.model.pocket import curriculum, table_lessons
-from vlm_sft.model.pocket.canvas import (
-    CHARACTER_CLASSES,
-    CHARACTERS,
-    THING_CLASSES,
-    Canvas,
-    Record,
-)
+from vlm_sft.model.pocket.canvas import CHARACTER_CLASSES, CHARACTERS, THING_CLASSES, Canvas, Record
 from vlm_sft.model.pocket.chart_lessons import CHART_SIZES, chart
 from vlm_sft.model.pocket.labels import FACT_CLASSES, FACTS, LOOKS, UNKNOWN
 from vlm_sft.model.pocket.tokenizer import SPECIAL_TOKENS, build_tokenizer, vocabulary
@@ -195,10 +189,10 @@ def _from_grid(question: str) -> str:
 def test_questions_on_a_grid_have_the_answers_of_its_cells() -> None:
     columns = [list(column.values()) for column in GRID.values()]
     pairs = {
-        pair for seed in range(60) for pair in table_lessons._grid_questions(
-            Random(seed), list(GRID), list(GRID["Oslo"]), columns
-        )
-    }  # fmt: skip
+        pair
+        for seed in range(60)
+        for pair in table_lessons._grid_questions(Random(seed), list(GRID), list(GRID["Oslo"]), columns)
+    }
     assert [(question, answer) for question, answer in sorted(pairs) if answer != _from_grid(question)] == []
     kinds = {re.sub(r"Oslo|Rome|tea|milk|jam|\d+", "", question) for question, _ in pairs}
     assert len(pairs) > 150 and len(kinds) >= 14

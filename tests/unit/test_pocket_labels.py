@@ -88,38 +88,51 @@ def test_a_token_with_two_labels_shows_none() -> None:
 
 def test_a_question_looks_for_what_it_mentions_or_else_for_its_answer() -> None:
     labels = [
-        Label("Oak", values=["7"], order=0), Label("Elm", values=["9"], order=1), Label("A.B", values=["9"], order=2),
-        Label("7", "value", order=0), Label("9", "value", order=1),
-    ]  # fmt: skip
-    _expect(labels, {
-        ("Read the value of Oak.", "7"): (1, 0, 0, 4, 0),
-        ("Which label has 7?", "Elm"): (2, 0, 0, 5, 0),
-        ("Elm or Oak, which is more?", "Oak"): (2, 0, 1, 5, 4),
-        ("Oaks?", "3"): (0, 0, 0, 0, 0),
-        ("A.B?", "4"): (3, 0, 0, 0, 0),
-        ("The highest value?", "7"): (1, 0, 0, 4, 0),
-        ("The lowest value?", "9"): (0, 0, 0, 0, 0),
-        ("How many trees?", "7"): (0, 0, 0, 0, 0),
-        ("Trees: count?", "7"): (0, 0, 0, 0, 0),
-    })  # fmt: skip
+        Label("Oak", values=["7"], order=0),
+        Label("Elm", values=["9"], order=1),
+        Label("A.B", values=["9"], order=2),
+        Label("7", "value", order=0),
+        Label("9", "value", order=1),
+    ]
+    _expect(
+        labels,
+        {
+            ("Read the value of Oak.", "7"): (1, 0, 0, 4, 0),
+            ("Which label has 7?", "Elm"): (2, 0, 0, 5, 0),
+            ("Elm or Oak, which is more?", "Oak"): (2, 0, 1, 5, 4),
+            ("Oaks?", "3"): (0, 0, 0, 0, 0),
+            ("A.B?", "4"): (3, 0, 0, 0, 0),
+            ("The highest value?", "7"): (1, 0, 0, 4, 0),
+            ("The lowest value?", "9"): (0, 0, 0, 0, 0),
+            ("How many trees?", "7"): (0, 0, 0, 0, 0),
+            ("Trees: count?", "7"): (0, 0, 0, 0, 0),
+        },
+    )
 
 
 def test_a_question_about_several_series_looks_for_the_mark_of_its_category_and_series() -> None:
     labels = [
-        Label("Oak", values=["7", "5"], order=0), Label("Elm", values=["9", "7"], order=1),
-        Label("Men", "series", place=0), Label("Women", "series", place=1),
-        Label("", "value", ["7"], place=0, order=0), Label("", "value", ["5"], place=1, order=0),
-        Label("", "value", ["9"], place=0, order=1), Label("", "value", ["7"], place=1, order=1),
-    ]  # fmt: skip
-    _expect(labels, {
-        ("Women in Elm?", "7"): (2, 4, 0, 8, 0),
-        ("Does Oak exceed Elm, Women?", "Yes"): (1, 4, 2, 6, 8),
-        ("In Elm: Women or Men?", "Men"): (2, 4, 3, 8, 7),
-        ("Which is red?", "Men"): (0, 3, 0, 0, 0),
-        ("The highest value of Women?", "7"): (2, 4, 0, 8, 0),
-        ("The highest value?", "9"): (0, 0, 0, 0, 0),
-        ("Where does Men peak?", "Elm"): (2, 3, 0, 7, 0),
-    })  # fmt: skip
+        Label("Oak", values=["7", "5"], order=0),
+        Label("Elm", values=["9", "7"], order=1),
+        Label("Men", "series", place=0),
+        Label("Women", "series", place=1),
+        Label("", "value", ["7"], place=0, order=0),
+        Label("", "value", ["5"], place=1, order=0),
+        Label("", "value", ["9"], place=0, order=1),
+        Label("", "value", ["7"], place=1, order=1),
+    ]
+    _expect(
+        labels,
+        {
+            ("Women in Elm?", "7"): (2, 4, 0, 8, 0),
+            ("Does Oak exceed Elm, Women?", "Yes"): (1, 4, 2, 6, 8),
+            ("In Elm: Women or Men?", "Men"): (2, 4, 3, 8, 7),
+            ("Which is red?", "Men"): (0, 3, 0, 0, 0),
+            ("The highest value of Women?", "7"): (2, 4, 0, 8, 0),
+            ("The highest value?", "9"): (0, 0, 0, 0, 0),
+            ("Where does Men peak?", "Elm"): (2, 3, 0, 7, 0),
+        },
+    )
 
 
 def _expect(labels: list[Label], expected: dict[tuple[str, str], tuple[int, ...]]) -> None:

@@ -305,15 +305,28 @@ def test_mistakes_on_the_command_line_are_named(tmp_path: Path, capsys: pytest.C
 def test_the_shipped_folder_is_whole_and_small() -> None:
     files = {path.name for path in WEIGHTS.iterdir()}
     assert files >= {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "processor_config.json",
-        "chat_template.jinja", "generation_config.json", artifacts.PROMPT, SCORES, CARD, build.TRAINING_HEADS,
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "processor_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        artifacts.PROMPT,
+        SCORES,
+        CARD,
+        build.TRAINING_HEADS,
+    }
     assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) <= MAX_SHIPPED_BYTES
     prompt = artifacts.read_json(WEIGHTS / artifacts.PROMPT)
     assert prompt == {
-        "schema": 1, "template": "{question}", "system": "", "min_pixels": None, "max_pixels": build.MAX_PIXELS,
+        "schema": 1,
+        "template": "{question}",
+        "system": "",
+        "min_pixels": None,
+        "max_pixels": build.MAX_PIXELS,
         "max_new_tokens": build.MAX_NEW_TOKENS,
-    }  # fmt: skip
+    }
 
 
 def test_the_shipped_model_is_the_architecture_in_bfloat16(shipped: tuple[Any, Any], model: Any) -> None:

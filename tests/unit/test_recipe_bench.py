@@ -32,10 +32,17 @@ from vlm_sft.recipe.load import overrides_from, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(
-    base_model="pocket", dataset="demo_charts,demo_text", max_train=64, max_eval=8, seeds=(1, 2), learning_rate=2e-3,
+    base_model="pocket",
+    dataset="demo_charts,demo_text",
+    max_train=64,
+    max_eval=8,
+    seeds=(1, 2),
+    learning_rate=2e-3,
     global_batch_size=None,
-    launcher=(sys.executable, "-m", "vlm_sft"), flash_attn=False, work_dir=Path("work"),
-)  # fmt: skip
+    launcher=(sys.executable, "-m", "vlm_sft"),
+    flash_attn=False,
+    work_dir=Path("work"),
+)
 
 
 def test_rows_of_the_recipes() -> None:
@@ -62,9 +69,15 @@ def test_an_ablation_changes_one_thing_at_a_time() -> None:
     assert fixed["learning_rate"] == 2e-3 and fixed["num_train_epochs"] == 6
     changes = [{key for key, value in arm.values().items() if value != fixed[key]} for arm in others]
     assert set.union(*changes) == {
-        "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "num_train_epochs", "lora_r",
-        "lora_alpha", "target_modules",
-    }  # fmt: skip
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_ratio",
+        "weight_decay",
+        "num_train_epochs",
+        "lora_r",
+        "lora_alpha",
+        "target_modules",
+    }
     assert all(len(changed) == 1 or changed == {"lora_r", "lora_alpha"} for changed in changes)
     assert [arm.values()["learning_rate"] for arm in others[:3]] == [2e-4, 6e-4, 6e-3]
     assert ablation_arms(replace(SETTINGS, learning_rate=None))[0].values()["learning_rate"] == 4e-5
@@ -72,15 +85,19 @@ def test_an_ablation_changes_one_thing_at_a_time() -> None:
 
 def test_what_a_row_is_compared_with() -> None:
     arms = recipe_arms(SETTINGS)
-    partners = [next((other for other in reversed(arms[:index]) if arm.is_compared_with(other)), None)
-                for index, arm in enumerate(arms)]  # fmt: skip
+    partners = [
+        next((other for other in reversed(arms[:index]) if arm.is_compared_with(other)), None)
+        for index, arm in enumerate(arms)
+    ]
     assert partners[:5] == [None, *arms[:4]]
     assert partners[5:10] == [None, *arms[5:9]]
     assert partners[10:] == [arms[9]]
 
 
-@pytest.mark.parametrize(("recipe", "limit", "questions"), [("smoketest", 64, 64), ("smoketest", None, 512),
-                                                            ("best", 64, 64), ("best", None, None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("recipe", "limit", "questions"),
+    [("smoketest", 64, 64), ("smoketest", None, 512), ("best", 64, 64), ("best", None, None)],
+)
 def test_command_lines_are_those_of_the_program(recipe: str, limit: int | None, questions: int | None) -> None:
     arm = Arm("recipe", recipe, "x", {"learning_rate": 2e-3}, "demo_charts")
     words = train_command(replace(SETTINGS, max_train=limit, max_eval=limit), arm, 2)

@@ -17,28 +17,61 @@ from vlm_sft.recipe.schema import KEYS
 
 AGAIN = "run python bench/recipes.py --tables"
 ROW = {
-    "arm": "recipe", "recipe": "1epoch", "variant": "as is", "overrides": {}, "dataset": "a,b", "epochs": 1.0,
-    "learning_rate": 2e-4, "seeds": [1, 2], "questions_seen": 700, "steps": 11, "wall_seconds": 61.2,
-    "evaluate_seconds": 4.0, "peak_bytes": 2**30, "disk_bytes": {"adapter": 1, "checkpoints": 2048, "logs": 3},
-    "device": "CPU", "benchmarks": {"a": {
-        "accuracy": 0.25, "interval": [0.2, 0.3], "by_seed": [0.24, 0.26], "difference": 0.05,
-        "difference_interval": [0.01, 0.09], "p_value": 0.01, "verdict": "better",
-        "previous": {"difference": -0.01, "interval": [-0.02, 0.0], "verdict": "no significant difference"},
-    }},
-}  # fmt: skip
+    "arm": "recipe",
+    "recipe": "1epoch",
+    "variant": "as is",
+    "overrides": {},
+    "dataset": "a,b",
+    "epochs": 1.0,
+    "learning_rate": 2e-4,
+    "seeds": [1, 2],
+    "questions_seen": 700,
+    "steps": 11,
+    "wall_seconds": 61.2,
+    "evaluate_seconds": 4.0,
+    "peak_bytes": 2**30,
+    "disk_bytes": {"adapter": 1, "checkpoints": 2048, "logs": 3},
+    "device": "CPU",
+    "benchmarks": {
+        "a": {
+            "accuracy": 0.25,
+            "interval": [0.2, 0.3],
+            "by_seed": [0.24, 0.26],
+            "difference": 0.05,
+            "difference_interval": [0.01, 0.09],
+            "p_value": 0.01,
+            "verdict": "better",
+            "previous": {"difference": -0.01, "interval": [-0.02, 0.0], "verdict": "no significant difference"},
+        }
+    },
+}
 EMPTY = {
-    "recipe": "best", "epochs": 6.0, "seeds": [], "benchmarks": {}, "questions_seen": None, "wall_seconds": None,
-    "peak_bytes": None, "disk_bytes": None, "device": None,
-}  # fmt: skip
+    "recipe": "best",
+    "epochs": 6.0,
+    "seeds": [],
+    "benchmarks": {},
+    "questions_seen": None,
+    "wall_seconds": None,
+    "peak_bytes": None,
+    "disk_bytes": None,
+    "device": None,
+}
 RESULT = {
-    "made": "2026-01-02T03:04:05+00:00", "note": "a slow day", "git": {"hash": "abcdef123456", "dirty": False},
+    "made": "2026-01-02T03:04:05+00:00",
+    "note": "a slow day",
+    "git": {"hash": "abcdef123456", "dirty": False},
     "settings": {
-        "base_model": "pocket", "dataset": "a,b", "benchmarks": ["a"], "max_train": 700, "max_eval": None,
-        "seeds": [1, 2], "lora": {"r": 16, "alpha": 32, "target_modules": ["q_proj"]},
+        "base_model": "pocket",
+        "dataset": "a,b",
+        "benchmarks": ["a"],
+        "max_train": 700,
+        "max_eval": None,
+        "seeds": [1, 2],
+        "lora": {"r": 16, "alpha": 32, "target_modules": ["q_proj"]},
     },
     "base": {"benchmarks": {"a": {"n": 80, "metric": "m", "synthetic": True, "accuracy": 0.2, "interval": [0.1, 0.3]}}},
     "rows": [ROW, ROW | EMPTY],
-}  # fmt: skip
+}
 
 
 def test_documents_are_those_of_the_recorded_results() -> None:
@@ -77,12 +110,17 @@ def test_another_number_in_a_record_is_noticed(tmp_path: Path, monkeypatch: pyte
     changed = json.loads(json.dumps(RESULT))
     changed["rows"][0]["benchmarks"]["a"]["accuracy"] = 0.26
     (tmp_path / "recipes-pocket-a.json").write_text(json.dumps(changed))
-    lines = [pair for pair in zip(before.splitlines(), documents()[COMPARISON].splitlines(), strict=True)
-             if pair[0] != pair[1]]  # fmt: skip
-    assert lines == [(
-        "| 1epoch | as is | 1 | 0.0002 | 2 | 25.0 % [20.0, 30.0] | +5.0 [+1.0, +9.0] better | -1.0 [-2.0, +0.0] |",
-        "| 1epoch | as is | 1 | 0.0002 | 2 | 26.0 % [20.0, 30.0] | +5.0 [+1.0, +9.0] better | -1.0 [-2.0, +0.0] |",
-    )]  # fmt: skip
+    lines = [
+        pair
+        for pair in zip(before.splitlines(), documents()[COMPARISON].splitlines(), strict=True)
+        if pair[0] != pair[1]
+    ]
+    assert lines == [
+        (
+            "| 1epoch | as is | 1 | 0.0002 | 2 | 25.0 % [20.0, 30.0] | +5.0 [+1.0, +9.0] better | -1.0 [-2.0, +0.0] |",
+            "| 1epoch | as is | 1 | 0.0002 | 2 | 26.0 % [20.0, 30.0] | +5.0 [+1.0, +9.0] better | -1.0 [-2.0, +0.0] |",
+        )
+    ]
 
 
 def test_tables_of_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

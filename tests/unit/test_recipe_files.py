@@ -15,8 +15,16 @@ from vlm_sft.recipe.schema import KEYS, Recipe
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 COLUMNS = (
-    "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "eval_steps",
-    "save_steps", "save_total_limit", "load_best_model_at_end", "dataloader_num_workers",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "weight_decay",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "dataloader_num_workers",
 )
 TABLE = {
     "sft_config_smoketest.json": (1, 2e-4, "linear", 0.03, 0.0, 500, 500, 1, False, 0),
@@ -26,10 +34,22 @@ TABLE = {
     "sft_config_best.json": (6, 4e-5, "cosine", 0.06, 0.01, 250, 250, 5, True, 2),
 }
 SHARED = {
-    "eval_strategy": "steps", "save_strategy": "steps", "max_grad_norm": 0.3, "optim": "adamw_torch_fused",
-    "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "bf16": "auto", "gradient_checkpointing": "auto",
-    "metric_for_best_model": "eval_loss", "seed": 42, "global_batch_size": 64, "lora_r": 16, "lora_alpha": 32,
-    "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj", "o_proj"],
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "max_grad_norm": 0.3,
+    "optim": "adamw_torch_fused",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "bf16": "auto",
+    "gradient_checkpointing": "auto",
+    "metric_for_best_model": "eval_loss",
+    "seed": 42,
+    "global_batch_size": 64,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "target_modules": ["q_proj", "v_proj", "o_proj"],
 }
 
 
@@ -47,7 +67,8 @@ def test_file_loads_without_notes_and_keeps_its_values(name: str) -> None:
     given = json.loads((CONFIGS / name).read_text(encoding="utf-8"))
     assert loaded.notes == []
     assert loaded.recipe.to_dict() == {key.name: key.default for key in KEYS.values()} | given | {
-        "report_to": ["tensorboard"], "train": ["language"],
+        "report_to": ["tensorboard"],
+        "train": ["language"],
     }
 
 

@@ -33,9 +33,24 @@ def parse(*argv: str) -> dict[str, object]:
 
 
 def test_flags_are_parsed_and_win_over_the_file(write) -> None:
-    flags = parse("--learning_rate", "3e-4", "--max_steps", "-1", "--target_modules", "q_proj, k_proj,", "--bf16",
-                  "--gradient_checkpointing", "false", "--save_total_limit", "null", "--report_to", "none",
-                  "--load_best_model_at_end", "no", "--lora_r=8")
+    flags = parse(
+        "--learning_rate",
+        "3e-4",
+        "--max_steps",
+        "-1",
+        "--target_modules",
+        "q_proj, k_proj,",
+        "--bf16",
+        "--gradient_checkpointing",
+        "false",
+        "--save_total_limit",
+        "null",
+        "--report_to",
+        "none",
+        "--load_best_model_at_end",
+        "no",
+        "--lora_r=8",
+    )
     recipe = load_recipe(write(learning_rate=1e-5, lora_r=4, save_total_limit=2, seed=7), flags)
     assert recipe.learning_rate == 3e-4
     assert recipe.max_steps == -1

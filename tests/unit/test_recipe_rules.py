@@ -102,8 +102,10 @@ def test_mistake_in_one_value(tmp_path: Path, text: str, expected: str) -> None:
     [
         ({"load_best_model_at_end": True, "eval_strategy": "no"}, "without evaluations there is no best checkpoint"),
         ({"load_best_model_at_end": True, "save_strategy": "no"}, "without checkpoints the best one cannot be loaded"),
-        ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "epoch"},
-         "where nothing is saved"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "epoch"},
+            "where nothing is saved",
+        ),
         ({"load_best_model_at_end": True, "eval_steps": 300, "save_steps": 500}, "eval_steps = 300, save_steps = 500"),
         ({"load_best_model_at_end": True, "eval_steps": 500, "save_steps": 1000}, "on a step that is never saved"),
         ({"load_best_model_at_end": True, "eval_steps": 500, "save_steps": 250}, "make save_steps equal to eval_steps"),
@@ -114,8 +116,10 @@ def test_mistake_in_one_value(tmp_path: Path, text: str, expected: str) -> None:
         ({"max_steps": 10, "warmup_steps": 10}, "the training ends before the warmup does"),
         ({"min_pixels": 5000, "max_pixels": 4000}, "the smallest area is above the largest"),
         ({"report_to": ["none", "wandb"]}, "none and a tracker together"),
-        ({"global_batch_size": 64, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
-         "per_device_train_batch_size = 6, gradient_accumulation_steps = 2: no number of devices"),
+        (
+            {"global_batch_size": 64, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
+            "per_device_train_batch_size = 6, gradient_accumulation_steps = 2: no number of devices",
+        ),
         ({"global_batch_size": 64, "per_device_train_batch_size": 65}, "no number of devices gives this global batch"),
         ({"global_batch_size": None}, "no number of devices gives this global batch"),
     ],
@@ -136,12 +140,23 @@ def test_a_contradiction_between_layers_says_where_each_value_is_from(tmp_path: 
 
 def test_all_mistakes_come_in_one_message(tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
-    path.write_text('{"lora_r": 0, "seed": "x", "sed": 1, "weight_decay": NaN, "warmup_ratio": 0.1, "warmup_steps": 3,'
-                    ' "optim": "adamw_torch", "optim": "adafactor"}')
+    path.write_text(
+        '{"lora_r": 0, "seed": "x", "sed": 1, "weight_decay": NaN, "warmup_ratio": 0.1, "warmup_steps": 3,'
+        ' "optim": "adamw_torch", "optim": "adafactor"}'
+    )
     told = message(path, {"learning_rate": "fast", "lora_dropout": "1", "sead": "4"})
     assert told.startswith("9 mistakes in the recipe\n")
-    for part in ("lora_r = 0", 'seed = "x"', "sed = 1", "weight_decay = NaN", "warmup_steps = 3", "optim = ",
-                 '--learning_rate = "fast"', '--lora_dropout = "1"', '--sead = "4"'):
+    for part in (
+        "lora_r = 0",
+        'seed = "x"',
+        "sed = 1",
+        "weight_decay = NaN",
+        "warmup_steps = 3",
+        "optim = ",
+        '--learning_rate = "fast"',
+        '--lora_dropout = "1"',
+        '--sead = "4"',
+    ):
         assert told.count(part) == 1, part
 
 

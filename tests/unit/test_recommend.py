@@ -28,18 +28,16 @@ def candidate(name: str, hours: float, quality: tuple[float, float] | None = Non
 
 qualities_drawn = st.tuples(st.floats(0, 1), st.floats(0.001, 0.2))
 candidates_drawn = st.lists(
-    st.builds(
-        candidate, st.sampled_from(["a", "b", "c", "d", "smoketest"]), st.floats(0.1, 100), qualities_drawn
-    ),
-    min_size=1, max_size=7, unique_by=lambda one: one.name,
-)  # fmt: skip
+    st.builds(candidate, st.sampled_from(["a", "b", "c", "d", "smoketest"]), st.floats(0.1, 100), qualities_drawn),
+    min_size=1,
+    max_size=7,
+    unique_by=lambda one: one.name,
+)
 
 
 @settings(deadline=None)
 @given(candidates_drawn, st.floats(0.1, 100), st.floats(0, 100), st.sampled_from(PRIORITIES))
-def test_more_hours_never_give_a_worse_recipe(
-    found: list[Candidate], hours: float, more: float, priority: str
-) -> None:
+def test_more_hours_never_give_a_worse_recipe(found: list[Candidate], hours: float, more: float, priority: str) -> None:
     first, second = recommend(found, hours, None, priority), recommend(found, hours + more, None, priority)
     if first.chosen is None:
         return
@@ -54,15 +52,18 @@ def test_more_hours_never_give_a_worse_recipe(
 def test_pareto_front_holds_exactly_what_nothing_beats(points: list[tuple[int, int]]) -> None:
     front = {points[index] for index in pareto_front(points)}
     unbeaten = {
-        one for one in points
-        if not any(other[0] <= one[0] and other[1] >= one[1] and other != one for other in points)
+        one for one in points if not any(other[0] <= one[0] and other[1] >= one[1] and other != one for other in points)
     }
     assert front == unbeaten
 
 
 def test_cheapest_that_is_not_significantly_worse() -> None:
-    found = [candidate("1epoch", 1, (0.60, 0.02)), candidate("2epoch", 2, (0.69, 0.02)),
-             candidate("5epoch", 5, (0.70, 0.02)), candidate("best", 6, (0.66, 0.02))]  # fmt: skip
+    found = [
+        candidate("1epoch", 1, (0.60, 0.02)),
+        candidate("2epoch", 2, (0.69, 0.02)),
+        candidate("5epoch", 5, (0.70, 0.02)),
+        candidate("best", 6, (0.66, 0.02)),
+    ]
     balanced = recommend(found, 10)
     assert (balanced.chosen, balanced.runner_up) == ("2epoch", "5epoch")
     assert "not significantly worse than the best affordable one, 5epoch" in balanced.reasons[0]
@@ -74,9 +75,9 @@ def test_cheapest_that_is_not_significantly_worse() -> None:
     assert "# 2epoch" in drawn and "* 5epoch" in drawn and "o best" in drawn
 
 
-@pytest.mark.parametrize("times", [
-    (0.01, 0.23, 0.39, 0.90, 1.07), (1, 1, 1, 1, 1), (1, 1.01, 1.02, 1.03, 1.04), (0.5, 1, 1, 90, 91),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "times", [(0.01, 0.23, 0.39, 0.90, 1.07), (1, 1, 1, 1, 1), (1, 1.01, 1.02, 1.03, 1.04), (0.5, 1, 1, 90, 91)]
+)
 @pytest.mark.parametrize("values", [(0.714, 0.738, 0.739, 0.740, 0.740), (0.7,) * 5, (0.5, 0.6, 0.7, 0.8, 0.9)])
 def test_names_of_the_plot_are_whole(times: tuple[float, ...], values: tuple[float, ...]) -> None:
     """Recipes that take nearly as long and answer nearly as well overwrote each other: "# 1ep* 2epoch"."""
@@ -100,14 +101,20 @@ def test_what_cannot_be_afforded_is_named() -> None:
     nothing = recommend(found, 10, disk_bytes=1e9)
     assert nothing.chosen is None
     assert nothing.reasons == (
-        "1epoch: 5 GB of disk are forecast, more than 1 GB", "2epoch: 30.00 h are forecast, more than 10 h",
-    )  # fmt: skip
+        "1epoch: 5 GB of disk are forecast, more than 1 GB",
+        "2epoch: 30.00 h are forecast, more than 10 h",
+    )
 
 
 def test_guide_flow_with_the_guides_own_times() -> None:
     """Where a recipe takes the hours that the guide gives it, the recommendation is the guide's."""
-    found = [candidate("smoketest", 0.1), candidate("1epoch", 4), candidate("2epoch", 8), candidate("5epoch", 16),
-             candidate("best", 19)]  # fmt: skip
+    found = [
+        candidate("smoketest", 0.1),
+        candidate("1epoch", 4),
+        candidate("2epoch", 8),
+        candidate("5epoch", 16),
+        candidate("best", 19),
+    ]
     for hours in (5, 7.9, 8, 12, 15.9, 16, 18.5, 20, 24):
         assert recommend(found, hours).chosen == guide_advice(hours, "balanced"), hours
     assert recommend(found, 22, priority="quality").chosen == guide_advice(22, "quality") == "best"
@@ -118,15 +125,22 @@ def test_guide_flow_with_the_guides_own_times() -> None:
 
 
 def recorded_row(recipe: str, accuracy: float, variant: str = "as is") -> dict[str, object]:
-    return {"arm": "recipe", "recipe": recipe, "variant": variant,
-            "benchmarks": {"x": {"accuracy": accuracy, "interval": [accuracy - 0.1, accuracy + 0.1]}}}  # fmt: skip
+    return {
+        "arm": "recipe",
+        "recipe": recipe,
+        "variant": variant,
+        "benchmarks": {"x": {"accuracy": accuracy, "interval": [accuracy - 0.1, accuracy + 0.1]}},
+    }
 
 
 def test_own_runs_count_before_the_recorded_benchmark(tmp_path: Path) -> None:
     recorded, runs = tmp_path / "recorded", tmp_path / "runs"
     recorded.mkdir()
-    rows = [recorded_row("1epoch", 0.5), recorded_row("1epoch", 0.9, "learning_rate 1"), {"arm": "recipe",
-            "recipe": "best", "variant": "as is", "benchmarks": {}}]  # fmt: skip
+    rows = [
+        recorded_row("1epoch", 0.5),
+        recorded_row("1epoch", 0.9, "learning_rate 1"),
+        {"arm": "recipe", "recipe": "best", "variant": "as is", "benchmarks": {}},
+    ]
     file = {"settings": {"base_model": "pocket", "dataset": "easy_vqa"}, "rows": rows, "made": "then"}
     (recorded / "recipes-pocket-easy_vqa.json").write_text(json.dumps(file))
     found, source = qualities(None, "pocket", ["easy_vqa"], recorded)
@@ -136,12 +150,26 @@ def test_own_runs_count_before_the_recorded_benchmark(tmp_path: Path) -> None:
     assert qualities(None, "pocket", ["easy_vqa"], tmp_path)[0] == {}
     for name, when, accuracy in (("a", "2026-01-01", 0.1), ("b", "2026-01-02", 0.7)):
         (runs / name).mkdir(parents=True)
-        (runs / name / "run.json").write_text(json.dumps({
-            "recipe_file": "configs/sft_config_best.json", "base_model": "pocket", "datasets": ["easy_vqa"],
-            "status": "finished", "finished": when}))  # fmt: skip
-        (runs / name / "results.json").write_text(json.dumps({
-            "benchmarks": {"easy_vqa": {"tuned": {"accuracy": accuracy, "interval": [accuracy - 0.1, accuracy + 0.1]}}},
-        }))
+        (runs / name / "run.json").write_text(
+            json.dumps(
+                {
+                    "recipe_file": "configs/sft_config_best.json",
+                    "base_model": "pocket",
+                    "datasets": ["easy_vqa"],
+                    "status": "finished",
+                    "finished": when,
+                }
+            )
+        )
+        (runs / name / "results.json").write_text(
+            json.dumps(
+                {
+                    "benchmarks": {
+                        "easy_vqa": {"tuned": {"accuracy": accuracy, "interval": [accuracy - 0.1, accuracy + 0.1]}}
+                    }
+                }
+            )
+        )
     own, source = qualities(runs, "pocket", ["easy_vqa"], recorded)
     assert list(own) == ["best"] and own["best"].value == pytest.approx(0.7)
     assert "1 of your recipes' runs" in source
@@ -151,13 +179,21 @@ def test_own_runs_count_before_the_recorded_benchmark(tmp_path: Path) -> None:
 def test_own_runs_on_too_few_questions_are_not_chosen_by(tmp_path: Path, accuracy: float) -> None:
     """A run on four images says nothing about its recipe; the line says what it would take."""
     (tmp_path / "runs" / "a").mkdir(parents=True)
-    (tmp_path / "runs" / "a" / "run.json").write_text(json.dumps({
-        "recipe_file": "configs/sft_config_best.json", "base_model": "pocket", "datasets": ["own"],
-        "status": "finished", "finished": "2026-01-01"}))  # fmt: skip
+    (tmp_path / "runs" / "a" / "run.json").write_text(
+        json.dumps(
+            {
+                "recipe_file": "configs/sft_config_best.json",
+                "base_model": "pocket",
+                "datasets": ["own"],
+                "status": "finished",
+                "finished": "2026-01-01",
+            }
+        )
+    )
     low, high = mean_interval([1.0] * round(10 * accuracy) + [0.0] * round(10 - 10 * accuracy), [0, 1, 2, 3, 0] * 2)
-    (tmp_path / "runs" / "a" / "results.json").write_text(json.dumps({
-        "benchmarks": {"own": {"n": 10, "tuned": {"accuracy": accuracy, "interval": [low, high]}}},
-    }))
+    (tmp_path / "runs" / "a" / "results.json").write_text(
+        json.dumps({"benchmarks": {"own": {"n": 10, "tuned": {"accuracy": accuracy, "interval": [low, high]}}}})
+    )
     found, source = qualities(tmp_path / "runs", "pocket", ["own"], tmp_path)
     assert found == {}
     first, second = source.splitlines()
@@ -169,22 +205,43 @@ def test_own_runs_on_too_few_questions_are_not_chosen_by(tmp_path: Path, accurac
 
 def test_devices_are_found_by_their_drivers_names_and_never_guessed() -> None:
     reported = {
-        "NVIDIA A100-SXM4-80GB": "A100-80GB", "NVIDIA H200": "H200", "NVIDIA L40S": "L40S", "NVIDIA L4": "L4",
-        "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100-PCIe", "NVIDIA GeForce RTX 4090": "RTX4090",
-        "Tesla T4": "T4", "NVIDIA A10G": "A10G", "NVIDIA A10": "A10", "NVIDIA H100 NVL": "H100-NVL",
-        "NVIDIA A100-PCIE-40GB": "A100-40GB", "NVIDIA A100 80GB PCIe": "A100-80GB", "NVIDIA B200": "B200",
-        "NVIDIA GB200": "GB200", "NVIDIA GeForce RTX 5090": "RTX5090", "NVIDIA RTX A6000": "A6000",
-        "NVIDIA RTX 6000 Ada Generation": "RTX6000-Ada", "AMD Instinct MI300X OAM": "MI300X",
+        "NVIDIA A100-SXM4-80GB": "A100-80GB",
+        "NVIDIA H200": "H200",
+        "NVIDIA L40S": "L40S",
+        "NVIDIA L4": "L4",
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA H100 PCIe": "H100-PCIe",
+        "NVIDIA GeForce RTX 4090": "RTX4090",
+        "Tesla T4": "T4",
+        "NVIDIA A10G": "A10G",
+        "NVIDIA A10": "A10",
+        "NVIDIA H100 NVL": "H100-NVL",
+        "NVIDIA A100-PCIE-40GB": "A100-40GB",
+        "NVIDIA A100 80GB PCIe": "A100-80GB",
+        "NVIDIA B200": "B200",
+        "NVIDIA GB200": "GB200",
+        "NVIDIA GeForce RTX 5090": "RTX5090",
+        "NVIDIA RTX A6000": "A6000",
+        "NVIDIA RTX 6000 Ada Generation": "RTX6000-Ada",
+        "AMD Instinct MI300X OAM": "MI300X",
         "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": "RTX-PRO-6000",
         "NVIDIA RTX PRO 6000 Blackwell Server Edition": "RTX-PRO-6000-Server",
-        "Tesla V100-SXM2-16GB": "V100-16GB", "Tesla V100S-PCIE-32GB": "V100-32GB",
-    }  # fmt: skip
+        "Tesla V100-SXM2-16GB": "V100-16GB",
+        "Tesla V100S-PCIE-32GB": "V100-32GB",
+    }
     assert {name: device.name for name in reported if (device := find_device(name))} == reported
     others = (
-        "NVIDIA B300", "NVIDIA A1000", "NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA L40",
-        "NVIDIA H20", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 5090 D", "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA B300",
+        "NVIDIA A1000",
+        "NVIDIA GH200 480GB",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA L40",
+        "NVIDIA H20",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 5090 D",
+        "NVIDIA GeForce RTX 3090 Ti",
         "Quadro RTX 6000",
-    )  # fmt: skip
+    )
     assert [name for name in others if find_device(name)] == []
     assert all(device.source and find_device(device.name) is device for device in DEVICES)
 
@@ -192,14 +249,26 @@ def test_devices_are_found_by_their_drivers_names_and_never_guessed() -> None:
 @pytest.mark.parametrize(
     ("written", "name"),
     [
-        ("H100-80GB", "H100"), ("H100-SXM", "H100"), ("h100 sxm5 80gb", "H100"), ("h100_pcie", "H100-PCIe"),
-        ("nvidia h200", "H200"), ("DGX B200", "B200"), ("GB200 NVL72", "GB200"), ("RTX 5090", "RTX5090"),
-        ("RTX 6000 Ada", "RTX6000-Ada"), ("RTX PRO 6000 Blackwell", "RTX-PRO-6000"),
-        ("L40S", "L40S"), ("mi300x", "MI300X"), ("A100 80GB", "A100-80GB"),
-        ("A100-SXM4-40GB", "A100-40GB"), ("T4", "T4"), ("V100", "V100-16GB"),
-        ("GeForce RTX 4090", "RTX4090"), ("4090", "RTX4090"),
+        ("H100-80GB", "H100"),
+        ("H100-SXM", "H100"),
+        ("h100 sxm5 80gb", "H100"),
+        ("h100_pcie", "H100-PCIe"),
+        ("nvidia h200", "H200"),
+        ("DGX B200", "B200"),
+        ("GB200 NVL72", "GB200"),
+        ("RTX 5090", "RTX5090"),
+        ("RTX 6000 Ada", "RTX6000-Ada"),
+        ("RTX PRO 6000 Blackwell", "RTX-PRO-6000"),
+        ("L40S", "L40S"),
+        ("mi300x", "MI300X"),
+        ("A100 80GB", "A100-80GB"),
+        ("A100-SXM4-40GB", "A100-40GB"),
+        ("T4", "T4"),
+        ("V100", "V100-16GB"),
+        ("GeForce RTX 4090", "RTX4090"),
+        ("4090", "RTX4090"),
     ],
-)  # fmt: skip
+)
 def test_natural_spellings_of_a_device_are_known(written: str, name: str) -> None:
     assert device_named(written).name == name
 

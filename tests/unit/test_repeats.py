@@ -45,7 +45,10 @@ def test_rows_twice_and_contradictions_are_told(
     assert json.loads(Path("check", "data.json").read_text())["repeats"] == {"duplicate": 2, "contradiction": 1}
     found = [json.loads(line) for line in Path("check", "repeats.jsonl").read_text().splitlines()]
     assert [(row["kind"], row["id"][-1], row["earlier"][-1]) for row in found] == [
-        ("duplicate", "2", "1"), ("contradiction", "3", "1"), ("duplicate", "4", "1")]  # fmt: skip
+        ("duplicate", "2", "1"),
+        ("contradiction", "3", "1"),
+        ("duplicate", "4", "1"),
+    ]
     assert "asked again, another answer" in Path("check", "preview.html").read_text()
 
 

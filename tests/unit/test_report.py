@@ -67,13 +67,38 @@ def test_every_section_and_its_facts(finished: tuple[Path, str, Page]) -> None:
     _, _, page = finished
     assert {f"run1-{section}" for section in SECTIONS} <= {a.get("id") for a in page.all("section")}
     for fact in (
-        "best_model", "finished", "pocket", "sft_config_best.json",
-        "61.0 %", "[58.0, 64.0]", "76.4 %", "+15.4", "[+13.4, +17.4]", "p < 0.001", "better", "2 min 04 s", "synthetic",
-        "augmented", "37.0 %", "+13.0", "90 (eval_loss 0.62)", "empty answer : 3", "easy_vqa/train/2",
-        "mean 1.92 (1 on 2,000, 2 on 1,000, 4 on 920)", "demo_charts (synthetic) 2,560",
-        "4 min 05 s", "1.40 GiB", "480 KiB", "65.64 questions/s", "4e-05", "120,000 of 11,200,000 (1.1 %)",
+        "best_model",
+        "finished",
+        "pocket",
+        "sft_config_best.json",
+        "61.0 %",
+        "[58.0, 64.0]",
+        "76.4 %",
+        "+15.4",
+        "[+13.4, +17.4]",
+        "p < 0.001",
+        "better",
+        "2 min 04 s",
+        "synthetic",
+        "augmented",
+        "37.0 %",
+        "+13.0",
+        "90 (eval_loss 0.62)",
+        "empty answer : 3",
+        "easy_vqa/train/2",
+        "mean 1.92 (1 on 2,000, 2 on 1,000, 4 on 920)",
+        "demo_charts (synthetic) 2,560",
+        "4 min 05 s",
+        "1.40 GiB",
+        "480 KiB",
+        "65.64 questions/s",
+        "4e-05",
+        "120,000 of 11,200,000 (1.1 %)",
         "vlm-sft train --sft_config configs/sft_config_best.json --output_dir 'outputs/a b'",
-        "0123abcd" * 5 + " with uncommitted changes", "2.15.0", "SHA-256: recipe.json", "SDPA ran",
+        "0123abcd" * 5 + " with uncommitted changes",
+        "2.15.0",
+        "SHA-256: recipe.json",
+        "SDPA ran",
     ):
         assert fact in page.text, fact
 
@@ -110,9 +135,16 @@ def test_same_artifacts_give_the_same_bytes(finished: tuple[Path, str, Page], tm
 
 def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "hostile")
-    row = {"id": HOSTILE, "image": "images/easy_vqa0.png", "question": HOSTILE,
-           "prediction": "\u202e\x00\ud800" + HOSTILE, "answers": [HOSTILE], "split": HOSTILE, "score": 0.3,
-           "question_type": "W" * 5000}
+    row = {
+        "id": HOSTILE,
+        "image": "images/easy_vqa0.png",
+        "question": HOSTILE,
+        "prediction": "\u202e\x00\ud800" + HOSTILE,
+        "answers": [HOSTILE],
+        "split": HOSTILE,
+        "score": 0.3,
+        "question_type": "W" * 5000,
+    }
     for side in ("base", "tuned"):
         path = folder / "evaluation" / side / "$\\frac{<b>$" / artifacts.PREDICTIONS
         path.parent.mkdir()
@@ -134,10 +166,18 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     assert any("$\\frac{<b>$: base 61.0 %" in a["aria-label"] for a in page.all("svg"))
 
 
-@pytest.mark.parametrize("missing", [
-    artifacts.RUN, artifacts.RECIPE, artifacts.DATA, artifacts.LEFT_OUT, artifacts.METRICS, artifacts.RESULTS,
-    "evaluation",
-])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        artifacts.RUN,
+        artifacts.RECIPE,
+        artifacts.DATA,
+        artifacts.LEFT_OUT,
+        artifacts.METRICS,
+        artifacts.RESULTS,
+        "evaluation",
+    ],
+)
 def test_any_artifact_may_be_missing(finished: tuple[Path, str, Page], tmp_path: Path, missing: str) -> None:
     source, _, _ = finished
     folder = tmp_path / "partial"
@@ -147,9 +187,12 @@ def test_any_artifact_may_be_missing(finished: tuple[Path, str, Page], tmp_path:
             (folder / entry.name).symlink_to(entry)
     _, page = render(folder, output=tmp_path / "r.html")
     told = {
-        artifacts.RUN: "There is no record of how this run ended", artifacts.RECIPE: "there is no recipe.json",
-        artifacts.DATA: "there is no data.json", artifacts.LEFT_OUT: "empty answer : 3",
-        artifacts.METRICS: "nothing has been logged", artifacts.RESULTS: "there is no results.json",
+        artifacts.RUN: "There is no record of how this run ended",
+        artifacts.RECIPE: "there is no recipe.json",
+        artifacts.DATA: "there is no data.json",
+        artifacts.LEFT_OUT: "empty answer : 3",
+        artifacts.METRICS: "nothing has been logged",
+        artifacts.RESULTS: "there is no results.json",
         "evaluation": "there is no predictions.jsonl",
     }
     assert told[missing] in page.text
@@ -175,20 +218,29 @@ def test_running_and_damaged_runs_are_reported(tmp_path: Path) -> None:
 def test_no_value_of_a_wrong_type_breaks_the_page(tmp_path: Path, value: object) -> None:
     folder = tmp_path / "wrong"
     for name, keys in (
-        (artifacts.RUN, [*record()]), (artifacts.RECIPE, ["seed"]), (artifacts.DATA, ["train", "eval", "left_out"]),
+        (artifacts.RUN, [*record()]),
+        (artifacts.RECIPE, ["seed"]),
+        (artifacts.DATA, ["train", "eval", "left_out"]),
     ):
         artifacts.write_json(folder / name, dict.fromkeys(keys, value))
-    artifacts.write_json(folder / artifacts.RESULTS, {"benchmarks": {
-        "all": value, "each": {key: value for key in scores(1, 0.5, 0.5, False, {})},
-        "deep": {"base": {"accuracy": value, "interval": [value, value]}, "tuned": {"seconds": value}},
-    }})
+    artifacts.write_json(
+        folder / artifacts.RESULTS,
+        {
+            "benchmarks": {
+                "all": value,
+                "each": {key: value for key in scores(1, 0.5, 0.5, False, {})},
+                "deep": {"base": {"accuracy": value, "interval": [value, value]}, "tuned": {"seconds": value}},
+            }
+        },
+    )
     row = dict.fromkeys(["image", "question", "prediction", "answers", "split", "score", "question_type"], value)
     for side in ("base", "tuned"):
         artifacts.write_jsonl(folder / "evaluation" / side / "b" / artifacts.PREDICTIONS, [{**row, "id": "x"}, row])
     artifacts.write_jsonl(folder / artifacts.LEFT_OUT, [{"id": value, "reason": value}])
-    artifacts.write_jsonl(folder / artifacts.METRICS, [
-        {"step": 1, "loss": value, "eval_loss": 2.0}, {"step": value, "loss": 1.0, "learning_rate": value},
-    ])
+    artifacts.write_jsonl(
+        folder / artifacts.METRICS,
+        [{"step": 1, "loss": value, "eval_loss": 2.0}, {"step": value, "loss": 1.0, "learning_rate": value}],
+    )
     _, page = render(folder, output=tmp_path / "r.html")
     assert {f"run1-{section}" for section in SECTIONS} <= {a.get("id") for a in page.all("section")}
     assert "could not be read in full" in page.text
@@ -201,10 +253,13 @@ def test_missing_foreign_and_undecodable_pictures_have_a_placeholder(tmp_path: P
     (folder / "evaluation" / "images").mkdir(parents=True)
     (folder / "evaluation" / "images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     names = ["images/gone.png", "../../secret.png", str(tmp_path / "secret.png"), "images/broken.png", None]
-    artifacts.write_jsonl(folder / "evaluation" / "base" / "chartqa" / artifacts.PREDICTIONS, [
-        {"id": str(i), "image": name, "question": "Why?", "prediction": "", "answers": ["a"], "score": 0}
-        for i, name in enumerate(names)
-    ])
+    artifacts.write_jsonl(
+        folder / "evaluation" / "base" / "chartqa" / artifacts.PREDICTIONS,
+        [
+            {"id": str(i), "image": name, "question": "Why?", "prediction": "", "answers": ["a"], "score": 0}
+            for i, name in enumerate(names)
+        ],
+    )
     _, page = render(folder, output=tmp_path / "r.html")
     assert page.all("img") == []
     assert "picture missing: it is not in the run's evaluation/images" in page.text

@@ -76,8 +76,10 @@ def test_hostile_texts_are_texts(report: Path) -> None:
         assert browser.run("typeof window.hacked") == "undefined"
         assert browser.run("document.querySelectorAll('.card script, .card [onerror]').length") == 0
         # Even a script that got in would not run: the policy names the page's own.
-        browser.run("(() => { const one = document.createElement('script'); one.textContent = 'window.hacked = 3';"
-                    "document.body.append(one); })()")
+        browser.run(
+            "(() => { const one = document.createElement('script'); one.textContent = 'window.hacked = 3';"
+            "document.body.append(one); })()"
+        )
         assert browser.run("typeof window.hacked") == "undefined"
         assert any("Content Security Policy" in one for one in browser.messages)
         choose(browser, "text", "הערך")
@@ -102,8 +104,10 @@ def test_phone_dark_mode_keyboard_and_paper(report: Path, tmp_path: Path) -> Non
         browser.run("new Promise(done => setTimeout(done, 300))")
         assert browser.run("document.getElementById('filter-text').value") == "7"
         assert 0 < browser.run("document.querySelectorAll('.card').length") < 40
-        unnamed = ("[...document.querySelectorAll('img, svg[role=img], select, input, button')].filter(one => "
-                   "!(one.alt || one.ariaLabel || one.textContent || one.closest('label'))).length")
+        unnamed = (
+            "[...document.querySelectorAll('img, svg[role=img], select, input, button')].filter(one => "
+            "!(one.alt || one.ariaLabel || one.textContent || one.closest('label'))).length"
+        )
         assert browser.run(unnamed) == 0
         assert browser.pdf(tmp_path / "paper.pdf").read_bytes().startswith(b"%PDF")
         browser.send("Emulation.setEmulatedMedia", media="print")

@@ -25,8 +25,9 @@ LONG = "a_run_with_quite_a_long_name_and_number_{}"
 
 points_drawn = st.lists(
     st.tuples(st.integers(0, 12), st.integers(0, 12), st.sampled_from(["r{}", "recipe_{}", LONG])),
-    min_size=1, max_size=30,
-)  # fmt: skip
+    min_size=1,
+    max_size=30,
+)
 
 
 def figure_with(points: list[tuple[float, float, str]], log: bool = False) -> tuple[Figure, Axes, list[Label]]:
@@ -106,10 +107,15 @@ def test_equal_figures_have_equal_places_and_what_has_no_room_is_told() -> None:
 
 def candidates(count: int) -> list[Candidate]:
     base = Candidate("base model pocket", True, 0.0, 0.3, (0.26, 0.34), 100, True)
-    return [base, *(
-        Candidate(LONG.format(place), False, 100.0 + place % 3, 0.5 + 0.01 * (place % 4), (0.45, 0.58), 100, place > 1)
-        for place in range(count)
-    )]  # fmt: skip
+    return [
+        base,
+        *(
+            Candidate(
+                LONG.format(place), False, 100.0 + place % 3, 0.5 + 0.01 * (place % 4), (0.45, 0.58), 100, place > 1
+            )
+            for place in range(count)
+        ),
+    ]
 
 
 def drawn(count: int) -> Drawing:
@@ -135,8 +141,9 @@ def test_names_are_clear_of_each_other_in_a_browser(width: int, tmp_path: Path) 
             ".map(one => { const box = one.getBoundingClientRect();"
             "return [box.left, box.top, box.right, box.bottom, one.textContent]; })"
         )
-        frame = browser.run("(() => { const b = document.querySelector('svg').getBoundingClientRect();"
-                            "return [b.left, b.right]; })()")
+        frame = browser.run(
+            "(() => { const b = document.querySelector('svg').getBoundingClientRect();return [b.left, b.right]; })()"
+        )
     assert len(boxes) == 12
     assert not [(one[4], other[4]) for one, other in itertools.combinations(boxes, 2) if overlap(one, other)]
     assert all(frame[0] <= box[0] and box[2] <= frame[1] for box in boxes)

@@ -30,14 +30,24 @@ FORECAST = {
     "time_seconds": {"value": 250.0, "low": 200.0, "high": 300.0},
     "peak_bytes": {"value": 2 * 2**30, "low": 2**30, "high": 3 * 2**30},
     "disk_bytes": {"value": 5 * 2**20, "low": 4.9 * 2**20, "high": 5.1 * 2**20},
-    "basis": "probe", "items": {"peak_bytes": {"logits": 2**28}}, "assumptions": ["nothing else runs"],
+    "basis": "probe",
+    "items": {"peak_bytes": {"logits": 2**28}},
+    "assumptions": ["nothing else runs"],
     "actual": {"time_seconds": 200.0, "peak_bytes": 1.6 * 2**30, "disk_bytes": 2.5 * 2**20},
 }
 
 
 def guard_step(step: int, score: float, qualifies: bool) -> dict[str, Any]:
-    entry = {"benchmark": "textvqa", "n": 60, "base": 0.5, "score": score, "lost_points": 100 * (0.5 - score),
-             "allowed_points": 10.0, "p_value": 0.01, "qualifies": qualifies}
+    entry = {
+        "benchmark": "textvqa",
+        "n": 60,
+        "base": 0.5,
+        "score": score,
+        "lost_points": 100 * (0.5 - score),
+        "allowed_points": 10.0,
+        "p_value": 0.01,
+        "qualifies": qualifies,
+    }
     return {"step": step, "value": 0.6, "guards": [entry], "qualifies": qualifies}
 
 
@@ -49,15 +59,28 @@ def trained(folder: Path, seconds: float, right: int, questions: int = 100, **re
     artifacts.write_json(folder / artifacts.RECIPE, {"learning_rate": 1e-4, "seed": 42, **recipe})
     row = scores(questions, 10 / questions, right / questions, False, {})
     artifacts.write_json(folder / artifacts.RESULTS, {"schema": 1, "benchmarks": {"own": row}})
-    artifacts.write_jsonl(folder / artifacts.METRICS, [
-        {"step": step, "loss": 2.0 / step, "eval_loss": 1.0 / step, "eval_own_accuracy": right / questions}
-        for step in (1, 2, 3)
-    ])
+    artifacts.write_jsonl(
+        folder / artifacts.METRICS,
+        [
+            {"step": step, "loss": 2.0 / step, "eval_loss": 1.0 / step, "eval_own_accuracy": right / questions}
+            for step in (1, 2, 3)
+        ],
+    )
     for side, correct in (("base", 10), ("tuned", right)):
-        artifacts.write_jsonl(folder / "evaluation" / side / "own" / artifacts.PREDICTIONS, [
-            {"id": str(i), "image": f"images/{i}.png", "question": f"q{i}?", "prediction": "a", "answers": ["a"],
-             "score": float(i < correct)} for i in range(questions)
-        ])
+        artifacts.write_jsonl(
+            folder / "evaluation" / side / "own" / artifacts.PREDICTIONS,
+            [
+                {
+                    "id": str(i),
+                    "image": f"images/{i}.png",
+                    "question": f"q{i}?",
+                    "prediction": "a",
+                    "answers": ["a"],
+                    "score": float(i < correct),
+                }
+                for i in range(questions)
+            ],
+        )
     return folder
 
 
@@ -68,10 +91,16 @@ def page_of(*folders: Path, output: Path) -> Page:
 def test_forecast_guard_and_histograms_are_shown(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", steps=30)
     artifacts.write_json(folder / artifacts.RUN, {**record(), "forecast": FORECAST})
-    artifacts.write_json(folder / artifacts.GUARD, {
-        "schema": 1, "metric": "easy_vqa_accuracy", "best_step": 20, "qualified": True,
-        "evaluations": [guard_step(10, 0.45, True), guard_step(20, 0.41, True), guard_step(30, 0.35, False)],
-    })
+    artifacts.write_json(
+        folder / artifacts.GUARD,
+        {
+            "schema": 1,
+            "metric": "easy_vqa_accuracy",
+            "best_step": 20,
+            "qualified": True,
+            "evaluations": [guard_step(10, 0.45, True), guard_step(20, 0.41, True), guard_step(30, 0.35, False)],
+        },
+    )
     data = artifacts.read_json(folder / artifacts.DATA)
     data["train"]["token_histograms"] = {"answer_tokens": histogram([2] * 5 + [3] * 9 + [4])}
     artifacts.write_json(folder / artifacts.DATA, data)
@@ -80,7 +109,9 @@ def test_forecast_guard_and_histograms_are_shown(tmp_path: Path) -> None:
         "Time 4 min 10 s 3 min 20 s to 5 min 00 s 3 min 20 s +25.0 % within",
         "Peak memory 2.00 GiB 1.00 GiB to 3.00 GiB 1.60 GiB +25.0 % within",
         "5.00 MiB 4.90 MiB to 5.10 MiB 2.50 MiB +100.0 % outside",
-        "made from: probe", "Peak memory: logits 256 MiB", "nothing else runs",
+        "made from: probe",
+        "Peak memory: logits 256 MiB",
+        "nothing else runs",
     ):
         assert fact in page.text, fact
     labels = " ".join(svg["aria-label"] for svg in page.all("svg"))
@@ -106,13 +137,21 @@ def test_damaged_forecast_and_histograms_are_named_and_left_out(tmp_path: Path) 
 
 
 def test_the_cheapest_run_that_is_not_worse_is_recommended(tmp_path: Path) -> None:
-    runs = collect_runs([
-        trained(tmp_path / "weak", 10, 40), trained(tmp_path / "enough", 60, 78), trained(tmp_path / "best", 600, 80),
-        trained(tmp_path / "wasteful", 500, 60),
-    ])
+    runs = collect_runs(
+        [
+            trained(tmp_path / "weak", 10, 40),
+            trained(tmp_path / "enough", 60, 78),
+            trained(tmp_path / "best", 600, 80),
+            trained(tmp_path / "wasteful", 500, 60),
+        ]
+    )
     (choice,) = choices(runs, ["own"])
     assert [(one.name, one.on_front) for one in choice.candidates] == [
-        ("base model pocket", True), ("weak", True), ("enough", True), ("wasteful", False), ("best", True),
+        ("base model pocket", True),
+        ("weak", True),
+        ("enough", True),
+        ("wasteful", False),
+        ("best", True),
     ]
     assert choice.recommended is not None and choice.recommended.name == "enough"
     assert choice.best is not None and choice.best.name == "best"
@@ -126,17 +165,30 @@ def small(folder: Path, seconds: float, base: int, tuned: int, images: int, ques
     """A run measured on a few questions that share a few images."""
     trained(folder, seconds, tuned, questions)
     for side, correct in (("base", base), ("tuned", tuned)):
-        artifacts.write_jsonl(folder / "evaluation" / side / "own" / artifacts.PREDICTIONS, [
-            {"id": str(i), "image": f"images/{i % images}.png", "question": f"q{i}?", "prediction": "a",
-             "answers": ["a"], "score": float(i < correct)} for i in range(questions)
-        ])
-    rows = [list(artifacts.read_jsonl(folder / "evaluation" / side / "own" / artifacts.PREDICTIONS))
-            for side in ("base", "tuned")]
+        artifacts.write_jsonl(
+            folder / "evaluation" / side / "own" / artifacts.PREDICTIONS,
+            [
+                {
+                    "id": str(i),
+                    "image": f"images/{i % images}.png",
+                    "question": f"q{i}?",
+                    "prediction": "a",
+                    "answers": ["a"],
+                    "score": float(i < correct),
+                }
+                for i in range(questions)
+            ],
+        )
+    rows = [
+        list(artifacts.read_jsonl(folder / "evaluation" / side / "own" / artifacts.PREDICTIONS))
+        for side in ("base", "tuned")
+    ]
     compared = compare_rows(*rows)
     row = scores(questions, base / questions, tuned / questions, False, {}) | compared
-    artifacts.write_json(folder / artifacts.RESULTS, {
-        "schema": 1, "benchmarks": {"own": row | {"difference_interval": compared["interval"]}},
-    })
+    artifacts.write_json(
+        folder / artifacts.RESULTS,
+        {"schema": 1, "benchmarks": {"own": row | {"difference_interval": compared["interval"]}}},
+    )
     return folder
 
 
@@ -179,8 +231,10 @@ def test_runs_with_other_questions_are_not_compared(tmp_path: Path) -> None:
 
 def test_page_of_many_runs(tmp_path: Path) -> None:
     rates = {"first": 1e-4, "second": 3e-4, "third": 3e-4}
-    folders = [trained(tmp_path / name, 10 * place, 30 * place, learning_rate=rate)
-               for place, (name, rate) in enumerate(rates.items(), start=1)]
+    folders = [
+        trained(tmp_path / name, 10 * place, 30 * place, learning_rate=rate)
+        for place, (name, rate) in enumerate(rates.items(), start=1)
+    ]
     page = page_of(*folders, output=tmp_path / "r.html")
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -232,23 +286,37 @@ def test_histogram_counts_every_value_once(values: list[int], bins: int) -> None
 
 
 def test_export_writes_figures_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folders = [trained(tmp_path / name, 10 * place, 30 * place, lora_r=8 * place)
-               for place, name in enumerate(("one", "=two"), start=1)]
+    folders = [
+        trained(tmp_path / name, 10 * place, 30 * place, lora_r=8 * place)
+        for place, name in enumerate(("one", "=two"), start=1)
+    ]
     artifacts.write_json(folders[0] / artifacts.RUN, {**record(), "forecast": FORECAST, "base_model": "pocket"})
     target = tmp_path / "paper"
     assert main(["report", *map(str, folders), "--export", str(target)]) == 0
     names = {path.name for path in target.iterdir()}
-    figures = {"quality_time_own", "runs_training_loss", "runs_evaluation_loss", "runs_own_accuracy", "001_one_loss",
-               "001_one_accuracy", "001_one_benchmarks_during_training", "001_one_forecast_against_actual",
-               "002_two_loss", "002_two_accuracy", "002_two_benchmarks_during_training"}
-    tables = {f"{name}.{end}" for name in ("results", "quality_time", "forecast", "parameters")
-              for end in ("csv", "md")}
+    figures = {
+        "quality_time_own",
+        "runs_training_loss",
+        "runs_evaluation_loss",
+        "runs_own_accuracy",
+        "001_one_loss",
+        "001_one_accuracy",
+        "001_one_benchmarks_during_training",
+        "001_one_forecast_against_actual",
+        "002_two_loss",
+        "002_two_accuracy",
+        "002_two_benchmarks_during_training",
+    }
+    tables = {
+        f"{name}.{end}" for name in ("results", "quality_time", "forecast", "parameters") for end in ("csv", "md")
+    }
     assert names == {f"{name}.{end}" for name in figures for end in ("svg", "png")} | tables | {"training.csv"}
     assert f"wrote {len(names)} figures and tables" in capsys.readouterr().out
     with (target / "results.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["run"], float(row["tuned"]), float(row["difference"])) for row in rows] == [
-        ("one", 0.3, pytest.approx(0.2)), ("'=two", 0.6, 0.5),
+        ("one", 0.3, pytest.approx(0.2)),
+        ("'=two", 0.6, 0.5),
     ]
     with (target / "forecast.csv").open(newline="") as stream:
         assert [float(row["relative_error"]) for row in csv.DictReader(stream)] == pytest.approx([0.25, 0.25, 1.0])

@@ -20,10 +20,15 @@ RESULTS = {
     "schema": 1,
     "benchmarks": {
         "chartqa": {
-            "n": 2500, "metric": "relaxed accuracy", "synthetic": False,
+            "n": 2500,
+            "metric": "relaxed accuracy",
+            "synthetic": False,
             "base": {"accuracy": 0.5, "interval": [0.48, 0.52], "seconds": 100.0},
             "tuned": {"accuracy": 0.562, "interval": [0.54, 0.58], "seconds": 95.0},
-            "difference": 0.062, "difference_interval": [0.04, 0.084], "p_value": 0.001, "verdict": "better",
+            "difference": 0.062,
+            "difference_interval": [0.04, 0.084],
+            "p_value": 0.001,
+            "verdict": "better",
             "splits": {"human": {"n": 1250, "base": 0.4, "tuned": 0.45}},
         },
         "demo_charts": {"n": 64, "synthetic": True, "base": {"accuracy": 0.25}, "tuned": None, "splits": {}},
@@ -50,18 +55,40 @@ def test_results_table_of_nothing_is_its_header() -> None:
     assert len(results_table({}).split("\n")) == 2
 
 
-@pytest.mark.parametrize(("seconds", "text"), [
-    (None, "–"), (0, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s"),
-    (245.3, "4 min 05 s"), (3599.6, "1 h 00 min"), (7620, "2 h 07 min"), (86_399, "1 d 00 h"), (273_600, "3 d 04 h"),
-])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "–"),
+        (0, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (245.3, "4 min 05 s"),
+        (3599.6, "1 h 00 min"),
+        (7620, "2 h 07 min"),
+        (86_399, "1 d 00 h"),
+        (273_600, "3 d 04 h"),
+    ],
+)
 def test_durations(seconds: float | None, text: str) -> None:
     assert formats.duration(seconds) == text
 
 
-@pytest.mark.parametrize(("count", "text"), [
-    (0, "0 B"), (999, "999 B"), (1023, "1.00 KiB"), (24_536_678, "23.4 MiB"), (999.7 * 1024, "0.98 MiB"),
-    (10_480_000, "9.99 MiB"), (10_485_000, "10.0 MiB"), (2**40, "1.00 TiB"), (5 * 2**50, "5120 TiB"),
-])
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1023, "1.00 KiB"),
+        (24_536_678, "23.4 MiB"),
+        (999.7 * 1024, "0.98 MiB"),
+        (10_480_000, "9.99 MiB"),
+        (10_485_000, "10.0 MiB"),
+        (2**40, "1.00 TiB"),
+        (5 * 2**50, "5120 TiB"),
+    ],
+)
 def test_sizes(count: int, text: str) -> None:
     assert formats.size(count) == text
 
@@ -78,7 +105,11 @@ def test_direction_is_that_of_the_interval_not_of_the_difference() -> None:
         return parse_results({"benchmarks": {"b": {"difference": 0.1, "difference_interval": interval}}})[0].direction
 
     assert [direction(i) for i in ([0.01, 0.2], [-0.1, 0.2], [-0.3, -0.1], [0.0, 0.2], None)] == [
-        "better", "same", "worse", "same", "same",
+        "better",
+        "same",
+        "worse",
+        "same",
+        "same",
     ]
 
 
@@ -90,8 +121,15 @@ def test_no_colour_against_the_verdict(verdict: str) -> None:
 
 
 def test_too_few_are_told_below_the_table() -> None:
-    row = {"n": 10, "clusters": 4, "difference": 0.4, "difference_interval": [-1, 1], "verdict": "too few to judge",
-           "questions_needed": 20, "clusters_needed": 8}
+    row = {
+        "n": 10,
+        "clusters": 4,
+        "difference": 0.4,
+        "difference_interval": [-1, 1],
+        "verdict": "too few to judge",
+        "questions_needed": 20,
+        "clusters_needed": 8,
+    }
     text = results_table({"benchmarks": {"own": row, "other": {"n": 100, "verdict": "better", "difference": 0.4}}})
     assert text.splitlines()[-1] == (
         "own: 10 questions on 4 independent images are too few to judge; about 20 on 8 would show a difference of 40 "
@@ -102,16 +140,32 @@ def test_too_few_are_told_below_the_table() -> None:
 
 def test_wrong_types_are_all_noted_and_read_as_missing() -> None:
     problems: list[str] = []
-    rows = parse_results({"benchmarks": {"b": {"n": "many", "synthetic": 1, "base": {"accuracy": float("nan")},
-                                               "difference_interval": [1], "splits": []}}}, problems)
+    rows = parse_results(
+        {
+            "benchmarks": {
+                "b": {
+                    "n": "many",
+                    "synthetic": 1,
+                    "base": {"accuracy": float("nan")},
+                    "difference_interval": [1],
+                    "splits": [],
+                }
+            }
+        },
+        problems,
+    )
     assert rows[0].n is None and rows[0].base is not None and rows[0].base.accuracy is None
     assert len(problems) == 5 and all("results.json 'benchmarks' 'b'" in problem for problem in problems)
 
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["benchmarks", "n", "base", "tuned", "accuracy", "interval", "splits"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["benchmarks", "n", "base", "tuned", "accuracy", "interval", "splits"]), inner, max_size=4
+        )
+    ),
     max_leaves=12,
 )
 
@@ -130,8 +184,15 @@ def test_fields_tell_a_missing_value_from_a_wrong_one() -> None:
 
 def _prediction(benchmark: str, number: int, base: float | None, tuned: float | None, image: str = "") -> Prediction:
     return Prediction(
-        benchmark, f"{benchmark}/{number}", Path(image or f"{benchmark}{number}.png"), "?", ("a", "b", "a"), "", "",
-        None if base is None else Answer("x", base), None if tuned is None else Answer("y", tuned),
+        benchmark,
+        f"{benchmark}/{number}",
+        Path(image or f"{benchmark}{number}.png"),
+        "?",
+        ("a", "b", "a"),
+        "",
+        "",
+        None if base is None else Answer("x", base),
+        None if tuned is None else Answer("y", tuned),
     )
 
 

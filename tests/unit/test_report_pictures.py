@@ -85,8 +85,7 @@ def test_several_images_of_a_question_are_shown_beside_each_other(task: Task, tm
         picture = Image.open(folder / "evaluation" / row["image"]).convert("RGB")
         assert max(picture.size) <= 480
         pixels = np.asarray(picture, dtype=int)
-        seen = {name for name in colors
-                if (np.abs(pixels - ImageColor.getrgb(name)).sum(axis=2) < 40).sum() > 100}
+        seen = {name for name in colors if (np.abs(pixels - ImageColor.getrgb(name)).sum(axis=2) < 40).sum() > 100}
         count = 2 if row["id"] == "turned" else int(row["id"])
         assert seen == set(colors[:count])
 
@@ -108,8 +107,10 @@ def test_what_a_page_has_no_room_for_is_told(task: Task, tmp_path: Path, monkeyp
     page, told = shown(folder)
     reason = "picture not embedded: this page holds 195 KiB of pictures; see the run's evaluation/images"
     assert set(told) == {"", reason} and sum(map(len, page.held["pictures"])) <= 200_000
-    assert all((folder / "evaluation" / row["image"]).is_file() for row in artifacts.read_jsonl(
-        folder / "evaluation" / "base" / task.name / artifacts.PREDICTIONS))  # fmt: skip
+    assert all(
+        (folder / "evaluation" / row["image"]).is_file()
+        for row in artifacts.read_jsonl(folder / "evaluation" / "base" / task.name / artifacts.PREDICTIONS)
+    )
 
 
 def test_an_image_that_cannot_be_read_any_more_ends_nothing(

@@ -128,7 +128,8 @@ def test_a_run_that_vanishes_leaves_its_last_page(served: tuple[Path, int]) -> N
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(make_run(tmp_path / "run", steps=3))
     for flags, told in (
-        (["--watch", "--output", "x.html"], "--watch writes no file"), (["--port", "1"], "--port is only for --watch"),
+        (["--watch", "--output", "x.html"], "--watch writes no file"),
+        (["--port", "1"], "--port is only for --watch"),
         (["--watch", "--port", "99999"], "port 99999 cannot be used"),
     ):
         assert main(["report", run, *flags]) == 2
@@ -140,9 +141,13 @@ def test_it_ends_cleanly_on_an_interrupt(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vlm_sft", "report", str(run), "--watch", "--port", "0"]
     # What a shell starts in the background ignores SIGINT, and so do its children.
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     try:
         assert process.stdout is not None
         told = process.stdout.readline()

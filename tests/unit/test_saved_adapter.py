@@ -96,14 +96,18 @@ def _all(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], 
 EMBEDDING = "base_model.model.model.language_model.embed_tokens.weight"
 DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, Any], tuple[str, ...]]] = {
     "older transformers": (
-        _named("model.language_model.layers", "model.layers"), {}, ("names of transformers before 4.52", "layers.0."),
+        _named("model.language_model.layers", "model.layers"),
+        {},
+        ("names of transformers before 4.52", "layers.0."),
     ),
     "no base_model prefix": (_named("base_model.model.", ""), {}, ("12 of its 12 tensors have no place",)),
     "adapter name in the names": (_named("lora_A.weight", "lora_A.default.weight"), {}, ("6 of its 12 tensors",)),
     "half the layers": (_first_layer, {}, ("6 of the 12 tensors that it should have are missing", "layers.1.")),
     "q and o for q, v and o": (_no_v, {}, ("4 of the 12 tensors", "v_proj")),
     "more targets in the config": (
-        None, {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}, ("4 of the 16", "k_proj"),
+        None,
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+        ("4 of the 16", "k_proj"),
     ),
     "another rank": (None, {"r": 8}, ("12 tensors have another shape", "(4, 64) instead of (8, 64)")),
     "a wider model": (_all(lambda value: torch.cat([value, value], 1)), {}, ("12 tensors have another shape",)),
@@ -119,7 +123,7 @@ DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, Any], tu
     "a module to import": (None, {"megatron_config": {"a": 1}, "megatron_core": "os"}, ("megatron_config",)),
     "an init that changes the base": (None, {"init_lora_weights": "pissa_niter_4"}, ("pissa_niter_4",)),
     "a rank that is text": (None, {"r": "four"}, ("does not fit",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
@@ -137,11 +141,15 @@ def test_another_family_is_refused(place: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"[1]", ("holds a list",)), (b"{", ("cannot read",)), (b"[" * 100_000, ("nested deeper",)),
-        (b'{"r": 4, "r": 8}', ("'r' comes twice",)), (b'{"lora_alpha": NaN}', ("no finite number",)),
-        (b"\xff\xfe{}", ("cannot read",)), (b'{"peft_type": "LORA"}', ("does not fit",)),
+        (b"[1]", ("holds a list",)),
+        (b"{", ("cannot read",)),
+        (b"[" * 100_000, ("nested deeper",)),
+        (b'{"r": 4, "r": 8}', ("'r' comes twice",)),
+        (b'{"lora_alpha": NaN}', ("no finite number",)),
+        (b"\xff\xfe{}", ("cannot read",)),
+        (b'{"peft_type": "LORA"}', ("does not fit",)),
     ],
-)  # fmt: skip
+)
 def test_broken_settings_are_one_message(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, words: tuple[str, ...]
 ) -> None:

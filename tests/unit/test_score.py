@@ -43,12 +43,16 @@ def test_json_on_stdout_and_scores_by_item(tmp_path, capsys):
     assert (result["n"], result["accuracy"]) == (4, 0.75)
     assert result["interval"] == pytest.approx(wilson_interval(3, 4))
     assert {name: (part["n"], part["accuracy"]) for name, part in result["splits"].items()} == {
-        "augmented": (1, 1.0), "human": (2, 0.5),
+        "augmented": (1, 1.0),
+        "human": (2, 0.5),
     }
     assert result["secondary"] == {"strict_year_accuracy": 0.5, "exact_match": 0.25}
     assert (result["skipped"], result["duplicate_ids"]) == (0, 0)
     assert [json.loads(line) for line in per_item.read_text().splitlines()] == [
-        {"id": 1, "score": 1.0}, {"id": "b", "score": 0.0}, {"id": 3, "score": 1.0}, {"id": "vier", "score": 1.0},
+        {"id": 1, "score": 1.0},
+        {"id": "b", "score": 0.0},
+        {"id": 3, "score": 1.0},
+        {"id": "vier", "score": 1.0},
     ]
     assert sorted(path.name for path in per_item.parent.iterdir()) == ["scores.jsonl"]
 
@@ -57,7 +61,10 @@ def test_table_for_people(tmp_path, capsys):
     run_score("--benchmark", "chartqa", "--predictions", write_lines(tmp_path / "p.jsonl", CHART_LINES))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:4]] == [
-        ["chartqa_relaxed_accuracy", "n"], ["all", "4"], ["split", "augmented"], ["split", "human"],
+        ["chartqa_relaxed_accuracy", "n"],
+        ["all", "4"],
+        ["split", "augmented"],
+        ["split", "human"],
     ]
     assert "0.7500" in lines[1] and "strict_year_accuracy" in lines[4]
 

@@ -18,8 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
-        cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     home = (tmp_path / "index.html").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):

@@ -33,21 +33,42 @@ def folder(tmp_path):
 
 
 def test_four_formats_in_one_file(folder):
-    path = write(folder / "train.jsonl", [
-        {"messages": [{"role": "system", "content": "Be brief."},
-                      {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour?"}]},
-                      {"role": "assistant", "content": [{"type": "text", "text": "red"}]}], "images": ["a.png"]},
-        {"id": "llava7", "image": "b.png", "conversations": [
-            {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a square"},
-            {"from": "human", "value": "Colour?"}, {"from": "gpt", "value": "blue"}]},
-        {"prompt": "How many <image> shapes?", "completion": "1", "image": "a.png"},
-        {"prompt": [{"role": "user", "content": "Size?"}], "completion": [{"role": "assistant", "content": "big"}],
-         "images": ["a.png", "b.png"]},
-        {"image": "a.png", "question": "Count?", "answers": ["2", "3", "3"], "split": "hard"},
-        {"image": {"bytes": base64.b64encode(png("red", (30, 20))).decode()}, "question": "Number?", "answer": 14},
-        {"image": "data:image/png;base64," + base64.b64encode(png("blue")).decode(), "question": "URI?",
-         "answer": "ok"},
-    ])
+    path = write(
+        folder / "train.jsonl",
+        [
+            {
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour?"}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+                ],
+                "images": ["a.png"],
+            },
+            {
+                "id": "llava7",
+                "image": "b.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat is it?"},
+                    {"from": "gpt", "value": "a square"},
+                    {"from": "human", "value": "Colour?"},
+                    {"from": "gpt", "value": "blue"},
+                ],
+            },
+            {"prompt": "How many <image> shapes?", "completion": "1", "image": "a.png"},
+            {
+                "prompt": [{"role": "user", "content": "Size?"}],
+                "completion": [{"role": "assistant", "content": "big"}],
+                "images": ["a.png", "b.png"],
+            },
+            {"image": "a.png", "question": "Count?", "answers": ["2", "3", "3"], "split": "hard"},
+            {"image": {"bytes": base64.b64encode(png("red", (30, 20))).decode()}, "question": "Number?", "answer": 14},
+            {
+                "image": "data:image/png;base64," + base64.b64encode(png("blue")).decode(),
+                "question": "URI?",
+                "answer": "ok",
+            },
+        ],
+    )
     loaded = load(path)
     name = folder.name
     assert not loaded.left_out
@@ -71,14 +92,33 @@ def test_four_formats_in_one_file(folder):
 
 
 def test_a_turn_sees_only_the_images_shown_so_far(folder):
-    path = write(folder / "train.jsonl", [
-        {"images": ["a.png", "b.png"], "messages": [
-            {"role": "user", "content": "<image>First?"}, {"role": "assistant", "content": "1"},
-            {"role": "user", "content": "<image>Second?"}, {"role": "assistant", "content": "2"}]},
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"},
-                                                   {"type": "image_url", "image_url": {"url": "b.png"}},
-                                                   {"type": "text", "text": "Both?"}]},
-                      {"role": "assistant", "content": "yes"}]}])
+    path = write(
+        folder / "train.jsonl",
+        [
+            {
+                "images": ["a.png", "b.png"],
+                "messages": [
+                    {"role": "user", "content": "<image>First?"},
+                    {"role": "assistant", "content": "1"},
+                    {"role": "user", "content": "<image>Second?"},
+                    {"role": "assistant", "content": "2"},
+                ],
+            },
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image", "image": "a.png"},
+                            {"type": "image_url", "image_url": {"url": "b.png"}},
+                            {"type": "text", "text": "Both?"},
+                        ],
+                    },
+                    {"role": "assistant", "content": "yes"},
+                ]
+            },
+        ],
+    )
     assert [len(s.images) for s in load(path).samples] == [1, 2, 2]
 
 
@@ -98,8 +138,13 @@ BAD = [
     ('{"image": "a.png", "question": "q", "answer": "\\ud800"}', "answer is not valid Unicode"),
     ('{"image": "a\\u0000.png", "question": "q", "answer": "a"}', "image missing"),
     ({"image": {"bytes": "%%%"}, "question": "q", "answer": "a"}, "image cannot be read"),
-    ({"image": ["a.png"], "conversations": [{"from": "human", "value": "<image><image>q"},
-                                            {"from": "gpt", "value": "a"}]}, "more placeholders than images"),
+    (
+        {
+            "image": ["a.png"],
+            "conversations": [{"from": "human", "value": "<image><image>q"}, {"from": "gpt", "value": "a"}],
+        },
+        "more placeholders than images",
+    ),
     ({"image": "a.png", "conversations": [{"from": "human", "value": "q"}]}, "missing answer"),
     ({"image": "a.png", "conversations": [{"from": "robot", "value": "q"}]}, "unknown role"),
     ({"image": "a.png", "messages": [{"role": "user", "content": [{"type": "video"}]}]}, "unknown part"),
@@ -142,8 +187,10 @@ def test_not_utf8_and_byte_order_mark(folder):
 
 
 def test_no_usable_line_shows_three_reasons(folder):
-    path = write(folder / "train.jsonl", ["{", {"question": "q", "answer": "a"},
-                                          {"image": "gone.png", "question": "q", "answer": "a"}, "{"])
+    path = write(
+        folder / "train.jsonl",
+        ["{", {"question": "q", "answer": "a"}, {"image": "gone.png", "question": "q", "answer": "a"}, "{"],
+    )
     with pytest.raises(DataError) as caught:
         load(path)
     message = str(caught.value)
@@ -168,8 +215,9 @@ def test_json_list(folder):
 def test_single_file_holds_out_by_image(tmp_path):
     for number in range(20):
         (tmp_path / f"{number}.png").write_bytes(png((number * 10, 0, 0)))
-    path = write(tmp_path / "pairs.jsonl", [
-        {"image": f"{n % 20}.png", "question": f"q{n}", "answer": "a"} for n in range(60)])
+    path = write(
+        tmp_path / "pairs.jsonl", [{"image": f"{n % 20}.png", "question": f"q{n}", "answer": "a"} for n in range(60)]
+    )
     train, held, test = (load(path, split) for split in ("train", "validation", "test"))
     assert (len(train.samples), len(held.samples), len(test.samples)) == (48, 6, 6)  # 2 of 20 images each
     seen = [{s.image_key for s in part.samples} for part in (train, held, test)]
@@ -180,15 +228,19 @@ def test_single_file_holds_out_by_image(tmp_path):
 def test_a_shared_reference_ties_nothing_and_a_chain_says_what_does(tmp_path):
     for number in range(21):
         (tmp_path / f"{number}.png").write_bytes(png((number * 10, 0, 0)))
-    beside = write(tmp_path / "beside.jsonl", [
-        {"images": ["20.png", f"{n % 20}.png"], "question": f"q{n}", "answer": "a"} for n in range(40)])
+    beside = write(
+        tmp_path / "beside.jsonl",
+        [{"images": ["20.png", f"{n % 20}.png"], "question": f"q{n}", "answer": "a"} for n in range(40)],
+    )
     parts = [load(beside, split) for split in ("train", "validation", "test")]
     assert [len(part.samples) for part in parts] == [32, 4, 4]
     assert "32 questions on 17 images (images for validation and test are held out) (1 shown beside many others" in (
         parts[0].description
     )
-    chain = write(tmp_path / "chain.jsonl", [
-        {"images": [f"{n}.png", f"{n + 1}.png"], "question": "q", "answer": "a"} for n in range(20)])
+    chain = write(
+        tmp_path / "chain.jsonl",
+        [{"images": [f"{n}.png", f"{n + 1}.png"], "question": "q", "answer": "a"} for n in range(20)],
+    )
     assert load(chain).description.endswith("20 questions on 21 images (none can be held out)")
     with pytest.raises(DataError, match="its 21 images are tied together .* held out for test .* in 2 of 20 questions"):
         load(chain, "test")
@@ -213,7 +265,10 @@ def test_sibling_files_and_split_keys(folder):
     assert len(load(path).samples) == 2 and len(load(path, "validation").samples) == 1
     keyed = write(folder / "keyed.jsonl", [good | {"split": word} for word in ("train", "val", "test")])
     assert [[s.id[-6:] for s in load(keyed, split).samples] for split in ("train", "validation", "test")] == [
-        ["000001"], ["000002"], ["000003"]]
+        ["000001"],
+        ["000002"],
+        ["000003"],
+    ]
     assert load(keyed).samples[0].split == ""
 
 

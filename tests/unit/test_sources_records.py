@@ -6,10 +6,32 @@ from vlm_sft.data.sources.records import questions_of
 from vlm_sft.data.sources.rows import RowProblem, clean_text, most_common
 
 WORDS = st.sampled_from(["user", "gpt", "system", "assistant", "image", "text", "image_url", "<image>", "", "q", "a"])
-KEYS = st.sampled_from(["messages", "conversations", "prompt", "completion", "image", "images", "question", "answer",
-                        "answers", "role", "content", "from", "value", "type", "text", "url", "bytes"])
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=25)
+KEYS = st.sampled_from(
+    [
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "image",
+        "images",
+        "question",
+        "answer",
+        "answers",
+        "role",
+        "content",
+        "from",
+        "value",
+        "type",
+        "text",
+        "url",
+        "bytes",
+    ]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=5),
+    max_leaves=25,
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -25,62 +47,102 @@ def test_any_json_is_questions_or_one_named_problem(record):
         assert question.problem or (question.question and question.target and question.answers)
 
 
-@pytest.mark.parametrize("text, clean, moved", [
-    ("<image>\nWhat?", "What?", False), ("What?\n<image>", "What?", True), ("a<image>b", "a b", True),
-    ("See <image> and <image> now", "See and now", True), ("One.\n<image>\nTwo.", "One.\nTwo.", True),
-])
+@pytest.mark.parametrize(
+    "text, clean, moved",
+    [
+        ("<image>\nWhat?", "What?", False),
+        ("What?\n<image>", "What?", True),
+        ("a<image>b", "a b", True),
+        ("See <image> and <image> now", "See and now", True),
+        ("One.\n<image>\nTwo.", "One.\nTwo.", True),
+    ],
+)
 def test_marks_of_a_conversation_leave_no_trace(text, clean, moved):
-    for record in ({"prompt": text, "completion": "a"},
-                   {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]},
-                   {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "a"}]}):
+    for record in (
+        {"prompt": text, "completion": "a"},
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]},
+        {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "a"}]},
+    ):
         (question,) = questions_of(record | {"images": ["x.png", "y.png"]})
         assert (question.question, bool(question.note)) == (clean, moved)
 
 
-@pytest.mark.parametrize("text, clean, moved", [
-    ("<image>\nWhat?", "What?", False), ("<image> What?", "What?", False), ("What?\n<image>", "What?", True),
-    ("The <image> tag.", "The <image> tag.", False), ("What is <image>", "What is <image>", False),
-    ("a<image>b", "a<image>b", False), ("One.\n<image>\nTwo.", "One.\nTwo.", True),
-])
+@pytest.mark.parametrize(
+    "text, clean, moved",
+    [
+        ("<image>\nWhat?", "What?", False),
+        ("<image> What?", "What?", False),
+        ("What?\n<image>", "What?", True),
+        ("The <image> tag.", "The <image> tag.", False),
+        ("What is <image>", "What is <image>", False),
+        ("a<image>b", "a<image>b", False),
+        ("One.\n<image>\nTwo.", "One.\nTwo.", True),
+    ],
+)
 def test_a_plain_question_keeps_the_mark_as_a_word(text, clean, moved):
     (question,) = questions_of({"image": "x.png", "question": text, "answer": "The <image> tag."})
     assert (question.question, question.target, bool(question.note)) == (clean, "The <image> tag.", moved)
 
 
 def test_what_a_user_does_not_say_is_never_a_mark():
-    turns = [("system", "Use <image>."), ("user", "<image>What?"), ("assistant", "An <image> tag"),
-             ("user", "Sure?"), ("assistant", "<image>")]
+    turns = [
+        ("system", "Use <image>."),
+        ("user", "<image>What?"),
+        ("assistant", "An <image> tag"),
+        ("user", "Sure?"),
+        ("assistant", "<image>"),
+    ]
     record = {"images": ["x.png"], "messages": [{"role": role, "content": text} for role, text in turns]}
     first, second = questions_of(record)
     assert (first.system, first.question, first.target) == ("Use <image>.", "What?", "An <image> tag")
     assert (second.history[1].text, second.target, second.note) == ("An <image> tag", "<image>", "")
-    assert questions_of({"image": "x.png", "prompt": "Q", "completion": "<image> x <image>"})[0].target \
+    assert (
+        questions_of({"image": "x.png", "prompt": "Q", "completion": "<image> x <image>"})[0].target
         == "<image> x <image>"
+    )
 
 
 def test_parts_place_images_and_texts_beside_them_are_text():
     parts = [{"type": "image"}, {"type": "text", "text": "What is <image> and <image>?"}]
-    record = {"images": ["x.png"], "messages": [{"role": "user", "content": parts},
-                                                {"role": "assistant", "content": "a"}]}
+    record = {
+        "images": ["x.png"],
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}],
+    }
     assert questions_of(record)[0].question == "What is <image> and <image>?"
 
 
-@pytest.mark.parametrize("record", [
-    {"image": "x.png", "question": "<image><image>What?", "answer": "a"},
-    {"image": "x.png", "question": "Compare <image> with <image>.", "answer": "a"},
-    {"question": "<image>What?", "answer": "a"},
-    {"image": "x.png", "prompt": "<image> or <image>?", "completion": "a"},
-    {"images": ["x.png"], "messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"},
-                                       {"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "b"}]},
-])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"image": "x.png", "question": "<image><image>What?", "answer": "a"},
+        {"image": "x.png", "question": "Compare <image> with <image>.", "answer": "a"},
+        {"question": "<image>What?", "answer": "a"},
+        {"image": "x.png", "prompt": "<image> or <image>?", "completion": "a"},
+        {
+            "images": ["x.png"],
+            "messages": [
+                {"role": "user", "content": "<image>"},
+                {"role": "assistant", "content": "a"},
+                {"role": "user", "content": "<image>?"},
+                {"role": "assistant", "content": "b"},
+            ],
+        },
+    ],
+)
 def test_more_marks_than_images_are_refused_in_every_format(record):
     with pytest.raises(RowProblem, match="more placeholders than images"):
         questions_of(record)
 
 
 def test_a_turn_without_an_answer_leaves_its_neighbours():
-    turns = [{"from": "human", "value": "1?"}, {"from": "gpt", "value": " "}, {"from": "human", "value": "2?"},
-             {"from": "human", "value": "really?"}, {"from": "gpt", "value": "two"}, {"from": "gpt", "value": "again"}]
+    turns = [
+        {"from": "human", "value": "1?"},
+        {"from": "gpt", "value": " "},
+        {"from": "human", "value": "2?"},
+        {"from": "human", "value": "really?"},
+        {"from": "gpt", "value": "two"},
+        {"from": "gpt", "value": "again"},
+    ]
     first, second, third = questions_of({"image": "x.png", "conversations": turns})
     assert first.problem is not None and first.problem.reason == "empty answer"
     assert (second.question, second.target, second.turn) == ("2?\nreally?", "two", 2)

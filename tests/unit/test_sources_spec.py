@@ -12,9 +12,14 @@ from vlm_sft.errors import DataError
 def test_names_weights_and_aliases():
     assert parse_datasets("chartqa,textvqa") == [DatasetSpec("chartqa"), DatasetSpec("textvqa")]
     assert parse_datasets(" ChartQA:2 , textvqa:0.5") == [
-        DatasetSpec("chartqa", None, 2.0), DatasetSpec("textvqa", None, 0.5)]
+        DatasetSpec("chartqa", None, 2.0),
+        DatasetSpec("textvqa", None, 0.5),
+    ]
     assert [s.name for s in parse_datasets("HuggingFaceM4/ChartQA,lmms-lab/textvqa:3,easy-vqa")] == [
-        "chartqa", "textvqa", "easy_vqa"]
+        "chartqa",
+        "textvqa",
+        "easy_vqa",
+    ]
 
 
 def test_paths_with_and_without_weight(tmp_path):
@@ -46,17 +51,32 @@ def test_unknown_name_names_the_nearest():
 
 def test_all_mistakes_come_together(tmp_path):
     with pytest.raises(DataError) as caught:
-        parse_datasets(f"chartqq:2,textvqa:-1,easy_vqa:two,,demo@{tmp_path},chartqa@/no/such/folder,{tmp_path}/gone.jsonl")
+        parse_datasets(
+            f"chartqq:2,textvqa:-1,easy_vqa:two,,demo@{tmp_path},chartqa@/no/such/folder,{tmp_path}/gone.jsonl"
+        )
     message = str(caught.value)
-    for part in ("did you mean chartqa", "weight -1", "weight 'two'", "an entry is empty", "demo takes no path",
-                 "/no/such/folder does not exist", "gone.jsonl does not exist"):
+    for part in (
+        "did you mean chartqa",
+        "weight -1",
+        "weight 'two'",
+        "an entry is empty",
+        "demo takes no path",
+        "/no/such/folder does not exist",
+        "gone.jsonl does not exist",
+    ):
         assert part in message
 
 
-@pytest.mark.parametrize("text, part", [
-    ("chartqa,chartqa", "named twice"), ("demo,demo_text", "demo already holds"), ("chartqa:nan", "positive"),
-    ("chartqa:inf", "positive"), ("", "empty"),
-])
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("chartqa,chartqa", "named twice"),
+        ("demo,demo_text", "demo already holds"),
+        ("chartqa:nan", "positive"),
+        ("chartqa:inf", "positive"),
+        ("", "empty"),
+    ],
+)
 def test_refused(text, part):
     with pytest.raises(DataError, match=part):
         parse_datasets(text)
@@ -71,7 +91,9 @@ def test_a_folder_of_parquet_asks_for_its_schema(tmp_path):
 
 
 def test_sources_import_without_torch_and_datasets():
-    code = ("import sys, vlm_sft.commands.data, vlm_sft.data.sources.registry, vlm_sft.data.mixture;"
-            "import vlm_sft.data.preview;"
-            "sys.exit(bool({'torch', 'datasets', 'pyarrow'} & set(sys.modules)))")
+    code = (
+        "import sys, vlm_sft.commands.data, vlm_sft.data.sources.registry, vlm_sft.data.mixture;"
+        "import vlm_sft.data.preview;"
+        "sys.exit(bool({'torch', 'datasets', 'pyarrow'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -28,13 +28,20 @@ def sample(number: int, *keys: str) -> Sample:
     return Sample(f"d/{number}", "d", "", images, "q", "a", ("a",))
 
 
-@pytest.mark.parametrize("available, split, source, part", [
-    ("train validation test", "train", "train", "all"), ("train validation test", "test", "test", "all"),
-    ("train test", "train", "train", "train"), ("train test", "validation", "train", "validation"),
-    ("train", "train", "train", "train"), ("train", "validation", "train", "validation"),
-    ("train", "test", "train", "test"), ("train validation", "test", "validation", "all"),
-    ("validation", "validation", "validation", "all"),
-])
+@pytest.mark.parametrize(
+    "available, split, source, part",
+    [
+        ("train validation test", "train", "train", "all"),
+        ("train validation test", "test", "test", "all"),
+        ("train test", "train", "train", "train"),
+        ("train test", "validation", "train", "validation"),
+        ("train", "train", "train", "train"),
+        ("train", "validation", "train", "validation"),
+        ("train", "test", "train", "test"),
+        ("train validation", "test", "validation", "all"),
+        ("validation", "validation", "validation", "all"),
+    ],
+)
 def test_plan(available, split, source, part):
     plan = plan_split(available.split(), split, "d")
     assert (plan.source, plan.part) == (source, part)
@@ -50,9 +57,15 @@ def test_the_benchmark_never_serves_training():
 
 
 def test_files_are_sorted_by_the_split_in_their_names(tmp_path):
-    names = ["data/train-00001-of-00002.parquet", "data/train-00000-of-00002.parquet",
-             "data/val-00000-of-00001.parquet", "test/part0.parquet", "more.parquet", ".cache/train.parquet",
-             "data/notes.txt"]
+    names = [
+        "data/train-00001-of-00002.parquet",
+        "data/train-00000-of-00002.parquet",
+        "data/val-00000-of-00001.parquet",
+        "test/part0.parquet",
+        "more.parquet",
+        ".cache/train.parquet",
+        "data/notes.txt",
+    ]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -115,22 +128,30 @@ def shared(rows, *references, first=True):
     return [sample(number, *(pair if first else pair[::-1])) for number, pair in enumerate(keys)]
 
 
-@pytest.mark.parametrize("samples, groups", [
-    (shared(6, "ref"), 6), (shared(24, "ref"), 24), (shared(24, "ref", first=False), 24),
-    (shared(24, "ref1", "ref2"), 24), (shared(30, "ref1", "ref2", "ref3"), 30),
-    ([*shared(24, "ref"), sample(90, "alone"), sample(91, "ref")], 26),
-    ([sample(n, "ref1", "ref2", f"own{n}") for n in range(12)], 12),
-    ([sample(n, "ref", f"own{n // 3}") for n in range(12)], 4),  # three questions a pair
-    ([sample(n, "ref", f"a{n}", f"b{n}") for n in range(8)], 8),
-    ([sample(n, f"frame{n}", f"frame{n + 1}") for n in range(12)], 1),  # a chain is no reference
-    ([sample(n, *pair) for n, pair in enumerate(itertools.combinations("abcde", 2))], 1),  # nor is a tournament
-    ([sample(n, "one") for n in range(30)] + [sample(90, "two")], 2),
-])
+@pytest.mark.parametrize(
+    "samples, groups",
+    [
+        (shared(6, "ref"), 6),
+        (shared(24, "ref"), 24),
+        (shared(24, "ref", first=False), 24),
+        (shared(24, "ref1", "ref2"), 24),
+        (shared(30, "ref1", "ref2", "ref3"), 30),
+        ([*shared(24, "ref"), sample(90, "alone"), sample(91, "ref")], 26),
+        ([sample(n, "ref1", "ref2", f"own{n}") for n in range(12)], 12),
+        ([sample(n, "ref", f"own{n // 3}") for n in range(12)], 4),  # three questions a pair
+        ([sample(n, "ref", f"a{n}", f"b{n}") for n in range(8)], 8),
+        ([sample(n, f"frame{n}", f"frame{n + 1}") for n in range(12)], 1),  # a chain is no reference
+        ([sample(n, *pair) for n, pair in enumerate(itertools.combinations("abcde", 2))], 1),  # nor is a tournament
+        ([sample(n, "one") for n in range(30)] + [sample(90, "two")], 2),
+    ],
+)
 def test_images_beside_many_others_tie_nothing(samples, groups):
     assert len(set(image_groups(samples, 0.1))) == groups
     if groups >= 3:
-        own = [{key for s in part_of(part, samples, [], 0.1, BOTH)[0] for key in own_images(s, shared_images(samples))}
-               for part in ("train", "validation", "test")]
+        own = [
+            {key for s in part_of(part, samples, [], 0.1, BOTH)[0] for key in own_images(s, shared_images(samples))}
+            for part in ("train", "validation", "test")
+        ]
         assert all(own) and not (own[0] & own[1] or own[0] & own[2] or own[1] & own[2])
 
 

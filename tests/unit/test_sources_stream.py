@@ -32,11 +32,17 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir(parents=True)
     for shard in range(SHARDS):
         rows = range(shard * ROWS, (shard + 1) * ROWS)
-        pq.write_table(pa.table({
-            "image": pa.array([{"bytes": png((row, 0, 0)), "path": None} for row in rows], IMAGE),
-            "query": [f"{row}?" for row in rows], "label": [[str(row)] for row in rows],
-            "human_or_machine": [0] * ROWS,
-        }), folder / f"train-{shard:05d}-of-{SHARDS:05d}.parquet")  # fmt: skip
+        pq.write_table(
+            pa.table(
+                {
+                    "image": pa.array([{"bytes": png((row, 0, 0)), "path": None} for row in rows], IMAGE),
+                    "query": [f"{row}?" for row in rows],
+                    "label": [[str(row)] for row in rows],
+                    "human_or_machine": [0] * ROWS,
+                }
+            ),
+            folder / f"train-{shard:05d}-of-{SHARDS:05d}.parquet",
+        )
     return folder.parent
 
 

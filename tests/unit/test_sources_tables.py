@@ -27,20 +27,34 @@ def own_cache(tmp_path, monkeypatch):
 
 def write_chartqa(path: Path, rows: list[tuple]) -> Path:
     columns = list(zip(*rows, strict=True))
-    pq.write_table(pa.table({
-        "image": pa.array([{"bytes": data, "path": None} for data in columns[0]], IMAGE),
-        "query": list(columns[1]), "label": pa.array(list(columns[2]), pa.list_(pa.string())),
-        "human_or_machine": list(columns[3]),
-    }), path)
+    pq.write_table(
+        pa.table(
+            {
+                "image": pa.array([{"bytes": data, "path": None} for data in columns[0]], IMAGE),
+                "query": list(columns[1]),
+                "label": pa.array(list(columns[2]), pa.list_(pa.string())),
+                "human_or_machine": list(columns[3]),
+            }
+        ),
+        path,
+    )
     return path
 
 
 def test_chartqa_rows(tmp_path):
     first, second = png("red"), png("blue")
     write_chartqa(tmp_path / "train-00000-of-00002.parquet", [(first, "How many? ", ["14", "15"], 0)])
-    write_chartqa(tmp_path / "train-00001-of-00002.parquet", [
-        (second, "Which?", ["A"], 1), (first, "Sum?", ["3"], 1), (second, "  ", ["A"], 0), (second, "None?", [], 0),
-        (second, "Blank?", [""], 1), (second, "Part?", ["x"], 7)])
+    write_chartqa(
+        tmp_path / "train-00001-of-00002.parquet",
+        [
+            (second, "Which?", ["A"], 1),
+            (first, "Sum?", ["3"], 1),
+            (second, "  ", ["A"], 0),
+            (second, "None?", [], 0),
+            (second, "Blank?", [""], 1),
+            (second, "Part?", ["x"], 7),
+        ],
+    )
     write_chartqa(tmp_path / "val.parquet", [(second, "Val?", ["1"], 0)])
     loaded = load_split(parse_datasets(f"chartqa@{tmp_path}")[0], "train")
     assert [s.id for s in loaded.samples] == [f"chartqa/train/{n:06d}" for n in range(3)]
@@ -50,7 +64,11 @@ def test_chartqa_rows(tmp_path):
     assert loaded.samples[0].image_key == loaded.samples[2].image_key != loaded.samples[1].image_key
     assert [s.images[0].load() for s in loaded.samples] == [first, second, first]
     assert [item.reason for item in loaded.left_out] == [
-        "empty question", "empty answer", "empty answer", "unknown part"]
+        "empty question",
+        "empty answer",
+        "empty answer",
+        "unknown part",
+    ]
     assert "train-00001-of-00002.parquet row 2" in loaded.left_out[0].detail  # counted within its file
     assert pickle.loads(pickle.dumps(one)).images[0].load() == first  # what a spawned data loader worker needs
 
@@ -61,10 +79,17 @@ def test_chartqa_rows(tmp_path):
 
 def test_images_beside_the_table(tmp_path):
     Image.new("RGB", (5, 4), "green").save(tmp_path / "g.png")
-    pq.write_table(pa.table({
-        "image": pa.array([{"bytes": None, "path": "g.png"}, {"bytes": None, "path": "gone.png"}, None], IMAGE),
-        "query": ["a?", "b?", "c?"], "label": [["1"], ["2"], ["3"]], "human_or_machine": [0, 0, 0],
-    }), tmp_path / "validation.parquet")
+    pq.write_table(
+        pa.table(
+            {
+                "image": pa.array([{"bytes": None, "path": "g.png"}, {"bytes": None, "path": "gone.png"}, None], IMAGE),
+                "query": ["a?", "b?", "c?"],
+                "label": [["1"], ["2"], ["3"]],
+                "human_or_machine": [0, 0, 0],
+            }
+        ),
+        tmp_path / "validation.parquet",
+    )
     loaded = load_split(parse_datasets(f"chartqa@{tmp_path}")[0], "validation")
     assert loaded.samples[0].images[0].load() == (tmp_path / "g.png").read_bytes()
     assert [item.reason for item in loaded.left_out] == ["image missing", "image missing"]
@@ -81,7 +106,9 @@ def test_a_hub_repository_is_read_like_a_local_folder(tmp_path, monkeypatch):
     source = dataclasses.replace(chartqa.SOURCE, hub_ids=("nobody/nothing", str(folder.parent)))
     loaded = load_table(source, parse_datasets("chartqa")[0], "train")
     assert [(s.id, s.target, s.split) for s in loaded.samples] == [
-        ("chartqa/train/000000", "1", "human"), ("chartqa/train/000001", "2", "augmented")]
+        ("chartqa/train/000000", "1", "human"),
+        ("chartqa/train/000001", "2", "augmented"),
+    ]
     assert loaded.samples[0].images[0].load() == png("red")
     assert f"from {folder.parent} train: 2 questions on 1 images" in loaded.description
     wrong = dataclasses.replace(source, hub_ids=(str(folder.parent),), columns=("query", "answer"))
@@ -92,11 +119,20 @@ def test_a_hub_repository_is_read_like_a_local_folder(tmp_path, monkeypatch):
 
 def write_textvqa(path: Path, answers: list[list[str]]) -> None:
     count = len(answers)
-    pq.write_table(pa.table({
-        "image_id": [f"i{n}" for n in range(count)], "question_id": list(range(count)), "question": ["what?"] * count,
-        "image": pa.array([{"bytes": png((n, 0, 0)), "path": None} for n in range(count)], IMAGE),
-        "answers": answers, "ocr_tokens": [[]] * count, "set_name": ["x"] * count,
-    }), path)
+    pq.write_table(
+        pa.table(
+            {
+                "image_id": [f"i{n}" for n in range(count)],
+                "question_id": list(range(count)),
+                "question": ["what?"] * count,
+                "image": pa.array([{"bytes": png((n, 0, 0)), "path": None} for n in range(count)], IMAGE),
+                "answers": answers,
+                "ocr_tokens": [[]] * count,
+                "set_name": ["x"] * count,
+            }
+        ),
+        path,
+    )
 
 
 def test_textvqa_target_and_splits(tmp_path):

@@ -111,10 +111,19 @@ def test_four_images_are_too_few_to_judge():
     assert found.too_few
 
 
-@pytest.mark.parametrize(("images", "gained", "too_few"), [
-    (5, 5, True), (6, 6, False), (6, 5, True), (10, 4, True), (10, 0, True), (100, 3, False), (100, 0, False),
-    (1, 1, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("images", "gained", "too_few"),
+    [
+        (5, 5, True),
+        (6, 6, False),
+        (6, 5, True),
+        (10, 4, True),
+        (10, 0, True),
+        (100, 3, False),
+        (100, 0, False),
+        (1, 1, True),
+    ],
+)
 def test_too_few_are_those_that_could_show_nothing_and_exclude_nothing(images, gained, too_few):
     found = paired_test([0.0] * images, [1.0] * gained + [0.0] * (images - gained))
     assert found.too_few is too_few

@@ -56,10 +56,24 @@ def recipe(*names: str, **keys: object) -> dict[str, object]:
 
 def test_a_missing_package_ends_the_command_before_anything_is_written(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "vlm_sft", "train", "--base_model", "pocket", "--dataset", "demo_charts",
-         "--report_to", f"tensorboard,{ABSENT}", "--output_dir", str(tmp_path / "run")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "vlm_sft",
+            "train",
+            "--base_model",
+            "pocket",
+            "--dataset",
+            "demo_charts",
+            "--report_to",
+            f"tensorboard,{ABSENT}",
+            "--output_dir",
+            str(tmp_path / "run"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"report_to {ABSENT}: the package {ABSENT} is not installed" in done.stderr
     assert f"fix: pip install {ABSENT}; or take it out of --report_to" in done.stderr
@@ -105,9 +119,14 @@ def test_the_table_and_the_scores_are_those_of_results_json(tmp_path: Path) -> N
     assert outcome.scores["results/easy_vqa/base"] == 0.61 and outcome.scores["results/easy_vqa/tuned"] == 0.764
     assert outcome.scores["results/demo_charts/difference"] == pytest.approx(0.095) and len(outcome.scores) == 6
     assert outcome.rows[0] == (
-        "easy_vqa", "relaxed accuracy", "1,000", "61.0 % [58.0, 64.0]", "76.4 % [73.4, 79.4]", "+15.4 [+13.4, +17.4]",
+        "easy_vqa",
+        "relaxed accuracy",
+        "1,000",
+        "61.0 % [58.0, 64.0]",
+        "76.4 % [73.4, 79.4]",
+        "+15.4 [+13.4, +17.4]",
         "better",
-    )  # fmt: skip
+    )
     assert outcome.rows[1][0] == "demo_charts (synthetic)"
 
 
@@ -131,8 +150,10 @@ def test_damaged_results_give_an_empty_outcome(tmp_path: Path) -> None:
 def test_a_recipe_is_a_table_of_json_values() -> None:
     lines = recipe_markdown({"train": ["language"], "optim": "adamw", "max_pixels": None}).splitlines()
     assert [[cell.strip() for cell in line.split("|")[1:3]] for line in lines[2:]] == [
-        ["train", '["language"]'], ["optim", "adamw"], ["max_pixels", "null"],
-    ]  # fmt: skip
+        ["train", '["language"]'],
+        ["optim", "adamw"],
+        ["max_pixels", "null"],
+    ]
 
 
 def test_a_card_grows_with_its_text_and_shows_right_and_wrong() -> None:

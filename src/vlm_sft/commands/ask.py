@@ -22,12 +22,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say who answers; the demo has them too."""
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="folder of an adapter (a run or a checkpoint)")
     parser.add_argument(
-        "--base_model", metavar="MODEL",
+        "--base_model",
+        metavar="MODEL",
         help="Hub id, folder, or 'pocket' (default: the one that the adapter names; 'pocket' without an adapter)",
     )
     add_other_base_argument(parser)
     parser.add_argument(
-        "--max_new_tokens", type=int, metavar="N",
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
         help="limit of an answer in tokens (default: what the adapter's training, or the base, came with)",
     )
     parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
@@ -46,9 +49,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         what = f"{bounded(str(args.image), 200)}: {error.strerror or error}"
         raise DataError(what, "pass the path of a picture") from error
-    asker = open_asker(
-        args.base_model, args.adapter, args.flash_attn, args.max_new_tokens, args.allow_other_base
-    )
+    asker = open_asker(args.base_model, args.adapter, args.flash_attn, args.max_new_tokens, args.allow_other_base)
     say(f"{args.image}, {image.width} x {image.height} pixels, asked of {asker.title}")
     for answer in asker.ask(image, args.questions):
         say(f"\n{answer.question}")
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     say("")
     words = ["--base_model", asker.base_name, *(["--adapter", str(args.adapter)] if args.adapter else [])]
     flags = shlex.join([*words, *(["--allow_other_base"] if args.allow_other_base else [])])
-    say(f"nothing was written; next: measure it (vlm-sft eval {flags} --benchmark SETS --output_dir DIR), or see it in "
-        f"a page (vlm-sft demo {flags})")  # fmt: skip
+    say(
+        f"nothing was written; next: measure it (vlm-sft eval {flags} --benchmark SETS --output_dir DIR), or see it in "
+        f"a page (vlm-sft demo {flags})"
+    )
     return 0

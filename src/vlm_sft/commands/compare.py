@@ -10,13 +10,17 @@ HELP = "Compare runs on the same items: differences with intervals, tests, verdi
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN",
+        "runs",
+        nargs="+",
+        metavar="RUN",
         help="a training run, or a folder with <benchmark>/predictions.jsonl; one training run alone is compared with "
         "its own base model",
     )
     parser.add_argument("--baseline", metavar="RUN", help="the run to compare with (default: the first RUN)")
     parser.add_argument(
-        "--output_dir", metavar="DIR", default="outputs/compare",
+        "--output_dir",
+        metavar="DIR",
+        default="outputs/compare",
         help="where compare.json and compare.md are written (default: %(default)s)",
     )
 

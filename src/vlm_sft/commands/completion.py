@@ -90,17 +90,25 @@ def _flag(action: argparse.Action, text: str) -> Flag:
 
 def bash_script(places: list[Place], zsh: bool = False) -> str:
     """The script for bash; zsh reads the same one through its bashcompinit."""
-    verbs = [f"    {_quoted(' '.join(place.path))}) next={_quoted(' '.join(place.words))}; "
-             f"flags={_quoted(' '.join(name for flag in place.flags for name in flag.names))} ;;"
-             for place in places]  # fmt: skip
+    verbs = [
+        f"    {_quoted(' '.join(place.path))}) next={_quoted(' '.join(place.words))}; "
+        f"flags={_quoted(' '.join(name for flag in place.flags for name in flag.names))} ;;"
+        for place in places
+    ]
     known = [
         f"    {_quoted(' '.join((*place.path, name)))}) values={_quoted(' '.join(flag.values))} ;;"
-        for place in places for flag in place.flags for name in flag.names if flag.values
-    ]  # fmt: skip
+        for place in places
+        for flag in place.flags
+        for name in flag.names
+        if flag.values
+    ]
     free = [
         f"    {_quoted(' '.join((*place.path, name)))}) values=@files ;;"
-        for place in places for flag in place.flags for name in flag.names if flag.takes_value and not flag.values
-    ]  # fmt: skip
+        for place in places
+        for flag in place.flags
+        for name in flag.names
+        if flag.takes_value and not flag.values
+    ]
     template = (Path(__file__).parent / "completion.bash").read_text(encoding="utf-8")
     script = template.replace("@PLACES@", "\n".join(verbs)).replace("@VALUES@", "\n".join(known + free))
     return ("autoload -U +X bashcompinit && bashcompinit\n" if zsh else "") + script.rstrip()

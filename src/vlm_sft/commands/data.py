@@ -33,17 +33,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cache_arguments(actions)
     add_exchange_arguments(actions)
     check = actions.add_parser("check", help=CHECK_HELP, description=CHECK_HELP)
-    check.add_argument("dataset", metavar="DATASET", help="NAME[@PATH][:WEIGHT], comma separated: chartqa, textvqa, "
-                       "easy_vqa, demo, chartqa@FOLDER of parquet, or your own .jsonl/.json file or folder")
-    check.add_argument("--split", default="train", choices=("train", "validation", "test", "all"),
-                       help="which split to check (default: train)")
-    check.add_argument("--output_dir", type=Path, metavar="DIR",
-                       help="folder to write to (default: outputs/data_check/NAME-SPLIT)")
-    check.add_argument("--base_model", metavar="MODEL", help="Hub id, folder, or 'pocket': also look for images and "
-                       "texts that this model's processor cannot take")
+    check.add_argument(
+        "dataset",
+        metavar="DATASET",
+        help="NAME[@PATH][:WEIGHT], comma separated: chartqa, textvqa, "
+        "easy_vqa, demo, chartqa@FOLDER of parquet, or your own .jsonl/.json file or folder",
+    )
+    check.add_argument(
+        "--split",
+        default="train",
+        choices=("train", "validation", "test", "all"),
+        help="which split to check (default: train)",
+    )
+    check.add_argument(
+        "--output_dir", type=Path, metavar="DIR", help="folder to write to (default: outputs/data_check/NAME-SPLIT)"
+    )
+    check.add_argument(
+        "--base_model",
+        metavar="MODEL",
+        help="Hub id, folder, or 'pocket': also look for images and texts that this model's processor cannot take",
+    )
     check.add_argument("--limit", type=int, metavar="N", help="check a seeded sample of at most N questions")
-    check.add_argument("--max_left_out", type=float, default=0.01, metavar="FRACTION",
-                       help="share of samples that may be unusable, 0 to 1 (default: 0.01)")
+    check.add_argument(
+        "--max_left_out",
+        type=float,
+        default=0.01,
+        metavar="FRACTION",
+        help="share of samples that may be unusable, 0 to 1 (default: 0.01)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,8 +100,13 @@ def _check(args: argparse.Namespace) -> int:
     repeats = find_repeats(samples)
     report = audit(samples, left_out, loaded, repeats=repeats, holds_control=holds_control)
     folder = args.output_dir or Path("outputs", "data_check", "+".join(s.name for s in specs) + f"-{args.split}")
-    about = {"dataset": args.dataset, "split": args.split, "limit": args.limit, "descriptions": descriptions,
-             "synthetic": synthetic}
+    about = {
+        "dataset": args.dataset,
+        "split": args.split,
+        "limit": args.limit,
+        "descriptions": descriptions,
+        "synthetic": synthetic,
+    }
     data = write_json(folder / DATA, about | report.to_json())
     gone = write_jsonl(folder / LEFT_OUT, ({"id": i.id, "reason": i.reason, "detail": i.detail} for i in left_out))
     again = write_jsonl(folder / REPEATS, (repeat.to_json() for repeat in repeats))
@@ -158,13 +180,19 @@ def _warn_of_strips(samples: list[Sample]) -> None:
     """Tell images so long and narrow that processors refuse them; which ones do is asked with --base_model."""
     from vlm_sft.console import warn
 
-    strips = {image.key: image for sample in samples for image in sample.images
-              if max(image.width, image.height) > STRIP_RATIO * min(image.width, image.height)}  # fmt: skip
+    strips = {
+        image.key: image
+        for sample in samples
+        for image in sample.images
+        if max(image.width, image.height) > STRIP_RATIO * min(image.width, image.height)
+    }
     if strips:
         first = next(iter(strips.values()))
-        warn(f"images more than {STRIP_RATIO} times as long as wide, which some models cannot take (all of Qwen's): "
-             f"{len(strips):,}, e.g. {first.source} ({first.width:,} x {first.height:,} pixels); --base_model MODEL "
-             "asks the model's processor")  # fmt: skip
+        warn(
+            f"images more than {STRIP_RATIO} times as long as wide, which some models cannot take (all of Qwen's): "
+            f"{len(strips):,}, e.g. {first.source} ({first.width:,} x {first.height:,} pixels); --base_model MODEL "
+            "asks the model's processor"
+        )
 
 
 def _warn_of_repeats(repeats: list[Repeat]) -> None:

@@ -29,28 +29,51 @@ def add_exchange_arguments(actions: Any) -> None:
     reader = actions.add_parser("import", help=IMPORT_HELP, description=IMPORT_HELP)
     reader.add_argument("source", type=Path, metavar="FILE", help="the file, or a folder of files (train, val, test)")
     _add_common(reader)
-    reader.add_argument("--images", type=Path, metavar="DIR",
-                        help="folder that image paths are relative to (default: that of each file)")
-    reader.add_argument("--columns", metavar="NAME=COLUMN,…",
-                        help="what columns are called, e.g. image=picture,question=frage,answer=antwort")
-    reader.add_argument("--allow_image_urls", action="store_true",
-                        help="fetch images given as http or https URLs, at most 32 MiB and 30 s each")
+    reader.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder that image paths are relative to (default: that of each file)",
+    )
+    reader.add_argument(
+        "--columns",
+        metavar="NAME=COLUMN,…",
+        help="what columns are called, e.g. image=picture,question=frage,answer=antwort",
+    )
+    reader.add_argument(
+        "--allow_image_urls",
+        action="store_true",
+        help="fetch images given as http or https URLs, at most 32 MiB and 30 s each",
+    )
     reader.add_argument("--limit", type=int, metavar="N", help="read at most the first N questions")
     writer = actions.add_parser("export", help=EXPORT_HELP, description=EXPORT_HELP)
     writer.add_argument("dataset", metavar="DATASET", help="NAME[@PATH], or your own data, as in vlm-sft train")
     _add_common(writer)
-    writer.add_argument("--style", default="sharegpt", choices=("sharegpt", "alpaca"),
-                        help="which of LLaMA-Factory's two layouts (default: %(default)s)")
-    writer.add_argument("--split", default="all", choices=("train", "validation", "test", "all"),
-                        help="which split to write (default: all)")
+    writer.add_argument(
+        "--style",
+        default="sharegpt",
+        choices=("sharegpt", "alpaca"),
+        help="which of LLaMA-Factory's two layouts (default: %(default)s)",
+    )
+    writer.add_argument(
+        "--split",
+        default="all",
+        choices=("train", "validation", "test", "all"),
+        help="which split to write (default: all)",
+    )
     writer.add_argument("--limit", type=int, metavar="N", help="a seeded sample of at most N questions a split")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", required=True, choices=FORMATS, help="the layout outside")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder to write to")
-    parser.add_argument("--max_left_out", type=float, default=0.01, metavar="SHARE",
-                        help="share of unusable questions that is no error, 0 to 1 (default: %(default)s)")
+    parser.add_argument(
+        "--max_left_out",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of unusable questions that is no error, 0 to 1 (default: %(default)s)",
+    )
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -69,8 +92,16 @@ def run_import(args: argparse.Namespace) -> int:
     _check_limit(args.limit)
     say(bounded(f"importing {args.source} as {args.format}"))
     columns = parse_columns(args.columns, args.format)
-    request = ImportRequest(args.source, args.format, args.output, args.images, columns, args.allow_image_urls,
-                            args.limit, args.max_left_out)
+    request = ImportRequest(
+        args.source,
+        args.format,
+        args.output,
+        args.images,
+        columns,
+        args.allow_image_urls,
+        args.limit,
+        args.max_left_out,
+    )
     report = import_data(request)
     say(f"{report.records:,} records, {report.conversations:,} of them conversations that became several questions")
     _tell(report, args)

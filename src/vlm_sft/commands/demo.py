@@ -30,9 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     if find_spec("gradio") is None:
         raise RunError("vlm-sft demo: the package gradio is not installed", "pip install 'vlm-sft[demo]'")
-    asker = open_asker(
-        args.base_model, args.adapter, args.flash_attn, args.max_new_tokens, args.allow_other_base
-    )
+    asker = open_asker(args.base_model, args.adapter, args.flash_attn, args.max_new_tokens, args.allow_other_base)
     page = build_page(asker)
     try:
         page.launch(**launch_arguments(args.port))
@@ -46,9 +44,13 @@ def run(args: argparse.Namespace) -> int:
 def launch_arguments(port: int) -> dict[str, Any]:
     """How the page is served: to this machine only, with no tunnel, and nothing sent elsewhere."""
     return {
-        "server_name": HOST, "server_port": port, "share": False, "prevent_thread_lock": True, "quiet": True,
+        "server_name": HOST,
+        "server_port": port,
+        "share": False,
+        "prevent_thread_lock": True,
+        "quiet": True,
         "inbrowser": False,
-    }  # fmt: skip
+    }
 
 
 def build_page(asker: Asker) -> Any:

@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base_model", required=True, metavar="MODEL", help="Hub id, folder, or 'pocket'")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="folder of a LoRA adapter (a run or a checkpoint)")
     parser.add_argument(
-        "--benchmark", required=True, metavar="SETS",
+        "--benchmark",
+        required=True,
+        metavar="SETS",
         help="comma separated: chartqa, textvqa, easy_vqa, demo_charts, demo_text, each with an optional @PATH, or "
         "your own JSONL",
     )
@@ -30,18 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
     parser.add_argument("--max_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
     parser.add_argument(
-        "--allow_prompt_mismatch", action="store_true",
+        "--allow_prompt_mismatch",
+        action="store_true",
         help="prompt and image settings may differ from those of the adapter's training",
     )
     add_other_base_argument(parser)
     parser.add_argument("--tokens_per_pack", type=int, metavar="N", help="token budget of one forward pass")
     parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
     parser.add_argument(
-        "--load_in_4bit", action="store_true",
+        "--load_in_4bit",
+        action="store_true",
         help="hold the language model in 4 bits, as a training with load_in_4bit does (extra vlm-sft[qlora])",
     )
     parser.add_argument(
-        "--backend", choices=("transformers", "vllm"), default="transformers",
+        "--backend",
+        choices=("transformers", "vllm"),
+        default="transformers",
         help="what generates; vllm needs a GPU and the optional extra vlm-sft[vllm] (default: %(default)s)",
     )
     add_shard_argument(parser)
@@ -60,7 +66,9 @@ def add_other_base_argument(parser: argparse.ArgumentParser) -> None:
 def add_shard_argument(parser: argparse._ActionsContainer) -> None:
     """Add the flag for models that no device holds whole; training has it too, for its final evaluation."""
     parser.add_argument(
-        "--shard_weights", choices=("auto", "true", "false"), default="auto",
+        "--shard_weights",
+        choices=("auto", "true", "false"),
+        default="auto",
         help="several ranks share out the weights while they answer (ZeRO-3): auto does so where a whole model does "
         "not fit on a device (default: %(default)s)",
     )
@@ -69,12 +77,15 @@ def add_shard_argument(parser: argparse._ActionsContainer) -> None:
 def add_prompt_arguments(parser: argparse.ArgumentParser, note: str) -> None:
     """Add the flags that say how a question is put to the model; training has them too."""
     parser.add_argument(
-        "--prompt_template", type=prompt_text, metavar="TEXT",
+        "--prompt_template",
+        type=prompt_text,
+        metavar="TEXT",
         help=f"the user's text with {{question}} in it, \\n for a new line: {note}",
     )
     parser.add_argument("--system", type=prompt_text, metavar="TEXT", help=f"system text: {note}")
     parser.add_argument(
-        "--max_new_tokens", metavar="N",
+        "--max_new_tokens",
+        metavar="N",
         help="limit of an answer in tokens, for all or by benchmark: 32, or chartqa=32,textvqa=16 (default: the "
         "benchmark's; for your own data what its longest answer needs)",
     )
@@ -83,15 +94,21 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, note: str) -> None:
 def add_cache_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the flags that say what is kept on disk; training has them too."""
     parser.add_argument(
-        "--cache_dir", type=Path, metavar="DIR",
+        "--cache_dir",
+        type=Path,
+        metavar="DIR",
         help="where prepared data is kept (default: $VLM_SFT_CACHE, or ~/.cache/vlm_sft)",
     )
     parser.add_argument(
-        "--prepared_cache", default="on", metavar="on|off",
+        "--prepared_cache",
+        default="on",
+        metavar="on|off",
         help="keep processed images and tokens for later epochs, ranks and runs (default: %(default)s)",
     )
     parser.add_argument(
-        "--feature_cache", default="auto", metavar="auto|off|SIZE",
+        "--feature_cache",
+        default="auto",
+        metavar="auto|off|SIZE",
         help="keep the outputs of the frozen vision tower: where it pays and fits, never, or up to a size such as 20GB "
         "(default: %(default)s)",
     )

@@ -20,11 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_other_base_argument(parser)
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
         help="number format of merged weights (default: that of the base; float32 where that rounds the update away)",
     )
     parser.add_argument(
-        "--questions", type=int, default=8, metavar="N",
+        "--questions",
+        type=int,
+        default=8,
+        metavar="N",
         help="questions that the export and the adapter are compared on (default: %(default)s)",
     )
     parser.add_argument(

@@ -13,9 +13,20 @@ from vlm_sft.errors import RunError, bounded, nearest, quoted
 from vlm_sft.recipe.rules import ALIASES
 
 VERBS = (
-    "train", "verify", "plan", "recommend", "eval", "score", "compare", "data", "report", "export", "ask", "demo",
+    "train",
+    "verify",
+    "plan",
+    "recommend",
+    "eval",
+    "score",
+    "compare",
+    "data",
+    "report",
+    "export",
+    "ask",
+    "demo",
     "completion",
-)  # fmt: skip
+)
 FEW_FLAGS = 20  # so many are listed in a message; of more, the help is named
 DASHES = "-\N{EN DASH}\N{EM DASH}"  # what text programs make of two hyphens
 
@@ -73,8 +84,11 @@ class Parser(argparse.ArgumentParser):
     def _help_with_flags(self) -> str:
         if self._subparsers is not None:
             return f"flags stand behind what is to be done; {self.prog} --help lists that"
-        flags = [action.option_strings[-1] for action in self._actions if action.help != argparse.SUPPRESS
-                 and action.option_strings and action.dest != "help"]  # fmt: skip
+        flags = [
+            action.option_strings[-1]
+            for action in self._actions
+            if action.help != argparse.SUPPRESS and action.option_strings and action.dest != "help"
+        ]
         few = 0 < len(flags) <= FEW_FLAGS
         return f"its flags are {', '.join(flags)}" if few else f"{self.prog} --help lists its flags"
 

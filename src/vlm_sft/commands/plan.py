@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 
 IMAGINED = ("images", "image_size", "question_tokens", "answer_tokens")
 READ_DATA = (
-    "dataset", "eval_benchmarks", "eval_samples", "max_eval", "max_left_out", "max_new_tokens", "prompt_template",
+    "dataset",
+    "eval_benchmarks",
+    "eval_samples",
+    "max_eval",
+    "max_left_out",
+    "max_new_tokens",
+    "prompt_template",
     "system",
-)  # fmt: skip
+)
 HELP = "forecast time, memory and disk of a training from your data and machine, without starting it"
 
 
@@ -25,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this verb; those of training are taken too."""
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the forecast as JSON")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/planned"), metavar="DIR",
+        "--output_dir",
+        type=Path,
+        default=Path("outputs/planned"),
+        metavar="DIR",
         help="where the run would go: its disk is looked at, nothing is written (default: %(default)s)",
     )
     add_device_arguments(parser)

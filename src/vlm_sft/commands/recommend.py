@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hours", type=float, required=True, metavar="H", help="what the training may take, in hours")
     parser.add_argument("--disk", type=float, metavar="GB", help="what it may write, in gigabytes (10^9 bytes)")
     parser.add_argument(
-        "--priority", choices=PRIORITIES, default="balanced",
+        "--priority",
+        choices=PRIORITIES,
+        default="balanced",
         help="the best affordable recipe, the cheapest that is not significantly worse, or the cheapest (default: "
         "%(default)s)",
     )
@@ -75,9 +77,12 @@ def draw(advice: Advice, path: Path) -> None:
     shown = [one for one in advice.candidates if choice.measured is False or one.quality is not None]
     front = sorted((one for one in shown if one.name in choice.front), key=lambda one: one.seconds)
     axes.plot(
-        [one.seconds / 3600 for one in front], [worth(one, choice.measured) for one in front], "--", color="#777777",
+        [one.seconds / 3600 for one in front],
+        [worth(one, choice.measured) for one in front],
+        "--",
+        color="#777777",
         label="Pareto front",
-    )  # fmt: skip
+    )
     for one in shown:
         chosen = one.name == choice.chosen
         x, y = one.seconds / 3600, worth(one, choice.measured)
@@ -97,7 +102,8 @@ def draw(advice: Advice, path: Path) -> None:
             [(one.seconds / 3600, worth(one, choice.measured)) for one in front],
             *(
                 [(one.seconds / 3600, one.quality.low), (one.seconds / 3600, one.quality.high)]
-                for one in shown if one.quality is not None and choice.measured
+                for one in shown
+                if one.quality is not None and choice.measured
             ),
         ],
         fontsize=10,

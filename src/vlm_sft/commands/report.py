@@ -12,15 +12,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output folder of a training run")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE",
+        "--output",
+        type=Path,
+        metavar="FILE",
         help="the file to write (default: report.html in the run folder, or here for several runs)",
     )
     parser.add_argument(
-        "--export", type=Path, metavar="FOLDER",
+        "--export",
+        type=Path,
+        metavar="FOLDER",
         help="write the figures (SVG, PNG) and tables (CSV, Markdown) into this folder, for a paper",
     )
     parser.add_argument(
-        "--watch", action="store_true",
+        "--watch",
+        action="store_true",
         help="serve the page on 127.0.0.1 instead of writing it; it is refreshed while the runs go on",
     )
     parser.add_argument("--port", type=int, metavar="N", help="port for --watch; 0: any free one (default: 8686)")

@@ -13,12 +13,18 @@ HELP = "Score a file of predictions by the rules of a benchmark."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument(
-        "--benchmark", required=True, choices=list(BENCHMARKS), help="whose rules to apply: " + "; ".join(
-            f"{benchmark.name} = {benchmark.description}" for benchmark in BENCHMARKS.values()
-        ).replace("%", "%%"),
+        "--benchmark",
+        required=True,
+        choices=list(BENCHMARKS),
+        help="whose rules to apply: "
+        + "; ".join(f"{benchmark.name} = {benchmark.description}" for benchmark in BENCHMARKS.values()).replace(
+            "%", "%%"
+        ),
     )
     parser.add_argument(
-        "--predictions", required=True, metavar="FILE",
+        "--predictions",
+        required=True,
+        metavar="FILE",
         help='JSON lines: {"id": text or integer, "prediction": text, "answers": [texts], "split": text, optional}',
     )
     parser.add_argument("--per_item", metavar="FILE", help='write one {"id", "score"} a line here')

@@ -12,15 +12,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this verb."""
     parser.add_argument("run", type=Path, metavar="RUN", help="output folder of a training, finished or not")
     parser.add_argument(
-        "--steps", type=int, default=6, metavar="N",
+        "--steps",
+        type=int,
+        default=6,
+        metavar="N",
         help="optimizer steps of the trial, at least 4 (default: %(default)s)",
     )
     parser.add_argument(
         "--output_dir", type=Path, metavar="DIR", help="where the trial runs (default: RUN/verify); it is kept"
     )
-    parser.add_argument(
-        "--checkpoints_only", action="store_true", help="compare checksums, and train nothing"
-    )
+    parser.add_argument("--checkpoints_only", action="store_true", help="compare checksums, and train nothing")
 
 
 def run(args: argparse.Namespace) -> int:

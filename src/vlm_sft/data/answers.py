@@ -74,9 +74,13 @@ def limit_for(prompt: PromptSettings, longest: int) -> int:
 
 
 def fitted(
-    prompt: PromptSettings, specs: Sequence[DatasetSpec], plain: PlainText | None, *, keep_template: bool = False,
+    prompt: PromptSettings,
+    specs: Sequence[DatasetSpec],
+    plain: PlainText | None,
+    *,
+    keep_template: bool = False,
     limits: Mapping[str, int] | None = None,
-) -> tuple[PromptSettings, list[str]]:  # fmt: skip
+) -> tuple[PromptSettings, list[str]]:
     """Fit prompt settings to the answers of the data, over all splits of own data.
 
     Args:

@@ -78,8 +78,11 @@ class AuditReport:
 
 
 def audit(
-    samples: Sequence[Sample], left_out: Sequence[LeftOut] = (), loaded: int | None = None,
-    tokens: dict[str, int] | None = None, repeats: Sequence[Repeat] = (),
+    samples: Sequence[Sample],
+    left_out: Sequence[LeftOut] = (),
+    loaded: int | None = None,
+    tokens: dict[str, int] | None = None,
+    repeats: Sequence[Repeat] = (),
     holds_control: Callable[[Sample], bool] = reads_like_control,
 ) -> AuditReport:
     """Count what a list of samples holds; images are not opened (see `check_images`).
@@ -111,9 +114,7 @@ def audit(
     )
 
 
-def notes_of(
-    samples: Iterable[Sample], holds_control: Callable[[Sample], bool] = reads_like_control
-) -> dict[str, int]:
+def notes_of(samples: Iterable[Sample], holds_control: Callable[[Sample], bool] = reads_like_control) -> dict[str, int]:
     """Count what is used otherwise than its record might mean: questions, by what is done.
 
     Args:
@@ -223,7 +224,9 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
 
 
 def enforce(
-    left_out: Sequence[LeftOut], total: int, max_left_out_fraction: float = MAX_LEFT_OUT_FRACTION,
+    left_out: Sequence[LeftOut],
+    total: int,
+    max_left_out_fraction: float = MAX_LEFT_OUT_FRACTION,
     left_out_file: str | Path | None = None,
 ) -> None:
     """Stop when more samples were left out than allowed.

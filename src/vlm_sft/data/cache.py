@@ -142,9 +142,7 @@ class DataCache:
         """Whether this rank prepares an image: each one that it shares no folder for, else its share."""
         return self._images is None or self.team.owns(record_key(sample.image_key))
 
-    def _encode(
-        self, groups: Mapping[str, Sequence[Sample]], description: str
-    ) -> Iterator[EncodedGroup | DataError]:
+    def _encode(self, groups: Mapping[str, Sequence[Sample]], description: str) -> Iterator[EncodedGroup | DataError]:
         """Encode or read groups, by their keys, on this rank alone."""
         firsts = [members[0] for members in groups.values()]
         with progress(sum(map(len, groups.values())), description, "questions") as bar, ExitStack() as stack:
@@ -193,9 +191,13 @@ class DataCache:
         return tensors, None if self._images is None else pack_pixels(tensors, self._layout)
 
     def _encoded(
-        self, members: Sequence[Sample], key: str, image: tuple[Record | None, Record | None] | DataError,
-        keep_image: Callable[[str, Record], None], keep_tokens: Callable[[str, Record], None],
-    ) -> EncodedGroup | DataError:  # fmt: skip
+        self,
+        members: Sequence[Sample],
+        key: str,
+        image: tuple[Record | None, Record | None] | DataError,
+        keep_image: Callable[[str, Record], None],
+        keep_tokens: Callable[[str, Record], None],
+    ) -> EncodedGroup | DataError:
         """Encode one group, keep what is new."""
         if isinstance(image, DataError):
             return image
@@ -256,9 +258,7 @@ def record_key(image_key: str) -> str:
 def group_key(members: Sequence[Sample]) -> str:
     """Key of an image with its questions, whatever their ids; own data may be asked by a template of its own."""
     first = members[0]
-    asked = [
-        [[(turn.role, turn.text) for turn in s.history], s.question, s.target, is_own(s.dataset)] for s in members
-    ]
+    asked = [[[(turn.role, turn.text) for turn in s.history], s.question, s.target, is_own(s.dataset)] for s in members]
     text = json.dumps([first.image_key, first.system, asked])
     return hashlib.sha256(text.encode()).hexdigest()
 

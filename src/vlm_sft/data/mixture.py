@@ -44,8 +44,9 @@ def mix(parts: list[tuple[DatasetSpec, list[Sample]]], max_samples: int | None, 
     sizes = [len(samples) for _, samples in parts]
     weights = [Fraction(1 if spec.weight is None else spec.weight) for spec, _ in parts]
     total = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
-    counts = [round(sum(sizes) * weight * size / total) if total else 0
-              for weight, size in zip(weights, sizes, strict=True)]
+    counts = [
+        round(sum(sizes) * weight * size / total) if total else 0 for weight, size in zip(weights, sizes, strict=True)
+    ]
     if max_samples is not None and max_samples < sum(counts):
         counts = list(_shares(dict(enumerate(counts)), max_samples).values())
     mixed: list[Sample] = []

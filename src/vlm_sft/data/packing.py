@@ -133,9 +133,7 @@ def _level(packs: list[list[Bundle]], lengths: Sequence[GroupLengths], most: int
             rows[other].append(given)
 
 
-def _one_bundle_a_pack(
-    ranks: tuple[tuple[tuple[Bundle, ...], ...], ...],
-) -> tuple[tuple[tuple[Bundle, ...], ...], ...]:
+def _one_bundle_a_pack(ranks: tuple[tuple[tuple[Bundle, ...], ...], ...]) -> tuple[tuple[tuple[Bundle, ...], ...], ...]:
     """Take the packs of a plan apart; every rank still has the same number of them, some empty at the end."""
     bundles = [bundle for packs in ranks for pack in packs for bundle in pack]
     rounds = -(-len(bundles) // len(ranks))

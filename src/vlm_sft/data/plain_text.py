@@ -57,9 +57,10 @@ class PlainText:
         acting = special | {*stop_ids, *turn_ids, *_named_ids(processor)}
         # An added token that is a plain word or blank ("user", a run of spaces) does nothing: it is vocabulary.
         self._strings = {
-            number: text for number, text in added.items()
+            number: text
+            for number, text in added.items()
             if number in acting and not text.isalnum() and not text.isspace()
-        }  # fmt: skip
+        }
         # What a tokenizer makes of characters that it does not know is no sign of a control token.
         known = {*stop_ids, *self._strings} - {self.tokenizer.unk_token_id}
         self._control = np.zeros(1 + max([*known, 0]), dtype=bool)

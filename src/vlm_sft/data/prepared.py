@@ -189,9 +189,13 @@ class StepDataset(Dataset[StepPacks]):
     """
 
     def __init__(
-        self, data: PreparedData, planner: EpochPlanner, rank: int, replace_bad: bool = False,
+        self,
+        data: PreparedData,
+        planner: EpochPlanner,
+        rank: int,
+        replace_bad: bool = False,
         place: Callable[[PackedBatch], torch.Tensor] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.data = data
         self.planner = planner
         self.rank = rank

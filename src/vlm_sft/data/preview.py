@@ -68,8 +68,12 @@ dd { margin: 0 0 .3rem; }
 
 
 def render_preview(
-    title: str, descriptions: Sequence[str], samples: Sequence[Sample], left_out: Sequence[LeftOut],
-    report: AuditReport, seed: int = 0,
+    title: str,
+    descriptions: Sequence[str],
+    samples: Sequence[Sample],
+    left_out: Sequence[LeftOut],
+    report: AuditReport,
+    seed: int = 0,
 ) -> str:
     """Render the preview as one self-contained HTML page; every text of the data is escaped.
 
@@ -103,17 +107,28 @@ def render_preview(
 
 def count_rows(report: AuditReport) -> list[tuple[str, str]]:
     """The counts as name and value, for the page and for the terminal."""
-    rows = [("questions", f"{report.samples:,}"), ("images", f"{report.images:,}"),
-            ("questions per image, mean", f"{report.mean_questions_per_image:.2f}")]
+    rows = [
+        ("questions", f"{report.samples:,}"),
+        ("images", f"{report.images:,}"),
+        ("questions per image, mean", f"{report.mean_questions_per_image:.2f}"),
+    ]
     rows += [(f"questions in {part}", f"{count:,}") for part, count in (report.splits or report.datasets).items()]
     if report.answer_characters:
         spread = report.answer_characters
-        rows.append(("answer length in characters",
-                     f"{spread['minimum']:g} to {spread['maximum']:g}, median {spread['median']:g}"))
+        rows.append(
+            (
+                "answer length in characters",
+                f"{spread['minimum']:g} to {spread['maximum']:g}, median {spread['median']:g}",
+            )
+        )
     if report.image_pixels:
         spread = report.image_pixels
-        rows.append(("image size in pixels",
-                     f"{spread['minimum']:,g} to {spread['maximum']:,.0f}, median {spread['median']:,.0f}"))
+        rows.append(
+            (
+                "image size in pixels",
+                f"{spread['minimum']:,g} to {spread['maximum']:,.0f}, median {spread['median']:,.0f}",
+            )
+        )
     rows += [(f"{kind} tokens", f"{count:,}") for kind, count in report.tokens.items()]
     names = {"duplicate": "asked again, same answer", "contradiction": "asked again, another answer"}
     rows += [(names[kind], f"{count:,}") for kind, count in report.repeats.items()]
@@ -154,9 +169,16 @@ def _questions_per_image(samples: Sequence[Sample]) -> dict[str, int]:
 
 def _card(sample: Sample, questions: int) -> dict[str, Any]:
     part = " / ".join(text for text in (sample.dataset, sample.split, sample.metadata.get("question_type")) if text)
-    return {"id": sample.id, "pictures": [thumbnail(image) for image in sample.images], "history": sample.history,
-            "question": sample.question, "target": sample.target, "answers": " | ".join(sample.answers),
-            "part": part, "k": questions}
+    return {
+        "id": sample.id,
+        "pictures": [thumbnail(image) for image in sample.images],
+        "history": sample.history,
+        "question": sample.question,
+        "target": sample.target,
+        "answers": " | ".join(sample.answers),
+        "part": part,
+        "k": questions,
+    }
 
 
 def thumbnail(ref: ImageRef) -> str:

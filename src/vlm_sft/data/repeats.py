@@ -34,9 +34,13 @@ class Repeat:
     def to_json(self) -> dict[str, Any]:
         """A line of repeats.jsonl."""
         return {
-            "kind": self.kind, "id": self.sample.id, "earlier": self.earlier.id, "question": self.sample.question,
-            "answers": list(self.sample.answers), "earlier_answers": list(self.earlier.answers),
-        }  # fmt: skip
+            "kind": self.kind,
+            "id": self.sample.id,
+            "earlier": self.earlier.id,
+            "question": self.sample.question,
+            "answers": list(self.sample.answers),
+            "earlier_answers": list(self.earlier.answers),
+        }
 
 
 def find_repeats(samples: Sequence[Sample]) -> list[Repeat]:

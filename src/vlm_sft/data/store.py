@@ -29,9 +29,17 @@ SHARD_RECORDS = 20_000
 SPARE_BYTES = 1024**3  # of the disk, left to others
 Record = dict[str, torch.Tensor]
 _TYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 
 class CacheFullError(OSError):
@@ -211,8 +219,13 @@ class Store:
             CacheFullError: the disk has no room.
             OSError: the folder cannot be written.
         """
-        data = save({f"{row}.{field}": tensor.contiguous() for row, record in enumerate(records.values())
-                     for field, tensor in record.items()})  # fmt: skip
+        data = save(
+            {
+                f"{row}.{field}": tensor.contiguous()
+                for row, record in enumerate(records.values())
+                for field, tensor in record.items()
+            }
+        )
         if shutil.disk_usage(self.folder).free < len(data) + SPARE_BYTES:
             raise CacheFullError(f"less than {SPARE_BYTES / 1e9:.0f} GB would be left free on the disk")
         rows = {key: row for row, key in enumerate(records)}

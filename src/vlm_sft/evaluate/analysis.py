@@ -93,10 +93,16 @@ def analyse(rows: Sequence[Row]) -> dict[str, Any]:
         for name, members in parts.items():
             found = categories[dimension][name]
             if found["n"] >= FEWEST and found["accuracy"] < overall:
-                worst.append({
-                    "dimension": dimension, "category": name, **found, "below": overall - found["accuracy"],
-                    "significant": found["interval"][1] < overall, "examples": _examples(members),
-                })
+                worst.append(
+                    {
+                        "dimension": dimension,
+                        "category": name,
+                        **found,
+                        "below": overall - found["accuracy"],
+                        "significant": found["interval"][1] < overall,
+                        "examples": _examples(members),
+                    }
+                )
     worst.sort(key=lambda entry: (-entry["below"], entry["dimension"], entry["category"]))
     return {"categories": categories, "worst": worst[:WORST]}
 

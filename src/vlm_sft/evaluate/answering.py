@@ -18,8 +18,8 @@ from vlm_sft.record import memory_bytes
 
 
 def open_backend(
-    base: Base, adapter: Path | None, launch: Launch, shard_weights: str, caches: Caches, samples: Sequence[Sample],
-) -> tuple[SharedPrefixBackend, DataCache]:  # fmt: skip
+    base: Base, adapter: Path | None, launch: Launch, shard_weights: str, caches: Caches, samples: Sequence[Sample]
+) -> tuple[SharedPrefixBackend, DataCache]:
     """Load the base, or an adapter on it, frozen, and prepare the images that it will see; all ranks must call it.
 
     Args:

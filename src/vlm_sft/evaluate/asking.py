@@ -74,9 +74,12 @@ class Asker:
 
 
 def open_asker(
-    base_model: str | None, adapter: Path | None, flash_attn: bool = False, max_new_tokens: int | None = None,
+    base_model: str | None,
+    adapter: Path | None,
+    flash_attn: bool = False,
+    max_new_tokens: int | None = None,
     allow_other_base: bool = False,
-) -> Asker:  # fmt: skip
+) -> Asker:
     """Load what answers.
 
     Args:

@@ -217,4 +217,3 @@ def require_vllm() -> None:
             "--backend vllm: the package vllm is not installed",
             "pip install 'vlm-sft[vllm]' on a machine with a GPU, or leave out --backend",
         )
-

@@ -60,8 +60,9 @@ class CacheOptions:
         Raises:
             RunError: a value is not one that the flag takes.
         """
-        return cls(cache_dir, feature_cache=parse_feature_cache(feature_cache),
-                   **read_switches(prepared_cache=prepared_cache))  # fmt: skip
+        return cls(
+            cache_dir, feature_cache=parse_feature_cache(feature_cache), **read_switches(prepared_cache=prepared_cache)
+        )
 
 
 @dataclass

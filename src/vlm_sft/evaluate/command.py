@@ -184,12 +184,18 @@ def _check_vllm(launch: Launch, four_bit: bool) -> None:
 def _facts(options: EvalOptions, launch: Launch, base: Base) -> dict[str, object]:
     """What run.json says."""
     return {
-        "base_model": options.base_model, "adapter": str(options.adapter) if options.adapter else None,
-        "dataset": options.benchmark, "limit": options.limit, "split": options.split, "device": device_name(),
-        "world_size": launch.world_size, "attention": base.attention, "dtype": base.dtype_name,
+        "base_model": options.base_model,
+        "adapter": str(options.adapter) if options.adapter else None,
+        "dataset": options.benchmark,
+        "limit": options.limit,
+        "split": options.split,
+        "device": device_name(),
+        "world_size": launch.world_size,
+        "attention": base.attention,
+        "dtype": base.dtype_name,
         "load_in_4bit": base.load_in_4bit,
         "backend": options.backend,
-    }  # fmt: skip
+    }
 
 
 def _backend(options: EvalOptions, base: Base, launch: Launch, tasks: list[Task], record: RunRecord) -> Backend:

@@ -86,10 +86,14 @@ def _why_unpaired(base: Rows, tuned: Rows) -> str:
     for name, ids in (
         ("only in the first", [key for key in base if key not in tuned]),
         ("only in the second", [key for key in tuned if key not in base]),
-        ("with another question or other answers", [
-            key for key, row in base.items() if key in tuned
-            and any(row.get(part) != tuned[key].get(part) for part in ("question", "answers"))
-        ]),
+        (
+            "with another question or other answers",
+            [
+                key
+                for key, row in base.items()
+                if key in tuned and any(row.get(part) != tuned[key].get(part) for part in ("question", "answers"))
+            ],
+        ),
     ):
         if ids:
             parts.append(f"{len(ids):,} {name} ({_examples(ids)})")
@@ -166,9 +170,14 @@ def compare_rows(base_rows: Iterable[Row], tuned_rows: Iterable[Row]) -> dict[st
 def _change(base: Row, tuned: Row) -> Row:
     """What a person needs in order to judge one changed item."""
     return {
-        "id": base["id"], "image": base.get("image"), "question": base.get("question"), "answers": base.get("answers"),
-        "baseline_prediction": base.get("prediction"), "prediction": tuned.get("prediction"),
-        "baseline_score": base["score"], "score": tuned["score"],
+        "id": base["id"],
+        "image": base.get("image"),
+        "question": base.get("question"),
+        "answers": base.get("answers"),
+        "baseline_prediction": base.get("prediction"),
+        "prediction": tuned.get("prediction"),
+        "baseline_score": base["score"],
+        "score": tuned["score"],
     }
 
 
@@ -269,8 +278,11 @@ def compare_runs(runs: Sequence[str | Path], baseline: str | Path | None = None)
         if significant and adjusted >= statistics.LEVEL:
             entry["verdict"] = NO_DIFFERENCE
     return {
-        "baseline": str(first), "confidence": 1 - statistics.LEVEL, "correction": "Holm",
-        "comparisons": comparisons, "not_compared": not_compared,
+        "baseline": str(first),
+        "confidence": 1 - statistics.LEVEL,
+        "correction": "Holm",
+        "comparisons": comparisons,
+        "not_compared": not_compared,
     }
 
 
@@ -317,22 +329,34 @@ def few_line(name: str, n: int, clusters: int, difference: float, needed: tuple[
 def format_table(result: dict[str, Any]) -> str:
     """Lay the comparisons out as a table for a person, in points (percent)."""
     header = (
-        "benchmark", "n", "run", "baseline", "accuracy", "difference", "p", "p (Holm)", "verdict", "smallest detectable"
+        "benchmark",
+        "n",
+        "run",
+        "baseline",
+        "accuracy",
+        "difference",
+        "p",
+        "p (Holm)",
+        "verdict",
+        "smallest detectable",
     )
     rows = [
         (
-            in_markdown(c["benchmark"]), f"{c['n']:,}", in_markdown(c["run"]),
+            in_markdown(c["benchmark"]),
+            f"{c['n']:,}",
+            in_markdown(c["run"]),
             _with_interval(c["baseline_accuracy"], c["baseline_interval"]),
             _with_interval(c["accuracy"], c["accuracy_interval"]),
             _with_interval(c["difference"], c["interval"], signed=True),
-            f"{c['p_value']:.4f}", f"{c['p_holm']:.4f}", c["verdict"], _detectable(c),
+            f"{c['p_value']:.4f}",
+            f"{c['p_holm']:.4f}",
+            c["verdict"],
+            _detectable(c),
         )
         for c in result["comparisons"]
     ]
     notes = [
-        few_line(
-            c["benchmark"], c["n"], c["clusters"], c["difference"], (c["questions_needed"], c["clusters_needed"])
-        )
+        few_line(c["benchmark"], c["n"], c["clusters"], c["difference"], (c["questions_needed"], c["clusters_needed"]))
         for c in result["comparisons"]
         if c["verdict"] == TOO_FEW
     ]
@@ -355,10 +379,16 @@ def _changed_section(title: str, changes: Sequence[Row]) -> list[str]:
         return []
     header = ("id", "question", "answers", "baseline", "now")
     rows = [
-        tuple(in_markdown(str(value)) for value in (
-            change["id"], change["question"] or "", ", ".join(dict.fromkeys(change["answers"] or [])),
-            change["baseline_prediction"], change["prediction"],
-        ))
+        tuple(
+            in_markdown(str(value))
+            for value in (
+                change["id"],
+                change["question"] or "",
+                ", ".join(dict.fromkeys(change["answers"] or [])),
+                change["baseline_prediction"],
+                change["prediction"],
+            )
+        )
         for change in changes[:_CHANGES_SHOWN]
     ]
     more = len(changes) - len(rows)
@@ -369,7 +399,10 @@ def _changed_section(title: str, changes: Sequence[Row]) -> list[str]:
 def format_markdown(result: dict[str, Any]) -> str:
     """Write the whole comparison as Markdown: the table, how to read it, the items that changed."""
     lines = [
-        "# Comparison", "", format_table(result), "",
+        "# Comparison",
+        "",
+        format_table(result),
+        "",
         "Accuracies and differences are in points, with 95 % intervals; questions about one image count as a cluster. "
         "An interval leaves out 0 exactly where its p is below 0.05. The verdict is at the 5 % level after Holm's "
         "correction over all lines. The last column is the smallest true difference that this many items would show in "

@@ -114,4 +114,3 @@ def tradeoff(metric: str, evaluations: Sequence[dict[str, Any]], best_step: int 
     lines = ["| " + " | ".join(row) + " |" for row in padded]
     lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
     return "\n".join(lines)
-

@@ -26,9 +26,12 @@ def identity_of(base: Base, adapter: Path | None) -> dict[str, Any]:
     stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     weights = hashlib.sha256((adapter / artifacts.ADAPTER_WEIGHTS).read_bytes()).hexdigest() if adapter else None
     return {
-        "base_model": base.name, "base_files": stamps, "load_in_4bit": base.load_in_4bit, "adapter_sha256": weights,
+        "base_model": base.name,
+        "base_files": stamps,
+        "load_in_4bit": base.load_in_4bit,
+        "adapter_sha256": weights,
         "prompt": base.prompt.to_dict(),
-    }  # fmt: skip
+    }
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:

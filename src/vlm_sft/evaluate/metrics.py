@@ -17,13 +17,12 @@ RELATIVE_TOLERANCE = 0.05
 VQA_ANSWERS = 10  # people who answered each question of VQA and TextVQA
 
 _YEAR = re.compile(r"(?:1[89]|20)[0-9]{2}|2100")
-_VQA_MARKS = ";/[]\"{}()=+\\_-><@`,?!"
+_VQA_MARKS = ';/[]"{}()=+\\_-><@`,?!'
 # The limit of 32 is an accident of the reference evaluator (a flag passed as a count); published scores share it.
 _VQA_PERIOD = re.compile(r"\.(?!\d)")
 _VQA_PERIODS_REMOVED = 32
 _VQA_NUMBER_WORDS = {"none": "0"} | {
-    word: str(value)
-    for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
 }
 _VQA_ARTICLES = frozenset(("a", "an", "the"))
 
@@ -254,42 +253,58 @@ class Benchmark:
 
 
 # ChartQA has one label; should a file give several, the first is the gold.
-_CHART_SECONDARY: Mapping[str, Metric] = {
-    "strict_year_accuracy": _relaxed_strict_years,
-    "exact_match": _exact_first,
-}
+_CHART_SECONDARY: Mapping[str, Metric] = {"strict_year_accuracy": _relaxed_strict_years, "exact_match": _exact_first}
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         Benchmark(
-            "chartqa", "chartqa_relaxed_accuracy", _relaxed,
-            "ChartQA: relaxed accuracy (numbers within 5 %) against the first answer", _CHART_SECONDARY,
+            "chartqa",
+            "chartqa_relaxed_accuracy",
+            _relaxed,
+            "ChartQA: relaxed accuracy (numbers within 5 %) against the first answer",
+            _CHART_SECONDARY,
         ),
         Benchmark(
-            "textvqa", "textvqa_accuracy", vqa_accuracy,
-            "TextVQA: VQA accuracy over exactly ten human answers", answers_needed=VQA_ANSWERS,
+            "textvqa",
+            "textvqa_accuracy",
+            vqa_accuracy,
+            "TextVQA: VQA accuracy over exactly ten human answers",
+            answers_needed=VQA_ANSWERS,
         ),
         Benchmark(
-            "docvqa", "docvqa_anls", anls, "DocVQA: ANLS, the best over the answers",
-            {"exact_match": exact_match}, max_new_tokens=64,
+            "docvqa",
+            "docvqa_anls",
+            anls,
+            "DocVQA: ANLS, the best over the answers",
+            {"exact_match": exact_match},
+            max_new_tokens=64,
         ),
         Benchmark(
-            "infographicvqa", "infographicvqa_anls", anls, "InfographicVQA: ANLS, the best over the answers",
-            {"exact_match": exact_match}, max_new_tokens=64,
+            "infographicvqa",
+            "infographicvqa_anls",
+            anls,
+            "InfographicVQA: ANLS, the best over the answers",
+            {"exact_match": exact_match},
+            max_new_tokens=64,
         ),
         Benchmark("easy_vqa", "easy_vqa_accuracy", exact_match, "easy-VQA: exact match ignoring case"),
         Benchmark(
-            "demo_charts", "demo_charts_relaxed_accuracy", _relaxed,
-            "synthetic charts of the demo: ChartQA's relaxed accuracy", _CHART_SECONDARY,
+            "demo_charts",
+            "demo_charts_relaxed_accuracy",
+            _relaxed,
+            "synthetic charts of the demo: ChartQA's relaxed accuracy",
+            _CHART_SECONDARY,
         ),
         Benchmark(
-            "demo_text", "demo_text_accuracy", vqa_accuracy,
-            "synthetic signs of the demo: VQA accuracy over exactly ten answers", answers_needed=VQA_ANSWERS,
+            "demo_text",
+            "demo_text_accuracy",
+            vqa_accuracy,
+            "synthetic signs of the demo: VQA accuracy over exactly ten answers",
+            answers_needed=VQA_ANSWERS,
         ),
         Benchmark(
-            "exact_match", "exact_match", exact_match,
-            "your own data: equal to one of the answers, ignoring case",
+            "exact_match", "exact_match", exact_match, "your own data: equal to one of the answers, ignoring case"
         ),
     )
 }

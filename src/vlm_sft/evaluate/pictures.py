@@ -71,10 +71,13 @@ def save_pictures(tasks: Sequence[Task], folder: Path) -> None:
     artifacts.write_json(
         folder / artifacts.PICTURES,
         {
-            "schema": 1, "limit_bytes": KEPT_BYTES, "kept": len(names) - over_limit - len(failed),
-            "over_limit": over_limit, "failed": failed,
+            "schema": 1,
+            "limit_bytes": KEPT_BYTES,
+            "kept": len(names) - over_limit - len(failed),
+            "over_limit": over_limit,
+            "failed": failed,
         },
-    )  # fmt: skip
+    )
 
 
 def scaled_picture(images: Sequence[ImageRef]) -> bytes:

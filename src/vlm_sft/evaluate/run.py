@@ -195,8 +195,6 @@ def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str
     }
 
 
-
-
 def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
     """Compare base and tuned on every benchmark from the files of an evaluation folder.
 
@@ -253,7 +251,5 @@ def _both_sides(base: dict[str, Any], tuned: dict[str, Any]) -> dict[str, Any]:
             }
             for dimension, parts in tuned["categories"].items()
         },
-        "worst": [
-            entry | {"base_accuracy": before(entry["dimension"], entry["category"])} for entry in tuned["worst"]
-        ],
+        "worst": [entry | {"base_accuracy": before(entry["dimension"], entry["category"])} for entry in tuned["worst"]],
     }

@@ -27,7 +27,12 @@ BAD_LINES_SHOWN = 20
 _LINES_A_STEP = 1000  # between two updates of the progress bar
 
 _JSON_NAMES = {
-    type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list",
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
     dict: "an object",
 }
 

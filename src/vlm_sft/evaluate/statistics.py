@@ -219,9 +219,7 @@ def _score_bounds(differences: np.ndarray, effective: float) -> Interval:
     return min(ends), max(ends)
 
 
-def paired_test(
-    a: Scores, b: Scores, clusters: Sequence[Hashable] | None = None, seed: int = 0
-) -> PairedResult:
+def paired_test(a: Scores, b: Scores, clusters: Sequence[Hashable] | None = None, seed: int = 0) -> PairedResult:
     """Test whether two systems differ on the same items, and give the interval that belongs to the test.
 
     Test: the randomisation test that turns whole clusters round (Fisher 1935). Where the systems are alike, a cluster's

@@ -210,9 +210,7 @@ def _reference(model: Any, source: Source, questions: int) -> _Reference:
     return _Reference(samples, origin, encoder, tuned, moved)
 
 
-def _verify(
-    partial: Path, source: Source, reference: _Reference, dtype: torch.dtype, merged: bool
-) -> dict[str, Any]:
+def _verify(partial: Path, source: Source, reference: _Reference, dtype: torch.dtype, merged: bool) -> dict[str, Any]:
     """Open the new folder with plain transformers and PEFT, ask it the same, and compare; returns what it came to."""
     place = str(partial) if merged else source.base.path
     model: Any = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32, trust_remote_code=False)
@@ -227,9 +225,13 @@ def _verify(
 
 
 def _report(
-    options: ExportOptions, source: Source, contents: Contents, vllm: tuple[str, ...], dtype: torch.dtype,
+    options: ExportOptions,
+    source: Source,
+    contents: Contents,
+    vllm: tuple[str, ...],
+    dtype: torch.dtype,
     check: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What export.json says; no folder of this machine is in it."""
     weights = (source.adapter / artifacts.ADAPTER_WEIGHTS).read_bytes()
     vllm = () if options.merge else vllm
@@ -262,9 +264,14 @@ def _about(source: Source, report: dict[str, Any]) -> About:
         f"asked on {check['source']}. Details: `{artifacts.EXPORT}`."
     )
     return About(
-        report["name"], MERGED if report["kind"] == "merged" else ADAPTER, source.base.name,
-        source.base.prompt.to_dict(), source.run, report["versions"]["vlm-sft"], verification=verification,
-    )  # fmt: skip
+        report["name"],
+        MERGED if report["kind"] == "merged" else ADAPTER,
+        source.base.name,
+        source.base.prompt.to_dict(),
+        source.run,
+        report["versions"]["vlm-sft"],
+        verification=verification,
+    )
 
 
 def _tell(folder: Path, report: dict[str, Any]) -> None:
@@ -280,9 +287,10 @@ def _tell(folder: Path, report: dict[str, Any]) -> None:
     kind = "merged model" if report["kind"] == "merged" else "adapter"
     say(f"{kind}, {size:,.1f} MB: {folder} (card: {artifacts.CARD}, report: {artifacts.EXPORT})")
     if report["kind"] == "merged":
-        say(f"next: vlm-sft ask IMAGE \"QUESTION\" --base_model {place}, or vllm serve {place}")
+        say(f'next: vlm-sft ask IMAGE "QUESTION" --base_model {place}, or vllm serve {place}')
     else:
         rank = report["vllm"].get("max_lora_rank")
         serve = f"vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules tuned={place}, or "
-        say(f"next: vlm-sft ask IMAGE \"QUESTION\" --adapter {place}, or "
-            f"{serve if rank else ''}PeftModel.from_pretrained")  # fmt: skip
+        say(
+            f'next: vlm-sft ask IMAGE "QUESTION" --adapter {place}, or {serve if rank else ""}PeftModel.from_pretrained'
+        )

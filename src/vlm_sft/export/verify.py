@@ -90,9 +90,11 @@ def _comparable(path: Path, picture: Path, row: dict[str, Any], encoder: Encoder
 def greedy(stop_ids: Sequence[int], pad_id: int | None) -> GenerationConfig:
     """Plain greedy decoding; a base's own settings may sample or punish repetition, which our evaluation does not."""
     return GenerationConfig(
-        do_sample=False, max_new_tokens=ANSWER_TOKENS, eos_token_id=list(stop_ids),
+        do_sample=False,
+        max_new_tokens=ANSWER_TOKENS,
+        eos_token_id=list(stop_ids),
         pad_token_id=stop_ids[0] if pad_id is None else pad_id,
-    )  # fmt: skip
+    )
 
 
 def told_by_us(model: Any, encoder: Encoder, samples: Sequence[Sample], label: str) -> list[Told]:
@@ -108,9 +110,7 @@ def told_by_us(model: Any, encoder: Encoder, samples: Sequence[Sample], label: s
     return answers
 
 
-def told_by_folder(
-    model: Any, processor: Any, encoder: Encoder, samples: Sequence[Sample], label: str
-) -> list[Told]:
+def told_by_folder(model: Any, processor: Any, encoder: Encoder, samples: Sequence[Sample], label: str) -> list[Told]:
     """Answers of a plainly opened model to the plain inputs of the folder's own processor."""
     config = greedy(encoder.stop_ids, encoder.tokenizer.pad_token_id)
     answers = []
@@ -166,9 +166,15 @@ def compare(ours: Sequence[Told], theirs: Sequence[Told], dtype: torch.dtype, mo
     worst, limit = max(errors), max(TOLERANCE[torch.float32], min(TOLERANCE[dtype], moved / 2))
     passed = prompts == 0 and identical + near == len(ours) and worst <= limit
     return {
-        "questions": len(ours), "identical_answers": identical, "near_ties": near, "different_prompts": prompts,
-        "largest_difference": worst, "tolerance": limit, "effect": moved, "passed": passed,
-    }  # fmt: skip
+        "questions": len(ours),
+        "identical_answers": identical,
+        "near_ties": near,
+        "different_prompts": prompts,
+        "largest_difference": worst,
+        "tolerance": limit,
+        "effect": moved,
+        "passed": passed,
+    }
 
 
 def effect(base: Sequence[Told], tuned: Sequence[Told]) -> float:

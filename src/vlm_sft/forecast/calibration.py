@@ -124,18 +124,19 @@ def from_past_runs(
     """
     # Of other shapes only what took its time: a tiny model is all overhead.
     same = _alike(rows, key)
-    device = [
-        row for row in rows
-        if all(row.get("key", {}).get(name) == key[name] for name in ("device", "threads"))
-    ][-USED_RUNS:]
+    device = [row for row in rows if all(row.get("key", {}).get(name) == key[name] for name in ("device", "threads"))][
+        -USED_RUNS:
+    ]
     chosen, shortest = (same, SHORTEST_SECONDS) if same else (device, OTHER_SHORTEST_SECONDS)
     ages = [_age_weight(row, place, today or datetime.now(UTC)) for place, row in enumerate(reversed(chosen))][::-1]
     factors: dict[str, float] = {}
     for item in {name for row in chosen for name in row["forecast"]}:
         ratios = [
-            (math.log(ratio), weight * age) for row, age in zip(chosen, ages, strict=True)
-            if (found := _ratio(row, item, shortest)) is not None for ratio, weight in (found,)
-        ]  # fmt: skip
+            (math.log(ratio), weight * age)
+            for row, age in zip(chosen, ages, strict=True)
+            if (found := _ratio(row, item, shortest)) is not None
+            for ratio, weight in (found,)
+        ]
         if ratios and (same or item != MEMORY):
             factors[item] = math.exp(_learned(ratios))
     if not factors:

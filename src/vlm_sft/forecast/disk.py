@@ -103,9 +103,16 @@ def checkpoint_bytes(
 
 
 def checkpoint_items(
-    model: ModelShape, adapter: Adapter, optim: str, saving: Saving, logging_steps: int, *, parallel: str = "single",
-    world_size: int = 1, value_bytes: int = 4,
-) -> dict[str, float]:  # fmt: skip
+    model: ModelShape,
+    adapter: Adapter,
+    optim: str,
+    saving: Saving,
+    logging_steps: int,
+    *,
+    parallel: str = "single",
+    world_size: int = 1,
+    value_bytes: int = 4,
+) -> dict[str, float]:
     """Bytes of the checkpoints that are there at the end, and of what the fullest moment adds.
 
     Args:

@@ -103,11 +103,15 @@ def _memory_changes(case: Case) -> Iterator[tuple[str, Case]]:
             continue
         if "4bit" in flag and any("zero3" in other for other in flags):
             continue
-        together = replace(together, setting=replace(
-            together.setting,
-            checkpointing=changed.setting.checkpointing or together.setting.checkpointing,
-            four_bit=changed.setting.four_bit or together.setting.four_bit,
-        ), ranks=changed.ranks if "zero3" in flag else together.ranks)  # fmt: skip
+        together = replace(
+            together,
+            setting=replace(
+                together.setting,
+                checkpointing=changed.setting.checkpointing or together.setting.checkpointing,
+                four_bit=changed.setting.four_bit or together.setting.four_bit,
+            ),
+            ranks=changed.ranks if "zero3" in flag else together.ranks,
+        )
         flags.append(flag)
         yield " ".join(flags), together
     halved = together.epoch.largest.times(0.25)

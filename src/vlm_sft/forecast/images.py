@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 
 
-def qwen_grid(
-    height: int, width: int, patch: int, merge: int, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
+def qwen_grid(height: int, width: int, patch: int, merge: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Rows and columns of patches that the Qwen-VL processors make of an image.
 
     Both sides are rounded to whole visual tokens; an area outside the bounds is scaled back into them, down or up to

@@ -109,9 +109,10 @@ def _recorded_qualities(recorded: Path, base_model: str, datasets: Sequence[str]
         return {}, "quality: not measured for any set-up here; recipes are ordered by their epochs"
     file, exact = found
     rows = {
-        row["recipe"]: quality for row in file["rows"]
+        row["recipe"]: quality
+        for row in file["rows"]
         if row.get("arm") == "recipe" and row.get("variant") == AS_IS and (quality := _row_quality(row)) is not None
-    }  # fmt: skip
+    }
     settings = file["settings"]
     what = f"{settings['base_model']} on {settings['dataset']}"
     if not rows:
@@ -190,11 +191,7 @@ class GuideRow:
 
 
 # Qwen2.5-VL-7B, 50,000 samples, 8 GPUs.
-GUIDE = (
-    GuideRow(0, 8, "1epoch", "1epoch"),
-    GuideRow(8, 16, "2epoch", "2epoch"),
-    GuideRow(16, 24, "5epoch", "best"),
-)
+GUIDE = (GuideRow(0, 8, "1epoch", "1epoch"), GuideRow(8, 16, "2epoch", "2epoch"), GuideRow(16, 24, "5epoch", "best"))
 GUIDE_BASE, GUIDE_QUESTIONS, GUIDE_GPUS = "Qwen/Qwen2.5-VL-7B-Instruct", 50_000, 8
 
 

@@ -175,9 +175,14 @@ def cache_bytes(setting: Setting, tokens: float) -> float:
 
 
 def peak_items(
-    setting: Setting, ranks: Ranks, largest: Work, answering_tokens: float, features: bool, process_bytes: float,
+    setting: Setting,
+    ranks: Ranks,
+    largest: Work,
+    answering_tokens: float,
+    features: bool,
+    process_bytes: float,
     rounds: int = 1,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """What the largest moment of a run consists of, in bytes on one device.
 
     Args:

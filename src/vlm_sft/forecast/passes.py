@@ -59,9 +59,13 @@ class _Tried:
 
 
 def choose_passes(
-    setting: Setting, ranks: Ranks, planner: EpochPlanner, visual: Sequence[int], tokens: Sequence[int],
+    setting: Setting,
+    ranks: Ranks,
+    planner: EpochPlanner,
+    visual: Sequence[int],
+    tokens: Sequence[int],
     checkpointing: Sequence[bool],
-) -> Passes:  # fmt: skip
+) -> Passes:
     """Choose the fastest way whose memory fits on a GPU; where none fits, the one that needs least.
 
     Args:
@@ -86,9 +90,13 @@ def choose_passes(
 
 
 def _ways(
-    setting: Setting, ranks: Ranks, planner: EpochPlanner, visual: Sequence[int], tokens: Sequence[int],
+    setting: Setting,
+    ranks: Ranks,
+    planner: EpochPlanner,
+    visual: Sequence[int],
+    tokens: Sequence[int],
     checkpointing: Sequence[bool],
-) -> Iterator[_Tried]:  # fmt: skip
+) -> Iterator[_Tried]:
     """Every way with its forecast, those that are usually fastest first."""
     for budget in tokens:
         epoch = epoch_work(replace(planner, tokens_per_pack=budget), visual)

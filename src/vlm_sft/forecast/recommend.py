@@ -95,9 +95,10 @@ def recommend(
         priority: one of `PRIORITIES`.
     """
     measured = any(candidate.quality is not None and not candidate.partial for candidate in candidates)
-    front = tuple(candidates[index].name for index in pareto_front([
-        (candidate.seconds, worth(candidate, measured)) for candidate in candidates
-    ]))  # fmt: skip
+    front = tuple(
+        candidates[index].name
+        for index in pareto_front([(candidate.seconds, worth(candidate, measured)) for candidate in candidates])
+    )
     reasons = [_refusal(one, hours, disk_bytes) for one in candidates]
     fitting = [one for one, reason in zip(candidates, reasons, strict=True) if not reason]
     refused = [f"{one.name}: {reason}" for one, reason in zip(candidates, reasons, strict=True) if reason]
@@ -110,9 +111,7 @@ def recommend(
     lines = [_reason(chosen, serious, priority, measured)]
     if chosen.high_seconds > hours * 3600:
         lines.append(f"{chosen.name} may take up to {chosen.high_seconds / 3600:.1f} h: more than the budget")
-    return Recommendation(
-        chosen.name, runner_up.name if runner_up else None, (*lines, *refused), front, measured
-    )
+    return Recommendation(chosen.name, runner_up.name if runner_up else None, (*lines, *refused), front, measured)
 
 
 def _refusal(one: Candidate, hours: float, disk_bytes: float | None) -> str:
@@ -153,9 +152,8 @@ def _reason(chosen: Candidate, affordable: Sequence[Candidate], priority: str, m
     if priority == "speed":
         return f"{chosen.name} is the cheapest recipe that trains on all data"
     if not measured:
-        return (
-            f"quality is not measured for this set-up: {chosen.name} has the most epochs that are affordable"
-            + ("" if priority == "quality" else ", those within a fifth of the most taken for equal")
+        return f"quality is not measured for this set-up: {chosen.name} has the most epochs that are affordable" + (
+            "" if priority == "quality" else ", those within a fifth of the most taken for equal"
         )
     best = max(affordable, key=lambda one: worth(one, True))
     assert chosen.quality is not None and best.quality is not None
@@ -178,7 +176,7 @@ def plot(candidates: Sequence[Candidate], recommendation: Recommendation) -> lis
     places = [
         (PLOT_HEIGHT - 1 - _place(y, up, PLOT_HEIGHT - 1), _place(x, across, PLOT_WIDTH - 14))
         for x, y in zip(across, up, strict=True)
-    ]  # fmt: skip
+    ]
     for one, (row, column) in zip(shown, places, strict=True):
         sign = "#" if one.name == recommendation.chosen else "*" if one.name in recommendation.front else "o"
         rows[row][column] = min(sign, rows[row][column].strip() or "o")  # of points in one place the better sign

@@ -218,9 +218,10 @@ def time_items(case: Case) -> dict[str, float]:
     training = case.epoch.slowest.times(case.epochs)
     items = {
         LOAD: LOAD_SECONDS + weights + ENGINE_SECONDS * case.ranks.engine,
-        STEPS: training_seconds(setting, training) + steps * STEP_SECONDS
+        STEPS: training_seconds(setting, training)
+        + steps * STEP_SECONDS
         + optimizer_seconds(setting, steps, trained / case.ranks.shared_optimizer, tensors),
-    }  # fmt: skip
+    }
     if case.trackers:
         items[TRACKERS] = TRACKER_SECONDS * case.trackers
     if case.new_images.count:
@@ -280,9 +281,14 @@ def memory_items(case: Case) -> dict[str, float]:
     """Bytes of one device in its largest moment before any correction."""
     asked = [one.largest for one in (*case.validation, *case.final)]
     items = memory.peak_items(
-        case.setting, case.ranks, case.epoch.largest, max(asked, default=0.0), case.features, case.process_bytes,
+        case.setting,
+        case.ranks,
+        case.epoch.largest,
+        max(asked, default=0.0),
+        case.features,
+        case.process_bytes,
         case.epoch.rounds,
-    )  # fmt: skip
+    )
     return {name: value for name, value in items.items() if value}
 
 
@@ -291,9 +297,15 @@ def disk_items(case: Case) -> dict[str, float]:
     setting, model = case.setting, case.setting.model
     schedule = case.schedule
     items = disk.checkpoint_items(
-        model, setting.adapter, case.optim, case.saving, case.logging_steps,
-        parallel=case.ranks.parallel, world_size=case.ranks.count, value_bytes=setting.value_bytes,
-    )  # fmt: skip
+        model,
+        setting.adapter,
+        case.optim,
+        case.saving,
+        case.logging_steps,
+        parallel=case.ranks.parallel,
+        world_size=case.ranks.count,
+        value_bytes=setting.value_bytes,
+    )
     evaluations = len(schedule.evaluation_steps())
     items["adapter and records"] = disk.adapter_bytes(model, setting.adapter) + disk.RUN_BYTES
     items["logs"] = disk.log_bytes(schedule.total_steps, case.logging_steps, evaluations, case.tensorboard)
@@ -362,9 +374,10 @@ def assumptions(case: Case, calibration: Calibration) -> tuple[str, ...]:
     rates = case.setting.rates
     lines = [
         f"{rates.name}: {rates.flops / 1e9:,.0f} GFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s; {rates.source}",
-        "vision features are kept and the tower runs once an image" if case.features
+        "vision features are kept and the tower runs once an image"
+        if case.features
         else "the vision tower runs again for every image of every step",
-    ]  # fmt: skip
+    ]
     if rates.gpu:
         kernels = "counted" if case.setting.fused else "not installed here: norms and MLPs are counted without it"
         attention = "FlashAttention" if case.setting.flash_heads else "SDPA (--flash_attn is not used)"

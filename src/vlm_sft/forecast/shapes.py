@@ -144,18 +144,32 @@ def _text(config: Config, style: _TextStyle, tied: bool) -> TextShape:
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
     shape = TextShape(
-        config["num_hidden_layers"], hidden, config["intermediate_size"], heads, kv_heads, head_dim,
-        config["vocab_size"], 0, tied,
-    )  # fmt: skip
+        config["num_hidden_layers"],
+        hidden,
+        config["intermediate_size"],
+        heads,
+        kv_heads,
+        head_dim,
+        config["vocab_size"],
+        0,
+        tied,
+    )
     layer = shape.layer_weights + style.norms * hidden
     if style.qkv_bias:
         layer += (heads + 2 * kv_heads) * head_dim
     if style.qk_norms:
         layer += 2 * head_dim
     return TextShape(
-        shape.layers, hidden, shape.intermediate, heads, kv_heads, head_dim, shape.vocabulary,
-        shape.layers * layer + hidden, tied,
-    )  # fmt: skip
+        shape.layers,
+        hidden,
+        shape.intermediate,
+        heads,
+        kv_heads,
+        head_dim,
+        shape.vocabulary,
+        shape.layers * layer + hidden,
+        tied,
+    )
 
 
 def _qwen_patch(vision: Config) -> int:
@@ -301,18 +315,25 @@ def published_models() -> dict[str, PublishedModel]:
     found = {}
     for name, entry in table["models"].items():
         vision = table["towers"][entry["tower"]] | entry.get("vision", {})
-        shape = model_shape({
-            "model_type": entry["model_type"],
-            "text_config": entry["text"],
-            "vision_config": vision,
-            "tie_word_embeddings": entry["tied"],
-        })
+        shape = model_shape(
+            {
+                "model_type": entry["model_type"],
+                "text_config": entry["text"],
+                "vision_config": vision,
+                "tie_word_embeddings": entry["tied"],
+            }
+        )
         assert shape is not None, name
         pixels = table["pixels"][entry["model_type"]]
         found[name] = PublishedModel(
-            name, shape, vision["patch_size"], vision["spatial_merge_size"], pixels["min"], pixels["max"],
+            name,
+            shape,
+            vision["patch_size"],
+            vision["spatial_merge_size"],
+            pixels["min"],
+            pixels["max"],
             entry["source"],
-        )  # fmt: skip
+        )
     return found
 
 

@@ -11,14 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlm_sft.forecast.counts import (
-    Adapter,
-    Work,
-    forward_flops,
-    tower_attention_flops,
-    tower_flops,
-    training_flops,
-)
+from vlm_sft.forecast.counts import Adapter, Work, forward_flops, tower_attention_flops, tower_flops, training_flops
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.shapes import ModelShape
 
@@ -166,8 +159,14 @@ def answering_seconds(setting: Setting, work: Work, tokens: float) -> float:
     text, rates = setting.model.text, setting.rates
     weights = (text.layers * text.layer_weights + text.embedding) * setting.value_bytes
     questions = work.questions / max(1.0, work.packs)
-    step = Work(packs=1, tokens=questions, squares=questions * work.tokens / max(1.0, work.packs),
-                supervised=questions, questions=questions, images=1)  # fmt: skip
+    step = Work(
+        packs=1,
+        tokens=questions,
+        squares=questions * work.tokens / max(1.0, work.packs),
+        supervised=questions,
+        questions=questions,
+        images=1,
+    )
     return forward_seconds(setting, work) + tokens * (forward_seconds(setting, step) + weights / rates.bandwidth)
 
 

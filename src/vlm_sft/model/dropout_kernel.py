@@ -17,10 +17,23 @@ _VARYING = ("row_factor", "column_factor", "threshold", "scale", "tokens", "rows
 
 @triton.jit(do_not_specialize=_VARYING)
 def _drop(  # type: ignore[no-untyped-def]  # Triton reads annotations, and takes only its own
-    values, keys, output, row_factor, column_factor, threshold, scale, tokens, rows, channels,
-    prime_a: tl.constexpr, shift_a: tl.constexpr, prime_b: tl.constexpr, shift_b: tl.constexpr,
-    tile_rows: tl.constexpr, tile_columns: tl.constexpr,
-):  # fmt: skip
+    values,
+    keys,
+    output,
+    row_factor,
+    column_factor,
+    threshold,
+    scale,
+    tokens,
+    rows,
+    channels,
+    prime_a: tl.constexpr,
+    shift_a: tl.constexpr,
+    prime_b: tl.constexpr,
+    shift_b: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_columns: tl.constexpr,
+):
     """One tile of (rows, channels) values; row r has key r modulo tokens. `keep_mask` in unsigned integers."""
     row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)
     column = tl.program_id(1) * tile_columns + tl.arange(0, tile_columns)
@@ -68,7 +81,20 @@ def drop(
     (prime_a, shift_a), (prime_b, shift_b) = rounds
     with torch.cuda.device_of(values):
         _drop[grid](
-            values, keys, output, *factors, threshold, scale, len(keys), rows, channels,
-            prime_a, shift_a, prime_b, shift_b, _TILE_ROWS, _TILE_COLUMNS,
-        )  # fmt: skip
+            values,
+            keys,
+            output,
+            *factors,
+            threshold,
+            scale,
+            len(keys),
+            rows,
+            channels,
+            prime_a,
+            shift_a,
+            prime_b,
+            shift_b,
+            _TILE_ROWS,
+            _TILE_COLUMNS,
+        )
     return output

@@ -54,9 +54,8 @@ class Decision:
 
 
 def use_features(
-    model: Any, cache: DataCache, uses: Sequence[tuple[Sequence[Sample], float]], budget: int | str,
-    device: str = "cpu",
-) -> Decision:  # fmt: skip
+    model: Any, cache: DataCache, uses: Sequence[tuple[Sequence[Sample], float]], budget: int | str, device: str = "cpu"
+) -> Decision:
     """Decide whether to keep vision features; compute those that are missing, on all ranks, which all must call it.
 
     Args:
@@ -120,9 +119,12 @@ def _decide(
     probes = list(missing[:: max(1, len(missing) // PROBES)])[:PROBES]
     tower, write, read, size = _measure(model, cache, probes, device)
     facts: dict[str, Any] = {
-        "images": images, "bytes": round(size * images),
-        "tower_seconds": tower, "read_seconds": read, "write_seconds": write,
-    }  # fmt: skip
+        "images": images,
+        "bytes": round(size * images),
+        "tower_seconds": tower,
+        "read_seconds": read,
+        "write_seconds": write,
+    }
     cost = f"tower {tower * 1e3:.1f} ms, reading {read * 1e3:.1f} ms an image, {looks / images:.1f} uses"
     room = shutil.disk_usage(cache.root).free * DISK_SHARE if budget == AUTO else float(budget)
     if size * len(missing) > room:
@@ -135,9 +137,7 @@ def _decide(
     return Decision(True, kept, computed=len(missing), **facts)
 
 
-def _measure(
-    model: Any, cache: DataCache, probes: Sequence[Sample], device: str
-) -> tuple[float, float, float, float]:
+def _measure(model: Any, cache: DataCache, probes: Sequence[Sample], device: str) -> tuple[float, float, float, float]:
     """Seconds of the tower, of writing and of reading, and bytes, of one image; read from the disk to the device."""
     images = [_pixels(cache, sample) for sample in probes]
     encode_images(model, images[:1])

@@ -13,15 +13,27 @@ from vlm_sft.artifacts import ADAPTER_CONFIG, FULL_WEIGHTS, FULL_WEIGHTS_INDEX, 
 from vlm_sft.errors import ModelError, RunError
 
 _SETTINGS = (
-    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
-    "video_preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.json", FULL_WEIGHTS_INDEX,
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    FULL_WEIGHTS_INDEX,
+)
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _TOKENIZERS = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "tekken.json",
-)  # fmt: skip
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MOST_SHOWN = 4
 _LARGEST_HEADER = 100_000_000  # bytes; what safetensors itself takes

@@ -51,9 +51,12 @@ def use_mlps(model: torch.nn.Module, device: torch.device) -> tuple[int, str | N
 
 
 def _use(
-    model: torch.nn.Module, device: torch.device, fits: Callable[[Any], bool],
-    small: Callable[[Any, torch.device, torch.dtype], Any], forward: Callable[..., torch.Tensor],
-) -> tuple[int, str | None]:  # fmt: skip
+    model: torch.nn.Module,
+    device: torch.device,
+    fits: Callable[[Any], bool],
+    small: Callable[[Any, torch.device, torch.dtype], Any],
+    forward: Callable[..., torch.Tensor],
+) -> tuple[int, str | None]:
     modules = [module for module in model.modules() if fits(module) and not hasattr(module, "forward_stepwise")]
     problems = {}
     for kind, dtype in {(type(module), _dtype(module)) for module in modules}:

@@ -23,9 +23,15 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, dropped: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
-        down: torch.Tensor, up: torch.Tensor, scale: float,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any,
+        rows: torch.Tensor,
+        dropped: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
         """Compute (T, O); `down` is A (R, I), `up` is B (O, R), `dropped` None where it is the rows themselves."""
         ctx.scale, ctx.same = scale, dropped is None
         dropped = rows if dropped is None else dropped

@@ -29,9 +29,12 @@ BASE_WEIGHTS = "base_weights"  # in a manifest's identity and in export.json: `w
 _LORA_B = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_B\.weight")
 # Settings of PEFT that change the base itself, depend on tokens that our packs do not tell, or import modules by name.
 _PLAIN = {
-    "bias": "none", "megatron_config": None, "layer_replication": None, "alora_invocation_tokens": None,
+    "bias": "none",
+    "megatron_config": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
     "arrow_config": None,
-}  # fmt: skip
+}
 _INITS_THAT_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
 _RENAMED = ("model.layers.", "model.language_model.layers.")  # in transformers 4.52
 

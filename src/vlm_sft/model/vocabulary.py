@@ -63,9 +63,7 @@ class _ScoreLosses(torch.autograd.Function):
         """Gradient of the scores, in their number format."""
         scores, targets = ctx.saved_tensors
         slopes = torch.empty_like(scores)
-        for (part, some), (slope, gradient) in zip(
-            _parts(scores, targets), _parts(slopes, gradients[0]), strict=True
-        ):
+        for (part, some), (slope, gradient) in zip(_parts(scores, targets), _parts(slopes, gradients[0]), strict=True):
             with torch.enable_grad():
                 wide = _wide(part.detach()).requires_grad_()
                 losses = _plain_losses(wide, some)

@@ -255,8 +255,11 @@ def _note_idle(draft: _Draft) -> None:
         (("save_total_limit",), values["save_strategy"] == "no", "save_strategy is no"),
         (LORA_KEYS, "language" not in values["train"], "train does not name language, and LoRA is on nothing else"),
     ):
-        draft.notes += [f"{name} ({COMMAND_LINE}) has no effect: {reason}" for name in names
-                        if idle and draft.rank(name) == 2 and name not in draft.broken]  # fmt: skip
+        draft.notes += [
+            f"{name} ({COMMAND_LINE}) has no effect: {reason}"
+            for name in names
+            if idle and draft.rank(name) == 2 and name not in draft.broken
+        ]
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:

@@ -37,8 +37,20 @@ ALIASES = {
     "train_max_pixels": "max_pixels",
     "image_min_pixels": "min_pixels",
 }
-COMMAND_LINE_ONLY = ("base_model", "dataset", "output_dir", "deepspeed", "flash_attn", "resume", "eval_benchmarks",
-                     "eval_samples", "guard", "prompt_template", "system", "max_new_tokens")
+COMMAND_LINE_ONLY = (
+    "base_model",
+    "dataset",
+    "output_dir",
+    "deepspeed",
+    "flash_attn",
+    "resume",
+    "eval_benchmarks",
+    "eval_samples",
+    "guard",
+    "prompt_template",
+    "system",
+    "max_new_tokens",
+)
 
 
 FEW_STEPS = 50  # optimizer steps; below, a training can hardly learn
@@ -127,67 +139,110 @@ CONTRADICTIONS = (
     Contradiction(
         ("load_best_model_at_end", "eval_strategy"),
         lambda v: v["load_best_model_at_end"] and v["eval_strategy"] == "no",
-        "without evaluations there is no best checkpoint", "use eval_strategy steps or epoch"),
+        "without evaluations there is no best checkpoint",
+        "use eval_strategy steps or epoch",
+    ),
     Contradiction(
         ("load_best_model_at_end", "save_strategy"),
         lambda v: v["load_best_model_at_end"] and v["save_strategy"] == "no",
-        "without checkpoints the best one cannot be loaded", "use the save_strategy of the evaluations"),
+        "without checkpoints the best one cannot be loaded",
+        "use the save_strategy of the evaluations",
+    ),
     Contradiction(
         ("load_best_model_at_end", "eval_strategy", "save_strategy"),
-        lambda v: v["load_best_model_at_end"] and "no" not in (v["eval_strategy"], v["save_strategy"])
-        and v["eval_strategy"] != v["save_strategy"],
-        "the best evaluation could fall where nothing is saved", "make both strategies the same"),
+        lambda v: (
+            v["load_best_model_at_end"]
+            and "no" not in (v["eval_strategy"], v["save_strategy"])
+            and v["eval_strategy"] != v["save_strategy"]
+        ),
+        "the best evaluation could fall where nothing is saved",
+        "make both strategies the same",
+    ),
     Contradiction(
-        ("load_best_model_at_end", "eval_steps", "save_steps"), _unsaved_best,
-        "the best evaluation could fall on a step that is never saved", "make save_steps equal to eval_steps"),
+        ("load_best_model_at_end", "eval_steps", "save_steps"),
+        _unsaved_best,
+        "the best evaluation could fall on a step that is never saved",
+        "make save_steps equal to eval_steps",
+    ),
     Contradiction(
         ("metric_for_best_model", "greater_is_better"),
         lambda v: v["greater_is_better"] is True and v["metric_for_best_model"].endswith("loss"),
-        "the checkpoint with the highest loss would be the best", "use null or false"),
+        "the checkpoint with the highest loss would be the best",
+        "use null or false",
+    ),
     Contradiction(
         ("metric_for_best_model", "greater_is_better"),
         lambda v: v["greater_is_better"] is False and not v["metric_for_best_model"].endswith("loss"),
-        "the checkpoint that answers worst would be the best", "use null or true"),
+        "the checkpoint that answers worst would be the best",
+        "use null or true",
+    ),
     Contradiction(
         ("metric_for_best_model", "eval_strategy"),
         lambda v: v["eval_strategy"] == "no" and not v["metric_for_best_model"].endswith("loss"),
-        "without evaluations this metric is never measured", "use eval_strategy steps or epoch, or eval_loss"),
+        "without evaluations this metric is never measured",
+        "use eval_strategy steps or epoch, or eval_loss",
+    ),
     Contradiction(
-        ("warmup_ratio", "warmup_steps"), lambda v: v["warmup_ratio"] > 0 and v["warmup_steps"] > 0,
-        "two lengths for one warmup", "keep one of them"),
+        ("warmup_ratio", "warmup_steps"),
+        lambda v: v["warmup_ratio"] > 0 and v["warmup_steps"] > 0,
+        "two lengths for one warmup",
+        "keep one of them",
+    ),
     Contradiction(
         ("lr_scheduler_type", "warmup_ratio", "warmup_steps"),
         lambda v: v["lr_scheduler_type"] == "constant" and (v["warmup_ratio"] > 0 or v["warmup_steps"] > 0),
-        "the constant schedule has no warmup", "use constant_with_warmup, or a warmup of 0"),
+        "the constant schedule has no warmup",
+        "use constant_with_warmup, or a warmup of 0",
+    ),
     Contradiction(
-        ("max_steps", "warmup_steps"), lambda v: 0 < v["max_steps"] <= v["warmup_steps"],
-        "the training ends before the warmup does", "use fewer warmup_steps"),
+        ("max_steps", "warmup_steps"),
+        lambda v: 0 < v["max_steps"] <= v["warmup_steps"],
+        "the training ends before the warmup does",
+        "use fewer warmup_steps",
+    ),
     Contradiction(
-        ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"), _batch_cannot_match,
+        ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
+        _batch_cannot_match,
         "no number of devices gives this global batch",
         "per_device_train_batch_size x gradient_accumulation_steps x devices must equal global_batch_size, or be "
-        "given in its place"),
+        "given in its place",
+    ),
     Contradiction(
         ("min_pixels", "max_pixels"),
         lambda v: None not in (v["min_pixels"], v["max_pixels"]) and v["min_pixels"] > v["max_pixels"],
-        "the smallest area is above the largest", "use a min_pixels of at most max_pixels"),
+        "the smallest area is above the largest",
+        "use a min_pixels of at most max_pixels",
+    ),
     Contradiction(
-        ("train",), lambda v: "all" in v["train"] and len(v["train"]) > 1,
-        "all and a part of it", "keep all, or name the parts"),
+        ("train",),
+        lambda v: "all" in v["train"] and len(v["train"]) > 1,
+        "all and a part of it",
+        "keep all, or name the parts",
+    ),
     Contradiction(
-        ("train", "load_in_4bit"), lambda v: v["load_in_4bit"] and "language" not in v["train"],
+        ("train", "load_in_4bit"),
+        lambda v: v["load_in_4bit"] and "language" not in v["train"],
         "weights in 4 bits cannot be trained themselves, and nothing else of the language model is trained here",
-        "use train language, or load_in_4bit false"),
+        "use train language, or load_in_4bit false",
+    ),
     Contradiction(
-        ("train", "use_dora"), lambda v: v["use_dora"] and "language" not in v["train"],
-        "DoRA is a kind of LoRA, and there is no LoRA without the language model", "use train language, or no DoRA"),
+        ("train", "use_dora"),
+        lambda v: v["use_dora"] and "language" not in v["train"],
+        "DoRA is a kind of LoRA, and there is no LoRA without the language model",
+        "use train language, or no DoRA",
+    ),
     Contradiction(
-        ("train", "use_rslora"), lambda v: v["use_rslora"] and "language" not in v["train"],
+        ("train", "use_rslora"),
+        lambda v: v["use_rslora"] and "language" not in v["train"],
         "rsLoRA is a kind of LoRA, and there is no LoRA without the language model",
-        "use train language, or no rsLoRA"),
+        "use train language, or no rsLoRA",
+    ),
     Contradiction(
-        ("report_to",), lambda v: "none" in v["report_to"] and len(v["report_to"]) > 1,
-        "none and a tracker together", "keep one of them"),
+        ("report_to",),
+        lambda v: "none" in v["report_to"] and len(v["report_to"]) > 1,
+        "none and a tracker together",
+        "keep one of them",
+    ),
 )
 
 
@@ -314,8 +369,10 @@ def resolve_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     notes: list[str] = []
     if recipe.max_steps > 0:
         total = recipe.max_steps
-        notes.append(f"max_steps {total} ends the training: {total / steps_per_epoch:.3g} epochs, whatever "
-                     f"num_train_epochs ({recipe.num_train_epochs:g}) says")
+        notes.append(
+            f"max_steps {total} ends the training: {total / steps_per_epoch:.3g} epochs, whatever "
+            f"num_train_epochs ({recipe.num_train_epochs:g}) says"
+        )
     else:
         # 0.1 epochs of 30 steps are 3 steps, not the 4 of a product rounded up after its last binary digit.
         total = max(1, math.ceil(round(recipe.num_train_epochs * steps_per_epoch, 6)))

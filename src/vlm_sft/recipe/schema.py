@@ -61,12 +61,32 @@ SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 # What an evaluation during training writes; a best checkpoint can be chosen by these names only. All but the first are
 # the metrics of the benchmarks (evaluate/metrics.py has their rules), and more of them is better.
 EVALUATION_METRICS = (
-    "eval_loss", "chartqa_relaxed_accuracy", "textvqa_accuracy", "docvqa_anls", "infographicvqa_anls",
-    "easy_vqa_accuracy", "demo_charts_relaxed_accuracy", "demo_text_accuracy", "exact_match",
+    "eval_loss",
+    "chartqa_relaxed_accuracy",
+    "textvqa_accuracy",
+    "docvqa_anls",
+    "infographicvqa_anls",
+    "easy_vqa_accuracy",
+    "demo_charts_relaxed_accuracy",
+    "demo_text_accuracy",
+    "exact_match",
 )
 TRACKERS = (
-    "none", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "swanlab", "clearml", "dvclive", "codecarbon",
-    "azure_ml", "dagshub", "flyte", "neptune", "kubeflow",
+    "none",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "trackio",
+    "comet_ml",
+    "swanlab",
+    "clearml",
+    "dvclive",
+    "codecarbon",
+    "azure_ml",
+    "dagshub",
+    "flyte",
+    "neptune",
+    "kubeflow",
 )
 
 
@@ -78,75 +98,116 @@ class Recipe:
     """
 
     num_train_epochs: float = _key(2.0, "passes over the training set", "epochs", Range(0, 100_000, low_open=True))
-    max_steps: int = _key(-1, "ends the training after this many optimizer steps; -1 leaves it to num_train_epochs",
-                          "optimizer steps", Range(1, also=(-1,)))
+    max_steps: int = _key(
+        -1,
+        "ends the training after this many optimizer steps; -1 leaves it to num_train_epochs",
+        "optimizer steps",
+        Range(1, also=(-1,)),
+    )
     learning_rate: float = _key(1e-4, "highest learning rate", "per optimizer step", Range(0, 1.0, low_open=True))
     lr_scheduler_type: str = _key("linear", "course of the learning rate after the warmup", choices=SCHEDULERS)
     warmup_ratio: float = _key(
-        0.03, "part of all optimizer steps in which the learning rate rises; half of them at most",
-        "fraction of the steps", FRACTION)
-    warmup_steps: int = _key(0, "the same as a number of steps; above 0 it replaces warmup_ratio", "optimizer steps",
-                             Range(0))
+        0.03,
+        "part of all optimizer steps in which the learning rate rises; half of them at most",
+        "fraction of the steps",
+        FRACTION,
+    )
+    warmup_steps: int = _key(
+        0, "the same as a number of steps; above 0 it replaces warmup_ratio", "optimizer steps", Range(0)
+    )
     weight_decay: float = _key(0.0, "decoupled weight decay", "per step and learning rate", Range(0, 1.0))
     max_grad_norm: float = _key(0.3, "the gradient is scaled down to this norm; 0 leaves it alone", "L2 norm", Range(0))
     optim: str = _key("adamw_torch_fused", "optimizer", choices=OPTIMIZERS)
     adam_beta1: float = _key(0.9, "decay of the mean of the gradients", "per step", FRACTION)
     adam_beta2: float = _key(0.999, "decay of the mean of the squared gradients", "per step", FRACTION)
-    adam_epsilon: float = _key(1e-8, "keeps the division by the root of the squared gradients finite", "",
-                               Range(0, 1.0, low_open=True))
+    adam_epsilon: float = _key(
+        1e-8, "keeps the division by the root of the squared gradients finite", "", Range(0, 1.0, low_open=True)
+    )
     bf16: bool | str = _key("auto", "compute in bfloat16; auto: where the device has it", choices=AUTO)
     gradient_checkpointing: bool | str = _key(
-        "auto", "compute activations again in the backward pass to save memory; auto: where memory needs it",
-        choices=AUTO)
+        "auto",
+        "compute activations again in the backward pass to save memory; auto: where memory needs it",
+        choices=AUTO,
+    )
     eval_strategy: str = _key("steps", "when to evaluate during training", choices=STRATEGIES)
     eval_steps: int = _key(500, "evaluate after every so many steps (eval_strategy steps)", "optimizer steps", COUNT)
     save_strategy: str = _key("steps", "when to write a checkpoint", choices=STRATEGIES)
-    save_steps: int = _key(1000, "write a checkpoint after every so many steps (save_strategy steps)",
-                           "optimizer steps", COUNT)
-    save_total_limit: int | None = _key(None, "checkpoints that are kept, the best one among them; null keeps all",
-                                        "checkpoints", COUNT)
+    save_steps: int = _key(
+        1000, "write a checkpoint after every so many steps (save_strategy steps)", "optimizer steps", COUNT
+    )
+    save_total_limit: int | None = _key(
+        None, "checkpoints that are kept, the best one among them; null keeps all", "checkpoints", COUNT
+    )
     logging_steps: int = _key(10, "write a line of metrics after every so many steps", "optimizer steps", COUNT)
     load_best_model_at_end: bool = _key(False, "end with the checkpoint of the best evaluation instead of the last one")
     metric_for_best_model: str = _key(
-        "eval_loss", "what says which checkpoint is best: the evaluation loss, or a benchmark's metric on questions "
-        "that are answered at each evaluation", choices=EVALUATION_METRICS)
-    greater_is_better: bool | None = _key(None, "whether more of that metric is better; null: no for a name that ends "
-                                                "in loss, yes for any other")
+        "eval_loss",
+        "what says which checkpoint is best: the evaluation loss, or a benchmark's metric on questions "
+        "that are answered at each evaluation",
+        choices=EVALUATION_METRICS,
+    )
+    greater_is_better: bool | None = _key(
+        None, "whether more of that metric is better; null: no for a name that ends in loss, yes for any other"
+    )
     dataloader_num_workers: int | str = _key(
-        0, "processes that prepare batches; 0: the training process itself; auto, and on a GPU a 0 that is no flag: "
-           "what the device needs", "processes per device", Range(0, 256), AUTO)
+        0,
+        "processes that prepare batches; 0: the training process itself; auto, and on a GPU a 0 that is no flag: "
+        "what the device needs",
+        "processes per device",
+        Range(0, 256),
+        AUTO,
+    )
     seed: int = _key(42, "seed of the data order, the adapter's first weights and dropout", "", Range(0, 2**32 - 1))
     global_batch_size: int | None = _key(
-        64, "questions per optimizer step whatever the number of devices; null: per_device_train_batch_size x "
-            "gradient_accumulation_steps x devices", "question-answer pairs", COUNT)
+        64,
+        "questions per optimizer step whatever the number of devices; null: per_device_train_batch_size x "
+        "gradient_accumulation_steps x devices",
+        "question-answer pairs",
+        COUNT,
+    )
     max_questions_per_image: int | None = _key(
-        None, "at most so many questions of one image in one optimizer step; null: no cap", "question-answer pairs",
-        COUNT)
-    per_device_train_batch_size: int | None = _key(None, "questions per device in one forward pass; null: as many as "
-                                                         "fit tokens_per_pack", "question-answer pairs", COUNT)
-    gradient_accumulation_steps: int | None = _key(None, "forward passes per optimizer step; null: what the global "
-                                                         "batch needs", "forward passes", COUNT)
-    tokens_per_pack: int | None = _key(None, "token budget of one forward pass; null: chosen from the device", "tokens",
-                                       COUNT)
-    max_train: int | None = _key(None, "at most so many training questions, drawn with the seed; null: all",
-                                 "question-answer pairs", COUNT)
-    max_eval: int | None = _key(None, "at most so many evaluation questions, drawn with the seed; null: all",
-                                "question-answer pairs", COUNT)
+        None,
+        "at most so many questions of one image in one optimizer step; null: no cap",
+        "question-answer pairs",
+        COUNT,
+    )
+    per_device_train_batch_size: int | None = _key(
+        None,
+        "questions per device in one forward pass; null: as many as fit tokens_per_pack",
+        "question-answer pairs",
+        COUNT,
+    )
+    gradient_accumulation_steps: int | None = _key(
+        None, "forward passes per optimizer step; null: what the global batch needs", "forward passes", COUNT
+    )
+    tokens_per_pack: int | None = _key(
+        None, "token budget of one forward pass; null: chosen from the device", "tokens", COUNT
+    )
+    max_train: int | None = _key(
+        None, "at most so many training questions, drawn with the seed; null: all", "question-answer pairs", COUNT
+    )
+    max_eval: int | None = _key(
+        None, "at most so many evaluation questions, drawn with the seed; null: all", "question-answer pairs", COUNT
+    )
     report_to: tuple[str, ...] = _key(("tensorboard",), "where the metrics go besides metrics.jsonl", choices=TRACKERS)
     lora_r: int = _key(16, "rank of the LoRA matrices", "dimensions", Range(1, 4096))
     lora_alpha: int = _key(32, "LoRA's update is scaled by lora_alpha / lora_r", "", COUNT)
     lora_dropout: float = _key(0.05, "dropout on the input of the LoRA matrices", "probability", FRACTION)
     target_modules: tuple[str, ...] = _key(("q_proj", "v_proj", "o_proj"), "layers of the language model that get LoRA")
     train: tuple[str, ...] = _key(
-        ("language",), "what is trained: LoRA on the language model, projector and vision tower in full, or all "
-        "weights in full", choices=PARTS)
+        ("language",),
+        "what is trained: LoRA on the language model, projector and vision tower in full, or all weights in full",
+        choices=PARTS,
+    )
     use_rslora: bool = _key(False, "scale LoRA's update by lora_alpha / sqrt(lora_r) instead of lora_alpha / lora_r")
     use_dora: bool = _key(False, "train the length of every weight column apart from its direction (DoRA)")
     load_in_4bit: bool = _key(False, "hold the frozen language model in 4 bits (QLoRA; needs bitsandbytes)")
-    max_pixels: int | None = _key(None, "larger images are scaled down to this area; null: the base model's own limit",
-                                  "pixels", Range(256))
-    min_pixels: int | None = _key(None, "smaller images are scaled up to this area; null: the base model's own limit",
-                                  "pixels", COUNT)
+    max_pixels: int | None = _key(
+        None, "larger images are scaled down to this area; null: the base model's own limit", "pixels", Range(256)
+    )
+    min_pixels: int | None = _key(
+        None, "smaller images are scaled up to this area; null: the base model's own limit", "pixels", COUNT
+    )
 
     @property
     def best_is_greatest(self) -> bool:
@@ -174,11 +235,23 @@ class Recipe:
 
 
 _KINDS: dict[Any, str] = {
-    float: "number", int: "whole number", int | str: "auto number", bool: "switch", bool | str: "auto switch",
-    str: "text", tuple[str, ...]: "names",
+    float: "number",
+    int: "whole number",
+    int | str: "auto number",
+    bool: "switch",
+    bool | str: "auto switch",
+    str: "text",
+    tuple[str, ...]: "names",
 }
-_METAVARS = {"number": "NUMBER", "whole number": "N", "auto number": "auto|N", "switch": "true|false",
-             "auto switch": "auto|true|false", "text": "NAME", "names": "NAMES"}
+_METAVARS = {
+    "number": "NUMBER",
+    "whole number": "N",
+    "auto number": "auto|N",
+    "switch": "true|false",
+    "auto switch": "auto|true|false",
+    "text": "NAME",
+    "names": "NAMES",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,15 @@ def check_value(key: Key, value: Any) -> tuple[Any, str]:
 
 
 def _wrong_type(value: object) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number with a fraction", str: "text",
-             list: "a list", tuple: "a list", dict: "an object"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number with a fraction",
+        str: "text",
+        list: "a list",
+        tuple: "a list",
+        dict: "an object",
+    }
     word = next((word for kind, word in names.items() if isinstance(value, kind)), type(value).__name__)
     return f"wrong type ({word})"
 

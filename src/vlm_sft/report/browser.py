@@ -71,20 +71,18 @@ def browser(runs: Sequence[RunReport]) -> Browser:
             for one in rows
         ]
         listed.append({"name": run.name, "rows": answers})
-    cards = [
-        _card(run.name, one, album)
-        for run, rows in zip(runs, chosen, strict=True)
-        for one in rows
-    ]
+    cards = [_card(run.name, one, album) for run, rows in zip(runs, chosen, strict=True) for one in rows]
     reasons = (album.reason(album.number(one.image)).partition(":")[0] for rows in kept for one in rows)
     unpictured = Counter(reason for reason in reasons if reason)
-    data = {
-        "runs": listed, "questions": list(questions), "pictures": album.addresses, "unpictured": album.reasons,
-    }  # fmt: skip
+    data = {"runs": listed, "questions": list(questions), "pictures": album.addresses, "unpictured": album.reasons}
     return Browser(
-        as_data(data), sum(map(len, kept)), sum(len(run.predictions) for run in runs), len(album.addresses),
-        dict(unpictured.most_common()), cards[:CARDS],
-    )  # fmt: skip
+        as_data(data),
+        sum(map(len, kept)),
+        sum(len(run.predictions) for run in runs),
+        len(album.addresses),
+        dict(unpictured.most_common()),
+        cards[:CARDS],
+    )
 
 
 def _ordered(predictions: Sequence[Prediction], first: Sequence[Prediction], limit: int) -> list[Prediction]:
@@ -114,8 +112,14 @@ def _question(one: Prediction, album: Album) -> tuple[Any, ...]:
     """What the answers of several models to one question share."""
     references = tuple((shorten(text), n) for text, n in one.references[:4])
     return (
-        one.benchmark, shorten(one.id, 120), album.number(one.image), shorten(one.question), references,
-        max(0, len(one.references) - len(references)), one.split, shorten(one.question_type, 60),
+        one.benchmark,
+        shorten(one.id, 120),
+        album.number(one.image),
+        shorten(one.question),
+        references,
+        max(0, len(one.references) - len(references)),
+        one.split,
+        shorten(one.question_type, 60),
     )
 
 

@@ -59,12 +59,15 @@ STYLES = {
     PLACEHOLDERS.faint: "var(--faint)",
     **{colour: f"var(--series-{number})" for number, colour in enumerate(PLACEHOLDERS.series, start=1)},
 }
-PAPER = Palette(
-    "#1d2530", "#d5dbe3", "#9aa5b4", ("#1f5fbf", "#b4530a", "#0a7d6e", "#8a3fa0", "#7d6608", "#b3266b")
-)
+PAPER = Palette("#1d2530", "#d5dbe3", "#9aa5b4", ("#1f5fbf", "#b4530a", "#0a7d6e", "#8a3fa0", "#7d6608", "#b3266b"))
 # Series of one figure differ in more than colour.
 DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
-    "solid", (0, (5, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 3)),
+    "solid",
+    (0, (5, 2)),
+    (0, (1, 1)),
+    (0, (6, 2, 1, 2)),
+    (0, (3, 1)),
+    (0, (8, 3)),
 )
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
@@ -106,8 +109,15 @@ def canvas(palette: Palette, x_label: str, y_label: str, height: float = 2.7) ->
 def legend(axes: Axes, palette: Palette, columns: int = 3) -> None:
     """A legend above the axes, where it covers no curve."""
     shown = axes.legend(
-        frameon=False, labelcolor=palette.text, fontsize=8, ncols=columns, loc="lower center",
-        bbox_to_anchor=(0.5, 1.0), handlelength=1.8, columnspacing=1.2, borderaxespad=0,
+        frameon=False,
+        labelcolor=palette.text,
+        fontsize=8,
+        ncols=columns,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        handlelength=1.8,
+        columnspacing=1.2,
+        borderaxespad=0,
     )
     for text in shown.get_texts():
         text.set_parse_math(False)  # names come from files: a dollar sign in them must not start a formula

@@ -21,8 +21,15 @@ _KINDS = {ADAPTER: "An adapter", MERGED: "A merged model", MODEL: "A model whose
 _RELATIONS = {ADAPTER: "adapter", MERGED: "finetune", MODEL: "finetune"}
 _TAG = "vlm-sft"  # of every card that is written here
 _TOLD_KEYS = (  # of the recipe, besides those that differ from the defaults
-    "train", "num_train_epochs", "learning_rate", "global_batch_size", "lora_r", "lora_alpha", "lora_dropout",
-    "target_modules", "seed",
+    "train",
+    "num_train_epochs",
+    "learning_rate",
+    "global_batch_size",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "seed",
 )
 _UNKNOWN = "Not recorded: the adapter came without the files of its run."
 
@@ -141,7 +148,7 @@ def _front_matter(about: About) -> str:
         "tags:",
         *(f"- {tag}" for tag in tags),
         "---",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 
@@ -206,9 +213,7 @@ def _data(data: Mapping[str, Any]) -> str:
     if "train" not in data:
         return _UNKNOWN
     part = data["train"]
-    lines = [
-        f"Trained on {part['samples']:,} questions on {part['images']:,} images: {_listed(part['by_dataset'])}.",
-    ]
+    lines = [f"Trained on {part['samples']:,} questions on {part['images']:,} images: {_listed(part['by_dataset'])}."]
     if part.get("synthetic"):
         lines.append(f"Drawn by a generator: {', '.join(part['synthetic'])}.")
     if data.get("left_out"):
@@ -225,10 +230,13 @@ def _results(about: About) -> str:
     verdicts = [
         f"- {in_markdown(name)}: {row['verdict']}" for name, row in results["benchmarks"].items() if row.get("verdict")
     ]
-    return "\n\n".join([
-        "Percent with 95 % intervals; the difference is paired, on the same questions, in points.",
-        results_table(results), *verdicts,
-    ])
+    return "\n\n".join(
+        [
+            "Percent with 95 % intervals; the difference is paired, on the same questions, in points.",
+            results_table(results),
+            *verdicts,
+        ]
+    )
 
 
 def _forecast(about: About) -> list[str]:

@@ -132,19 +132,34 @@ def _parse_run(fields: Fields) -> RunRecord:
     best_step = best.whole("step")
     forecast = fields.inside("forecast")
     return RunRecord(
-        status=fields.text("status"), command=fields.texts("command"),
-        started=fields.text("started"), finished=fields.text("finished"),
-        wall_seconds=fields.number("wall_seconds"), seconds=fields.numbers("seconds"),
-        base_model=fields.text("base_model"), datasets=fields.texts("datasets"),
-        device=fields.text("device"), world_size=fields.whole("world_size"), parallel=fields.text("parallel"),
-        attention=fields.text("attention"), dtype=fields.text("dtype"), lora=lora.plain(),
-        trainable_parameters=lora.whole("trainable_parameters"), total_parameters=lora.whole("total_parameters"),
-        steps=fields.whole("steps"), questions_seen=fields.whole("questions_seen"),
+        status=fields.text("status"),
+        command=fields.texts("command"),
+        started=fields.text("started"),
+        finished=fields.text("finished"),
+        wall_seconds=fields.number("wall_seconds"),
+        seconds=fields.numbers("seconds"),
+        base_model=fields.text("base_model"),
+        datasets=fields.texts("datasets"),
+        device=fields.text("device"),
+        world_size=fields.whole("world_size"),
+        parallel=fields.text("parallel"),
+        attention=fields.text("attention"),
+        dtype=fields.text("dtype"),
+        lora=lora.plain(),
+        trainable_parameters=lora.whole("trainable_parameters"),
+        total_parameters=lora.whole("total_parameters"),
+        steps=fields.whole("steps"),
+        questions_seen=fields.whole("questions_seen"),
         best=None if best_step is None else Best(best_step, best.text("metric"), best.number("value")),
-        bytes=fields.numbers("bytes"), peak_memory_bytes=fields.whole("peak_memory_bytes"),
-        versions=fields.inside("versions").plain(), git_hash=git.text("hash"), git_dirty=git.flag("dirty"),
-        notes=fields.texts("notes"), forecasts=tuple(_parse_forecast(forecast)),
-        forecast_basis=forecast.text("basis"), forecast_assumptions=forecast.texts("assumptions"),
+        bytes=fields.numbers("bytes"),
+        peak_memory_bytes=fields.whole("peak_memory_bytes"),
+        versions=fields.inside("versions").plain(),
+        git_hash=git.text("hash"),
+        git_dirty=git.flag("dirty"),
+        notes=fields.texts("notes"),
+        forecasts=tuple(_parse_forecast(forecast)),
+        forecast_basis=forecast.text("basis"),
+        forecast_assumptions=forecast.texts("assumptions"),
     )
 
 
@@ -156,8 +171,11 @@ def _parse_forecast(fields: Fields) -> Iterator[Forecast]:
         inner = fields.inside(quantity)
         low, high = inner.number("low"), inner.number("high")
         yield Forecast(
-            quantity, inner.number("value"), None if low is None or high is None else (low, high),
-            actual.number(quantity), items.numbers(quantity),
+            quantity,
+            inner.number("value"),
+            None if low is None or high is None else (low, high),
+            actual.number(quantity),
+            items.numbers(quantity),
         )
 
 
@@ -174,18 +192,20 @@ def _parse_guard(fields: Fields) -> Iterator[GuardStep]:
 
 
 def _parse_data(fields: Fields) -> DataFacts:
-    parts = {
-        key: _parse_data_part(fields.inside(key)) if fields.given(key) else None for key in ("train", "eval")
-    }
+    parts = {key: _parse_data_part(fields.inside(key)) if fields.given(key) else None for key in ("train", "eval")}
     return DataFacts(parts["train"], parts["eval"], fields.numbers("left_out"))
 
 
 def _parse_data_part(fields: Fields) -> DataPart:
     return DataPart(
-        samples=fields.whole("samples"), images=fields.whole("images"),
-        supervised_tokens=fields.whole("supervised_tokens"), image_tokens=fields.whole("image_tokens"),
-        prompt_tokens=fields.whole("prompt_tokens"), questions_per_image=fields.numbers("questions_per_image"),
-        by_dataset=fields.numbers("by_dataset"), synthetic=fields.texts("synthetic"),
+        samples=fields.whole("samples"),
+        images=fields.whole("images"),
+        supervised_tokens=fields.whole("supervised_tokens"),
+        image_tokens=fields.whole("image_tokens"),
+        prompt_tokens=fields.whole("prompt_tokens"),
+        questions_per_image=fields.numbers("questions_per_image"),
+        by_dataset=fields.numbers("by_dataset"),
+        synthetic=fields.texts("synthetic"),
         token_histograms={
             name: found
             for name, inner in fields.inside("token_histograms").objects()
@@ -220,16 +240,25 @@ def _parse_benchmarks(fields: Fields) -> tuple[Benchmark, ...]:
 def _parse_benchmark(name: str, fields: Fields) -> Benchmark:
     splits = fields.inside("splits").objects()
     return Benchmark(
-        name=name, n=fields.whole("n"), metric=fields.text("metric"), synthetic=bool(fields.flag("synthetic")),
-        base=_parse_score(fields, "base"), tuned=_parse_score(fields, "tuned"),
-        difference=fields.number("difference"), difference_interval=fields.interval("difference_interval"),
-        p_value=fields.number("p_value"), verdict=fields.text("verdict"),
+        name=name,
+        n=fields.whole("n"),
+        metric=fields.text("metric"),
+        synthetic=bool(fields.flag("synthetic")),
+        base=_parse_score(fields, "base"),
+        tuned=_parse_score(fields, "tuned"),
+        difference=fields.number("difference"),
+        difference_interval=fields.interval("difference_interval"),
+        p_value=fields.number("p_value"),
+        verdict=fields.text("verdict"),
         splits=tuple(
             SplitScore(split, one.whole("n"), one.number("base"), one.number("tuned")) for split, one in splits
         ),
-        clusters=fields.whole("clusters"), needed=_parse_needed(fields),
-        also_chose=fields.whole("also_chose") or 0, also_trained=fields.whole("also_trained") or 0,
-        max_new_tokens=fields.whole("max_new_tokens"), answer_tokens=fields.whole("answer_tokens"),
+        clusters=fields.whole("clusters"),
+        needed=_parse_needed(fields),
+        also_chose=fields.whole("also_chose") or 0,
+        also_trained=fields.whole("also_trained") or 0,
+        max_new_tokens=fields.whole("max_new_tokens"),
+        answer_tokens=fields.whole("answer_tokens"),
     )
 
 
@@ -242,9 +271,7 @@ def _parse_score(fields: Fields, side: str) -> Score | None:
     if not fields.given(side):
         return None
     inner = fields.inside(side)
-    return Score(
-        inner.number("accuracy"), inner.interval("interval"), inner.number("seconds"), inner.whole("cut") or 0
-    )
+    return Score(inner.number("accuracy"), inner.interval("interval"), inner.number("seconds"), inner.whole("cut") or 0)
 
 
 def benchmark_names(runs: Iterable[RunReport]) -> list[str]:

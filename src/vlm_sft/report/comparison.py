@@ -52,9 +52,15 @@ def _overlay(title: str, unit: str, curves: Curves, coloured: Sequence[str], pre
         for place, name in enumerate(coloured):
             if name in curves:
                 points = _thinned(curves[name])
-                axes.plot(*zip(*points, strict=True), color=palette.series[place], linestyle=DASHES[place],
-                          linewidth=1.5, marker="o" if len(points) < 12 else None, markersize=3.5,
-                          label=formats.shorten_name(name, 22))
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=palette.series[place],
+                    linestyle=DASHES[place],
+                    linewidth=1.5,
+                    marker="o" if len(points) < 12 else None,
+                    markersize=3.5,
+                    label=formats.shorten_name(name, 22),
+                )
         if any(name not in coloured for name in curves):
             axes.plot([], [], color=palette.faint, linewidth=0.8, label="other runs")
         legend(axes, palette, columns=2)
@@ -62,7 +68,8 @@ def _overlay(title: str, unit: str, curves: Curves, coloured: Sequence[str], pre
 
     words = [
         f"{name}: {formats.number(points[0][1])} at step {points[0][0]:,} to {formats.number(points[-1][1])} at step "
-        f"{points[-1][0]:,}." for name, points in list(curves.items())[:HIGHLIGHTED]
+        f"{points[-1][0]:,}."
+        for name, points in list(curves.items())[:HIGHLIGHTED]
     ]
     if len(curves) > HIGHLIGHTED:
         words.append(f"{len(curves) - HIGHLIGHTED} more runs are drawn faintly.")

@@ -105,23 +105,67 @@ def _tables(runs: Sequence[RunReport], choices: Sequence[quality.Choice]) -> dic
 
 def _results(runs: Sequence[RunReport]) -> Table:
     """Accuracies and differences as fractions, splits on lines of their own."""
-    rows: Table = [[
-        "run", "benchmark", "split", "synthetic", "n", "base", "base_low", "base_high", "tuned", "tuned_low",
-        "tuned_high", "difference", "difference_low", "difference_high", "p_value", "verdict",
-    ]]
+    rows: Table = [
+        [
+            "run",
+            "benchmark",
+            "split",
+            "synthetic",
+            "n",
+            "base",
+            "base_low",
+            "base_high",
+            "tuned",
+            "tuned_low",
+            "tuned_high",
+            "difference",
+            "difference_low",
+            "difference_high",
+            "p_value",
+            "verdict",
+        ]
+    ]
     for run in runs:
         for one in run.benchmarks:
             low, high = one.difference_interval or (None, None)
-            rows.append([
-                run.name, one.name, "", "yes" if one.synthetic else "no", one.n, *_score(one.base), *_score(one.tuned),
-                one.difference, low, high, one.p_value, one.verdict,
-            ])
+            rows.append(
+                [
+                    run.name,
+                    one.name,
+                    "",
+                    "yes" if one.synthetic else "no",
+                    one.n,
+                    *_score(one.base),
+                    *_score(one.tuned),
+                    one.difference,
+                    low,
+                    high,
+                    one.p_value,
+                    one.verdict,
+                ]
+            )
             for split in one.splits:
                 gain = None if split.base is None or split.tuned is None else split.tuned - split.base
-                rows.append([
-                    run.name, one.name, split.name, "yes" if one.synthetic else "no", split.n, split.base, None, None,
-                    split.tuned, None, None, gain, None, None, None, "",
-                ])
+                rows.append(
+                    [
+                        run.name,
+                        one.name,
+                        split.name,
+                        "yes" if one.synthetic else "no",
+                        split.n,
+                        split.base,
+                        None,
+                        None,
+                        split.tuned,
+                        None,
+                        None,
+                        gain,
+                        None,
+                        None,
+                        None,
+                        "",
+                    ]
+                )
     return rows
 
 
@@ -132,15 +176,20 @@ def _score(score: Score | None) -> list[Cell]:
 
 
 def _quality(choices: Sequence[quality.Choice]) -> Table:
-    rows: Table = [[
-        "benchmark", "candidate", "training_seconds", "accuracy", "low", "high", "on_front", "recommended",
-    ]]
+    rows: Table = [["benchmark", "candidate", "training_seconds", "accuracy", "low", "high", "on_front", "recommended"]]
     for choice in choices:
         for one in choice.candidates:
-            rows.append([
-                choice.benchmark, one.name, one.seconds, one.accuracy, *(one.interval or (None, None)),
-                "yes" if one.on_front else "no", "yes" if one is choice.recommended else "no",
-            ])
+            rows.append(
+                [
+                    choice.benchmark,
+                    one.name,
+                    one.seconds,
+                    one.accuracy,
+                    *(one.interval or (None, None)),
+                    "yes" if one.on_front else "no",
+                    "yes" if one is choice.recommended else "no",
+                ]
+            )
     return rows
 
 

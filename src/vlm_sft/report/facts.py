@@ -19,16 +19,18 @@ def summary_rows(run: RunReport) -> Rows:
     if record is None:
         return []
     best = record.best
-    return _present([
-        ("Recipe", record.recipe_name),
-        ("Base model", record.base_model),
-        ("Data", ", ".join(record.datasets)),
-        ("Steps", formats.count(record.steps)),
-        ("Best step", f"{best.step:,} ({best.metric} {formats.number(best.value)})" if best else ""),
-        ("Started", record.started),
-        ("Finished", record.finished),
-        (WALL_SO_FAR if run.status == RUNNING else "Wall time", formats.duration(record.wall_seconds)),
-    ])
+    return _present(
+        [
+            ("Recipe", record.recipe_name),
+            ("Base model", record.base_model),
+            ("Data", ", ".join(record.datasets)),
+            ("Steps", formats.count(record.steps)),
+            ("Best step", f"{best.step:,} ({best.metric} {formats.number(best.value)})" if best else ""),
+            ("Started", record.started),
+            ("Finished", record.finished),
+            (WALL_SO_FAR if run.status == RUNNING else "Wall time", formats.duration(record.wall_seconds)),
+        ]
+    )
 
 
 def cost_rows(run: RunReport) -> Rows:
@@ -38,14 +40,16 @@ def cost_rows(run: RunReport) -> Rows:
         return []
     train_seconds = record.seconds.get("train")
     speed = record.questions_seen / train_seconds if record.questions_seen and train_seconds else None
-    return _present([
-        (WALL_SO_FAR if run.status == RUNNING else "Wall time", formats.duration(record.wall_seconds)),
-        *((f"Time: {name}", formats.duration(value)) for name, value in record.seconds.items()),
-        ("Questions seen", formats.count(record.questions_seen)),
-        ("Training speed", "" if speed is None else f"{formats.number(speed)} questions/s"),
-        ("Peak memory", formats.size(record.peak_memory_bytes)),
-        *((f"Disk: {name}", formats.size(value)) for name, value in record.bytes.items()),
-    ])
+    return _present(
+        [
+            (WALL_SO_FAR if run.status == RUNNING else "Wall time", formats.duration(record.wall_seconds)),
+            *((f"Time: {name}", formats.duration(value)) for name, value in record.seconds.items()),
+            ("Questions seen", formats.count(record.questions_seen)),
+            ("Training speed", "" if speed is None else f"{formats.number(speed)} questions/s"),
+            ("Peak memory", formats.size(record.peak_memory_bytes)),
+            *((f"Disk: {name}", formats.size(value)) for name, value in record.bytes.items()),
+        ]
+    )
 
 
 def forecast_rows(run: RunReport) -> list[tuple[str, ...]]:
@@ -54,9 +58,11 @@ def forecast_rows(run: RunReport) -> list[tuple[str, ...]]:
         return []
     return [
         (
-            one.label, one.text(one.value),
+            one.label,
+            one.text(one.value),
             formats.NOTHING if one.interval is None else " to ".join(one.text(end) for end in one.interval),
-            one.text(one.actual), formats.typeset(formats.relative(one.error)),
+            one.text(one.actual),
+            formats.typeset(formats.relative(one.error)),
             {True: "within", False: "outside", None: formats.NOTHING}[one.held],
         )
         for one in run.record.forecasts
@@ -90,10 +96,18 @@ def parameter_differences(runs: Sequence[RunReport]) -> tuple[list[str], list[tu
 
 def _settings(run: RunReport) -> dict[str, str]:
     record = run.record
-    about = {} if record is None else {
-        "base model": record.base_model, "data": ", ".join(record.datasets), "device": record.device,
-        "processes": formats.count(record.world_size), "parallel": record.parallel, "number type": record.dtype,
-    }
+    about = (
+        {}
+        if record is None
+        else {
+            "base model": record.base_model,
+            "data": ", ".join(record.datasets),
+            "device": record.device,
+            "processes": formats.count(record.world_size),
+            "parallel": record.parallel,
+            "number type": record.dtype,
+        }
+    )
     return {**about, **run.recipe}
 
 
@@ -162,10 +176,13 @@ def _whole(text: str) -> int:
 
 
 def _by_dataset(part: DataPart) -> str:
-    return ", ".join(
-        f"{name}{' (synthetic)' if name in part.synthetic else ''} {formats.count(value)}"
-        for name, value in part.by_dataset.items()
-    ) or formats.NOTHING
+    return (
+        ", ".join(
+            f"{name}{' (synthetic)' if name in part.synthetic else ''} {formats.count(value)}"
+            for name, value in part.by_dataset.items()
+        )
+        or formats.NOTHING
+    )
 
 
 def _present(rows: Rows) -> Rows:

@@ -46,11 +46,18 @@ def loss_drawing(series: Columns, best: Best | None, prefix: str) -> Drawing | N
         if train:
             _plot_many(axes, train, palette, "training")
         if evaluation:
-            axes.plot(*zip(*evaluation, strict=True), color=palette.second, marker="o", markersize=4, linewidth=1.6,
-                      label="evaluation")
+            axes.plot(
+                *zip(*evaluation, strict=True),
+                color=palette.second,
+                marker="o",
+                markersize=4,
+                linewidth=1.6,
+                label="evaluation",
+            )
         if best is not None:
-            axes.axvline(best.step, color=palette.text, linewidth=1, linestyle=(0, (4, 3)),
-                         label=f"best: step {best.step:,}")
+            axes.axvline(
+                best.step, color=palette.text, linewidth=1, linestyle=(0, (4, 3)), label=f"best: step {best.step:,}"
+            )
         legend(axes, palette)
         return figure
 
@@ -67,15 +74,25 @@ def _plot_many(axes: Axes, points: Series, palette: Palette, label: str | None) 
     steps, values = (np.array(column, dtype=float) for column in zip(*points, strict=True))
     crowded = len(points) >= SMOOTH_FROM_POINTS
     axes.plot(
-        steps, values, color=palette.first, linewidth=0.8 if crowded else 1.6, alpha=0.35 if crowded else 1,
-        marker="o" if len(points) == 1 else None, label=None if crowded else label,
+        steps,
+        values,
+        color=palette.first,
+        linewidth=0.8 if crowded else 1.6,
+        alpha=0.35 if crowded else 1,
+        marker="o" if len(points) == 1 else None,
+        label=None if crowded else label,
     )
     if crowded:
         width = len(points) // 40
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
         start = (width - 1) // 2
-        axes.plot(steps[start : start + len(smooth)], smooth, color=palette.first, linewidth=1.6,
-                  label=label and f"{label} (mean of {width})")
+        axes.plot(
+            steps[start : start + len(smooth)],
+            smooth,
+            color=palette.first,
+            linewidth=1.6,
+            label=label and f"{label} (mean of {width})",
+        )
 
 
 def learning_rate_drawing(series: Columns, prefix: str) -> Drawing | None:
@@ -136,8 +153,13 @@ def metric_drawing(series: Columns, prefix: str) -> Drawing | None:
 def _plot_line(axes: Axes, points: Series, palette: Palette, place: int, label: str) -> None:
     """One of several lines: they differ in colour, dash and marker."""
     axes.plot(
-        *zip(*points, strict=True), color=palette.series[place], linestyle=DASHES[place], marker=MARKERS[place],
-        markersize=4, linewidth=1.6, label=formats.shorten_name(label, 40),
+        *zip(*points, strict=True),
+        color=palette.series[place],
+        linestyle=DASHES[place],
+        marker=MARKERS[place],
+        markersize=4,
+        linewidth=1.6,
+        label=formats.shorten_name(label, 40),
     )
 
 
@@ -189,8 +211,15 @@ def accuracy_drawing(benchmarks: Sequence[Benchmark], prefix: str) -> Drawing | 
                     continue
                 if score.interval is not None:
                     axes.plot([100 * end for end in score.interval], [row + offset] * 2, color=colour, linewidth=2)
-                axes.plot([100 * score.accuracy], [row + offset], color=colour, marker=marker, markersize=6,
-                          linestyle="none", label=label)
+                axes.plot(
+                    [100 * score.accuracy],
+                    [row + offset],
+                    color=colour,
+                    marker=marker,
+                    markersize=6,
+                    linestyle="none",
+                    label=label,
+                )
                 label = None
         # Names come from files: a dollar sign in them must not start a formula.
         names = [formats.shorten_name(one.name, 24) for one in reversed(rows)]
@@ -220,9 +249,9 @@ def data_drawings(part: DataPart | None, prefix: str) -> list[Drawing]:
     if part is None:
         return []
     sharing = _sharing(part.questions_per_image)
-    drawings = [None if sharing is None else histogram_drawing(
-        sharing, "Questions on one image", "questions", "images", prefix
-    )]
+    drawings = [
+        None if sharing is None else histogram_drawing(sharing, "Questions on one image", "questions", "images", prefix)
+    ]
     for key, (title, x_label, y_label) in TOKEN_HISTOGRAMS.items():
         if key in part.token_histograms:
             drawings.append(histogram_drawing(part.token_histograms[key], title, x_label, y_label, prefix))
@@ -287,14 +316,34 @@ def forecast_drawing(rows: Sequence[Forecast], prefix: str) -> Drawing | None:
         figure, axes = canvas(palette, "% of the forecast", "", height=1.15 + 0.4 * len(known))
         for place, (row, value) in enumerate(reversed(known)):
             if row.interval is not None:
-                axes.plot([100 * end / value for end in row.interval], [place] * 2, color=palette.second,
-                          linewidth=6, alpha=0.45, solid_capstyle="butt",
-                          label="expected range" if not place else None)
-            axes.plot([100], [place], marker="|", markersize=14, color=palette.second, linestyle="none",
-                      label="forecast" if not place else None)
+                axes.plot(
+                    [100 * end / value for end in row.interval],
+                    [place] * 2,
+                    color=palette.second,
+                    linewidth=6,
+                    alpha=0.45,
+                    solid_capstyle="butt",
+                    label="expected range" if not place else None,
+                )
+            axes.plot(
+                [100],
+                [place],
+                marker="|",
+                markersize=14,
+                color=palette.second,
+                linestyle="none",
+                label="forecast" if not place else None,
+            )
             if row.actual is not None:
-                axes.plot([100 * row.actual / value], [place], marker="o", markersize=6, color=palette.first,
-                          linestyle="none", label="actual" if not place else None)
+                axes.plot(
+                    [100 * row.actual / value],
+                    [place],
+                    marker="o",
+                    markersize=6,
+                    color=palette.first,
+                    linestyle="none",
+                    label="actual" if not place else None,
+                )
         axes.set_yticks(range(len(known)), [row.label for row, _ in reversed(known)])
         axes.set_ylim(-0.6, len(known) - 0.4)
         _grid_across(axes, palette)

@@ -81,15 +81,24 @@ def render(runs: Sequence[RunReport], version: str | None = None, changed: float
         its own, named by their hash in its content security policy.
     """
     environment = Environment(
-        loader=PackageLoader("vlm_sft.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("vlm_sft.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=formats.percent, percent_interval=formats.percent_interval,
+        percent=formats.percent,
+        percent_interval=formats.percent_interval,
         points=lambda value: formats.typeset(formats.points(value)),
         points_interval=lambda ends: formats.typeset(formats.points_interval(ends)),
-        p_value=formats.p_value, count=formats.count, duration=formats.duration, size=formats.size,
-        shorten=formats.shorten, number=formats.number, markup=Markup,
+        p_value=formats.p_value,
+        count=formats.count,
+        duration=formats.duration,
+        size=formats.size,
+        shorten=formats.shorten,
+        number=formats.number,
+        markup=Markup,
     )
     many = len(runs) > 1
     names = benchmark_names(runs)
@@ -123,20 +132,28 @@ def _view(run: RunReport, key: str, number_of_runs: int, served: bool) -> RunVie
     drawn = number_of_runs <= RUNS_WITH_FIGURES
     record = run.record
     curves = (
-        figures.loss_drawing(run.series, record.best if record else None, key),
-        figures.metric_drawing(run.series, key),
-        figures.guard_drawing(run.guard, key),
-        figures.learning_rate_drawing(run.series, key),
-        figures.gradient_drawing(run.series, key),
-    ) if drawn else ()
+        (
+            figures.loss_drawing(run.series, record.best if record else None, key),
+            figures.metric_drawing(run.series, key),
+            figures.guard_drawing(run.guard, key),
+            figures.learning_rate_drawing(run.series, key),
+            figures.gradient_drawing(run.series, key),
+        )
+        if drawn
+        else ()
+    )
     return RunView(
-        key=key, run=run,
+        key=key,
+        run=run,
         accuracy=figures.accuracy_drawing(run.benchmarks, key) if drawn else None,
         curves=[drawing for drawing in curves if drawing is not None],
         histograms=figures.data_drawings(run.data.train if run.data else None, key) if drawn else [],
         forecast=figures.forecast_drawing(record.forecasts if record else (), key) if drawn else None,
-        forecast_rows=facts.forecast_rows(run), forecast_items=facts.forecast_items(run),
-        summary=facts.summary_rows(run), cost=facts.cost_rows(run), data=facts.data_rows(run),
+        forecast_rows=facts.forecast_rows(run),
+        forecast_items=facts.forecast_items(run),
+        summary=facts.summary_rows(run),
+        cost=facts.cost_rows(run),
+        data=facts.data_rows(run),
         environment=facts.environment_rows(run),
         since=record.started if served and record and run.status == facts.RUNNING else "",
     )

@@ -103,9 +103,13 @@ def name_points(
 
 
 def _measured(
-    axes: Axes, labels: Sequence[Label], others: Sequence[tuple[float, float]],
-    curves: Sequence[Sequence[tuple[float, float]]], radius: float, fontsize: float,
-) -> tuple[Array, _Room, Callable[[str], Array]]:  # fmt: skip
+    axes: Axes,
+    labels: Sequence[Label],
+    others: Sequence[tuple[float, float]],
+    curves: Sequence[Sequence[tuple[float, float]]],
+    radius: float,
+    fontsize: float,
+) -> tuple[Array, _Room, Callable[[str], Array]]:
     """Lay the figure out for good; returns the labels' points, what is taken, and what measures a name."""
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -203,13 +207,19 @@ def _places(bounds: Array, anchor: Array, size: Array, radius: float) -> tuple[A
     away, slant = radius + GAP, 0.7 * radius + GAP
     right, left, above, below = x + away, x - away - width, y + away, y - away - height
     corners = [
-        (x + slant, y + slant), (x - slant - width, y + slant), (right, y - height / 2), (left, y - height / 2),
-        (x - width / 2, above), (x - width / 2, below), (x + slant, y - slant - height),
+        (x + slant, y + slant),
+        (x - slant - width, y + slant),
+        (right, y - height / 2),
+        (left, y - height / 2),
+        (x - width / 2, above),
+        (x - width / 2, below),
+        (x + slant, y - slant - height),
         (x - slant - width, y - slant - height),
-    ]  # fmt: skip
-    grid = np.stack(np.meshgrid(
-        np.arange(bounds[0], bounds[2] - width, GRID_X), np.arange(bounds[1], bounds[3] - height, GRID_Y),
-    ), axis=-1).reshape(-1, 2)  # fmt: skip
+    ]
+    grid = np.stack(
+        np.meshgrid(np.arange(bounds[0], bounds[2] - width, GRID_X), np.arange(bounds[1], bounds[3] - height, GRID_Y)),
+        axis=-1,
+    ).reshape(-1, 2)
     low = np.concatenate([np.array(corners), grid])
     boxes = np.concatenate([low, low + size], axis=1)
     lines = _leader(anchor, boxes)
@@ -275,10 +285,24 @@ def _write(
     line = None
     if np.hypot(*(end - anchor)) > radius + GAP + MARGIN + LEADER_FROM:
         line = {
-            "arrowstyle": "-", "color": leader_colour, "linewidth": 0.7, "patchA": None, "shrinkA": 0,
-            "shrinkB": radius, "relpos": ((end[0] - inner[0]) / width, (end[1] - inner[1]) / height),
-        }  # fmt: skip
+            "arrowstyle": "-",
+            "color": leader_colour,
+            "linewidth": 0.7,
+            "patchA": None,
+            "shrinkA": 0,
+            "shrinkB": radius,
+            "relpos": ((end[0] - inner[0]) / width, (end[1] - inner[1]) / height),
+        }
     axes.annotate(
-        label.text, (label.x, label.y), xytext=(x - anchor[0], middle - anchor[1]), textcoords="offset points", ha=side,
-        va="center", fontsize=fontsize, color=label.colour, parse_math=False, arrowprops=line, annotation_clip=False,
-    )  # fmt: skip
+        label.text,
+        (label.x, label.y),
+        xytext=(x - anchor[0], middle - anchor[1]),
+        textcoords="offset points",
+        ha=side,
+        va="center",
+        fontsize=fontsize,
+        color=label.colour,
+        parse_math=False,
+        arrowprops=line,
+        annotation_clip=False,
+    )

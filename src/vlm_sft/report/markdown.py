@@ -51,8 +51,12 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     cells = [[in_markdown(text) for text in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(rows[0]))]
     lines = [_line(row, widths) for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":"
-                                   for i, width in enumerate(widths)) + "|")
+    lines.insert(
+        1,
+        "|"
+        + "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths))
+        + "|",
+    )
     return "\n".join(lines)
 
 
@@ -60,16 +64,28 @@ def _rows(benchmark: Benchmark) -> list[tuple[str, ...]]:
     name = f"{benchmark.name} (synthetic)" if benchmark.synthetic else benchmark.name
     sure = f"({TOO_FEW})" if benchmark.verdict == TOO_FEW else formats.points_interval(benchmark.difference_interval)
     difference = f"{formats.points(benchmark.difference)} {sure}"
-    rows: list[tuple[str, ...]] = [(
-        name, formats.count(benchmark.n), _score(benchmark.base), _score(benchmark.tuned), difference.strip(),
-        formats.duration(benchmark.seconds),
-    )]
+    rows: list[tuple[str, ...]] = [
+        (
+            name,
+            formats.count(benchmark.n),
+            _score(benchmark.base),
+            _score(benchmark.tuned),
+            difference.strip(),
+            formats.duration(benchmark.seconds),
+        )
+    ]
     for split in benchmark.splits:
         gain = None if split.base is None or split.tuned is None else split.tuned - split.base
-        rows.append((
-            f"· {split.name}", formats.count(split.n), formats.percent(split.base), formats.percent(split.tuned),
-            formats.points(gain), "",
-        ))
+        rows.append(
+            (
+                f"· {split.name}",
+                formats.count(split.n),
+                formats.percent(split.base),
+                formats.percent(split.tuned),
+                formats.points(gain),
+                "",
+            )
+        )
     return rows
 
 

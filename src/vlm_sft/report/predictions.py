@@ -15,8 +15,14 @@ from vlm_sft.report.fields import Fields
 SIDES = ("base", "tuned")
 # The most telling first: pictures are chosen in turn from these groups.
 OUTCOMES = (
-    "wrong → right", "right → wrong", "both wrong", "both right", "base only: wrong", "base only: right",
-    "tuned only: wrong", "tuned only: right",
+    "wrong → right",
+    "right → wrong",
+    "both wrong",
+    "both right",
+    "base only: wrong",
+    "base only: right",
+    "tuned only: wrong",
+    "tuned only: right",
 )
 
 
@@ -77,9 +83,7 @@ def read_predictions(folder: Path, problems: list[str]) -> tuple[Prediction, ...
     """
     evaluation = folder / artifacts.EVALUATION_FOLDER
     names = {path.parent.name for side in SIDES for path in evaluation.glob(f"{side}/*/{artifacts.PREDICTIONS}")}
-    return tuple(
-        prediction for name in sorted(names) for prediction in _read_benchmark(evaluation, name, problems)
-    )
+    return tuple(prediction for name in sorted(names) for prediction in _read_benchmark(evaluation, name, problems))
 
 
 def _read_benchmark(evaluation: Path, name: str, problems: list[str]) -> Iterable[Prediction]:
@@ -94,9 +98,15 @@ def _read_benchmark(evaluation: Path, name: str, problems: list[str]) -> Iterabl
         if image is None and either.text("image") and foreign not in problems:
             problems.append(foreign)
         yield Prediction(
-            benchmark=name, id=identity, image=image,
-            question=either.text("question"), answers=either.texts("answers"), split=either.text("split"),
-            question_type=either.text("question_type"), base=_answer(base), tuned=_answer(tuned),
+            benchmark=name,
+            id=identity,
+            image=image,
+            question=either.text("question"),
+            answers=either.texts("answers"),
+            split=either.text("split"),
+            question_type=either.text("question_type"),
+            base=_answer(base),
+            tuned=_answer(tuned),
             cluster=either.text("cluster") or either.text("image"),
         )
 

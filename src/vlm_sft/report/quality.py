@@ -30,9 +30,30 @@ ROOMY_NAMES = 6  # names that a figure of the usual height has room for
 SHARED_AT_LEAST = 30  # questions that two candidates must share to be compared
 LOG_FROM = 8.0  # ratio of the longest to the shortest training from which the axis of time is logarithmic
 TICKS_SECONDS = (
-    1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600, 900, 1200, 1800, 3600, 7200, 10_800, 18_000, 36_000, 86_400, 172_800,
-    432_000, 864_000,
-)  # fmt: skip
+    1,
+    2,
+    5,
+    10,
+    15,
+    20,
+    30,
+    60,
+    120,
+    300,
+    600,
+    900,
+    1200,
+    1800,
+    3600,
+    7200,
+    10_800,
+    18_000,
+    36_000,
+    86_400,
+    172_800,
+    432_000,
+    864_000,
+)
 
 Rows = dict[str, dict[str, Any]]
 
@@ -166,7 +187,7 @@ def _recommend(
             reasons = [
                 f"{best.name} answers best ({formats.percent(best.accuracy)}), but {candidate.name} "
                 f"({points} points, {sure}) is not significantly worse on the same {result['n']:,} questions and "
-                f"{_cheaper(candidate, best)}.",
+                f"{_cheaper(candidate, best)}."
             ]
             smallest = result["smallest_detectable_difference"]
             if smallest:
@@ -250,31 +271,57 @@ def quality_drawing(
         for place, base in enumerate(bases):
             if base.interval is not None:
                 axes.axhspan(*(100 * end for end in base.interval), color=palette.second, alpha=0.14, linewidth=0)
-            axes.axhline(100 * base.accuracy, color=palette.second, linewidth=1.4, linestyle=(0, (5, 3)),
-                         label=None if place else "base")
+            axes.axhline(
+                100 * base.accuracy,
+                color=palette.second,
+                linewidth=1.4,
+                linestyle=(0, (5, 3)),
+                label=None if place else "base",
+            )
         for group, colour, label in (
-            ([one for one in trained if not one.on_front], palette.faint, "run"), (front, palette.first, "on the front")
+            ([one for one in trained if not one.on_front], palette.faint, "run"),
+            (front, palette.first, "on the front"),
         ):
             for one in group:
                 if one.interval is not None:
-                    axes.plot([one.seconds] * 2, [100 * end for end in one.interval], color=colour, linewidth=1.2,
-                              alpha=0.7)
+                    axes.plot(
+                        [one.seconds] * 2, [100 * end for end in one.interval], color=colour, linewidth=1.2, alpha=0.7
+                    )
             if group:
-                axes.plot([one.seconds for one in group], [100 * one.accuracy for one in group], color=colour,
-                          marker="o", markersize=6, linestyle="solid" if group is front else "none", linewidth=1.2,
-                          label=label)
+                axes.plot(
+                    [one.seconds for one in group],
+                    [100 * one.accuracy for one in group],
+                    color=colour,
+                    marker="o",
+                    markersize=6,
+                    linestyle="solid" if group is front else "none",
+                    linewidth=1.2,
+                    label=label,
+                )
         if recommended is not None and not recommended.is_base:
-            axes.plot([recommended.seconds], [100 * recommended.accuracy], marker="o", markersize=RING,
-                      linestyle="none", markerfacecolor="none", markeredgecolor=palette.text, markeredgewidth=1.4,
-                      label="recommended")
+            axes.plot(
+                [recommended.seconds],
+                [100 * recommended.accuracy],
+                marker="o",
+                markersize=RING,
+                linestyle="none",
+                markerfacecolor="none",
+                markeredgecolor=palette.text,
+                markeredgewidth=1.4,
+                label="recommended",
+            )
         axes.set_ylim(*_limits(candidates))
         _time_axis(axes, [one.seconds for one in trained])
         legend(axes, palette, columns=4)
         _name_points(axes, named, candidates, palette)
         return figure
 
-    words = [f"{one.name}: {formats.percent(one.accuracy)} after {formats.duration(one.seconds)} of training"
-             + (", on the front" if one.on_front else "") + "." for one in candidates[:20]]
+    words = [
+        f"{one.name}: {formats.percent(one.accuracy)} after {formats.duration(one.seconds)} of training"
+        + (", on the front" if one.on_front else "")
+        + "."
+        for one in candidates[:20]
+    ]
     if len(candidates) > 20:
         words.append(f"{len(candidates) - 20} more are in the table.")
     if recommended is not None:

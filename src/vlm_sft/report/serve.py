@@ -21,7 +21,12 @@ from vlm_sft.report.html import render
 ADDRESS = "127.0.0.1"
 PORT = 8686
 WATCHED = (
-    artifacts.RUN, artifacts.RECIPE, artifacts.DATA, artifacts.METRICS, artifacts.RESULTS, artifacts.GUARD,
+    artifacts.RUN,
+    artifacts.RECIPE,
+    artifacts.DATA,
+    artifacts.METRICS,
+    artifacts.RESULTS,
+    artifacts.GUARD,
     f"{artifacts.EVALUATION_FOLDER}/*/*/{artifacts.PREDICTIONS}",
 )
 

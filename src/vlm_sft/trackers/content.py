@@ -90,13 +90,16 @@ class Outcome:
         """The results table as texts, in the order of `TABLE`: percent with 95 % intervals, percentage points."""
         return [
             (
-                f"{one.name} (synthetic)" if one.synthetic else one.name, one.metric, formats.count(one.n),
-                _score(one.base), _score(one.tuned),
+                f"{one.name} (synthetic)" if one.synthetic else one.name,
+                one.metric,
+                formats.count(one.n),
+                _score(one.base),
+                _score(one.tuned),
                 f"{formats.points(one.difference)} {formats.points_interval(one.difference_interval)}".strip(),
                 one.verdict,
             )
             for one in self.benchmarks
-        ]  # fmt: skip
+        ]
 
     @cached_property
     def shown(self) -> list[Shown]:

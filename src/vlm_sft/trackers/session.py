@@ -39,9 +39,13 @@ class Trackers:
     """
 
     def __init__(
-        self, folder: Path, recipe: Mapping[str, Any], facts: Mapping[str, str], step: int,
+        self,
+        folder: Path,
+        recipe: Mapping[str, Any],
+        facts: Mapping[str, str],
+        step: int,
         note: Callable[[str], None] = lambda text: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder = folder
         self._note = note
         self._open: dict[str, Tracker] = {}

@@ -52,11 +52,13 @@ class Trackio(Tracker):
         pictured = [
             [trackio.Image(one.picture) if one.picture is not None else "", *one.values] for one in outcome.shown
         ]
-        trackio.log({
-            **outcome.scores,
-            "results": trackio.Table(columns=list(TABLE), data=[list(row) for row in outcome.rows]),
-            "predictions": trackio.Table(columns=["picture", *COLUMNS], data=pictured),
-        })  # fmt: skip
+        trackio.log(
+            {
+                **outcome.scores,
+                "results": trackio.Table(columns=list(TABLE), data=[list(row) for row in outcome.rows]),
+                "predictions": trackio.Table(columns=["picture", *COLUMNS], data=pictured),
+            }
+        )
 
     def close(self, status: str) -> None:
         """Finish the run."""

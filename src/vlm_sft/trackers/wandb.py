@@ -60,11 +60,13 @@ class WeightsAndBiases(Tracker):
         import wandb
 
         self._run.summary.update(outcome.scores)
-        self._run.log({
-            "results": wandb.Table(columns=list(TABLE), data=[list(row) for row in outcome.rows]),
-            "predictions": wandb.Table(columns=list(COLUMNS), data=[list(one.values) for one in outcome.shown]),
-            "pictures": [wandb.Image(card) for card in same_size([one.card for one in outcome.shown])],
-        })  # fmt: skip
+        self._run.log(
+            {
+                "results": wandb.Table(columns=list(TABLE), data=[list(row) for row in outcome.rows]),
+                "predictions": wandb.Table(columns=list(COLUMNS), data=[list(one.values) for one in outcome.shown]),
+                "pictures": [wandb.Image(card) for card in same_size([one.card for one in outcome.shown])],
+            }
+        )
 
     def close(self, status: str) -> None:
         """Finish the run; one that did not end well is marked as failed."""

@@ -11,14 +11,7 @@ from vlm_sft.console import muted, say
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.errors import RunError
 from vlm_sft.forecast.fit import shortages
-from vlm_sft.forecast.measured import (
-    GUIDE_BASE,
-    GUIDE_GPUS,
-    GUIDE_QUESTIONS,
-    Quality,
-    guide_comparison,
-    qualities,
-)
+from vlm_sft.forecast.measured import GUIDE_BASE, GUIDE_GPUS, GUIDE_QUESTIONS, Quality, guide_comparison, qualities
 from vlm_sft.forecast.recommend import Candidate, Recommendation, plot, recommend
 from vlm_sft.recipe.shipped import FILES, RECIPES
 from vlm_sft.report.formats import duration, size
@@ -96,19 +89,27 @@ def _candidate(name: str, planned: Planned, found: Mapping[str, Quality]) -> Can
     forecast = planned.found
     problems = shortages(planned.case, forecast, planned.calibration, None)
     return Candidate(
-        name, planned.case.epochs, forecast.time_seconds.value, forecast.time_seconds.high,
-        forecast.peak_bytes.value, forecast.fullest_bytes, found.get(name), planned.recipe.max_train is not None,
+        name,
+        planned.case.epochs,
+        forecast.time_seconds.value,
+        forecast.time_seconds.high,
+        forecast.peak_bytes.value,
+        forecast.fullest_bytes,
+        found.get(name),
+        planned.recipe.max_train is not None,
         problem="; ".join(f"{problem.what} ({problem.fix})" for problem in problems),
-    )  # fmt: skip
+    )
 
 
 def _is_guide(options: PlanOptions, planned: Planned) -> bool:
     """Whether this is the set-up of the guide that the recipes began with."""
     imagined = options.imagined
     return (
-        options.train.base_model == GUIDE_BASE and options.gpus == GUIDE_GPUS
-        and imagined is not None and imagined.questions == GUIDE_QUESTIONS
-    )  # fmt: skip
+        options.train.base_model == GUIDE_BASE
+        and options.gpus == GUIDE_GPUS
+        and imagined is not None
+        and imagined.questions == GUIDE_QUESTIONS
+    )
 
 
 def advice_lines(advice: Advice) -> list[str]:
@@ -138,9 +139,15 @@ def launch_line(options: PlanOptions, file: Path) -> str:
     train, gpus = options.train, options.gpus or 1
     start = ["vlm-sft", "train"] if gpus == 1 else ["torchrun", f"--nproc_per_node={gpus}", "-m", "vlm_sft", "train"]
     flags: Sequence[str] = [
-        "--sft_config", RECIPES[file.stem] if file.parent == FILES else str(file), "--base_model", train.base_model,
-        "--dataset", train.dataset, "--output_dir", f"outputs/{file.stem}",
-    ]  # fmt: skip
+        "--sft_config",
+        RECIPES[file.stem] if file.parent == FILES else str(file),
+        "--base_model",
+        train.base_model,
+        "--dataset",
+        train.dataset,
+        "--output_dir",
+        f"outputs/{file.stem}",
+    ]
     extra = ["--deepspeed", train.deepspeed] if train.deepspeed else []
     keys = [word for key, value in train.overrides.items() for word in (f"--{key}", _flag(value))]
     return shlex.join([*start, *flags, *extra, *keys])

@@ -165,9 +165,13 @@ class Health:
     """
 
     def __init__(
-        self, log: EventLog, max_bad_steps: int, stop_requested: Callable[[], bool], device: torch.device,
+        self,
+        log: EventLog,
+        max_bad_steps: int,
+        stop_requested: Callable[[], bool],
+        device: torch.device,
         world_size: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.log = log
         self.max_bad_steps = max_bad_steps
         self.stopping = False
@@ -218,9 +222,14 @@ class Health:
         for rank, fault in everyone:
             action = "stop" if fault.fatal else "replaced" if fault.replaced_by else "tried again"
             self.log.write(
-                step, fault.kind, fault.reason, fault.sample_ids, action=action, rank=rank,
+                step,
+                fault.kind,
+                fault.reason,
+                fault.sample_ids,
+                action=action,
+                rank=rank,
                 replaced_by=list(fault.replaced_by),
-            )  # fmt: skip
+            )
         fatal = next((fault for _, fault in everyone if fault.fatal), None)
         if fatal is not None:
             raise DataError(
@@ -230,9 +239,14 @@ class Health:
         return int(total)
 
     def agree(
-        self, step: int, loss: float, bad: Mapping[str, Any] | None, ids: Sequence[str],
-        splits: Sequence[dict[str, Any]] = (), too_large: Mapping[str, Any] | None = None,
-    ) -> bool:  # fmt: skip
+        self,
+        step: int,
+        loss: float,
+        bad: Mapping[str, Any] | None,
+        ids: Sequence[str],
+        splits: Sequence[dict[str, Any]] = (),
+        too_large: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Agree on the numbers of one step, before any of them is used.
 
         Args:
@@ -274,8 +288,9 @@ class Health:
         for rank, (cuts, _) in enumerate(everyone):
             for cut in cuts:
                 detail = f"a pack of {cut['tokens']:,} tokens does not fit into memory; it is cut in two"
-                self.log.write(step, "out_of_memory", detail, cut["sample_ids"], action="split", rank=rank,
-                               tokens=cut["tokens"])  # fmt: skip
+                self.log.write(
+                    step, "out_of_memory", detail, cut["sample_ids"], action="split", rank=rank, tokens=cut["tokens"]
+                )
         for rank, (_, lost) in enumerate(everyone):
             if lost is not None:
                 raise memory_error(step, rank, lost["tokens"])

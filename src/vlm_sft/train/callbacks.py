@@ -20,7 +20,11 @@ from vlm_sft.train.lines import PatientLines
 
 _RENAMED = {"eval_runtime": "eval_seconds", "eval_samples_per_second": "eval_questions_per_second"}
 _DROPPED = (
-    "eval_steps_per_second", "total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second",
+    "eval_steps_per_second",
+    "total_flos",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
 )
 _TOLD = ("eval_loss", *(f"eval_{name}" for name in EVALUATION_METRICS))
 

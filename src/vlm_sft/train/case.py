@@ -64,7 +64,8 @@ def _counted(config: Any) -> ModelShape:
     tied = head is None or head.weight is model.get_input_embeddings().weight
     heads = text.num_attention_heads
     outside = [
-        (name, parameter) for name, parameter in model.named_parameters()
+        (name, parameter)
+        for name, parameter in model.named_parameters()
         if id(parameter) not in inside and not name.startswith("lm_head")
     ]
     vision = getattr(config, "vision_config", None)
@@ -76,14 +77,20 @@ def _counted(config: Any) -> ModelShape:
     return ModelShape(
         config.model_type,
         TextShape(
-            text.num_hidden_layers, text.hidden_size, text.intermediate_size, heads,
+            text.num_hidden_layers,
+            text.hidden_size,
+            text.intermediate_size,
+            heads,
             getattr(text, "num_key_value_heads", None) or heads,
-            getattr(text, "head_dim", None) or text.hidden_size // heads, text.vocab_size, language, tied,
+            getattr(text, "head_dim", None) or text.hidden_size // heads,
+            text.vocab_size,
+            language,
+            tied,
         ),
         VisionShape(
             layers, width, products, 0, sum(parameter.numel() for _, parameter in outside), 4, 0, layers, 3 * patch**2
         ),
-    )  # fmt: skip
+    )
 
 
 def setting_of(run: Run, shape: ModelShape, value_bytes: int, rates: Rates, flash: bool) -> Setting:
@@ -178,9 +185,17 @@ def _counter(plan: Plan, images: Sequence[Sample]) -> Callable[[ImageRef], int]:
 
 
 def case_of(
-    run: Run, known: Known, asked: ValidationPlan | None, tasks: Sequence[Task], setting: Setting, *,
-    prepared_already: bool, process_bytes: float = 0.0, written_bytes: float = 0.0, done_steps: int = 0,
-) -> Case:  # fmt: skip
+    run: Run,
+    known: Known,
+    asked: ValidationPlan | None,
+    tasks: Sequence[Task],
+    setting: Setting,
+    *,
+    prepared_already: bool,
+    process_bytes: float = 0.0,
+    written_bytes: float = 0.0,
+    done_steps: int = 0,
+) -> Case:
     """Put together what a forecast of a run follows from.
 
     Args:
@@ -239,8 +254,7 @@ def _validation(run: Run, known: Known, asked: ValidationPlan | None, done_steps
     guarded = {guard.name for guard in asked.guards}
     coming = sum(step > done_steps for step in known.schedule.evaluation_steps())
     return tuple(
-        asked_of(task, known.count, run.tokens_per_pack, coming + (task.name in guarded), False)
-        for task in asked.tasks
+        asked_of(task, known.count, run.tokens_per_pack, coming + (task.name in guarded), False) for task in asked.tasks
     )
 
 
@@ -259,10 +273,12 @@ def asked_of(task: Task, count: Callable[[ImageRef], int], budget: int, times: i
     steps = [_answer_steps(pack, task.max_new_tokens) for pack in packs]
     largest = max((work.tokens + work.questions * step for work, step in zip(works, steps, strict=True)), default=0.0)
     texts = sum(
-        len((sample.id + sample.question + "".join(sample.answers)).encode()) + 4 * len(sample.answers)
-        + len(sample.target.encode()) + len(str(sample.metadata.get("question_type", "")))
+        len((sample.id + sample.question + "".join(sample.answers)).encode())
+        + 4 * len(sample.answers)
+        + len(sample.target.encode())
+        + len(str(sample.metadata.get("question_type", "")))
         for sample in task.samples
-    )  # fmt: skip
+    )
     lines = texts + PREDICTION_BYTES * len(task.samples)
     stored, seconds = _pictures(task.samples) if pictures else (0.0, 0.0)
     return Asked(task.name, sum(works, NO_WORK), sum(steps), largest, lines, times, stored, seconds)
@@ -277,9 +293,15 @@ def answer_work(pack: Sequence[Sequence[Sample]], count: Callable[[ImageRef], in
     ]
     questions = sum(len(group) for group in pack)
     return Work(
-        packs=1, tokens=sum(sizes), squares=sum(size**2 for size in sizes), supervised=questions,
-        questions=questions, images=len(pack), visual=sum(visual), visual_squares=sum(tokens**2 for tokens in visual),
-    )  # fmt: skip
+        packs=1,
+        tokens=sum(sizes),
+        squares=sum(size**2 for size in sizes),
+        supervised=questions,
+        questions=questions,
+        images=len(pack),
+        visual=sum(visual),
+        visual_squares=sum(tokens**2 for tokens in visual),
+    )
 
 
 def _answer_steps(pack: Sequence[Sequence[Sample]], limit: int) -> int:

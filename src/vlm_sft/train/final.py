@@ -125,6 +125,6 @@ def report_run(folder: Path, results: dict[str, Any]) -> None:
         return
     place = shlex.quote(str(folder))
     model = f"--base_model {place}" if full else f"--adapter {place}"
-    say(f"next: open the report; try it: vlm-sft ask IMAGE \"QUESTION\" {model}")
+    say(f'next: open the report; try it: vlm-sft ask IMAGE "QUESTION" {model}')
     if not full:
         say(f"      one folder for other programs: vlm-sft export {model} --merge --output_dir {place}-merged")

@@ -80,8 +80,11 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
         policy=_policy(run, plan),
         faults=run.faults,
         callbacks=[
-            shown, *(metrics if is_main_process() else []), LastStep(schedule),
-            Clock(told), *trackers.callbacks(),
+            shown,
+            *(metrics if is_main_process() else []),
+            LastStep(schedule),
+            Clock(told),
+            *trackers.callbacks(),
         ],
     )
     shown.newest_loss = trainer.last_loss
@@ -122,9 +125,13 @@ def _settled_heap() -> Iterator[None]:
 
 
 def _probe(
-    run: Run, plan: Plan, told: Foretelling, trainer: PackTrainer, mode: PackMode,
+    run: Run,
+    plan: Plan,
+    told: Foretelling,
+    trainer: PackTrainer,
+    mode: PackMode,
     planners: tuple[EpochPlanner, EpochPlanner | None],
-) -> None:  # fmt: skip
+) -> None:
     """Measure a few passes and forecast again."""
     model: Any = trainer.model
     if run.launch.deepspeed is not None:  # its engine takes the model over when the training begins

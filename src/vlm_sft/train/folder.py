@@ -28,13 +28,23 @@ def disk_error(error: OSError) -> RunError:
 
 # What a start writes before the training begins.
 START = (
-    artifacts.RUN, artifacts.RECIPE, artifacts.DATA, artifacts.LEFT_OUT, artifacts.LOCK, artifacts.TRACKERS,
+    artifacts.RUN,
+    artifacts.RECIPE,
+    artifacts.DATA,
+    artifacts.LEFT_OUT,
+    artifacts.LOCK,
+    artifacts.TRACKERS,
     *artifacts.TRACKER_FOLDERS,
-)  # fmt: skip
+)
 _WORK = (
-    artifacts.METRICS, artifacts.ANOMALIES, artifacts.ADAPTER_WEIGHTS, artifacts.RESULTS, artifacts.GUARD,
-    artifacts.EVALUATION_FOLDER, artifacts.VALIDATION_FOLDER,
-)  # fmt: skip
+    artifacts.METRICS,
+    artifacts.ANOMALIES,
+    artifacts.ADAPTER_WEIGHTS,
+    artifacts.RESULTS,
+    artifacts.GUARD,
+    artifacts.EVALUATION_FOLDER,
+    artifacts.VALIDATION_FOLDER,
+)
 
 
 def holds_work(folder: Path) -> bool:
@@ -79,9 +89,20 @@ def clear_run(folder: Path) -> None:
     for name in (artifacts.EVALUATION_FOLDER, artifacts.VALIDATION_FOLDER, *artifacts.TRACKER_FOLDERS):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (
-        artifacts.RUN, artifacts.RECIPE, artifacts.DATA, artifacts.LEFT_OUT, artifacts.METRICS, artifacts.RESULTS,
-        artifacts.ADAPTER_WEIGHTS, artifacts.ADAPTER_CONFIG, artifacts.PROMPT, artifacts.REPORT, artifacts.GUARD,
-        artifacts.MANIFEST, artifacts.MANIFEST_CHECKSUM, artifacts.TRACKERS,
+        artifacts.RUN,
+        artifacts.RECIPE,
+        artifacts.DATA,
+        artifacts.LEFT_OUT,
+        artifacts.METRICS,
+        artifacts.RESULTS,
+        artifacts.ADAPTER_WEIGHTS,
+        artifacts.ADAPTER_CONFIG,
+        artifacts.PROMPT,
+        artifacts.REPORT,
+        artifacts.GUARD,
+        artifacts.MANIFEST,
+        artifacts.MANIFEST_CHECKSUM,
+        artifacts.TRACKERS,
     ):
         (folder / name).unlink(missing_ok=True)
     if may_write(folder / artifacts.CARD):

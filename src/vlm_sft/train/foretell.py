@@ -94,12 +94,16 @@ class Foretelling:
             key = history_key(device_name(), torch.get_num_threads(), shape.key, history_setting(run.launch, setting))
             setting = replace(setting, rates=settled_rates(past, key, setting.rates))
             case = case_of(
-                run, Known.of_plan(plan, tasks), asked, tasks, setting,
+                run,
+                Known.of_plan(plan, tasks),
+                asked,
+                tasks,
+                setting,
                 prepared_already=True,
                 process_bytes=0.0 if setting.rates.gpu else float(resident_bytes()),
                 written_bytes=float(cache_bytes(plan.engine.root) - cache_before),
                 done_steps=checkpoint_step(run.checkpoint),
-            )  # fmt: skip
+            )
             return case, from_past_runs(past, key), key
 
         case, calibration, key = agree(foresee)
@@ -234,7 +238,7 @@ def describe(found: Forecast, case: Case) -> list[str]:
     lines = [
         f"forecast ({found.basis}): {duration(spent.value)} ({duration(spent.low)} to {duration(spent.high)}), "
         f"{size(held.value)} of memory a process ({size(held.low)} to {size(held.high)}), "
-        f"{size(stored.value)} on disk ({size(found.fullest_bytes)} in the fullest moment)",
+        f"{size(stored.value)} on disk ({size(found.fullest_bytes)} in the fullest moment)"
     ]
     for name, show in (("time_seconds", duration), ("peak_bytes", size), ("disk_bytes", size)):
         items = sorted(found.items[name].items(), key=lambda item: -item[1])

@@ -22,11 +22,21 @@ from vlm_sft.recipe.schema import Recipe
 
 # Keys that decide where and when something is computed or written, and not what: a resumed run may change them. The
 # size of the global batch is compared as the number that they come to.
-FREE_KEYS = frozenset({
-    "dataloader_num_workers", "report_to", "save_total_limit", "save_strategy", "save_steps", "logging_steps",
-    "tokens_per_pack", "gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "global_batch_size",
-})  # fmt: skip
+FREE_KEYS = frozenset(
+    {
+        "dataloader_num_workers",
+        "report_to",
+        "save_total_limit",
+        "save_strategy",
+        "save_steps",
+        "logging_steps",
+        "tokens_per_pack",
+        "gradient_checkpointing",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "global_batch_size",
+    }
+)
 _SMALL_BYTES = 4 * 1024**2  # files up to this size are hashed whole
 _BLOCKS, _BLOCK_BYTES = 16, 64 * 1024  # of larger ones
 _BASE_FILES = (".json", ".safetensors", ".jinja", ".txt", ".model")

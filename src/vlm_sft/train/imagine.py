@@ -57,10 +57,17 @@ def known_from_table(
     eval_lengths, eval_visual = _estimated(eval_samples, count)
     planner = planner_over(run, lengths)
     return Known(
-        resolve_schedule(run.recipe, planner.steps_per_epoch), distinct_images(train_samples), planner, visual,
-        replace(planner, lengths=eval_lengths) if eval_lengths else None, eval_visual,
-        [*train_samples, *eval_samples], count, None, IMAGE_SECONDS,
-    )  # fmt: skip
+        resolve_schedule(run.recipe, planner.steps_per_epoch),
+        distinct_images(train_samples),
+        planner,
+        visual,
+        replace(planner, lengths=eval_lengths) if eval_lengths else None,
+        eval_visual,
+        [*train_samples, *eval_samples],
+        count,
+        None,
+        IMAGE_SECONDS,
+    )
 
 
 def published_counter(model: PublishedModel, recipe: Recipe) -> Counter:
@@ -121,7 +128,16 @@ def known_from_numbers(run: Run, asked: Imagined) -> tuple[Known, ModelShape]:
     schedule = resolve_schedule(run.recipe, planner.steps_per_epoch)
     images = Images(asked.images, float(tokens * asked.images), float(tokens**2 * asked.images))
     known = Known(
-        schedule, asked.images, planner, [tokens] * asked.images, None, (), (), count, None, IMAGE_SECONDS,
+        schedule,
+        asked.images,
+        planner,
+        [tokens] * asked.images,
+        None,
+        (),
+        (),
+        count,
+        None,
+        IMAGE_SECONDS,
         imagined=images,
     )
     return known, shape

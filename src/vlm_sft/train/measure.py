@@ -54,9 +54,10 @@ def measured_rates(model: ModelShape, dtype: torch.dtype) -> Rates:
     small = torch.randn(16, dtype=dtype, device=device)
     result = torch.empty_like(large)
     works: tuple[Callable[[], object], ...] = (
-        lambda: torch.nn.functional.linear(rows, weight), lambda: torch.mul(large, 1.5, out=result),
+        lambda: torch.nn.functional.linear(rows, weight),
+        lambda: torch.mul(large, 1.5, out=result),
         lambda: small + small,
-    )  # fmt: skip
+    )
     rounds: list[tuple[Timed, ...]] = []
     while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and not settled([one[0] for one in rounds])):
         if len(rounds) >= ROUNDS[0]:

@@ -181,9 +181,7 @@ def _value_bytes(recipe: Recipe, device: Device | None) -> int:
     return torch.finfo(default_dtype(recipe.bf16)).bits // 8
 
 
-def _calibrated(
-    run: Run, case: Case, shape: ModelShape, device: Device | None
-) -> tuple[Case, Calibration]:
+def _calibrated(run: Run, case: Case, shape: ModelShape, device: Device | None) -> tuple[Case, Calibration]:
     """Apply what past runs of this machine say; nothing for a device that is not here."""
     if device is not None:
         return case, Calibration()
@@ -194,9 +192,13 @@ def _calibrated(
 
 
 def _planned(
-    run: Run, known: Known, asked: ValidationPlan | None, tasks: Sequence[Task], shape: ModelShape,
+    run: Run,
+    known: Known,
+    asked: ValidationPlan | None,
+    tasks: Sequence[Task],
+    shape: ModelShape,
     device: Device | None,
-) -> Planned:  # fmt: skip
+) -> Planned:
     """The forecast of what is known."""
     size = _value_bytes(run.recipe, device)
     dtype = torch.bfloat16 if size == 2 else torch.float32
@@ -210,9 +212,14 @@ def _planned(
     known = known.packed(run.tokens_per_pack)
     setting = replace(setting, checkpointing=run.checkpointing)
     case = case_of(
-        run, known, asked, tasks, setting, prepared_already=False,
+        run,
+        known,
+        asked,
+        tasks,
+        setting,
+        prepared_already=False,
         process_bytes=0.0 if rates.gpu else float(resident_bytes()),
-    )  # fmt: skip
+    )
     case, calibration = _calibrated(run, case, shape, device)
     return Planned(case, calibration, forecast(case, calibration), known, run)
 
@@ -362,4 +369,3 @@ def plan_facts(planned: Planned) -> dict[str, Any]:
 def write_plan(planned: Planned, path: Path) -> Path:
     """Write a plan as JSON."""
     return artifacts.write_json(path, plan_facts(planned))
-

@@ -163,10 +163,14 @@ def tell_parts(
     """Say how many questions and images each part of the data has, and record and say which of them overlap."""
     validated = evaluation + [sample for task in (asked.tasks if asked else []) for sample in task.samples]
     parts = {"training": train, "validation": validated} | {f"table ({task.name})": task.samples for task in tasks}
-    say("parts: " + "; ".join(
-        f"{name} {len({sample.id for sample in samples}):,} questions on {distinct_images(samples):,} images"
-        for name, samples in parts.items() if samples
-    ))  # fmt: skip
+    say(
+        "parts: "
+        + "; ".join(
+            f"{name} {len({sample.id for sample in samples}):,} questions on {distinct_images(samples):,} images"
+            for name, samples in parts.items()
+            if samples
+        )
+    )
     found = overlaps({task.name: task.samples for task in tasks}, _choosing(run.recipe, evaluation, asked), train)
     run.record.update(overlap=found)
     lines = [line for task in tasks for line in cautions(task.name, len(task.samples), **found[task.name])]
@@ -285,9 +289,13 @@ def find_run_base(options: TrainOptions, recipe: Recipe, specs: list[DatasetSpec
 
 
 def _write_data_facts(
-    folder: Path, dataset: str, data: PreparedData, evaluation: PreparedData | None, left_out: list[LeftOut],
+    folder: Path,
+    dataset: str,
+    data: PreparedData,
+    evaluation: PreparedData | None,
+    left_out: list[LeftOut],
     notes: dict[str, int],
-) -> None:  # fmt: skip
+) -> None:
     """Write data.json and left_out.jsonl."""
     if not is_main_process():
         return

@@ -104,9 +104,12 @@ class Probe:
         took = time.perf_counter() - began
         say(f"probe: {took:.1f} s; a training pass takes {training:.2f} times what the table says")
         return Calibration(
-            PROBE, factors, PROBE_SPREAD, float(peak),
+            PROBE,
+            factors,
+            PROBE_SPREAD,
+            float(peak),
             f"a probe of {took:.0f} s measured passes of this run on this machine",
-        )  # fmt: skip
+        )
 
     def _training(self) -> tuple[float, float]:
         """Measured over forecast seconds of training passes, and seconds of an optimizer step."""
@@ -175,6 +178,7 @@ class Probe:
         self.model.eval()
         measured = said = 0.0
         for index, pack in enumerate([self._chosen(planner, data)[0], *self._chosen(planner, data)[:4]]):
+
             def forward(pack: Pack = pack) -> None:
                 batch = collate(pack, data).to(self.device)
                 with prefix.packed(batch, self.mode, 0), self.precision():

@@ -97,9 +97,13 @@ def _open_folder(options: TrainOptions, recipe: Recipe, launch: Launch) -> Path 
 
 
 def _carry_out(
-    options: TrainOptions, recipe: Recipe, specs: list[DatasetSpec], guards: list[Guard], launch: Launch,
+    options: TrainOptions,
+    recipe: Recipe,
+    specs: list[DatasetSpec],
+    guards: list[Guard],
+    launch: Launch,
     checkpoint: Path | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Prepare, train, evaluate, report; returns as `train` does."""
     record = RunRecord(options.output_dir, _facts(options, specs, launch, checkpoint))
     signals = StopSignals(resume_line(sys.argv, launch), lambda: record.finish("interrupted"))
@@ -127,9 +131,7 @@ def _carry_out(
     return results
 
 
-def _watched(
-    run: Run, guards: list[Guard], trackers: Trackers, hosts: HostWatch
-) -> tuple[dict[str, Any], bool]:
+def _watched(run: Run, guards: list[Guard], trackers: Trackers, hosts: HostWatch) -> tuple[dict[str, Any], bool]:
     """Carry out the stages and record how they ended; returns as `_stages` does."""
     record = run.record
     try:
@@ -200,9 +202,7 @@ def _lose(record: RunRecord, reason: str) -> None:
     record.finish("interrupted")
 
 
-def _announce(
-    options: TrainOptions, launch: Launch, notes: list[str], checkpoint: Path | None
-) -> None:
+def _announce(options: TrainOptions, launch: Launch, notes: list[str], checkpoint: Path | None) -> None:
     """Say what will be done."""
     source = options.sft_config or "the default recipe"
     say(f"training {options.base_model} on {options.dataset} with {source}")
@@ -213,9 +213,7 @@ def _announce(
         say(f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting from the beginning")
 
 
-def _facts(
-    options: TrainOptions, specs: list[DatasetSpec], launch: Launch, checkpoint: Path | None
-) -> dict[str, Any]:
+def _facts(options: TrainOptions, specs: list[DatasetSpec], launch: Launch, checkpoint: Path | None) -> dict[str, Any]:
     """What run.json says from the start."""
     return {
         "resumes": _resumes(options.output_dir, checkpoint),

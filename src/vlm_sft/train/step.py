@@ -39,9 +39,13 @@ class StepGradients:
     """
 
     def __init__(
-        self, model: torch.nn.Module, mode: PackMode, step: int, scale: float,
+        self,
+        model: torch.nn.Module,
+        mode: PackMode,
+        step: int,
+        scale: float,
         precision: Callable[[], AbstractContextManager[Any]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model = model
         self.mode = mode
         self.step = step
@@ -118,8 +122,11 @@ class StepGradients:
             return None
         found_in_loss = loss_problem(self._tokens, loss)
         return found_in_loss or {
-            "detail": "the gradient is not finite", "sample_ids": self.sample_ids, "source": "gradient", "loss": loss
-        }  # fmt: skip
+            "detail": "the gradient is not finite",
+            "sample_ids": self.sample_ids,
+            "source": "gradient",
+            "loss": loss,
+        }
 
     def named(self) -> dict[str, torch.Tensor | None]:
         """The gradients by the name of their parameter."""
@@ -147,8 +154,7 @@ class StepGradients:
         A sum of products would keep a float32 copy of every gradient: with all weights trained, twice the model.
         """
         terms = [
-            _Known.apply(parameter, gradient)
-            for parameter, gradient in zip(self.parameters, self.sums, strict=True)
+            _Known.apply(parameter, gradient) for parameter, gradient in zip(self.parameters, self.sums, strict=True)
         ]
         return torch.stack(terms).sum()
 

@@ -83,9 +83,12 @@ class PackTrainer(CheckpointTrainer):
         self._signals = faults.signals
         log = EventLog(self._run_folder / artifacts.ANOMALIES)
         self._health = Health(
-            log, faults.max_bad_steps, lambda: bool(faults.signals and faults.signals.requested), self.args.device,
+            log,
+            faults.max_bad_steps,
+            lambda: bool(faults.signals and faults.signals.requested),
+            self.args.device,
             self.args.world_size,
-        )  # fmt: skip
+        )
         if validation is not None:
             validation.stop = self._health
 

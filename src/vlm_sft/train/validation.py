@@ -170,8 +170,10 @@ class Validation:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier continuation from an older checkpoint
         barrier("begin to answer")
         identity = {"base_model": self.base.name, "step": step, "prompt": self.base.prompt.to_dict()}
-        rows = {task.name: self._ask(evaluator, task, folder, f"{task.name} at step {step}", identity)
-                for task in self.plan.tasks}  # fmt: skip
+        rows = {
+            task.name: self._ask(evaluator, task, folder, f"{task.name} at step {step}", identity)
+            for task in self.plan.tasks
+        }
         scores: dict[str, float] = {}
         if self.launch.rank == 0:
             scores = self._scores(rows)
@@ -182,9 +184,7 @@ class Validation:
 
     def _evaluator(self, backend: SharedPrefixBackend) -> Evaluator:
         launch = self.launch
-        return Evaluator(
-            backend, self.tokens_per_pack, launch.rank, launch.world_size, replace=True, stop=self.stop
-        )
+        return Evaluator(backend, self.tokens_per_pack, launch.rank, launch.world_size, replace=True, stop=self.stop)
 
     def _score_base(self, evaluator: Evaluator, model: Any) -> None:
         """Answer the guarded questions once as the base does."""
@@ -222,9 +222,7 @@ class Validation:
             by_metric.setdefault(task.benchmark.metric_name, []).extend(row["score"] for row in rows[task.name])
         return {name: sum(scores) / len(scores) for name, scores in by_metric.items()}
 
-    def _judge(
-        self, rows: dict[str, list[dict[str, Any]]], step: int, loss: float, scores: dict[str, float]
-    ) -> None:
+    def _judge(self, rows: dict[str, list[dict[str, Any]]], step: int, loss: float, scores: dict[str, float]) -> None:
         """Test the guards, and keep the verdict on disk."""
         verdicts = [judge(guard, self._base_rows[guard.name], rows[guard.name]) for guard in self.plan.guards]
         for one in verdicts:
@@ -239,10 +237,14 @@ class Validation:
                     f"allowed) at step {step}, but fewer than {FEWEST_IMAGES} images are {TOO_FEW}"
                 )
         self._evaluations = [entry for entry in self._evaluations if entry["step"] < step]
-        self._evaluations.append({
-            "step": step, "value": scores.get(self.plan.metric, loss), "guards": verdicts,
-            "qualifies": all(one["qualifies"] for one in verdicts),
-        })
+        self._evaluations.append(
+            {
+                "step": step,
+                "value": scores.get(self.plan.metric, loss),
+                "guards": verdicts,
+                "qualifies": all(one["qualifies"] for one in verdicts),
+            }
+        )
         self._write(None)
 
     def _write(self, best_step: int | None) -> None:

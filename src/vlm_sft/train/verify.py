@@ -25,11 +25,24 @@ from vlm_sft.train.checkpoints import checkpoint_problems, checkpoints
 
 # Flags of the run that the trial sets by itself, with their number of values (None: up to one).
 _OWN = {
-    "--output_dir": 1, "--max_steps": 1, "--save_strategy": 1, "--save_steps": 1, "--save_total_limit": 1,
-    "--logging_steps": 1, "--eval_strategy": 1, "--eval_benchmarks": 1, "--eval_samples": 1, "--guard": 1,
-    "--load_best_model_at_end": 1, "--metric_for_best_model": 1, "--report_to": 1, "--local_rank": 1,
-    "--overwrite_output_dir": 0, "--allow_changes": 0, "--resume": None,
-}  # fmt: skip
+    "--output_dir": 1,
+    "--max_steps": 1,
+    "--save_strategy": 1,
+    "--save_steps": 1,
+    "--save_total_limit": 1,
+    "--logging_steps": 1,
+    "--eval_strategy": 1,
+    "--eval_benchmarks": 1,
+    "--eval_samples": 1,
+    "--guard": 1,
+    "--load_best_model_at_end": 1,
+    "--metric_for_best_model": 1,
+    "--report_to": 1,
+    "--local_rank": 1,
+    "--overwrite_output_dir": 0,
+    "--allow_changes": 0,
+    "--resume": None,
+}
 _LOOK_SECONDS = 0.002
 
 
@@ -64,10 +77,28 @@ def trial_flags(run: Path, steps: int) -> list[str]:
         if flag not in _OWN:
             kept += [name, *values]
     return [
-        *kept, "--max_steps", str(steps), "--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1",
-        "--eval_strategy", "no", "--load_best_model_at_end", "false", "--metric_for_best_model", "eval_loss",
-        "--eval_benchmarks", "none", "--report_to", "none", "--resume", "auto",
-    ]  # fmt: skip
+        *kept,
+        "--max_steps",
+        str(steps),
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+        "--logging_steps",
+        "1",
+        "--eval_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+        "--metric_for_best_model",
+        "eval_loss",
+        "--eval_benchmarks",
+        "none",
+        "--report_to",
+        "none",
+        "--resume",
+        "auto",
+    ]
 
 
 def launch_words(run: Path) -> list[str]:

@@ -102,9 +102,14 @@ class Place:
             variables.pop(name, None)
         line = f'{before or ":"}\nexec "$@"'
         done = subprocess.run(
-            ["sh", "-c", line, "sh", sys.executable, "-m", "vlm_sft", *map(str, words)], cwd=self.folder,
-            env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS, check=False,
-        )  # fmt: skip
+            ["sh", "-c", line, "sh", sys.executable, "-m", "vlm_sft", *map(str, words)],
+            cwd=self.folder,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=SECONDS,
+            check=False,
+        )
         return self._checked(done.stdout, done.returncode, code)
 
     @staticmethod
@@ -117,19 +122,48 @@ class Place:
     def train(self, data: Path, output: Path, *more: object) -> tuple[object, ...]:
         """Words of a short training of pocket."""
         return (
-            "train", "--base_model", "pocket", "--dataset", data, "--output_dir", output, "--max_steps", "4",
-            "--save_steps", "2", "--global_batch_size", "4", "--eval_benchmarks", "none", "--report_to", "none",
-            "--bf16", "false", "--logging_steps", "1", *more,
-        )  # fmt: skip
+            "train",
+            "--base_model",
+            "pocket",
+            "--dataset",
+            data,
+            "--output_dir",
+            output,
+            "--max_steps",
+            "4",
+            "--save_steps",
+            "2",
+            "--global_batch_size",
+            "4",
+            "--eval_benchmarks",
+            "none",
+            "--report_to",
+            "none",
+            "--bf16",
+            "false",
+            "--logging_steps",
+            "1",
+            *more,
+        )
 
     def evaluate(
         self, adapter: object, data: object, output: Path, *more: object, code: int = 0, **variables: str
     ) -> str:
         """Evaluate an adapter of pocket on some data; returns as `run` does."""
         return self.run(
-            "eval", "--base_model", "pocket", "--adapter", adapter, "--benchmark", data, "--output_dir", output,
-            *more, code=code, **variables,
-        )  # fmt: skip
+            "eval",
+            "--base_model",
+            "pocket",
+            "--adapter",
+            adapter,
+            "--benchmark",
+            data,
+            "--output_dir",
+            output,
+            *more,
+            code=code,
+            **variables,
+        )
 
     def stop_after_two(self, data: Path, run: Path, *more: object) -> None:
         """Leave a run as one of four steps that was stopped after two."""
@@ -146,10 +180,16 @@ class Place:
             (folder / f"{index}.png").write_bytes(png(colour, (56 + 14 * (index % 3), 70)))
         if rows is None:
             rows = [
-                {"image": f"{index}.png", "question": f"What is {number}?", "answer": f"{COLOURS[index]} {number}",
-                 "split": ("train", "train", "train", "validation", "test")[index % 5], **change}
-                for index in range(len(COLOURS)) for number in range(2)
-            ]  # fmt: skip
+                {
+                    "image": f"{index}.png",
+                    "question": f"What is {number}?",
+                    "answer": f"{COLOURS[index]} {number}",
+                    "split": ("train", "train", "train", "validation", "test")[index % 5],
+                    **change,
+                }
+                for index in range(len(COLOURS))
+                for number in range(2)
+            ]
         (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return folder
 

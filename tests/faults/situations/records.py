@@ -183,9 +183,11 @@ def nested_nulls(place: Place) -> str:
         {"image": picture, "question": "Q?", "answers": None},
         {"image": None, "question": "Q?", "answers": ["a"]},
         {"image": {"bytes": None, "path": None}, "question": "Q?", "answers": ["a"]},
-        {"image": picture, "question": None, "answers": ["a"]}, {"image": picture, "question": "Q?", "answers": []},
-        {"image": None, "question": None, "answers": None}, {"image": picture, "question": "R?", "answers": ["b"]},
-    ]  # fmt: skip
+        {"image": picture, "question": None, "answers": ["a"]},
+        {"image": picture, "question": "Q?", "answers": []},
+        {"image": None, "question": None, "answers": None},
+        {"image": picture, "question": "R?", "answers": ["b"]},
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data / "train.parquet")
     _, facts, left = checked(place, data)
     assert facts["samples"] + len(left) == 8 and facts["samples"] >= 1, (facts, left)
@@ -204,11 +206,14 @@ def odd_pictures(place: Place) -> str:
     exif[0x0112] = 6
     red = Image.new("RGB", (60, 30), "red")
     kinds = {
-        0: png("red", (1, 1)), 1: encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
-        2: encoded(Image.new("CMYK", (40, 30)), "JPEG"), 3: encoded(Image.new("I;16", (40, 30), 40_000), "PNG"),
-        4: encoded(red, "PNG", icc_profile=b"\0" * 3000), 5: encoded(red, "JPEG", exif=exif),
+        0: png("red", (1, 1)),
+        1: encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        2: encoded(Image.new("CMYK", (40, 30)), "JPEG"),
+        3: encoded(Image.new("I;16", (40, 30), 40_000), "PNG"),
+        4: encoded(red, "PNG", icc_profile=b"\0" * 3000),
+        5: encoded(red, "JPEG", exif=exif),
         6: encoded(red, "JPEG", comment=b"x" * 60_000),
-    }  # fmt: skip
+    }
     for number, content in kinds.items():
         (data / f"{number}.png").write_bytes(content)
     _, facts, left = checked(place, data, "--base_model", "pocket")
@@ -222,10 +227,14 @@ def odd_records(place: Place) -> str:
     data = place.data()
     good = '{"image": "0.png", "question": "Q?", "answer": "a"'
     lines = [
-        good + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}", good + ', "answer": "b"}',
-        good + ', "x": "' + "y" * 5_000_000 + '"}', good + "".join(f', "k{n}": 1' for n in range(10_000)) + "}",
-        '{"image": "1.png", "question": "\\ud800?", "answer": "a"}', good + ', "id": "\\udfff"}', good + "}",
-    ]  # fmt: skip
+        good + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        good + ', "answer": "b"}',
+        good + ', "x": "' + "y" * 5_000_000 + '"}',
+        good + "".join(f', "k{n}": 1' for n in range(10_000)) + "}",
+        '{"image": "1.png", "question": "\\ud800?", "answer": "a"}',
+        good + ', "id": "\\udfff"}',
+        good + "}",
+    ]
     (data / "data.jsonl").write_text("\n".join(lines) + "\n")
     told, facts, left = checked(place, data)
     assert facts["samples"] + len(left) == 7 and len(told) < 20_000, (facts, [str(item)[:200] for item in left])
@@ -239,11 +248,22 @@ def odd_predictions(place: Place) -> str:
     path = place.folder / "predictions.jsonl"
     rows = [
         {"id": str(n), "prediction": text, "answers": [answer], "question": "Q?", "benchmark": "chartqa"}
-        for n, (text, answer) in enumerate([
-            ("1e400", "1e400"), ("9" * 5000, "1"), ("nan", "nan"), ("inf", "inf"), ("\0", "a"), ("", "a"), ("-0", "0"),
-            ("1e-400", "0"), ("٣", "3"), ("½", "0.5"), ("1,000%", "1000"),
-        ])
-    ]  # fmt: skip
+        for n, (text, answer) in enumerate(
+            [
+                ("1e400", "1e400"),
+                ("9" * 5000, "1"),
+                ("nan", "nan"),
+                ("inf", "inf"),
+                ("\0", "a"),
+                ("", "a"),
+                ("-0", "0"),
+                ("1e-400", "0"),
+                ("٣", "3"),
+                ("½", "0.5"),
+                ("1,000%", "1000"),
+            ]
+        )
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"id": "z"}\n')
     words = ("score", "--benchmark", "chartqa", "--predictions", path)
     ended = place.start(*words).wait(300)

@@ -162,9 +162,15 @@ def markup_in_figures(place: Place) -> str:
 def escapes_on_the_terminal(place: Place) -> str:
     odd = place.folder / f"own{ESCAPES}"
     rows = [
-        {"image": f"{n}.png", "question": f"Which?{ESCAPES}", "answer": f"red{ESCAPES}", "id": f"{n}{ESCAPES}",
-         "split": ("train", "validation", "test")[n % 3]} for n in range(6)
-    ]  # fmt: skip
+        {
+            "image": f"{n}.png",
+            "question": f"Which?{ESCAPES}",
+            "answer": f"red{ESCAPES}",
+            "id": f"{n}{ESCAPES}",
+            "split": ("train", "validation", "test")[n % 3],
+        }
+        for n in range(6)
+    ]
     rows.append({"image": f"gone{ESCAPES}.png", "question": "Q?", "answer": "a", "split": "train"})
     data = place.data(odd.name, rows)
     run, few = place.folder / f"run{ESCAPES}", ("--max_left_out", "0.5")

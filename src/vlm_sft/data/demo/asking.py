@@ -8,7 +8,12 @@ from random import Random
 from vlm_sft.data.demo.spec import ChartSpec, Series
 
 NAMED_PARTS = {
-    "bar": "bar", "horizontal_bar": "bar", "grouped_bar": "bar", "line": "line", "pie": "slice", "table": "row",
+    "bar": "bar",
+    "horizontal_bar": "bar",
+    "grouped_bar": "bar",
+    "line": "line",
+    "pie": "slice",
+    "table": "row",
 }
 
 

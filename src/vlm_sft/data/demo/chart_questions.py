@@ -74,7 +74,9 @@ def _cell(ask: Asker) -> Question | None:
     index = ask.rng.randrange(len(ask.spec.categories))
     words = {"where": ask.where(ask.spec.categories[index]), "category": ask.spec.categories[index], "name": one.name}
     phrases = [
-        "What is the value of {name} {where}?", "What is the {name} value {where}?", "How much is {name} {where}?",
+        "What is the value of {name} {where}?",
+        "What is the {name} value {where}?",
+        "How much is {name} {where}?",
     ]
     if one.paint is not None:
         words["colour"] = one.paint.name
@@ -86,8 +88,10 @@ def _category_with(ask: Asker) -> Question | None:
     row, suffix = ask.row()
     category, value = ask.rng.choice(list(row.items()))
     text = ask.text(
-        "Which {noun} has a value of {value}{suffix}?", "Which {noun} has the value {value}{suffix}?",
-        value=ask.spec.printed(value), suffix=suffix,
+        "Which {noun} has a value of {value}{suffix}?",
+        "Which {noun} has the value {value}{suffix}?",
+        value=ask.spec.printed(value),
+        suffix=suffix,
     )
     return _question("retrieval", text, category)
 
@@ -131,7 +135,8 @@ def _range(ask: Asker) -> Question | None:
     row, suffix = ask.row()
     text = ask.text(
         "What is the difference between the highest and the lowest value{suffix}?",
-        "How much larger is the largest value than the smallest{suffix}?", suffix=suffix,
+        "How much larger is the largest value than the smallest{suffix}?",
+        suffix=suffix,
     )
     return _question("arithmetic", text, max(row.values()) - min(row.values()))
 
@@ -141,7 +146,10 @@ def _difference(ask: Asker) -> Question | None:
     one, other = ask.pair()
     text = ask.text(
         "What is the difference between {one} and {other}{suffix}?",
-        "By how much do {one} and {other} differ{suffix}?", one=one, other=other, suffix=suffix,
+        "By how much do {one} and {other} differ{suffix}?",
+        one=one,
+        other=other,
+        suffix=suffix,
     )
     return _question("arithmetic", text, abs(row[one] - row[other]))
 
@@ -150,8 +158,12 @@ def _sum(ask: Asker) -> Question | None:
     row, suffix = ask.row()
     one, other = ask.pair()
     text = ask.text(
-        "What is the sum of {one} and {other}{suffix}?", "What do {one} and {other} add up to{suffix}?",
-        "What is the total of {one} and {other}{suffix}?", one=one, other=other, suffix=suffix,
+        "What is the sum of {one} and {other}{suffix}?",
+        "What do {one} and {other} add up to{suffix}?",
+        "What is the total of {one} and {other}{suffix}?",
+        one=one,
+        other=other,
+        suffix=suffix,
     )
     return _question("arithmetic", text, row[one] + row[other])
 
@@ -172,8 +184,11 @@ def _series_gap(ask: Asker) -> Question | None:
     one, other = ask.rng.sample(ask.spec.series, 2)
     index = ask.rng.randrange(len(ask.spec.categories))
     text = ask.text(
-        "What is the difference between {one} and {other} {where}?", "How far apart are {one} and {other} {where}?",
-        one=one.name, other=other.name, where=ask.where(ask.spec.categories[index]),
+        "What is the difference between {one} and {other} {where}?",
+        "How far apart are {one} and {other} {where}?",
+        one=one.name,
+        other=other.name,
+        where=ask.where(ask.spec.categories[index]),
     )
     return _question("arithmetic", text, abs(one.values[index] - other.values[index]))
 
@@ -201,8 +216,10 @@ def _count_wins(ask: Asker) -> Question | None:
         return None
     one, other = ask.rng.sample(ask.spec.series, 2)
     text = ask.text(
-        "For how many {plural} is {one} higher than {other}?", "How many {plural} have more {one} than {other}?",
-        one=one.name, other=other.name,
+        "For how many {plural} is {one} higher than {other}?",
+        "How many {plural} have more {one} than {other}?",
+        one=one.name,
+        other=other.name,
     )
     wins = sum(first > second for first, second in zip(one.values, other.values, strict=True))
     return _question("counting", text, wins)
@@ -215,7 +232,10 @@ def _more_than_other(ask: Asker) -> Question | None:
     text = ask.text(
         "Is the value of {one} {word} than that of {other}{suffix}?",
         "Does {one} have a {word} value than {other}{suffix}?",
-        "Is {one} {word} than {other}{suffix}?", one=one, other=other, suffix=suffix,
+        "Is {one} {word} than {other}{suffix}?",
+        one=one,
+        other=other,
+        suffix=suffix,
         word=ask.rng.choice(("higher", "larger") if more else ("lower", "smaller")),
     )
     return _question("yes/no", text, (row[one] > row[other]) == more)
@@ -229,7 +249,10 @@ def _beyond_level(ask: Asker) -> Question | None:
     wanted, above = ask.rng.random() < 0.5, ask.rng.random() < 0.5
     category = ask.rng.choice([name for name, value in row.items() if ((value > level) == above) == wanted])
     text = ask.text(
-        "Is the value of {category} {word} {level}{suffix}?", category=category, level=ask.level(level), suffix=suffix,
+        "Is the value of {category} {word} {level}{suffix}?",
+        category=category,
+        level=ask.level(level),
+        suffix=suffix,
         word=ask.rng.choice(("above", "more than") if above else ("below", "less than")),
     )
     return _question("yes/no", text, wanted)
@@ -256,10 +279,13 @@ def _trend(ask: Asker) -> Question | None:
         return None
     row, suffix = ask.row()
     index = ask.rng.randrange(len(ask.spec.categories) - 1)
-    one, other = ask.spec.categories[index:index + 2]
+    one, other = ask.spec.categories[index : index + 2]
     up = ask.rng.random() < 0.5
     text = ask.text(
-        "Did the value {word} from {one} to {other}{suffix}?", one=one, other=other, suffix=suffix,
+        "Did the value {word} from {one} to {other}{suffix}?",
+        one=one,
+        other=other,
+        suffix=suffix,
         word=ask.rng.choice(("increase", "rise", "grow") if up else ("decrease", "fall", "drop")),
     )
     return _question("yes/no", text, (row[other] > row[one]) == up)
@@ -271,8 +297,12 @@ def _larger_category(ask: Asker) -> Question | None:
     more = ask.rng.random() < 0.5
     word = ask.rng.choice(("higher", "larger") if more else ("lower", "smaller"))
     text = ask.text(
-        "Which {noun} has a {word} value{suffix}, {one} or {other}?", "Which is {word}{suffix}, {one} or {other}?",
-        one=one, other=other, suffix=suffix, word=word,
+        "Which {noun} has a {word} value{suffix}, {one} or {other}?",
+        "Which is {word}{suffix}, {one} or {other}?",
+        one=one,
+        other=other,
+        suffix=suffix,
+        word=word,
     )
     return _question("comparison", text, one if (row[one] > row[other]) == more else other)
 
@@ -284,8 +314,11 @@ def _larger_series(ask: Asker) -> Question | None:
     index = ask.rng.randrange(len(ask.spec.categories))
     more = ask.rng.random() < 0.5
     text = ask.text(
-        "Which is {word} {where}, {one} or {other}?", one=one.name, other=other.name,
-        where=ask.where(ask.spec.categories[index]), word="higher" if more else "lower",
+        "Which is {word} {where}, {one} or {other}?",
+        one=one.name,
+        other=other.name,
+        where=ask.where(ask.spec.categories[index]),
+        word="higher" if more else "lower",
     )
     return _question("comparison", text, one.name if (one.values[index] > other.values[index]) == more else other.name)
 
@@ -318,8 +351,12 @@ def _colour_of(ask: Asker) -> Question | None:
     if not owner:
         return _question("colour", f"What {spelling} {verb} the {parts}?", paint.name)
     text = ask.text(
-        "What {spelling} {verb} the {parts} for {owner}?", "What {spelling} stands for {owner}?",
-        spelling=spelling, verb=verb, parts=parts, owner=owner,
+        "What {spelling} {verb} the {parts} for {owner}?",
+        "What {spelling} stands for {owner}?",
+        spelling=spelling,
+        verb=verb,
+        parts=parts,
+        owner=owner,
     )
     return _question("colour", text, paint.name)
 
@@ -344,7 +381,8 @@ def _value_of_colour(ask: Asker) -> Question | None:
         return None
     index = ask.rng.randrange(len(ask.spec.categories))
     text = ask.text(
-        "What is the value of the {colour} {part}?", "How much does the {colour} {part} show?",
+        "What is the value of the {colour} {part}?",
+        "How much does the {colour} {part} show?",
         colour=ask.spec.category_paints[index].name,
     )
     return _question("colour", text, ask.spec.series[0].values[index])
@@ -378,9 +416,27 @@ def _at_the_end(ask: Asker) -> Question | None:
 
 RETRIEVALS: tuple[tuple[Maker, float], ...] = ((_value_of, 4), (_cell, 4), (_category_with, 1))
 REASONINGS: tuple[tuple[Maker, float], ...] = (
-    (_extreme_category, 3), (_extreme_value, 2), (_ranked_category, 1), (_range, 1.5), (_difference, 1.5), (_sum, 1.5),
-    (_mean, 1), (_series_gap, 1.5), (_count_beyond, 2), (_count_wins, 1.5), (_more_than_other, 2), (_beyond_level, 1.5),
-    (_sum_beyond, 1), (_trend, 1.5), (_larger_category, 1.5), (_larger_series, 1.5), (_widest_gap, 0.7),
-    (_colour_of, 1.5), (_owner_of_colour, 2), (_value_of_colour, 1.5), (_how_many, 1.5), (_title, 0.4),
+    (_extreme_category, 3),
+    (_extreme_value, 2),
+    (_ranked_category, 1),
+    (_range, 1.5),
+    (_difference, 1.5),
+    (_sum, 1.5),
+    (_mean, 1),
+    (_series_gap, 1.5),
+    (_count_beyond, 2),
+    (_count_wins, 1.5),
+    (_more_than_other, 2),
+    (_beyond_level, 1.5),
+    (_sum_beyond, 1),
+    (_trend, 1.5),
+    (_larger_category, 1.5),
+    (_larger_series, 1.5),
+    (_widest_gap, 0.7),
+    (_colour_of, 1.5),
+    (_owner_of_colour, 2),
+    (_value_of_colour, 1.5),
+    (_how_many, 1.5),
+    (_title, 0.4),
     (_at_the_end, 0.8),
 )

@@ -19,7 +19,13 @@ PAPERS = ("#ffffff", "#ffffff", "#ffffff", "#ffffff", "#fbf8f0", "#f4f7fb", "#f5
 INKS = ("#111111", "#111111", "#222222", "#1d2b45")
 # Label fonts that stay legible at their smallest size.
 LABEL_FONTS = (
-    ("sans", 10), ("sans", 11), ("pillow", 11), ("pillow", 12), ("serif", 10), ("times", 11), ("computer sans", 11),
+    ("sans", 10),
+    ("sans", 11),
+    ("pillow", 11),
+    ("pillow", 12),
+    ("serif", 10),
+    ("times", 11),
+    ("computer sans", 11),
 )
 TITLE_FONTS = ("sans bold", "sans", "serif bold", "times bold", "computer bold", "pillow")
 MAX_ATTEMPTS = 400
@@ -67,12 +73,25 @@ def _propose(rng: Random, chart_type: str, size: tuple[int, int]) -> ChartSpec |
     elif len(names) > 1 and chart_type != "table":
         legend = rng.choice(("top", "top", "right"))
     return ChartSpec(
-        chart_type=chart_type, width=size[0], height=size[1], title=_title(rng, kind, measure, percent),
-        noun=kind.noun, plural=kind.plural, preposition=kind.preposition, measure=measure, unit="%" if percent else "",
-        decimals=decimals, categories=categories, category_paints=category_paints,
+        chart_type=chart_type,
+        width=size[0],
+        height=size[1],
+        title=_title(rng, kind, measure, percent),
+        noun=kind.noun,
+        plural=kind.plural,
+        preposition=kind.preposition,
+        measure=measure,
+        unit="%" if percent else "",
+        decimals=decimals,
+        categories=categories,
+        category_paints=category_paints,
         series=tuple(Series(*parts) for parts in zip(names, series_paints, rows, strict=True)),
-        value_labels=value_labels, axis=not value_labels or (axis_top > 0 and rng.random() < 0.6),
-        axis_top=axis_top, tick_step=tick_step, legend=legend, style=_style(rng),
+        value_labels=value_labels,
+        axis=not value_labels or (axis_top > 0 and rng.random() < 0.6),
+        axis_top=axis_top,
+        tick_step=tick_step,
+        legend=legend,
+        style=_style(rng),
     )
 
 
@@ -84,7 +103,7 @@ def _categories(rng: Random, kind: Kind, count: int) -> tuple[str, ...]:
     count = min(count, len(kind.labels))
     if kind.ordered:
         start = rng.randrange(len(kind.labels) - count + 1)
-        return kind.labels[start:start + count]
+        return kind.labels[start : start + count]
     return tuple(rng.sample(kind.labels, count))
 
 
@@ -125,7 +144,11 @@ def _axis(rng: Random, chart_type: str, percent: bool, value_labels: bool) -> tu
 
 
 def _rows(
-    rng: Random, chart_type: str, shape: tuple[int, int], percent: bool, value_labels: bool,
+    rng: Random,
+    chart_type: str,
+    shape: tuple[int, int],
+    percent: bool,
+    value_labels: bool,
     axis: tuple[float, float, int],
 ) -> tuple[tuple[float, ...], ...] | None:
     """Values of all series without ties, or None when this attempt found none."""
@@ -137,7 +160,7 @@ def _rows(
     else:
         if chart_type == "table":
             top = rng.choice((10, 20, 60) if decimals else (20, 60, 100) if percent else (20, 60, 100, 500))
-        scale = 10 ** decimals
+        scale = 10**decimals
         # Printed values with a decimal never end in ".0": "12.0" and "12" would be one value with two spellings.
         smallest = 0.3 if chart_type == "line" else 0.12
         counts = range(round(smallest * top * scale), round(top * scale) + 1)
@@ -196,6 +219,12 @@ def _title(rng: Random, kind: Kind, measure: str, percent: bool) -> str:
 def _style(rng: Random) -> Style:
     font, font_size = rng.choice(LABEL_FONTS)
     return Style(
-        font=font, font_size=font_size, title_font=rng.choice(TITLE_FONTS), title_size=rng.choice((11, 12, 13)),
-        paper=rng.choice(PAPERS), ink=rng.choice(INKS), grid=rng.random() < 0.6, centred=rng.random() < 0.7,
+        font=font,
+        font_size=font_size,
+        title_font=rng.choice(TITLE_FONTS),
+        title_size=rng.choice((11, 12, 13)),
+        paper=rng.choice(PAPERS),
+        ink=rng.choice(INKS),
+        grid=rng.random() < 0.6,
+        centred=rng.random() < 0.7,
     )

@@ -89,18 +89,28 @@ def _places(spec: ChartSpec) -> Places:
 
 def text_colour(shade: str) -> str:
     """Black or white, whichever is easier to read on a "#rrggbb" background."""
-    red, green, blue = (int(shade[start:start + 2], 16) for start in (1, 3, 5))
+    red, green, blue = (int(shade[start : start + 2], 16) for start in (1, 3, 5))
     return "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"
 
 
 def _write(
-    draw: ImageDraw.ImageDraw, spec: ChartSpec, at: tuple[int, int], text: str, anchor: str,
-    fill: str = "", outline: str = "",
+    draw: ImageDraw.ImageDraw,
+    spec: ChartSpec,
+    at: tuple[int, int],
+    text: str,
+    anchor: str,
+    fill: str = "",
+    outline: str = "",
 ) -> None:
     """Write a label in the chart's font; `outline` is the colour of a rim of one pixel, "" for none."""
     draw.text(
-        at, text, fill=fill or spec.style.ink, font=load_font(spec.style.font, spec.style.font_size), anchor=anchor,
-        stroke_width=1 if outline else 0, stroke_fill=outline or None,
+        at,
+        text,
+        fill=fill or spec.style.ink,
+        font=load_font(spec.style.font, spec.style.font_size),
+        anchor=anchor,
+        stroke_width=1 if outline else 0,
+        stroke_fill=outline or None,
     )
 
 
@@ -240,7 +250,7 @@ def _label_line(draw: ImageDraw.ImageDraw, spec: ChartSpec, places: Places, trac
     size = spec.style.font_size
     for index, value in enumerate(spec.series[0].values):
         x, y = track[index]
-        neighbours = [height for _, height in track[max(index - 1, 0):index + 2]]
+        neighbours = [height for _, height in track[max(index - 1, 0) : index + 2]]
         below = sum(neighbours) / len(neighbours) < y
         baseline = y + 4 + round(0.8 * size) if below else y - 5
         # A thin outline of paper keeps a steep line off the digits.
@@ -256,8 +266,12 @@ def _draw_pie(image: Image.Image, draw: ImageDraw.ImageDraw, spec: ChartSpec, pl
     for index, share in enumerate(spec.series[0].values):
         end = angle + share * 3.6
         pen.pieslice(
-            (0, 0, diameter * scale - 1, diameter * scale - 1), angle, end,
-            fill=_paint_of(spec, 0, index).shade, outline=spec.style.paper, width=scale,
+            (0, 0, diameter * scale - 1, diameter * scale - 1),
+            angle,
+            end,
+            fill=_paint_of(spec, 0, index).shade,
+            outline=spec.style.paper,
+            width=scale,
         )
         labels.append((math.radians((angle + end) / 2), index))
         angle = end

@@ -126,11 +126,16 @@ def _picture_samples(kind: str, split: str, index: int, seed: int) -> Iterator[d
 
 def _chart_fields(spec: ChartSpec, question: Question) -> dict[str, Any]:
     metadata = {
-        "question_type": question.question_type, "answer_type": question.answer_type, "chart_type": spec.chart_type,
+        "question_type": question.question_type,
+        "answer_type": question.answer_type,
+        "chart_type": spec.chart_type,
         "synthetic": True,
     }
     return {
-        "split": question.split, "question": question.text, "target": question.answer, "answers": (question.answer,),
+        "split": question.split,
+        "question": question.text,
+        "target": question.answer,
+        "answers": (question.answer,),
         "metadata": metadata,
     }
 

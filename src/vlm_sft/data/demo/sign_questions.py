@@ -150,10 +150,10 @@ def _misspelt(text: str, rng: Random) -> str:
     position = rng.randrange(len(text))
     character = text[position]
     if character.isdigit():
-        return text[:position] + str((int(character) + rng.randint(1, 9)) % 10) + text[position + 1:]
+        return text[:position] + str((int(character) + rng.randint(1, 9)) % 10) + text[position + 1 :]
     kind = rng.choice(("double", "drop", "swap"))
     if kind == "double" or len(text) < 3:
         return text[:position] + character + text[position:]
     if kind == "drop":
-        return text[:position] + text[position + 1:]
-    return text[:position] + text[position:position + 2][::-1] + text[position + 2:]
+        return text[:position] + text[position + 1 :]
+    return text[:position] + text[position : position + 2][::-1] + text[position + 2 :]

@@ -30,58 +30,146 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 KINDS: tuple[Kind, ...] = (
-    Kind("country", "countries", "in",
-         _words("Peru Chile India Spain Italy Kenya Japan China Ghana Egypt France Brazil Canada Mexico Norway Poland "
-                "Sweden Turkey Greece Germany Iran Cuba Nepal Oman Mali Togo Austria Ireland Finland Denmark Vietnam"),
-         _words("Exports Imports Visitors Rainfall Births Tourists Farms Airports Schools")),
-    Kind("month", "months", "in", _words("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec"),
-         _words("Sales Visitors Rainfall Orders Profit Calls Downloads Guests Output"), ordered=True),
-    Kind("year", "years", "in", tuple(str(year) for year in range(1990, 2025)),
-         _words("Sales Revenue Exports Members Births Prices Students Profit Staff"), ordered=True),
-    Kind("day", "days", "on", _words("Mon Tue Wed Thu Fri Sat Sun"),
-         _words("Sales Visitors Steps Orders Calls Guests Tickets"), ordered=True),
-    Kind("quarter", "quarters", "in", _words("Q1 Q2 Q3 Q4"),
-         _words("Sales Revenue Profit Orders Costs Output"), ordered=True),
-    Kind("fruit", "fruits", "for",
-         _words("Apple Pear Plum Kiwi Mango Lemon Lime Fig Grape Peach Melon Banana Cherry Papaya Date Guava"),
-         _words("Sales Prices Harvest Exports Imports Votes")),
-    Kind("product", "products", "for",
-         _words("Lamp Desk Sofa Chair Phone Watch Radio Bike Tent Shoe Hat Coat Bag Pen Book Toy Mug Clock Table "
-                "Camera"),
-         _words("Sales Revenue Orders Prices Returns Profit Stock")),
-    Kind("city", "cities", "in",
-         _words("Rome Paris Oslo Lima Cairo Tokyo Delhi Quito Seoul Dubai Berlin Madrid London Vienna Prague Lisbon "
-                "Milan Lyon Bern Riga Porto Turin Genoa Leeds Miami Boston Dallas Denver"),
-         _words("Visitors Rainfall Hotels Schools Museums Parks Taxis Rents")),
-    Kind("animal", "animals", "for",
-         _words("Cat Dog Cow Hen Pig Goat Duck Horse Sheep Tiger Lion Bear Wolf Fox Deer Owl Frog Seal Whale "
-                "Rabbit Zebra"),
-         _words("Sightings Weight Speed Births Votes Visits")),
-    Kind("sport", "sports", "for",
-         _words("Golf Judo Polo Chess Rugby Rowing Tennis Boxing Hockey Soccer Skiing Karate Squash Diving Yoga Darts"),
-         _words("Members Players Fans Clubs Medals Injuries")),
-    Kind("department", "departments", "for",
-         _words("Sales Legal HR IT Design Finance Support Research Media Import Export Repair Studio Kitchen"),
-         _words("Staff Budget Costs Projects Hours Meetings")),
-    Kind("subject", "subjects", "for",
-         _words("Math Art Music Latin French Physics History Biology Drama Law Sport German English Spanish Ethics"),
-         _words("Students Hours Marks Teachers Books Exams")),
-    Kind("team", "teams", "for",
-         _words("Lions Bears Hawks Sharks Bulls Wolves Eagles Tigers Foxes Rams Jets Stars Kings Giants Comets"),
-         _words("Points Goals Wins Fans Medals Losses")),
+    Kind(
+        "country",
+        "countries",
+        "in",
+        _words(
+            "Peru Chile India Spain Italy Kenya Japan China Ghana Egypt France Brazil Canada Mexico Norway Poland "
+            "Sweden Turkey Greece Germany Iran Cuba Nepal Oman Mali Togo Austria Ireland Finland Denmark Vietnam"
+        ),
+        _words("Exports Imports Visitors Rainfall Births Tourists Farms Airports Schools"),
+    ),
+    Kind(
+        "month",
+        "months",
+        "in",
+        _words("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec"),
+        _words("Sales Visitors Rainfall Orders Profit Calls Downloads Guests Output"),
+        ordered=True,
+    ),
+    Kind(
+        "year",
+        "years",
+        "in",
+        tuple(str(year) for year in range(1990, 2025)),
+        _words("Sales Revenue Exports Members Births Prices Students Profit Staff"),
+        ordered=True,
+    ),
+    Kind(
+        "day",
+        "days",
+        "on",
+        _words("Mon Tue Wed Thu Fri Sat Sun"),
+        _words("Sales Visitors Steps Orders Calls Guests Tickets"),
+        ordered=True,
+    ),
+    Kind(
+        "quarter",
+        "quarters",
+        "in",
+        _words("Q1 Q2 Q3 Q4"),
+        _words("Sales Revenue Profit Orders Costs Output"),
+        ordered=True,
+    ),
+    Kind(
+        "fruit",
+        "fruits",
+        "for",
+        _words("Apple Pear Plum Kiwi Mango Lemon Lime Fig Grape Peach Melon Banana Cherry Papaya Date Guava"),
+        _words("Sales Prices Harvest Exports Imports Votes"),
+    ),
+    Kind(
+        "product",
+        "products",
+        "for",
+        _words(
+            "Lamp Desk Sofa Chair Phone Watch Radio Bike Tent Shoe Hat Coat Bag Pen Book Toy Mug Clock Table Camera"
+        ),
+        _words("Sales Revenue Orders Prices Returns Profit Stock"),
+    ),
+    Kind(
+        "city",
+        "cities",
+        "in",
+        _words(
+            "Rome Paris Oslo Lima Cairo Tokyo Delhi Quito Seoul Dubai Berlin Madrid London Vienna Prague Lisbon "
+            "Milan Lyon Bern Riga Porto Turin Genoa Leeds Miami Boston Dallas Denver"
+        ),
+        _words("Visitors Rainfall Hotels Schools Museums Parks Taxis Rents"),
+    ),
+    Kind(
+        "animal",
+        "animals",
+        "for",
+        _words(
+            "Cat Dog Cow Hen Pig Goat Duck Horse Sheep Tiger Lion Bear Wolf Fox Deer Owl Frog Seal Whale Rabbit Zebra"
+        ),
+        _words("Sightings Weight Speed Births Votes Visits"),
+    ),
+    Kind(
+        "sport",
+        "sports",
+        "for",
+        _words("Golf Judo Polo Chess Rugby Rowing Tennis Boxing Hockey Soccer Skiing Karate Squash Diving Yoga Darts"),
+        _words("Members Players Fans Clubs Medals Injuries"),
+    ),
+    Kind(
+        "department",
+        "departments",
+        "for",
+        _words("Sales Legal HR IT Design Finance Support Research Media Import Export Repair Studio Kitchen"),
+        _words("Staff Budget Costs Projects Hours Meetings"),
+    ),
+    Kind(
+        "subject",
+        "subjects",
+        "for",
+        _words("Math Art Music Latin French Physics History Biology Drama Law Sport German English Spanish Ethics"),
+        _words("Students Hours Marks Teachers Books Exams"),
+    ),
+    Kind(
+        "team",
+        "teams",
+        "for",
+        _words("Lions Bears Hawks Sharks Bulls Wolves Eagles Tigers Foxes Rams Jets Stars Kings Giants Comets"),
+        _words("Points Goals Wins Fans Medals Losses"),
+    ),
 )
 
 # What is measured in percent of a whole.
 PERCENT_MEASURES = (
-    "Share", "Usage", "Support", "Growth", "Approval", "Success", "Attendance", "Coverage", "Market share",
+    "Share",
+    "Usage",
+    "Support",
+    "Growth",
+    "Approval",
+    "Success",
+    "Attendance",
+    "Coverage",
+    "Market share",
 )
 
 SERIES_NAMES: tuple[tuple[str, ...], ...] = (
-    ("Men", "Women"), ("Boys", "Girls"), ("Urban", "Rural"), ("Plan", "Actual"), ("Online", "Shops"),
-    ("Adults", "Children"), ("2019", "2020", "2021"), ("2009", "2014", "2019"), ("North", "South", "East", "West"),
-    ("Gold", "Silver", "Bronze"), ("Group A", "Group B", "Group C"), ("Low", "Middle", "High"), ("Public", "Private"),
-    ("Agree", "Neutral", "Disagree"), ("Young", "Old"), ("Morning", "Evening"), ("Acme", "Zeta", "Omni"),
-    ("Car", "Bus", "Train", "Tram"), ("Under 40", "Over 40"),
+    ("Men", "Women"),
+    ("Boys", "Girls"),
+    ("Urban", "Rural"),
+    ("Plan", "Actual"),
+    ("Online", "Shops"),
+    ("Adults", "Children"),
+    ("2019", "2020", "2021"),
+    ("2009", "2014", "2019"),
+    ("North", "South", "East", "West"),
+    ("Gold", "Silver", "Bronze"),
+    ("Group A", "Group B", "Group C"),
+    ("Low", "Middle", "High"),
+    ("Public", "Private"),
+    ("Agree", "Neutral", "Disagree"),
+    ("Young", "Old"),
+    ("Morning", "Evening"),
+    ("Acme", "Zeta", "Omni"),
+    ("Car", "Bus", "Train", "Tram"),
+    ("Under 40", "Over 40"),
 )
 
 # Colour name -> shades that a person calls by that name. Names are never used for two shades in one chart.

@@ -163,10 +163,16 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], folder: Path) -> 
 
     text = Value("string")
     message = {"role": text, "content": List({"type": text, "text": text})}
-    features = Features({
-        "id": text, "images": List(Image()), "prompt": List(message), "completion": List(message),
-        "answers": List(text), "split": text,
-    })  # fmt: skip
+    features = Features(
+        {
+            "id": text,
+            "images": List(Image()),
+            "prompt": List(message),
+            "completion": List(message),
+            "answers": List(text),
+            "split": text,
+        }
+    )
     schema = features.arrow_schema
     partial = path.with_name(f"{path.name}.partial")
     with native_file(partial, "wb") as stream, pyarrow.parquet.ParquetWriter(stream, schema) as writer:

@@ -12,10 +12,14 @@ from vlm_sft.errors import without_secrets
 MAX_BYTES = 32 * 1024**2
 SECONDS = 30.0  # for one image, from the first look-up to the last byte
 HANDLERS = (  # no file:, no ftp:; a redirection that leads there is refused
-    urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
-    urllib.request.HTTPRedirectHandler, urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor,
+    urllib.request.ProxyHandler,
+    urllib.request.HTTPHandler,
+    urllib.request.HTTPSHandler,
+    urllib.request.HTTPRedirectHandler,
+    urllib.request.HTTPDefaultErrorHandler,
+    urllib.request.HTTPErrorProcessor,
     urllib.request.UnknownHandler,
-)  # fmt: skip
+)
 _CHUNK = 64 * 1024
 _WAIT_SECONDS = 10.0  # for one answer of the server
 

@@ -148,8 +148,10 @@ def _require_enough(request: ImportRequest, report: ImportReport) -> None:
     """
     if not sum(report.questions.values()):
         first = "".join(f"\n  - {item.reason}: {item.detail}" for item in report.left_out[:3])
-        raise DataError(f"{request.source}: no question can be used as {request.layout}; the first reasons:{first}",
-                        f"is it another --format? all reasons are in {request.output / LEFT_OUT}")
+        raise DataError(
+            f"{request.source}: no question can be used as {request.layout}; the first reasons:{first}",
+            f"is it another --format? all reasons are in {request.output / LEFT_OUT}",
+        )
     enforce(report.left_out, report.total, request.max_left_out, request.output / LEFT_OUT)
 
 
@@ -161,11 +163,16 @@ def _refuse_idle(request: ImportRequest, report: ImportReport, unseen: dict[str,
     """
     if unseen and report.records and request.layout != "csv":
         ours, theirs = next(iter(unseen.items()))
-        raise DataError(f"--columns {ours}={theirs}: no record of {request.source} has the key {quoted(theirs)}",
-                        "name a key that is there, or leave this one out")  # fmt: skip
+        raise DataError(
+            f"--columns {ours}={theirs}: no record of {request.source} has the key {quoted(theirs)}",
+            "name a key that is there, or leave this one out",
+        )
     if request.images is not None and report.questions and not store.looked_up:
-        raise DataError(f"--images {request.images} has no effect: every image of {request.source} is inside the "
-                        "records, or has its whole path there", "leave it out")  # fmt: skip
+        raise DataError(
+            f"--images {request.images} has no effect: every image of {request.source} is inside the "
+            "records, or has its whole path there",
+            "leave it out",
+        )
 
 
 def claim_output(output: Path) -> None:
@@ -176,8 +183,11 @@ def claim_output(output: Path) -> None:
     """
     if output.exists() and not output.is_dir():
         raise RunError(f"--output {output} is a file", "choose a folder")
-    others = [path.name for path in output.iterdir() if path.name != FOLDER and not path.name.endswith(PARTIAL)] \
-        if output.is_dir() else []  # fmt: skip
+    others = (
+        [path.name for path in output.iterdir() if path.name != FOLDER and not path.name.endswith(PARTIAL)]
+        if output.is_dir()
+        else []
+    )
     if others and set(others) != {LEFT_OUT}:
         raise RunError(f"--output {output} is not empty: {', '.join(sorted(others)[:3])}", "choose another folder")
 
@@ -206,14 +216,21 @@ def _items(
                     writer.drop(left_out(numbered, where, problem))
                     continue
                 report.conversations += len(questions) > 1
-                yield from _named(request, path, file_split, where, _own_id(record, numbered, used), record, questions,
-                                  writer)
+                yield from _named(
+                    request, path, file_split, where, _own_id(record, numbered, used), record, questions, writer
+                )
 
 
 def _named(
-    request: ImportRequest, path: Path, file_split: str, where: str, base: str, record: dict[str, Any],
-    questions: list[Question], writer: _Writer,
-) -> Iterator[_Item]:  # fmt: skip
+    request: ImportRequest,
+    path: Path,
+    file_split: str,
+    where: str,
+    base: str,
+    record: dict[str, Any],
+    questions: list[Question],
+    writer: _Writer,
+) -> Iterator[_Item]:
     """The questions of one record, with ids and splits."""
     part = str(record.get("split") or "").strip()
     word = SPLIT_WORDS.get(part.lower())
@@ -314,5 +331,3 @@ def _write_facts(request: ImportRequest, report: ImportReport) -> None:
         "changed": {note: len(ids) for note, ids in report.changed.items()},
     }
     write_json(request.output / IMPORT, facts)
-
-

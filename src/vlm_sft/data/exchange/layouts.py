@@ -107,14 +107,21 @@ def _retagged(messages: Any, tags: Mapping[str, str]) -> Any:
     """Messages under the names that dataset_info.json gives; without it both usual ways are understood."""
     if not tags or not isinstance(messages, list):
         return messages
-    roles = {tags.get(f"{role}_tag", usual): role
-             for role, usual in (("user", "human"), ("assistant", "gpt"), ("system", "system"))}  # fmt: skip
+    roles = {
+        tags.get(f"{role}_tag", usual): role
+        for role, usual in (("user", "human"), ("assistant", "gpt"), ("system", "system"))
+    }
     role_key, content_key = tags.get("role_tag", "from"), tags.get("content_tag", "value")
     return [
-        {"role": roles.get(str(message.get(role_key)), message.get(role_key)), "content": message.get(content_key),
-         **({"loss": message["loss"]} if "loss" in message else {})}
-        if isinstance(message, dict) else message for message in messages
-    ]  # fmt: skip
+        {
+            "role": roles.get(str(message.get(role_key)), message.get(role_key)),
+            "content": message.get(content_key),
+            **({"loss": message["loss"]} if "loss" in message else {}),
+        }
+        if isinstance(message, dict)
+        else message
+        for message in messages
+    ]
 
 
 def _from_msswift(record: dict[str, Any]) -> dict[str, Any]:
@@ -176,8 +183,9 @@ def write_record(sample: Sample, images: list[str], layout: str, style: str) -> 
     return extra | record
 
 
-def _messages(sample: Sample, mark: str, role: str = "role", content: str = "content",
-              names: Mapping[str, str] | None = None) -> list[dict[str, Any]]:  # fmt: skip
+def _messages(
+    sample: Sample, mark: str, role: str = "role", content: str = "content", names: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """The whole conversation; the images stand before its first words, and earlier answers are not learned."""
     turns = [("user", sample.question), ("assistant", sample.target)]
     turns = [*((turn.role, turn.text) for turn in sample.history), *turns]
@@ -217,8 +225,11 @@ def _to_trl(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
         {"role": role, "content": [*([_part("image")] * len(images) if index == first else []), _part("text", text)]}
         for index, (role, text) in enumerate(turns)
     ]
-    return {"images": images, "prompt": prompt,
-            "completion": [{"role": "assistant", "content": [_part("text", sample.target)]}]}  # fmt: skip
+    return {
+        "images": images,
+        "prompt": prompt,
+        "completion": [{"role": "assistant", "content": [_part("text", sample.target)]}],
+    }
 
 
 def _part(kind: str, text: str | None = None) -> dict[str, Any]:
@@ -243,5 +254,9 @@ def _to_jsonl(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
 
 
 _WRITERS: dict[str, Callable[[Sample, list[str], str], dict[str, Any]]] = {
-    "trl": _to_trl, "llamafactory": _to_llamafactory, "msswift": _to_msswift, "csv": _to_csv, "jsonl": _to_jsonl,
-}  # fmt: skip
+    "trl": _to_trl,
+    "llamafactory": _to_llamafactory,
+    "msswift": _to_msswift,
+    "csv": _to_csv,
+    "jsonl": _to_jsonl,
+}

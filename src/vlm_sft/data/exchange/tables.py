@@ -29,9 +29,20 @@ SYNONYMS = {
     "id": ("id", "question_id"),
 }
 OWN_COLUMNS = (
-    "image", "images", "question", "answer", "answers", "history", "system", "messages", "conversations", "prompt",
-    "completion", "id", "split",
-)  # fmt: skip
+    "image",
+    "images",
+    "question",
+    "answer",
+    "answers",
+    "history",
+    "system",
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "id",
+    "split",
+)
 COLUMNS = {  # what --columns can name in a layout
     "csv": tuple(SYNONYMS),
     "llamafactory": ("images", "image", "messages", "prompt", "query", "response", "history", "system"),

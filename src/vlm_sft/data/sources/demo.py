@@ -7,11 +7,7 @@ from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import SPLITS, LoadedSplit
 from vlm_sft.errors import DataError, quoted
 
-KINDS = {
-    "demo_charts": ("demo_charts",),
-    "demo_text": ("demo_text",),
-    "demo": ("demo_charts", "demo_text"),
-}
+KINDS = {"demo_charts": ("demo_charts",), "demo_text": ("demo_text",), "demo": ("demo_charts", "demo_text")}
 COUNTS = {"train": 8000, "validation": 300, "test": 1000}  # questions of each kind
 SEED = 0  # fixed: the demo sets are the same for every run and every model
 

@@ -36,8 +36,13 @@ def load(spec: DatasetSpec, split: str) -> LoadedSplit:
     texts, answers, image_ids = getattr(package, f"get_{plan.source}_questions")()
     paths = getattr(package, f"get_{plan.source}_image_paths")()
     ids = sorted(paths)
-    refs = dict(zip(ids, in_threads(lambda i: ImageRef.from_path(paths[i]), ids, len(ids), "hashing easy-VQA images"),
-                    strict=True))
+    refs = dict(
+        zip(
+            ids,
+            in_threads(lambda i: ImageRef.from_path(paths[i]), ids, len(ids), "hashing easy-VQA images"),
+            strict=True,
+        )
+    )
     samples: list[Sample] = []
     left: list[LeftOut] = []
     for index, (text, answer, image_id) in enumerate(zip(texts, answers, image_ids, strict=True)):
@@ -46,8 +51,18 @@ def load(spec: DatasetSpec, split: str) -> LoadedSplit:
             if image_id not in refs:
                 raise RowProblem("image missing", f"the package has no image {image_id}")
             target = clean_text(answer, "answer")
-            samples.append(Sample(sample_id, "easy_vqa", "", (refs[image_id],), clean_text(text, "question"), target,
-                                  (target,), metadata={"question_type": question_type(target)}))
+            samples.append(
+                Sample(
+                    sample_id,
+                    "easy_vqa",
+                    "",
+                    (refs[image_id],),
+                    clean_text(text, "question"),
+                    target,
+                    (target,),
+                    metadata={"question_type": question_type(target)},
+                )
+            )
         except RowProblem as problem:
             left.append(left_out(sample_id, f"easy_vqa {plan.source} question {index}", problem))
     return finish_split(plan, samples, left, HOLD_OUT_FRACTION, f"easy-VQA {plan.source} from the easy-vqa package")
@@ -57,5 +72,6 @@ def _package() -> ModuleType:
     try:
         return importlib.import_module("easy_vqa")
     except ImportError as error:
-        raise DataError("easy_vqa needs the package easy-vqa, which is not installed",
-                        "pip install vlm-sft[easy-vqa]") from error
+        raise DataError(
+            "easy_vqa needs the package easy-vqa, which is not installed", "pip install vlm-sft[easy-vqa]"
+        ) from error

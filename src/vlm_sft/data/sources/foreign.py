@@ -8,8 +8,13 @@ from pathlib import Path
 from vlm_sft.errors import DataError
 
 COMPRESSED = {".gz": "gunzip -c", ".bz2": "bunzip2 -c", ".xz": "unxz -c", ".zst": "unzstd -c", ".zip": "unzip -p"}
-_BEGINNINGS = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst",
-               b"PK\x03\x04": ".zip"}  # fmt: skip
+_BEGINNINGS = {
+    b"\x1f\x8b": ".gz",
+    b"BZh": ".bz2",
+    b"\xfd7zXZ\x00": ".xz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"PK\x03\x04": ".zip",
+}
 TABLES = (".csv", ".tsv")
 
 
@@ -28,7 +33,7 @@ def refuse_foreign(path: Path) -> None:
             code = f"load_from_disk({place!r}).to_parquet('FOLDER/train.parquet')"
         raise DataError(
             f"{saved} is a folder that datasets' save_to_disk wrote; its .arrow files are not read here",
-            f"write it as parquet and pass FOLDER: python -c \"from datasets import load_from_disk; {code}\"",
+            f'write it as parquet and pass FOLDER: python -c "from datasets import load_from_disk; {code}"',
         )
     if path.is_file():
         refuse_compressed(path)

@@ -110,8 +110,10 @@ def _local_files(source: TableSource, path: Path) -> dict[str, list[Path]]:
     named = files_by_split(path, (".parquet",))
     files = {source.roles[name]: found for name, found in named.items() if name in source.roles}
     if not files:
-        raise DataError(f"{path} holds only {source.title} files without public answers: {', '.join(sorted(named))}",
-                        f"pass the {' or '.join(source.roles)} files")
+        raise DataError(
+            f"{path} holds only {source.title} files without public answers: {', '.join(sorted(named))}",
+            f"pass the {' or '.join(source.roles)} files",
+        )
     return files
 
 
@@ -142,8 +144,9 @@ def open_parquet(files: list[Path], columns: tuple[str, ...], split: str) -> tup
             problems.append(f"{file} cannot be read as parquet: {error}")
             continue
         counts.append(count)
-        problems += [f"{file} has no column {quoted(name)} (it has: {', '.join(there)})"
-                     for name in columns if name not in there]
+        problems += [
+            f"{file} has no column {quoted(name)} (it has: {', '.join(there)})" for name in columns if name not in there
+        ]
     if problems:
         raise DataError("; ".join(problems), f"the columns needed are {', '.join(columns)}")
     try:
@@ -151,8 +154,10 @@ def open_parquet(files: list[Path], columns: tuple[str, ...], split: str) -> tup
         table = datasets.Dataset.from_parquet(names, split=datasets.NamedSplit(split), columns=list(columns))
     except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException, OSError) as error:
         cause = error.__cause__ or error
-        raise DataError(f"{files[0].parent}: the parquet files cannot be read: {cause}",
-                        "download them again; the files of one split must share one schema") from error
+        raise DataError(
+            f"{files[0].parent}: the parquet files cannot be read: {cause}",
+            "download them again; the files of one split must share one schema",
+        ) from error
     return _undecoded(table, str(files[0])), counts
 
 
@@ -177,9 +182,11 @@ def open_hub(source: TableSource, hub_split: str, rows: int | None = None) -> tu
     for hub_id in source.hub_ids:
         try:
             with _offline(not online):
-                table = datasets.load_dataset(hub_id, split=hub_split) if rows is None else first_rows(
-                    hub_id, hub_split, rows
-                )  # fmt: skip
+                table = (
+                    datasets.load_dataset(hub_id, split=hub_split)
+                    if rows is None
+                    else first_rows(hub_id, hub_split, rows)
+                )
             _require_columns(table, source, hub_id)
             columns = ["image", *source.columns]
             return _undecoded(table.select_columns(columns), hub_id), hub_id
@@ -187,11 +194,16 @@ def open_hub(source: TableSource, hub_split: str, rows: int | None = None) -> tu
             failures.append(error.what)
         except Exception as error:  # the Hub client raises dozens of unrelated classes
             failures.append(f"{hub_id}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    fix = (f"pass {source.name}@FOLDER with parquet files in that schema (columns image, {', '.join(source.columns)}), "
-           "or set HF_HOME to the cache of a machine that has downloaded it")
+    fix = (
+        f"pass {source.name}@FOLDER with parquet files in that schema (columns image, {', '.join(source.columns)}), "
+        "or set HF_HOME to the cache of a machine that has downloaded it"
+    )
     if not online:
-        raise DataError(f"{source.title} is on the Hugging Face Hub ({source.hub_ids[0]}), which cannot be reached "
-                        "from here, and it is not in the local cache", fix)
+        raise DataError(
+            f"{source.title} is on the Hugging Face Hub ({source.hub_ids[0]}), which cannot be reached "
+            "from here, and it is not in the local cache",
+            fix,
+        )
     raise DataError(f"{source.title} cannot be loaded from the Hub: {'; '.join(failures)}", fix)
 
 
@@ -235,8 +247,9 @@ def _offline(active: bool) -> Iterator[None]:
 def _require_columns(table: Dataset, source: TableSource, where: str) -> None:
     missing = [name for name in ("image", *source.columns) if name not in table.column_names]
     if missing:
-        raise DataError(f"{where} has no column {', '.join(map(repr, missing))} "
-                        f"(it has: {', '.join(table.column_names)})")
+        raise DataError(
+            f"{where} has no column {', '.join(map(repr, missing))} (it has: {', '.join(table.column_names)})"
+        )
 
 
 def _undecoded(table: Dataset, where: str) -> Dataset:
@@ -246,8 +259,10 @@ def _undecoded(table: Dataset, where: str) -> Dataset:
     try:
         return table.cast_column("image", datasets.Image(decode=False))
     except Exception as error:  # pyarrow and datasets raise different classes for each wrong type
-        raise DataError(f"{where}: column 'image' is {table.features['image']}, not images",
-                        "it must hold the encoded bytes: struct<bytes: binary, path: string>") from error
+        raise DataError(
+            f"{where}: column 'image' is {table.features['image']}, not images",
+            "it must hold the encoded bytes: struct<bytes: binary, path: string>",
+        ) from error
 
 
 def _read_rows(

@@ -260,6 +260,18 @@ def _samples(
         metadata: dict[str, Any] = {"where": line.where} | ({NOTE: asked.note} if asked.note else {})
         if outside and (away := [ref.source for ref in refs if ref.source in outside]):
             metadata[OUTSIDE] = away
-        samples.append(Sample(line.id, spec.name, part, tuple(refs), asked.question, asked.target, asked.answers,
-                              asked.history, asked.system, metadata))
+        samples.append(
+            Sample(
+                line.id,
+                spec.name,
+                part,
+                tuple(refs),
+                asked.question,
+                asked.target,
+                asked.answers,
+                asked.history,
+                asked.system,
+                metadata,
+            )
+        )
     return samples, left

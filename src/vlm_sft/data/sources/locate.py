@@ -16,8 +16,15 @@ from vlm_sft.errors import QUOTED_CHARACTERS, quoted
 RENAMING = "name it: vlm-sft data import FILE --format jsonl --columns {} --output FOLDER"
 IMAGE_NAMES = ("image", "image_path", "image_file", "file_name", "filename", "file", "path", "picture", "img")
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
-_BEGINNINGS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp",
-               b"II*\x00": "tiff", b"MM\x00*": "tiff"}  # fmt: skip
+_BEGINNINGS = {
+    b"\x89PNG": "png",
+    b"\xff\xd8\xff": "jpeg",
+    b"GIF8": "gif",
+    b"RIFF": "webp",
+    b"BM": "bmp",
+    b"II*\x00": "tiff",
+    b"MM\x00*": "tiff",
+}
 URL_FIX = "they are fetched by vlm-sft data import FILE --format FORMAT --allow_image_urls --output FOLDER"
 
 
@@ -99,7 +106,7 @@ def locate_image(folder: Path, image: Any) -> ImageRef:
         return ImageRef.from_bytes(_base64(image["bytes"]), "base64 bytes")
     given, image = image, image_text(image)
     if not isinstance(image, str) or not image.strip():
-        what = f"{quoted(given)} is neither a path, nor a data URI, nor {{\"bytes\": base64}}"
+        what = f'{quoted(given)} is neither a path, nor a data URI, nor {{"bytes": base64}}'
         raise RowProblem("image missing", what)
     if is_url(image):
         raise RowProblem("image is a URL", f"{quoted(image, 200)} is not fetched; {URL_FIX}")

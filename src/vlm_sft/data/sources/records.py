@@ -21,8 +21,14 @@ PLACEHOLDER = "<image>"
 MOVED = "an image stands behind words of its conversation; here images come first"
 IMAGE_PARTS = ("image", "image_url")
 _LEADING_MARKS = re.compile(rf"(\s*{PLACEHOLDER})+\s*")
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
-         "system": "system"}
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +84,26 @@ def questions_of(record: Any) -> list[Question]:
             return _conversation(_messages(record[key], key, not _has_image_parts(record[key])), _image_list(record))
     if "prompt" in record and "completion" in record:
         prompt, completion = record["prompt"], record["completion"]
-        messages = ([_text_message("user", prompt)] if isinstance(prompt, str)
-                    else _messages(prompt, "prompt", not _has_image_parts(prompt)))
+        messages = (
+            [_text_message("user", prompt)]
+            if isinstance(prompt, str)
+            else _messages(prompt, "prompt", not _has_image_parts(prompt))
+        )
         for message in messages:
             message.supervised = False  # the completion alone is learned
-        messages += (_messages(completion, "completion") if isinstance(completion, list)
-                     else [_Message("assistant", clean_text(completion, "answer"))])
+        messages += (
+            _messages(completion, "completion")
+            if isinstance(completion, list)
+            else [_Message("assistant", clean_text(completion, "answer"))]
+        )
         return _conversation(messages, _image_list(record))
     if "question" in record:
         return [_plain(record)]
-    raise RowProblem("missing key", "a record needs messages, conversations, prompt and completion, or image, question "
-                                    f"and answer; {keys_of(record)}; {RENAMING.format('question=KEY,answer=KEY')}")
+    raise RowProblem(
+        "missing key",
+        "a record needs messages, conversations, prompt and completion, or image, question "
+        f"and answer; {keys_of(record)}; {RENAMING.format('question=KEY,answer=KEY')}",
+    )
 
 
 def require_image(record: Mapping[str, Any], read: Callable[[], list[Question]]) -> list[Question]:
@@ -109,7 +124,8 @@ def require_image(record: Mapping[str, Any], read: Callable[[], list[Question]])
         raise
     later = any(asked.images for asked in questions)
     return [
-        asked if asked.images or asked.problem
+        asked
+        if asked.images or asked.problem
         else replace(asked, problem=_too_early(asked.turn) if later else no_image(record))
         for asked in questions
     ]
@@ -121,8 +137,11 @@ def _too_early(turn: int) -> RowProblem:
 
 def _plain(record: dict[str, Any]) -> Question:
     if "answer" not in record and "answers" not in record:
-        raise RowProblem("missing key", "the record has a question, but neither answer nor answers; "
-                                        f"{keys_of(record)}; {RENAMING.format('answer=KEY')}")
+        raise RowProblem(
+            "missing key",
+            "the record has a question, but neither answer nor answers; "
+            f"{keys_of(record)}; {RENAMING.format('answer=KEY')}",
+        )
     images = _image_list(record)
     message = _plain_question(clean_text(record["question"], "question"), len(images))
     listed = record.get("answers")
@@ -135,9 +154,14 @@ def _plain(record: dict[str, Any]) -> Question:
         raise RowProblem("empty answer", "the list of answers is empty")
     system = clean_text(record["system"], "system text") if record.get("system") else ""
     return Question(
-        tuple(images), clean_text(message.text, "question"), target or most_common(answers), answers,
-        _history(record), system, note=MOVED if message.behind else "",
-    )  # fmt: skip
+        tuple(images),
+        clean_text(message.text, "question"),
+        target or most_common(answers),
+        answers,
+        _history(record),
+        system,
+        note=MOVED if message.behind else "",
+    )
 
 
 def _plain_question(text: str, images: int) -> _Message:
@@ -194,8 +218,11 @@ def _text_message(role: str, text: str, marked: bool = True) -> _Message:
 
 def _has_image_parts(messages: Any) -> bool:
     """Whether a conversation places its images by parts of the type image: then its texts hold no marks."""
-    contents = [item.get("content", item.get("value")) for item in messages if isinstance(item, dict)] \
-        if isinstance(messages, list) else []  # fmt: skip
+    contents = (
+        [item.get("content", item.get("value")) for item in messages if isinstance(item, dict)]
+        if isinstance(messages, list)
+        else []
+    )
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return any(isinstance(part, dict) and part.get("type") in IMAGE_PARTS for part in parts)
 
@@ -252,19 +279,22 @@ def _unknown_part(where: str, part: Any) -> RowProblem:
     if "type" not in part:
         return RowProblem("unknown part", f"{where} has a part without a type; {keys_of(part)}")
     if part["type"] != "text":
-        return RowProblem("unknown part", f"{where} has a part of the type {quoted(part['type'])}; known are text and "
-                                          "image")
+        return RowProblem(
+            "unknown part", f"{where} has a part of the type {quoted(part['type'])}; known are text and image"
+        )
     given = "null" if part.get("text") is None else f"no text but {quoted(part['text'])}"
     what = f"is {given}" if "text" in part else f"is missing; {keys_of(part)}"
-    return RowProblem("text part without text", f"{where} has a part of the type text whose text {what}; write it, or "
-                                                "leave the part out")
+    return RowProblem(
+        "text part without text",
+        f"{where} has a part of the type text whose text {what}; write it, or leave the part out",
+    )
 
 
 def _conversation(messages: list[_Message], listed: list[Any]) -> list[Question]:
     """One question an assistant turn, with the turns before it as history and the images shown so far."""
     marks = sum(message.marks for message in messages)
     _refuse_more_marks(marks, len(listed))
-    waiting = listed[len(listed) - marks:]  # those that a placeholder places; the others come before everything
+    waiting = listed[len(listed) - marks :]  # those that a placeholder places; the others come before everything
     seen: list[Any] = listed[: len(listed) - marks]
     system, question = "", ""
     history: list[Turn] = []
@@ -274,7 +304,7 @@ def _conversation(messages: list[_Message], listed: list[Any]) -> list[Question]
         if message.behind or (history and (message.images or message.marks)):
             note = MOVED
         seen += message.images + waiting[: message.marks]
-        waiting = waiting[message.marks:]
+        waiting = waiting[message.marks :]
         if message.role == "system":
             system = f"{system}\n{message.text}".strip()
         elif message.role == "user":

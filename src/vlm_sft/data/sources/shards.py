@@ -106,7 +106,7 @@ def parquet_records(path: Path, pictures: Sequence[str] = ()) -> Iterator[dict[s
                 images = {
                     name: _images(path, table.read_row_group(group, columns=[name]).column(name), group, name)
                     for name in holding
-                }  # fmt: skip
+                }
                 for index, row in enumerate(rows):
                     row = {key: value for key, value in row.items() if value is not None}
                     yield row | {name: cells[index] for name, cells in images.items() if cells[index] is not None}
@@ -121,10 +121,12 @@ def _images(file: Path, column: Any, group: int, name: str) -> list[Any]:
         value = cell.as_py()
         where = f"{file} group {group} row {row} {name}"
         if isinstance(value, list):
-            cells.append([
-                _image(image, f"{where}[{position}]", CellBytes(file, group, row, name, position))
-                for position, image in enumerate(value)
-            ])  # fmt: skip
+            cells.append(
+                [
+                    _image(image, f"{where}[{position}]", CellBytes(file, group, row, name, position))
+                    for position, image in enumerate(value)
+                ]
+            )
         else:
             cells.append(_image(value, where, CellBytes(file, group, row, name, None)))
     return cells

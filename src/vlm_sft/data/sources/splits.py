@@ -15,8 +15,16 @@ from vlm_sft.data.sources.foreign import TABLES, refuse_compressed
 from vlm_sft.errors import DataError, RunError, quoted
 
 SPLITS = ("train", "validation", "test")
-SPLIT_WORDS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
-               "validation": "validation", "dev": "validation", "eval": "validation", "test": "test"}
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "test": "test",
+}
 DATASET_INFO = "dataset_info.json"  # LLaMA-Factory's description of the files beside it
 NO_DATA = (LEFT_OUT, CHANGED, REPEATS, IMPORT, EXCHANGE, DATASET_INFO)  # reports and descriptions beside data files
 HOLD_OUT_FRACTION = 0.10  # of the images, for validation and for test, where a source says nothing else

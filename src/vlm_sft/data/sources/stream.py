@@ -37,9 +37,11 @@ def first_rows(hub_id: str, hub_split: str, rows: int) -> Dataset:
     if features is not None and isinstance(features.get("image"), datasets.Image):
         features["image"] = datasets.Image(decode=False)
     made = datasets.Dataset.from_generator(
-        _rows, features=features, gen_kwargs={"hub_id": hub_id, "hub_split": hub_split, "rows": rows},
+        _rows,
+        features=features,
+        gen_kwargs={"hub_id": hub_id, "hub_split": hub_split, "rows": rows},
         split=datasets.NamedSplit(hub_split),
-    )  # fmt: skip
+    )
     assert isinstance(made, datasets.Dataset)
     return made
 

@@ -29,8 +29,16 @@ def to_sample(row: dict[str, Any], image: ImageRef, sample_id: str) -> Sample:
     given = [answer.strip() for answer in answers if answer and answer.strip()]
     target = clean_text(most_common(given) if given else "", "answer")
     metadata = {"question_id": row["question_id"], "image_id": row["image_id"]}
-    return Sample(sample_id, "textvqa", "", (image,), question, target,
-                  tuple(answer or "" for answer in answers), metadata=metadata)
+    return Sample(
+        sample_id,
+        "textvqa",
+        "",
+        (image,),
+        question,
+        target,
+        tuple(answer or "" for answer in answers),
+        metadata=metadata,
+    )
 
 
 SOURCE = TableSource(

@@ -81,11 +81,14 @@ def chart_labels(spec: ChartSpec) -> list[Label]:
         Label(text, "category", [plain(value) for value in values], colour, ranks=ranks, order=order)
         for order, (text, colour, values, ranks) in enumerate(
             zip(
-                spec.categories, colours, zip(*(one.values for one in spec.series), strict=True), _ranks(spec),
+                spec.categories,
+                colours,
+                zip(*(one.values for one in spec.series), strict=True),
+                _ranks(spec),
                 strict=True,
             )
         )
-    ]  # fmt: skip
+    ]
     several = len(spec.series) > 1
     if several:
         labels += [

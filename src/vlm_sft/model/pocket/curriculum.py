@@ -17,16 +17,7 @@ from vlm_sft.data.demo.fonts import fonts, text_width
 from vlm_sft.data.demo.vocabulary import COLOURS
 from vlm_sft.model.pocket import words
 from vlm_sft.model.pocket.canvas import KINDS, Canvas, Colour, Picture
-from vlm_sft.model.pocket.chart_lessons import (
-    BOARD_SIZES,
-    CHART_SIZES,
-    Pairs,
-    board,
-    chart,
-    pick,
-    series_chart,
-    view,
-)
+from vlm_sft.model.pocket.chart_lessons import BOARD_SIZES, CHART_SIZES, Pairs, board, chart, pick, series_chart, view
 from vlm_sft.model.pocket.table_lessons import Size, add, compare, different, grid, labelled, lookup
 
 HELD_OUT_SEED = 1_000_000
@@ -263,9 +254,17 @@ LESSONS = {
 }
 # Questions again, after the tower has learned to see what they are about.
 _ASKED_AGAIN = {
-    "tiny view": 2, "view": 1, "tiny chart": 5, "chart": 3, "line": 1.5, "sign": 0.5, "board": 0.5, "shapes": 0.4,
-    "listing": 0.3, "lookup": 0.5,
-}  # fmt: skip
+    "tiny view": 2,
+    "view": 1,
+    "tiny chart": 5,
+    "chart": 3,
+    "line": 1.5,
+    "sign": 0.5,
+    "board": 0.5,
+    "shapes": 0.4,
+    "listing": 0.3,
+    "lookup": 0.5,
+}
 # From which step on, in thousands: how often each lesson comes.
 STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (0.0, {"page": 1.0}),
@@ -290,16 +289,44 @@ STAGES: tuple[tuple[float, dict[str, float]], ...] = (
     (42.5, _ASKED_AGAIN | {"tiny view": 0.7, "view": 0.7, "chart": 4, "line": 2.5, "board": 1, "listing": 0.8}),
     (60.0, {"compare": 9, "tiny chart": 3, "chart": 3, "line": 1.2, "board": 0.8, "tiny view": 0.7, "view": 0.7}),
     (62.4, {"compare": 2.5, "tiny chart": 4, "chart": 5, "line": 1.2, "board": 0.6, "tiny view": 0.4, "view": 0.4}),
-    (65.8, {
-        "add": 4, "grid": 4, "compare": 0.5, "tiny series": 2, "series": 1, "tiny chart": 1, "chart": 1, "line": 1.2,
-        "sign": 0.5, "board": 0.4, "listing": 0.5, "shapes": 0.5,
-    }),
-    (68.4, {
-        "add": 1.5, "grid": 1.5, "compare": 0.4, "tiny series": 1.5, "series": 2, "tiny chart": 2, "chart": 3,
-        "line": 2, "sign": 0.6, "board": 0.6, "listing": 0.6, "shapes": 0.7, "tiny view": 0.3, "view": 0.3,
-    }),
+    (
+        65.8,
+        {
+            "add": 4,
+            "grid": 4,
+            "compare": 0.5,
+            "tiny series": 2,
+            "series": 1,
+            "tiny chart": 1,
+            "chart": 1,
+            "line": 1.2,
+            "sign": 0.5,
+            "board": 0.4,
+            "listing": 0.5,
+            "shapes": 0.5,
+        },
+    ),
+    (
+        68.4,
+        {
+            "add": 1.5,
+            "grid": 1.5,
+            "compare": 0.4,
+            "tiny series": 1.5,
+            "series": 2,
+            "tiny chart": 2,
+            "chart": 3,
+            "line": 2,
+            "sign": 0.6,
+            "board": 0.6,
+            "listing": 0.6,
+            "shapes": 0.7,
+            "tiny view": 0.3,
+            "view": 0.3,
+        },
+    ),
     (71.2, {"line": 8, "sign": 1, "grid": 1, "tiny series": 1, "series": 1.5, "chart": 3, "board": 1, "shapes": 0.5}),
-)  # fmt: skip
+)
 
 
 def lesson_weights(step: int) -> dict[str, float]:

@@ -15,16 +15,7 @@ from vlm_sft.data.demo.charts import LABEL_FONTS
 from vlm_sft.data.demo.fonts import text_width
 from vlm_sft.model.pocket import words
 from vlm_sft.model.pocket.canvas import Canvas, Picture
-from vlm_sft.model.pocket.chart_lessons import (
-    READ_CELL,
-    READ_VALUE,
-    Pairs,
-    added,
-    against_level,
-    compared,
-    pick,
-    wins,
-)
+from vlm_sft.model.pocket.chart_lessons import READ_CELL, READ_VALUE, Pairs, added, against_level, compared, pick, wins
 from vlm_sft.model.pocket.labels import Label, label_targets, rank
 
 INK = (17, 17, 17)
@@ -163,5 +154,3 @@ def different(rng: Random, count: int, make: Callable[[], str]) -> list[str]:
     while len(found) < count:
         found[make()] = None
     return list(found)
-
-

@@ -144,7 +144,6 @@ class Run:
             setattr(run, name, state[name])
         return run
 
-
     @classmethod
     def continue_from(cls, folder: Path, exported: Path) -> Run:
         """Go on from a shipping folder: with its weights, heads and counts, and an optimizer that warms up anew.
