@@ -22,10 +22,10 @@ import torch
 
 from common import README, RESULTS, commit, origin, write_block
 from peers.measure import now
-from vlm_sft import artifacts
-from vlm_sft.console import say
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import say
 from vlm_sft.model.attention import PackLayout, pack_layout, shared_sdpa
-from vlm_sft.model.flash import shared_flash
+from vlm_sft.model.gpu.flash import shared_flash
 
 RESULT = RESULTS / "attention.json"
 REFERENCE = "sdpa"

@@ -9,8 +9,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from vlm_sft import artifacts  # noqa: E402
-from vlm_sft.record import device_name, git_state, now, versions  # noqa: E402
+from vlm_sft.common import artifacts  # noqa: E402
+from vlm_sft.common.record import device_name, git_state, now, versions  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data" / "chartqa_real"
 RESULTS = ROOT / "bench" / "results"

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from common import RESULTS, commit, origin, write_block
-from vlm_sft import artifacts
-from vlm_sft.console import say
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import say
 from vlm_sft.evaluate import statistics
 
 IMAGES = (3, 4, 5, 6, 8, 12, 20, 30)

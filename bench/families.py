@@ -24,18 +24,18 @@ import transformers
 from common import RESULTS, ROOT, commit, origin, write_block
 from tests import tiny_models, tiny_models_more
 from tests.questions import PROMPT, questions
-from vlm_sft import artifacts
-from vlm_sft.cli import main as command
-from vlm_sft.console import say
+from vlm_sft.cli.main import main as command
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import say
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.sample import Sample
 from vlm_sft.forecast.shapes import FAMILIES as SIZED
 from vlm_sft.model.families import FAMILIES as DECLARED
-from vlm_sft.model.features import why_not
+from vlm_sft.model.last_layer import is_trimmed
 from vlm_sft.model.load import find_base, load_model
-from vlm_sft.model.sharing import choose_mode, sharing_error
-from vlm_sft.model.trim import is_trimmed
+from vlm_sft.model.sharing_check import choose_mode, sharing_error
+from vlm_sft.model.vision_features import why_not
 
 RESULT = RESULTS / "families.json"
 PAGE = ROOT / "docs" / "FAMILIES.md"

@@ -38,8 +38,8 @@ from tests.faults.harness import (
     torture,
 )
 from tests.faults.injection import layer
-from vlm_sft import artifacts
-from vlm_sft.console import say
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import say
 
 RECORD = RESULTS / "faults.json"
 PAGE = ROOT / "docs" / "RELIABILITY.md"

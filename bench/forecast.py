@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT, commit, origin, write_block
-from vlm_sft import artifacts
-from vlm_sft.console import say
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import say
 
 # name: flags beside the common ones
 CASES = {

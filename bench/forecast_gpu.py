@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from common import RESULTS, write_block
-from vlm_sft.artifacts import read_json
-from vlm_sft.forecast.counts import Adapter, Work
+from vlm_sft.common.artifacts import read_json
+from vlm_sft.forecast.flops import Adapter, Work
 from vlm_sft.forecast.hardware import device_named, table_rates
 from vlm_sft.forecast.memory import Ranks, peak_items
 from vlm_sft.forecast.shapes import ModelShape, TextShape, VisionShape, find_published

@@ -25,14 +25,14 @@ import shapes
 from cases import choose
 from common import DATA, README, RESULTS, ROOT, commit, origin, write_block
 from peers.environment import DEFAULT_FOLDER
-from vlm_sft import artifacts
-from vlm_sft.console import progress, say
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import progress, say
 from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.sample import Sample
+from vlm_sft.distributed.launch import CPU_PACK_TOKENS, quiet_libraries
 from vlm_sft.evaluate.backends import SharedPrefixBackend
-from vlm_sft.evaluate.plan import image_counter, plan_packs
+from vlm_sft.evaluate.batching import image_counter, plan_packs
 from vlm_sft.evaluate.tasks import load_tasks
-from vlm_sft.launch import CPU_PACK_TOKENS, quiet_libraries
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.load import Base, find_base, load_model, set_attention
 

@@ -29,8 +29,8 @@ from gpu_steps.context import Context
 from gpu_tables import tables
 from peers.environment import DEFAULT_FOLDER
 from shapes import fetch_tokenizer
-from vlm_sft import artifacts
-from vlm_sft.console import say, warn
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import say, warn
 
 # In the order in which they run: what is asked first comes first. Seconds of each on a GPU at most.
 STEPS: dict[str, tuple[Callable[[Context], None], int]] = {

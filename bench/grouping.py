@@ -23,8 +23,8 @@ from typing import Any
 from scipy import stats
 
 from common import README, RESULTS, ROOT, commit, origin, write_block
-from vlm_sft import artifacts
-from vlm_sft.console import say
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import say
 
 RESULT = RESULTS / "grouping.json"
 

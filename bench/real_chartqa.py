@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 
 from common import DATA, README, RESULTS, ROOT, commit, origin, write_block
-from vlm_sft import artifacts
-from vlm_sft.console import say
-from vlm_sft.report.formats import percent, percent_interval, points, points_interval
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import say
+from vlm_sft.common.formats import percent, percent_interval, points, points_interval
 
 
 def parse() -> argparse.Namespace:
@@ -58,7 +58,7 @@ def tables() -> str:
 
 def main() -> int:
     """Train, evaluate, write the result file and the table."""
-    from vlm_sft.train.options import TrainOptions
+    from vlm_sft.planning.options import TrainOptions
     from vlm_sft.train.run import train
 
     args = parse()

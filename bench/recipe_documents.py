@@ -14,10 +14,10 @@ from typing import Any
 from common import RESULTS, ROOT, commit, marks, with_block
 from recipe_figures import draw, figure_data, shown_data
 from recipe_runs import RECIPES, REFERENCE
-from vlm_sft import artifacts
-from vlm_sft.errors import RunError
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import RunError
+from vlm_sft.common.formats import count, duration, percent, percent_interval, points, points_interval, size
 from vlm_sft.recipe.schema import KEYS, Key
-from vlm_sft.report.formats import count, duration, percent, percent_interval, points, points_interval, size
 
 DOCS = ROOT / "docs"
 FIGURES = DOCS / "figures"

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from vlm_sft.report.labels import Label, name_points
+from vlm_sft.report.label_placement import Label, name_points
 from vlm_sft.report.quality import accuracy_limits
 
 COLOURS = ("#1f5fbf", "#b4530a", "#2b7a3d", "#7a2b6f")

@@ -14,7 +14,7 @@ from typing import Any
 
 from common import RESULTS, ROOT, origin
 from recipe_runs import LORA, NOTES, RECIPES, Arm, Settings, base_folder, finished
-from vlm_sft import artifacts
+from vlm_sft.common import artifacts
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.compare import compare_rows

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT
-from vlm_sft import artifacts
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import RunError
 from vlm_sft.data.sources.spec import parse_datasets
-from vlm_sft.errors import RunError
-from vlm_sft.evaluate.identity import identity_of
+from vlm_sft.evaluate.provenance import identity_of
 from vlm_sft.evaluate.tasks import benchmark_names, dataset_text
 from vlm_sft.model.load import find_base
 from vlm_sft.recipe.load import read_recipe

@@ -21,8 +21,8 @@ from common import RESULTS, ROOT
 from recipe_documents import write_documents
 from recipe_results import file_name, write
 from recipe_runs import Arm, Settings, ablation_arms, claim, default_launcher, missing, recipe_arms, run_missing
-from vlm_sft.console import progress, say, warn
-from vlm_sft.errors import VlmSftError
+from vlm_sft.common.console import progress, say, warn
+from vlm_sft.common.errors import VlmSftError
 
 
 def parse() -> argparse.Namespace:

@@ -24,8 +24,8 @@ from typing import Any
 
 from common import README, RESULTS, ROOT, commit, origin, write_block
 from tests import chromium
-from vlm_sft import artifacts
-from vlm_sft.console import say
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import say
 from vlm_sft.report.html import write_report
 
 GOAL_SECONDS = 3.0

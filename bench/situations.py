@@ -19,9 +19,9 @@ from common import RESULTS, ROOT, commit, origin, with_block
 from tests.faults.harness import Warm
 from tests.faults.situations import SITUATIONS
 from tests.faults.situations.place import CannotPlay, Place, Situation
-from vlm_sft import artifacts
-from vlm_sft.artifacts import in_markdown
-from vlm_sft.console import say
+from vlm_sft.common import artifacts
+from vlm_sft.common.artifacts import in_markdown
+from vlm_sft.common.console import say
 
 RECORD = RESULTS / "situations.json"
 PAGE = ROOT / "docs" / "RELIABILITY.md"

@@ -27,8 +27,8 @@ import shapes as benchshapes
 from common import DATA, README, RESULTS, ROOT, origin, write_block
 from peers.environment import DEFAULT_FOLDER, REQUIREMENTS, make
 from throughput_results import check, median_row, summary, tables
-from vlm_sft import artifacts
-from vlm_sft.console import say, warn
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import say, warn
 
 SIDES = ("ours", *REQUIREMENTS)
 QUESTIONS = {"tiny": 16, "small": 128, "medium": 48, "7b": 512}

@@ -10,7 +10,7 @@ import torch
 from tests import tiny_models
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.model.load import find_base, load_model
-from vlm_sft.model.tune import save_tuned, tune
+from vlm_sft.model.trainable import save_tuned, tune
 from vlm_sft.recipe.schema import Recipe
 
 PROMPT = PromptSettings(template="{question}\nShort answer:", max_pixels=28 * 28 * 20, max_new_tokens=6)

@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 
-from vlm_sft.data.cache_folder import VARIABLE
+from vlm_sft.data.cache.directory import VARIABLE
 
 _FOLDER = pytest.StashKey[str]()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_sft.commands.parser import build_parser
+from vlm_sft.cli.parser import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(

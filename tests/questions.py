@@ -15,7 +15,7 @@ from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.packing import Bundle
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
-from vlm_sft.model.adapt import add_lora, resolve_targets
+from vlm_sft.model.adapters import add_lora, resolve_targets
 from vlm_sft.model.load import set_attention
 
 PROMPT = PromptSettings(template="{question}\nShort answer:")

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from vlm_sft import artifacts
+from vlm_sft.common import artifacts
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "path", "use"}
 

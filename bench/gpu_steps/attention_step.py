@@ -10,9 +10,9 @@ import torch
 import attention
 from gpu_steps.context import Context, median_seconds, relative
 from peers.measure import now
+from vlm_sft.common.record import versions
 from vlm_sft.model.attention import PackLayout, shared_sdpa, shared_windows
-from vlm_sft.model.flash import flash_problem, flash_windows, shared_flash
-from vlm_sft.record import versions
+from vlm_sft.model.gpu.flash import flash_problem, flash_windows, shared_flash
 
 HEADS, WIDTH = (28, 4, 4), 128  # of the 7B's language model
 TOWER_HEADS, TOWER_WIDTH, WINDOW = 16, 80, 64  # of its vision tower; patches of a window

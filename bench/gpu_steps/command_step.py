@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import shapes
 import throughput
 from gpu_steps.context import Context
-from vlm_sft import artifacts
-from vlm_sft.errors import InterruptedRunError
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import InterruptedRunError
 
 STEPS, EVERY, BATCH, QUESTIONS = 6, 3, 8, 64
 TAIL = 6  # lines of a log that are kept of a command that failed

@@ -17,18 +17,18 @@ import cases
 import shapes
 from peers.measure import matrix_peak, now
 from throughput_results import arithmetic_flops
-from vlm_sft import artifacts
+from vlm_sft.common import artifacts
 from vlm_sft.data.collate import PackedBatch, collate
+from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import EpochPlanner, bundle_tokens
-from vlm_sft.data.prepared import PreparedData
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.forecast.hardware import find_device
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base, choose_attention, ready
 from vlm_sft.model.positions import Positions
-from vlm_sft.train.step import StepGradients
+from vlm_sft.model.step_gradients import StepGradients
 
 REPEATS = 3  # timed passes after the first
 SIZES = {"cuda": ("7b", 8192, 192), "cpu": ("tiny", 1024, 16)}  # shape, tokens of a pack, questions

@@ -13,16 +13,16 @@ from torch.profiler import ProfilerActivity, profile
 
 import shapes
 from gpu_steps.context import Context, median_seconds, one_pass, patches, relative, timed_passes
+from vlm_sft.data.cache.feature_names import feature_record
+from vlm_sft.data.cache.pixel_codec import CODES, PixelFormat, compress
 from vlm_sft.data.collate import PackedBatch
-from vlm_sft.data.features import feature_record
-from vlm_sft.data.pixels import CODES, PixelFormat, compress
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.dropout import KeyedDropout
-from vlm_sft.model.features import encode_images
-from vlm_sft.model.kernels import choose_kernels
+from vlm_sft.model.forward_patch import PLAIN
+from vlm_sft.model.gpu.kernels import choose_kernels
 from vlm_sft.model.load import ready, set_attention
-from vlm_sft.model.stepwise import PLAIN
-from vlm_sft.model.tune import checkpoint_layers, tune
+from vlm_sft.model.trainable import checkpoint_layers, tune
+from vlm_sft.model.vision_features import encode_images
 from vlm_sft.recipe.load import load_recipe
 
 SOME, ALL_LINEAR = (

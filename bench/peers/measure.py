@@ -138,9 +138,9 @@ def install() -> None:
     _before(qwen.Qwen2_5_VLTextModel, _count_language)
     _before(qwen.Qwen2_5_VLModel, _count_tokens)
     with suppress(ImportError):  # a head that is no module of its own, in one of the sides
-        from vlm_sft.model import vocabulary
+        from vlm_sft.model.cpu import cross_entropy
 
-        _before(vocabulary, _count_rows, "token_losses")
+        _before(cross_entropy, _count_rows, "token_losses")
     train = Trainer.train
 
     @functools.wraps(train)

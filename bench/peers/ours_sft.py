@@ -9,8 +9,8 @@ from peers.worker import Job
 
 def train(job: Job) -> None:
     """Train on the job's rows."""
-    from vlm_sft.train.engine import EngineOptions
-    from vlm_sft.train.options import TrainOptions
+    from vlm_sft.model.caches import EngineOptions
+    from vlm_sft.planning.options import TrainOptions
     from vlm_sft.train.run import train as train_run
 
     overrides = {

@@ -1,3 +1,3 @@
-"""vlm-sft: fine-tune vision-language models to answer questions about images. Imports nothing heavy."""
+"""vlm-sft: fine-tune vision-language models to answer questions about images."""
 
 __version__ = "0.1.0"

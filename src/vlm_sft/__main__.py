@@ -2,6 +2,6 @@
 
 import sys
 
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 
 sys.exit(main())

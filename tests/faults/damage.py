@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tests.faults.harness import SCRIPT, Reference, Started, Tally, Warm, arguments, check_folder, start
 from tests.faults.injection import EVER, Fault, Injected
-from vlm_sft.data.cache_folder import ENTRY
-from vlm_sft.data.store import Store
-from vlm_sft.errors import ModelError
-from vlm_sft.manifest import folder_problems
-from vlm_sft.model.adapt import load_adapter
-from vlm_sft.train.checkpoints import checkpoint_problems, checkpoints
+from vlm_sft.common.errors import ModelError
+from vlm_sft.common.manifest import folder_problems
+from vlm_sft.data.cache.directory import ENTRY
+from vlm_sft.data.cache.store import Store
+from vlm_sft.model.adapters import load_adapter
+from vlm_sft.train.checkpoint.directory import checkpoint_problems, checkpoints
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from typing import Any
 
 from tests.pictures import png
 from tests.tiny_models import save
-from vlm_sft.train.checkpoints import checkpoint_problems, checkpoint_step, checkpoints
+from vlm_sft.common.artifacts import checkpoint_step
+from vlm_sft.train.checkpoint.directory import checkpoint_problems, checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "src" / "train_vlm_sft.py"

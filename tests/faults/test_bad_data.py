@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pictures import png
-from vlm_sft.commands import data as verb
+from vlm_sft.cli import data as verb
+from vlm_sft.common.errors import DataError, RunError
 from vlm_sft.data.audit import audit, check_images, enforce
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.registry import load_split, parse_datasets
-from vlm_sft.errors import DataError, RunError
 
 
 def run_check(*arguments: str) -> int:
@@ -82,7 +82,7 @@ def test_a_missing_split_says_what_there_is(tmp_path):
 @pytest.mark.parametrize("name, offline", [("chartqa", "0"), ("textvqa", "1")])
 def test_no_network_is_answered_within_seconds(tmp_path, name, offline):
     code = (
-        "import sys; from vlm_sft.data.sources.registry import *; from vlm_sft.errors import DataError\n"
+        "import sys; from vlm_sft.data.sources.registry import *; from vlm_sft.common.errors import DataError\n"
         f"try: load_split(parse_datasets('{name}')[0], 'train')\n"
         "except DataError as error: sys.stdout.write(str(error))"
     )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.faults import training
 from tests.faults.harness import Warm, arguments, metrics, start_ranks
 from tests.faults.injection import Fault, Injected, layer
-from vlm_sft.train.checkpoints import checkpoint_problems, checkpoints
+from vlm_sft.train.checkpoint.directory import checkpoint_problems, checkpoints
 
 STEPS = 4
 BAD = "5.png"

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tests.faults import training
 from tests.faults.harness import Reference, Warm, arguments, start_ranks
 from tests.faults.injection import Fault, Injected, layer
-from vlm_sft.train import checkpoints as checkpoints_module
-from vlm_sft.train.checkpoints import checkpoint_problems, checkpoint_step, checkpoints
+from vlm_sft.common.artifacts import checkpoint_step
+from vlm_sft.train.checkpoint import directory as checkpoints_module
+from vlm_sft.train.checkpoint.directory import checkpoint_problems, checkpoints
 
 EIO = "Input/output error"
 SAFETENSORS = ".tmp??????"  # what a file is called while safetensors writes it, in one call

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.pictures import png
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.sources.registry import load_split, parse_datasets
-from vlm_sft.errors import DataError
 
 SOUND = [
     {"image": "a.png", "question": "What?", "answer": "42"},

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from vlm_sft import artifacts
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
+from vlm_sft.common import artifacts
 
 COLORS = ("red", "green", "blue", "black")
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny_models
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 
 
 @pytest.fixture(scope="module")

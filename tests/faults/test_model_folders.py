@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.adapters import save_adapter, save_base
 from tests.pictures import png
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 
 CONFIGS = ("config.json", "processor_config.json", "tokenizer_config.json", "generation_config.json", "prompt.json")
 

@@ -17,15 +17,16 @@ import torch
 from tests.faults import training
 from tests.faults.harness import free_port
 from tests.questions import questions, tiny
+from vlm_sft.common.errors import DeviceMemoryError, NumericalError
 from vlm_sft.data.collate import collate
+from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.packing import Bundle
-from vlm_sft.data.prepared import PreparedData
-from vlm_sft.errors import DeviceMemoryError, NumericalError
-from vlm_sft.model import prefix
+from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
-from vlm_sft.train.anomalies import AdapterWatch, FaultPolicy, SpikeDetector
-from vlm_sft.train.step import StepGradients
+from vlm_sft.model.step_gradients import StepGradients
+from vlm_sft.planning.options import FaultPolicy
+from vlm_sft.train.health import AdapterWatch, SpikeDetector
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,8 +44,8 @@ def test_gradients_are_those_of_backward(data: PreparedData) -> None:
     computed = StepGradients(made, PackMode(), 0, 0.05, contextlib.nullcontext)
     for pack in packs:
         computed.add(pack)
-        with prefix.packed(pack, PackMode(), 0):
-            losses = prefix.token_losses(made, pack, PackMode())
+        with packed_forward.packed(pack, PackMode(), 0):
+            losses = packed_forward.token_losses(made, pack, PackMode())
             (losses.sum() * 0.05).backward()
     assert len(computed.parameters) == 12
     for parameter, gradient in zip(computed.parameters, computed.sums, strict=True):
@@ -203,7 +204,7 @@ def test_a_matrix_waits_for_its_partner() -> None:
 
 def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, tokens: int, in_backward: bool) -> None:
     """Packs of more tokens raise what a GPU raises, in the forward or within the backward pass."""
-    sound = prefix.forward
+    sound = packed_forward.forward
 
     def forward(model: Any, batch: Any, mode: Any, **extra: Any) -> Any:
         if batch.tokens > tokens and not in_backward:
@@ -213,7 +214,7 @@ def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, tokens: int, in_backwar
             output.logits.register_hook(_no_memory)
         return output
 
-    monkeypatch.setattr(prefix, "forward", forward)
+    monkeypatch.setattr(packed_forward, "forward", forward)
 
 
 def _no_memory(gradient: torch.Tensor) -> None:

@@ -18,9 +18,9 @@ import pytest
 import vlm_sft
 from tests.adapters import save_adapter, save_base
 from tests.pictures import png
-from vlm_sft.cli import main
-from vlm_sft.commands.parser import VERBS, build_parser
-from vlm_sft.manifest import write_manifest
+from vlm_sft.cli.main import main
+from vlm_sft.cli.parser import VERBS, build_parser
+from vlm_sft.common.manifest import write_manifest
 
 SHORT = [
     "--max_steps",

@@ -25,7 +25,7 @@ from tests.faults.harness import (
     start_ranks,
     torture,
 )
-from vlm_sft.train.checkpoints import checkpoints
+from vlm_sft.train.checkpoint.directory import checkpoints
 
 
 @pytest.fixture(scope="module")

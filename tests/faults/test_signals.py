@@ -19,12 +19,12 @@ from tests.faults import training
 from tests.faults.harness import descendants, free_port
 from tests.faults.test_workers import alive
 from tests.questions import questions
-from vlm_sft.artifacts import read_jsonl
-from vlm_sft.cli import main
-from vlm_sft.launch import Launch
-from vlm_sft.train.checkpoints import checkpoint_problems
-from vlm_sft.train.hosts import HostWatch
-from vlm_sft.train.signals import resume_line
+from vlm_sft.cli.main import main
+from vlm_sft.common.artifacts import read_jsonl
+from vlm_sft.distributed.heartbeat import HostWatch
+from vlm_sft.distributed.launch import Launch
+from vlm_sft.distributed.signals import resume_line
+from vlm_sft.train.checkpoint.directory import checkpoint_problems
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "src" / "train_vlm_sft.py"
@@ -177,7 +177,7 @@ def test_stop_and_go_on(line: list[str], tmp_path: Path) -> None:
 def test_a_second_signal_ends_at_once(line: list[str], tmp_path: Path) -> None:
     code = (
         "import os, sys, time, signal\n"
-        "from vlm_sft.train import signals\n"
+        "from vlm_sft.distributed import signals\n"
         "signals.REPEAT_SECONDS = 0.3\n"
         "with signals.StopSignals('again', lambda: None) as stop:\n"
         "    with stop.at_step_end():\n"

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from tests.faults.harness import SCRIPT, arguments, environment, make_place
-from vlm_sft.artifacts import read_jsonl
+from vlm_sft.common.artifacts import read_jsonl
 
 LIBRARIES = """
 import logging, sys, warnings
-from vlm_sft.console import lost_streams, secure_streams
+from vlm_sft.common.console import lost_streams, secure_streams
 secure_streams()
 from tqdm import tqdm
 for _ in tqdm(range(3), file=sys.stderr): print("⟦a print⟧" * 5000)
@@ -78,7 +78,8 @@ def test_a_stream_that_does_not_block_gets_everything(tmp_path: Path) -> None:
     """A pipe that another program made non-blocking raises BlockingIOError as soon as its reader is slow."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    code = "from vlm_sft.console import secure_streams, say; secure_streams(); [say('x' * 99999) for _ in range(20)]"
+    imports = "from vlm_sft.common.console import secure_streams, say"
+    code = imports + "; secure_streams(); [say('x' * 99999) for _ in range(20)]"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=writing, env=environment())
     os.close(writing)
     time.sleep(1)

@@ -12,11 +12,11 @@ import pytest
 from tests import tiny_models
 from tests.pictures import png
 from tests.questions import PROMPT, ask, picture
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
+from vlm_sft.common.errors import ModelError, SampleError
+from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
-from vlm_sft.data.prepared import PreparedData
 from vlm_sft.data.sample import UNPROCESSABLE, ImageRef
-from vlm_sft.errors import ModelError, SampleError
 
 MOVED = "an image stands behind words of its conversation; here images come first"
 REFUSED = "(3000 x 10 pixels): Qwen2_5_VLProcessor cannot process the image: ValueError: absolute aspect ratio"

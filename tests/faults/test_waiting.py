@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from tests.faults.harness import COLOURS, Started, Warm, arguments, free_port
 from tests.faults.injection import Fault, Injected
+from vlm_sft.data.cache.team import Team
 from vlm_sft.data.sample import ImageRef
-from vlm_sft.data.team import Team
 
 AWAY = 14.0  # seconds that a rank stands still
-LIMITS = {"vlm_sft.launch:STEP_SECONDS": 10.0, "vlm_sft.launch:WAITING_LINE_SECONDS": 1.0}
+LIMITS = {"vlm_sft.distributed.launch:STEP_SECONDS": 10.0, "vlm_sft.distributed.launch:WAITING_LINE_SECONDS": 1.0}
 STEPS = 2
 
 

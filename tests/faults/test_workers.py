@@ -15,13 +15,14 @@ import torch
 
 from tests.faults import training
 from tests.questions import PROMPT, questions
+from vlm_sft.common.errors import DataError
 from vlm_sft.data import images, workers
+from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
+from vlm_sft.data.loader import StepDataset, StepLoader
 from vlm_sft.data.packing import EpochPlanner
-from vlm_sft.data.prepared import PreparedData, StepDataset, StepLoader
 from vlm_sft.data.sample import ImageRef, Sample
-from vlm_sft.errors import DataError
-from vlm_sft.train.anomalies import FaultPolicy
+from vlm_sft.planning.options import FaultPolicy
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,20 +15,20 @@ import torch
 
 from tests import tiny_models
 from tests.questions import PROMPT, questions
+from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import EpochPlanner
-from vlm_sft.data.prepared import PreparedData
 from vlm_sft.data.sample import Sample
-from vlm_sft.launch import Launch, connected, quiet_libraries, read_launch
-from vlm_sft.model.adapt import add_lora, resolve_targets
+from vlm_sft.distributed.launch import Launch, connected, quiet_libraries, read_launch
+from vlm_sft.model.adapters import add_lora, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import set_attention
-from vlm_sft.recipe.rules import resolve_schedule
+from vlm_sft.planning.options import FaultPolicy
 from vlm_sft.recipe.schema import Recipe
-from vlm_sft.train.anomalies import FaultPolicy
-from vlm_sft.train.arguments import training_arguments
-from vlm_sft.train.trainer import PackTrainer
+from vlm_sft.recipe.validation import resolve_schedule
+from vlm_sft.train.loop import PackTrainer
+from vlm_sft.train.training_args import training_arguments
 
 EVERYTHING = bool(os.environ.get("VLM_SFT_ALL_FAULTS"))
 full = pytest.mark.skipif(not EVERYTHING, reason="takes half a minute; runs with VLM_SFT_ALL_FAULTS=1")
@@ -146,11 +146,11 @@ def moved(seen: list[dict[str, torch.Tensor]]) -> list[bool]:
 
 def spoil_loss(monkeypatch: Any, when: Callable[[int, list[str]], bool], value: float = float("nan")) -> None:
     """Make the token losses of a question not finite; `when(step, sample ids)` chooses the packs."""
-    from vlm_sft.model import prefix
+    from vlm_sft.model import packed_forward
 
-    sound = prefix.token_losses
+    sound = packed_forward.token_losses
     current = {"step": 0}
-    real = prefix.packed
+    real = packed_forward.packed
 
     def packed(batch: Any, mode: Any, step: int) -> Any:
         current["step"] = step
@@ -163,8 +163,8 @@ def spoil_loss(monkeypatch: Any, when: Callable[[int, list[str]], bool], value: 
             losses = losses + torch.where(first, value, 0.0)
         return losses
 
-    monkeypatch.setattr(prefix, "packed", packed)
-    monkeypatch.setattr(prefix, "token_losses", token_losses)
+    monkeypatch.setattr(packed_forward, "packed", packed)
+    monkeypatch.setattr(packed_forward, "token_losses", token_losses)
 
 
 def on_ranks(folder: Path, parallel: str) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from tests.pictures import png
 from tests.tiny_models import save
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 from vlm_sft.data.sources.splits import SPLITS
 
 COLOURS = ("red", "navy", "gold", "white", "black", "green", "pink", "grey")

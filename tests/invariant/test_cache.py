@@ -15,10 +15,10 @@ import torch
 
 from tests.questions import PROMPT, questions
 from tests.tiny_models import build, save
-from vlm_sft.data.cache import DataCache
+from vlm_sft.data.cache.encoded import DataCache
+from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.packing import EpochPlanner, GroupLengths
-from vlm_sft.data.prepared import PreparedData
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
 
@@ -202,8 +202,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(job: Path, name: str, **engine: Any) -> tuple[list[float], dict[str, Any]]:
     """Train through the whole run; returns the losses of every step and evaluation, and the record of the engine."""
-    from vlm_sft.train.engine import EngineOptions
-    from vlm_sft.train.options import TrainOptions
+    from vlm_sft.model.caches import EngineOptions
+    from vlm_sft.planning.options import TrainOptions
     from vlm_sft.train.run import train
 
     overrides: dict[str, object] = {

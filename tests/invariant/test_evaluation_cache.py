@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 
 QUESTIONS = 24
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.adapters import save_base
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 from vlm_sft.model import load
 
 

@@ -22,11 +22,11 @@ from vlm_sft.data.packing import Bundle
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.evaluate.backends import SharedPrefixBackend
+from vlm_sft.evaluate.batching import image_counter, plan_packs
 from vlm_sft.evaluate.generate import generate
-from vlm_sft.evaluate.plan import image_counter, plan_packs
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.load import Base, find_base, load_model, set_attention
-from vlm_sft.model.sharing import choose_mode
+from vlm_sft.model.sharing_check import choose_mode
 
 TOKENS = 6
 QUESTIONS = ("What?", "How many bars are there?", "Which colour is it, and why?")
@@ -127,7 +127,7 @@ def test_a_rank_that_is_done_keeps_step_without_changing_its_answers() -> None:
 
 
 def test_plan_covers_every_question_once_and_keeps_the_budget() -> None:
-    from vlm_sft.evaluate.plan import rounds, share
+    from vlm_sft.evaluate.batching import rounds, share
 
     asked = samples()
     for budget in (1, 60, 120, 10_000):

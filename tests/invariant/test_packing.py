@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from tests.questions import PROMPT, questions
 from tests.tiny_models import build
+from vlm_sft.common.errors import DataError
+from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
-from vlm_sft.data.order import global_batches
+from vlm_sft.data.epoch_order import global_batches
+from vlm_sft.data.loader import StepDataset
 from vlm_sft.data.packing import Bundle, EpochPlanner, GroupLengths, Step, bundle_tokens
-from vlm_sft.data.prepared import PreparedData, StepDataset
-from vlm_sft.errors import DataError
 
 
 @st.composite

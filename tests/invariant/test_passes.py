@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 
 from tests.faults import training
 from tests.faults.harness import make_place
-from vlm_sft.cli import main
-from vlm_sft.launch import Launch, idle_gpus
+from vlm_sft.cli.main import main
+from vlm_sft.distributed.launch import Launch, idle_gpus
 
 LAYER, TOWER = "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"
 

@@ -14,7 +14,7 @@ import torch
 
 from tests.adapters import save_adapter, save_base
 from tests.pictures import png
-from vlm_sft.errors import ModelError
+from vlm_sft.common.errors import ModelError
 from vlm_sft.model.load import find_base, load_model
 from vlm_sft.model.sharded import shards_weights
 

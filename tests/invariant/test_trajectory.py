@@ -12,19 +12,19 @@ from safetensors.torch import load_file
 
 from tests import tiny_models
 from tests.questions import PROMPT, questions
+from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import EpochPlanner
-from vlm_sft.data.prepared import PreparedData
-from vlm_sft.launch import Launch, quiet_libraries
-from vlm_sft.model.adapt import add_lora, resolve_targets
+from vlm_sft.distributed.launch import Launch, quiet_libraries
+from vlm_sft.model.adapters import add_lora, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import set_attention
-from vlm_sft.model.tune import checkpoint_layers
-from vlm_sft.recipe.rules import resolve_schedule
+from vlm_sft.model.trainable import checkpoint_layers
 from vlm_sft.recipe.schema import Recipe
-from vlm_sft.train.arguments import training_arguments
-from vlm_sft.train.trainer import PackTrainer
+from vlm_sft.recipe.validation import resolve_schedule
+from vlm_sft.train.loop import PackTrainer
+from vlm_sft.train.training_args import training_arguments
 
 RECIPE = Recipe(
     num_train_epochs=2,

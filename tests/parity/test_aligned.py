@@ -10,9 +10,9 @@ from torch import nn
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
-from vlm_sft.model.aligned import _gated, align_gated, widened
-from vlm_sft.model.gated import gated_parameters
-from vlm_sft.model.stepwise import PLAIN
+from vlm_sft.model.cpu.gated_mlp import gated_parameters
+from vlm_sft.model.forward_patch import PLAIN
+from vlm_sft.model.gpu.aligned_mlp import _gated, align_gated, widened
 
 
 def mlp(width: int = 30, dtype: torch.dtype = torch.float64) -> Any:

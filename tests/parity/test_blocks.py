@@ -14,12 +14,13 @@ from tests.tiny_models import build
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.model import gated, prefix, products, vocabulary
-from vlm_sft.model.adapt import add_lora, resolve_targets
+from vlm_sft.model import packed_forward
+from vlm_sft.model.adapters import add_lora, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
+from vlm_sft.model.cpu import cross_entropy, gated_mlp, matmul
 from vlm_sft.model.families import PackMode
+from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.load import set_attention
-from vlm_sft.model.trim import trim_last_layer
 
 LIMIT = {torch.float64: 1e-12, torch.float32: 2e-5}
 
@@ -27,8 +28,8 @@ LIMIT = {torch.float64: 1e-12, torch.float32: 2e-5}
 @pytest.fixture(params=["onednn", "mkl"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "mkl":
-        monkeypatch.setattr(products, "_onednn", lambda: None)
-    elif products._onednn() is None:
+        monkeypatch.setattr(matmul, "_onednn", lambda: None)
+    elif matmul._onednn() is None:
         pytest.skip("this PyTorch has no oneDNN")
     yield request.param
 
@@ -47,38 +48,38 @@ def test_losses_and_gradients_are_those_of_cross_entropy(
     dtype: torch.dtype, count: int, scale: float, library: str
 ) -> None:
     """A vocabulary of two blocks and a rest; with peaked scores exp would overflow without the running maximum."""
-    projection = head(2 * vocabulary._BLOCK + 123, 24, dtype)
+    projection = head(2 * cross_entropy._BLOCK + 123, 24, dtype)
     hidden = (torch.randn(count, 24, dtype=dtype) * scale).requires_grad_()
     targets = torch.randint(len(projection.weight), (count,))
     weights = torch.linspace(-1, 2, count, dtype=dtype)
     expected = F.cross_entropy(projection(hidden), targets, reduction="none")
     (slope,) = torch.autograd.grad((expected * weights).sum(), hidden)
-    assert vocabulary.is_covered(projection)
-    found = vocabulary.token_losses(hidden, projection, targets)
+    assert cross_entropy.is_covered(projection)
+    found = cross_entropy.token_losses(hidden, projection, targets)
     (gradient,) = torch.autograd.grad((found * weights).sum(), hidden)
     limit = LIMIT[dtype] * scale
     torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
     torch.testing.assert_close(gradient, slope, rtol=limit, atol=limit)
     with torch.no_grad():
-        torch.testing.assert_close(vocabulary.token_losses(hidden, projection, targets), found, rtol=0, atol=0)
+        torch.testing.assert_close(cross_entropy.token_losses(hidden, projection, targets), found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 60.0], ids=["even", "peaked"])
-@pytest.mark.parametrize("block", [512, vocabulary._BLOCK])
+@pytest.mark.parametrize("block", [512, cross_entropy._BLOCK])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_as_the_head_does(
     dtype: torch.dtype, block: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU computes: products in the head's format, sums in float32; no loss below 0."""
-    monkeypatch.setattr(vocabulary, "_BLOCK", block)
-    projection = head(2 * vocabulary._BLOCK + 123, 24, dtype)
+    monkeypatch.setattr(cross_entropy, "_BLOCK", block)
+    projection = head(2 * cross_entropy._BLOCK + 123, 24, dtype)
     hidden = (torch.randn(37, 24) * scale).to(dtype).requires_grad_()
     targets = projection(hidden).argmax(1)
     targets[::2] = torch.randint(len(projection.weight), (19,))
     expected = F.cross_entropy(projection(hidden).float(), targets, reduction="none")
     (slope,) = torch.autograd.grad(expected.sum(), hidden)
     with torch.autocast("cpu", torch.bfloat16):
-        found = vocabulary.token_losses(hidden, projection, targets)
+        found = cross_entropy.token_losses(hidden, projection, targets)
     (gradient,) = torch.autograd.grad(found.sum(), hidden)
     assert found.dtype == torch.float32 and gradient.dtype == dtype and found.min() >= 0
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -90,7 +91,7 @@ def test_half_precision_rounds_as_the_head_does(
 def test_losses_of_scores_are_those_of_cross_entropy_bit_by_bit(
     dtype: torch.dtype, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabulary, "_PART", part)
+    monkeypatch.setattr(cross_entropy, "_PART", part)
     torch.manual_seed(0)
     scores = (torch.randn(7, 101) * 5).to(dtype).requires_grad_()
     targets, weights = torch.randint(101, (7,)), torch.linspace(-1, 2, 7)
@@ -98,7 +99,7 @@ def test_losses_of_scores_are_those_of_cross_entropy_bit_by_bit(
     (slope,) = torch.autograd.grad((plain * weights).sum(), scores)
     kept: list[tuple[torch.Size, torch.dtype]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append((x.shape, x.dtype)) or x, lambda x: x):
-        found = vocabulary.score_losses(scores, targets)
+        found = cross_entropy.score_losses(scores, targets)
     assert kept == [(scores.shape, dtype), (targets.shape, targets.dtype)], "no other copy of the scores is kept"
     (gradient,) = torch.autograd.grad((found * weights).sum(), scores)
     assert torch.equal(found, plain) and torch.equal(gradient, slope) and gradient.dtype == dtype
@@ -108,25 +109,25 @@ def test_a_score_that_is_not_finite_is_seen_in_its_own_loss_only() -> None:
     projection = head(100, 8, torch.float32)
     hidden = torch.randn(3, 8)
     hidden[1, 2] = float("nan")
-    found = vocabulary.token_losses(hidden, projection, torch.tensor([1, 2, 3]))
+    found = cross_entropy.token_losses(hidden, projection, torch.tensor([1, 2, 3]))
     assert found.isfinite().tolist() == [True, False, True]
 
 
 def test_heads_that_are_trained_or_have_more_than_a_weight_keep_their_scores() -> None:
     projection = head(10, 4, torch.float32)
-    assert vocabulary.is_covered(projection)
-    assert not vocabulary.is_covered(nn.Linear(4, 10))
-    assert not vocabulary.is_covered(nn.Sequential(projection))
-    assert not vocabulary.is_covered(None)
-    assert not vocabulary.is_covered(projection.bfloat16())
+    assert cross_entropy.is_covered(projection)
+    assert not cross_entropy.is_covered(nn.Linear(4, 10))
+    assert not cross_entropy.is_covered(nn.Sequential(projection))
+    assert not cross_entropy.is_covered(None)
+    assert not cross_entropy.is_covered(projection.bfloat16())
     projection.float().weight.requires_grad_(True)
-    assert not vocabulary.is_covered(projection)
+    assert not cross_entropy.is_covered(projection)
     elsewhere = nn.Linear(4, 10, bias=False, device="meta", dtype=torch.bfloat16)
-    assert not vocabulary.is_covered(elsewhere)
+    assert not cross_entropy.is_covered(elsewhere)
     elsewhere.weight.requires_grad_(False)
-    assert vocabulary.is_covered(elsewhere), "on other devices than CPUs half precision is what there is"
+    assert cross_entropy.is_covered(elsewhere), "on other devices than CPUs half precision is what there is"
     elsewhere.weight.ds_id = 0  # type: ignore[attr-defined]  # as ZeRO-3 marks it
-    assert not vocabulary.is_covered(elsewhere)
+    assert not cross_entropy.is_covered(elsewhere)
 
 
 def test_training_never_holds_the_scores_of_its_answers() -> None:
@@ -143,11 +144,14 @@ def test_training_never_holds_the_scores_of_its_answers() -> None:
         kept.append(tensor.numel() if tensor.shape[0] == len(batch.targets) else 0)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), prefix.packed(batch, PackMode(), 0):
-        fused = prefix.token_losses(model, batch, PackMode())
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        packed_forward.packed(batch, PackMode(), 0),
+    ):
+        fused = packed_forward.token_losses(model, batch, PackMode())
     assert not calls and 0 < max(kept) < size
-    with prefix.packed(batch, PackMode(), 0):
-        scores = prefix.forward(model, batch, PackMode()).logits
+    with packed_forward.packed(batch, PackMode(), 0):
+        scores = packed_forward.forward(model, batch, PackMode()).logits
     assert calls
     torch.testing.assert_close(fused, F.cross_entropy(scores[0], batch.targets, reduction="none"))
 
@@ -166,7 +170,7 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(values)) * self.up_proj(values))
 
 
-@pytest.mark.parametrize("tokens", [3, gated._BLOCK, 2 * gated._BLOCK + 100])
+@pytest.mark.parametrize("tokens", [3, gated_mlp._BLOCK, 2 * gated_mlp._BLOCK + 100])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", LIMIT)
 def test_blocks_of_a_gated_mlp_have_the_values_and_gradients_of_the_module(
@@ -177,8 +181,8 @@ def test_blocks_of_a_gated_mlp_have_the_values_and_gradients_of_the_module(
     values = torch.randn(1, tokens, 12, dtype=dtype, requires_grad=True)
     expected = module(values)
     (slope,) = torch.autograd.grad(expected.cos().sum(), values)
-    assert gated.fuse_gated(module) == 1
-    assert gated.fuse_gated(module) == 0  # once is enough
+    assert gated_mlp.fuse_gated(module) == 1
+    assert gated_mlp.fuse_gated(module) == 0  # once is enough
     found = module(values)
     limit = LIMIT[dtype]
     torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
@@ -189,9 +193,9 @@ def test_blocks_of_a_gated_mlp_have_the_values_and_gradients_of_the_module(
 
 
 def test_other_activations_and_trained_projections_are_left_to_the_module() -> None:
-    assert gated.fuse_gated(GatedMLP(False, nn.GELU())) == 0
+    assert gated_mlp.fuse_gated(GatedMLP(False, nn.GELU())) == 0
     module = GatedMLP(False, nn.SiLU())
-    assert gated.fuse_gated(module) == 1
+    assert gated_mlp.fuse_gated(module) == 1
     module.up_proj.weight.requires_grad_(True)
     module(torch.randn(2, 12)).sum().backward()
     assert module.up_proj.weight.grad is not None and module.up_proj.weight.grad.norm() > 0
@@ -200,20 +204,20 @@ def test_other_activations_and_trained_projections_are_left_to_the_module() -> N
 def test_the_gated_mlps_of_language_model_and_tower_are_found() -> None:
     model, _ = build("qwen2_5_vl")
     expected = len(model.get_decoder().layers) + len(model.model.visual.blocks)
-    assert gated.fuse_gated(model) == expected
-    assert gated.fuse_gated(build("gemma3")[0]) == 0  # GELU
+    assert gated_mlp.fuse_gated(model) == expected
+    assert gated_mlp.fuse_gated(build("gemma3")[0]) == 0  # GELU
 
 
 def test_an_adapter_on_the_projections_is_trained_after_fusing() -> None:
     base, processor = build("qwen2_5_vl")
     set_attention(base, SHARED_SDPA)
     towers = len(base.model.visual.blocks)
-    assert gated.fuse_gated(base) == towers + len(base.get_decoder().layers)
+    assert gated_mlp.fuse_gated(base) == towers + len(base.get_decoder().layers)
     targets = resolve_targets(base, ["model.language_model.layers.0.mlp.gate_proj", "self_attn.q_proj"])
     model = add_lora(base, targets, r=4, alpha=8, dropout=0.0, seed=0, base_name="tiny")
     encoder = Encoder(processor, PromptSettings())
     batch = pack([Bundle(0, (0, 1))], [encoder.encode(questions(0, 2))])
-    with prefix.packed(batch, PackMode(), 0):
-        prefix.token_losses(model, batch, PackMode()).sum().backward()
+    with packed_forward.packed(batch, PackMode(), 0):
+        packed_forward.token_losses(model, batch, PackMode()).sum().backward()
     trained = [parameter for name, parameter in model.named_parameters() if "gate_proj.lora_B" in name]
     assert len(trained) == 1 and all(one.grad is not None and one.grad.norm() > 0 for one in trained)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm_sft.model import dropout
 from vlm_sft.model.dropout import KeyedDropout, dropout_keys, fused_dropout, fused_problem, stepwise_dropout
-from vlm_sft.model.kernels import choose_kernels
+from vlm_sft.model.gpu.kernels import choose_kernels
 
 SHAPES = [(1, 1), (3, 17), (37, 1100), (64, 1024), (5, 2049)]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -68,7 +68,7 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(values: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from vlm_sft.model.dropout_kernel import _drop
+    from vlm_sft.model.gpu.dropout_kernel import _drop
 
     numbers = {"row_factor": "i64", "column_factor": "i64", "threshold": "i32", "scale": "fp32"}
     sizes = dict.fromkeys(("tokens", "rows", "channels"), "i32")
@@ -116,7 +116,7 @@ def test_a_kernel_that_differs_is_not_used_and_the_reason_is_told(monkeypatch: p
     assert problem is not None and "other values than the formula" in problem
     model = torch.nn.Sequential(KeyedDropout(0.1, 1))
     assert choose_kernels(model, device) == ({"dropout": "stepwise"}, [])
-    monkeypatch.setattr("vlm_sft.model.kernels.fused_problem", lambda device: problem)
+    monkeypatch.setattr("vlm_sft.model.gpu.kernels.fused_problem", lambda device: problem)
     kernels, notes = choose_kernels(model, torch.device("cuda", 0))
     assert kernels == {"dropout": "stepwise"} and len(notes) == 1 and str(problem) in notes[0]
     assert choose_kernels(torch.nn.Linear(2, 2), torch.device("cuda", 0)) == ({}, [])

@@ -19,14 +19,14 @@ from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import Sample
-from vlm_sft.model import families, prefix
+from vlm_sft.model import families, packed_forward
 from vlm_sft.model.attention import SHARED_SDPA
+from vlm_sft.model.cpu.fuse import fuse_modules
 from vlm_sft.model.families import PLAIN_LAYERS, PackMode
-from vlm_sft.model.fused import fuse_modules
+from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.load import is_blockwise, set_attention
-from vlm_sft.model.sharing import choose_mode
-from vlm_sft.model.trim import trim_last_layer
-from vlm_sft.model.tune import checkpoint_layers
+from vlm_sft.model.sharing_check import choose_mode
+from vlm_sft.model.trainable import checkpoint_layers
 
 SHARING = [family for family in FAMILIES if not families.FAMILIES[family].reason]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -136,8 +136,8 @@ def case(family: str, dtype: torch.dtype) -> Case:
 def check(case: Case, bundles: list[Bundle], mode: PackMode) -> None:
     set_attention(case.model.get_base_model(), SHARED_SDPA if mode.kind == "blockwise" else "sdpa")
     batch = case.batch(*bundles)
-    with undiminished(), prefix.packed(batch, mode, 0):
-        scores = prefix.token_losses(case.model, batch, mode)
+    with undiminished(), packed_forward.packed(batch, mode, 0):
+        scores = packed_forward.token_losses(case.model, batch, mode)
         found = gradients(case.model, scores.sum())
     asked = [(bundle.group, number) for bundle in bundles for number in bundle.questions]
     limit = TOLERANCE[case.dtype]
@@ -205,7 +205,9 @@ def test_an_unknown_family_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_mode(tried.model, tried.encoder) == PackMode("blockwise")
     assert tried.model.training
     tried.model.eval()
-    monkeypatch.setattr(prefix, "position_ids", lambda model, batch: torch.zeros(3, 1, batch.tokens, dtype=torch.long))
+    monkeypatch.setattr(
+        packed_forward, "position_ids", lambda model, batch: torch.zeros(3, 1, batch.tokens, dtype=torch.long)
+    )
     mode = choose_mode(tried.model, tried.encoder)
     assert mode.kind == "separate" and "differ from separate ones" in mode.note
 
@@ -238,7 +240,7 @@ def test_a_family_that_cannot_compute_packs_falls_back(monkeypatch: pytest.Monke
     def refuse(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("no positions\nof this kind")
 
-    monkeypatch.setattr(prefix, "position_ids", refuse)
+    monkeypatch.setattr(packed_forward, "position_ids", refuse)
     mode = choose_mode(tried.model, tried.encoder)
     assert mode.kind == "separate" and "cannot be computed (no positions)" in mode.note
 
@@ -256,8 +258,8 @@ def test_a_question_and_a_picture_change_nothing_elsewhere(family: str, kind: fa
 
     def losses(*samples: list[Sample]) -> tuple[PackedBatch, torch.Tensor]:
         batch = pack(bundles, [encoder.encode(members) for members in samples])
-        with torch.no_grad(), prefix.packed(batch, mode, 0):
-            return batch, prefix.token_losses(model, batch, mode)
+        with torch.no_grad(), packed_forward.packed(batch, mode, 0):
+            return batch, packed_forward.token_losses(model, batch, mode)
 
     batch, before = losses(first, second)
     asked = [replace(first[1], question=first[1].question.swapcase()), *first[2:]]

@@ -15,16 +15,16 @@ import families as bench
 from common import with_block
 from tests import tiny_models, tiny_models_more
 from tests.questions import PROMPT, pack, picture, questions, tiny
-from vlm_sft import artifacts
+from vlm_sft.common import artifacts
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.packing import Bundle
-from vlm_sft.model import prefix
+from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import FAMILIES, PackMode, declared_mode
-from vlm_sft.model.features import joined_tensors, tower_settings, unwrap
 from vlm_sft.model.load import find_base
-from vlm_sft.train.case import shape_of
+from vlm_sft.model.vision_features import joined_tensors, tower_settings, unwrap
+from vlm_sft.planning.forecast_inputs import shape_of
 
 NEWER = list(tiny_models_more.FAMILIES)
 SHARING = [family for family in NEWER if not FAMILIES[family].reason]
@@ -107,8 +107,8 @@ def two_pictures(family: str) -> tuple[Any, Any]:
 
 def logits(model: Any, bundles: list[Bundle], groups: Any, mode: PackMode) -> torch.Tensor:
     batch = pack(bundles, groups)
-    with torch.no_grad(), prefix.packed(batch, mode, 0):
-        return prefix.forward(model, batch, mode).logits[0]
+    with torch.no_grad(), packed_forward.packed(batch, mode, 0):
+        return packed_forward.forward(model, batch, mode).logits[0]
 
 
 @pytest.mark.parametrize("family", SHARING)

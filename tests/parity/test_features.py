@@ -12,16 +12,16 @@ import torch
 from tests import tiny_models_more
 from tests.questions import questions, tiny
 from tests.tiny_models import FAMILIES
-from vlm_sft.data.cache import DataCache
+from vlm_sft.data.cache.encoded import DataCache
+from vlm_sft.data.cache.feature_names import PREFIX, is_pixels
 from vlm_sft.data.collate import PackedBatch, collate
-from vlm_sft.data.features import PREFIX, is_pixels
+from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.packing import Bundle
-from vlm_sft.data.prepared import PreparedData
-from vlm_sft.model import prefix
-from vlm_sft.model.feature_pass import Decision, use_features
-from vlm_sft.model.features import TowerUse, tower_settings, why_not
+from vlm_sft.model import packed_forward
+from vlm_sft.model.feature_precompute import Decision, use_features
 from vlm_sft.model.load import SHARED_SDPA
-from vlm_sft.model.sharing import choose_mode
+from vlm_sft.model.sharing_check import choose_mode
+from vlm_sft.model.vision_features import TowerUse, tower_settings, why_not
 
 # Not (28, 28): transformers' Mistral 3 cannot compute a single picture of one visual token.
 SIZES = [(72, 56), (140, 90), (30, 28), (56, 300)]
@@ -50,8 +50,8 @@ def packs(model: torch.nn.Module, data: PreparedData) -> list[PackedBatch]:
 
 def logits(model: torch.nn.Module, batch: PackedBatch, data: PreparedData) -> torch.Tensor:
     mode = choose_mode(model, data.encoder)
-    with torch.no_grad(), prefix.packed(batch, mode, 0):
-        return prefix.forward(model, batch, mode).logits
+    with torch.no_grad(), packed_forward.packed(batch, mode, 0):
+        return packed_forward.forward(model, batch, mode).logits
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_other_weights_have_other_features(tmp_path: Path) -> None:
     model, data, cache = prepared("qwen2_5_vl", tmp_path)
     keep(model, data, cache)
     before = tower_settings(model)
-    tower = prefix.unwrap(model).model.visual
+    tower = packed_forward.unwrap(model).model.visual
     with torch.no_grad():
         next(tower.parameters()).view(-1)[0] += 1e-6
     assert tower_settings(model) != before
@@ -145,7 +145,7 @@ def test_reasons_against(tmp_path: Path) -> None:
     once = use_features(model, cache, [(data.image_samples(), 1)], "auto")
     assert not once.used and "does not pay" in once.reason  # one look at an image is what computing it takes
     assert cache.features is None
-    next(prefix.unwrap(model).model.visual.parameters()).requires_grad_(True)
+    next(packed_forward.unwrap(model).model.visual.parameters()).requires_grad_(True)
     assert why_not(model) == "the vision tower is trained"
     assert not keep(model, data, cache).used
 

@@ -13,12 +13,13 @@ from torch.nn.attention import varlen
 
 from tests.questions import pack, questions, tiny
 from vlm_sft.data.packing import Bundle
-from vlm_sft.model import flash, prefix
+from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA, PackLayout, pack_layout, shared_sdpa, shared_windows
 from vlm_sft.model.families import PackMode
-from vlm_sft.model.features import encode_images
-from vlm_sft.model.flash import FLASH_WINDOWS, SHARED_FLASH, flash_windows, kernel_problem, shared_flash
+from vlm_sft.model.gpu import flash
+from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_windows, kernel_problem, shared_flash
 from vlm_sft.model.load import choose_attention, set_attention
+from vlm_sft.model.vision_features import encode_images
 
 PATTERNS = [[[0, 7, 12, 15, 23]], [[0, 5, 6], [6, 16, 20, 29, 30], [30, 31, 40]], [[0, 12, 13, 14, 15, 16, 17, 18]]]
 
@@ -110,8 +111,8 @@ def test_a_model_computes_the_same_losses(reference_kernel: None) -> None:
     for name in (SHARED_SDPA, SHARED_FLASH):
         model.get_base_model().set_attn_implementation({"text_config": name})
         assert model.get_base_model().config.get_text_config()._attn_implementation == name
-        with torch.no_grad(), prefix.packed(batch, PackMode(), 0):
-            losses.append(prefix.token_losses(model, batch, PackMode()))
+        with torch.no_grad(), packed_forward.packed(batch, PackMode(), 0):
+            losses.append(packed_forward.token_losses(model, batch, PackMode()))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
 
 

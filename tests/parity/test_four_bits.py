@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from tests.adapters import PROMPT, save_base
 from tests.questions import adapted, pack, questions
 from tests.tiny_models import build
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
 from vlm_sft.forecast.memory import FOUR_BIT_BYTES
-from vlm_sft.model import prefix
-from vlm_sft.model.adapt import parameter_counts
+from vlm_sft.model import packed_forward
+from vlm_sft.model.adapters import parameter_counts
 from vlm_sft.model.load import BLOCK_4BIT, find_base, load_model
-from vlm_sft.model.sharing import choose_mode
+from vlm_sft.model.sharing_check import choose_mode
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'vlm-sft[qlora]'")
 
@@ -113,8 +113,8 @@ def test_packs_on_4_bit_weights_are_those_on_the_values_they_stand_for(folder: P
     results = []
     for model in (adapted(short), adapted(whole)):
         mode = choose_mode(model, encoder)
-        with prefix.packed(batch, mode, 0):
-            loss = prefix.token_losses(model, batch, mode).sum()
+        with packed_forward.packed(batch, mode, 0):
+            loss = packed_forward.token_losses(model, batch, mode).sum()
         loss.backward()
         gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
         results.append((loss.detach(), gradients))

@@ -16,24 +16,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny_models
 from tests.questions import PROMPT, questions, tiny
-from vlm_sft.data.cache import DataCache
+from vlm_sft.common.errors import RecipeError
+from vlm_sft.data.cache.encoded import DataCache
+from vlm_sft.data.cache.feature_names import PREFIX
 from vlm_sft.data.collate import PackedBatch, collate, split_pack
+from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
-from vlm_sft.data.features import PREFIX
+from vlm_sft.data.loader import StepDataset, StepLoader
 from vlm_sft.data.packing import Bundle, EpochPlanner
-from vlm_sft.data.prepared import PreparedData, StepDataset, StepLoader
-from vlm_sft.errors import RecipeError
-from vlm_sft.launch import Launch, expand_segments
-from vlm_sft.model import prefix
+from vlm_sft.distributed.launch import Launch, expand_segments
+from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA, PackLayout
 from vlm_sft.model.families import FAMILIES, PackMode
-from vlm_sft.model.feature_pass import use_features
-from vlm_sft.model.features import encode_images
+from vlm_sft.model.feature_precompute import use_features
+from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.positions import Positions
-from vlm_sft.model.trim import trim_last_layer
+from vlm_sft.model.step_gradients import StepGradients
+from vlm_sft.model.vision_features import encode_images
+from vlm_sft.planning.options import Run, TrainOptions
 from vlm_sft.recipe.load import load_recipe
-from vlm_sft.train.options import Run, TrainOptions
-from vlm_sft.train.step import StepGradients
 
 SIZES = [(72, 56), (140, 90), (56, 300)]
 SHARING = [family for family in tiny_models.FAMILIES if not FAMILIES.get(family) or not FAMILIES[family].reason]
@@ -95,7 +96,7 @@ def test_positions_need_no_model(family: str) -> None:
                 expected = rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid)[0][-3:, 0]
             assert torch.equal(found.reshape(-1, batch.tokens)[:, alone], expected)
     batch.positions = found
-    assert prefix.position_ids(model, batch) is found
+    assert packed_forward.position_ids(model, batch) is found
     for half in split_pack(batch) or ():
         assert torch.equal(half.positions, place(half))
 
@@ -204,7 +205,7 @@ def test_a_pack_is_computed_without_waiting(
     """Forward and backward of a pack: our code asks for no value; transformers asks at the images, once a pack."""
     model, _ = tiny("qwen2_5_vl", torch.float32, SHARED_SDPA, dropout=0.1)
     if trimmed:
-        trim_last_layer(prefix.unwrap(model))
+        trim_last_layer(packed_forward.unwrap(model))
     data, _ = prepare(tmp_path, coded=True)
     place = Positions(model)
     batch = collate([Bundle(0, (2, 0)), Bundle(2, (1,)), Bundle(1, (0, 1, 2))], data)

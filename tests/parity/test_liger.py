@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.tiny_models import build
-from vlm_sft.model import liger
-from vlm_sft.model.kernels import choose_kernels
+from vlm_sft.model.gpu import liger
+from vlm_sft.model.gpu.kernels import choose_kernels
 
 CPU = torch.device("cpu")
 

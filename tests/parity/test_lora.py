@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests.tiny_models import build
-from vlm_sft.model.adapt import add_lora, resolve_targets
+from vlm_sft.model.adapters import add_lora, resolve_targets
+from vlm_sft.model.cpu.lora_linear import _covered_adapter, _one_step, fuse_lora
 from vlm_sft.model.dropout import KeyedDropout, dropout_keys
-from vlm_sft.model.lora import _covered_adapter, _one_step, fuse_lora
 
 LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5}
 

@@ -10,15 +10,14 @@ import torch
 from tests import tiny_models
 from tests.parity.test_exactness import Case, Truth, alone, check, declared, gradients, undiminished
 from tests.questions import PROMPT, questions
+from vlm_sft.common.errors import ModelError
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
-from vlm_sft.errors import ModelError
-from vlm_sft.model import prefix
-from vlm_sft.model.features import loose_parameters
+from vlm_sft.model import packed_forward
 from vlm_sft.model.load import SHARED_SDPA, set_attention
-from vlm_sft.model.parts import saved_modules
-from vlm_sft.model.tune import described, tune
+from vlm_sft.model.trainable import described, saved_modules, tune
+from vlm_sft.model.vision_features import loose_parameters
 from vlm_sft.recipe.schema import Recipe
 
 VARIANTS = {
@@ -107,8 +106,8 @@ def test_keyed_dropout_does_not_see_the_packing(recipe: dict[str, Any]) -> None:
     def losses(*bundles: Bundle) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         batch = collate(list(bundles), groups)
         mode = declared_mode(model)
-        with prefix.packed(batch, mode, 5):
-            scores = prefix.token_losses(model, batch, mode)
+        with packed_forward.packed(batch, mode, 5):
+            scores = packed_forward.token_losses(model, batch, mode)
             return scores.detach(), gradients(model, scores.sum())
 
     together, summed = losses(Bundle(0, (0, 2)), Bundle(1, (1,)))
@@ -124,7 +123,7 @@ def test_keyed_dropout_does_not_see_the_packing(recipe: dict[str, Any]) -> None:
 def declared_mode(model: Any) -> Any:
     from vlm_sft.model.families import declared_mode as declare
 
-    mode = declare(prefix.unwrap(model).config, "blockwise")
+    mode = declare(packed_forward.unwrap(model).config, "blockwise")
     assert mode is not None
     return mode
 

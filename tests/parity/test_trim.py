@@ -12,13 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.questions import adapted, pack, questions, tiny
 from tests.tiny_models import build
 from vlm_sft.data.packing import Bundle
-from vlm_sft.model import prefix
+from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS
+from vlm_sft.model.cpu.fuse import fuse_head, fuse_norms, fuse_patches
 from vlm_sft.model.families import PLAIN_LAYERS, PackMode
-from vlm_sft.model.features import encode_images
-from vlm_sft.model.fused import fuse_head, fuse_norms, fuse_patches
+from vlm_sft.model.last_layer import is_trimmed, kept_rows, trim_last_layer
 from vlm_sft.model.load import set_attention
-from vlm_sft.model.trim import is_trimmed, kept_rows, trim_last_layer
+from vlm_sft.model.vision_features import encode_images
 
 TEXT = sorted(name for name in PLAIN_LAYERS if not name.endswith("_text"))
 
@@ -61,8 +61,8 @@ def test_the_last_mlp_sees_only_predicted_positions(kind: str) -> None:
     for layer in layers:
         layer.mlp.register_forward_pre_hook(lambda _, inputs: shapes.append(list(inputs[0].shape[:2])))
     mode = PackMode(kind)
-    with prefix.packed(batch, mode, 0):
-        logits = prefix.forward(model, batch, mode).logits
+    with packed_forward.packed(batch, mode, 0):
+        logits = packed_forward.forward(model, batch, mode).logits
     assert shapes == [[1, batch.tokens], [1, len(batch.predict)]]
     assert logits.shape[1] == len(batch.predict) < batch.tokens
 
@@ -76,8 +76,8 @@ def test_dropout_of_the_last_layer_goes_with_its_rows() -> None:
             assert trim_last_layer(model.get_base_model())
         model.train()
         batch = pack([Bundle(0, (0, 1, 2))], [encoder.encode(questions(0, 3))])
-        with prefix.packed(batch, PackMode(), 7):
-            loss = prefix.token_losses(model, batch, PackMode()).sum()
+        with packed_forward.packed(batch, PackMode(), 7):
+            loss = packed_forward.token_losses(model, batch, PackMode()).sum()
             loss.backward()
         found.append([loss.detach(), *(value.grad for value in model.parameters() if value.grad is not None)])
     for trimmed_value, whole in zip(found[1], found[0], strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.pictures import png
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def test_one_step_trains_at_its_rate_and_says_what_would_be_more(
 def test_the_rate_rises_from_the_first_step_and_the_bar_shows_the_newest_loss(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlm_sft.console.SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr("vlm_sft.console.SECONDS_WORTH_A_LINE", 0.0)
+    monkeypatch.setattr("vlm_sft.common.console.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("vlm_sft.common.console.SECONDS_WORTH_A_LINE", 0.0)
     run = tmp_path / "rising"
     flags = (
         "--global_batch_size",

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny_models
 from tests.faults.test_messages import rows, write
-from vlm_sft.artifacts import write_jsonl
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
+from vlm_sft.common.artifacts import write_jsonl
 from vlm_sft.forecast.calibration import PAST_RUNS, read_past_runs
 
 ROOT = Path(__file__).resolve().parents[2]

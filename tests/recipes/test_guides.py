@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.documents import ROOT, Block, arguments_of, blocks, lines_of, pages
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 
 YOUR_DATA = ROOT / "docs" / "YOUR_DATA.md"
 GUIDES = [page for page in pages() if page != YOUR_DATA and any(block.mark == "run" for block in blocks(page))]

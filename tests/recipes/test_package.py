@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sft.commands.parser import VERBS
+from vlm_sft.cli.parser import VERBS
+from vlm_sft.recipe.builtin import FILES, RECIPES, locate_recipe
 from vlm_sft.recipe.load import load_recipe
-from vlm_sft.recipe.shipped import FILES, RECIPES, locate_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "vlm_sft"
@@ -133,7 +133,7 @@ def test_help_is_fast_and_python_m_is_the_command(tmp_path: Path) -> None:
 
 def test_no_help_loads_a_heavy_library(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom vlm_sft.commands.parser import VERBS, build_parser\n"
+        "import sys\nfrom vlm_sft.cli.parser import VERBS, build_parser\n"
         "[build_parser(verb).format_help() for verb in VERBS]\n"
         "sys.exit(', '.join({'torch', 'transformers', 'numpy', 'scipy', 'datasets', 'matplotlib'} & set(sys.modules)))"
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests import tiny_models
 from tests.faults.test_messages import rows, write
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL_ROWS = ROOT.parent / "shared" / "data" / "chartqa_real"

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vlm_sft import artifacts
+from vlm_sft.common import artifacts
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = [name for name in ("tensorboard", "wandb", "mlflow", "trackio") if find_spec(name)]

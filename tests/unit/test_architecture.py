@@ -16,8 +16,7 @@ IGNORED = {"__main__", "__init__"}  # the entry point of `python -m`, and the ve
 
 
 def room_of(path: Path) -> str:
-    first = path.relative_to(PACKAGE).parts[0]
-    return first.removesuffix(".py")
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def allowed() -> dict[str, set[str]]:
@@ -66,14 +65,14 @@ def test_every_room_has_a_row_and_a_docstring() -> None:
     "module",
     [
         "recipe.load",
-        "forecast.run",
-        "forecast.fit",
+        "forecast.estimate",
+        "forecast.limits",
         "forecast.recommend",
         "report.html",
         "evaluate.metrics",
         "evaluate.statistics",
         "evaluate.scoring",
-        "cli",
+        "cli.main",
     ],
 )
 def test_light_modules_import_without_torch(module: str) -> None:

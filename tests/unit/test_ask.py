@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from tests.adapters import PROMPT, save_adapter, save_base
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
+from vlm_sft.common.errors import plain
 from vlm_sft.data.sample import ImageRef, Sample
-from vlm_sft.errors import plain
-from vlm_sft.evaluate.asking import open_asker
 from vlm_sft.evaluate.backends import SharedPrefixBackend
-from vlm_sft.model.adapt import load_adapter
-from vlm_sft.model.features import TowerUse
+from vlm_sft.evaluate.interactive import open_asker
+from vlm_sft.model.adapters import load_adapter
 from vlm_sft.model.load import find_base, load_model
+from vlm_sft.model.vision_features import TowerUse
 
 QUESTIONS = ["How many bars are there?", "Which one is red?"]
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vlm_sft.cli import main
-from vlm_sft.launch import OLDEST_DEEPSPEED
+from vlm_sft.cli.main import main
+from vlm_sft.distributed.zero import OLDEST_DEEPSPEED
 from vlm_sft.model.load import default_dtype, find_base
 
 

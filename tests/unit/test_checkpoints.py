@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from tests.faults.harness import environment
+from vlm_sft.common.errors import RunError
+from vlm_sft.common.manifest import folder_problems, write_manifest
 from vlm_sft.data.packing import EpochPlanner, GroupLengths
-from vlm_sft.errors import RunError
-from vlm_sft.manifest import folder_problems, write_manifest
-from vlm_sft.train.checkpoints import (
+from vlm_sft.train.checkpoint.directory import (
     begin_checkpoint,
     checkpoint_problems,
     checkpoints,
@@ -28,8 +28,8 @@ from vlm_sft.train.checkpoints import (
     rotate,
     tidy,
 )
-from vlm_sft.train.lock import RunLock
-from vlm_sft.train.state import load_state, random_state, save_state, set_random_state
+from vlm_sft.train.checkpoint.serialization import load_state, random_state, save_state, set_random_state
+from vlm_sft.train.run_folder import RunLock
 
 
 def made(folder: Path, step: int) -> Path:
@@ -151,7 +151,7 @@ def test_room_is_looked_for_before_anything_is_written(tmp_path: Path) -> None:
 
 def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom vlm_sft.train.lock import RunLock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom vlm_sft.train.run_folder import RunLock\n"
         "with RunLock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment())

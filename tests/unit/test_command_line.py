@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sft.cli import main
-from vlm_sft.commands.parser import build_parser
-from vlm_sft.errors import RecipeError
+from vlm_sft.cli.main import main
+from vlm_sft.cli.parser import build_parser
+from vlm_sft.common.errors import RecipeError
+from vlm_sft.recipe.builtin import RECIPES
 from vlm_sft.recipe.load import load_recipe, read_recipe
-from vlm_sft.recipe.shipped import RECIPES
 
 Captured = pytest.CaptureFixture[str]
 

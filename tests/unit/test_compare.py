@@ -7,9 +7,9 @@ import random
 import pytest
 from scipy.stats import binomtest
 
-from vlm_sft import artifacts
-from vlm_sft.commands import compare as verb
-from vlm_sft.errors import EvaluationError, RunError
+from vlm_sft.cli import compare as verb
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import EvaluationError, RunError
 from vlm_sft.evaluate.compare import (
     compare_rows,
     compare_runs,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sft.cli import main
-from vlm_sft.commands.parser import VERBS
+from vlm_sft.cli.main import main
+from vlm_sft.cli.parser import VERBS
 
 ASK = '; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _vlm_sft; printf "%s\\n" "${COMPREPLY[@]}"'
 

@@ -13,14 +13,14 @@ from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizer
 
 from tests import tiny_models
 from tests.questions import PROMPT, ask, picture
+from tools.pocket.tokenizer import IMAGE_PAD, TURN_END, VISION_START
+from vlm_sft.common.errors import SampleError
 from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.plain_text import reads_like_control
 from vlm_sft.data.sample import Sample, Turn
 from vlm_sft.data.sources.registry import load_split, parse_datasets
-from vlm_sft.errors import SampleError
 from vlm_sft.evaluate.backends import vllm_requests
 from vlm_sft.model.load import find_base
-from vlm_sft.model.pocket.tokenizer import IMAGE_PAD, TURN_END, VISION_START
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "chartqa_real"
 USUAL = (

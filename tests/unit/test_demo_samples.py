@@ -13,8 +13,8 @@ from collections import Counter
 import pytest
 from PIL import Image
 
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.demo.generate import KINDS, SPLITS, chart_spec, demo_samples, render_png, spec_key
-from vlm_sft.errors import DataError
 
 DIGEST = """
 import hashlib, sys

@@ -9,11 +9,11 @@ import pytest
 
 from tests.questions import questions
 from tests.tiny_models import qwen2_5_vl
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.evaluate.backends import vllm_requests
-from vlm_sft.evaluate.plan import AHEAD, ahead
+from vlm_sft.evaluate.batching import AHEAD, ahead
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")

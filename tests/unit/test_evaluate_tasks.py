@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.pictures import png
+from vlm_sft.common.errors import DataError, EvaluationError, RecipeError
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sources.spec import parse_datasets
-from vlm_sft.errors import DataError, EvaluationError, RecipeError
 from vlm_sft.evaluate.guard import Guard, judge, parse_guards, tradeoff
 from vlm_sft.evaluate.metrics import BENCHMARKS
 from vlm_sft.evaluate.tasks import benchmark_names, dataset_text, load_tasks, parse_token_limits, too_short, with_limits
@@ -142,7 +142,7 @@ def test_a_large_loss_disqualifies_and_a_small_or_unsure_one_does_not() -> None:
 def test_requests_that_cannot_be_met(
     changes: dict[str, object], guard: str | None, samples: int | None, expected: str
 ) -> None:
-    from vlm_sft.train.validation import check_request
+    from vlm_sft.planning.validation_plan import check_request
 
     recipe = Recipe.from_dict(changes)
     with pytest.raises(RecipeError, match=expected):

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pictures import png
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.registry import load_split, parse_datasets
 

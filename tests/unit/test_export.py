@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.adapters import PROMPT, save_adapter, save_base
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 from vlm_sft.export import run as export_run
 from vlm_sft.model.load import empty_model, find_base
 from vlm_sft.model.saved_adapter import require_fit

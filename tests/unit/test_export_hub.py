@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.adapters import save_adapter, save_base
-from vlm_sft.errors import RunError
+from vlm_sft.common.errors import RunError
 from vlm_sft.export.hub import push
 
 

@@ -15,24 +15,24 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from tests import tiny_models
 from tests.questions import questions
 from vlm_sft.data.collate import collate
+from vlm_sft.data.dataset import group_lengths
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle, EpochPlanner
-from vlm_sft.data.prepared import group_lengths
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.forecast import counts, disk, memory
-from vlm_sft.forecast.counts import Adapter, Work
+from vlm_sft.forecast import disk, flops, memory
+from vlm_sft.forecast.flops import Adapter, Work
 from vlm_sft.forecast.hardware import Rates
-from vlm_sft.forecast.images import qwen_grid
+from vlm_sft.forecast.image_tokens import qwen_grid
 from vlm_sft.forecast.shapes import FAMILIES as SIZED
 from vlm_sft.forecast.shapes import find_published, model_shape, published_models
 from vlm_sft.forecast.time import Setting
-from vlm_sft.model import prefix
-from vlm_sft.model.adapt import add_lora, parameter_counts, resolve_targets
+from vlm_sft.model import packed_forward
+from vlm_sft.model.adapters import add_lora, parameter_counts, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
-from vlm_sft.model.gated import fuse_gated
+from vlm_sft.model.cpu.gated_mlp import fuse_gated
+from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.load import set_attention
-from vlm_sft.model.sharing import choose_mode
-from vlm_sft.model.trim import trim_last_layer
+from vlm_sft.model.sharing_check import choose_mode
 
 TARGETS = ("q_proj", "v_proj", "o_proj")
 RATES = Rates("test", 1e12, 1e11, 1e-6, 10**10, False, "made up", 1.3)
@@ -59,7 +59,7 @@ def pack_of(model: Any, encoder: Encoder) -> tuple[Any, Any, Work]:
     groups = [encoder.encode(questions(seed, 3)) for seed in range(2)]
     mode = choose_mode(model, encoder)
     pack = [Bundle(0, (0, 1, 2)), Bundle(1, (0, 1))] if mode.shares else [Bundle(0, (0,))]
-    work = counts.pack_work(pack, [group_lengths(group) for group in groups], [group.image_tokens for group in groups])
+    work = flops.pack_work(pack, [group_lengths(group) for group in groups], [group.image_tokens for group in groups])
     return collate(pack, groups), mode, work
 
 
@@ -74,15 +74,15 @@ def test_parameters_and_operations(family: str) -> None:
     assert (adapter.parameters(shape), shape.parameters) == (trained, total - trained)
     batch, mode, work = pack_of(model.train(), encoder)
     assert work.tokens == batch.tokens and work.supervised == len(batch.targets)
-    with sdpa_kernel(SDPBackend.MATH), prefix.packed(batch, mode, 0), FlopCounterMode(display=False) as counter:
-        loss = prefix.token_losses(model, batch, mode).sum()
+    with sdpa_kernel(SDPBackend.MATH), packed_forward.packed(batch, mode, 0), FlopCounterMode(display=False) as counter:
+        loss = packed_forward.token_losses(model, batch, mode).sum()
         forward = counter.get_total_flops()
         loss.backward()
-    tower = counts.tower_flops(shape, work.visual, work.visual_squares)
-    assert counts.forward_flops(shape, work, adapter) + tower == pytest.approx(forward, rel=1e-3)
+    tower = flops.tower_flops(shape, work.visual, work.visual_squares)
+    assert flops.forward_flops(shape, work, adapter) + tower == pytest.approx(forward, rel=1e-3)
     # The plain kernel keeps the scores, and the first layer's keys, which are not adapted, need no gradient.
     product = 2 * shape.text.heads * shape.text.head_dim * work.squares
-    said = counts.training_flops(shape, work, adapter) + tower - product * (shape.text.layers + 1)
+    said = flops.training_flops(shape, work, adapter) + tower - product * (shape.text.layers + 1)
     assert said == pytest.approx(counter.get_total_flops(), rel=2e-3)
 
 
@@ -104,8 +104,8 @@ def test_activations_are_what_autograd_keeps(dropout: float, gpu: bool) -> None:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), prefix.packed(batch, mode, 0):
-        prefix.token_losses(model, batch, mode).sum()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), packed_forward.packed(batch, mode, 0):
+        packed_forward.token_losses(model, batch, mode).sum()
     setting = Setting(shape, Adapter(4, TARGETS, dropout > 0), 4, False, replace(RATES, gpu=gpu))
     assert (setting.scored, setting.blockwise_mlp) == (gpu, not gpu)
     said = memory.activation_bytes(setting, work) + memory.logit_bytes(setting, work.supervised)
@@ -133,11 +133,11 @@ def test_image_grid_is_the_processors(size: tuple[int, int]) -> None:
 def test_epoch_adds_up_its_packs() -> None:
     lengths = tuple(group_lengths(adapted("qwen2_vl")[1].encode(questions(seed, 4))) for seed in range(6))
     visual = [length.prefix - 5 for length in lengths]
-    alone = counts.epoch_work(EpochPlanner(lengths, 8, 400, 1, 0), visual)
+    alone = flops.epoch_work(EpochPlanner(lengths, 8, 400, 1, 0), visual)
     assert alone.slowest == alone.total and alone.total.questions == 24
     assert alone.total.supervised == sum(sum(length.supervised) for length in lengths)
     assert alone.largest.tokens <= 400
-    two = counts.epoch_work(EpochPlanner(lengths, 8, 400, 2, 0), visual)
+    two = flops.epoch_work(EpochPlanner(lengths, 8, 400, 2, 0), visual)
     assert two.total.questions == 24
     assert two.total.tokens / 2 <= two.slowest.tokens < two.total.tokens
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlm_sft.artifacts import write_jsonl
+from vlm_sft.common.artifacts import write_jsonl
 from vlm_sft.forecast.calibration import (
     KEPT_LINES,
     LARGEST_FACTOR,
@@ -33,8 +33,8 @@ from vlm_sft.forecast.calibration import (
 )
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.model.load import find_base
-from vlm_sft.train.case import shape_of
-from vlm_sft.train.measure import MOST_UNREST, Timed, believed, measured_rates, settled, unrest
+from vlm_sft.planning.device_rates import MOST_UNREST, Timed, believed, measured_rates, settled, unrest
+from vlm_sft.planning.forecast_inputs import shape_of
 
 KEY = history_key("cpu", 2, "shape", {"dtype": 4})
 NOW = datetime(2026, 3, 1, tzinfo=UTC)

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from tests.pictures import png
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 
 Captured = pytest.CaptureFixture[str]
 

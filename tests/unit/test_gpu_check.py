@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import gpu_check
 import gpu_tables
 from shapes import SPECIAL, VOCABULARY
-from vlm_sft import artifacts
+from vlm_sft.common import artifacts
 
 GIT = {"git": {"hash": "0123456789", "dirty": False}}
 SPECIAL_NAMES = {

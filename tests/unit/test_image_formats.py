@@ -15,11 +15,11 @@ from PIL import EpsImagePlugin, Image
 
 from tests.pictures import encoded, png
 from tests.report_runs import Page, make_run
-from vlm_sft import artifacts
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.images import FORMATS, decode_rgb
-from vlm_sft.errors import DataError
 from vlm_sft.export.verify import find_questions
 from vlm_sft.model.load import find_base
 from vlm_sft.trackers.content import Outcome

@@ -3,9 +3,9 @@ import pytest
 from PIL import Image
 
 from tests.pictures import encoded, png
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.images import check_image, decode_rgb
 from vlm_sft.data.sample import ImageRef
-from vlm_sft.errors import DataError
 
 
 def test_transparency_is_flattened_on_white():

@@ -25,14 +25,14 @@ from transformers import (
 
 from tests.adapters import save_adapter, save_base
 from tests.tiny_models_parts import byte_tokenizer
-from vlm_sft.cli import main
-from vlm_sft.errors import ModelError
-from vlm_sft.model.adapt import resolve_targets
+from vlm_sft.cli.main import main
+from vlm_sft.common.errors import ModelError
+from vlm_sft.model.adapters import resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
-from vlm_sft.model.features import tower_modules
 from vlm_sft.model.layout import require_layout
 from vlm_sft.model.load import ready
-from vlm_sft.model.parts import ALL, LANGUAGE, PROJECTOR, VISION, saved_modules
+from vlm_sft.model.trainable import ALL, LANGUAGE, PROJECTOR, VISION, saved_modules
+from vlm_sft.model.vision_features import tower_modules
 
 REFUSED = {
     "blip",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft.errors import EvaluationError
+from vlm_sft.common.errors import EvaluationError
 from vlm_sft.evaluate.metrics import (
     BENCHMARKS,
     anls,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_sft.errors import EvaluationError
+from vlm_sft.common.errors import EvaluationError
 from vlm_sft.evaluate.metrics import vqa_accuracy, vqa_normalize
 
 CONTRACTIONS = json.loads(files("vlm_sft.evaluate").joinpath("vqa_contractions.json").read_text(encoding="utf-8"))

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.mixture import mix, stratified_limit
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.data.sources.spec import DatasetSpec
-from vlm_sft.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,14 +11,14 @@ import pytest
 
 import common
 import forecast_gpu
-from vlm_sft.artifacts import read_json
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
+from vlm_sft.common.artifacts import read_json
 from vlm_sft.data.packing import EpochPlanner, GroupLengths
 from vlm_sft.forecast import memory
-from vlm_sft.forecast.counts import Adapter, Work
+from vlm_sft.forecast.flops import Adapter, Work
 from vlm_sft.forecast.hardware import device_named, table_rates
 from vlm_sft.forecast.memory import Ranks
-from vlm_sft.forecast.passes import PACK_TOKENS, Passes, choose_passes
+from vlm_sft.forecast.pack_size import PACK_TOKENS, Passes, choose_passes
 from vlm_sft.forecast.shapes import find_published
 from vlm_sft.forecast.time import Setting
 

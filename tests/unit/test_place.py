@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from vlm_sft.errors import RunError
-from vlm_sft.place import announce, read_place
+from vlm_sft.common.errors import RunError
+from vlm_sft.distributed.placement import announce, read_place
 
 _MINE = ("RANK", "WORLD_SIZE", "LOCAL_", "OMPI_", "MV2_", "PMI_", "MPI_", "SLURM_", "MASTER_")
 OPEN_MPI = {

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tools.pocket import curriculum, table_lessons
+from tools.pocket.canvas import CHARACTER_CLASSES, CHARACTERS, THING_CLASSES, Canvas, Record
+from tools.pocket.chart_lessons import CHART_SIZES, chart
+from tools.pocket.labels import FACT_CLASSES, FACTS, LOOKS, UNKNOWN
+from tools.pocket.tokenizer import SPECIAL_TOKENS, build_tokenizer, vocabulary
 from vlm_sft.data.demo.chart_questions import chart_questions
 from vlm_sft.data.demo.charts import random_chart
 from vlm_sft.data.demo.fonts import load_font
-from vlm_sft.model.pocket import curriculum, table_lessons
-from vlm_sft.model.pocket.canvas import CHARACTER_CLASSES, CHARACTERS, THING_CLASSES, Canvas, Record
-from vlm_sft.model.pocket.chart_lessons import CHART_SIZES, chart
-from vlm_sft.model.pocket.labels import FACT_CLASSES, FACTS, LOOKS, UNKNOWN
-from vlm_sft.model.pocket.tokenizer import SPECIAL_TOKENS, build_tokenizer, vocabulary
 
 FINGERPRINT = """
 import hashlib
-from vlm_sft.model.pocket.curriculum import step_pictures
+from tools.pocket.curriculum import step_pictures
 digest = hashlib.sha256()
 for step in (0, 900, 2500, 4500, 7000, 7001, 7002, 7003):
     for picture in step_pictures(3, step):

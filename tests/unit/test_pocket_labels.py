@@ -6,12 +6,9 @@ from random import Random
 
 import numpy as np
 
-from vlm_sft.data.demo.charts import random_chart
-from vlm_sft.data.demo.spec import CHART_TYPES, ChartSpec
-from vlm_sft.data.demo.vocabulary import COLOURS
-from vlm_sft.model.pocket.canvas import Canvas
-from vlm_sft.model.pocket.chart_lessons import chart, chart_labels, chart_marks
-from vlm_sft.model.pocket.labels import (
+from tools.pocket.canvas import Canvas
+from tools.pocket.chart_lessons import chart, chart_labels, chart_marks
+from tools.pocket.labels import (
     COLOUR_FACT,
     FACTS,
     LOOKS,
@@ -30,6 +27,9 @@ from vlm_sft.model.pocket.labels import (
     labels_of_tokens,
     places_of_labels,
 )
+from vlm_sft.data.demo.charts import random_chart
+from vlm_sft.data.demo.spec import CHART_TYPES, ChartSpec
+from vlm_sft.data.demo.vocabulary import COLOURS
 
 
 def _values(facts: np.ndarray) -> list[str]:

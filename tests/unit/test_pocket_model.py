@@ -11,13 +11,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlm_sft import artifacts
-from vlm_sft.errors import RunError
-from vlm_sft.model.pocket import WEIGHTS, build, curriculum, score, train
-from vlm_sft.model.pocket.batches import build_batch
-from vlm_sft.model.pocket.canvas import CHARACTER_CLASSES, THING_CLASSES
-from vlm_sft.model.pocket.card import CARD, SCORES, card
-from vlm_sft.model.pocket.forward import (
+from tools.pocket import build, curriculum, score, train
+from tools.pocket.batches import build_batch
+from tools.pocket.canvas import CHARACTER_CLASSES, THING_CLASSES
+from tools.pocket.card import CARD, SCORES, card
+from tools.pocket.forward import (
     LOOKING,
     SLOTS,
     SPELLING_WEIGHT,
@@ -27,7 +25,10 @@ from vlm_sft.model.pocket.forward import (
     looking_loss,
     vision_features,
 )
-from vlm_sft.model.pocket.labels import COLOUR_FACT, FACT_CLASSES, FACTS, RANK_FACTS, SPELLING_FACTS, UNKNOWN
+from tools.pocket.labels import COLOUR_FACT, FACT_CLASSES, FACTS, RANK_FACTS, SPELLING_FACTS, UNKNOWN
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import RunError
+from vlm_sft.model.pocket import WEIGHTS
 
 MAX_PARAMETERS = 12_000_000
 MAX_SHIPPED_BYTES = 24_000_000

@@ -25,9 +25,9 @@ from recipe_runs import (
     run_missing,
     train_command,
 )
-from vlm_sft import artifacts
-from vlm_sft.commands import train
-from vlm_sft.errors import RunError
+from vlm_sft.cli import train
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import RunError
 from vlm_sft.recipe.load import overrides_from, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ import recipe_documents
 from recipe_documents import COMPARISON, DOCS, GUIDE, documents, fact, figures, fill, results, with_facts
 from recipe_figures import draw, shown_data
 from recipe_results import MEASURED
-from vlm_sft.errors import RunError
+from vlm_sft.common.errors import RunError
 from vlm_sft.recipe.schema import KEYS
 
 AGAIN = "run python bench/recipes.py --tables"

@@ -95,7 +95,7 @@ def test_every_key_is_documented() -> None:
 def test_the_room_imports_no_heavy_library() -> None:
     code = (
         "import sys\n"
-        "import vlm_sft.recipe.load, vlm_sft.recipe.rules, vlm_sft.recipe.schema\n"
+        "import vlm_sft.recipe.load, vlm_sft.recipe.validation, vlm_sft.recipe.schema\n"
         "heavy = {'torch', 'transformers', 'numpy', 'peft', 'datasets'} & set(sys.modules)\n"
         "sys.exit(', '.join(sorted(heavy)) or 0)\n"
     )

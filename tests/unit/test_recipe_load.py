@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sft.errors import RecipeError
+from vlm_sft.common.errors import RecipeError
 from vlm_sft.recipe.load import add_recipe_arguments, load_recipe, overrides_from, read_recipe
-from vlm_sft.recipe.rules import effective_global_batch_size
 from vlm_sft.recipe.schema import KEYS, Recipe
+from vlm_sft.recipe.validation import effective_global_batch_size
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

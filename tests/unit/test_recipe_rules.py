@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sft.errors import RecipeError
+from vlm_sft.common.errors import RecipeError
 from vlm_sft.recipe.load import load_recipe
-from vlm_sft.recipe.rules import ALIASES
 from vlm_sft.recipe.schema import KEYS
+from vlm_sft.recipe.validation import ALIASES
 
 
 def message(path: Path | None, overrides: dict[str, object] | None = None) -> str:

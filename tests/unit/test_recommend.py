@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from vlm_sft.evaluate.statistics import mean_interval
 from vlm_sft.forecast.hardware import DEVICES, device_named, find_device
-from vlm_sft.forecast.measured import GUIDE, Quality, guide_advice, guide_comparison, qualities
 from vlm_sft.forecast.pareto import pareto_front
+from vlm_sft.forecast.recipe_quality import GUIDE, Quality, guide_advice, guide_comparison, qualities
 from vlm_sft.forecast.recommend import PRIORITIES, Candidate, plot, recommend, worth
 
 HOUR = 3600.0

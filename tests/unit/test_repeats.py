@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.pictures import png
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
 from vlm_sft.data.sources.registry import load_split, parse_datasets
 
 

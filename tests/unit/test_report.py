@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from tests.report_runs import Page, chart, make_run, record, runs_only_its_own_scripts, scores
-from vlm_sft import artifacts
-from vlm_sft.cli import main
-from vlm_sft.errors import RunError
+from vlm_sft.cli.main import main
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import RunError
 from vlm_sft.report.html import write_report
 
 HOSTILE = "<script>alert('x')</script>\" onerror=\"alert(1)"

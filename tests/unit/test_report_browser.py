@@ -8,7 +8,7 @@ import pytest
 
 from tests import chromium
 from tests.report_runs import make_run, record
-from vlm_sft import artifacts
+from vlm_sft.common import artifacts
 from vlm_sft.report.html import RUNS_WITH_FIGURES, write_report
 
 pytestmark = pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed")

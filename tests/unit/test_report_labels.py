@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
 from tests import chromium
-from vlm_sft.report.canvas import PAPER, PAPER_DOTS_PER_INCH, Drawing, canvas
-from vlm_sft.report.labels import Label, name_points
+from vlm_sft.report.label_placement import Label, name_points
 from vlm_sft.report.quality import Candidate, quality_drawing
+from vlm_sft.report.svg import PAPER, PAPER_DOTS_PER_INCH, Drawing, canvas
 
 RADIUS = 4.0
 LONG = "a_run_with_quite_a_long_name_and_number_{}"

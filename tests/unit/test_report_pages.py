@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.report_runs import Page, chart, make_run, record, scores
-from vlm_sft import artifacts
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import RunError
 from vlm_sft.data.audit import histogram
-from vlm_sft.errors import RunError
 from vlm_sft.evaluate.compare import compare_rows
 from vlm_sft.report.browser import as_data
 from vlm_sft.report.collect import collect_runs

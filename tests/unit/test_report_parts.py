@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_sft.errors import DataError
-from vlm_sft.report import formats
+from vlm_sft.common import formats
+from vlm_sft.common.errors import DataError
 from vlm_sft.report.collect import parse_results
 from vlm_sft.report.fields import Fields
 from vlm_sft.report.markdown import results_table

@@ -14,11 +14,11 @@ from PIL import Image, ImageColor
 
 from tests.pictures import png
 from tests.report_runs import Page, record
-from vlm_sft import artifacts
+from vlm_sft.common import artifacts
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.evaluate import pictures as kept_pictures
 from vlm_sft.evaluate.backends import Reply
-from vlm_sft.evaluate.run import prediction_row
+from vlm_sft.evaluate.evaluator import prediction_row
 from vlm_sft.evaluate.tasks import Task, load_tasks
 from vlm_sft.report import pictures as shown_pictures
 from vlm_sft.report.html import write_report

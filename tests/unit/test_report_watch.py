@@ -19,9 +19,9 @@ import pytest
 
 from tests import chromium
 from tests.report_runs import Page, make_run, record
-from vlm_sft import artifacts
-from vlm_sft.cli import main
-from vlm_sft.errors import RunError
+from vlm_sft.cli.main import main
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import RunError
 from vlm_sft.report.serve import make_server
 
 

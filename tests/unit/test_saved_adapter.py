@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny_models
 from tests.adapters import save_adapter, save_base
-from vlm_sft.cli import main
-from vlm_sft.data.cache_folder import weights_mark
-from vlm_sft.errors import ModelError
-from vlm_sft.evaluate.command import EvalOptions, _find_base
-from vlm_sft.manifest import write_manifest
+from vlm_sft.cli.main import main
+from vlm_sft.common.errors import ModelError
+from vlm_sft.common.manifest import write_manifest
+from vlm_sft.data.cache.directory import weights_mark
+from vlm_sft.evaluate.run import EvalOptions, _find_base
 from vlm_sft.model.saved_adapter import BASE_WEIGHTS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vlm_sft.commands import score
-from vlm_sft.errors import EvaluationError, RunError
+from vlm_sft.cli import score
+from vlm_sft.common.errors import EvaluationError, RunError
 from vlm_sft.evaluate.scoring import score_file, score_item, summarise
 from vlm_sft.evaluate.statistics import mean_interval, wilson_interval
 

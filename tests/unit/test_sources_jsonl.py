@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from tests.pictures import png
-from vlm_sft.artifacts import read_jsonl
-from vlm_sft.cli import main
+from vlm_sft.cli.main import main
+from vlm_sft.common.artifacts import read_jsonl
+from vlm_sft.common.errors import DataError, InterruptedRunError
 from vlm_sft.data.audit import check_images
 from vlm_sft.data.sample import Turn
 from vlm_sft.data.sources.registry import load_split, parse_datasets
-from vlm_sft.errors import DataError, InterruptedRunError
 
 
 def write(path: Path, records: list) -> Path:

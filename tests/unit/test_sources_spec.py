@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
-from vlm_sft.errors import DataError
 
 
 def test_names_weights_and_aliases():
@@ -92,7 +92,7 @@ def test_a_folder_of_parquet_asks_for_its_schema(tmp_path):
 
 def test_sources_import_without_torch_and_datasets():
     code = (
-        "import sys, vlm_sft.commands.data, vlm_sft.data.sources.registry, vlm_sft.data.mixture;"
+        "import sys, vlm_sft.cli.data, vlm_sft.data.sources.registry, vlm_sft.data.mixture;"
         "import vlm_sft.data.preview;"
         "sys.exit(bool({'torch', 'datasets', 'pyarrow'} & set(sys.modules)))"
     )

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.splits import (
     MissingSplitError,
@@ -14,7 +15,6 @@ from vlm_sft.data.sources.splits import (
     plan_split,
     shared_images,
 )
-from vlm_sft.errors import DataError
 
 BOTH = ("validation", "test")
 

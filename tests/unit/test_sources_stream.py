@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pictures import png
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.sources import chartqa, registry
 from vlm_sft.data.sources.hub import load_table
 from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
-from vlm_sft.errors import DataError
 from vlm_sft.evaluate.tasks import dataset_text
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from tests.pictures import png
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.sources import chartqa, hub
 from vlm_sft.data.sources.hub import load_table
 from vlm_sft.data.sources.registry import benchmark_split, load_split, parse_datasets
-from vlm_sft.errors import DataError
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "chartqa_real"
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

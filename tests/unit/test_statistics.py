@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import coverage
-from vlm_sft.errors import EvaluationError
+from vlm_sft.common.errors import EvaluationError
 from vlm_sft.evaluate.statistics import (
     discordance,
     histogram_interval,

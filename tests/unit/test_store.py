@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vlm_sft.data import store as store_module
-from vlm_sft.data.cache_folder import (
+from vlm_sft.common.errors import RunError
+from vlm_sft.data.cache import store as store_module
+from vlm_sft.data.cache.directory import (
     ENTRY,
     clear_entries,
     entry_weights,
@@ -25,10 +26,9 @@ from vlm_sft.data.cache_folder import (
     settings_key,
     weights_mark,
 )
-from vlm_sft.data.features import parse_feature_cache
-from vlm_sft.data.pixels import CODES, PixelFormat, compress, restore
-from vlm_sft.data.store import CacheFullError, Record, Store
-from vlm_sft.errors import RunError
+from vlm_sft.data.cache.feature_names import parse_feature_cache
+from vlm_sft.data.cache.pixel_codec import CODES, PixelFormat, compress, restore
+from vlm_sft.data.cache.store import CacheFullError, Record, Store
 
 RECORDS: dict[str, Record] = {
     "a": {"x": torch.arange(6, dtype=torch.int32).view(2, 3), "y": torch.randn(4).to(torch.bfloat16)},
@@ -131,7 +131,7 @@ def test_a_shard_that_is_cut_or_cleared_while_it_is_open(tmp_path: Path, capsys:
 
 def test_a_killed_writer_leaves_nothing_that_is_read(tmp_path: Path) -> None:
     code = (
-        "import os, sys, torch\nfrom pathlib import Path\nfrom vlm_sft.data import store\n"
+        "import os, sys, torch\nfrom pathlib import Path\nfrom vlm_sft.data.cache import store\n"
         "store.write_json = lambda *_: os._exit(9)\n"
         "store.Store(Path(sys.argv[1])).publish({'a': {'x': torch.ones(3)}})"
     )
@@ -201,7 +201,7 @@ def test_the_command_lists_and_clears(tmp_path: Path) -> None:
 
 
 def test_listing_needs_no_torch(tmp_path: Path) -> None:
-    code = "import sys, vlm_sft.data.cache_folder, vlm_sft.commands.data; sys.exit('torch' in sys.modules)"
+    code = "import sys, vlm_sft.data.cache.directory, vlm_sft.cli.data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from vlm_sft.artifacts import in_markdown, is_formula
-from vlm_sft.errors import RunError, plain, without_secrets
+from vlm_sft.common.artifacts import in_markdown, is_formula
+from vlm_sft.common.errors import RunError, plain, without_secrets
 
 
 @pytest.mark.parametrize(

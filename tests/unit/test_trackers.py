@@ -17,15 +17,15 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.report_runs import make_run
-from vlm_sft import artifacts
-from vlm_sft.errors import InterruptedRunError, RecipeError, RunError
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import InterruptedRunError, RecipeError, RunError
 from vlm_sft.report.predictions import OUTCOMES
 from vlm_sft.trackers import check
 from vlm_sft.trackers.card import COLOURS, LINE_PIXELS, draw_card, same_size
 from vlm_sft.trackers.check import check_trackers
 from vlm_sft.trackers.content import COLUMNS, SAMPLES, Outcome, recipe_markdown
 from vlm_sft.trackers.session import SHOWN_IN, Trackers
-from vlm_sft.train.folder import clear_run
+from vlm_sft.train.run_folder import clear_run
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = {"base_model": "pocket", "dataset": "demo_charts"}

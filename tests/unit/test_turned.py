@@ -20,7 +20,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 from transformers.integrations import HfDeepSpeedConfig
-from vlm_sft.launch import connected, read_launch
+from vlm_sft.distributed.launch import connected, read_launch
 from vlm_sft.model.load import find_base, load_model
 import deepspeed
 

@@ -1,1 +1,1 @@
-"""Data: samples, their sources, encoding, packing and collation. May import recipe, artifacts and errors."""
+"""Data: samples, their sources, encoding, packing and collation."""

@@ -1,4 +1,4 @@
-"""What the answers of own data ask of the prompt: room for the longest, no call for short ones. Imports the sources.
+"""What the answers of own data ask of the prompt: room for the longest, no call for short ones.
 
 Two rules, the same in training and evaluation, so that what a training did can be done again:
 

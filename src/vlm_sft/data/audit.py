@@ -1,4 +1,4 @@
-"""Checks and counts of loaded samples, and the limit on what may be left out. Imports data.images and the errors."""
+"""Checks and counts of loaded samples, and the limit on what may be left out."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from vlm_sft.common.errors import QUOTED_CHARACTERS, DataError, ModelError, bounded
+from vlm_sft.data.duplicates import Repeat
 from vlm_sft.data.images import check_image
 from vlm_sft.data.plain_text import reads_like_control
-from vlm_sft.data.repeats import Repeat
 from vlm_sft.data.sample import NOTE, OUTSIDE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image
 from vlm_sft.data.sources.rows import in_threads
-from vlm_sft.errors import QUOTED_CHARACTERS, DataError, ModelError, bounded
 
 MAX_LEFT_OUT_FRACTION = 0.01
 HISTOGRAM_BINS = 24

@@ -1,4 +1,4 @@
-"""Conversations to token ids, the texts in them always as text. Imports the processor's library; no model.
+"""Conversations to token ids, the texts in them always as text.
 
 An ordinary conversation goes through the chat template, tokenizer and processor as it is. Where it does not come out
 with the control tokens of the same conversation about single letters, a text holds the string of one: such texts are
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlm_sft.common.errors import ModelError
 from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.processor import blamed_on
-from vlm_sft.errors import ModelError
 
 Message = dict[str, Any]
 TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "labels")

@@ -1,4 +1,4 @@
-"""A pack of bundles to tensors: one sequence of image prefixes and their questions. Imports encode, packing, pixels."""
+"""A pack of bundles to tensors: one sequence of image prefixes and their questions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
+from vlm_sft.data.cache.pixel_codec import stays_on_cpu, unpack_pixels
 from vlm_sft.data.encode import EncodedGroup
 from vlm_sft.data.packing import Bundle
-from vlm_sft.data.pixels import stays_on_cpu, unpack_pixels
 
 
 class Groups(Protocol):

@@ -1,4 +1,4 @@
-"""Samples to token ids and image tensors, once an image. Imports the processor's library; no model.
+"""Samples to token ids and image tensors, once an image.
 
 The questions of one image share the beginning of the processor's own token sequences: the prefix, which holds the
 image. Pictures go through the image processor alone, once an image; the placeholder tokens of a picture depend on its
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlm_sft.common.errors import ModelError, SampleError
 from vlm_sft.data.chat import TEXT_KEYS, Chat, Message, message
 from vlm_sft.data.images import decode_rgb, read_bytes
 from vlm_sft.data.processor import apply_pixel_bounds, blamed_on, image_token_id, visual_tokens
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.data.sources.spec import is_own
-from vlm_sft.errors import ModelError, SampleError
 
 # Two user texts that share no first token: what their sequences share is the part before the question.
 _PROBES = ("A", "9")

@@ -1,4 +1,4 @@
-"""Images: decoded into plain RGB, checked, encoded to be shown. Imports Pillow, NumPy, data.sample and the errors."""
+"""Images: decoded into plain RGB, checked, encoded to be shown."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.sample import ImageRef
-from vlm_sft.errors import DataError
 
 # Pillow can open many more formats; some of them (EPS) start other programs, so only picture formats are let in.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # a phone's MPO opens as JPEG

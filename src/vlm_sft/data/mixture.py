@@ -1,4 +1,4 @@
-"""Mixtures and limits: which questions an epoch or an evaluation holds. Imports data.sample and the source specs.
+"""Mixtures and limits: which questions an epoch or an evaluation holds.
 
 Every draw depends on its seed only: not on hash randomisation, threads or the machine.
 """
@@ -12,9 +12,9 @@ from collections.abc import Hashable, Sequence
 from fractions import Fraction
 from typing import TypeVar
 
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.spec import DatasetSpec
-from vlm_sft.errors import DataError
 
 Key = TypeVar("Key", bound=Hashable)
 

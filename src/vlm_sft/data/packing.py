@@ -1,4 +1,4 @@
-"""The plan of an epoch: which questions make each global batch, and how they are packed. Pure; imports data.order.
+"""The plan of an epoch: which questions make each global batch, and how they are packed. Pure.
 
 A plan is a function of (lengths, batch size, seed, epoch). The number of ranks and the token budget only decide how a
 global batch is cut into packs, so 1, 2 and 8 devices follow the same optimisation.
@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from vlm_sft.data.order import Batches, Bundle, EpochOrder, global_batches
-from vlm_sft.errors import DataError
+from vlm_sft.common.errors import DataError
+from vlm_sft.data.epoch_order import Batches, Bundle, EpochOrder, global_batches
 
 
 @dataclass(frozen=True, slots=True)

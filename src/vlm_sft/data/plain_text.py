@@ -1,4 +1,4 @@
-"""Texts that can never become control tokens: a tokenizer's twin that does not know them. Imports tokenizers lazily.
+"""Texts that can never become control tokens: a tokenizer's twin that does not know them.
 
 A control token is one that does something: it ends an answer, opens a turn, stands for an image. The strings of these
 tokens may also stand in a question or an answer, and there they are text. A tokenizer finds them wherever they stand,
@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from vlm_sft.common.errors import SampleError
 from vlm_sft.data.sample import CONTROL_TEXT, Sample
-from vlm_sft.errors import SampleError
 
 # Strings of control tokens in the families of docs/FAMILIES.md, for a check that knows no model.
 _USUAL = re.compile(

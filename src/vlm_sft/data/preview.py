@@ -1,4 +1,4 @@
-"""The HTML page of a data check: pictures, questions, counts. Imports data.audit, data.images, jinja2."""
+"""The HTML page of a data check: pictures, questions, counts."""
 
 from __future__ import annotations
 

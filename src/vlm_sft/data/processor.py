@@ -1,4 +1,4 @@
-"""What is asked of a Hugging Face processor beside its work: ids, bounds, counts, faults. Imports prompt and errors."""
+"""What is asked of a Hugging Face processor beside its work: ids, bounds, counts, faults."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vlm_sft.common.errors import ModelError, SampleError
 from vlm_sft.data.images import FIX
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import UNPROCESSABLE
-from vlm_sft.errors import ModelError, SampleError
 
 MESSAGE_CHARACTERS = 200  # of another library's message
 

@@ -1,4 +1,4 @@
-"""Prompt template and image settings: they travel with a base or an adapter. Imports artifacts and errors."""
+"""Prompt template and image settings: they travel with a base or an adapter."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vlm_sft import artifacts
-from vlm_sft.errors import ModelError, quoted
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import ModelError, quoted
 
 SHORT_ANSWER_TEMPLATE = "{question}\nAnswer the question using a single word or phrase."
 PROMPT_KEYS = ("template", "own_template", "system", "min_pixels", "max_pixels")  # what changes an answer's wording

@@ -1,4 +1,4 @@
-"""The one internal sample type, and references to images. Imports the standard library and the errors only."""
+"""The one internal sample type, and references to images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.errors import DataError, SampleError
+from vlm_sft.common.errors import DataError, SampleError
 
 # Classes of samples that are left out, see `LeftOut`.
 UNREADABLE = "image cannot be read"

@@ -1,4 +1,4 @@
-"""Processes that prepare steps ahead of the training; a lost one is noticed, named and started again. Imports faults.
+"""Processes that prepare steps ahead of the training; a lost one is noticed, named and started again.
 
 torch's own loader raises from a signal handler, anywhere in the training, when a worker dies, and cannot tell which
 image a hung one was reading. Here every worker has a pipe of its own and says which image it is at.
@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import torch
 import torch.multiprocessing
 
-from vlm_sft.data.faults import WORKER_DIED, WORKER_HUNG
-from vlm_sft.errors import DataError, VlmSftError
+from vlm_sft.common.errors import DataError, VlmSftError
+from vlm_sft.data.image_failures import WORKER_DIED, WORKER_HUNG
 
 HANG_SECONDS = 50.0  # at one image, before its worker counts as hung
 LOOK_SECONDS = 1.0  # between two looks at a worker that is waited for

@@ -1,1 +1,1 @@
-"""Metrics, statistics, scoring, comparison, generation. May import recipe, data and model; never train."""
+"""Metrics, statistics, scoring, comparison, generation."""

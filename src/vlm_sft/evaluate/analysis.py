@@ -1,4 +1,4 @@
-"""Where a model errs: scores by category, the worst categories, examples. Imports statistics; no torch."""
+"""Where a model errs: scores by category, the worst categories, examples."""
 
 from __future__ import annotations
 

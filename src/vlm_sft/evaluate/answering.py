@@ -1,20 +1,22 @@
-"""What an evaluation asks: the whole model on this rank's device, or its share. Imports model, launch and record."""
+"""What an evaluation asks: the whole model on this rank's device, or its share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_sft.console import say
-from vlm_sft.data.cache import DataCache
+from vlm_sft.common.console import say
+from vlm_sft.common.record import memory_bytes
+from vlm_sft.data.cache.encoded import DataCache
 from vlm_sft.data.sample import Sample
+from vlm_sft.distributed.collectives import agree
+from vlm_sft.distributed.launch import Launch
+from vlm_sft.distributed.zero import join_deepspeed
 from vlm_sft.evaluate.backends import SharedPrefixBackend
-from vlm_sft.evaluate.caches import Caches
-from vlm_sft.launch import Launch, agree, join_deepspeed
-from vlm_sft.model.adapt import load_adapter
+from vlm_sft.model.adapters import load_adapter
+from vlm_sft.model.caches import Caches
 from vlm_sft.model.load import Base, load_model
 from vlm_sft.model.sharded import gather_on_forward, load_partitioned, shards_weights
-from vlm_sft.record import memory_bytes
 
 
 def open_backend(
@@ -37,7 +39,7 @@ def open_backend(
     shared = agree(lambda: shards_weights(shard_weights, base, launch.world_size, memory))
     if shared:
         say(f"the weights are shared out over {launch.world_size} ranks while they answer (--shard_weights)")
-        join_deepspeed(launch)
+        join_deepspeed(launch.cpu)
         model = load_partitioned(base, adapter, launch.world_size)
     else:
         # Frozen features are kept of a frozen tower only.

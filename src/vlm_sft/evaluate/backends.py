@@ -1,4 +1,4 @@
-"""What answers questions: the shared-prefix generation of this package, or vLLM. Imports data, model and generate."""
+"""What answers questions: the shared-prefix generation of this package, or vLLM."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from vlm_sft.artifacts import ADAPTER_CONFIG, read_json
+from vlm_sft.common.artifacts import ADAPTER_CONFIG, read_json
+from vlm_sft.common.errors import ModelError
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import Sample
-from vlm_sft.errors import ModelError
+from vlm_sft.distributed.zero import is_partitioned
+from vlm_sft.evaluate.batching import Pack, ahead
 from vlm_sft.evaluate.generate import Generated, alone, generate
-from vlm_sft.evaluate.plan import Pack, ahead
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base
-from vlm_sft.model.partitioned import is_partitioned
-from vlm_sft.model.sharing import choose_mode
+from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.vllm_rules import max_lora_rank
 
 # Rounding differs between packs by about 1e-5 in float32. A question whose two best tokens were nearer than this is

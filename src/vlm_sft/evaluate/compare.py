@@ -1,4 +1,4 @@
-"""Compares runs on the same items, pair by pair. Imports errors, artifacts, scoring and statistics; no torch."""
+"""Compares runs on the same items, pair by pair."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_sft import artifacts
-from vlm_sft.artifacts import in_markdown
-from vlm_sft.errors import EvaluationError, quoted
+from vlm_sft.common import artifacts
+from vlm_sft.common.artifacts import in_markdown
+from vlm_sft.common.errors import EvaluationError, quoted
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS
 from vlm_sft.evaluate.scoring import score_item, why_cut

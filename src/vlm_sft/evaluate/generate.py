@@ -1,4 +1,4 @@
-"""Batched greedy generation from shared prefixes. Imports data and model.
+"""Batched greedy generation from shared prefixes.
 
 A pack holds images with all their questions; it is computed once, and every question then continues from its own place
 in the one key/value cache: a step feeds one token a question, each of which sees its image's prefix, its own question
@@ -15,7 +15,7 @@ import torch
 from transformers import Cache, DynamicCache, DynamicLayer
 
 from vlm_sft.data.collate import PackedBatch
-from vlm_sft.model import prefix
+from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode, masks_for
 
 
@@ -92,11 +92,11 @@ def generate(
             needs all ranks (ZeRO-3), a rank that is done keeps computing until all are.
     """
     device = batch.group.device
-    config = prefix.unwrap(model).config.get_text_config(decoder=True)
+    config = packed_forward.unwrap(model).config.get_text_config(decoder=True)
     # A cache that knows of sliding windows forgets old tokens; behind a shared prefix the masks see to that.
     cache = Cache(layer_class_to_replicate=RoomyLayer) if mode.shares else DynamicCache(config=config)
-    with prefix.packed(batch, mode, 0):
-        output = prefix.forward(model, batch, mode, use_cache=True, past_key_values=cache)
+    with packed_forward.packed(batch, mode, 0):
+        output = packed_forward.forward(model, batch, mode, use_cache=True, past_key_values=cache)
     questions = len(batch.sample_ids)
     answers: list[list[int]] = [[] for _ in range(questions)]
     near: set[int] = set()
@@ -138,11 +138,11 @@ class _SharedSteps:
     """
 
     def __init__(self, model: Any, batch: PackedBatch) -> None:
-        self.config = prefix.unwrap(model).config
+        self.config = packed_forward.unwrap(model).config
         group, branch = batch.group[batch.predict], batch.branch[batch.predict]
         own = (batch.branch[None, :] == 0) | (batch.branch[None, :] == branch[:, None])
         self.rows = own & (batch.group[None, :] == group[:, None])  # (questions, L): its own prefix and itself
-        self.positions = prefix.position_ids(model, batch)[..., batch.predict]
+        self.positions = packed_forward.position_ids(model, batch)[..., batch.predict]
         self.keys = batch.index  # of every token in the cache
         self.last = self.keys[batch.predict]
         self.columns = batch.group.new_empty(0)  # questions that the generated tokens in the cache belong to

@@ -1,4 +1,4 @@
-"""What a checkpoint may lose elsewhere: the `--guard` argument, its test, the trade-off. Imports data, statistics."""
+"""What a checkpoint may lose elsewhere: the `--guard` argument, its test, the trade-off."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_sft.errors import EvaluationError, quoted
+from vlm_sft.common.errors import EvaluationError, quoted
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.compare import TOO_FEW
 from vlm_sft.evaluate.tasks import benchmark_names

@@ -1,4 +1,4 @@
-"""The rules by which an answer is right, and the benchmarks using them. Imports errors and standard library only."""
+"""The rules by which an answer is right, and the benchmarks using them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 
-from vlm_sft.errors import EvaluationError, nearest, quoted
+from vlm_sft.common.errors import EvaluationError, nearest, quoted
 
 Metric = Callable[[str, Sequence[str]], float]
 

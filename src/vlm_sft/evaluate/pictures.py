@@ -1,4 +1,4 @@
-"""The pictures that an evaluation keeps for its report. Imports data, artifacts and console."""
+"""The pictures that an evaluation keeps for its report."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlm_sft import artifacts
-from vlm_sft.console import progress, warn
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import progress, warn
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.images import decode_rgb, encode_webp, read_bytes
 from vlm_sft.data.sample import ImageRef, Sample
-from vlm_sft.errors import DataError
 from vlm_sft.evaluate.tasks import Task
 
 KEPT_BYTES = 32_000_000  # of pictures a benchmark: all of ChartQA's test split, about half of TextVQA's

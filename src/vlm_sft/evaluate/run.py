@@ -1,255 +1,250 @@
-"""Answer benchmarks and score the answers; compare base and tuned. Imports data and the rest of this room.
-
-Everything an evaluation produces is on disk: predictions grow while it runs, a rerun goes on from them, and the results
-are computed from them.
-"""
+"""One evaluation from the command line to the scores."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Sequence
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
-from vlm_sft import artifacts
-from vlm_sft.console import progress
-from vlm_sft.data.sources.splits import image_groups
-from vlm_sft.errors import EvaluationError
-from vlm_sft.evaluate.analysis import analyse
-from vlm_sft.evaluate.backends import Backend, Reply
-from vlm_sft.evaluate.compare import compare_rows
-from vlm_sft.evaluate.identity import PART, claim, mend_parts, part_files, read_rows
-from vlm_sft.evaluate.metrics import Benchmark
-from vlm_sft.evaluate.pictures import picture_name
-from vlm_sft.evaluate.plan import Pack, image_counter, plan_packs, rounds, share
-from vlm_sft.evaluate.scoring import summarise
-from vlm_sft.evaluate.tasks import Task
-from vlm_sft.launch import barrier
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import is_main_process, say, warn
+from vlm_sft.common.errors import EvaluationError, ModelError
+from vlm_sft.common.record import RunRecord, device_name
+from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, note_lines, notes_of
+from vlm_sft.data.encode import Encoder
+from vlm_sft.data.prompt import PromptSettings
+from vlm_sft.data.sample import distinct_images
+from vlm_sft.data.sources.spec import parse_datasets
+from vlm_sft.distributed.collectives import barrier
+from vlm_sft.distributed.launch import Launch, connected, idle_gpus, pack_tokens, quiet_libraries, read_launch
+from vlm_sft.evaluate.answering import open_backend
+from vlm_sft.evaluate.backends import Backend, VllmBackend, require_vllm
+from vlm_sft.evaluate.evaluator import Evaluator
+from vlm_sft.evaluate.pictures import save_pictures
+from vlm_sft.evaluate.provenance import PART, identity_of
+from vlm_sft.evaluate.scoring import format_score
+from vlm_sft.evaluate.tasks import (
+    Task,
+    benchmark_names,
+    fit_prompt,
+    load_tasks,
+    parse_token_limits,
+    too_short,
+    usable_tasks,
+    with_limits,
+)
+from vlm_sft.model.caches import CacheOptions, Caches
+from vlm_sft.model.load import Base, empty_model, find_base
+from vlm_sft.model.saved_adapter import check_adapter_folder, require_fit
+from vlm_sft.model.vllm_rules import not_for_vllm
 
 
-class EvaluationStopped(Exception):
-    """A run was asked to stop while it answered questions; every rank raises it at the same place."""
+@dataclass(frozen=True)
+class EvalOptions:
+    """The command line of one evaluation.
 
-
-class StopRequest(Protocol):
-    """Something that knows whether a run is to stop."""
-
-    def asked(self) -> bool:
-        """Whether this rank was asked to."""
-        ...
-
-    def stop_agreed(self) -> bool:
-        """Whether any rank was; every rank must call it."""
-        ...
-
-
-class Evaluator:
-    """Answers benchmarks with one backend.
-
-    Args:
-        backend: what answers.
-        tokens_per_pack: token budget of one forward pass.
-        rank, world_size: this process answers every `world_size`-th pack.
-        replace: predictions of another model in a folder are removed; otherwise they are an error.
-        stop: looked at between packs; None where nothing asks an evaluation to stop.
+    Attributes:
+        base_model: "pocket", a folder or a Hub id.
+        benchmark: data sets in the grammar of `--dataset`.
+        output_dir: folder of the results: <benchmark>/predictions.jsonl and <benchmark>/results.json.
+        adapter: folder of an adapter; None evaluates the base.
+        limit: questions a benchmark, a seeded stratified sample; None for all.
+        split: instead of the benchmark's own split.
+        max_new_tokens: limit of an answer in tokens, a number or `BENCHMARK=NUMBER,…`; None for the benchmarks' own,
+            and for own data for that of the adapter, or what its longest answer needs.
+        prompt_template, system, min_pixels, max_pixels: instead of what travels with the adapter or the base.
+        allow_prompt_mismatch: these may differ from what the adapter was trained with.
+        allow_other_base: the base may be another one than the adapter was trained on.
+        tokens_per_pack: token budget of one forward pass; None for the device's.
+        flash_attn: use FlashAttention where it can run.
+        load_in_4bit: hold the weights of the language model in 4 bits, as a QLoRA training does.
+        backend: "transformers" (shared prefixes) or "vllm".
+        max_left_out: share of questions that may be left out, 0 to 1.
+        shard_weights: "true", "false" or "auto": the ranks share out the weights.
+        caches: what is kept on disk; it changes no answer.
+        local_rank: from the deepspeed launcher.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        tokens_per_pack: int,
-        rank: int = 0,
-        world_size: int = 1,
-        *,
-        replace: bool = False,
-        stop: StopRequest | None = None,
-    ) -> None:
-        self.backend = backend
-        self.tokens_per_pack = tokens_per_pack
-        self.rank, self.world_size = rank, world_size
-        self.in_step = backend.in_step
-        self.replace = replace
-        self.stop = stop
-        self._image_tokens = image_counter(backend.encoder.processor)
-
-    def run(self, task: Task, folder: Path, label: str, identity: dict[str, Any]) -> dict[str, Any]:
-        """Answer one benchmark and score it; goes on from predictions that are already there.
-
-        Args:
-            task: the benchmark.
-            folder: where predictions.jsonl and results.json go.
-            label: what the progress bar says.
-            identity: what answers, from `identity_of`.
-
-        Returns:
-            The summary that results.json holds (on rank 0; on other ranks {}).
-
-        Raises:
-            EvaluationError: the folder holds predictions of another model, and `replace` is off.
-            EvaluationStopped: `stop` asked for it; what was answered is kept.
-        """
-        done = self._begin(folder, identity | {"max_new_tokens": task.max_new_tokens})
-        began = time.monotonic()
-        self._answer(task, folder, label, done)
-        barrier(f"answer {task.name}")
-        if self.stop is not None and self.stop.stop_agreed():
-            raise EvaluationStopped
-        seconds = time.monotonic() - began
-        result = self._finish(task, folder, seconds, len(task.samples) - len(done)) if self.rank == 0 else {}
-        barrier(f"score {task.name}")
-        return result
-
-    def _begin(self, folder: Path, identity: dict[str, Any]) -> set[str]:
-        """Claim the folder, mend what a kill left, and return the ids that are answered; the same on every rank."""
-        if self.rank == 0:
-            claim(folder, identity, self.replace)
-            mend_parts(folder)
-        barrier("begin")
-        done = set(read_rows(folder))
-        barrier("read the answers that are there")
-        return done
-
-    def _answer(self, task: Task, folder: Path, label: str, done: set[str]) -> None:
-        """Answer this rank's packs and write the rows as they come."""
-        clusters = dict(zip((one.id for one in task.samples), image_groups(task.samples), strict=True))
-        packs = plan_packs(task.samples, self._image_tokens, self.tokens_per_pack)
-        own = share(packs, done, self.rank, self.world_size)
-        total = sum(len(members) for pack in own for members in pack)
-        with (
-            (folder / PART.format(self.rank)).open("a", encoding="utf-8", errors=artifacts.UNENCODABLE) as stream,
-            progress(total, label, "questions") as bar,
-        ):
-            answers = self.backend.answers(own + self._extra(packs, done, len(own)), task.max_new_tokens)
-            for number, replies in enumerate(answers):
-                if self._stop_now():
-                    break
-                if number >= len(own):
-                    continue
-                rows = [prediction_row(task.benchmark, reply, clusters[reply.sample.id]) for reply in replies]
-                stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-                stream.flush()
-                bar.advance(len(rows))
-
-    def _stop_now(self) -> bool:
-        """Where packs are computed in step the ranks must leave at the same one; elsewhere they meet afterwards."""
-        if self.stop is None:
-            return False
-        return self.stop.stop_agreed() if self.in_step else self.stop.asked()
-
-    def _extra(self, packs: list[Pack], done: set[str], own: int) -> list[Pack]:
-        """Packs that this rank computes only because others have more of them and need it."""
-        missing = rounds(packs, done, self.world_size) - own if self.in_step else 0
-        return [packs[-1]] * missing
-
-    def _finish(self, task: Task, folder: Path, seconds: float, new: int) -> dict[str, Any]:
-        """Write predictions.jsonl in the order of the questions and results.json; the parts of the ranks go."""
-        rows = read_rows(folder)
-        missing = [sample.id for sample in task.samples if sample.id not in rows]
-        if missing:
-            raise EvaluationError(f"{len(missing)} questions have no prediction, e.g. {missing[0]}", "run it again")
-        ordered = [rows[sample.id] for sample in task.samples]
-        artifacts.write_jsonl(folder / artifacts.PREDICTIONS, ordered)
-        for path in part_files(folder):
-            path.unlink()
-        path = folder / artifacts.RESULTS
-        timing = {"seconds": round(seconds, 3), "questions_per_second": round(new / max(seconds, 1e-9), 3)}
-        if new <= 0 and path.is_file():  # nothing was generated: the earlier figures are the true ones
-            timing |= {key: value for key, value in artifacts.read_json(path).items() if key in timing}
-        result = summarise(task.benchmark.name, ordered) | {
-            "schema": 1,
-            "benchmark": task.name,
-            "synthetic": task.synthetic,
-            **timing,
-            "max_new_tokens": task.max_new_tokens,
-            "answer_tokens": task.answer_tokens,
-            "tokens_per_pack": self.tokens_per_pack,
-            "prompt": self.backend.encoder.prompt.to_dict(),
-            "analysis": analyse(ordered),
-        }
-        artifacts.write_json(path, result)
-        return result
+    base_model: str
+    benchmark: str
+    output_dir: Path
+    adapter: Path | None = None
+    limit: int | None = None
+    split: str | None = None
+    max_new_tokens: str | None = None
+    prompt_template: str | None = None
+    system: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    allow_prompt_mismatch: bool = False
+    allow_other_base: bool = False
+    tokens_per_pack: int | None = None
+    flash_attn: bool = False
+    load_in_4bit: bool = False
+    backend: str = "transformers"
+    max_left_out: float = MAX_LEFT_OUT_FRACTION
+    shard_weights: str = "auto"
+    caches: CacheOptions = field(default_factory=CacheOptions)
+    local_rank: int | None = None
 
 
-def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str, Any]:
-    """One line of predictions.jsonl.
-
-    Args:
-        benchmark: scores the answer.
-        reply: the question with its answer.
-        cluster: the questions that it hangs together with through its images; told where it has several of them.
-    """
-    sample, text, cut = reply
-    return {
-        "id": sample.id,
-        "image": picture_name(sample),
-        **({"cluster": cluster} if len(sample.images) > 1 else {}),
-        "image_pixels": sum(image.width * image.height for image in sample.images),
-        "question": sample.question,
-        "prediction": text,
-        "answers": list(sample.answers),
-        "split": sample.split,
-        "score": benchmark.metric(text, sample.answers),
-        "cut": cut,
-        "question_type": str(sample.metadata.get("question_type", "")),
-    }
-
-
-def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
-    """Compare base and tuned on every benchmark from the files of an evaluation folder.
-
-    Args:
-        tasks: what was evaluated.
-        folder: holds base/<benchmark>/ and tuned/<benchmark>/.
+def evaluate(options: EvalOptions) -> dict[str, dict[str, object]]:
+    """Carry out one evaluation.
 
     Returns:
-        The value of results.json.
+        For each benchmark the value of its results.json (on rank 0).
+
+    Raises:
+        VlmSftError: a mistake in the data, model, folder, prompt or launch.
     """
-    benchmarks: dict[str, Any] = {}
+    quiet_libraries()
+    limits = parse_token_limits(options.max_new_tokens, benchmark_names(options.benchmark))
+    launch = read_launch(options.local_rank, None)
+    if options.backend == "vllm":
+        _check_vllm(launch, options.load_in_4bit)
+    # Under the deepspeed launcher too: an evaluation needs no ZeRO, every rank holds the model.
+    place = artifacts.OutputFolder(
+        options.output_dir, artifacts.RUN, artifacts.LEFT_OUT, f"*/{artifacts.IDENTITY}", f"*/{PART.format('*')}"
+    )
+    with place.or_nothing(lambda: _answered(options.output_dir)), connected(launch):
+        return _carry_out(options, launch, limits)
+
+
+def _answered(folder: Path) -> bool:
+    """Whether a folder holds an answer."""
+    files = [*folder.glob(f"*/{artifacts.PREDICTIONS}"), *folder.glob(f"*/{PART.format('*')}")]
+    return any(path.stat().st_size for path in files)
+
+
+def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> dict[str, dict[str, object]]:
+    """Load, answer, score; returns as `evaluate` does."""
+    base = _find_base(options)
+    for note in filter(None, [idle_gpus(launch, sys.argv), *base.notes]):
+        say(note)
+    tasks, left_out = load_tasks(options.benchmark, options.limit, options.split)
+    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    tasks, refused = usable_tasks(tasks, encoder)
+    left_out += refused
+    tasks = with_limits(tasks, base.prompt, encoder.chat.plain, limits)
+    questions = sum(len(task.samples) for task in tasks)
+    who = f"{options.base_model} with {options.adapter}" if options.adapter else options.base_model
+    say(
+        f"evaluating {who} on {', '.join(task.name for task in tasks)}: "
+        f"{questions:,} questions on {distinct_images(one for task in tasks for one in task.samples):,} images"
+    )
+    if is_main_process():
+        artifacts.write_jsonl(options.output_dir / artifacts.LEFT_OUT, map(asdict, left_out))
+    enforce(left_out, questions + len(left_out), options.max_left_out, options.output_dir / artifacts.LEFT_OUT)
+    if left_out:
+        warn(left_out_line(left_out))
+    notes = note_lines(notes_of((sample for task in tasks for sample in task.samples), encoder.holds_control))
+    for line in notes:
+        say(line)
+    for line in too_short(tasks):
+        warn(line)
+    identity = identity_of(base, options.adapter)
+    record = RunRecord(options.output_dir, _facts(options, launch, base))
+    record.write()
+    for line in notes:
+        record.note(line)
+    backend = _backend(options, base, launch, tasks, record)
+    evaluator = Evaluator(backend, options.tokens_per_pack or pack_tokens(launch), launch.rank, launch.world_size)
+    results = {}
     for task in tasks:
-        sides = {}
-        for side in ("base", "tuned"):
-            sides[side] = artifacts.read_json(folder / side / task.name / artifacts.RESULTS)
-        rows = [list(artifacts.read_jsonl(folder / side / task.name / artifacts.PREDICTIONS)) for side in sides]
-        compared = compare_rows(*rows)
-        benchmarks[task.name] = {
-            "n": compared["n"],
-            "clusters": compared["clusters"],
-            "metric": task.benchmark.metric_name,
-            "synthetic": task.synthetic,
-            **{side: {key: sides[side][key] for key in ("accuracy", "interval", "seconds", "cut")} for side in sides},
-            **{key: sides["tuned"][key] for key in ("max_new_tokens", "answer_tokens")},
-            "difference": compared["difference"],
-            "difference_interval": compared["interval"],
-            "p_value": compared["p_value"],
-            "verdict": compared["verdict"],
-            **{key: compared[key] for key in ("smallest_detectable_difference", "questions_needed", "clusters_needed")},
-            "splits": {
-                split: {
-                    "n": values["n"],
-                    "base": values["accuracy"],
-                    "tuned": sides["tuned"]["splits"][split]["accuracy"],
-                }
-                for split, values in sides["base"]["splits"].items()
-            },
-            "analysis": _both_sides(sides["base"]["analysis"], sides["tuned"]["analysis"]),
-        }
-    return {"schema": 1, "benchmarks": benchmarks}
+        folder = options.output_dir / task.name
+        results[task.name] = evaluator.run(task, folder, task.name, identity)
+    if is_main_process():
+        save_pictures(tasks, options.output_dir)
+        record.finish("finished")
+        for result in results.values():
+            say(format_score(result))
+        say(f"predictions and results: {options.output_dir}/<benchmark>/{artifacts.PREDICTIONS}")
+        place = shlex.quote(str(options.output_dir))
+        say(f"next: compare with another evaluation: vlm-sft compare OTHER {place} --baseline OTHER")
+    barrier("end")
+    return results
 
 
-def _both_sides(base: dict[str, Any], tuned: dict[str, Any]) -> dict[str, Any]:
-    """The tuned model's error analysis with the base's accuracy beside every category."""
+def _check_vllm(launch: Launch, four_bit: bool) -> None:
+    """Refuse the vLLM backend where it cannot run.
 
-    def before(dimension: str, category: str) -> float | None:
-        return base["categories"].get(dimension, {}).get(category, {}).get("accuracy")
+    Raises:
+        ModelError: vLLM is not installed.
+        EvaluationError: it was started as several ranks, or 4-bit weights are asked for.
+    """
+    require_vllm()
+    if four_bit:
+        raise EvaluationError("--backend vllm holds weights in their own format", "leave --load_in_4bit out")
+    if launch.world_size > 1:
+        raise EvaluationError(
+            f"--backend vllm runs as one process, not as {launch.world_size} ranks", "start it with plain vlm-sft eval"
+        )
 
+
+def _facts(options: EvalOptions, launch: Launch, base: Base) -> dict[str, object]:
+    """What run.json says."""
     return {
-        "categories": {
-            dimension: {
-                name: {"n": values["n"], "base": before(dimension, name), "tuned": values["accuracy"]}
-                for name, values in parts.items()
-            }
-            for dimension, parts in tuned["categories"].items()
-        },
-        "worst": [entry | {"base_accuracy": before(entry["dimension"], entry["category"])} for entry in tuned["worst"]],
+        "base_model": options.base_model,
+        "adapter": str(options.adapter) if options.adapter else None,
+        "dataset": options.benchmark,
+        "limit": options.limit,
+        "split": options.split,
+        "device": device_name(),
+        "world_size": launch.world_size,
+        "attention": base.attention,
+        "dtype": base.dtype_name,
+        "load_in_4bit": base.load_in_4bit,
+        "backend": options.backend,
     }
+
+
+def _backend(options: EvalOptions, base: Base, launch: Launch, tasks: list[Task], record: RunRecord) -> Backend:
+    """Load what answers; images and their vision features come from the cache, as in the evaluation of a training."""
+    if options.backend == "vllm":
+        return VllmBackend(base, options.adapter)
+    caches = Caches(options.caches, launch, base.name, base.path)
+    asked = [sample for task in tasks for sample in task.samples]
+    backend, cache = open_backend(base, options.adapter, launch, options.shard_weights, caches, asked)
+    caches.describe([cache])
+    record.update(engine=caches.facts)
+    return backend
+
+
+def _find_base(options: EvalOptions) -> Base:
+    """Find the base, with the prompt and image settings that travel with the adapter.
+
+    Raises:
+        EvaluationError: a flag differs from what the adapter was trained with, and that is not allowed.
+        ModelError: the adapter or the base cannot be found, or they do not belong together.
+    """
+    config = check_adapter_folder(options.adapter) if options.adapter else {}
+    saved = PromptSettings.find(options.adapter) if options.adapter else None
+    base = find_base(
+        options.base_model,
+        flash_attn=options.flash_attn,
+        prompt=saved,
+        min_pixels=options.min_pixels,
+        max_pixels=options.max_pixels,
+        template=options.prompt_template,
+        system=options.system,
+        load_in_4bit=options.load_in_4bit,
+    )
+    if options.adapter:
+        contents = require_fit(options.adapter, base, options.allow_other_base)
+        problems = not_for_vllm(config, contents.layers, empty_model(base.path)) if options.backend == "vllm" else ()
+        if problems:
+            raise ModelError(f"--adapter {options.adapter}: {'; '.join(problems)}", "leave --backend vllm out")
+    if options.adapter and saved is None:
+        warn(f"{options.adapter} has no {artifacts.PROMPT}: the prompt of its training is unknown")
+    if saved is None:
+        base = fit_prompt(base, parse_datasets(options.benchmark), options.prompt_template is not None)
+    changed = saved.differences(base.prompt) if saved else []
+    if changed and not options.allow_prompt_mismatch:
+        raise EvaluationError(
+            f"--adapter {options.adapter} was trained with another prompt: {'; '.join(changed)}",
+            "leave these flags out, or pass --allow_prompt_mismatch to see what another prompt does",
+        )
+    if changed:
+        warn(f"the prompt is not that of the training: {'; '.join(changed)}")
+    return base

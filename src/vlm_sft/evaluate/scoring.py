@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from vlm_sft import artifacts, console
+from vlm_sft.common import artifacts, console
+from vlm_sft.common.errors import EvaluationError, RunError, quoted
 from vlm_sft.data.answers import room_for
-from vlm_sft.errors import EvaluationError, RunError, quoted
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, get_benchmark
 

@@ -1,4 +1,4 @@
-"""The sign-flip test of clusters: every set of clusters turned round, or a sample of them. Imports NumPy and SciPy."""
+"""The sign-flip test of clusters: every set of clusters turned round, or a sample of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sure an accuracy or a difference is: intervals, tests, corrections. Imports NumPy, SciPy, sign_flips, errors.
+"""How sure an accuracy or a difference is: intervals, tests, corrections.
 
 Questions about one image are not independent. Wherever `clusters` is taken, it holds one label an item (the image), and
 whole images count. With few of them the normal theory claims too much: everything here is built to hold from three
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlm_sft.errors import EvaluationError
+from vlm_sft.common.errors import EvaluationError
 from vlm_sft.evaluate.sign_flips import DRAWS, ROUNDING, SignPatterns, one_sided_p_value
 
 Interval = tuple[float, float]

@@ -1,4 +1,4 @@
-"""What an evaluation asks: benchmarks, questions, limits of the answers. Imports data, model, launch and metrics.
+"""What an evaluation asks: benchmarks, questions, limits of the answers.
 
 A published benchmark has the limit that its authors use; that of own data follows from its answers. So does whether its
 questions ask for a word or phrase.
@@ -10,21 +10,21 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from vlm_sft.common.errors import DataError, EvaluationError, quoted
 from vlm_sft.data.answers import fitted, limit_for, longest_answer, room_for
 from vlm_sft.data.audit import check_images
 from vlm_sft.data.chat import Chat
+from vlm_sft.data.dataset import usable_samples
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import stratified_limit
 from vlm_sft.data.plain_text import PlainText
-from vlm_sft.data.prepared import usable_samples
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.jsonl import answer_texts
 from vlm_sft.data.sources.registry import benchmark_split, is_synthetic, load_split
 from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets, refuse_weights
-from vlm_sft.errors import DataError, EvaluationError, quoted
+from vlm_sft.distributed.collectives import gather
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
-from vlm_sft.launch import gather
 from vlm_sft.model.load import Base
 
 NO_QUESTION = "choose another split"

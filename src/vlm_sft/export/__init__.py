@@ -1,1 +1,1 @@
-"""Folders that other programs open: merged models, adapters, cards. Imports data, model, evaluate, launch, record."""
+"""Folders that other programs open: merged models, adapters, cards."""

@@ -1,10 +1,10 @@
-"""Uploads an export to the Hugging Face Hub with its standard client, when asked to. Imports the errors only."""
+"""Uploads an export to the Hugging Face Hub with its standard client, when asked to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from vlm_sft.errors import RunError
+from vlm_sft.common.errors import RunError
 
 
 def push(folder: Path, repository: str, private: bool) -> str:

@@ -1,4 +1,4 @@
-"""The files of an export: a merged model with its processor, or an adapter. Imports model and data.
+"""The files of an export: a merged model with its processor, or an adapter.
 
 The merge is computed in float32 and rounded once, when the weights are written.
 """
@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from vlm_sft import artifacts
-from vlm_sft.errors import ModelError
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import ModelError
 from vlm_sft.export.source import Source
 from vlm_sft.model.load import Base
 

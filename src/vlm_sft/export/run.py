@@ -1,4 +1,4 @@
-"""One export from the command line to a verified folder, readable top to bottom. Imports the rest of this room.
+"""One export from the command line to a verified folder, readable top to bottom.
 
 The folder is written aside and gets its name when it was opened again and compared; a failure leaves nothing behind.
 """
@@ -17,23 +17,23 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlm_sft import artifacts
-from vlm_sft.console import say, warn
-from vlm_sft.data.cache_folder import weights_mark
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import say, warn
+from vlm_sft.common.errors import ModelError, RunError
+from vlm_sft.common.record import now, versions
+from vlm_sft.data.cache.directory import weights_mark
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
-from vlm_sft.errors import ModelError, RunError
+from vlm_sft.distributed.launch import quiet_libraries
 from vlm_sft.export.hub import push
 from vlm_sft.export.merge import AUTO, export_dtype, write_adapter, write_merged
 from vlm_sft.export.source import Source, find_source
 from vlm_sft.export.verify import Told, compare, effect, examples, find_questions, require, told_by_folder, told_by_us
-from vlm_sft.launch import quiet_libraries
-from vlm_sft.model.adapt import load_adapter
-from vlm_sft.model.folder import require_utf8
+from vlm_sft.model.adapters import load_adapter
 from vlm_sft.model.load import empty_model, load_model
+from vlm_sft.model.model_folder import require_utf8
 from vlm_sft.model.saved_adapter import BASE_WEIGHTS, Contents, require_fit
 from vlm_sft.model.vllm_rules import max_lora_rank, not_for_vllm
-from vlm_sft.record import now, versions
 from vlm_sft.report.card import ADAPTER, MERGED, About, card
 
 QUESTIONS = 8

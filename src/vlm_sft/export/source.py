@@ -1,4 +1,4 @@
-"""What is exported: an adapter, its base, and the run that made it. Imports data.prompt and model."""
+"""What is exported: an adapter, its base, and the run that made it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_sft import artifacts
+from vlm_sft.common import artifacts
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.model.load import Base, find_base
 from vlm_sft.model.saved_adapter import base_of_adapter

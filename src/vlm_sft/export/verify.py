@@ -1,4 +1,4 @@
-"""An export against the adapter that it was made from: the same logits and answers. Imports data, evaluate and model.
+"""An export against the adapter that it was made from: the same logits and answers.
 
 One side is the adapter as this package evaluates it; the other is opened by plain transformers (and PEFT) from the new
 folder, with the folder's own processor. Both answer a few questions greedily.
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from vlm_sft import artifacts
-from vlm_sft.console import progress
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import progress
+from vlm_sft.common.errors import DataError, ModelError
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.images import check_image, decode_rgb
@@ -24,9 +25,8 @@ from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.data.sources.registry import load_split
 from vlm_sft.data.sources.spec import parse_datasets
-from vlm_sft.errors import DataError, ModelError
-from vlm_sft.model import prefix
-from vlm_sft.model.sharing import TOLERANCE
+from vlm_sft.model import packed_forward
+from vlm_sft.model.sharing_check import TOLERANCE
 
 ANSWER_TOKENS = 32
 EXAMPLES = 4  # that the report shows
@@ -104,8 +104,8 @@ def told_by_us(model: Any, encoder: Encoder, samples: Sequence[Sample], label: s
     with progress(len(samples), label, "questions") as bar:
         for sample in samples:
             batch = collate([Bundle(0, (0,))], [encoder.encode([sample], with_answers=False)])
-            batch = batch.to(prefix.unwrap(model).device)
-            answers.append(_generate(model, prefix.separate_inputs(model, batch), config))
+            batch = batch.to(packed_forward.unwrap(model).device)
+            answers.append(_generate(model, packed_forward.separate_inputs(model, batch), config))
             bar.advance()
     return answers
 

@@ -1,1 +1,1 @@
-"""Time, memory and disk of a run before it starts, and which recipe to take; imports recipe, data.packing; no torch."""
+"""Time, memory and disk of a run before it starts, and which recipe to take."""

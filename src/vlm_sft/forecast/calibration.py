@@ -1,4 +1,4 @@
-"""What measurements say about a forecast: a probe of a few steps, or past runs. Imports artifacts, forecast.hardware.
+"""What measurements say about a forecast: a probe of a few steps, or past runs.
 
 Past runs lie in `past_runs.jsonl` in the cache folder, one JSON object a line: device and shape, what the uncorrected
 forecast said about every item, what it came to, and the machine's rates at its start. How much one of them teaches
@@ -18,8 +18,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.artifacts import read_jsonl, write_jsonl
-from vlm_sft.errors import RunError
+from vlm_sft.common.artifacts import read_jsonl, write_jsonl
+from vlm_sft.common.errors import RunError
 from vlm_sft.forecast.hardware import Rates
 
 PAST_RUNS = "past_runs.jsonl"

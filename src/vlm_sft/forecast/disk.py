@@ -1,4 +1,4 @@
-"""Bytes that a run writes: checkpoints, adapter, evaluation, logs, caches. Imports counts and shapes; pure.
+"""Bytes that a run writes: checkpoints, adapter, evaluation, logs, caches.
 
 Tensors are counted exactly; safetensors adds a header of about a hundred bytes for each. Small files of fixed content
 are constants, taken from what this version writes; the forecast is held against the bytes on disk after every run.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlm_sft.forecast.counts import Adapter
+from vlm_sft.forecast.flops import Adapter
 from vlm_sft.forecast.shapes import ModelShape
 
 HEADER_BYTES = 144  # of one tensor in a safetensors header: its long name, shape, offsets

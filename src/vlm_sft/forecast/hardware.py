@@ -1,6 +1,6 @@
-"""Devices: peak rates, memory and bandwidth, with sources; rates of a machine that was measured. Imports errors only.
+"""Devices: peak rates, memory and bandwidth, with sources; rates of a machine that was measured.
 
-An unknown device is never taken for a known one: it is measured (`vlm_sft.train.measure`) or asked for.
+An unknown device is never taken for a known one: it is measured (`vlm_sft.planning.device_rates`) or asked for.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from vlm_sft.errors import RunError, nearest
+from vlm_sft.common.errors import RunError, nearest
 
 GIB = 1024**3
 

@@ -1,4 +1,4 @@
-"""Peak memory of one device, item by item. Imports counts and time; pure.
+"""Peak memory of one device, item by item.
 
 Weights, gradients and optimizer follow from counts of parameters (what ZeRO's stages share out among the ranks:
 Rajbhandari et al. 2020, arXiv:1910.02054). Activations are what autograd keeps for the backward pass of one pack,
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlm_sft.forecast.counts import Work
+from vlm_sft.forecast.flops import Work
 from vlm_sft.forecast.time import Setting
 
 NORM_VALUES = 4  # hidden vectors a token and layer: the input of two norms, and their normalised values
@@ -242,8 +242,8 @@ def _trained_bytes(setting: Setting, ranks: Ranks) -> int:
 def _gradient_bytes(setting: Setting, ranks: Ranks, rounds: int) -> float:
     """Bytes of gradients while packs are computed.
 
-    The sum over the packs of a step is whole on every rank (`train/step.py`), under ZeRO-2 too, and so are those of the
-    pack that is being added. Under ZeRO-3 the engine runs backward itself and keeps the rank's partition.
+    The sum over the packs of a step is whole on every rank (`model/step_gradients.py`), under ZeRO-2 too, and so are
+    those of the pack that is being added. Under ZeRO-3 the engine runs backward itself and keeps the rank's partition.
     """
     trained = setting.adapter.parameters(setting.model) * _trained_bytes(setting, ranks)
     if ranks.shared_weights > 1:

@@ -1,4 +1,4 @@
-"""The front of what no other choice beats in both cost and quality. Standard library only."""
+"""The front of what no other choice beats in both cost and quality."""
 
 from __future__ import annotations
 

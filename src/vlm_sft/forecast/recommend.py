@@ -1,4 +1,4 @@
-"""Which recipe to take for a budget: affordable, good, cheap. Imports pareto, measured and errors only; pure.
+"""Which recipe to take for a budget: affordable, good, cheap.
 
 A recipe is affordable when its forecast time, memory and disk fit. Of the affordable ones the cheapest that is not
 significantly worse than the best is taken (priority balanced), or the best (quality), or the cheapest that trains on
@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlm_sft.forecast.measured import Quality
 from vlm_sft.forecast.pareto import pareto_front
+from vlm_sft.forecast.recipe_quality import Quality
 
 PRIORITIES = ("quality", "balanced", "speed")
 ONE_SIDED_95 = 1.645  # standard errors

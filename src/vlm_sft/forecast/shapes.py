@@ -1,4 +1,4 @@
-"""The sizes of a model from its configuration alone: parameters and linear layers. Imports artifacts and errors only.
+"""The sizes of a model from its configuration alone: parameters and linear layers.
 
 Configurations are plain dictionaries as config.json holds them (`PretrainedConfig.to_dict()` gives the same), so a
 model can be sized without weights and without torch. tests/unit/test_forecast_counts.py holds every family against the
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.artifacts import read_json
-from vlm_sft.errors import ModelError
+from vlm_sft.common.artifacts import read_json
+from vlm_sft.common.errors import ModelError
 
 PUBLISHED = Path(__file__).parent / "published" / "models.json"
 Config = Mapping[str, Any]

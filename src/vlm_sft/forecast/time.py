@@ -1,4 +1,4 @@
-"""Seconds of the parts of a run from what they compute and from what a device does in a second. Imports counts; pure.
+"""Seconds of the parts of a run from what they compute and from what a device does in a second.
 
 A pass takes the sum of three terms: products of matrices at the rate reached for the model's sizes, simple operations
 at the memory's bandwidth (a roofline without overlap, Williams et al. 2009), and a launch for every operation, which
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlm_sft.forecast.counts import Adapter, Work, forward_flops, tower_attention_flops, tower_flops, training_flops
+from vlm_sft.forecast.flops import Adapter, Work, forward_flops, tower_attention_flops, tower_flops, training_flops
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.shapes import ModelShape
 
@@ -22,7 +22,7 @@ ATTENTION_OVERHEAD = 2.0  # of scores and their softmax, over all patches of an 
 HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES = 22, 12, 5
 UNFUSED_PASSES = 1.85  # times as many on a GPU without liger-kernel
 DROPOUT_PASSES = 34  # of the hash that makes a mask, 4-byte numbers
-DROPOUT_PASSES_FUSED = 3  # of the kernel that does so on a GPU (`model/dropout_kernel.py`)
+DROPOUT_PASSES_FUSED = 3  # of the kernel that does so on a GPU (`model/gpu/dropout_kernel.py`)
 LORA_PASSES = 4
 BACKWARD_PASSES = 1.6  # of those forward
 # A module's launch costs about three times that of a bare operation: Python around it.
@@ -33,7 +33,7 @@ TOWER_PASSES, TOWER_PASSES_GPU = 60, 80  # values a patch and layer; on a GPU ro
 LOGIT_PASSES = 12  # of the loss, a vocabulary entry and position, 4-byte numbers
 # The same where blocks of the MLP and of the vocabulary stay in the processor's cache.
 INNER_PASSES_BLOCKWISE, LOGIT_PASSES_BLOCKWISE = 2, 4
-WHOLE = {"gemma3", "paligemma"}  # families whose last layer and head are not trimmed (`model/trim.py`)
+WHOLE = {"gemma3", "paligemma"}  # families whose last layer and head are not trimmed (`model/last_layer.py`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Setting:
         checkpointing: gradient checkpointing.
         rates: of one device.
         four_bit: the language model's weights are held in 4 bits.
-        fused: norms and MLPs are computed by liger-kernel (`model/liger.py`).
+        fused: norms and MLPs are computed by liger-kernel (`model/gpu/liger.py`).
         flash_heads: heads of the keys that FlashAttention gathers; 0 where SDPA computes the attention.
     """
 
@@ -62,7 +62,7 @@ class Setting:
 
     @property
     def blockwise(self) -> bool:
-        """Whether frozen gated MLPs are computed in blocks (`model/gated.py`): in float32 on a CPU."""
+        """Whether frozen gated MLPs are computed in blocks (`model/cpu/gated_mlp.py`): in float32 on a CPU."""
         return not self.rates.gpu and self.value_bytes == 4 and not self.adapter.everything
 
     @property
@@ -72,7 +72,7 @@ class Setting:
 
     @property
     def scored(self) -> bool:
-        """Whether the scores of answer tokens exist as a whole; else `model/vocabulary.py` goes block by block."""
+        """Whether the scores of answer tokens exist as a whole; else `model/cpu/cross_entropy.py` takes blocks."""
         return not (self.blockwise and self.trimmed)
 
     @property

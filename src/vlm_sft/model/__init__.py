@@ -1,1 +1,1 @@
-"""Models: loading, LoRA, shared-image attention, the embedded base. May import recipe and data."""
+"""Models: loading, LoRA, shared-image attention, the embedded base."""

@@ -1,4 +1,4 @@
-"""Attention over packs of shared image prefixes, as attention functions of transformers. Imports data.collate.
+"""Attention over packs of shared image prefixes, as attention functions of transformers.
 
 Shape suffixes: B batch, H heads, K key/value heads, L tokens of the pack, N tokens of one image with its questions,
 D head width.

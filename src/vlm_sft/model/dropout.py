@@ -1,4 +1,4 @@
-"""LoRA dropout whose masks do not depend on packing, ranks or order. Imports model.{dropout_kernel,stepwise}.
+"""LoRA dropout whose masks do not depend on packing, ranks or order.
 
 An ordinary dropout draws its mask from a random stream, so another split of the same batch over ranks or packs drops
 other values, and two runs that should be one optimisation drift apart. Here a value is dropped or kept by a hash of
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vlm_sft.model.stepwise import reason_of
+from vlm_sft.model.forward_patch import reason_of
 
 _keys: tuple[torch.Tensor, ...] = ()  # of all tokens, and of those rows that a trimmed layer keeps
 _step = 0
@@ -33,7 +33,7 @@ def dropout_keys(keys: torch.Tensor | None, step: int, rows: torch.Tensor | None
     Args:
         keys: (L,) int64, a number a token, from `PackedBatch.keys`; None for ordinary dropout.
         step: number of the optimizer step.
-        rows: (S,) int64, the tokens that a trimmed last layer keeps (`model/trim.py`); their keys go with them.
+        rows: (S,) int64, the tokens that a trimmed last layer keeps (`model/last_layer.py`); their keys go with them.
     """
     global _keys, _step
     previous, previous_step = _keys, _step
@@ -115,7 +115,7 @@ class _FusedDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, keys: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
         """Drop values of (…, L, C)."""
-        from vlm_sft.model.dropout_kernel import drop
+        from vlm_sft.model.gpu.dropout_kernel import drop
 
         ctx.save_for_backward(keys)
         ctx.settings = (_factors(seed), _threshold(probability), 1.0 / (1.0 - probability), _ROUNDS)
@@ -124,7 +124,7 @@ class _FusedDropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """Gradient of the values: dropped where they were."""
-        from vlm_sft.model.dropout_kernel import drop
+        from vlm_sft.model.gpu.dropout_kernel import drop
 
         (keys,) = ctx.saved_tensors
         return drop(gradients[0], keys, *ctx.settings), None, None, None

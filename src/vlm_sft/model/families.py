@@ -1,6 +1,6 @@
-"""What differs between model families when questions share an image, declared in one table. Standard library only.
+"""What differs between model families when questions share an image, declared in one table.
 
-`model/sharing.py` decides for one model from this table, its configuration and, for unknown families, a self-check.
+`model/sharing_check.py` decides for one model from this table, its configuration and, for unknown families, a check.
 """
 
 from __future__ import annotations

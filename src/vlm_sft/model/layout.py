@@ -1,4 +1,4 @@
-"""Whether a model is built as needed: one language model that reads the images' tokens. Imports transformers."""
+"""Whether a model is built as needed: one language model that reads the images' tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
-from vlm_sft.errors import ModelError, quoted
+from vlm_sft.common.errors import ModelError, quoted
 from vlm_sft.model.families import FAMILIES
 
 

@@ -1,4 +1,4 @@
-"""Find and load a base model with its processor. Imports transformers; never runs code from a model folder."""
+"""Find and load a base model with its processor."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from transformers import (
     GenerationConfig,
 )
 
-from vlm_sft.artifacts import read_json
-from vlm_sft.console import warn
+from vlm_sft.common.artifacts import read_json
+from vlm_sft.common.console import warn
+from vlm_sft.common.errors import ModelError, RunError, quoted
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.errors import ModelError, RunError, quoted
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS
-from vlm_sft.model.features import tower_modules
-from vlm_sft.model.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
-from vlm_sft.model.folder import require_model
-from vlm_sft.model.fused import fuse_modules
+from vlm_sft.model.cpu.fuse import fuse_modules
+from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
+from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.layout import require_layout, without_weights
+from vlm_sft.model.model_folder import require_model
 from vlm_sft.model.pocket import WEIGHTS
-from vlm_sft.model.trim import trim_last_layer
-from vlm_sft.model.turned import know_whole_shapes
+from vlm_sft.model.transposed_experts import know_whole_shapes
+from vlm_sft.model.vision_features import tower_modules
 
 POCKET = "pocket"
 DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"

@@ -1,4 +1,4 @@
-"""Positions of the tokens of a pack, computed by whoever collates it. Imports data.collate and model.features.
+"""Positions of the tokens of a pack, computed by whoever collates it.
 
 A family of M-RoPE finds them with some sixty small operations an image, several of which wait for a GPU. They follow
 from the tokens and the sizes of the images alone, so data workers compute them, on CPUs, beside the training.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlm_sft.data.collate import PackedBatch
-from vlm_sft.model.features import unwrap
+from vlm_sft.model.vision_features import unwrap
 
 
 class Positions:

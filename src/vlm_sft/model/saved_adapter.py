@@ -1,4 +1,4 @@
-"""Saved adapters: what a folder holds, whether it fits a base, which base it was trained on. Imports model.load.
+"""Saved adapters: what a folder holds, whether it fits a base, which base it was trained on.
 
 A loader of adapters passes over what it finds no place for, and leaves at zero what it does not find: the base then
 answers in the name of the adapter. So every name and every shape is compared before anything answers.
@@ -17,13 +17,13 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 
-from vlm_sft.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MANIFEST, holds_full_model, read_json
-from vlm_sft.console import warn
-from vlm_sft.data.cache_folder import weights_mark
-from vlm_sft.errors import ModelError, RunError
-from vlm_sft.manifest import folder_problems, read_manifest
-from vlm_sft.model.folder import require_utf8
+from vlm_sft.common.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MANIFEST, holds_full_model, read_json
+from vlm_sft.common.console import warn
+from vlm_sft.common.errors import ModelError, RunError
+from vlm_sft.common.manifest import folder_problems, read_manifest
+from vlm_sft.data.cache.directory import weights_mark
 from vlm_sft.model.load import POCKET, Base, empty_model, resolve_path
+from vlm_sft.model.model_folder import require_utf8
 
 BASE_WEIGHTS = "base_weights"  # in a manifest's identity and in export.json: `weights_mark` of the base
 _LORA_B = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_B\.weight")

@@ -1,4 +1,4 @@
-"""Models whose weights the ranks share out, for those that no device holds whole. Imports errors and the loader.
+"""Models whose weights the ranks share out, for those that no device holds whole.
 
 This is DeepSpeed's ZeRO stage 3 without an optimizer, "ZeRO-Inference" (Aminabadi et al. 2022): every rank keeps a part
 of each tensor, and a layer's tensors are gathered when it computes and dropped behind it. So every rank has to take
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from vlm_sft.errors import ModelError
-from vlm_sft.model.adapt import load_adapter
+from vlm_sft.common.errors import ModelError
+from vlm_sft.model.adapters import load_adapter
 from vlm_sft.model.load import Base, empty_model, load_model
 
 # What answering needs beside the weights: keys, values and activations of a pack, the allocator's fragments.

@@ -1,4 +1,4 @@
-"""Whether vLLM loads an adapter that fits its base, by vLLM's own rules. Imports model.adapt.
+"""Whether vLLM loads an adapter that fits its base, by vLLM's own rules.
 
 What vLLM finds no layer for it passes over, and the adapter then does less than it should, or nothing, without a word
 (vLLM issue 34186).
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlm_sft.model.adapt import language_model_path
+from vlm_sft.model.adapters import language_model_path
 
 _ROOTS = ("model.language_model", "model.text_model")  # language models that vLLM's mappers know
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank takes

@@ -1,1 +1,1 @@
-"""Recipes: the keys of a run, their rules and their schedule. May import artifacts and errors; never torch."""
+"""Recipes: the keys of a run, their rules and their schedule."""

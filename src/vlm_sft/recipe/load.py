@@ -1,4 +1,4 @@
-"""From a JSON file and the flags of the command line to a checked `Recipe`. Imports the recipe room and errors only.
+"""From a JSON file and the flags of the command line to a checked `Recipe`.
 
 Three layers give the values: the defaults of the schema, the file, the command line. What a later layer says wins over
 an earlier one, also where two keys say the same thing in two ways (warmup_steps and warmup_ratio); what one layer says
@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.errors import nearest
-from vlm_sft.recipe.rules import ALIASES, Mistake, find_contradictions, raise_mistakes, suggestion
+from vlm_sft.common.errors import nearest
+from vlm_sft.recipe.builtin import RECIPES, locate_recipe
+from vlm_sft.recipe.parsing import check_value, parse_text, shown
 from vlm_sft.recipe.schema import KEYS, Key, Recipe
-from vlm_sft.recipe.shipped import RECIPES, locate_recipe
-from vlm_sft.recipe.values import check_value, parse_text, shown
+from vlm_sft.recipe.validation import ALIASES, Mistake, find_contradictions, raise_mistakes, suggestion
 
 COMMAND_LINE = "command line"
 LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")

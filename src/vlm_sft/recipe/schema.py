@@ -1,4 +1,4 @@
-"""The keys of a recipe, each with its meaning, unit, range and choices. Imports the standard library only.
+"""The keys of a recipe, each with its meaning, unit, range and choices.
 
 The command-line flags, the checks and the tables of the guides are all made from this one table.
 """

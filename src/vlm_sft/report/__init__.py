@@ -1,1 +1,1 @@
-"""Report: renders what runs left on disk; no torch. May import artifacts, console, data, errors, evaluate, forecast."""
+"""Report: renders what runs left on disk; no torch."""

@@ -1,4 +1,4 @@
-"""The predictions of a page as JSON that its script reads. May import report.pictures, predictions, records, formats.
+"""The predictions of a page as JSON that its script reads.
 
 Every text is data to the script, which only ever sets it as text.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from vlm_sft.report.formats import shorten
+from vlm_sft.common.formats import shorten
 from vlm_sft.report.pictures import Album, thumbnail
 from vlm_sft.report.predictions import Answer, Prediction, choose
 from vlm_sft.report.records import RunReport

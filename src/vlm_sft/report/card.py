@@ -1,4 +1,4 @@
-"""The model card of a run, a checkpoint or an export, from the run's own files. May import its neighbours in report."""
+"""The model card of a run, a checkpoint or an export, from the run's own files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_sft import artifacts
-from vlm_sft.artifacts import in_markdown
+from vlm_sft.common import artifacts
+from vlm_sft.common.artifacts import in_markdown
 from vlm_sft.report.collect import collect_runs
 from vlm_sft.report.facts import forecast_rows
 from vlm_sft.report.markdown import results_table

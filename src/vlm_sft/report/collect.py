@@ -1,4 +1,4 @@
-"""Reads the artifacts of run folders into dataclasses. May import artifacts, errors and its neighbours in report."""
+"""Reads the artifacts of run folders into dataclasses."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vlm_sft import artifacts
-from vlm_sft.errors import RunError
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import RunError
 from vlm_sft.report.fields import Fields, finite
 from vlm_sft.report.predictions import read_predictions
 from vlm_sft.report.records import (

@@ -1,4 +1,4 @@
-"""Figures that lay several runs over each other. May import report.canvas, figures, records and formats."""
+"""Figures that lay several runs over each other."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from vlm_sft.report import formats
-from vlm_sft.report.canvas import DASHES, PLACEHOLDERS, Drawing, Palette, canvas, legend, rendered
+from vlm_sft.common import formats
 from vlm_sft.report.figures import task_metrics
 from vlm_sft.report.records import RunReport
+from vlm_sft.report.svg import DASHES, PLACEHOLDERS, Drawing, Palette, canvas, legend, rendered
 
 HIGHLIGHTED = len(PLACEHOLDERS.series)
 POINTS = 400  # of one curve; more cannot be told apart in so small a figure

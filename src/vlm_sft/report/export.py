@@ -1,4 +1,4 @@
-"""Figures and tables of a report as files for papers: SVG, PNG, CSV, Markdown. May import its neighbours in report."""
+"""Figures and tables of a report as files for papers: SVG, PNG, CSV, Markdown."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_sft import artifacts
-from vlm_sft.console import progress
-from vlm_sft.errors import RunError
-from vlm_sft.report import canvas, comparison, facts, figures, formats, quality
+from vlm_sft.common import artifacts, formats
+from vlm_sft.common.console import progress
+from vlm_sft.common.errors import RunError
+from vlm_sft.report import comparison, facts, figures, quality, svg
 from vlm_sft.report.collect import benchmark_names, collect_runs
 from vlm_sft.report.markdown import table
 from vlm_sft.report.records import RunReport, Score
@@ -49,7 +49,7 @@ def export(run_folders: Sequence[Path], folder: Path) -> list[Path]:
     drawings = _drawings(runs, choices)
     with progress(len(drawings), "drawing", "figures") as bar:
         for name, drawing in drawings.items():
-            for ending, data in canvas.files(drawing).items():
+            for ending, data in svg.files(drawing).items():
                 path = folder / f"{name}.{ending}"
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
@@ -61,9 +61,9 @@ def export(run_folders: Sequence[Path], folder: Path) -> list[Path]:
     return written
 
 
-def _drawings(runs: Sequence[RunReport], choices: Sequence[quality.Choice]) -> dict[str, canvas.Drawing]:
+def _drawings(runs: Sequence[RunReport], choices: Sequence[quality.Choice]) -> dict[str, svg.Drawing]:
     """Every figure by the name of its file."""
-    found: dict[str, canvas.Drawing | None] = {}
+    found: dict[str, svg.Drawing | None] = {}
     for choice in choices:
         found[f"quality_time_{_file_name(choice.benchmark)}"] = choice.drawing
     if len(runs) > 1:

@@ -1,11 +1,11 @@
-"""The facts of a run as label and text, for the tables of a report. May import its neighbours in report."""
+"""The facts of a run as label and text, for the tables of a report."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
 
-from vlm_sft.report import formats
+from vlm_sft.common import formats
 from vlm_sft.report.records import DataPart, RunReport
 
 Rows = list[tuple[str, str]]

@@ -1,4 +1,4 @@
-"""Tolerant reading of JSON objects that may be unfinished, old or damaged. Imports the standard library only."""
+"""Tolerant reading of JSON objects that may be unfinished, old or damaged."""
 
 from __future__ import annotations
 

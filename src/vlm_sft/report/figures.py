@@ -1,4 +1,4 @@
-"""The figures of one run. May import report.canvas, records and formats.
+"""The figures of one run.
 
 Every function takes a prefix that makes the ids inside its SVG unique in the page, and returns None when there is
 nothing to draw.
@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from vlm_sft.report import formats
-from vlm_sft.report.canvas import DASHES, MARKERS, Drawing, Palette, Series, canvas, legend, rendered
+from vlm_sft.common import formats
 from vlm_sft.report.records import PLOTTABLE, Benchmark, Best, DataPart, Forecast, GuardStep, Histogram
+from vlm_sft.report.svg import DASHES, MARKERS, Drawing, Palette, Series, canvas, legend, rendered
 
 SMOOTH_FROM_POINTS = 200
 METRIC_PREFIX = "eval_"

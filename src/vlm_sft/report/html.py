@@ -1,4 +1,4 @@
-"""Renders runs as one HTML file that needs nothing else. May import artifacts, errors and its neighbours in report."""
+"""Renders runs as one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from vlm_sft import artifacts
-from vlm_sft.errors import RunError
-from vlm_sft.report import comparison, facts, figures, formats, quality
+from vlm_sft.common import artifacts, formats
+from vlm_sft.common.errors import RunError
+from vlm_sft.report import comparison, facts, figures, quality
 from vlm_sft.report.browser import browser
-from vlm_sft.report.canvas import Drawing
 from vlm_sft.report.collect import benchmark_names, collect_runs
 from vlm_sft.report.predictions import OUTCOMES, tally
 from vlm_sft.report.records import Benchmark, RunReport
+from vlm_sft.report.svg import Drawing
 
 LEFT_OUT_SHOWN = 20
 RUNS_WITH_FIGURES = 12  # beyond, the figures that compare runs have to do: each run has several of its own

@@ -1,13 +1,13 @@
-"""The results table as Markdown, readable as plain text too. May import evaluate.compare and its neighbours."""
+"""The results table as Markdown, readable as plain text too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_sft.artifacts import in_markdown
+from vlm_sft.common import formats
+from vlm_sft.common.artifacts import in_markdown
 from vlm_sft.evaluate.compare import TOO_FEW
-from vlm_sft.report import formats
 from vlm_sft.report.collect import parse_results
 from vlm_sft.report.records import Benchmark, Score
 

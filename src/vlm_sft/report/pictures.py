@@ -1,4 +1,4 @@
-"""Pictures of predictions, scaled; as data addresses, within a budget of bytes. Imports data and report.canvas."""
+"""Pictures of predictions, scaled; as data addresses, within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_sft import artifacts
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import DataError, RunError
+from vlm_sft.common.formats import size
 from vlm_sft.data.images import decode_rgb, encode_webp
 from vlm_sft.data.sample import read_file
-from vlm_sft.errors import DataError, RunError
-from vlm_sft.report.canvas import data_address
-from vlm_sft.report.formats import size
+from vlm_sft.report.svg import data_address
 
 PICTURE_SIDE_PIXELS = 480
 SIDES = ((250, PICTURE_SIDE_PIXELS), (800, 320))  # of a page with so many pictures at most

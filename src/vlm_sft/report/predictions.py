@@ -1,4 +1,4 @@
-"""The evaluated questions of a run, base and tuned answers side by side. May import artifacts and report.fields."""
+"""The evaluated questions of a run, base and tuned answers side by side."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_sft import artifacts
-from vlm_sft.errors import RunError
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import RunError
 from vlm_sft.report.fields import Fields
 
 SIDES = ("base", "tuned")

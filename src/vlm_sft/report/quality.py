@@ -1,4 +1,4 @@
-"""Quality against time: which runs no other beats, and which one to take. May import forecast.pareto, evaluate.
+"""Quality against time: which runs no other beats, and which one to take.
 
 The base model takes part as a candidate that costs no training.
 """
@@ -14,14 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
+from vlm_sft.common import formats
 from vlm_sft.evaluate.compare import TOO_FEW, compare_rows
 from vlm_sft.evaluate.statistics import FEWEST_CLUSTERS, UNCLEAR
 from vlm_sft.forecast.pareto import pareto_front
-from vlm_sft.report import formats
-from vlm_sft.report.canvas import Drawing, Palette, canvas, legend, rendered
-from vlm_sft.report.labels import Label, name_points
+from vlm_sft.report.label_placement import Label, name_points
 from vlm_sft.report.predictions import SIDES, Prediction
 from vlm_sft.report.records import Benchmark, Interval, RunReport, Score
+from vlm_sft.report.svg import Drawing, Palette, canvas, legend, rendered
 
 ALL_NAMED = 12  # runs up to which every point of the figure has its name; beyond, those of the front
 MOST_NAMED = 30

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlm_sft.common import formats
 from vlm_sft.evaluate.compare import TOO_FEW, few_line
 from vlm_sft.evaluate.overlap import cautions
 from vlm_sft.evaluate.scoring import why_cut
-from vlm_sft.report import formats
 from vlm_sft.report.predictions import Prediction
 
 Interval = tuple[float, float]

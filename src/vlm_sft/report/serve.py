@@ -1,4 +1,4 @@
-"""Serves the report of runs that go on, to this machine only. May import artifacts, console, errors, report.html."""
+"""Serves the report of runs that go on, to this machine only."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from vlm_sft import artifacts
-from vlm_sft.console import say
-from vlm_sft.errors import RunError
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import say
+from vlm_sft.common.errors import RunError
 from vlm_sft.report.collect import collect_runs
 from vlm_sft.report.html import render
 

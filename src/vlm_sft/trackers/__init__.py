@@ -1,1 +1,1 @@
-"""Trackers: what TensorBoard, W&B, MLflow, Trackio get besides metrics. Imports report, errors, artifacts, console."""
+"""Trackers: what TensorBoard, W&B, MLflow, Trackio get besides metrics."""

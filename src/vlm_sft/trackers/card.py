@@ -1,4 +1,4 @@
-"""A picture with its question and answers written below it. Imports Pillow and matplotlib's fonts."""
+"""A picture with its question and answers written below it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether what `report_to` names can be used here, found out without importing it. Imports errors."""
+"""Whether what `report_to` names can be used here, found out without importing it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 
-from vlm_sft.errors import RecipeError
+from vlm_sft.common.errors import RecipeError
 
 EXTRAS = ("wandb", "mlflow", "trackio")  # that pyproject.toml has for trackers
 _PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {  # by tracker: what it imports, what pip calls that

@@ -1,4 +1,4 @@
-"""What trackers are told about a run: its recipe, its table, a few answered questions. Imports report; no torch."""
+"""What trackers are told about a run: its recipe, its table, a few answered questions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_sft import artifacts
-from vlm_sft.errors import DataError, RunError
-from vlm_sft.report import formats
+from vlm_sft.common import artifacts, formats
+from vlm_sft.common.errors import DataError, RunError
 from vlm_sft.report.collect import parse_results
 from vlm_sft.report.markdown import table
 from vlm_sft.report.pictures import scaled

@@ -1,4 +1,4 @@
-"""MLflow: files in the run's folder unless MLFLOW_TRACKING_URI names a store. Imports mlflow and transformers."""
+"""MLflow: files in the run's folder unless MLFLOW_TRACKING_URI names a store."""
 
 from __future__ import annotations
 

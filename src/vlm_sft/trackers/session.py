@@ -1,4 +1,4 @@
-"""All trackers of one run, from before the training until its results are logged. Imports its neighbours."""
+"""All trackers of one run, from before the training until its results are logged."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from vlm_sft import artifacts
-from vlm_sft.console import is_main_process, say, warn
-from vlm_sft.errors import RunError
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import is_main_process, say, warn
+from vlm_sft.common.errors import RunError
 from vlm_sft.trackers.content import Outcome
 from vlm_sft.trackers.tracker import FAILED, FINISHED, INTERRUPTED, About, Tracker
 

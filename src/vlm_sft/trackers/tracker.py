@@ -1,4 +1,4 @@
-"""What every tracker can do. Imports transformers for types only."""
+"""What every tracker can do."""
 
 from __future__ import annotations
 

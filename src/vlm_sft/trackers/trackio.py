@@ -1,4 +1,4 @@
-"""Trackio: a database in the run's folder unless TRACKIO_DIR or a Space is given. Imports trackio and transformers."""
+"""Trackio: a database in the run's folder unless TRACKIO_DIR or a Space is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: online for who is logged in, else offline in the run's folder. Imports wandb and transformers."""
+"""Weights & Biases: online for who is logged in, else offline in the run's folder."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Training: arguments, the trainer, callbacks, the run. May import recipe, data, model, evaluate and report."""
+"""Training: arguments, the trainer, callbacks, the run."""

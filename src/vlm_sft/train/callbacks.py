@@ -1,4 +1,4 @@
-"""What happens besides the optimisation: metrics.jsonl, the progress bar, the last evaluation. Imports transformers."""
+"""What happens besides the optimisation: metrics.jsonl, the progress bar, the last evaluation."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vlm_sft.artifacts import read_jsonl, write_jsonl
-from vlm_sft.console import Bar, say
+from vlm_sft.common.artifacts import read_jsonl, write_jsonl
+from vlm_sft.common.console import Bar, say
 from vlm_sft.data.packing import EpochPlanner
-from vlm_sft.recipe.rules import Schedule
+from vlm_sft.forecast import estimate as forecasts
+from vlm_sft.planning.run_forecast import Foretelling
 from vlm_sft.recipe.schema import EVALUATION_METRICS
-from vlm_sft.train.lines import PatientLines
+from vlm_sft.recipe.validation import Schedule
+from vlm_sft.train.event_log import PatientLines
 
 _RENAMED = {"eval_runtime": "eval_seconds", "eval_samples_per_second": "eval_questions_per_second"}
 _DROPPED = (
@@ -152,3 +154,31 @@ class LastStep(TrainerCallback):
             control.should_evaluate = bool(self.schedule.eval_steps)
             control.should_save = bool(self.schedule.save_steps)
         return control
+
+
+class Clock(TrainerCallback):
+    """Tells the forecast's clock what a training spends its time on.
+
+    Args:
+        told: the forecast.
+    """
+
+    def __init__(self, told: Foretelling) -> None:
+        self.told = told
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """What came before was loading."""
+        self.told.lap(forecasts.LOAD)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """A step with the reading of its data."""
+        self.told.lap(forecasts.STEPS)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **arguments: Any) -> None:
+        """An evaluation: losses, and answers where they were asked for."""
+        self.told.lap(forecasts.LOSSES)
+        self.told.move(forecasts.LOSSES, forecasts.ANSWERS, arguments["metrics"].get("eval_answer_seconds", 0.0))
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """A checkpoint."""
+        self.told.lap(forecasts.SAVES)

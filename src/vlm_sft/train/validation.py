@@ -1,4 +1,4 @@
-"""Benchmark questions answered during training: the task metric and the guard. Imports evaluate.
+"""Benchmark questions answered during training: the task metric and the guard.
 
 At each evaluation a fixed sample of validation questions is answered by generation. The scores choose the best
 checkpoint; a checkpoint that lost more than a guard allows cannot be it. The sample is the one that
@@ -9,108 +9,26 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlm_sft import artifacts
-from vlm_sft.console import say, warn
-from vlm_sft.data.sample import LeftOut, Sample
-from vlm_sft.data.sources.spec import DatasetSpec
-from vlm_sft.errors import RecipeError
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import say, warn
+from vlm_sft.data.sample import Sample
+from vlm_sft.distributed.collectives import agree, barrier
+from vlm_sft.distributed.launch import Launch
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.compare import TOO_FEW
-from vlm_sft.evaluate.guard import FEWEST_IMAGES, Guard, judge, parse_guards, tradeoff
-from vlm_sft.evaluate.identity import identity_of
-from vlm_sft.evaluate.run import Evaluator, StopRequest
-from vlm_sft.evaluate.tasks import Task, dataset_text, load_tasks, names_of, rules_of
-from vlm_sft.launch import Launch, agree, barrier
+from vlm_sft.evaluate.evaluator import Evaluator, StopRequest
+from vlm_sft.evaluate.guard import FEWEST_IMAGES, judge, tradeoff
+from vlm_sft.evaluate.provenance import identity_of
+from vlm_sft.evaluate.tasks import Task
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base
-from vlm_sft.model.tune import untuned
-from vlm_sft.recipe.schema import Recipe
-
-EVAL_SAMPLES = 200  # questions a benchmark at each evaluation
-LOSS = "eval_loss"
-
-
-@dataclass(frozen=True)
-class ValidationPlan:
-    """What is asked at each evaluation.
-
-    Attributes:
-        tasks: the questions; those of the training data first.
-        guards: what may be lost on which of them.
-        metric: what chooses the best checkpoint, a name of EVALUATION_METRICS.
-    """
-
-    tasks: list[Task]
-    guards: list[Guard]
-    metric: str
-
-
-def check_request(recipe: Recipe, specs: list[DatasetSpec], guard: str | None, samples: int | None) -> list[Guard]:
-    """Check what a run asks for before anything is loaded.
-
-    Args:
-        recipe: says which metric chooses the best checkpoint.
-        specs: the training data.
-        guard: the value of `--guard`, or None.
-        samples: the value of `--eval_samples`, or None.
-
-    Returns:
-        The guards.
-
-    Raises:
-        RecipeError: the metric belongs to no benchmark of the data, a guard has nothing to choose from, or the number
-            of samples is below 1.
-        EvaluationError, DataError: the guard argument has mistakes.
-    """
-    known = {name: rules_of(name).metric_name for name in names_of(specs)}
-    metric = recipe.metric_for_best_model
-    if metric != LOSS and metric not in known.values():
-        have = ", ".join(dict.fromkeys([LOSS, *known.values()]))
-        raise RecipeError(
-            f"metric_for_best_model {metric} is of no benchmark in --dataset {dataset_text(specs)}",
-            f"choose from {have}",
-        )
-    if samples is not None and samples < 1:
-        raise RecipeError(f"--eval_samples {samples} is below 1", "give a number of questions a benchmark")
-    if (guard or samples) and recipe.eval_strategy == "no":
-        flag = "--guard" if guard else "--eval_samples"
-        raise RecipeError(f"{flag} needs evaluations, and eval_strategy is no", "use eval_strategy steps or epoch")
-    if guard and not recipe.load_best_model_at_end:
-        raise RecipeError(
-            "--guard decides which checkpoint is kept, and load_best_model_at_end is false",
-            "pass --load_best_model_at_end true with save_steps equal to eval_steps",
-        )
-    return parse_guards(guard) if guard else []
-
-
-def plan_validation(
-    recipe: Recipe, specs: list[DatasetSpec], guards: list[Guard], samples: int | None
-) -> tuple[ValidationPlan | None, list[LeftOut]]:
-    """Load the questions that are asked at each evaluation.
-
-    Args:
-        recipe, specs, samples: as in `check_request`.
-        guards: what it returned.
-
-    Returns:
-        The plan, or None where neither a metric nor a guard nor a number of samples asks for one; what was left out.
-    """
-    if recipe.metric_for_best_model == LOSS and not guards and samples is None:
-        return None, []
-    limit = samples or EVAL_SAMPLES
-    tasks, left_out = load_tasks(dataset_text(specs), limit, "validation")
-    have = {task.name for task in tasks}
-    for source in dict.fromkeys(guard.source for guard in guards if guard.name not in have):
-        more, broken = load_tasks(source, limit, "validation")
-        tasks += [task for task in more if task.name not in have]
-        left_out += broken
-    return ValidationPlan(tasks, guards, recipe.metric_for_best_model), left_out
+from vlm_sft.model.trainable import untuned
+from vlm_sft.planning.validation_plan import ValidationPlan
 
 
 class Validation:

@@ -1,1 +1,1 @@
-"""Synthetic demo data: charts and signs drawn by our own generator. May import data.sample and errors, never torch."""
+"""Synthetic demo data: charts and signs drawn by our own generator."""

@@ -1,4 +1,4 @@
-"""What questions about synthetic charts are made of: answers, phrases, choices. Imports spec only."""
+"""What questions about synthetic charts are made of: answers, phrases, choices."""
 
 from __future__ import annotations
 

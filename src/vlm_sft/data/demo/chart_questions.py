@@ -1,4 +1,4 @@
-"""Questions about synthetic charts, answered from the data table. Imports asking and spec.
+"""Questions about synthetic charts, answered from the data table.
 
 In the spirit of ChartQA (Masry et al. 2022, arXiv 2203.10244, section 3): its "augmented" questions read one value off
 the chart, its "human" questions compare, count, add, look for extremes, or speak of colours and positions. As in

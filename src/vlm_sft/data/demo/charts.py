@@ -1,4 +1,4 @@
-"""Random synthetic charts: a data table and a look. Imports spec, layout and vocabulary.
+"""Random synthetic charts: a data table and a look.
 
 Ties are avoided by construction: values differ within a series and within a category, and the largest and the
 smallest value of a chart are unique. Without value labels every value lies on a tick or halfway between two and at

@@ -1,4 +1,4 @@
-"""Draws synthetic charts with Pillow. Imports spec, layout and fonts.
+"""Draws synthetic charts with Pillow.
 
 Text and bars are drawn at the final size, because they are crisp there; lines and pies at a multiple of it and reduced.
 """

@@ -1,4 +1,4 @@
-"""The fonts of the synthetic pictures: files that matplotlib ships, and Pillow's own. Imports Pillow only.
+"""The fonts of the synthetic pictures: files that matplotlib ships, and Pillow's own.
 
 Text is laid out by FreeType alone (no Raqm), so a picture does not depend on the shaping libraries of a machine.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-from vlm_sft.errors import DataError
+from vlm_sft.common.errors import DataError
 
 # Name -> (file below matplotlib's font folder, factor that makes fonts of one nominal size look equally large).
 FONT_FILES: dict[str, tuple[str, float]] = {

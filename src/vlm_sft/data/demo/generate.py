@@ -1,4 +1,4 @@
-"""The synthetic benchmarks "demo_charts" and "demo_text" as samples. Imports sample, errors and this folder.
+"""The synthetic benchmarks "demo_charts" and "demo_text" as samples.
 
 Picture number `index` of a split, and the questions about it, depend on (kind, split, seed, index) and on nothing else.
 So the first 100 of 1,000 samples are the 100 samples that are generated alone, and splits never share a random stream.
@@ -18,6 +18,7 @@ from itertools import count as count_from
 from random import Random
 from typing import Any
 
+from vlm_sft.common.errors import DataError, quoted
 from vlm_sft.data.demo.chart_questions import Question, chart_questions
 from vlm_sft.data.demo.charts import random_chart
 from vlm_sft.data.demo.drawing import draw_chart
@@ -26,7 +27,6 @@ from vlm_sft.data.demo.sign_questions import SignQuestion, sign_questions
 from vlm_sft.data.demo.signs import SignSpec, random_sign
 from vlm_sft.data.demo.spec import ChartSpec
 from vlm_sft.data.sample import ImageRef, Sample
-from vlm_sft.errors import DataError, quoted
 
 KINDS = ("demo_charts", "demo_text")
 SPLITS = ("train", "validation", "test")

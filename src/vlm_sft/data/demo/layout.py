@@ -1,4 +1,4 @@
-"""Where the parts of a synthetic chart stand, and whether they fit. Imports spec and fonts.
+"""Where the parts of a synthetic chart stand, and whether they fit.
 
 `place` is asked twice: when a chart is made, to reject what would overlap or be clipped, and when it is drawn.
 """

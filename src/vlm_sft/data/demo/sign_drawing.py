@@ -1,4 +1,4 @@
-"""Draws synthetic signs with Pillow. Imports signs, fonts and drawing."""
+"""Draws synthetic signs with Pillow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions about synthetic signs, each with ten answers as different people would give them. Imports signs only.
+"""Questions about synthetic signs, each with ten answers as different people would give them.
 
 In the spirit of TextVQA (Singh et al. 2019, arXiv 1904.08920, section 3): most of ten annotators agree, some read a
 letter wrongly, leave a word out, or keep the upper case of the sign. The target is the answer that most of them gave.

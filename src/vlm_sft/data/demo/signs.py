@@ -1,4 +1,4 @@
-"""Random synthetic signs: boards, price tags, plates and screens with text to read. Imports fonts only."""
+"""Random synthetic signs: boards, price tags, plates and screens with text to read."""
 
 from __future__ import annotations
 

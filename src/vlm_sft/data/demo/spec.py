@@ -1,4 +1,4 @@
-"""The drawing specification of a synthetic chart: what picture and questions are made from. Imports nothing."""
+"""The drawing specification of a synthetic chart: what picture and questions are made from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of the synthetic charts: what categories, series, measures and colours are called. Imports nothing."""
+"""The words of the synthetic charts: what categories, series, measures and colours are called."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.artifacts import (
+from vlm_sft.common.artifacts import (
     CHANGED,
     EXCHANGE,
     LEFT_OUT,
@@ -22,7 +22,8 @@ from vlm_sft.artifacts import (
     write_jsonl,
     write_text_atomic,
 )
-from vlm_sft.console import progress
+from vlm_sft.common.console import progress
+from vlm_sft.common.errors import DataError, RunError
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
 from vlm_sft.data.exchange.importing import OUTSIDE_CAUTION, ImportReport, claim_output
 from vlm_sft.data.exchange.layouts import SUPERVISED_NOTE, write_record
@@ -31,7 +32,6 @@ from vlm_sft.data.sample import OUTSIDE, LeftOut, Sample
 from vlm_sft.data.sources.rows import RowProblem, left_out
 from vlm_sft.data.sources.shards import native_file
 from vlm_sft.data.sources.splits import DATASET_INFO
-from vlm_sft.errors import DataError, RunError
 
 FORMULA_CAUTION = "texts that begin like a formula, which a spreadsheet would compute: open the file with text columns"
 ROW_GROUP = 100  # rows with their images that are held in memory together

@@ -1,4 +1,4 @@
-"""Images from the web, only when asked: http and https, bounded in size and time. Standard library only."""
+"""Images from the web, only when asked: http and https, bounded in size and time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import http.client
 import time
 import urllib.request
 
+from vlm_sft.common.errors import without_secrets
 from vlm_sft.data.sources.rows import RowProblem
-from vlm_sft.errors import without_secrets
 
 MAX_BYTES = 32 * 1024**2
 SECONDS = 30.0  # for one image, from the first look-up to the last byte

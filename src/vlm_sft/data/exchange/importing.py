@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from vlm_sft.artifacts import CHANGED, IMPORT, LEFT_OUT, UNENCODABLE, OutputFolder, write_json
-from vlm_sft.console import say
+from vlm_sft.common.artifacts import CHANGED, IMPORT, LEFT_OUT, UNENCODABLE, OutputFolder, write_json
+from vlm_sft.common.console import say
+from vlm_sft.common.errors import DataError, RunError, quoted
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
 from vlm_sft.data.exchange.layouts import read_record, row_of
 from vlm_sft.data.exchange.pictures import FOLDER, ImageStore
@@ -23,7 +24,6 @@ from vlm_sft.data.sources.locate import lies_outside
 from vlm_sft.data.sources.records import Question, require_image
 from vlm_sft.data.sources.rows import RowProblem, in_threads, left_out
 from vlm_sft.data.sources.splits import SPLIT_WORDS
-from vlm_sft.errors import DataError, RunError, quoted
 
 BATCH = 256  # questions whose images are read together
 TELL_EVERY = 20_000  # questions between two lines of progress

@@ -1,4 +1,4 @@
-"""The record layouts of TRL, LLaMA-Factory, ms-swift and CSV. Imports the source helpers.
+"""The record layouts of TRL, LLaMA-Factory, ms-swift and CSV.
 
 In: a record becomes one that `records.questions_of` cuts into questions. Out: one question becomes one record.
 TRL: "Dataset formats" (`prompt`, `completion`, `messages`, `images`); LLaMA-Factory: data/README (alpaca, sharegpt,

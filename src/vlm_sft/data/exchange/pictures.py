@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.artifacts import write_bytes_atomic
+from vlm_sft.common.artifacts import write_bytes_atomic
+from vlm_sft.common.errors import DataError, RunError, without_secrets
 from vlm_sft.data.exchange.fetch import fetch
 from vlm_sft.data.images import decode_rgb, image_format, read_bytes
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.data.sources.locate import image_text, is_url, locate_image
 from vlm_sft.data.sources.rows import RowProblem
-from vlm_sft.errors import DataError, RunError, without_secrets
 
 FOLDER = "images"
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}

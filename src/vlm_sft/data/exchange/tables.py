@@ -1,4 +1,4 @@
-"""The files that are imported: CSV, JSON, parquet, and LLaMA-Factory's dataset_info.json. Imports the sources."""
+"""The files that are imported: CSV, JSON, parquet, and LLaMA-Factory's dataset_info.json."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.artifacts import read_json
-from vlm_sft.console import say
+from vlm_sft.common.artifacts import read_json
+from vlm_sft.common.console import say
+from vlm_sft.common.errors import QUOTED_CHARACTERS, DataError, bounded, nearest, quoted
 from vlm_sft.data.exchange.layouts import Names
 from vlm_sft.data.sources.foreign import TABLES, refuse_foreign
 from vlm_sft.data.sources.jsonl import records_of_file
 from vlm_sft.data.sources.locate import IMAGE_NAMES
 from vlm_sft.data.sources.rows import RowProblem
 from vlm_sft.data.sources.splits import DATASET_INFO, files_by_split
-from vlm_sft.errors import QUOTED_CHARACTERS, DataError, bounded, nearest, quoted
 
 ENDINGS = (".jsonl", ".json", ".parquet")
 LONGEST_CELL = 2**31 - 1  # Python's own limit of 128 KiB refuses pictures as data URIs

@@ -1,4 +1,4 @@
-"""ChartQA: questions about charts, human-written and machine-made (augmented). Imports the source helpers only.
+"""ChartQA: questions about charts, human-written and machine-made (augmented).
 
 Masry et al. 2022, "ChartQA", arXiv 2203.10244. Schema of HuggingFaceM4/ChartQA.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlm_sft.common.errors import quoted
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.data.sources.hub import TableSource, load_table
 from vlm_sft.data.sources.rows import RowProblem, clean_text
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import LoadedSplit
-from vlm_sft.errors import quoted
 
 PARTS = {0: "human", 1: "augmented"}
 

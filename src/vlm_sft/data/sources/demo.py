@@ -1,11 +1,11 @@
-"""The synthetic demo sets, drawn by the package's own generator. May import data.demo and the source helpers."""
+"""The synthetic demo sets, drawn by the package's own generator."""
 
 from __future__ import annotations
 
+from vlm_sft.common.errors import DataError, quoted
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import SPLITS, LoadedSplit
-from vlm_sft.errors import DataError, quoted
 
 KINDS = {"demo_charts": ("demo_charts",), "demo_text": ("demo_text",), "demo": ("demo_charts", "demo_text")}
 COUNTS = {"train": 8000, "validation": 300, "test": 1000}  # questions of each kind

@@ -1,15 +1,15 @@
-"""easy-VQA: 5,000 small pictures of one coloured shape, from the PyPI package easy-vqa. Imports the source helpers."""
+"""easy-VQA: 5,000 small pictures of one coloured shape, from the PyPI package easy-vqa."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, in_threads, left_out
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import HOLD_OUT_FRACTION, LoadedSplit, plan_split
-from vlm_sft.errors import DataError
 
 SHAPES = {"circle", "rectangle", "triangle"}
 

@@ -1,11 +1,11 @@
-"""Files that look like data and are not read: each is named with the way to one that is. Imports the errors only."""
+"""Files that look like data and are not read: each is named with the way to one that is."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
-from vlm_sft.errors import DataError
+from vlm_sft.common.errors import DataError
 
 COMPRESSED = {".gz": "gunzip -c", ".bz2": "bunzip2 -c", ".xz": "unxz -c", ".zst": "unzstd -c", ".zip": "unzip -p"}
 _BEGINNINGS = {

@@ -1,4 +1,4 @@
-"""Tables of rows with an image column: from the Hub or from local parquet, memory-mapped. Imports datasets lazily.
+"""Tables of rows with an image column: from the Hub or from local parquet, memory-mapped.
 
 ChartQA and TextVQA share this reader; each gives a `TableSource` that says its columns and how a row becomes a sample.
 """
@@ -15,13 +15,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_sft.common.errors import DataError, quoted
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.rows import RowProblem, finish_split, in_threads, left_out
 from vlm_sft.data.sources.shards import native_file
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import LoadedSplit, files_by_split, plan_split
 from vlm_sft.data.sources.stream import first_rows, split_stream
-from vlm_sft.errors import DataError, quoted
 
 if TYPE_CHECKING:
     from datasets import Dataset

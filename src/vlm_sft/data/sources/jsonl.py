@@ -1,4 +1,4 @@
-"""Your own data: JSON lines (or a JSON list) and image files. Imports the source helpers and data.images."""
+"""Your own data: JSON lines (or a JSON list) and image files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.artifacts import parse_json, writable
+from vlm_sft.common.artifacts import parse_json, writable
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.images import check_image
 from vlm_sft.data.sample import NOTE, OUTSIDE, UNREADABLE, ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.foreign import refuse_compressed
@@ -29,7 +30,6 @@ from vlm_sft.data.sources.splits import (
     plan_split,
     split_of_name,
 )
-from vlm_sft.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Finds an image as a record writes it: a path, a data URI, bytes. Imports data.sample and rows."""
+"""Finds an image as a record writes it: a path, a data URI, bytes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.common.errors import QUOTED_CHARACTERS, quoted
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.data.sources.rows import RowProblem
-from vlm_sft.errors import QUOTED_CHARACTERS, quoted
 
 RENAMING = "name it: vlm-sft data import FILE --format jsonl --columns {} --output FOLDER"
 IMAGE_NAMES = ("image", "image_path", "image_file", "file_name", "filename", "file", "path", "picture", "img")

@@ -1,4 +1,4 @@
-"""Recognises the JSON formats people have, record by record, and cuts them into questions. Imports the source helpers.
+"""Recognises the JSON formats people have, record by record, and cuts them into questions.
 
 Formats: `messages` (+ `images`), LLaVA/ShareGPT `conversations`, `prompt` + `completion`, and plain
 `image` + `question` + `answer(s)`. Images stay as written here; the jsonl source reads them.
@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vlm_sft.common.errors import quoted
 from vlm_sft.data.sample import Turn
 from vlm_sft.data.sources.locate import RENAMING, keys_of, no_image
 from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem, clean_text, most_common
-from vlm_sft.errors import quoted
 
 PLACEHOLDER = "<image>"
 MOVED = "an image stands behind words of its conversation; here images come first"

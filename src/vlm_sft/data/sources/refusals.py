@@ -1,4 +1,4 @@
-"""What a record may hold that a question about images cannot say, in the words of every trainer. Imports rows, errors.
+"""What a record may hold that a question about images cannot say, in the words of every trainer.
 
 Every reader of records asks here: own data in all its formats, parquet, and the imports. A key that is there and empty
 (`"videos": []`) says nothing; keys that are not named here are metadata and stay out of the way.
@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_sft.common.errors import quoted
 from vlm_sft.data.sources.rows import RowProblem
-from vlm_sft.errors import quoted
 
 UNLEARNABLE = ("videos", "video", "audios", "audio", "tools", "objects")
 PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag")

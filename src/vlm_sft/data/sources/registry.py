@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.sources import chartqa, demo, easy_vqa, jsonl, textvqa
 from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
 from vlm_sft.data.sources.splits import SPLITS, LoadedSplit
-from vlm_sft.errors import DataError
 
 __all__ = ["SPLITS", "DatasetSpec", "LoadedSplit", "benchmark_split", "is_synthetic", "load_split", "parse_datasets"]
 

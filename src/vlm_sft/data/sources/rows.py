@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 from typing import Any, TypeVar
 
-from vlm_sft.artifacts import writable
-from vlm_sft.console import progress
+from vlm_sft.common.artifacts import writable
+from vlm_sft.common.console import progress
+from vlm_sft.common.errors import DataError, bounded, without_secrets
 from vlm_sft.data.sample import LeftOut, Sample, distinct_images
 from vlm_sft.data.sources.splits import LoadedSplit, MissingSplitError, SplitPlan, apply_plan, shared_images
-from vlm_sft.errors import DataError, bounded, without_secrets
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

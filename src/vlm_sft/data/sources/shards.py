@@ -1,4 +1,4 @@
-"""Parquet files of records in our own keys or those of other trainers. Imports pyarrow lazily and the source helpers.
+"""Parquet files of records in our own keys or those of other trainers.
 
 The texts of a file are read row group by row group; its images stay in it and are read one by one, so a set may be
 larger than the memory.
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.sources.locate import StoredImage
-from vlm_sft.errors import DataError
 
 IMAGE_COLUMNS = ("images", "image")
 _opened = threading.local()

@@ -1,4 +1,4 @@
-"""The dataset argument: `NAME[@PATH][:WEIGHT]`, comma separated. Imports artifacts, foreign and the errors.
+"""The dataset argument: `NAME[@PATH][:WEIGHT]`, comma separated.
 
 A NAME is one of `KNOWN` (or its Hub id); an entry that is a path, or `OWN_NAME@FILE.jsonl`, is the user's own data.
 """
@@ -12,10 +12,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlm_sft.artifacts import LEFT_OUT
+from vlm_sft.common.artifacts import LEFT_OUT
+from vlm_sft.common.errors import DataError, nearest, quoted
 from vlm_sft.data.sources.foreign import TABLES, refuse_foreign
 from vlm_sft.data.sources.splits import folder_files
-from vlm_sft.errors import DataError, nearest, quoted
 
 KNOWN = ("chartqa", "textvqa", "easy_vqa", "demo_charts", "demo_text", "demo")
 TABLE_SETS = ("chartqa", "textvqa")  # those that also read parquet files given as NAME@PATH

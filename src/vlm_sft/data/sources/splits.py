@@ -1,4 +1,4 @@
-"""Which rows make up train, validation and test: files by split, and hold-outs by image. No heavy imports."""
+"""Which rows make up train, validation and test: files by split, and hold-outs by image."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_sft.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT, REPEATS, RUN, read_json
+from vlm_sft.common.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT, REPEATS, RUN, read_json
+from vlm_sft.common.errors import DataError, RunError, quoted
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.foreign import TABLES, refuse_compressed
-from vlm_sft.errors import DataError, RunError, quoted
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {

@@ -1,4 +1,4 @@
-"""A bounded number of rows of a set on the Hub, without the rest of it. Imports datasets lazily, and the splits."""
+"""A bounded number of rows of a set on the Hub, without the rest of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TextVQA: questions about text in photographs, ten human answers each. Imports the source helpers only.
+"""TextVQA: questions about text in photographs, ten human answers each.
 
 Singh et al. 2019, "Towards VQA Models That Can Read", arXiv 1904.08920. Schema of lmms-lab/textvqa.
 """

@@ -1,4 +1,4 @@
-"""The embedded base model "pocket": its build, training, shipped weights. Imports errors, artifacts, console, data."""
+"""The embedded base model "pocket": its build, training, shipped weights."""
 
 from pathlib import Path
 

@@ -1,0 +1,68 @@
+"""`vlm-sft ask`: questions about an image, answered in the terminal by a base and its adapter side by side."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from vlm_sft.cli.eval import add_other_base_argument
+
+HELP = "ask questions about an image; with an adapter, base and tuned answer side by side"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this verb."""
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture: PNG, JPEG, WebP, …")
+    parser.add_argument("questions", nargs="+", metavar="QUESTION", help="one or several; the image is computed once")
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say who answers; the demo has them too."""
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="folder of an adapter (a run or a checkpoint)")
+    parser.add_argument(
+        "--base_model",
+        metavar="MODEL",
+        help="Hub id, folder, or 'pocket' (default: the one that the adapter names; 'pocket' without an adapter)",
+    )
+    add_other_base_argument(parser)
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        help="limit of an answer in tokens (default: what the adapter's training, or the base, came with)",
+    )
+    parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask."""
+    from vlm_sft.common.console import say
+    from vlm_sft.common.errors import DataError, bounded
+    from vlm_sft.data.images import check_image
+    from vlm_sft.data.sample import ImageRef
+    from vlm_sft.evaluate.interactive import open_asker
+
+    try:
+        image = check_image(ImageRef.from_path(args.image))
+    except OSError as error:
+        what = f"{bounded(str(args.image), 200)}: {error.strerror or error}"
+        raise DataError(what, "pass the path of a picture") from error
+    asker = open_asker(args.base_model, args.adapter, args.flash_attn, args.max_new_tokens, args.allow_other_base)
+    say(f"{args.image}, {image.width} x {image.height} pixels, asked of {asker.title}")
+    for answer in asker.ask(image, args.questions):
+        say(f"\n{answer.question}")
+        if answer.tuned is None:
+            say(f"  {answer.base}")
+        else:
+            say(f"  base:  {answer.base}")
+            say(f"  tuned: {answer.tuned}")
+    say("")
+    words = ["--base_model", asker.base_name, *(["--adapter", str(args.adapter)] if args.adapter else [])]
+    flags = shlex.join([*words, *(["--allow_other_base"] if args.allow_other_base else [])])
+    say(
+        f"nothing was written; next: measure it (vlm-sft eval {flags} --benchmark SETS --output_dir DIR), or see it in "
+        f"a page (vlm-sft demo {flags})"
+    )
+    return 0

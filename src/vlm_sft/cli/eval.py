@@ -1,0 +1,130 @@
+"""`vlm-sft eval`: answer benchmarks with a base model or an adapter."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "answer benchmarks with a base model or an adapter and score the answers"
+NOT_FOR_VLLM = ("tokens_per_pack", "flash_attn", "cache_dir", "prepared_cache", "feature_cache", "shard_weights")
+
+
+def prompt_text(text: str) -> str:
+    """A prompt as a shell passes it: a backslash and an n stand for a new line."""
+    return text.replace("\\n", "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this verb."""
+    parser.add_argument("--base_model", required=True, metavar="MODEL", help="Hub id, folder, or 'pocket'")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="folder of a LoRA adapter (a run or a checkpoint)")
+    parser.add_argument(
+        "--benchmark",
+        required=True,
+        metavar="SETS",
+        help="comma separated: chartqa, textvqa, easy_vqa, demo_charts, demo_text, each with an optional @PATH, or "
+        "your own JSONL",
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N questions a benchmark: a seeded sample")
+    parser.add_argument("--split", choices=("train", "validation", "test"), help="instead of the benchmark's own split")
+    add_prompt_arguments(parser, "instead of what the adapter or the base comes with")
+    parser.add_argument("--min_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
+    parser.add_argument("--max_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
+    parser.add_argument(
+        "--allow_prompt_mismatch",
+        action="store_true",
+        help="prompt and image settings may differ from those of the adapter's training",
+    )
+    add_other_base_argument(parser)
+    parser.add_argument("--tokens_per_pack", type=int, metavar="N", help="token budget of one forward pass")
+    parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
+    parser.add_argument(
+        "--load_in_4bit",
+        action="store_true",
+        help="hold the language model in 4 bits, as a training with load_in_4bit does (extra vlm-sft[qlora])",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="what generates; vllm needs a GPU and the optional extra vlm-sft[vllm] (default: %(default)s)",
+    )
+    add_shard_argument(parser)
+    add_cache_arguments(parser)
+    parser.add_argument("--max_left_out", type=float, default=0.01, metavar="SHARE", help="share of unusable questions")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def add_other_base_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that opens an adapter on a base which is not its own; every verb with --adapter has it."""
+    parser.add_argument(
+        "--allow_other_base", action="store_true", help="the base may be another one than the adapter was trained on"
+    )
+
+
+def add_shard_argument(parser: argparse._ActionsContainer) -> None:
+    """Add the flag for models that no device holds whole; training has it too, for its final evaluation."""
+    parser.add_argument(
+        "--shard_weights",
+        choices=("auto", "true", "false"),
+        default="auto",
+        help="several ranks share out the weights while they answer (ZeRO-3): auto does so where a whole model does "
+        "not fit on a device (default: %(default)s)",
+    )
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser, note: str) -> None:
+    """Add the flags that say how a question is put to the model; training has them too."""
+    parser.add_argument(
+        "--prompt_template",
+        type=prompt_text,
+        metavar="TEXT",
+        help=f"the user's text with {{question}} in it, \\n for a new line: {note}",
+    )
+    parser.add_argument("--system", type=prompt_text, metavar="TEXT", help=f"system text: {note}")
+    parser.add_argument(
+        "--max_new_tokens",
+        metavar="N",
+        help="limit of an answer in tokens, for all or by benchmark: 32, or chartqa=32,textvqa=16 (default: the "
+        "benchmark's; for your own data what its longest answer needs)",
+    )
+
+
+def add_cache_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that say what is kept on disk; training has them too."""
+    parser.add_argument(
+        "--cache_dir",
+        type=Path,
+        metavar="DIR",
+        help="where prepared data is kept (default: $VLM_SFT_CACHE, or ~/.cache/vlm_sft)",
+    )
+    parser.add_argument(
+        "--prepared_cache",
+        default="on",
+        metavar="on|off",
+        help="keep processed images and tokens for later epochs, ranks and runs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--feature_cache",
+        default="auto",
+        metavar="auto|off|SIZE",
+        help="keep the outputs of the frozen vision tower: where it pays and fits, never, or up to a size such as 20GB "
+        "(default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate."""
+    from vlm_sft.cli.parser import refuse_idle
+    from vlm_sft.evaluate.run import EvalOptions, evaluate
+    from vlm_sft.model.caches import CacheOptions
+
+    if args.adapter is None:
+        refuse_idle(args, ("allow_prompt_mismatch",), "without --adapter", "leave it out: a base has no other prompt")
+    if args.backend == "vllm":
+        refuse_idle(args, NOT_FOR_VLLM, "on --backend vllm, which reads, packs and keeps images itself", "leave it out")
+    caches = CacheOptions.read(args.cache_dir, args.prepared_cache, args.feature_cache)
+    names = [name for name in EvalOptions.__dataclass_fields__ if name != "caches"]
+    evaluate(EvalOptions(caches=caches, **{name: getattr(args, name) for name in names}))
+    return 0

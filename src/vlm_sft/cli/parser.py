@@ -1,0 +1,165 @@
+"""The parser of the whole command line, put together from the verbs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from vlm_sft import __version__
+from vlm_sft.common.errors import RunError, bounded, nearest, quoted
+from vlm_sft.recipe.validation import ALIASES
+
+VERBS = (
+    "train",
+    "verify",
+    "plan",
+    "recommend",
+    "eval",
+    "score",
+    "compare",
+    "data",
+    "report",
+    "export",
+    "ask",
+    "demo",
+    "completion",
+)
+FEW_FLAGS = 20  # so many are listed in a message; of more, the help is named
+DASHES = "-\N{EN DASH}\N{EM DASH}"  # what text programs make of two hyphens
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that tells a mistake in two lines, with the nearest word for one that it does not know.
+
+    Flags cannot be abbreviated. The namespace of a command line has `given`: the names of the flags that stand on it.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**({"allow_abbrev": False} | settings))
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse, flags that are not known first: whatever else is missing may follow from them."""
+        words = list(sys.argv[1:] if args is None else args)
+        given = self._given(words)
+        found, rest = super().parse_known_args(words, namespace)
+        found.given = given | getattr(found, "given", frozenset())
+        return found, rest
+
+    def _given(self, words: list[str]) -> frozenset[str]:
+        """The flags among words by their names, up to a verb with flags of its own; ends where one is not known."""
+        given, unknown = set(), []
+        for word in words:
+            if word == "--" or (self._subparsers is not None and word[:1] not in DASHES):
+                break
+            flag = word.partition("=")[0]
+            action = self._option_string_actions.get(word) or self._option_string_actions.get(flag)
+            if action is not None:
+                given.add(action.dest)
+            elif _is_flag(word):
+                unknown.append(flag)
+        if unknown:
+            told = [f"unknown flag {bounded(flag, 80)}{self._meant(flag)}" for flag in unknown]
+            self.fail("\n  ".join(told), self._help_with_flags())
+        return frozenset(given)
+
+    def _meant(self, flag: str) -> str:
+        """The flag that was probably meant, as the end of a message."""
+        known = {
+            option.lstrip("-"): option
+            for option, action in self._option_string_actions.items()
+            if option.startswith("--") and action.help != argparse.SUPPRESS
+        }
+        others = {name: f"--{key}" for name, key in ALIASES.items() if key in known}
+        word = flag.lstrip(DASHES).replace("-", "_")
+        if word in known | others:
+            return f"; did you mean {(known | others)[word]}?"
+        near = nearest(word, known | others, "{}")
+        return f"; did you mean {(known | others)[near]}?" if near else ""
+
+    def _help_with_flags(self) -> str:
+        if self._subparsers is not None:
+            return f"flags stand behind what is to be done; {self.prog} --help lists that"
+        flags = [
+            action.option_strings[-1]
+            for action in self._actions
+            if action.help != argparse.SUPPRESS and action.option_strings and action.dest != "help"
+        ]
+        few = 0 < len(flags) <= FEW_FLAGS
+        return f"its flags are {', '.join(flags)}" if few else f"{self.prog} --help lists its flags"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        meant = nearest(str(value), known)
+        if isinstance(action, argparse._SubParsersAction):
+            self.fail(f"{self.prog} does not know {quoted(value)}{meant}", f"choose one of {', '.join(known)}")
+        raise argparse.ArgumentError(action, f"{quoted(value)} is not one of {', '.join(known)}{meant}")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except argparse.ArgumentError as error:
+            if action.type not in (int, float):
+                raise
+            kind = "a whole number" if action.type is int else "a number"
+            raise argparse.ArgumentError(action, f"{quoted(arg_string)} is not {kind}") from error
+
+    def error(self, message: str) -> NoReturn:
+        """Tell what argparse found, without its page of usage."""
+        message = message.removeprefix("argument ").replace("the following arguments are required: ", "missing: ")
+        message = message.replace("expected one argument", "a value is missing")
+        words = message.removeprefix("unrecognized arguments: ")
+        if words != message:
+            message = f"nothing takes {quoted(words)}; a text with spaces stands in quotes"
+        self.fail(message, f"{self.prog} --help describes what it takes")
+
+    def fail(self, what: str, fix: str) -> NoReturn:
+        """Tell a mistake as all others are told, and end."""
+        self.exit(RunError.exit_code, f"{RunError.label}: {RunError(what, fix)}\n")
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word that is no flag of ours was meant to be one; argparse takes texts with spaces for values too."""
+    if word[:1] not in DASHES or len(word) < 2 or " " in word:
+        return False
+    try:
+        float(word)
+    except ValueError:
+        return True
+    return False
+
+
+def refuse_idle(args: argparse.Namespace, names: Sequence[str], why: str, fix: str) -> None:
+    """Refuse flags that were given though they would have no effect.
+
+    Args:
+        args: what `Parser` made.
+        names: of the flags in question, without dashes.
+        why: why they have none, as the end of a sentence.
+        fix: what to do about it.
+
+    Raises:
+        RunError: one of them was given.
+    """
+    idle = [f"--{name}" for name in names if name in getattr(args, "given", ())]
+    if idle:
+        raise RunError(f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect {why}", fix)
+
+
+def build_parser(verb: str | None = None) -> Parser:
+    """Build the parser; with a verb only its flags are filled in, so that `--help` stays fast."""
+    parser = Parser(prog="vlm-sft", description="Fine-tune vision-language models to answer questions about images.")
+    parser.add_argument("--version", action="version", version=f"vlm-sft {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name in VERBS:
+        module = importlib.import_module(f"vlm_sft.cli.{name}")
+        child = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
+        if verb in (name, None):
+            module.add_arguments(child)
+    return parser

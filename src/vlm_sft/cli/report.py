@@ -1,0 +1,59 @@
+"""`vlm-sft report`: runs as one HTML file, as files for papers, or as a page that follows a training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "Render run folders as one HTML file that opens anywhere, as figures and tables, or as a page that follows them."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output folder of a training run")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the file to write (default: report.html in the run folder, or here for several runs)",
+    )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="write the figures (SVG, PNG) and tables (CSV, Markdown) into this folder, for a paper",
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="serve the page on 127.0.0.1 instead of writing it; it is refreshed while the runs go on",
+    )
+    parser.add_argument("--port", type=int, metavar="N", help="port for --watch; 0: any free one (default: 8686)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the report, or serve it, and say where it is."""
+    from vlm_sft.common import artifacts
+    from vlm_sft.common.console import say
+    from vlm_sft.common.errors import RunError
+    from vlm_sft.common.formats import size
+    from vlm_sft.report.export import export
+    from vlm_sft.report.html import write_report
+    from vlm_sft.report.serve import PORT, watch
+
+    if args.watch and (args.output or args.export):
+        raise RunError("--watch writes no file", "leave out --output and --export, or --watch")
+    if args.port is not None and not args.watch:
+        raise RunError("--port is only for --watch", "add --watch")
+    if args.watch:
+        watch(args.runs, PORT if args.port is None else args.port)
+        return 0
+    if args.export:
+        files = export(args.runs, args.export)
+        say(f"wrote {len(files)} figures and tables to {args.export}: " + ", ".join(path.name for path in files))
+        if not args.output:
+            return 0
+    default = args.runs[0] / artifacts.REPORT if len(args.runs) == 1 else Path(artifacts.REPORT)
+    output = write_report(args.runs, args.output or default)
+    say(f"wrote {output} ({size(output.stat().st_size)}); open it in a browser")
+    return 0

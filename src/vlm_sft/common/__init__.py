@@ -1,0 +1,1 @@
+"""What every room uses: errors, lines on the terminal, files and their schemas."""

@@ -1,0 +1,217 @@
+"""What the program says to a person: lines, warnings, progress bars.
+
+What is shown never decides about a run: `secure_streams` makes the standard streams ones that take every character and
+outlive their reader, for this module and for every library that writes to them.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vlm_sft.common.errors import bounded, plain
+
+SECONDS_BETWEEN_LINES = 15.0  # of progress, where the output is not a terminal
+SECONDS_WORTH_A_LINE = 2.0  # shorter work is not reported there
+
+
+def is_main_process() -> bool:
+    """True on global rank 0, and when nothing was launched in parallel."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+STREAMS = {"stdout": "standard output", "stderr": "standard error"}
+_lost: dict[str, OSError] = {}
+
+
+class _Enduring(io.RawIOBase):
+    """The descriptor of a standard stream, whose errors are kept and not raised.
+
+    Args:
+        name: a key of `STREAMS`.
+        descriptor: what is written to.
+    """
+
+    def __init__(self, name: str, descriptor: int) -> None:
+        self.name = name
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        """It can be written to, whatever becomes of it."""
+        return True
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return os.isatty(self._descriptor)
+
+    def write(self, data: Any) -> int:
+        """Write all of it, or note why that cannot be; a later write is tried again: a disk may have room by then."""
+        rest = memoryview(data).cast("B")
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except BlockingIOError:  # another program that shares the terminal made it non-blocking
+                select.select([], [self._descriptor], [])
+            except OSError as error:
+                _lost.setdefault(self.name, error)
+                break
+        return len(data)
+
+
+def secure_streams() -> None:
+    """Let no character and no loss of standard output or error end the program.
+
+    Characters that a stream's encoding lacks are replaced; what a closed pipe, a full disk, or a terminal that is gone
+    does not take is dropped, and `lost_streams` tells. Streams that are no files (a notebook, a test) are left alone.
+    """
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # the descriptor was closed when the program began
+            _lost.setdefault(name, OSError(errno.EBADF, os.strerror(errno.EBADF)))
+            stream = open(_nowhere(descriptor), "w", encoding="utf-8")
+            setattr(sys, name, stream)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        stream.reconfigure(errors="replace" if name == "stdout" else "backslashreplace")
+        raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u leaves the buffer out
+        if isinstance(raw, io.FileIO) and raw.fileno() == descriptor:
+            stream.flush()
+            secured = io.TextIOWrapper(
+                io.BufferedWriter(_Enduring(name, descriptor)),
+                stream.encoding,
+                stream.errors,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, secured)
+
+
+def _nowhere(descriptor: int) -> int:
+    """Open the null device at a standard descriptor that is closed, and return where it is.
+
+    Otherwise a file of the run would get that number, and what a library prints.
+    """
+    while (opened := os.open(os.devnull, os.O_RDWR)) < descriptor:
+        pass
+    os.set_inheritable(opened, True)
+    return opened
+
+
+def lost_streams() -> dict[str, OSError]:
+    """The standard streams that could not take all that was said, with the first reason: {"stdout": …}."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()
+    return dict(_lost)
+
+
+_muted = False
+
+
+@contextmanager
+def muted(wanted: bool = True) -> Iterator[None]:
+    """Let `say` tell nothing while the block runs: what it would say was said before."""
+    global _muted
+    before, _muted = _muted, wanted or _muted
+    try:
+        yield
+    finally:
+        _muted = before
+
+
+def say(text: str) -> None:
+    """Tell the user one thing, on standard output, from rank 0 only."""
+    if is_main_process() and not _muted:
+        sys.stdout.write(plain(text) + "\n")
+        sys.stdout.flush()
+
+
+def warn(text: str, any_rank: bool = False) -> None:
+    """Tell the user that something needs attention, on standard error, from rank 0 only; long lines are cut.
+
+    Args:
+        text: what does.
+        any_rank: other ranks tell it too, with their number: what only they have seen.
+    """
+    if is_main_process() or any_rank:
+        rank = "" if is_main_process() else f" (rank {os.environ['RANK']})"
+        sys.stderr.write(f"warning{rank}: {bounded(plain(text))}\n")
+        sys.stderr.flush()
+
+
+class Bar:
+    """A progress bar with count, rate and time left; silent on other ranks.
+
+    Where the output is not a terminal it writes a line now and then, and one at the end, instead of redrawing.
+
+    Args:
+        total: how many things there are.
+        description: what is being done.
+        unit: what is counted, in the plural.
+    """
+
+    def __init__(self, total: int, description: str, unit: str) -> None:
+        self._total, self._description, self._unit = total, description, unit
+        self._count, self._note = 0, ""
+        self._began = self._told = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty() and is_main_process():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=plain(description), unit=f" {unit}", dynamic_ncols=True)
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more as done."""
+        self._count += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() - self._told > SECONDS_BETWEEN_LINES:
+            self._tell()
+
+    def note(self, text: str) -> None:
+        """Show a text beside the bar from the next advance on, in place of the one before."""
+        self._note = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(plain(text), refresh=False)
+
+    def close(self) -> None:
+        """Finish the bar."""
+        if self._bar is not None:
+            self._bar.close()
+        elif time.monotonic() - self._began > SECONDS_WORTH_A_LINE:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Write one line of progress."""
+        if not is_main_process():
+            return
+        self._told = time.monotonic()
+        seconds = self._told - self._began
+        rate = self._count / max(seconds, 1e-9)
+        left = (self._total - self._count) / rate if rate else 0.0
+        end = f", {left:.0f} s left" if self._count < self._total else f" in {seconds:.0f} s"
+        note = f", {self._note}" if self._note else ""
+        line = f"{self._description}: {self._count:,} of {self._total:,} {self._unit}, {rate:.1f}/s{end}{note}"
+        sys.stderr.write(plain(line) + "\n")
+        sys.stderr.flush()
+
+
+@contextmanager
+def progress(total: int, description: str, unit: str = "it") -> Iterator[Bar]:
+    """Show progress of `total` things while the block runs."""
+    bar = Bar(total, description, unit)
+    try:
+        yield bar
+    finally:
+        bar.close()

@@ -1,0 +1,1 @@
+"""Several processes: how they were launched, how they meet, how they end."""

@@ -1,0 +1,223 @@
+"""How this process was launched: ranks, device, DeepSpeed.
+
+The launchers differ in what they pass: `deepspeed` adds `--local_rank=N` and sets RANK, torchrun, MPI and Slurm set
+variables only, plain python sets nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from vlm_sft.common.errors import InterruptedRunError, VlmSftError
+from vlm_sft.distributed.collectives import close_meetings, open_meetings
+from vlm_sft.distributed.placement import announce, read_place
+from vlm_sft.distributed.zero import (
+    STEP_SECONDS,
+    ZERO_STAGES,
+    deepspeed_config,
+    join_deepspeed,
+    require_deepspeed,
+    without_compiler,
+)
+
+ALLOCATOR = "PYTORCH_ALLOC_CONF"  # in the environment; its older names are heard too
+_ALLOCATOR_NAMES = (ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What the launcher decided.
+
+    Attributes:
+        rank, local_rank, world_size: of this process.
+        cpu: True when the machine has no GPU.
+        deepspeed: DeepSpeed's configuration, or None.
+        parallel: "single", "ddp", "zero2", "zero3" or "deepspeed" (a configuration of the user's own).
+        local_size: processes of this run on this machine.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    cpu: bool
+    deepspeed: dict[str, Any] | None
+    parallel: str
+    local_size: int = 1
+
+    @property
+    def gpu(self) -> int:
+        """Number of this process's GPU among those that it sees: some launchers show each process its own alone."""
+        return self.local_rank % max(1, torch.cuda.device_count())
+
+    @property
+    def device(self) -> str:
+        """Where this process computes, in PyTorch's words."""
+        return "cpu" if self.cpu else f"cuda:{self.gpu}"
+
+
+def read_launch(local_rank: int | None, deepspeed: str | None) -> Launch:
+    """Find out how this process was launched, and set what the libraries expect in the environment.
+
+    Args:
+        local_rank: what the deepspeed launcher passed as `--local_rank`; None under other launchers.
+        deepspeed: "zero2", "zero3", a configuration file, or None (zero2 under the deepspeed launcher).
+
+    Raises:
+        RunError: DeepSpeed is asked for and is not installed or too old, or its configuration cannot be read.
+    """
+    place = rank, world_size, own_rank, local_size = read_place(local_rank)
+    if world_size > 1 or "RANK" in os.environ:
+        announce(place)
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        _share_cores(local_size)
+    if deepspeed is None and local_rank is not None:
+        deepspeed = "zero2"
+    if deepspeed is None:
+        parallel = "ddp" if world_size > 1 else "single"
+        return Launch(rank, own_rank, world_size, cpu, None, parallel, local_size)
+    require_deepspeed()
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if cpu:
+        # transformers and accelerate would pass DeepSpeed by, silently, if this were set.
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+    config = deepspeed_config(deepspeed, cpu)
+    parallel = deepspeed if deepspeed in ZERO_STAGES else "deepspeed"
+    return Launch(rank, own_rank, world_size, cpu, config, parallel, local_size)
+
+
+def expand_segments(launch: Launch) -> None:
+    """Let the allocator of a GPU grow its segments: packs of many sizes would leave holes of memory between them.
+
+    It has to be said before the GPU is first used, and what the user has said about the allocator stays.
+
+    Args:
+        launch: of this process; nothing is done on a CPU.
+    """
+    if not launch.cpu and not any(name in os.environ for name in _ALLOCATOR_NAMES):
+        os.environ[ALLOCATOR] = "expandable_segments:True"
+
+
+def _share_cores(processes: int) -> None:
+    """Divide the cores between the processes of this machine, unless the user or the launcher has done so."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = _threads(processes)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+
+
+def _threads(processes: int) -> int:
+    """Threads of each of so many processes on this machine."""
+    return max(1, (os.cpu_count() or 1) // processes)
+
+
+@contextmanager
+def threads_of_a_rank(launch: Launch) -> Iterator[None]:
+    """Compute with as many threads as one rank of a launch would have on this machine, while the block runs."""
+    before = torch.get_num_threads()
+    if launch.cpu and launch.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(_threads(launch.world_size))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# Token budgets of one forward pass. On a GPU the activations of a 7B model with checkpointing take about 1 GiB at
+# this size; on a CPU larger packs cost memory and gain nothing.
+GPU_PACK_TOKENS = 8192
+CPU_PACK_TOKENS = 2048
+
+
+def pack_tokens(launch: Launch) -> int:
+    """Token budget of one forward pass where the user gives none."""
+    return CPU_PACK_TOKENS if launch.cpu else GPU_PACK_TOKENS
+
+
+@contextmanager
+def connected(launch: Launch) -> Iterator[None]:
+    """Connect the ranks while the block runs.
+
+    At an end that all ranks come to together they part in order. The threads of a process group that is still open
+    when the interpreter goes may end a process with SIGABRT, although all its work is done.
+    """
+    ours = not torch.distributed.is_initialized()
+    _connect(launch)
+    try:
+        yield
+    except (VlmSftError, InterruptedRunError) as error:
+        if ours and error.everywhere:
+            _part()
+        raise
+    if ours:
+        _part()
+
+
+def _part() -> None:
+    """Close the process group, also one that DeepSpeed opened for a single rank."""
+    close_meetings()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _connect(launch: Launch) -> None:
+    """Open the process groups: one for the training, one for meetings outside of it."""
+    if launch.deepspeed is not None and launch.cpu:
+        without_compiler()
+    if launch.world_size == 1 or torch.distributed.is_initialized():
+        return
+    if not launch.cpu:
+        torch.cuda.set_device(launch.gpu)
+    backend = "gloo" if launch.cpu else "nccl"
+    limit = timedelta(seconds=STEP_SECONDS)
+    store, *_ = next(rendezvous("env://", timeout=limit))
+    torch.distributed.init_process_group(
+        backend, store=PrefixStore("training", store), rank=launch.rank, world_size=launch.world_size, timeout=limit
+    )
+    if launch.deepspeed is not None:
+        join_deepspeed(launch.cpu)
+    open_meetings(PrefixStore("meeting", store))
+
+
+def idle_gpus(launch: Launch, words: Sequence[str]) -> str:
+    """One line where this process sees more GPUs than the one it uses: which one that is, and how to use all; else "".
+
+    Args:
+        launch: how it was launched.
+        words: its command line, `sys.argv`.
+    """
+    count = torch.cuda.device_count()
+    if launch.cpu or launch.world_size > 1 or count < 2:
+        return ""
+    program = [words[0]] if words[0].endswith(".py") and Path(words[0]).name != "__main__.py" else ["-m", "vlm_sft"]
+    line = shlex.join(["torchrun", f"--nproc_per_node={count}", *program, *words[1:]])
+    name = torch.cuda.get_device_name(launch.gpu)
+    return f"one process uses one GPU: number {launch.gpu} of {count} ({name}); to use all of them: {line}"
+
+
+def quiet_libraries() -> None:
+    """Turn off what libraries print beside our own lines: loading bars, and warnings that no user can act on."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

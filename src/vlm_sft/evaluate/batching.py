@@ -1,0 +1,123 @@
+"""Which questions are answered in one forward pass.
+
+The plan depends on the questions and the token budget only: not on the number of ranks, nor on what an interrupted
+evaluation had answered already. So the same questions always share the same forward passes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from vlm_sft.data.encode import group_by_image
+from vlm_sft.data.processor import visual_tokens
+from vlm_sft.data.sample import ImageRef, Sample
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Pack = list[list[Sample]]  # images of one forward pass, each with the questions that are asked about it
+
+_TEMPLATE_TOKENS = 24  # of a chat template around image and question, about
+_CHARACTERS_PER_TOKEN = 3  # of English questions, on the careful side
+_PIXELS_PER_TOKEN = 784  # 28 x 28: of processors that cannot say themselves
+AHEAD = 2  # packs that are encoded while the model answers another one
+
+
+def plan_packs(samples: Sequence[Sample], image_tokens: Callable[[ImageRef], int], budget: int) -> list[Pack]:
+    """Sort the images by length and fill packs up to the token budget.
+
+    Args:
+        samples: the questions; the sizes of their images are known.
+        image_tokens: estimates the tokens of an image.
+        budget: tokens of one forward pass. An image with more questions than fit is cut between questions; a single
+            question that exceeds it gets a pack of its own.
+
+    Returns:
+        The packs, largest first, so that memory runs out at the start or never. Every question comes once.
+    """
+    pieces: list[tuple[int, int, list[Sample]]] = []
+    for group in group_by_image(samples):
+        prefix = _TEMPLATE_TOKENS + sum(image_tokens(image) for image in group[0].images)
+        for members, load in _cut(group, prefix, budget):
+            pieces.append((-load, len(pieces), members))
+    packs: list[Pack] = []
+    room = 0
+    for negative_load, _, members in sorted(pieces):
+        if not packs or room + negative_load < 0:
+            packs.append([])
+            room = budget
+        packs[-1].append(members)
+        room += negative_load
+    return packs
+
+
+def _cut(group: list[Sample], prefix: int, budget: int) -> Iterator[tuple[list[Sample], int]]:
+    """Cut an image's questions so that each part fits the budget with the prefix; yields parts and their tokens."""
+    part: list[Sample] = []
+    load = prefix
+    for sample in group:
+        size = _TEMPLATE_TOKENS + sum(
+            len(text) // _CHARACTERS_PER_TOKEN for text in (sample.question, *(turn.text for turn in sample.history))
+        )
+        if part and load + size > budget:
+            yield part, load
+            part, load = [], prefix
+        part.append(sample)
+        load += size
+    yield part, load
+
+
+def image_counter(processor: Any) -> Callable[[ImageRef], int]:
+    """What estimates the tokens of an image: the processor's own count where it has one, else its area.
+
+    It raises a SampleError for an image that the processor refuses.
+    """
+
+    def tokens(image: ImageRef) -> int:
+        if image.width:
+            source = f"{image.source} ({image.width} x {image.height} pixels)"
+            count = visual_tokens(processor, image.width, image.height, source)
+            if count is not None:
+                return count
+        return image.width * image.height // _PIXELS_PER_TOKEN
+
+    return tokens
+
+
+def share(packs: Sequence[Pack], done: Iterable[str], rank: int, world_size: int) -> list[Pack]:
+    """The packs of one rank that still hold an unanswered question.
+
+    Packs are dealt in turn, so every rank gets its part of the large ones; a pack that an interruption tore is
+    answered again as a whole.
+
+    Args:
+        packs: the plan.
+        done: ids of the answered questions.
+        rank, world_size: of this process.
+    """
+    answered = set(done)
+    left = [pack for pack in packs if any(sample.id not in answered for group in pack for sample in group)]
+    return left[rank::world_size]
+
+
+def rounds(packs: Sequence[Pack], done: Iterable[str], world_size: int) -> int:
+    """How many packs the busiest rank has: rank 0."""
+    return len(share(packs, done, 0, world_size))
+
+
+def ahead(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Map in order, in one thread that keeps a few results ahead of the consumer."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(make, item))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,247 @@
+"""What a run computes: sizes of its packs, and floating-point operations.
+
+The arithmetic counts what is executed: a frozen linear module of N weights costs 2 N a token forward and 2 N backward
+(the gradient of its input; its own weights have none), attention costs the whole square of an image with its questions,
+the vision tower runs forward only, the vocabulary projection only where a token is supervised. Gradient checkpointing
+adds one forward pass of the layers. tests/unit/test_forecast_flops.py compares with torch's own counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from vlm_sft.data.packing import Bundle, EpochPlanner, GroupLengths, bundle_tokens
+from vlm_sft.forecast.shapes import ModelShape
+from vlm_sft.recipe.schema import Recipe
+
+# Products in scaled dot-product attention: two forward; backward four, and a kernel that keeps no scores computes
+# those of the forward pass again.
+ATTENTION_FORWARD, ATTENTION_BACKWARD = 2, 5
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Sizes of forward passes; they add up.
+
+    Attributes:
+        packs: forward passes.
+        tokens: tokens of the language model.
+        squares: sum over images of the squared tokens of an image with its questions.
+        supervised: positions where the vocabulary projection runs.
+        questions: questions.
+        images: images with their prefix.
+        visual: visual tokens among `tokens`.
+        visual_squares: sum over images of their squared visual tokens.
+        keys: keys that FlashAttention gathers: of every prefix, and of every question with its prefix.
+    """
+
+    packs: float = 0
+    tokens: float = 0
+    squares: float = 0
+    supervised: float = 0
+    questions: float = 0
+    images: float = 0
+    visual: float = 0
+    visual_squares: float = 0
+    keys: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+
+    def times(self, factor: float) -> Work:
+        """The same work so many times."""
+        return Work(*(getattr(self, item.name) * factor for item in fields(self)))
+
+
+NO_WORK = Work()
+Pack = tuple[Bundle, ...]
+
+
+def pack_work(pack: Sequence[Bundle], lengths: Sequence[GroupLengths], visual: Sequence[int]) -> Work:
+    """Sizes of one forward pass.
+
+    Args:
+        pack: what it computes; an empty pack is nothing.
+        lengths: token counts of every image.
+        visual: visual tokens of every image.
+    """
+    sizes = [bundle_tokens(bundle, lengths[bundle.group]) for bundle in pack]
+    seen = [visual[bundle.group] for bundle in pack]
+    return Work(
+        packs=1 if pack else 0,
+        tokens=sum(sizes),
+        squares=sum(size * size for size in sizes),
+        supervised=sum(lengths[bundle.group].supervised[q] for bundle in pack for q in bundle.questions),
+        questions=sum(len(bundle.questions) for bundle in pack),
+        images=len(pack),
+        visual=sum(seen),
+        visual_squares=sum(count * count for count in seen),
+        keys=sum(sizes) + sum(len(bundle.questions) * lengths[bundle.group].prefix for bundle in pack),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EpochWork:
+    """The work of one epoch.
+
+    Attributes:
+        slowest: what a step waits for: of every round of packs the one with the most tokens.
+        total: of all ranks together.
+        largest: the largest sizes that any one pack has, each for itself.
+        rounds: packs that a rank computes in one step, at most.
+    """
+
+    slowest: Work
+    total: Work
+    largest: Work
+    rounds: int = 1
+
+
+def epoch_work(planner: EpochPlanner, visual: Sequence[int], epoch: int = 0) -> EpochWork:
+    """Add up the packs of one epoch of a plan.
+
+    Args:
+        planner: the plan.
+        visual: visual tokens of every image.
+        epoch: its number, from 0.
+    """
+    slowest = total = largest = NO_WORK
+    rounds = 1
+    for step in planner.epoch(epoch):
+        rounds = max(rounds, *map(len, step.ranks))
+        for packs in zip(*step.ranks, strict=True):
+            works = [pack_work(pack, planner.lengths, visual) for pack in packs]
+            slowest += max(works, key=lambda work: work.tokens)
+            for work in works:
+                total += work
+                largest = _largest(largest, work)
+    return EpochWork(slowest, total, largest, rounds)
+
+
+def _largest(left: Work, right: Work) -> Work:
+    return Work(*(max(getattr(left, item.name), getattr(right, item.name)) for item in fields(Work)))
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What is trained.
+
+    Attributes:
+        r: rank of LoRA.
+        targets: short names of the linear modules of a layer that have it.
+        dropout: whether its input has dropout.
+        vision, projector: whether the vision tower, and what joins it to the language model, are trained in full.
+        everything: whether all weights are trained, without an adapter.
+    """
+
+    r: int
+    targets: tuple[str, ...]
+    dropout: bool = True
+    vision: bool = False
+    projector: bool = False
+    everything: bool = False
+
+    @property
+    def frozen_tower(self) -> bool:
+        """Whether the outputs of the vision tower never change."""
+        return not (self.vision or self.projector or self.everything)
+
+    def parameters(self, model: ModelShape) -> int:
+        """Trained parameters: r (inputs + outputs) for every adapted module of every layer, and the whole parts."""
+        if self.everything:
+            return model.parameters
+        lora = model.text.layers * sum(self.r * (inputs + outputs) for inputs, outputs in self.modules(model))
+        projector = model.vision.token_weights
+        whole = (model.vision.parameters - projector) * self.vision + projector * self.projector
+        return lora + whole
+
+    def tensors(self, model: ModelShape) -> int:
+        """Number of trained tensors, about: two for every adapted module, a dozen for every whole layer."""
+        whole = 12 * model.vision.layers * (self.vision or self.everything) + 12 * model.text.layers * self.everything
+        return 2 * model.text.layers * len(self.modules(model)) + whole
+
+    def modules(self, model: ModelShape) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the adapted modules of one layer."""
+        return [size for name, size in model.text.linears.items() if name in self.targets]
+
+
+def adapter_of(recipe: Recipe, model: ModelShape) -> Adapter:
+    """What a recipe trains on a model; names of modules that are longer paths count by their last part."""
+    names = [name.rsplit(".", 1)[-1] for name in recipe.target_modules]
+    known = tuple(model.text.linears)
+    chosen = known if names == ["all-linear"] else tuple(name for name in known if name in names)
+    parts = recipe.train
+    everything = "all" in parts
+    return Adapter(
+        recipe.lora_r,
+        chosen if "language" in parts and not everything else (),
+        recipe.lora_dropout > 0,
+        vision="vision" in parts,
+        projector="projector" in parts,
+        everything=everything,
+    )
+
+
+def forward_flops(model: ModelShape, work: Work, adapter: Adapter | None = None) -> float:
+    """Operations of the language model forward, head included."""
+    text = model.text
+    lora = sum(adapter.r * (a + b) for a, b in adapter.modules(model)) if adapter else 0
+    layers = text.layers * 2 * (text.layer_weights + lora) * work.tokens
+    return layers + ATTENTION_FORWARD * _attention_product(model, work) + 2 * text.embedding * work.supervised
+
+
+def training_flops(model: ModelShape, work: Work, adapter: Adapter, checkpointing: bool = False) -> float:
+    """Operations of the language model forward and backward with LoRA on frozen weights, head included.
+
+    Args:
+        model: the model.
+        work: what is computed.
+        adapter: what is trained.
+        checkpointing: the layers are computed a second time in the backward pass.
+    """
+    text = model.text
+    forward = forward_flops(model, work, adapter)
+    head = first_head = 2 * text.embedding * work.supervised
+    inputs = text.layers * 2 * text.layer_weights * work.tokens
+    first = ("q_proj", "k_proj", "v_proj")
+    if not checkpointing:
+        # Nothing below the first adapted module has a gradient: the inputs of the first layer's attention.
+        inputs -= 2 * sum(a * b for name, (a, b) in text.linears.items() if name in first) * work.tokens
+    lora = text.layers * 4 * sum(adapter.r * (a + b) for a, b in adapter.modules(model)) * work.tokens
+    if not checkpointing:
+        lora -= 2 * sum(adapter.r * text.hidden for name in adapter.targets if name in first) * work.tokens
+    if adapter.everything:  # the gradients of the weights themselves
+        inputs = 2 * text.layers * 2 * text.layer_weights * work.tokens
+        head *= 2
+    attention = ATTENTION_BACKWARD * _attention_product(model, work)
+    again = forward - first_head if checkpointing else 0.0
+    return forward + inputs + lora + attention + head + again
+
+
+def _attention_product(model: ModelShape, work: Work) -> float:
+    """Operations of one product of attention: queries with keys, or scores with values."""
+    text = model.text
+    return text.layers * 2 * text.heads * text.head_dim * work.squares
+
+
+def tower_flops(model: ModelShape, visual: float, visual_squares: float) -> float:
+    """Operations of the vision tower, forward.
+
+    Args:
+        model: the model.
+        visual: visual tokens.
+        visual_squares: sum over images of their squared visual tokens.
+    """
+    vision = model.vision
+    patches = visual * vision.patches_per_token
+    products = 2 * vision.patch_weights * patches + 2 * vision.token_weights * visual
+    return products + tower_attention_flops(model, visual, visual_squares)
+
+
+def tower_attention_flops(model: ModelShape, visual: float, visual_squares: float) -> float:
+    """Operations of the attention among them; arguments as for `tower_flops`."""
+    vision = model.vision
+    patches, squares = visual * vision.patches_per_token, visual_squares * vision.patches_per_token**2
+    windowed = (vision.layers - vision.full_layers) * min(patches * vision.window_patches, squares)
+    return 4 * vision.hidden * (vision.full_layers * squares + windowed)

@@ -1,0 +1,201 @@
+"""Adapters: find the modules, wrap them, open saved ones, count what is trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
+
+from vlm_sft.common.errors import ModelError, quoted
+from vlm_sft.model.cpu.lora_linear import fuse_lora
+from vlm_sft.model.dropout import KeyedDropout
+from vlm_sft.model.saved_adapter import check_adapter_folder, first_line, misfit, require_places
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The modules that get a LoRA adapter.
+
+    Attributes:
+        paths: full module paths, all inside the language model.
+        peft: what PEFT is given: short names where they are unambiguous, else a pattern of the full path.
+        by_name: how many modules each short name matched.
+        saved: paths of the modules that are trained in full and saved with the adapter.
+    """
+
+    paths: tuple[str, ...]
+    peft: list[str] | str
+    by_name: dict[str, int]
+    saved: tuple[str, ...] = ()
+
+
+def language_model_path(model: Any) -> str:
+    """Path of the language model inside a vision-language model, e.g. "model.language_model".
+
+    Raises:
+        ModelError: the model has no separate language model.
+    """
+    decoder = model.get_decoder()
+    for path, module in model.named_modules():
+        if module is decoder and path:
+            return path
+    raise ModelError(f"{type(model).__name__} has no separate language model", "use an image-text-to-text model")
+
+
+def resolve_targets(model: Any, names: Sequence[str]) -> Targets:
+    """Find the linear modules of the language model that the names mean.
+
+    Args:
+        model: the base model.
+        names: short names ("q_proj"), ends of paths ("self_attn.q_proj"), full paths, or "all-linear".
+
+    Raises:
+        ModelError: a name matches no linear module of the language model; the message says what it matches elsewhere
+            (a vision tower is never adapted unasked) and which names there are.
+    """
+    root = language_model_path(model) + "."
+    linear = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    inside = [path for path in linear if path.startswith(root)]
+    outside = [path for path in linear if not path.startswith(root) and path != "lm_head"]
+    available = sorted({path.rsplit(".", 1)[-1] for path in inside})
+    if list(names) == [ALL_LINEAR]:
+        names = available
+    found: dict[str, list[str]] = {}
+    problems = []
+    for name in names:
+        found[name] = [path for path in inside if path == name or path.endswith("." + name)]
+        if found[name]:
+            continue
+        elsewhere = [path for path in outside if path == name or path.endswith("." + name)]
+        place = f"; {len(elsewhere)} modules of that name are outside it, e.g. {elsewhere[0]}" if elsewhere else ""
+        problems.append(f"--target_modules: {quoted(name)} matches no linear module of the language model{place}")
+    if problems or not names:
+        raise ModelError("\n".join(problems) or "--target_modules is empty", f"choose from {', '.join(available)}")
+    paths = tuple(sorted({path for matched in found.values() for path in matched}))
+    ambiguous = any(path == name or path.endswith("." + name) for name in names for path in outside)
+    endings = "|".join(re.escape(name) for name in names)
+    pattern = f"{re.escape(root)}(?:.*\\.)?(?:{endings})"
+    by_name = {name: len(matched) for name, matched in found.items()}
+    return Targets(paths, pattern if ambiguous else list(names), by_name)
+
+
+def no_targets() -> Targets:
+    """No LoRA at all, for an adapter that holds fully trained modules only."""
+    return Targets((), DUMMY_TARGET_MODULES, {})
+
+
+def add_lora(
+    model: Any,
+    targets: Targets,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    seed: int,
+    base_name: str,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+) -> PeftModel:
+    """Wrap the model with a new LoRA adapter; only the adapter is trainable.
+
+    Args:
+        model: the base model.
+        targets: from `resolve_targets`.
+        r, alpha: rank and scale numerator (Hu et al. 2021: the update is scaled by alpha / r).
+        dropout: probability on the adapter's input.
+        seed: seeds the initial weights (independent of everything drawn before) and the dropout masks.
+        base_name: written into the adapter's config.
+        use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
+        use_dora: train the length of every weight column apart (Liu et al. 2024).
+
+    Raises:
+        ModelError: PEFT wrapped other modules than the resolved ones.
+    """
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets.peft,
+        modules_to_save=list(targets.saved) or None,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(model, config)
+    wrapped.peft_config["default"].base_model_name_or_path = base_name
+    check_wrapped(wrapped, targets)
+    use_keyed_dropout(wrapped, dropout, seed)
+    fuse_lora(wrapped)
+    return wrapped
+
+
+def check_wrapped(wrapped: PeftModel, targets: Targets) -> None:
+    """Compare the modules that PEFT wrapped with the resolved ones.
+
+    Raises:
+        ModelError: they differ.
+    """
+    base = wrapped.get_base_model()
+    lora = {path for path, module in base.named_modules() if isinstance(module, LoraLayer)}
+    saved = {path for path, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    for hit, meant in ((lora, set(targets.paths)), (saved, set(targets.saved))):
+        if hit != meant:
+            extra, lost = sorted(hit - meant)[:3], sorted(meant - hit)[:3]
+            raise ModelError(
+                f"PEFT wrapped {len(hit)} modules, {len(meant)} were meant (unasked: {extra}; left out: {lost})",
+                "name the target modules by longer paths",
+            )
+
+
+def use_keyed_dropout(wrapped: PeftModel, dropout: float, seed: int) -> None:
+    """Replace the adapter's dropout by one whose masks do not depend on packing or ranks."""
+    number = 0
+    for _, module in wrapped.get_base_model().named_modules():
+        if not hasattr(module, "lora_dropout"):
+            continue
+        for name in list(module.lora_dropout):
+            if dropout > 0:
+                module.lora_dropout[name] = KeyedDropout(dropout, seed * 100_003 + number)
+            number += 1
+
+
+def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> PeftModel:
+    """Open a saved adapter on its base; `saved_adapter.require_fit` says before that whether it is the right one.
+
+    Raises:
+        ModelError: the folder is no adapter, it is damaged, or its weights do not fit the base.
+    """
+    check_adapter_folder(Path(folder))
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, use_safetensors=True)
+    except Exception as error:  # what settings from elsewhere raise in PEFT can be anything
+        raise misfit(Path(folder), [first_line(error)]) from error
+    require_places(Path(folder), adapted)
+    fuse_lora(adapted)
+    return adapted
+
+
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
+    """Trainable and total parameters; partitioned ones (ZeRO-3) are counted whole."""
+    sizes = [(_weights_in(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
+
+
+def _weights_in(parameter: torch.nn.Parameter) -> int:
+    """How many weights a parameter holds; of 4-bit ones (bitsandbytes) there are two in a byte."""
+    if hasattr(parameter, "quant_state"):
+        return 2 * parameter.numel() * parameter.element_size()
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

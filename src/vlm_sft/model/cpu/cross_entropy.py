@@ -1,0 +1,165 @@
+"""Losses of answer tokens without their scores, or with little beside them.
+
+The cross entropy of a token is logsumexp(W h) - w · h, with w the row of the right token, and its gradient in h is
+softmax(W h) W - w. Both are sums over the vocabulary that can be taken block by block with a running maximum, as online
+softmax does for attention (Milakov and Gimelshein 2018, arXiv:1805.02867; Rabe and Staats 2021, arXiv:2112.05682). So
+every row of the projection is read once, and no (S, V) matrix of scores, probabilities or gradients is ever there.
+
+That needs a projection that is frozen, whole and plain. Of others the model itself computes the scores, once, which is
+what ZeRO-3 wants; their losses and gradients are then taken a few rows at a time.
+
+Shape suffixes: S supervised tokens, V vocabulary, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from vlm_sft.distributed.zero import is_partitioned
+from vlm_sft.model.cpu.matmul import EXACT, is_frozen, multiply
+
+_BLOCK = 2048  # rows of the projection at a time: with their scores they stay in the processor's cache
+_GPU_BLOCK = 8192  # the same on a GPU, which wants large products
+_PART = 2**26  # scores that are looked at in float32 at a time
+_ROUNDED_ROWS = 16  # supervised tokens are filled up to a multiple, so that few shapes occur
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross entropies of the rows of hidden states, for a projection that is not trained."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Losses (S,) of (S, C) hidden states, (V, C) weights and (S,) targets."""
+        ctx.dtype = hidden.dtype
+        losses, slopes = _sweep(hidden.to(weight.dtype), weight, targets, with_slopes=ctx.needs_input_grad[0])
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Gradient of the hidden states."""
+        (slopes,) = ctx.saved_tensors
+        return (slopes * gradients[0][:, None]).to(ctx.dtype), None, None
+
+
+class _ScoreLosses(torch.autograd.Function):
+    """Cross entropies of the rows of scores, a few rows at a time: all of them are never there in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Losses (S,) of (S, V) scores and (S,) targets."""
+        ctx.save_for_backward(scores, targets)
+        return torch.cat([_plain_losses(*part) for part in _parts(scores, targets)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Gradient of the scores, in their number format."""
+        scores, targets = ctx.saved_tensors
+        slopes = torch.empty_like(scores)
+        for (part, some), (slope, gradient) in zip(_parts(scores, targets), _parts(slopes, gradients[0]), strict=True):
+            with torch.enable_grad():
+                wide = _wide(part.detach()).requires_grad_()
+                losses = _plain_losses(wide, some)
+            slope.copy_(torch.autograd.grad(losses, wide, gradient)[0])
+        return slopes, None
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """Values in float32; in float64 where they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _plain_losses(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(_wide(scores), targets, reduction="none")
+
+
+def _parts(scores: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A few rows of the scores at a time, with their targets."""
+    rows = max(1, _PART // scores.shape[1])
+    return zip(scores.split(rows), targets.split(rows), strict=True)
+
+
+def _sweep(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, with_slopes: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One pass over the vocabulary: losses (S,), and where asked for their gradients (S, C) in the hidden states.
+
+    Products are taken in the number format of the weights, everything else in float32 or better. A score of the right
+    token that was not rounded as the others are would make a loss of nearly 0 negative, so in half precision it is
+    taken from among them.
+    """
+    count = len(hidden)
+    rows = F.pad(hidden, (0, 0, 0, -count % _ROUNDED_ROWS))
+    rounded = weight.dtype not in EXACT
+    largest = _wide(rows.new_full((len(rows), 1), float("-inf")))
+    total = torch.zeros_like(largest)
+    score = torch.zeros_like(largest[:count])
+    mean = torch.zeros_like(_wide(rows))  # of the projection's rows, weighted by exp(score - largest)
+    size = _BLOCK if weight.device.type == "cpu" else _GPU_BLOCK
+    for index, block in enumerate(weight.split(size)):
+        scores = _wide(multiply(rows, block))
+        if rounded:
+            place = targets[:, None] - index * size
+            found = scores[:count].gather(1, place.clamp(0, len(block) - 1))
+            score = torch.where((place >= 0) & (place < len(block)), found, score)
+        previous, largest = largest, torch.maximum(largest, scores.amax(1, keepdim=True))
+        scores.sub_(largest).exp_()
+        shrink = previous.sub_(largest).exp_()
+        total.mul_(shrink).add_(scores.sum(1, keepdim=True))
+        if with_slopes:
+            mean.mul_(shrink).add_(multiply(scores.to(rows.dtype), block.T))
+    right = weight[targets]
+    scored = score[:, 0] if rounded else torch.linalg.vecdot(hidden, right)
+    losses = (total.log() + largest)[:count, 0] - scored
+    return losses, mean.div_(total)[:count].sub_(right) if with_slopes else None
+
+
+def is_covered(head: Any) -> bool:
+    """Whether `token_losses` computes a model's head: a plain linear layer that is whole and not trained.
+
+    On a CPU in half precision the libraries' product of all rows is faster.
+
+    Args:
+        head: what `get_output_embeddings` of the model gives.
+    """
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return False
+    weight = head.weight
+    if weight.device.type == "cpu":
+        return is_frozen([weight], weight.dtype)
+    return weight.is_floating_point() and not weight.requires_grad and not is_partitioned(weight)
+
+
+def token_losses(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of each supervised token in nats.
+
+    Args:
+        hidden: (S, C), hidden states behind the last norm.
+        head: the projection to the vocabulary, one that `is_covered`.
+        targets: (S,) int64, the tokens that follow.
+
+    Returns:
+        (S,), float32 or better, with gradients of the hidden states.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _TokenLosses.apply(hidden, head.weight, targets)
+
+
+def score_losses(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of each supervised token in nats, of scores that are there.
+
+    Args:
+        scores: (S, V), in any number format.
+        targets: (S,) int64, the right tokens.
+
+    Returns:
+        (S,), float32 or better, with gradients of the scores.
+    """
+    return _ScoreLosses.apply(scores, targets)

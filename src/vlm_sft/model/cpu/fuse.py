@@ -1,0 +1,126 @@
+"""Modules that are computed in fewer steps with the same values.
+
+RMSNorm as one node of autograd, on CPUs: the modules of transformers compute it in six elementwise steps, each of which
+keeps an activation for the backward pass and reads it again there. The closed form of the gradient (Zhang and Sennrich
+2019, "Root Mean Square Layer Normalization", section 4) needs the input and one number a row.
+
+Patch embedding as one matrix product: a convolution whose window is the whole input is one, and the libraries'
+convolutions are several times slower at it.
+
+The vocabulary of a few generated tokens as (weight · rows), on CPUs: the product with the long side first reads the
+weights about once, the other one repacks them in every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vlm_sft.distributed.zero import is_partitioned
+from vlm_sft.model.cpu.gated_mlp import fuse_gated
+from vlm_sft.model.cpu.matmul import EXACT
+from vlm_sft.model.forward_patch import exchange_forward
+from vlm_sft.model.gpu.aligned_mlp import align_gated
+
+_CHECKED_ROWS, _TOLERANCE = 3, 1e-5
+_FEW_ROWS = 32  # beyond it both products take as long
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w · x / rms(x) over the last dimension, for a weight that is not trained."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """Normalise (…, C) values."""
+        squares = torch.linalg.vecdot(values, values).unsqueeze(-1)
+        inverse = squares.div_(values.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(values, weight, inverse)
+        return (values * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Gradient of the values; the weight has none."""
+        values, weight, inverse = ctx.saved_tensors
+        scaled = gradients[0] * weight
+        slope = torch.linalg.vecdot(scaled, values).unsqueeze(-1)
+        slope.mul_(inverse).mul_(inverse).div_(-values.shape[-1])
+        return scaled.addcmul_(values, slope).mul_(inverse), None, None
+
+
+def fuse_modules(model: torch.nn.Module) -> int:
+    """Change the modules of a model that have a faster form; returns how many were changed."""
+    return fuse_norms(model) + fuse_patches(model) + fuse_head(model) + fuse_gated(model) + align_gated(model)
+
+
+def fuse_patches(model: torch.nn.Module) -> int:
+    """Let convolutions over single patches compute a matrix product; returns how many were changed."""
+    return exchange_forward(model.modules(), _is_patch_embedding, _patch_forward)
+
+
+def _is_patch_embedding(module: torch.nn.Module) -> bool:
+    plain = isinstance(module, torch.nn.Conv3d) and module.groups == 1 and module.padding == (0, 0, 0)
+    return plain and module.kernel_size == module.stride
+
+
+def _patch_forward(module: Any, patches: torch.Tensor) -> torch.Tensor:
+    """Convolve (patches, C, T, H, W); a matrix product where each patch is as large as the window."""
+    if patches.shape[2:] != module.kernel_size:
+        return module.forward_stepwise(patches)
+    embedded = F.linear(patches.flatten(1), module.weight.flatten(1), module.bias)
+    return embedded[:, :, None, None, None]
+
+
+def fuse_head(model: Any) -> int:
+    """Let the projection to the vocabulary start from the weights for few rows; returns how many were changed."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return 0 if head is None else exchange_forward([head], _is_plain_linear, _head_forward)
+
+
+def _is_plain_linear(module: torch.nn.Module) -> bool:
+    return type(module) is torch.nn.Linear and module.bias is None
+
+
+def _head_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Logits of (…, C) hidden states; without gradients and for few rows on a CPU, a transposed view of (V, rows)."""
+    rows = hidden_states.numel() // hidden_states.shape[-1]
+    trained = torch.is_grad_enabled() and (module.weight.requires_grad or hidden_states.requires_grad)
+    if trained or not 1 < rows <= _FEW_ROWS or hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return module.forward_stepwise(hidden_states)
+    logits = torch.mm(module.weight, hidden_states.reshape(rows, -1).T).T
+    return logits.reshape(*hidden_states.shape[:-1], -1)
+
+
+def fuse_norms(model: torch.nn.Module) -> int:
+    """Let the RMSNorm modules of a model compute in one step, on CPUs, in float32 or float64, while frozen.
+
+    A module counts as RMSNorm when it has a weight and `variance_epsilon` and gives the values of the formula.
+
+    Returns:
+        How many modules were changed.
+    """
+    return exchange_forward(model.modules(), _is_rms_norm, _forward)
+
+
+@torch.no_grad()
+def _is_rms_norm(module: torch.nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 1 or len(list(module.parameters())) != 1:
+        return False
+    if not hasattr(module, "variance_epsilon") or is_partitioned(weight):
+        return False
+    if weight.device.type != "cpu" or weight.dtype not in EXACT:
+        return False
+    values = torch.linspace(-2.0, 3.0, _CHECKED_ROWS * len(weight)).reshape(_CHECKED_ROWS, -1).to(weight)
+    found, expected = _RMSNorm.apply(values, weight, module.variance_epsilon), module(values)
+    return bool(torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE))
+
+
+def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Normalise (…, C) values, in one step where that is the same and faster."""
+    weight = module.weight
+    exact = hidden_states.dtype == weight.dtype and hidden_states.dtype in EXACT
+    if not exact or weight.requires_grad or hidden_states.device.type != "cpu":
+        return module.forward_stepwise(hidden_states)
+    return _RMSNorm.apply(hidden_states, weight, module.variance_epsilon)

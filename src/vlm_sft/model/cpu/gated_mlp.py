@@ -1,0 +1,95 @@
+"""Gated MLPs block by block, on CPUs, while they are frozen.
+
+A gated MLP, down(silu(gate(x)) · up(x)) (Shazeer 2020, arXiv:2002.05202), is most of a language model's arithmetic.
+Computed for all tokens at once it writes four matrices that are larger than a processor's cache and reads them again
+from memory; in blocks of tokens they stay in the cache. With frozen weights the backward pass needs gate(x) and up(x)
+only, and every block has one shape, which is what `products.multiply` wants.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vlm_sft.distributed.zero import is_partitioned
+from vlm_sft.model.cpu.matmul import EXACT, is_frozen, multiply
+from vlm_sft.model.forward_patch import exchange_forward
+
+_BLOCK = 512  # tokens
+_CHECKED_ROWS, _TOLERANCE = 3, 1e-5
+_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+class _GatedMLP(torch.autograd.Function):
+    """down(silu(gate(x)) · up(x)) of (T, C) rows, for weights that are not trained."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
+        """Compute rows; `parameters` are weight and bias of gate, up and down."""
+        gate, gate_bias, up, up_bias, down, down_bias = parameters
+        assert gate is not None and up is not None and down is not None
+        kept: list[torch.Tensor] = []
+        outputs = []
+        for block in rows.split(_BLOCK):
+            whole = len(block) == _BLOCK
+            gates, ups = multiply(block, gate, gate_bias, whole), multiply(block, up, up_bias, whole)
+            outputs.append(multiply(F.silu(gates).mul_(ups), down, down_bias, whole))
+            if ctx.needs_input_grad[0]:
+                kept += [gates, ups]
+        ctx.save_for_backward(gate, up, down, *kept)
+        return torch.cat(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient of the rows."""
+        gate, up, down, *kept = ctx.saved_tensors
+        slopes = []
+        for index, block in enumerate(gradients[0].split(_BLOCK)):
+            whole = len(block) == _BLOCK
+            gates, ups = kept[2 * index : 2 * index + 2]
+            products = multiply(block, down.T, None, whole)
+            of_ups = F.silu(gates).mul_(products)
+            of_gates = torch.ops.aten.silu_backward(products.mul_(ups), gates)
+            slopes.append(multiply(of_gates, gate.T, None, whole).add_(multiply(of_ups, up.T, None, whole)))
+        return torch.cat(slopes), *[None] * 6
+
+
+def fuse_gated(model: torch.nn.Module) -> int:
+    """Let the gated MLPs of a model compute block by block; returns how many were changed.
+
+    A module counts as one when it has the three projections, nothing else that is trained, and gives the values of the
+    formula with SiLU.
+    """
+    return exchange_forward(model.modules(), _is_gated, _forward)
+
+
+def gated_parameters(module: Any) -> list[torch.Tensor | None] | None:
+    """Weight and bias of gate, up and down; None where one of them is no plain linear layer (any more)."""
+    linears = [getattr(module, name, None) for name in _PARTS]
+    if any(type(linear) is not torch.nn.Linear for linear in linears):
+        return None
+    return [parameter for linear in linears for parameter in (linear.weight, linear.bias)]  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def _is_gated(module: torch.nn.Module) -> bool:
+    parameters = gated_parameters(module)
+    if parameters is None or len(list(module.parameters())) != sum(one is not None for one in parameters):
+        return False
+    weight = parameters[0]
+    assert weight is not None
+    if weight.device.type != "cpu" or weight.dtype not in EXACT or is_partitioned(weight):
+        return False
+    rows = torch.linspace(-2.0, 3.0, _CHECKED_ROWS * weight.shape[1]).reshape(_CHECKED_ROWS, -1).to(weight)
+    return bool(torch.allclose(_GatedMLP.apply(rows, *parameters), module(rows), rtol=_TOLERANCE, atol=_TOLERANCE))
+
+
+def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Forward of (…, C) hidden states."""
+    parameters = gated_parameters(module)
+    if parameters is None or not is_frozen(parameters, hidden_states.dtype):
+        return module.forward_stepwise(hidden_states)
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    return _GatedMLP.apply(rows, *parameters).reshape(*hidden_states.shape[:-1], -1)

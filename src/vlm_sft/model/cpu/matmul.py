@@ -1,0 +1,74 @@
+"""Products of activations with frozen weights on CPUs, through oneDNN where that is possible.
+
+PyTorch sends float32 products on a CPU to MKL. oneDNN, which comes with PyTorch too, writes its kernels for the
+processor that it finds: they are faster, most of all where one side is as short as the supervised tokens of a pack. It
+keeps every kernel, with its working memory, by the shape of the product, so callers cut their work into blocks of one
+shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+
+import torch
+
+from vlm_sft.distributed.zero import is_partitioned
+
+EXACT = (torch.float32, torch.float64)  # half precision rounds in between, where the libraries' modules say
+_CHECKED_SIZE, _TOLERANCE = 48, 1e-5
+
+
+def is_frozen(parameters: Iterable[torch.Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether parameters stay as they are and can be computed with here: whole, on a CPU, in one exact number format.
+
+    Args:
+        parameters: None for one that a module does not have.
+        dtype: of the values that they are computed with.
+    """
+    return (
+        dtype in EXACT
+        and not torch.is_autocast_enabled("cpu")
+        and all(
+            one.dtype == dtype and one.device.type == "cpu" and not one.requires_grad and not is_partitioned(one)
+            for one in parameters
+            if one is not None
+        )
+    )
+
+
+def multiply(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, few_shapes: bool = True
+) -> torch.Tensor:
+    """The product rows · weightᵀ + bias, without gradients.
+
+    Args:
+        rows: (R, I).
+        weight: (O, I), of any strides.
+        bias: (O,) or None.
+        few_shapes: False for a shape that will hardly come again: oneDNN would keep a kernel for it.
+
+    Returns:
+        (R, O).
+    """
+    operator = _onednn() if few_shapes and rows.dtype == torch.float32 and rows.device.type == "cpu" else None
+    if operator is not None:
+        return operator(rows, weight, bias, "none", [], "")
+    return torch.mm(rows, weight.T) if bias is None else torch.addmm(bias, rows, weight.T)
+
+
+@cache
+def _onednn() -> Callable[..., torch.Tensor] | None:
+    """The operator x · wᵀ of oneDNN; None where this PyTorch has none, or one that gives other values."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(2, _CHECKED_SIZE, _CHECKED_SIZE, generator=generator)
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise.default
+        found = [operator(rows, one, None, "none", [], "") for one in (weight, weight.T)]
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    expected = [rows @ weight.T, rows @ weight]
+    same = all(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE) for a, b in zip(found, expected, strict=True))
+    return operator if same else None

@@ -1,0 +1,1 @@
+"""Kernels for GPUs, each checked against the plain formula before a run uses it."""

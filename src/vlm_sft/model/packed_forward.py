@@ -1,0 +1,137 @@
+"""The forward pass of a pack: positions, attention layout, images in, logits of supervised positions out.
+
+Imports data.collate and model.{attention,dropout,families,features,positions,trim,vocabulary}. The mathematics is
+that of separate sequences: every question sees its own image prefix and itself, its positions restart right after the
+prefix, and the vocabulary projection runs only where a supervised token is predicted.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vlm_sft.data.collate import PackedBatch
+from vlm_sft.model.attention import PackLayout, branch_mask, pack_layout
+from vlm_sft.model.cpu import cross_entropy
+from vlm_sft.model.dropout import dropout_keys
+from vlm_sft.model.families import PackMode, family_of, masks_for
+from vlm_sft.model.last_layer import is_trimmed, kept_rows
+from vlm_sft.model.positions import Positions
+from vlm_sft.model.vision_features import image_inputs, unwrap
+
+_IMAGE_TYPE = 1  # token type of image tokens, in all processors that have token types
+
+
+def position_ids(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
+    """Positions of every token of a pack: those that it came with, else computed here, see `positions.Positions`."""
+    return Positions(model)(batch) if batch.positions is None else batch.positions
+
+
+def image_blocks(batch: PackedBatch, mode: PackMode) -> torch.Tensor | None:
+    """Number of the block of image tokens that a token belongs to, -1 for other tokens, (L,) int64; None without."""
+    if not mode.image_blocks:
+        return None
+    image = batch.prefix_types == _IMAGE_TYPE
+    if mode.one_block:
+        return torch.where(image, batch.group, -1)
+    starts = image & ~F.pad(image, (1, 0))[:-1]
+    return torch.where(image, starts.cumsum(0) - 1, -1)
+
+
+def layout_of(batch: PackedBatch, mode: PackMode) -> PackLayout:
+    """The attention layout of a pack: the ends of every image's prefix and questions."""
+    return PackLayout(batch.tokens, batch.ends, image_blocks(batch, mode), batch.rows)
+
+
+def dense_mask(batch: PackedBatch, mode: PackMode, window: int | None = None) -> torch.Tensor:
+    """The same layout as one (1, 1, L, L) bool mask: the general path, for any attention implementation."""
+    mask = branch_mask(batch.branch, batch.index, window, image_blocks(batch, mode))
+    return (mask & (batch.group[None, :] == batch.group[:, None]))[None, None]
+
+
+@contextmanager
+def packed(batch: PackedBatch, mode: PackMode, dropout_step: int) -> Iterator[None]:
+    """What must hold during the forward and the backward pass of one pack: its layout and its dropout keys."""
+    layout = layout_of(batch, mode) if mode.kind == "blockwise" else None
+    rows = batch.predict if mode.shares else None
+    with pack_layout(layout), kept_rows(rows, batch.tokens), dropout_keys(batch.keys, dropout_step, rows):
+        yield
+
+
+def forward(model: torch.nn.Module, batch: PackedBatch, mode: PackMode, **extra: Any) -> Any:
+    """Run the model on one pack; call it inside `packed(…)`.
+
+    Args:
+        model: the model, wrapped or not.
+        batch: the pack, on the model's device; with mode "separate" it holds one question.
+        mode: how the pack is computed, from `sharing.choose_mode`.
+        **extra: further arguments of the model, e.g. a key/value cache.
+
+    Returns:
+        The model's output; `logits` is (1, S, V), one row for each position of `batch.predict`.
+    """
+    extra.setdefault("use_cache", False)
+    if not mode.shares:
+        return model(logits_to_keep=batch.predict, **separate_inputs(model, batch), **extra)
+    # 0 keeps all: a trimmed model has nothing but these rows behind its last layer.
+    kept = 0 if is_trimmed(unwrap(model)) else batch.predict
+    return model(logits_to_keep=kept, **shared_inputs(model, batch, mode), **extra)
+
+
+def shared_inputs(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) -> dict[str, Any]:
+    """The arguments of a model, or of the inner model without its head, for a pack of shared images."""
+    base = unwrap(model)
+    types = {"mm_token_type_ids": batch.prefix_types[None]} if family_of(base.config).token_types else {}
+
+    def mask(window: int | None) -> torch.Tensor:
+        if mode.kind == "dense":
+            return dense_mask(batch, mode, window)
+        # One row keeps transformers from building a mask of its own; the attention function follows the layout.
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.group.device)
+
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": masks_for(base.config, mask),
+        "position_ids": position_ids(model, batch),
+        **types,
+        **image_inputs(model, batch),
+    }
+
+
+def separate_inputs(model: torch.nn.Module, batch: PackedBatch) -> dict[str, torch.Tensor]:
+    """The arguments that plain transformers gets for a pack of one question: positions and masks are its own."""
+    assert len(batch.sample_ids) == 1, f"{len(batch.sample_ids)} questions in a pack that must hold one"
+    base = unwrap(model)
+    types = batch.prefix_types.clone()
+    types[batch.predict[1:]] = family_of(base.config).answer_type
+    accepted = inspect.signature(base.forward).parameters
+    named = {name: types[None] for name in ("mm_token_type_ids", "token_type_ids") if name in accepted}
+    mask = torch.ones_like(batch.input_ids)
+    return {"input_ids": batch.input_ids, "attention_mask": mask, **named, **image_inputs(model, batch)}
+
+
+def token_losses(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) -> torch.Tensor:
+    """Run the model on one pack, inside `packed(…)`, and compare it with the answers.
+
+    Where the model is trimmed and its head is frozen and plain, the losses are computed without the scores; nowhere is
+    there a copy of all scores in float32 (`model/cpu/cross_entropy.py`).
+
+    Args:
+        model: the model, wrapped or not.
+        batch: the pack, with answers, on the model's device.
+        mode: as in `forward`.
+
+    Returns:
+        (S,), cross entropy of each supervised token in nats, computed in float32 or better.
+    """
+    base = unwrap(model)
+    head = base.get_output_embeddings()
+    if mode.shares and is_trimmed(base) and cross_entropy.is_covered(head):
+        hidden = base.model(use_cache=False, **shared_inputs(model, batch, mode))[0]
+        return cross_entropy.token_losses(hidden[0], head, batch.targets)
+    return cross_entropy.score_losses(forward(model, batch, mode).logits.squeeze(0), batch.targets)

@@ -1,0 +1,110 @@
+"""Whether the questions of an image may share it on one model: a table, or a self-check.
+
+The self-check asks the real model about tiny random images, once behind shared prefixes and once in separate
+sequences through plain transformers, and compares the logits of the answers.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlm_sft.data.collate import collate
+from vlm_sft.data.encode import EncodedGroup, Encoder
+from vlm_sft.data.packing import Bundle
+from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.distributed.zero import is_partitioned
+from vlm_sft.model import packed_forward
+from vlm_sft.model.families import Kind, PackMode, declared_mode, separate_mode
+from vlm_sft.model.load import is_blockwise
+
+# Root mean square difference of the logits, relative to their spread, that rounding explains.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_QUESTIONS = ("What is it?", "How many of them are there, and where?", "Why?")
+
+
+def choose_mode(model: Any, encoder: Encoder) -> PackMode:
+    """Decide how the packs of a model are computed.
+
+    Args:
+        model: the model, wrapped by PEFT or not, with its final attention function set.
+        encoder: encodes questions for it.
+
+    Returns:
+        The declared mode of a known family; for an unknown one sharing when the self-check passes, else "separate"
+        with a note for the user.
+    """
+    base = packed_forward.unwrap(model)
+    dtype = base.get_input_embeddings().weight.dtype
+    kind: Kind = "blockwise" if is_blockwise(base) else "dense"
+    declared = declared_mode(base.config, kind)
+    if declared is not None:
+        return declared
+    if is_partitioned(*base.parameters()):
+        return separate_mode(base.config, "an unknown family cannot be checked while ZeRO-3 has partitioned it")
+    mode = PackMode(kind)
+    try:
+        error = sharing_error(model, encoder, mode)
+    except Exception as failure:  # an unknown architecture may raise anything
+        reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
+        return separate_mode(base.config, f"shared questions cannot be computed ({reason})")
+    if error <= TOLERANCE[dtype]:
+        return mode
+    return separate_mode(base.config, f"shared questions differ from separate ones (by {error:.2g} of the logits)")
+
+
+@torch.no_grad()
+def sharing_error(model: Any, encoder: Encoder, mode: PackMode) -> float:
+    """Compare the logits of shared and separate questions about two tiny random images.
+
+    Args:
+        model: the model; its training flag is kept.
+        encoder: encodes questions for it.
+        mode: how the shared pack is computed.
+
+    Returns:
+        Root mean square difference of the logits that predict answers, divided by their standard deviation.
+    """
+    groups = [encoder.encode(_probe(seed, size)) for seed, size in enumerate(((72, 56), (56, 96)))]
+    everything = [Bundle(index, tuple(range(len(group.questions)))) for index, group in enumerate(groups)]
+    single = [[Bundle(bundle.group, (number,))] for bundle in everything for number in bundle.questions]
+    with _evaluating(model):
+        shared = _logits(model, everything, groups, mode)
+        separate = torch.cat([_logits(model, pack, groups, PackMode("separate")) for pack in single])
+    return float((shared - separate).square().mean().sqrt() / separate.std())
+
+
+def _logits(model: Any, pack: list[Bundle], groups: list[EncodedGroup], mode: PackMode) -> torch.Tensor:
+    """Logits of the supervised positions of a pack, (S, V) float64."""
+    base = packed_forward.unwrap(model)
+    batch = collate(pack, groups).to(base.device)
+    # What is trained in full is held in float32 beside frozen weights in bfloat16.
+    narrow = base.get_input_embeddings().weight.dtype == torch.bfloat16
+    with packed_forward.packed(batch, mode, 0), torch.autocast(batch.group.device.type, torch.bfloat16, enabled=narrow):
+        return packed_forward.forward(model, batch, mode).logits[0].double()
+
+
+def _probe(seed: int, size: tuple[int, int]) -> list[Sample]:
+    """Questions about one image of noise."""
+    noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).save(stream, "PNG")
+    image = ImageRef.from_bytes(stream.getvalue(), "self-check")
+    return [Sample(f"probe/{text}", "probe", "", (image,), text, "12 34", ("12 34",)) for text in _QUESTIONS]
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Switch dropout off while the block runs."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

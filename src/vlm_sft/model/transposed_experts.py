@@ -1,0 +1,59 @@
+"""Expert weights that transformers turns while it loads them, under ZeRO-3.
+
+A checkpoint may hold the fused weights of experts turned (Qwen3-VL-MoE); transformers looks at the shape of the model's
+own parameter to tell, and ZeRO-3 leaves an empty one in its place: all would be turned, and some of them refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Transpose
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+
+class _TurnedToFit(Transpose):
+    """Turns a weight where it is not of the shape that its parameter has when it is whole."""
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, torch.Tensor], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> Any:
+        """Turn one weight where it has to be; by its name, though transformers annotates lists."""
+        parameter = kwargs["model"].get_parameter(kwargs["full_layer_name"])
+        found = next(iter(input_dict.values()))
+        weight = found[0] if isinstance(found, list) else found
+        if tuple(weight.shape) != tuple(getattr(parameter, "ds_shape", parameter.shape)):
+            weight = weight.transpose(self.dim0, self.dim1).contiguous()
+        return {self.get_target_pattern(input_dict, source_patterns, target_patterns): weight}
+
+
+def know_whole_shapes(path: str) -> None:
+    """Let weights that have to be turned be compared with whole parameters, in a process that shares them out.
+
+    Args:
+        path: of the model that will be loaded.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    for kind in (config.model_type, *(part.model_type for part in _parts(config))):
+        mapping = get_checkpoint_conversion_mapping(kind) or []
+        asking = [step for step in mapping if any(_asks(work) for work in getattr(step, "operations", ()))]
+        for step in asking:
+            step.operations = [
+                _TurnedToFit(work.dim0, work.dim1, check_dims=True) if _asks(work) else work for work in step.operations
+            ]
+        if asking:
+            register_checkpoint_conversion_mapping(kind, mapping, overwrite=True)
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    return [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+
+
+def _asks(work: Any) -> bool:
+    """Whether an operation looks at the shape of the model's parameter."""
+    return type(work) is Transpose and work.check_dims

@@ -1,0 +1,288 @@
+"""Frozen vision features: how they come out of the vision tower and go into the model.
+
+While nothing in the vision tower is trained, its output for an image never changes. transformers takes it as
+`mm_encoder_outputs`, exactly where the tower's own output would enter, so a pack with features runs no tower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vlm_sft.common.errors import DataError
+from vlm_sft.data.cache.feature_names import PREFIX, features_of, is_pixels
+from vlm_sft.data.cache.pixel_codec import unpack_pixels
+from vlm_sft.data.cache.store import Record
+from vlm_sft.data.collate import PackedBatch
+from vlm_sft.distributed.zero import is_partitioned
+from vlm_sft.model.families import family_of
+
+POOLED, DEEPSTACK = "pooled", "deepstack"
+_POOLED_PATCHES = "image_token_pooling"  # Molmo 2: which patches of which crop make an image token
+
+
+@dataclass
+class ImageFeatures(BaseModelOutputWithPooling):
+    """What a model takes for the output of its vision tower; Qwen3-VL adds features of deeper layers."""
+
+    deepstack_features: list[list[torch.Tensor]] | None = None
+
+
+class TowerUse:
+    """Counts the calls of a model's vision tower and the images in them.
+
+    Args:
+        model: the model; wrapping it later does not matter.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.calls = 0
+        self.images = 0
+        tower = next(iter(tower_modules(model).values()), None)
+        self._handle = tower.register_forward_pre_hook(self._count, with_kwargs=True) if tower is not None else None
+
+    def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sized = kwargs.get("grid_thw", kwargs.get("pixel_values", args[0] if args else ()))
+        self.calls += 1
+        self.images += len(sized)
+
+    def close(self) -> None:
+        """Stop counting."""
+        if self._handle is not None:
+            self._handle.remove()
+
+
+def unwrap(model: Any) -> Any:
+    """The Hugging Face model inside wrappers of DDP, DeepSpeed and PEFT."""
+    while hasattr(model, "module"):
+        model = model.module
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if get_base_model is not None else model
+
+
+def tower_modules(model: Any) -> dict[str, torch.nn.Module]:
+    """The modules that turn pixels into image embeddings: all of the inner model's children but the language model."""
+    base = unwrap(model)
+    inner = base.model
+    decoder = base.get_decoder()
+    return {
+        name: module
+        for name, module in inner.named_children()
+        if all(part is not decoder for part in module.modules()) and any(True for _ in module.parameters())
+    }
+
+
+def loose_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Weights that belong to image features and to no module (LLaVA-OneVision: the end of a row of patches)."""
+    return dict(unwrap(model).model.named_parameters(recurse=False))
+
+
+def image_inputs(model: Any, batch: PackedBatch) -> dict[str, Any]:
+    """The images of a pack as arguments of the model: its features where the pack has them, else its pixels.
+
+    Args:
+        model: computes the features of images whose kept ones turned out to be damaged.
+        batch: the pack.
+    """
+    if not batch.tensors:
+        return {}
+    features = [features_of(image) for image in batch.tensors]
+    if not any(features):
+        return joined_tensors(batch.tensors)
+    pairs = zip(features, batch.tensors, strict=True)
+    features = [found or _features_now(model, image) for found, image in pairs]
+    # Where the model finds the positions itself it needs the sizes of the images too.
+    sizes = [
+        {name: value for name, value in image.items() if not (name.startswith(PREFIX) or is_pixels(name))}
+        for image in batch.tensors
+    ]
+    return {"mm_encoder_outputs": {"image": joined_features(features)}, **joined_tensors(sizes)}
+
+
+def _features_now(model: Any, image: Mapping[str, torch.Tensor]) -> Record:
+    """The features of one image, from its pixels.
+
+    Raises:
+        DataError: ZeRO-3 has shared the tower out among ranks, and the others do not know of this image.
+    """
+    if is_partitioned(*(parameter for tower in tower_modules(model).values() for parameter in tower.parameters())):
+        raise DataError("kept vision features are damaged", "start again with --resume auto: they are computed anew")
+    device = next(iter(image.values())).device
+    with whole_tower(model, str(device)):
+        (found,) = encode_images(model, [image])
+    return {name: value.to(device) for name, value in found.items()}
+
+
+def joined_tensors(images: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Concatenate the processor's tensors of all images as one processor call on all of them would.
+
+    Pixels with a mask and the tile dimension second (Idefics3: (1, tiles, 3, h, w)) are joined along it, all others
+    along the first dimension. Where the images differ in another dimension, in the number of their tiles
+    (LLaVA-OneVision) or in their shape (Mistral 3), the smaller ones are padded with zeros, which the models cut off by
+    the sizes that they are given.
+    """
+    joined = {}
+    for name in images[0]:
+        values = [image[name] for image in images]
+        tiled = "pixel_attention_mask" in images[0] and name.startswith("pixel_") and values[0].dim() > 3
+        if name == _POOLED_PATCHES:
+            values = _counted_on(values, [image.get("pixel_values") for image in images])
+        joined[name] = _padded_cat(values, 1 if tiled else 0)
+    return joined
+
+
+def _padded_cat(values: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """Concatenate along an axis, after padding all other dimensions with zeros to the largest."""
+    largest = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
+    padded = []
+    for value in values:
+        gaps = [0 if dim == axis else largest[dim] - size for dim, size in enumerate(value.shape)]
+        padded.append(F.pad(value, [side for gap in reversed(gaps) for side in (0, gap)]) if any(gaps) else value)
+    return torch.cat(padded, dim=axis)
+
+
+def _counted_on(values: Sequence[torch.Tensor], pixels: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Places of patches, -1 for none, counted over all images of a call instead of each by itself."""
+    counted, first = [], 0
+    for value, patches in zip(values, pixels, strict=True):
+        counted.append(torch.where(value >= 0, value + first, value))
+        first += 0 if patches is None else patches.shape[0] * patches.shape[1]  # (crops, patches, …)
+    return counted
+
+
+def joined_features(images: Sequence[Mapping[str, torch.Tensor]]) -> ImageFeatures:
+    """Put the features of all images of a pack into the form in which the tower would have returned them."""
+    if POOLED in images[0]:
+        return ImageFeatures(pooler_output=torch.cat([image[POOLED] for image in images]))
+    pooled = [value for image in images for name, value in image.items() if name.startswith(POOLED)]
+    layers = sorted({int(name.split(".")[1]) for name in images[0] if name.startswith(DEEPSTACK)})
+    deep = [
+        [value for image in images for name, value in image.items() if name.startswith(f"{DEEPSTACK}.{layer}.")]
+        for layer in layers
+    ]
+    return ImageFeatures(pooler_output=pooled, deepstack_features=deep or None)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def encode_images(model: Any, images: Sequence[Mapping[str, torch.Tensor]]) -> list[Record]:
+    """Run the vision tower as the model itself would.
+
+    Args:
+        model: the model, its tower on the device where it is to run.
+        images: the processor's tensors of each image, packed or not.
+
+    Returns:
+        For each image its features, on the CPU, in the dtype of the language model.
+    """
+    base = unwrap(model)
+    weight = next(base.get_input_embeddings().parameters())
+    device = next(next(iter(tower_modules(model).values())).parameters()).device
+    whole = joined_tensors([unpack_pixels(image) for image in images])
+    arguments = {name: value.to(device) for name, value in whole.items()}
+    accepted = inspect.signature(base.model.get_image_features).parameters
+    arguments = {name: value for name, value in arguments.items() if name in accepted}
+    with torch.autocast(device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16):
+        output = base.model.get_image_features(**arguments, return_dict=True)
+
+    def kept(value: torch.Tensor) -> torch.Tensor:
+        return value.to("cpu", weight.dtype).contiguous()
+
+    pooled = output.pooler_output
+    if isinstance(pooled, torch.Tensor):
+        assert len(images) == 1, "a tower that returns one tensor is called image by image"
+        return [{POOLED: kept(pooled)}]
+    records: list[Record] = []
+    first = 0
+    for image in images:
+        count = len(image["image_grid_thw"]) if "image_grid_thw" in image else len(pooled) // len(images)
+        record = {f"{POOLED}.{index}": kept(pooled[first + index]) for index in range(count)}
+        for layer, values in enumerate(getattr(output, "deepstack_features", None) or ()):
+            record |= {f"{DEEPSTACK}.{layer}.{index}": kept(values[first + index]) for index in range(count)}
+        records.append(record)
+        first += count
+    return records
+
+
+def why_not(model: Any) -> str:
+    """Why a model cannot use kept features; "" when it can."""
+    base = unwrap(model)
+    name = type(base).__name__
+    if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
+        return f"{name} does not take them"
+    towers = tower_modules(model)
+    if not towers or not hasattr(base.model, "get_image_features"):
+        return f"{name} has no separate vision tower"
+    if any(parameter.requires_grad for module in towers.values() for parameter in module.parameters()):
+        return _trained_part(base, towers)
+    # An adapter with a tower or projector of its own gives other features than its base, behind the same switch.
+    parts = [part for tower in towers.values() for part in tower.modules()]
+    if any(isinstance(part, BaseTunerLayer | ModulesToSaveWrapper) for part in parts):
+        return "the adapter has its own vision tower or projector"
+    return ""
+
+
+def _trained_part(base: Any, towers: Mapping[str, torch.nn.Module]) -> str:
+    """Why features cannot be kept while something behind the pixels is trained: they are the projector's outputs."""
+    projectors = [module for path, module in base.model.named_modules() if path in family_of(base.config).projector]
+    own = {id(parameter) for module in projectors for parameter in module.parameters()}
+    tower = [parameter for module in towers.values() for parameter in module.parameters() if id(parameter) not in own]
+    if any(parameter.requires_grad for parameter in tower):
+        return "the vision tower is trained"
+    return "the projector is trained, and kept features are what it puts out"
+
+
+def tower_settings(model: Any) -> dict[str, Any]:
+    """All that the features of an image depend on, besides its pixels; call it inside `whole_tower`."""
+    base = unwrap(model)
+    digest = hashlib.sha256()
+    values = {
+        f"{p}.{name}": value for p, part in tower_modules(model).items() for name, value in part.state_dict().items()
+    }
+    for name, value in (values | loose_parameters(model)).items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    weight = next(base.get_input_embeddings().parameters())
+    vision = getattr(base.config, "vision_config", base.config)
+    device = next(next(iter(tower_modules(model).values())).parameters()).device
+    return {
+        "model": type(base).__name__,
+        "tower": digest.hexdigest(),
+        "dtype": str(weight.dtype),
+        "attention": vision._attn_implementation,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+    }
+
+
+@contextmanager
+def whole_tower(model: Any, device: str) -> Iterator[None]:
+    """The tower on its device, with all of its weights in this process (ZeRO-3 shares them out among the ranks)."""
+    modules = tower_modules(model)
+    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    parameters += loose_parameters(model).values()
+    gathered: AbstractContextManager[Any] = nullcontext()
+    if is_partitioned(*parameters):
+        from deepspeed import zero
+
+        # The embeddings too: their dtype and width are asked for.
+        gathered = zero.GatheredParameters([*parameters, *unwrap(model).get_input_embeddings().parameters()])
+    else:
+        for module in modules.values():
+            module.to(device)
+    training = model.training
+    model.eval()
+    try:
+        with gathered:
+            yield
+    finally:
+        model.train(training)

@@ -1,0 +1,63 @@
+"""What the cache holds already of the images of a run, read from its indexes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm_sft.common.artifacts import read_json
+from vlm_sft.common.errors import RunError
+from vlm_sft.data.cache.directory import ENTRY, FEATURES, IMAGES, entry_weights, settings_key, weights_mark
+from vlm_sft.data.cache.encoded import image_settings, record_key
+from vlm_sft.data.encode import Encoder
+from vlm_sft.data.sample import Sample
+
+
+class Kept:
+    """What the cache holds of an encoder's images, read from the indexes alone.
+
+    Args:
+        root: the cache folder.
+        encoder: whose images.
+        base: the base model's folder, or Hub id.
+    """
+
+    def __init__(self, root: Path, encoder: Encoder, base: str) -> None:
+        self.settings = image_settings(encoder)
+        self.root = root
+        self._pixels = _keys(root / IMAGES / settings_key(self.settings))
+        self._features = self._feature_keys(weights_mark(base))
+
+    def _feature_keys(self, weights: str) -> set[str]:
+        """Images that have features of these weights, behind this image processor."""
+        found: set[str] = set()
+        for marker in (self.root / FEATURES).glob(f"*/{ENTRY}"):
+            try:
+                entry = read_json(marker)
+                settings = entry["settings"]
+            except (RunError, KeyError, TypeError):
+                continue
+            own = {name: value for name, value in self.settings.items() if name != "versions"}
+            same = settings_key(own) == settings_key({name: settings.get(name) for name in own})  # as JSON: () is []
+            if same and weights in entry_weights(entry):
+                found |= _keys(marker.parent)
+        return found
+
+    def without_images(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those whose processed image is not there."""
+        return [sample for sample in samples if record_key(sample.image_key) not in self._pixels]
+
+    def without_features(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those whose vision features are not there."""
+        return [sample for sample in samples if record_key(sample.image_key) not in self._features]
+
+
+def _keys(folder: Path) -> set[str]:
+    """Keys of all records of a cache entry."""
+    found: set[str] = set()
+    for index in folder.glob("*.json"):
+        try:
+            found |= set(read_json(index).get("records", ())) if index.name != ENTRY else set()
+        except (RunError, AttributeError):
+            continue
+    return found

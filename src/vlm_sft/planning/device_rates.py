@@ -1,0 +1,148 @@
+"""What a device that no table holds does in a second: a few products, copies and small operations."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vlm_sft.common.record import device_name, memory_bytes
+from vlm_sft.forecast.hardware import Rates, find_device, table_rates
+from vlm_sft.forecast.shapes import ModelShape
+
+ROUND_SECONDS = 0.24  # of one round of measurements
+ROUNDS = (2, 6)  # at least, and at most while the machine is busy
+PAUSE_SECONDS = 0.3  # between them then: another program may be over by the next one
+AGREE = 1.15  # two rounds that differ by less say the same
+BUSY_SHARE = 0.85  # of its own time a process gets less than this only where others take it, or a quota of CPU time
+TOKENS = 1024  # rows of the products that are measured
+FRESH_MEMORY = 4.0  # times as long takes an operation on a CPU whose result lies in memory that was just asked for
+MEASURED_SPREAD = 1.35
+MOST_UNREST = 8.0
+
+
+def rates_here(model: ModelShape, dtype: torch.dtype) -> Rates:
+    """The rates of this machine's device: from the table, or measured at the sizes of a model.
+
+    Args:
+        model: its layer gives the sizes of the products.
+        dtype: of the computation.
+    """
+    if torch.cuda.is_available():
+        known = find_device(torch.cuda.get_device_name())
+        if known is not None:
+            return table_rates(known)
+    return measured_rates(model, dtype)
+
+
+@torch.no_grad()
+def measured_rates(model: ModelShape, dtype: torch.dtype) -> Rates:
+    """Measure matrix products at the sizes of a layer, a large simple operation, and a small one.
+
+    Once is not believed: threads that have just been started may share a core until the system moves one of them, and
+    another program may hold the cores. Rounds are repeated until two agree on a machine that is free, or a few times.
+    """
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    text = model.text
+    rows = torch.randn(TOKENS, text.hidden, dtype=dtype, device=device)
+    weight = torch.randn(text.intermediate, text.hidden, dtype=dtype, device=device)
+    large = torch.randn(TOKENS, max(text.intermediate, 1024), dtype=dtype, device=device)
+    small = torch.randn(16, dtype=dtype, device=device)
+    result = torch.empty_like(large)
+    works: tuple[Callable[[], object], ...] = (
+        lambda: torch.nn.functional.linear(rows, weight),
+        lambda: torch.mul(large, 1.5, out=result),
+        lambda: small + small,
+    )
+    rounds: list[tuple[Timed, ...]] = []
+    while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and not settled([one[0] for one in rounds])):
+        if len(rounds) >= ROUNDS[0]:
+            time.sleep(PAUSE_SECONDS)
+        rounds.append(tuple(_timed(work, ROUND_SECONDS / len(works), device) for work in works))
+    product, copy, launch = (believed(timed) for timed in zip(*rounds, strict=True))
+    moved = 2 * large.numel() * large.element_size() / (1.0 if gpu else FRESH_MEMORY)
+    return Rates(
+        device_name(),
+        2 * TOKENS * text.hidden * text.intermediate / product,
+        moved / copy,
+        launch,
+        memory_bytes(),
+        gpu,
+        f"measured here {len(rounds)} times on products of {TOKENS} x {text.hidden} x {text.intermediate}",
+        MEASURED_SPREAD,
+        unrest([one[0] for one in rounds]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Repeated calls of one piece of work.
+
+    Attributes:
+        seconds: of each call.
+        share: of the elapsed time that this thread was really computing; 1 on a free machine.
+    """
+
+    seconds: tuple[float, ...]
+    share: float
+
+    @property
+    def busy(self) -> bool:
+        """Whether something else took the processor away."""
+        return self.share < BUSY_SHARE
+
+    @property
+    def median(self) -> float:
+        """Not the mean: while a program starts beside it, a few calls wait for a core as long as all others take."""
+        return statistics.median(self.seconds)
+
+    @property
+    def undisturbed(self) -> float:
+        """What a call takes that nothing disturbs: the first decile, or the time that calls computed if that is less.
+
+        Where others hold the cores most of the time, every call is interrupted once; its computing time is not longer.
+        """
+        fastest = sorted(self.seconds)[len(self.seconds) // 10]
+        return min(fastest, self.share * statistics.mean(self.seconds))
+
+
+def settled(rounds: Sequence[Timed]) -> bool:
+    """Whether the newest round and an earlier one agree, on a machine that was free."""
+    calm = [one.median for one in rounds if not one.busy]
+    return not rounds[-1].busy and any(1 / AGREE < one / calm[-1] < AGREE for one in calm[:-1])
+
+
+def believed(rounds: Sequence[Timed]) -> float:
+    """The seconds of one call: those of the quickest round on a free machine; else of calls that nothing disturbed."""
+    calm = [one.median for one in rounds if not one.busy]
+    return min(calm) if calm else min(one.undisturbed for one in rounds)
+
+
+def unrest(rounds: Sequence[Timed]) -> float:
+    """How many times longer calls took, on average, than is believed; 1 where the last round was undisturbed."""
+    if not rounds[-1].busy:
+        return 1.0
+    calls = [seconds for one in rounds if one.busy for seconds in one.seconds]
+    # The mean, not the median: a call that waits for a core takes many times as long, and a run waits for all of them.
+    return min(MOST_UNREST, max(1.0 + 1e-3, statistics.mean(calls) / believed(rounds)))
+
+
+def _timed(work: Callable[[], object], budget: float, device: torch.device) -> Timed:
+    """Repeat calls within a budget of seconds."""
+    work()
+    seconds: list[float] = []
+    began = now = time.perf_counter()
+    computed = time.thread_time()
+    while now - began < budget:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        before, now = now, time.perf_counter()
+        seconds.append(now - before)
+    # While a GPU computes this thread may sleep: its share of the time says nothing there.
+    share = (time.thread_time() - computed) / (now - began) if device.type == "cpu" else 1.0
+    return Timed(tuple(seconds), share)

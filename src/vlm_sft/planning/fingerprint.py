@@ -1,0 +1,184 @@
+"""What a checkpoint belongs to: recipe, data, base model, prompt; what changed since."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_sft.common.errors import RunError, quoted
+from vlm_sft.common.manifest import read_manifest
+from vlm_sft.data.cache.directory import weights_mark
+from vlm_sft.data.dataset import PreparedData
+from vlm_sft.data.prompt import PROMPT_KEYS
+from vlm_sft.distributed.launch import Launch
+from vlm_sft.model.load import Base
+from vlm_sft.model.saved_adapter import BASE_WEIGHTS
+from vlm_sft.recipe.schema import Recipe
+from vlm_sft.recipe.validation import effective_global_batch_size
+
+# Keys that decide where and when something is computed or written, and not what: a resumed run may change them. The
+# size of the global batch is compared as the number that they come to.
+FREE_KEYS = frozenset(
+    {
+        "dataloader_num_workers",
+        "report_to",
+        "save_total_limit",
+        "save_strategy",
+        "save_steps",
+        "logging_steps",
+        "tokens_per_pack",
+        "gradient_checkpointing",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "global_batch_size",
+    }
+)
+_SMALL_BYTES = 4 * 1024**2  # files up to this size are hashed whole
+_BLOCKS, _BLOCK_BYTES = 16, 64 * 1024  # of larger ones
+_BASE_FILES = (".json", ".safetensors", ".jinja", ".txt", ".model")
+
+
+def recipe_identity(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """The part of the identity that is known before anything is loaded."""
+    values = json.loads(json.dumps(recipe.to_dict()))
+    kept = {key: value for key, value in values.items() if key not in FREE_KEYS}
+    return kept | {"effective global batch size": effective_global_batch_size(recipe, world_size)}
+
+
+def run_identity(
+    recipe: Recipe, launch: Launch, base: Base, data: PreparedData, evaluation: PreparedData | None
+) -> dict[str, Any]:
+    """All that the course of a training depends on, as JSON values for a manifest."""
+    values = recipe_identity(recipe, launch.world_size)
+    text = json.dumps(values, sort_keys=True)
+    prompt = base.prompt.to_dict()
+    return {
+        "recipe": values,
+        "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "base_model": base.name,
+        "base_model_sha256": base_fingerprint(base.path),
+        BASE_WEIGHTS: weights_mark(base.path),
+        "dtype": base.dtype_name,
+        "prompt": {key: prompt[key] for key in PROMPT_KEYS},
+        "data_sha256": data_sha256(data),
+        "evaluation_data_sha256": data_sha256(evaluation, scored=True) if evaluation is not None else None,
+    }
+
+
+def data_sha256(data: PreparedData, scored: bool = False) -> str:
+    """SHA-256 over every image's bytes (by their own hashes) and every question and answer, in order.
+
+    Args:
+        data: the questions.
+        scored: answers are scored against them too: all accepted ones count.
+    """
+    digest = hashlib.sha256()
+    for sample, _, _ in data.samples():
+        turns = [(turn.role, turn.text) for turn in sample.history]
+        row = [sample.image_key, sample.system, turns, sample.question, sample.target]
+        digest.update(json.dumps([*row, *sample.answers] if scored else row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def base_fingerprint(path: str) -> str:
+    """SHA-256 over the names and sizes of a base's files, small files whole and 16 blocks of 64 KiB of larger ones.
+
+    Args:
+        path: a folder or a Hub id whose files are in the local cache.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        folder = Path(str(cached_file(path, "config.json", local_files_only=True))).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in _BASE_FILES:
+            continue
+        size = file.stat().st_size
+        digest.update(os.fsencode(file.name) + f" {size}\n".encode())
+        with file.open("rb") as stream:
+            if size <= _SMALL_BYTES:
+                digest.update(stream.read())
+                continue
+            for block in range(_BLOCKS):
+                stream.seek(block * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
+                digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def refuse_changes(checkpoint: Path | None, now: Mapping[str, Any], allowed: bool) -> list[str]:
+    """Compare a run with the checkpoint that it goes on from.
+
+    Args:
+        checkpoint: the folder; None compares nothing.
+        now: the identity of this run, or the part of it that is known so far.
+        allowed: whether differences are let through.
+
+    Returns:
+        The differences, one sentence each.
+
+    Raises:
+        RunError: there are some and they are not allowed.
+    """
+    if checkpoint is None:
+        return []
+    saved = read_manifest(checkpoint).get("identity", {})
+    found = differences(saved, now)
+    if found and not allowed:
+        listed = "".join(f"\n  - {line}" for line in found)
+        raise RunError(
+            f"{checkpoint} belongs to another training:{listed}",
+            "give the same flags and data, start over in another --output_dir, or pass --allow_changes to go on with "
+            "what is new",
+        )
+    return found
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, one sentence each; keys that `now` lacks are not compared."""
+    found = []
+    for part in ("recipe", "prompt"):
+        old, new = saved.get(part, {}), now.get(part)
+        if new is None:
+            continue
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                found.append(f"{part}: {key} was {quoted(old.get(key), 300)} and is {quoted(new.get(key), 300)}")
+    if _changed(saved, now, "base_model_sha256"):
+        found.append(f"base model: its files differ (was {saved.get('base_model')}, is {now['base_model']})")
+    if _changed(saved, now, "dtype"):
+        found.append(f"precision: was {saved.get('dtype')} and is {now['dtype']}")
+    for key, what in (("data_sha256", "training data"), ("evaluation_data_sha256", "evaluation data")):
+        if _changed(saved, now, key):
+            found.append(f"{what}: images, questions, answers or their order differ")
+    return found
+
+
+def _changed(saved: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:
+    return key in now and saved.get(key) != now[key]
+
+
+def check_ranks(checkpoint: Path | None, launch: Launch) -> None:
+    """DeepSpeed's state fits only the launch that wrote it; that of other launches fits any number of processes.
+
+    Raises:
+        RunError: the checkpoint is of another kind of launch.
+    """
+    if checkpoint is None:
+        return
+    manifest = read_manifest(checkpoint)
+    kind, size = manifest.get("parallel", "single"), manifest.get("world_size", 1)
+    plain = ("single", "ddp")
+    if kind in plain and launch.parallel in plain or (kind, size) == (launch.parallel, launch.world_size):
+        return
+    raise RunError(
+        f"{checkpoint} was written by {size} process(es) with {kind}, and this is {launch.world_size} with "
+        f"{launch.parallel}",
+        f"launch {size} process(es) with {kind}, or evaluate its adapter: vlm-sft eval --base_model BASE --adapter "
+        f"{checkpoint} --benchmark SETS --output_dir DIR",
+    )

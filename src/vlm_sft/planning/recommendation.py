@@ -1,0 +1,166 @@
+"""The five recipes on one set-up, each with its forecast and its measured quality."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vlm_sft.common.console import muted, say
+from vlm_sft.common.errors import RunError
+from vlm_sft.common.formats import duration, size
+from vlm_sft.data.sources.spec import parse_datasets
+from vlm_sft.forecast.limits import shortages
+from vlm_sft.forecast.recipe_quality import (
+    GUIDE_BASE,
+    GUIDE_GPUS,
+    GUIDE_QUESTIONS,
+    Quality,
+    guide_comparison,
+    qualities,
+)
+from vlm_sft.forecast.recommend import Candidate, Recommendation, plot, recommend
+from vlm_sft.planning.dry_run import Planned, PlanOptions, planned_run
+from vlm_sft.recipe.builtin import FILES, RECIPES
+
+TOLD = "1epoch"  # the recipe whose planning is told; that of the others differs in numbers only
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A recommendation with what it rests on.
+
+    Attributes:
+        candidates: the recipes.
+        recommendation: what to take.
+        files: of the recipes, by name.
+        launch: the exact line that starts the choice; "" without one.
+    """
+
+    candidates: tuple[Candidate, ...]
+    recommendation: Recommendation
+    files: dict[str, Path]
+    launch: str
+
+
+def recipe_files(folder: Path | None) -> dict[str, Path]:
+    """The files of the recipes by name.
+
+    Raises:
+        RunError: one is missing.
+    """
+    place = folder or (Path("configs") if Path("configs").is_dir() else FILES)
+    files = {name: place / f"{stem}.json" for stem, name in RECIPES.items()}
+    missing = [str(path) for path in files.values() if not path.is_file()]
+    if missing:
+        raise RunError(f"recipes are not found: {', '.join(missing)}", "pass their folder with --configs")
+    return files
+
+
+def advise(
+    options: PlanOptions, hours: float, disk_bytes: float | None, priority: str, runs: Path | None, configs: Path | None
+) -> Advice:
+    """Forecast all recipes on one set-up, tell them, and choose.
+
+    Args:
+        options: the set-up; its recipe file is replaced by each of the recipes.
+        hours: what the training may take.
+        disk_bytes: what it may write; None for no limit.
+        priority: "quality", "balanced" or "speed".
+        runs: folder of the user's own runs; None for none.
+        configs: folder of the recipes; None for `configs`, or the package's own where there is none.
+    """
+    files = recipe_files(configs)
+    names = [spec.name for spec in parse_datasets(options.train.dataset)]
+    found, source = qualities(runs, options.train.base_model, names)
+    say(source)
+    candidates, planned = [], {}
+    for name, path in files.items():
+        with muted(name != TOLD):  # the set-up is the same for all of them
+            planned[name] = planned_run(replace(options, train=replace(options.train, sft_config=path)))
+        candidates.append(_candidate(name, planned[name], found))
+    recommendation = recommend(candidates, hours, disk_bytes, priority)
+    launch = launch_line(options, files[recommendation.chosen]) if recommendation.chosen else ""
+    advice = Advice(tuple(candidates), recommendation, files, launch)
+    for line in advice_lines(advice):
+        say(line)
+    if _is_guide(options, next(iter(planned.values()))):
+        for line in guide_comparison({one.name: one.seconds for one in candidates}):
+            say(line)
+    return advice
+
+
+def _candidate(name: str, planned: Planned, found: Mapping[str, Quality]) -> Candidate:
+    """One recipe with its forecast."""
+    forecast = planned.found
+    problems = shortages(planned.case, forecast, planned.calibration, None)
+    return Candidate(
+        name,
+        planned.case.epochs,
+        forecast.time_seconds.value,
+        forecast.time_seconds.high,
+        forecast.peak_bytes.value,
+        forecast.fullest_bytes,
+        found.get(name),
+        planned.recipe.max_train is not None,
+        problem="; ".join(f"{problem.what} ({problem.fix})" for problem in problems),
+    )
+
+
+def _is_guide(options: PlanOptions, planned: Planned) -> bool:
+    """Whether this is the set-up of the guide that the recipes began with."""
+    imagined = options.imagined
+    return (
+        options.train.base_model == GUIDE_BASE
+        and options.gpus == GUIDE_GPUS
+        and imagined is not None
+        and imagined.questions == GUIDE_QUESTIONS
+    )
+
+
+def advice_lines(advice: Advice) -> list[str]:
+    """A recommendation as lines for a person."""
+    lines = ["", "recipe      epochs        time  (up to)     memory       disk  quality"]
+    choice = advice.recommendation
+    for one in advice.candidates:
+        mark = ">" if one.name == choice.chosen else "*" if one.name in choice.front else " "
+        quality = one.quality.text if one.quality else "not measured"
+        lines.append(
+            f"{mark} {one.name:<10}{one.epochs:>6.1f}  {duration(one.seconds):>11} {duration(one.high_seconds):>11} "
+            f"{size(one.peak_bytes):>9} {size(one.disk_bytes):>10}  {quality}"
+        )
+    lines += ["", *plot(advice.candidates, choice), "  # recommended, * on the Pareto front, o beaten", ""]
+    if choice.chosen is None:
+        lines.append("nothing is affordable:")
+    else:
+        lines.append(f"recommended: {choice.chosen}" + (f"; runner-up: {choice.runner_up}" if choice.runner_up else ""))
+    lines += [f"  {reason}" for reason in choice.reasons]
+    if advice.launch:
+        lines += ["start it with:", f"  {advice.launch}"]
+    return lines
+
+
+def launch_line(options: PlanOptions, file: Path) -> str:
+    """The exact line that starts a recipe on a set-up."""
+    train, gpus = options.train, options.gpus or 1
+    start = ["vlm-sft", "train"] if gpus == 1 else ["torchrun", f"--nproc_per_node={gpus}", "-m", "vlm_sft", "train"]
+    flags: Sequence[str] = [
+        "--sft_config",
+        RECIPES[file.stem] if file.parent == FILES else str(file),
+        "--base_model",
+        train.base_model,
+        "--dataset",
+        train.dataset,
+        "--output_dir",
+        f"outputs/{file.stem}",
+    ]
+    extra = ["--deepspeed", train.deepspeed] if train.deepspeed else []
+    keys = [word for key, value in train.overrides.items() for word in (f"--{key}", _flag(value))]
+    return shlex.join([*start, *flags, *extra, *keys])
+
+
+def _flag(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

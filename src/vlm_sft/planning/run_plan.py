@@ -1,0 +1,341 @@
+"""From data sets to a plan: load, mix, encode, pack."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vlm_sft.common import artifacts
+from vlm_sft.common.console import is_main_process, say, warn
+from vlm_sft.common.errors import DataError
+from vlm_sft.data.audit import enforce, left_out_line, note_lines, notes_of
+from vlm_sft.data.cache.encoded import DataCache
+from vlm_sft.data.dataset import PreparedData
+from vlm_sft.data.encode import Encoder
+from vlm_sft.data.mixture import mix, stratified_limit
+from vlm_sft.data.packing import EpochPlanner, GroupLengths
+from vlm_sft.data.plain_text import PlainText
+from vlm_sft.data.prompt import PromptSettings
+from vlm_sft.data.sample import LeftOut, Sample, distinct_images
+from vlm_sft.data.sources.registry import is_synthetic, load_split
+from vlm_sft.data.sources.spec import DatasetSpec
+from vlm_sft.evaluate.guard import Guard, parse_guards
+from vlm_sft.evaluate.overlap import cautions, overlaps
+from vlm_sft.evaluate.tasks import (
+    SAMPLE_SEED,
+    Task,
+    benchmark_names,
+    dataset_text,
+    fit_prompt,
+    load_tasks,
+    names_of,
+    parse_token_limits,
+    require_same_data,
+    too_short,
+    usable_tasks,
+    with_limits,
+)
+from vlm_sft.model.caches import Engine
+from vlm_sft.model.load import Base, find_base
+from vlm_sft.planning.fingerprint import refuse_changes, run_identity
+from vlm_sft.planning.options import Run, TrainOptions
+from vlm_sft.planning.validation_plan import LOSS, ValidationPlan, plan_validation
+from vlm_sft.recipe.schema import Recipe
+from vlm_sft.recipe.validation import Schedule, effective_global_batch_size, few_steps_advice, resolve_schedule
+
+NO_BENCHMARKS = "none"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, once recipe, data and base are known.
+
+    Attributes:
+        base: the base model, without its weights.
+        schedule: steps of training, evaluation and checkpoints.
+        data, evaluation: encoded questions; `evaluation` is None when there is no evaluation loss.
+        planner, eval_planner: how they are packed.
+        engine, cache: where prepared data comes from.
+        identity: what its checkpoints belong to.
+    """
+
+    base: Base
+    schedule: Schedule
+    data: PreparedData
+    evaluation: PreparedData | None
+    planner: EpochPlanner
+    eval_planner: EpochPlanner | None
+    engine: Engine
+    cache: DataCache
+    identity: dict[str, Any]
+
+
+def load_data(specs: list[DatasetSpec], recipe: Recipe) -> tuple[list[Sample], list[Sample], list[LeftOut]]:
+    """Load, mix and limit the training questions, and the questions of the evaluation loss.
+
+    Returns:
+        Training samples, evaluation samples, what was left out of either.
+
+    Raises:
+        DataError: a data set cannot be loaded, or is not the same on all ranks.
+    """
+    parts, evaluation, left_out = [], [], []
+    for spec in specs:
+        loaded = load_split(spec, "train", recipe.max_train)
+        parts.append((spec, loaded.samples))
+        left_out += loaded.left_out
+        if recipe.eval_strategy != "no":
+            held_out = load_split(spec, "validation", recipe.max_eval)
+            evaluation += held_out.samples
+            left_out += held_out.left_out
+        label = " (synthetic)" if loaded.synthetic else ""
+        say(f"data: {spec.name}{label}: {loaded.description}")
+    mixed = mix(parts, recipe.max_train, recipe.seed)
+    evaluation = stratified_limit(evaluation, recipe.max_eval, SAMPLE_SEED)
+    require_same_data([*mixed, *evaluation], left_out)
+    return mixed, evaluation, left_out
+
+
+def final_tasks(run: Run) -> list[Task]:
+    """The benchmarks of the final evaluation, loaded before the training so that a mistake shows early."""
+    options = run.options
+    if options.eval_benchmarks == NO_BENCHMARKS:
+        return []
+    text = options.eval_benchmarks or dataset_text(run.specs)
+    tasks, left_out = load_tasks(text, run.recipe.max_eval)
+    _enforce_tasks(run, tasks, left_out)
+    return tasks
+
+
+def _enforce_tasks(run: Run, tasks: list[Task], left_out: list[LeftOut]) -> None:
+    """Say which questions of benchmarks cannot be asked, and stop where they are too many."""
+    enforce(left_out, sum(len(task.samples) for task in tasks) + len(left_out), run.options.max_left_out)
+    if left_out:
+        line = f"benchmarks: {left_out_line(left_out)}"
+        warn(line)
+        run.record.note(line)
+
+
+def fit_questions(
+    run: Run, tasks: list[Task], asked: ValidationPlan | None, encoder: Encoder
+) -> tuple[list[Task], ValidationPlan | None]:
+    """Leave out the questions of benchmarks that the base's processor cannot take, before the training.
+
+    Raises:
+        DataError: they are too many.
+        ModelError: the processor fails on every image.
+    """
+    tasks, left_out = usable_tasks(tasks, encoder)
+    _enforce_tasks(run, tasks, left_out)
+    if asked is not None:
+        validated, left_out = usable_tasks(asked.tasks, encoder)
+        _enforce_tasks(run, validated, left_out)
+        asked = replace(asked, tasks=validated)
+    return tasks, asked
+
+
+def tell_notes(run: Run, samples: list[Sample], encoder: Encoder) -> dict[str, int]:
+    """Say and record which samples are used otherwise than one might think; returns as `notes_of` does."""
+    notes = notes_of(samples, encoder.holds_control)
+    for line in note_lines(notes):
+        say(line)
+        run.record.note(line)
+    return notes
+
+
+def validation_plan(run: Run, guards: list[Guard]) -> ValidationPlan | None:
+    """The questions that are answered at each evaluation, loaded before the training too."""
+    asked, left_out = plan_validation(run.recipe, run.specs, guards, run.options.eval_samples)
+    if asked is None:
+        return None
+    _enforce_tasks(run, asked.tasks, left_out)
+    counts = ", ".join(f"{task.name} ({len(task.samples):,})" for task in asked.tasks)
+    say(f"answered at each evaluation: {counts}; the best checkpoint is chosen by {asked.metric}")
+    for guard in guards:
+        say(f"guard: a checkpoint that loses more than {100 * guard.allowed:g} points on {guard.name} is not kept")
+    return asked
+
+
+def tell_parts(
+    run: Run, train: list[Sample], evaluation: list[Sample], asked: ValidationPlan | None, tasks: list[Task]
+) -> None:
+    """Say how many questions and images each part of the data has, and record and say which of them overlap."""
+    validated = evaluation + [sample for task in (asked.tasks if asked else []) for sample in task.samples]
+    parts = {"training": train, "validation": validated} | {f"table ({task.name})": task.samples for task in tasks}
+    say(
+        "parts: "
+        + "; ".join(
+            f"{name} {len({sample.id for sample in samples}):,} questions on {distinct_images(samples):,} images"
+            for name, samples in parts.items()
+            if samples
+        )
+    )
+    found = overlaps({task.name: task.samples for task in tasks}, _choosing(run.recipe, evaluation, asked), train)
+    run.record.update(overlap=found)
+    lines = [line for task in tasks for line in cautions(task.name, len(task.samples), **found[task.name])]
+    seen = overlaps({"": validated}, [], train)[""]["also_trained"]
+    if seen:
+        lines.append(
+            f"{seen:,} of {len(validated):,} validation questions are about images that are trained on: they do not "
+            "show when the training should end"
+        )
+    for line in lines:
+        warn(line)
+        run.record.note(line)
+
+
+def _choosing(recipe: Recipe, evaluation: list[Sample], asked: ValidationPlan | None) -> list[Sample]:
+    """The questions whose loss or answers decide which checkpoint is kept."""
+    if not recipe.load_best_model_at_end or recipe.eval_strategy == "no":
+        return []
+    answered = asked is not None and (asked.metric != LOSS or bool(asked.guards))
+    by_answers = [sample for task in asked.tasks for sample in task.samples] if asked and answered else []
+    return by_answers + (evaluation if recipe.metric_for_best_model == LOSS else [])
+
+
+def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], left_out: list[LeftOut]) -> Plan:
+    """Check and encode the data, and plan the run.
+
+    Raises:
+        VlmSftError: the base cannot be found, or too many samples cannot be used.
+    """
+    options, recipe, launch = run.options, run.recipe, run.launch
+    base = find_run_base(options, recipe, run.specs)
+    total = len(train_samples) + len(eval_samples) + len(left_out)
+    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    engine = Engine(options.engine, launch, base.name, base.path)
+    cache = engine.cache(encoder)
+    data = PreparedData(train_samples, encoder, "preparing", cache)
+    evaluation = PreparedData(eval_samples, encoder, "preparing (evaluation)", cache) if eval_samples else None
+    identity = run_identity(recipe, launch, base, data, evaluation)
+    for line in refuse_changes(run.checkpoint, identity, options.allow_changes):
+        warn(f"changed since the checkpoint: {line}")
+        run.record.note(f"changed since the checkpoint: {line}")
+    left_out = left_out + data.left_out + (evaluation.left_out if evaluation else [])
+    notes = tell_notes(run, train_samples + eval_samples, encoder)
+    _write_data_facts(options.output_dir, options.dataset, data, evaluation, left_out, notes)
+    enforce(left_out, total, options.max_left_out, options.output_dir / artifacts.LEFT_OUT)
+    planner = planner_over(run, data.lengths)
+    eval_planner = replace(planner, lengths=evaluation.lengths) if evaluation and len(evaluation) else None
+    if eval_planner is None and recipe.eval_strategy != "no":
+        raise DataError("there is no question to compute the evaluation loss on", "pass --eval_strategy no")
+    schedule = resolve_schedule(recipe, planner.steps_per_epoch)
+    _tell_plan(run, schedule, data, planner)
+    if is_main_process():
+        artifacts.write_json(options.output_dir / artifacts.RECIPE, recipe.to_dict())
+    return Plan(base, schedule, data, evaluation, planner, eval_planner, engine, cache, identity)
+
+
+def planner_over(run: Run, lengths: tuple[GroupLengths, ...]) -> EpochPlanner:
+    """The plan of the epochs that a run's settings give over some questions."""
+    recipe, launch, engine = run.recipe, run.launch, run.options.engine
+    return EpochPlanner(
+        lengths,
+        effective_global_batch_size(recipe, launch.world_size),
+        run.tokens_per_pack,
+        launch.world_size,
+        recipe.seed,
+        max_questions_per_image=recipe.max_questions_per_image,
+        max_questions_per_pack=recipe.per_device_train_batch_size,
+        share_images=engine.share_images,
+        packing=engine.packing,
+    )
+
+
+def token_limits(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, int]:
+    """The limits of answers that `--max_new_tokens` asks for, by benchmark.
+
+    Raises:
+        EvaluationError: it has mistakes, or names a benchmark that this run does not answer.
+    """
+    names = names_of(specs)
+    if options.eval_benchmarks not in (None, NO_BENCHMARKS):
+        names += benchmark_names(str(options.eval_benchmarks))
+    names += [guard.name for guard in parse_guards(options.guard)] if options.guard else []
+    return parse_token_limits(options.max_new_tokens, list(dict.fromkeys(names)))
+
+
+def limited(
+    run: Run, tasks: list[Task], asked: ValidationPlan | None, prompt: PromptSettings, plain: PlainText | None
+) -> tuple[list[Task], ValidationPlan | None]:
+    """Give what a run answers, at its end and at each evaluation, the limits of answers; too short ones are told."""
+    limits = token_limits(run.options, run.specs)
+    final = with_limits(tasks, prompt, plain, limits)
+    if asked is not None:
+        asked = replace(asked, tasks=with_limits(asked.tasks, prompt, plain, limits))
+    for line in dict.fromkeys([*too_short(final), *too_short(asked.tasks if asked else ())]):
+        warn(line)
+        run.record.note(line)
+    return final, asked
+
+
+def find_run_base(options: TrainOptions, recipe: Recipe, specs: list[DatasetSpec]) -> Base:
+    """Find the base model, fit its prompt to the answers of own data, and say what could not be had."""
+    base = find_base(
+        options.base_model,
+        flash_attn=options.flash_attn,
+        bf16=recipe.bf16,
+        min_pixels=recipe.min_pixels,
+        max_pixels=recipe.max_pixels,
+        template=options.prompt_template,
+        system=options.system,
+        load_in_4bit=recipe.load_in_4bit,
+    )
+    base = fit_prompt(base, specs, options.prompt_template is not None, token_limits(options, specs))
+    for note in base.notes:
+        say(note)
+    return base
+
+
+def _write_data_facts(
+    folder: Path,
+    dataset: str,
+    data: PreparedData,
+    evaluation: PreparedData | None,
+    left_out: list[LeftOut],
+    notes: dict[str, int],
+) -> None:
+    """Write data.json and left_out.jsonl."""
+    if not is_main_process():
+        return
+    reasons: dict[str, int] = {}
+    for item in left_out:
+        reasons[item.reason] = reasons.get(item.reason, 0) + 1
+    facts = {"schema": 1, "dataset": dataset, "left_out": reasons, "notes": notes}
+    for name, part in (("train", data), ("eval", evaluation)):
+        if part is not None:
+            summary = part.summary()
+            facts[name] = summary | {"synthetic": [key for key in summary["by_dataset"] if is_synthetic(key)]}
+    artifacts.write_json(folder / artifacts.DATA, facts)
+    artifacts.write_jsonl(folder / artifacts.LEFT_OUT, map(asdict, left_out))
+    if left_out:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+        warn(f"{len(left_out)} samples are left out ({counts}); they are named in {folder / artifacts.LEFT_OUT}")
+
+
+def _tell_plan(run: Run, schedule: Schedule, data: PreparedData, planner: EpochPlanner) -> None:
+    """Print one supervised sample, the counts, and the schedule."""
+    facts = data.summary()
+    say("one sample as the model sees it; only the part in ⟦ ⟧ is supervised:")
+    say("  " + data.marked_example().replace("\n", "\n  "))
+    say(
+        f"training set: {facts['samples']:,} questions on {facts['images']:,} images; {facts['supervised_tokens']:,} "
+        f"supervised tokens, {facts['image_tokens']:,} image tokens"
+    )
+    say(
+        f"schedule: {schedule.total_steps:,} steps of {planner.global_batch_size} questions "
+        f"({schedule.steps_per_epoch:,} an epoch), warmup {schedule.warmup_steps}, evaluation every "
+        f"{schedule.eval_steps or '-'}, checkpoint every {schedule.save_steps or '-'} steps"
+    )
+    for note in schedule.notes:
+        say(f"note: {note}")
+    if few := few_steps(run.recipe, schedule, planner):
+        warn(few)
+        run.record.note(few)
+
+
+def few_steps(recipe: Recipe, schedule: Schedule, planner: EpochPlanner) -> str:
+    """What to say where a run has too few optimizer steps to learn from; "" elsewhere."""
+    questions, batch = planner.questions_per_epoch, planner.global_batch_size
+    return few_steps_advice(recipe, schedule, questions, batch, planner.world_size)

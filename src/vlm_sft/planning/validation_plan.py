@@ -1,0 +1,94 @@
+"""Which questions are answered during a training, and what a checkpoint may lose elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlm_sft.common.errors import RecipeError
+from vlm_sft.data.sample import LeftOut
+from vlm_sft.data.sources.spec import DatasetSpec
+from vlm_sft.evaluate.guard import Guard, parse_guards
+from vlm_sft.evaluate.tasks import Task, dataset_text, load_tasks, names_of, rules_of
+from vlm_sft.recipe.schema import Recipe
+
+EVAL_SAMPLES = 200  # questions a benchmark at each evaluation
+
+
+LOSS = "eval_loss"
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """What is asked at each evaluation.
+
+    Attributes:
+        tasks: the questions; those of the training data first.
+        guards: what may be lost on which of them.
+        metric: what chooses the best checkpoint, a name of EVALUATION_METRICS.
+    """
+
+    tasks: list[Task]
+    guards: list[Guard]
+    metric: str
+
+
+def check_request(recipe: Recipe, specs: list[DatasetSpec], guard: str | None, samples: int | None) -> list[Guard]:
+    """Check what a run asks for before anything is loaded.
+
+    Args:
+        recipe: says which metric chooses the best checkpoint.
+        specs: the training data.
+        guard: the value of `--guard`, or None.
+        samples: the value of `--eval_samples`, or None.
+
+    Returns:
+        The guards.
+
+    Raises:
+        RecipeError: the metric belongs to no benchmark of the data, a guard has nothing to choose from, or the number
+            of samples is below 1.
+        EvaluationError, DataError: the guard argument has mistakes.
+    """
+    known = {name: rules_of(name).metric_name for name in names_of(specs)}
+    metric = recipe.metric_for_best_model
+    if metric != LOSS and metric not in known.values():
+        have = ", ".join(dict.fromkeys([LOSS, *known.values()]))
+        raise RecipeError(
+            f"metric_for_best_model {metric} is of no benchmark in --dataset {dataset_text(specs)}",
+            f"choose from {have}",
+        )
+    if samples is not None and samples < 1:
+        raise RecipeError(f"--eval_samples {samples} is below 1", "give a number of questions a benchmark")
+    if (guard or samples) and recipe.eval_strategy == "no":
+        flag = "--guard" if guard else "--eval_samples"
+        raise RecipeError(f"{flag} needs evaluations, and eval_strategy is no", "use eval_strategy steps or epoch")
+    if guard and not recipe.load_best_model_at_end:
+        raise RecipeError(
+            "--guard decides which checkpoint is kept, and load_best_model_at_end is false",
+            "pass --load_best_model_at_end true with save_steps equal to eval_steps",
+        )
+    return parse_guards(guard) if guard else []
+
+
+def plan_validation(
+    recipe: Recipe, specs: list[DatasetSpec], guards: list[Guard], samples: int | None
+) -> tuple[ValidationPlan | None, list[LeftOut]]:
+    """Load the questions that are asked at each evaluation.
+
+    Args:
+        recipe, specs, samples: as in `check_request`.
+        guards: what it returned.
+
+    Returns:
+        The plan, or None where neither a metric nor a guard nor a number of samples asks for one; what was left out.
+    """
+    if recipe.metric_for_best_model == LOSS and not guards and samples is None:
+        return None, []
+    limit = samples or EVAL_SAMPLES
+    tasks, left_out = load_tasks(dataset_text(specs), limit, "validation")
+    have = {task.name for task in tasks}
+    for source in dict.fromkeys(guard.source for guard in guards if guard.name not in have):
+        more, broken = load_tasks(source, limit, "validation")
+        tasks += [task for task in more if task.name not in have]
+        left_out += broken
+    return ValidationPlan(tasks, guards, recipe.metric_for_best_model), left_out

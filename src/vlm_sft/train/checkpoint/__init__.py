@@ -1,0 +1,1 @@
+"""Checkpoints: written, verified, published, found again."""
