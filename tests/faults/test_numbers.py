@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tests.faults import training
 from tests.faults.harness import free_port
@@ -26,6 +27,7 @@ from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.step_gradients import StepGradients
 from vlm_sft.planning.options import FaultPolicy
+from vlm_sft.train import loop
 from vlm_sft.train.health import AdapterWatch, SpikeDetector
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +61,7 @@ def test_gradients_are_those_of_backward(data: PreparedData) -> None:
 
 
 def optimizer_state(trainer: Any) -> list[torch.Tensor]:
-    state = trainer.optimizer.state_dict()["state"]
+    state = trainer.optimization.optimizer.state_dict()["state"]
     return [value.clone() for entry in state.values() for value in entry.values() if torch.is_tensor(value)]
 
 
@@ -69,10 +71,14 @@ def test_a_bad_loss_changes_nothing(
 ) -> None:
     training.spoil_loss(monkeypatch, lambda step, ids: step == 3, value)
     made = training.trainer(data, tmp_path)
-    seen, states = training.watch_steps(made), []
-    made.create_optimizer_and_scheduler(6)
-    made.optimizer.register_step_post_hook(lambda *_: states.append(optimizer_state(made)))
-    made.train()
+    states: list[list[torch.Tensor]] = []
+
+    class KeepState(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            states.append(optimizer_state(made))
+
+    seen, keep = training.watch_steps(made)
+    made.run([keep, KeepState()])
     assert training.moved(seen) == [True, True, True, False, True, True]
     for one, other in zip(states[2], states[3], strict=True):
         assert torch.equal(one, other)  # moments and counts
@@ -96,16 +102,16 @@ def test_only_the_bad_question_is_named(data: PreparedData, tmp_path: Path, monk
         return False
 
     training.spoil_loss(monkeypatch, first_pack)
-    training.trainer(data, tmp_path, max_steps=2).train()
+    training.trainer(data, tmp_path, max_steps=2).run()
     assert training.events(tmp_path)[0]["sample_ids"] == culprits
 
 
 def test_a_bad_gradient(data: PreparedData, tmp_path: Path) -> None:
     made = training.trainer(data, tmp_path, max_steps=4)
-    seen = training.watch_steps(made)
+    seen, keep = training.watch_steps(made)
     name, parameter = next((n, p) for n, p in made.model.named_parameters() if "lora_B" in n)
     parameter.register_hook(lambda gradient: gradient * (float("inf") if made.state.global_step == 1 else 1.0))
-    made.train()
+    made.run([keep])
     assert training.moved(seen) == [True, False, True, True]
     (event,) = training.events(tmp_path)
     assert (event["step"], event["source"], event["samples"]) == (2, "gradient", 6)
@@ -123,7 +129,7 @@ def test_a_bad_image_tensor_names_its_questions(tmp_path: Path) -> None:
         return tensors
 
     data.encoder.image_source = process
-    training.trainer(data, tmp_path, max_steps=4).train()
+    training.trainer(data, tmp_path, max_steps=4).run()
     found = training.events(tmp_path)
     assert found and {event["source"] for event in found} == {"image"}
     named = [name for event in found for name in event["sample_ids"]]
@@ -134,12 +140,12 @@ def test_three_in_a_row_end_the_training(data: PreparedData, tmp_path: Path, mon
     training.spoil_loss(monkeypatch, lambda step, ids: step in (1, 3, 4, 5))
     made = training.trainer(data, tmp_path, max_steps=20)
     with pytest.raises(NumericalError, match="3 steps in a row, the last of them step 6") as caught:
-        made.train()
+        made.run()
     assert "anomalies.jsonl" in str(caught.value) and "picture " in str(caught.value)
     assert [event["in_a_row"] for event in training.events(tmp_path) if event["step"] > 3] == [1, 2, 3]
     again = training.trainer(data, tmp_path, max_steps=20, policy=FaultPolicy(max_bad_steps=2))
     with pytest.raises(NumericalError, match="2 steps in a row, the last of them step 5"):
-        again.train()
+        again.run()
 
 
 def test_never_best(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,8 +162,8 @@ def test_never_best(data: PreparedData, tmp_path: Path, monkeypatch: pytest.Monk
         load_best_model_at_end=True,
     )
     results = iter([float("nan"), 3.0, 1.0, 2.0])
-    monkeypatch.setattr(made, "_evaluation_loss", lambda steps: next(results))
-    made.train()
+    monkeypatch.setattr(loop, "evaluation_loss", lambda *_: next(results))
+    made.run()
     assert (made.state.best_global_step, made.state.best_metric) == (4, 2.0)
 
 
@@ -175,8 +181,8 @@ def test_spikes_are_told_from_noise() -> None:
 def test_a_spike_is_recorded(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training.spoil_loss(monkeypatch, lambda step, ids: step == 18, 500.0)
     made = training.trainer(data, tmp_path, max_steps=20)
-    seen = training.watch_steps(made)
-    made.train()
+    seen, keep = training.watch_steps(made)
+    made.run([keep])
     (event,) = training.events(tmp_path)
     assert (event["step"], event["kind"], event["samples"]) == (19, "loss_spike", 6)
     assert event["score"] > 8 and all(training.moved(seen))  # told, not dropped
@@ -186,7 +192,7 @@ def test_dead_adapters_are_found_and_sound_ones_are_not(data: PreparedData, tmp_
     made = training.trainer(data, tmp_path, max_steps=8, warmup_ratio=0.4, lr_scheduler_type="linear")
     names = [name for name, _ in made.model.named_parameters() if "q_proj.lora_B" in name]
     dict(made.model.named_parameters())[names[0]].register_hook(torch.zeros_like)
-    made.train()
+    made.run()
     (event,) = training.events(tmp_path)
     assert (event["kind"], event["parameter"], event["step"]) == ("dead_adapter", names[0], 5)
 
@@ -226,12 +232,12 @@ def test_a_pack_that_does_not_fit_is_cut_in_two(
     in_backward: bool, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = training.trainer(data, tmp_path / "whole", max_steps=3, lora_dropout=0.05)
-    whole.train()
+    whole.run()
     assert training.events(tmp_path / "whole") == []
     out_of_memory_above(monkeypatch, 200, in_backward)
     (tmp_path / "cut").mkdir()
     cut = training.trainer(data, tmp_path / "cut", max_steps=3, lora_dropout=0.05)
-    cut.train()
+    cut.run()
     found = training.events(tmp_path / "cut")
     assert [event["step"] for event in found] == [1, 2, 3]
     assert {(event["kind"], event["action"], event["samples"]) for event in found} == {("out_of_memory", "split", 6)}
@@ -246,7 +252,7 @@ def test_what_never_fits_ends_with_advice(data: PreparedData, tmp_path: Path, mo
     made = training.trainer(data, tmp_path, max_steps=2)
     before = training.weights(made)
     with pytest.raises(DeviceMemoryError, match="--tokens_per_pack 256") as caught:
-        made.train()
+        made.run()
     assert "step 1" in str(caught.value) and "--gradient_checkpointing" in str(caught.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in training.weights(made).items())
 

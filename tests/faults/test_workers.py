@@ -86,11 +86,11 @@ def test_a_training_stops_or_goes_on(replace_bad: bool, tmp_path: Path) -> None:
     made = training.trainer(data, tmp_path, policy=FaultPolicy(replace_bad=replace_bad), max_steps=4, seed=3)
     if not replace_bad:
         with pytest.raises(DataError, match="5.png.* No such file.*picture 5/") as caught:
-            made.train()
+            made.run()
         assert "--on_bad_sample replace" in str(caught.value)
         assert [event["action"] for event in training.events(tmp_path)] == ["stop"]
         return
-    made.train()
+    made.run()
     found = training.events(tmp_path)
     assert found and {(event["kind"], event["action"]) for event in found} == {("unreadable_image", "replaced")}
     assert all(len(event["replaced_by"]) == event["samples"] for event in found)

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tests import tiny_models
 from tests.questions import PROMPT, questions
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
+from vlm_sft.data.loader import StepDataset
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.data.sample import Sample
 from vlm_sft.distributed.launch import Launch, connected, quiet_libraries, read_launch
@@ -24,11 +26,19 @@ from vlm_sft.model.adapters import add_lora, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import set_attention
+from vlm_sft.model.positions import Positions
+from vlm_sft.model.trainable import save_tuned
 from vlm_sft.planning.options import FaultPolicy
 from vlm_sft.recipe.schema import Recipe
-from vlm_sft.recipe.validation import resolve_schedule
-from vlm_sft.train.loop import PackTrainer
-from vlm_sft.train.training_args import training_arguments
+from vlm_sft.recipe.validation import Schedule, resolve_schedule
+from vlm_sft.train.deepspeed_engine import (
+    DeepSpeedOptimization,
+    hidden_size_of,
+    partition_while_loading,
+    resolve_config,
+)
+from vlm_sft.train.loop import TrainingLoop, TrainingPlan
+from vlm_sft.train.optimization import TorchOptimization
 
 EVERYTHING = bool(os.environ.get("VLM_SFT_ALL_FAULTS"))
 full = pytest.mark.skipif(not EVERYTHING, reason="takes half a minute; runs with VLM_SFT_ALL_FAULTS=1")
@@ -78,27 +88,64 @@ def trainer(
     evaluation: PreparedData | None = None,
     recipe: Recipe = RECIPE,
     **changes: Any,
-) -> PackTrainer:
-    """A trainer of LoRA on a tiny Qwen2.5-VL."""
+) -> TrainingLoop:
+    """A training of LoRA on a tiny Qwen2.5-VL."""
     recipe = replace(recipe, **changes)
     planner = EpochPlanner(data.lengths, recipe.global_batch_size, budget, launch.world_size, recipe.seed)
     schedule = resolve_schedule(recipe, planner.steps_per_epoch)
-    arguments = training_arguments(recipe, schedule, launch, folder, False, int(recipe.dataloader_num_workers))
+    config = loading = None
+    if launch.deepspeed is not None:
+        config = resolve_config(launch, recipe, False, hidden_size_of(tiny_models.build("qwen2_5_vl")[0].config))
+        loading = partition_while_loading(config)
+    adapter = adapted(recipe)
+    optimization: Any = (
+        TorchOptimization(adapter, recipe, schedule, launch, torch.float32)
+        if config is None
+        else DeepSpeedOptimization(adapter, recipe, schedule, config, loading)
+    )
+    return loop_of(data, planner, recipe, schedule, adapter, optimization, launch, folder, policy, evaluation)
+
+
+def adapted(recipe: Recipe) -> Any:
+    """A tiny Qwen2.5-VL with its adapter."""
     model, _ = tiny_models.build("qwen2_5_vl")
     set_attention(model, SHARED_SDPA)
     targets = resolve_targets(model, recipe.target_modules)
-    adapter = add_lora(model, targets, r=4, alpha=8, dropout=0.0, seed=recipe.seed, base_name="tiny")
-    return PackTrainer(
-        model=adapter,
-        args=arguments,
-        train_data=data,
-        eval_data=evaluation,
-        planner=planner,
-        eval_planner=replace(planner, lengths=evaluation.lengths) if evaluation else None,
-        prompt=PROMPT,
-        mode=PackMode(),
-        faults=policy,
-    )
+    dropout = recipe.lora_dropout
+    return add_lora(model, targets, r=4, alpha=8, dropout=dropout, seed=recipe.seed, base_name="tiny")
+
+
+def loop_of(
+    data: PreparedData,
+    planner: EpochPlanner,
+    recipe: Recipe,
+    schedule: Schedule,
+    model: Any,
+    optimization: Any,
+    launch: Launch,
+    folder: Path,
+    policy: FaultPolicy | None = None,
+    evaluation: PreparedData | None = None,
+    mode: PackMode | None = None,
+) -> TrainingLoop:
+    """A training loop over data, as `train/setup.py` puts it together."""
+    mode = mode or PackMode()
+    place = Positions(model) if mode.shares else None
+    replace_bad = bool(policy and policy.replace_bad)
+    steps = StepDataset(data, planner, launch.rank, replace_bad, place)
+    eval_steps = None
+    if evaluation is not None:
+        eval_steps = StepDataset(
+            evaluation, replace(planner, lengths=evaluation.lengths), launch.rank, replace_bad, place
+        )
+    plan = TrainingPlan(recipe, schedule, steps, eval_steps, mode, int(recipe.dataloader_num_workers))
+
+    def write(place: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        save_tuned(model, place, None, weights)
+        PROMPT.save(place)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return TrainingLoop(plan, model, optimization, launch, folder, write, faults=policy)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -106,7 +153,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def weights(made: PackTrainer) -> dict[str, torch.Tensor]:
+def weights(made: TrainingLoop) -> dict[str, torch.Tensor]:
     """The trained parameters, whole."""
     found = {}
     for name, parameter in made.model.named_parameters():
@@ -121,9 +168,8 @@ def weights(made: PackTrainer) -> dict[str, torch.Tensor]:
     return found
 
 
-def watch_steps(made: PackTrainer) -> list[dict[str, torch.Tensor]]:
-    """The parameters after each step, from the start on, filled while the training runs."""
-    from transformers import TrainerCallback
+def watch_steps(made: TrainingLoop) -> tuple[list[dict[str, torch.Tensor]], TrainerCallback]:
+    """The parameters after each step, from the start on, filled while the training runs with the callback."""
 
     class Keep(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -133,8 +179,7 @@ def watch_steps(made: PackTrainer) -> list[dict[str, torch.Tensor]]:
             seen.append(weights(made))
 
     seen: list[dict[str, torch.Tensor]] = []
-    made.add_callback(Keep())
-    return seen
+    return seen, Keep()
 
 
 def moved(seen: list[dict[str, torch.Tensor]]) -> list[bool]:
@@ -174,8 +219,8 @@ def on_ranks(folder: Path, parallel: str) -> None:
     spoil_loss(patch, lambda step, ids: launch.rank == 1 and step in (1, 3))
     with connected(launch):
         made = trainer(prepared(samples()), folder, launch=launch, budget=300)
-        seen = watch_steps(made)
-        made.train()
+        seen, keep = watch_steps(made)
+        made.run([keep])
     rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
     losses = [row["loss"] for row in made.state.log_history if "loss" in row]
     value = {"moved": moved(seen), "rates": rates, "losses": losses, "names": len(seen[0])}

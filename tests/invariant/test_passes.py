@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import TrainingArguments
 
 from tests.faults import training
 from tests.faults.harness import make_place
@@ -82,15 +81,14 @@ def test_probe_and_training_compute_alike_and_the_frozen_tower_keeps_nothing(
     assert any(needs for kind, _, _, needs in trained if kind == LAYER)
 
 
-def test_a_process_that_sees_two_gpus_trains_and_evaluates_on_one(tmp_path: Path) -> None:
+def test_a_process_trains_and_evaluates_the_model_itself(tmp_path: Path) -> None:
+    """Not behind nn.DataParallel, which would share each pack out among the GPUs that the process sees."""
     data = training.prepared(training.samples())
     made = training.trainer(data, tmp_path, evaluation=data, eval_strategy="steps", eval_steps=3)
-    made.args._n_gpu = 2  # as transformers finds it where two are visible
-    assert TrainingArguments.n_gpu.fget(made.args) == 2 and made.args.n_gpu == 1  # type: ignore[attr-defined]
-    made.train()
+    made.run()
     losses = [row["eval_loss"] for row in made.state.log_history if "eval_loss" in row]
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
-    assert not isinstance(made.model_wrapped, torch.nn.DataParallel)
+    assert made.optimization.model is made.model and not isinstance(made.model, torch.nn.DataParallel)
 
 
 def test_it_says_which_gpu_it_uses_and_how_to_use_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny_models
+from tests.faults.training import loop_of
 from tests.questions import PROMPT, questions
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
@@ -23,8 +24,7 @@ from vlm_sft.model.load import set_attention
 from vlm_sft.model.trainable import checkpoint_layers
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.recipe.validation import resolve_schedule
-from vlm_sft.train.loop import PackTrainer
-from vlm_sft.train.training_args import training_arguments
+from vlm_sft.train.optimization import TorchOptimization
 
 RECIPE = Recipe(
     num_train_epochs=2,
@@ -70,18 +70,10 @@ def train(
     planner = EpochPlanner(data.lengths, 8, budget, 1, recipe.seed, **how)
     schedule = resolve_schedule(recipe, planner.steps_per_epoch)
     assert schedule.total_steps == STEPS
-    trainer = PackTrainer(
-        model=adapter,
-        args=training_arguments(recipe, schedule, LAUNCH, folder, bf16=False, workers=0),
-        train_data=data,
-        eval_data=None,
-        planner=planner,
-        eval_planner=None,
-        prompt=PROMPT,
-        mode=mode,
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    optimization = TorchOptimization(adapter, recipe, schedule, LAUNCH, torch.float32)
+    loop = loop_of(data, planner, recipe, schedule, adapter, optimization, LAUNCH, folder, mode=mode)
+    loop.run(checkpoint=resume)
+    losses = [row["loss"] for row in loop.state.log_history if "loss" in row]
     return {name: p.detach().clone() for name, p in adapter.named_parameters() if p.requires_grad}, losses
 
 
@@ -132,7 +124,7 @@ def test_a_resume_within_an_epoch(
     data: PreparedData, reference: tuple[Weights, list[float], Path], tmp_path: Path
 ) -> None:
     checkpoint = reference[2] / "checkpoint-3"
-    weights, losses = train(data, tmp_path, budget=300, resume=str(checkpoint))
+    weights, losses = train(data, tmp_path, budget=300, resume=checkpoint)
     assert_same(weights, reference[0])
     assert losses[-(STEPS - 3) :] == pytest.approx(reference[1][3:], abs=2e-6)
 

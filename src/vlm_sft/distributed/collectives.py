@@ -105,6 +105,19 @@ def barrier(what: str) -> None:
         torch.distributed.barrier()
 
 
+def broadcast(tensor: torch.Tensor) -> None:
+    """Overwrite a tensor with that of rank 0, in place; all ranks must call it, with the training's devices."""
+    if _several():
+        torch.distributed.broadcast(tensor, src=0)
+
+
+def sum_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Add a tensor up over the ranks, in place, and return it; all ranks must call it, with the training's devices."""
+    if _several():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
 def gather(value: Any) -> list[Any]:
     """What every rank passes, by rank, on every rank; all ranks must call it."""
     if not _several():

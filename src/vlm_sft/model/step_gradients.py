@@ -15,8 +15,20 @@ import torch
 
 from vlm_sft.data.cache.pixel_codec import is_about_codes
 from vlm_sft.data.collate import PackedBatch, split_pack
+from vlm_sft.distributed.collectives import sum_ranks
 from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode
+
+
+def mixed_precision(device: str, dtype: torch.dtype) -> torch.autocast:
+    """The context of a forward pass whose base is in bfloat16 and whose trained weights may be in float32.
+
+    Args:
+        device: where it is computed, e.g. "cuda:0".
+        dtype: of the base; in any other format nothing is changed.
+    """
+    return torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=dtype == torch.bfloat16)
+
 
 _BUCKET = 16 * 1024**2  # gradients that are exchanged at once
 
@@ -60,27 +72,15 @@ class StepGradients:
         self._losses: list[torch.Tensor] = []
         self._tokens: list[tuple[PackedBatch, torch.Tensor]] = []
 
-    def add(self, pack: PackedBatch) -> None:
-        """Compute one pack; one that does not fit into the device's memory is cut in two, once.
+    def add(self, pack: PackedBatch, whole: bool = True) -> None:
+        """Forward and backward of one pack; one that does not fit into the device's memory is cut in two, once.
 
         Args:
             pack: anywhere; only while it is computed it is on the device.
+            whole: False for the half of a pack, which is not cut again.
         """
         if self.too_large is not None:
             return
-        if self._computed(pack):
-            return
-        halves = split_pack(pack)
-        self.splits.append({"sample_ids": pack.sample_ids, "tokens": pack.tokens})
-        for half in halves or ():
-            if not self._computed(half):
-                halves = None
-                break
-        if halves is None:
-            self.too_large = self.splits[-1]
-
-    def _computed(self, pack: PackedBatch) -> bool:
-        """Forward and backward of one pack; False, with nothing kept of it, where the memory does not suffice."""
         gradients = None
         try:
             here = pack.to(self.device)
@@ -92,9 +92,8 @@ class StepGradients:
         except torch.OutOfMemoryError:
             pass  # its frames hold the activations; outside of this block they are gone
         if gradients is None:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            return False
+            self._cut(pack, whole)
+            return
         for index, gradient in enumerate(gradients):
             if gradient is not None:
                 before = self.sums[index]
@@ -102,7 +101,18 @@ class StepGradients:
         self._losses.append(loss.detach().float())
         self._tokens.append((pack, token_losses.detach()))
         self.sample_ids += pack.sample_ids
-        return True
+
+    def _cut(self, pack: PackedBatch, whole: bool) -> None:
+        """Compute the halves of a pack that does not fit; give up on the step where a half does not fit either."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        halves = split_pack(pack) if whole else None
+        if whole:
+            self.splits.append({"sample_ids": pack.sample_ids, "tokens": pack.tokens})
+        if halves is None:
+            self.too_large = self.splits[-1]
+        for half in halves or ():
+            self.add(half, whole=False)
 
     @property
     def loss(self) -> torch.Tensor:
@@ -139,7 +149,7 @@ class StepGradients:
         self.sums = list(sums)
         for bucket in _buckets(sums):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(world_size)
-            torch.distributed.all_reduce(flat)
+            sum_ranks(flat)
             for gradient, mean in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
 

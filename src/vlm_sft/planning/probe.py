@@ -20,7 +20,6 @@ from vlm_sft.data.collate import collate
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.distributed.collectives import gather
-from vlm_sft.distributed.launch import Launch
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.batching import image_counter, plan_packs
 from vlm_sft.evaluate.tasks import Task
@@ -31,9 +30,9 @@ from vlm_sft.forecast.flops import Pack, Work, pack_work
 from vlm_sft.forecast.time import answering_seconds, forward_seconds, tower_seconds, training_seconds
 from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode
-from vlm_sft.model.load import Base, load_model
+from vlm_sft.model.load import load_model
 from vlm_sft.model.sharing_check import choose_mode
-from vlm_sft.model.step_gradients import StepGradients
+from vlm_sft.model.step_gradients import StepGradients, mixed_precision
 from vlm_sft.model.trainable import checkpoint_layers, tune
 from vlm_sft.planning.forecast_inputs import answer_work
 from vlm_sft.planning.options import Run
@@ -232,11 +231,6 @@ def _answer(backend: SharedPrefixBackend, pack: Any, limit: int) -> None:
         pass
 
 
-def half_precision(launch: Launch, base: Base) -> torch.autocast:
-    """The context of a forward pass of a base in bfloat16 whose adapter is in float32; of any other base, none."""
-    return torch.autocast("cpu" if launch.cpu else "cuda", torch.bfloat16, enabled=base.dtype == torch.bfloat16)
-
-
 def probe_plan(run: Run, plan: Plan, case: Case, tasks: Sequence[Task]) -> Calibration:
     """Load a base and its adapter for a run that is not started, and measure a few passes.
 
@@ -253,7 +247,7 @@ def probe_plan(run: Run, plan: Plan, case: Case, tasks: Sequence[Task]) -> Calib
     planners = (plan.planner, plan.eval_planner)
     if not mode.shares:
         planners = (plan.planner.separate(), plan.eval_planner.separate() if plan.eval_planner else None)
-    precision = partial(half_precision, run.launch, plan.base)
+    precision = partial(mixed_precision, run.launch.device, plan.base.dtype)
     loading = time.perf_counter() - began + forecasts.LOAD_SECONDS
     online = replace(case, features=False)
     probe = Probe(run, plan, model, mode, precision, online, *planners)

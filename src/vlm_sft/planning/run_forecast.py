@@ -18,7 +18,7 @@ from vlm_sft.common.console import is_main_process, say, warn
 from vlm_sft.common.errors import ForecastError, RunError
 from vlm_sft.common.formats import duration, relative, size
 from vlm_sft.common.record import device_name, folder_bytes, peak_memory_bytes, resident_bytes
-from vlm_sft.data.cache.directory import list_entries
+from vlm_sft.data.cache.directory import cache_bytes
 from vlm_sft.distributed.collectives import agree, gather
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.forecast import estimate as forecasts
@@ -72,14 +72,11 @@ class Foretelling:
         self._last = self.began
 
     @classmethod
-    def begin(
-        cls, run: Run, plan: Plan, asked: ValidationPlan | None, tasks: list[Task], cache_before: int
-    ) -> Foretelling:
+    def begin(cls, run: Run, plan: Plan, asked: ValidationPlan | None, tasks: list[Task]) -> Foretelling:
         """Forecast a run whose data is prepared, tell it, and refuse what surely does not fit.
 
         Args:
             run, plan, asked, tasks: the run.
-            cache_before: bytes of the cache before the run wrote to it, from `cache_bytes`.
 
         Raises:
             ForecastError: memory or disk surely do not suffice.
@@ -100,13 +97,13 @@ class Foretelling:
                 setting,
                 prepared_already=True,
                 process_bytes=0.0 if setting.rates.gpu else float(resident_bytes()),
-                written_bytes=float(cache_bytes(plan.engine.root) - cache_before),
+                written_bytes=float(cache_bytes(plan.engine.root) - plan.cache_before),
                 done_steps=checkpoint_step(run.checkpoint),
             )
             return case, from_past_runs(past, key), key
 
         case, calibration, key = agree(foresee)
-        told = cls(run, case, calibration, forecast(case, calibration), key, tasks, cache_before)
+        told = cls(run, case, calibration, forecast(case, calibration), key, tasks, plan.cache_before)
         for line in describe(told.found, case):
             say(line)
         told._record(None)
@@ -196,11 +193,6 @@ def refuse_or_warn(found: Sequence[Shortage], ignored: bool) -> None:
         raise ForecastError("; ".join(shortage.what for shortage in sure), f"{fix}; --ignore_forecast runs it as it is")
     for shortage in found:
         warn(f"{shortage.what}; {shortage.fix}")
-
-
-def cache_bytes(root: Path) -> int:
-    """Bytes of everything in the cache."""
-    return sum(entry.bytes for entry in list_entries(root))
 
 
 def describe(found: Forecast, case: Case) -> list[str]:

@@ -10,6 +10,7 @@ from vlm_sft.common import artifacts
 from vlm_sft.common.console import is_main_process, say, warn
 from vlm_sft.common.errors import DataError
 from vlm_sft.data.audit import enforce, left_out_line, note_lines, notes_of
+from vlm_sft.data.cache.directory import cache_bytes
 from vlm_sft.data.cache.encoded import DataCache
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
@@ -58,6 +59,7 @@ class Plan:
         planner, eval_planner: how they are packed.
         engine, cache: where prepared data comes from.
         identity: what its checkpoints belong to.
+        cache_before: bytes of the cache before the run wrote to it.
     """
 
     base: Base
@@ -69,6 +71,7 @@ class Plan:
     engine: Engine
     cache: DataCache
     identity: dict[str, Any]
+    cache_before: int = 0
 
 
 def load_data(specs: list[DatasetSpec], recipe: Recipe) -> tuple[list[Sample], list[Sample], list[LeftOut]]:
@@ -205,6 +208,7 @@ def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], l
     total = len(train_samples) + len(eval_samples) + len(left_out)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     engine = Engine(options.engine, launch, base.name, base.path)
+    cache_before = cache_bytes(engine.root)
     cache = engine.cache(encoder)
     data = PreparedData(train_samples, encoder, "preparing", cache)
     evaluation = PreparedData(eval_samples, encoder, "preparing (evaluation)", cache) if eval_samples else None
@@ -224,7 +228,7 @@ def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], l
     _tell_plan(run, schedule, data, planner)
     if is_main_process():
         artifacts.write_json(options.output_dir / artifacts.RECIPE, recipe.to_dict())
-    return Plan(base, schedule, data, evaluation, planner, eval_planner, engine, cache, identity)
+    return Plan(base, schedule, data, evaluation, planner, eval_planner, engine, cache, identity, cache_before)
 
 
 def planner_over(run: Run, lengths: tuple[GroupLengths, ...]) -> EpochPlanner:

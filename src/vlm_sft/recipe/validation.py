@@ -330,6 +330,17 @@ class Schedule:
         """The steps after which a checkpoint is written; the last step of the training is among them."""
         return self._every(self.save_steps)
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation follows a step."""
+        return self._due(self.eval_steps, step)
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is written after a step."""
+        return self._due(self.save_steps, step)
+
+    def _due(self, interval: int, step: int) -> bool:
+        return bool(interval) and (step % interval == 0 or step >= self.total_steps)
+
     def _every(self, interval: int) -> list[int]:
         if not interval:
             return []

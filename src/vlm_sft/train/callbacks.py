@@ -1,11 +1,11 @@
-"""What happens besides the optimisation: metrics.jsonl, the progress bar, the last evaluation."""
+"""What follows a training: metrics.jsonl, the progress bar, the clock of the forecast, callbacks of trackers."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,49 @@ from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.forecast import estimate as forecasts
 from vlm_sft.planning.run_forecast import Foretelling
 from vlm_sft.recipe.schema import EVALUATION_METRICS
-from vlm_sft.recipe.validation import Schedule
 from vlm_sft.train.event_log import PatientLines
 
 _RENAMED = {"eval_runtime": "eval_seconds", "eval_samples_per_second": "eval_questions_per_second"}
-_DROPPED = (
-    "eval_steps_per_second",
-    "total_flos",
-    "train_runtime",
-    "train_samples_per_second",
-    "train_steps_per_second",
-)
+_DROPPED = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 _TOLD = ("eval_loss", *(f"eval_{name}" for name in EVALUATION_METRICS))
+
+
+class Callbacks:
+    """Tells callbacks of transformers what a training does, as transformers.Trainer tells them.
+
+    Args:
+        callbacks: told in this order.
+        args: the run as TrainingArguments, for callbacks that look there.
+        context: model, optimizer and the rest that callbacks get by name.
+
+    Attributes:
+        state: progress of the training.
+        control: what callbacks ask for.
+    """
+
+    def __init__(self, callbacks: Sequence[TrainerCallback], args: TrainingArguments, **context: Any) -> None:
+        self.callbacks = list(callbacks)
+        self.args = args
+        self.state = TrainerState()
+        self.control = TrainerControl()
+        self._context = {"processing_class": None, "train_dataloader": None, "eval_dataloader": None, **context}
+
+    def tell(self, event: str, **extra: Any) -> None:
+        """Tell an event; a callback may return a control that takes the place of the present one.
+
+        Args:
+            event: name of the method, e.g. "on_step_end".
+            **extra: what this event has beside, e.g. `logs`.
+        """
+        for callback in self.callbacks:
+            answer = getattr(callback, event)(self.args, self.state, self.control, **self._context, **extra)
+            self.control = answer or self.control
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Keep values in the history and tell them, with step and epoch."""
+        values = {**values, "epoch": self.state.epoch}
+        self.state.log_history.append({**values, "step": self.state.global_step})
+        self.tell("on_log", logs=values)
 
 
 class MetricsFile(TrainerCallback):
@@ -91,17 +122,15 @@ class Progress(TrainerCallback):
     Args:
         planner: tells how many questions there are.
         total_steps: optimizer steps of the training.
-
-    Attributes:
         newest_loss: tells the loss of the newest step; None before the first.
     """
 
-    def __init__(self, planner: EpochPlanner, total_steps: int) -> None:
+    def __init__(self, planner: EpochPlanner, total_steps: int, newest_loss: Callable[[], float | None]) -> None:
         self.planner = planner
         self.total = planner.questions_after(total_steps)
         self.bar: Bar | None = None
         self.shown = 0
-        self.newest_loss: Callable[[], float | None] = lambda: None
+        self._newest_loss = newest_loss
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Open the bar."""
@@ -110,8 +139,7 @@ class Progress(TrainerCallback):
         self._advance(state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Advance the bar and keep the epoch right on a resumed run."""
-        state.epoch = state.global_step / self.planner.steps_per_epoch
+        """Advance the bar."""
         self._advance(state.global_step)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **arguments: Any) -> None:
@@ -127,33 +155,12 @@ class Progress(TrainerCallback):
     def _advance(self, step: int) -> None:
         """Move the bar to a step."""
         if self.bar is not None:
-            loss = self.newest_loss()
+            loss = self._newest_loss()
             if loss is not None:
                 self.bar.note(f"loss {loss:.4f}")
             done = self.planner.questions_after(step)
             self.bar.advance(done - self.shown)
             self.shown = done
-
-
-class LastStep(TrainerCallback):
-    """Evaluates and saves after the last step too, so that the last checkpoint can be the best.
-
-    Args:
-        schedule: the run's schedule.
-    """
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        """Ask for them at the end."""
-        if state.global_step >= self.schedule.total_steps:
-            control.should_log = True
-            control.should_evaluate = bool(self.schedule.eval_steps)
-            control.should_save = bool(self.schedule.save_steps)
-        return control
 
 
 class Clock(TrainerCallback):

@@ -1,7 +1,4 @@
-"""Numbers gone bad and other events that should not happen: noticed on all ranks alike, recorded, ended when too many.
-
-Imports artifacts, console, data.faults, errors and launch.
-"""
+"""Numbers gone bad and other events that should not happen: noticed on all ranks alike, recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +11,8 @@ import torch
 
 from vlm_sft.common.errors import DataError, DeviceMemoryError, NumericalError
 from vlm_sft.data.image_failures import DataFault
-from vlm_sft.distributed.collectives import gather
+from vlm_sft.distributed.collectives import gather, sum_ranks
+from vlm_sft.model.step_gradients import StepGradients
 from vlm_sft.train.event_log import EventLog
 
 WINDOW = 64  # losses that a new one is held against
@@ -121,14 +119,14 @@ class Health:
         self._world_size = world_size
         self._in_a_row = 0
         self._spikes = SpikeDetector()
+        self._watch: AdapterWatch | None = None
 
     def sums(self, *values: float) -> list[float]:
         """Sum numbers over the ranks; every rank must call it with as many."""
         if self._world_size == 1:
             return list(values)
         # float32: some devices know nothing wider, and counts of a step fit.
-        total = torch.tensor(values, dtype=torch.float32, device=self._device)
-        torch.distributed.all_reduce(total)
+        total = sum_ranks(torch.tensor(values, dtype=torch.float32, device=self._device))
         return [float(value) for value in total.tolist()]
 
     def asked(self) -> bool:
@@ -220,6 +218,24 @@ class Health:
             everyone = [name for part in gather(list(ids)) for name in part]
             detail = f"the loss jumped to {mean:.4f}, {score:.1f} robust deviations above the last {WINDOW} steps"
             self.log.write(step, "loss_spike", detail, everyone, loss=mean, score=round(score, 2))
+        return True
+
+    def vote(self, step: int, gradients: StepGradients) -> bool:
+        """Agree on the gradients of one step, and report adapter matrices that get none; as `agree` otherwise.
+
+        Args:
+            step: the step, 1 for the first.
+            gradients: of this rank.
+        """
+        loss = float(gradients.loss)
+        bad = gradients.problem(loss) if gradients.too_large is None else None
+        if not self.agree(step, loss, bad, gradients.sample_ids, gradients.splits, gradients.too_large):
+            return False
+        if self._watch is None:
+            self._watch = AdapterWatch({n: p for n, p in gradients.model.named_parameters() if p.requires_grad})
+        for name in self._watch.look(gradients.named(), self.sums) if self._watch.active else ():
+            detail = f"{name} had no gradient in {WATCHED_STEPS} steps: it is not trained"
+            self.log.write(step, "dead_adapter", detail, parameter=name)
         return True
 
     def _record_splits(self, step: int, splits: Sequence[dict[str, Any]], too_large: Mapping[str, Any] | None) -> None:

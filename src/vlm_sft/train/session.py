@@ -1,22 +1,120 @@
-"""What surrounds the stages of a run: its folder, its record, how it ended."""
+"""What surrounds the stages of a training: its folder, its ranks, its record, and how it ended."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.artifacts import checkpoint_step
-from vlm_sft.common.console import is_main_process
-from vlm_sft.common.errors import RunError
+from vlm_sft.common.console import is_main_process, say
+from vlm_sft.common.errors import InterruptedRunError, RunError
 from vlm_sft.common.record import RunRecord, device_name, now
-from vlm_sft.data.sources.spec import DatasetSpec
-from vlm_sft.distributed.launch import Launch
+from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
+from vlm_sft.distributed.collectives import agree, barrier
+from vlm_sft.distributed.heartbeat import HostWatch
+from vlm_sft.distributed.launch import Launch, connected, expand_segments, idle_gpus, quiet_libraries, read_launch
+from vlm_sft.distributed.signals import StopSignals, resume_line
+from vlm_sft.evaluate.guard import Guard
+from vlm_sft.model.load import resolve_path
+from vlm_sft.model.model_folder import require_utf8
 from vlm_sft.planning.fingerprint import check_ranks, recipe_identity, refuse_changes
-from vlm_sft.planning.options import TrainOptions
+from vlm_sft.planning.options import Run, TrainOptions
+from vlm_sft.planning.run_plan import token_limits
+from vlm_sft.planning.validation_plan import check_request
+from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
+from vlm_sft.trackers.check import check_trackers
+from vlm_sft.trackers.session import Trackers
+from vlm_sft.trackers.tracker import INTERRUPTED
 from vlm_sft.train.checkpoint.directory import choose_resume, tidy
-from vlm_sft.train.run_folder import clear_run, disk_error
+from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, clear_run, disk_error, holds_work
+
+
+@contextmanager
+def open_run(options: TrainOptions) -> Iterator[tuple[Run, list[Guard]]]:
+    """Check what was asked for, claim the folder and connect the ranks; all of it is held while the block runs.
+
+    Yields:
+        The run, and its guards.
+
+    Raises:
+        VlmSftError: a mistake in the recipe, folder or launch.
+    """
+    quiet_libraries()
+    loaded = read_recipe(options.sft_config, options.overrides)
+    recipe = loaded.recipe
+    specs = parse_datasets(options.dataset)
+    guards = check_request(recipe, specs, options.guard, options.eval_samples)
+    token_limits(options, specs)
+    check_trackers(recipe.report_to)
+    launch = read_launch(options.local_rank, options.deepspeed)
+    expand_segments(launch)
+    resolve_path(options.base_model)  # before the long reading of data
+    require_utf8(options.output_dir, "--output_dir")
+    place = artifacts.OutputFolder(options.output_dir, *(START if is_main_process() else ()))
+    claim_folder(options.output_dir, options.resume, options.overwrite)
+    with (
+        RunLock(options.output_dir, wanted=is_main_process()),
+        place.or_nothing(lambda: holds_work(options.output_dir)),
+        connected(launch),
+    ):
+        checkpoint = agree(lambda: _open_folder(options, recipe, launch))
+        _announce(options, launch, loaded.notes, checkpoint)
+        record = RunRecord(options.output_dir, _facts(options, specs, launch, checkpoint))
+        signals = StopSignals(resume_line(sys.argv, launch), lambda: record.finish("interrupted"))
+        yield Run(options, recipe, specs, launch, record, checkpoint, signals), guards
+
+
+@contextmanager
+def watched(run: Run) -> Iterator[Trackers]:
+    """Watch for signals and lost machines while the stages run, and record how they ended.
+
+    Yields:
+        The trackers, not begun.
+    """
+    record, options, signals = run.record, run.options, run.signals
+    assert signals is not None
+    facts = {"base_model": options.base_model, "dataset": options.dataset, "folder": str(options.output_dir)}
+    trackers = Trackers(options.output_dir, run.recipe.to_dict(), facts, checkpoint_step(run.checkpoint), record.note)
+    hosts = HostWatch(run.launch, signals.again, lambda reason: _lose(record, reason))
+    with signals:
+        try:
+            # Before the first line of run.json a signal leaves nothing behind, from there on it is recorded.
+            record.write()
+            with trackers, hosts:
+                try:
+                    yield trackers
+                except BaseException as error:
+                    _record_end(record, error, trackers, hosts)
+                    raise
+        except InterruptedRunError:
+            record.finish("interrupted")
+            raise
+
+
+def _record_end(record: RunRecord, error: BaseException, trackers: Trackers, hosts: HostWatch) -> None:
+    """Record why a run ended early, and raise the reason behind an error where there is one."""
+    if isinstance(error, InterruptedRunError):
+        record.finish("interrupted")
+        trackers.close(INTERRUPTED)
+        if error.everywhere:
+            # A launcher ends the other ranks as soon as one is gone: none goes before all is written.
+            barrier("stop")
+        return
+    if isinstance(error, KeyboardInterrupt):
+        record.finish("interrupted")
+        return
+    if (lost := hosts.explain(error)) is not None:
+        _lose(record, str(lost))
+        raise lost from error
+    record.note(f"{type(error).__name__}: {error}")
+    record.finish("failed")
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        raise disk_error(error) from error
 
 
 def _open_folder(options: TrainOptions, recipe: Recipe, launch: Launch) -> Path | None:
@@ -31,6 +129,17 @@ def _open_folder(options: TrainOptions, recipe: Recipe, launch: Launch) -> Path 
     check_ranks(checkpoint, launch)
     refuse_changes(checkpoint, {"recipe": recipe_identity(recipe, launch.world_size)}, options.allow_changes)
     return checkpoint
+
+
+def _announce(options: TrainOptions, launch: Launch, notes: list[str], checkpoint: Path | None) -> None:
+    """Say what will be done."""
+    source = options.sft_config or "the default recipe"
+    say(f"training {options.base_model} on {options.dataset} with {source}")
+    say(f"launch: {launch.world_size} process(es), {launch.parallel}, {'CPU' if launch.cpu else 'GPU'}")
+    for note in filter(None, [idle_gpus(launch, sys.argv), *notes]):
+        say(note)
+    if options.resume is not None:
+        say(f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting from the beginning")
 
 
 def _lose(record: RunRecord, reason: str) -> None:

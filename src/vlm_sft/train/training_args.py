@@ -1,4 +1,4 @@
-"""A recipe to transformers.TrainingArguments: classic names become those of the installed version."""
+"""A recipe as transformers.TrainingArguments, for callbacks that look there; the loop itself reads the recipe."""
 
 from __future__ import annotations
 
@@ -12,23 +12,8 @@ from vlm_sft.recipe.validation import Schedule
 from vlm_sft.trackers.session import SHOWN_IN
 
 
-class RunArguments(TrainingArguments):
-    """Arguments of a process that computes on one GPU."""
-
-    @property
-    def n_gpu(self) -> int:
-        """1 on a GPU, 0 on a CPU.
-
-        Not the number of GPUs that the process sees: transformers would share each pack out among them with
-        nn.DataParallel, which knows nothing of packs.
-        """
-        return min(1, super().n_gpu)
-
-
-def training_arguments(
-    recipe: Recipe, schedule: Schedule, launch: Launch, output_dir: Path, bf16: bool, workers: int
-) -> TrainingArguments:
-    """Make the arguments of one run.
+def callback_arguments(recipe: Recipe, schedule: Schedule, launch: Launch, output_dir: Path) -> TrainingArguments:
+    """Describe a run to callbacks.
 
     One batch of the loader is one optimizer step, so batch size and accumulation are 1 here: the plan of the epoch
     holds the real ones. `warmup_ratio`, which transformers 5 removed, arrives as a number of steps.
@@ -38,10 +23,8 @@ def training_arguments(
         schedule: its steps on this data set.
         launch: how the process was launched.
         output_dir: the run's folder.
-        bf16: whether to compute in bfloat16.
-        workers: processes that prepare batches.
     """
-    return RunArguments(
+    return TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=recipe.num_train_epochs,
         max_steps=schedule.total_steps,
@@ -66,21 +49,12 @@ def training_arguments(
         greater_is_better=recipe.best_is_greatest,
         logging_steps=recipe.logging_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,
-        dataloader_num_workers=workers,
-        bf16=bf16,
         use_cpu=launch.cpu,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        # A tower may have layers that nothing reads (LLaVA takes the last but one), which then get no gradient.
-        ddp_find_unused_parameters=bool({"vision", "all"} & set(recipe.train)),
         ddp_backend="gloo" if launch.cpu and launch.world_size > 1 else None,
-        deepspeed=launch.deepspeed,
         # The others' integrations are made in vlm_sft.trackers.
         report_to=[tracker for tracker in recipe.report_to if tracker not in ("none", *SHOWN_IN)] or "none",
         disable_tqdm=True,
-        remove_unused_columns=False,
-        # The loader begins at the right step by itself; skipping would compute every batch that is passed over.
-        ignore_data_skip=True,
         log_level="warning",
     )

@@ -44,7 +44,6 @@ class Validation:
 
     Attributes:
         image_source: as that of `Encoder`: where processed images or their features are kept; None for nowhere.
-        stop: looked at while questions are answered; None where nothing asks for a stop.
     """
 
     def __init__(
@@ -58,7 +57,6 @@ class Validation:
         self.launch = launch
         self._evaluations = self._earlier(resumed_step)
         self.image_source: Callable[[Sample], dict[str, torch.Tensor] | None] | None = None
-        self.stop: StopRequest | None = None
         self._base_rows: dict[str, list[dict[str, Any]]] = {}
 
     def _earlier(self, resumed_step: int) -> list[dict[str, Any]]:
@@ -67,7 +65,9 @@ class Validation:
             return []
         return [entry for entry in artifacts.read_json(path)["evaluations"] if entry["step"] <= resumed_step]
 
-    def measure(self, model: Any, mode: PackMode, step: int, loss: float) -> dict[str, float]:
+    def measure(
+        self, model: Any, mode: PackMode, step: int, loss: float, stop: StopRequest | None = None
+    ) -> dict[str, float]:
         """Answer all questions and score them; must be called on every rank.
 
         Args:
@@ -75,14 +75,15 @@ class Validation:
             mode: how its packs are computed.
             step: optimizer steps done.
             loss: the evaluation loss of this step.
+            stop: looked at while questions are answered; None where nothing asks for a stop.
 
         Returns:
             Mean score by metric name, the same on every rank. Data sets with the same metric count as one.
         """
         backend = SharedPrefixBackend(self.base, model, mode)
         backend.encoder.image_source = self.image_source
-        evaluator = self._evaluator(backend)
-        self._score_base(evaluator, model)
+        evaluator = self._evaluator(backend, stop)
+        self._score_base(evaluator, model, stop)
         folder = self.folder / f"step-{step}"
         if self.launch.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier continuation from an older checkpoint
@@ -100,11 +101,11 @@ class Validation:
         scores, self._evaluations = agree(lambda: (scores, self._evaluations))
         return scores
 
-    def _evaluator(self, backend: SharedPrefixBackend) -> Evaluator:
+    def _evaluator(self, backend: SharedPrefixBackend, stop: StopRequest | None) -> Evaluator:
         launch = self.launch
-        return Evaluator(backend, self.tokens_per_pack, launch.rank, launch.world_size, replace=True, stop=self.stop)
+        return Evaluator(backend, self.tokens_per_pack, launch.rank, launch.world_size, replace=True, stop=stop)
 
-    def _score_base(self, evaluator: Evaluator, model: Any) -> None:
+    def _score_base(self, evaluator: Evaluator, model: Any, stop: StopRequest | None) -> None:
         """Answer the guarded questions once as the base does."""
         guarded = {guard.name for guard in self.plan.guards}
         if self._base_rows or not guarded:
@@ -114,7 +115,7 @@ class Validation:
             if base_model is not model:
                 own = evaluator.backend
                 assert isinstance(own, SharedPrefixBackend)
-                evaluator = self._evaluator(SharedPrefixBackend(self.base, base_model, own.mode))
+                evaluator = self._evaluator(SharedPrefixBackend(self.base, base_model, own.mode), stop)
             for task in self.plan.tasks:
                 if task.name in guarded:
                     self._base_rows[task.name] = self._ask(

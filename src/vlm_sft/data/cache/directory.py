@@ -168,6 +168,11 @@ def list_entries(root: Path) -> list[Entry]:
     return sorted(found, key=lambda entry: -entry.last_used)
 
 
+def cache_bytes(root: Path) -> int:
+    """Bytes of everything in the cache."""
+    return sum(entry.bytes for entry in list_entries(root))
+
+
 def clear_entries(root: Path, older_than_days: float | None) -> tuple[int, int]:
     """Remove entries; runs that have them open keep what they mapped.
 

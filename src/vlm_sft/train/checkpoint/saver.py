@@ -1,4 +1,4 @@
-"""The trainer's checkpoints: written aside, verified, published by all ranks or by none.
+"""The checkpoints of a training: written aside, verified, published by all ranks or by none.
 
 What is read back is safetensors and JSON. Under DeepSpeed the engine writes and reads its own state, which is a pickle:
 it is loaded only after its checksums were compared.
@@ -7,37 +7,34 @@ it is loaded only after its checksums were compared.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper
-from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import TrainerState
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import is_main_process, warn
 from vlm_sft.common.errors import RunError
 from vlm_sft.common.manifest import flush, naming, write_manifest
 from vlm_sft.distributed.collectives import agree, gather
-from vlm_sft.model.saved_adapter import require_places
 from vlm_sft.report.card import may_write
 from vlm_sft.train.checkpoint.directory import begin_checkpoint, checkpoint_problems, last_bytes, publish, rotate
 from vlm_sft.train.checkpoint.serialization import load_state, random_state, save_state, set_random_state
+from vlm_sft.train.optimization import Optimization
 
-OPTIMIZER = "optimizer.safetensors"
-SCHEDULER = "scheduler.json"
 PROGRESS = "progress.safetensors"  # random numbers of every rank, and the losses that are not logged yet
 TRAINER_STATE = "trainer_state.json"
 CONTINUE, STOP = "continue", "stop"
 _BYTES_A_PARAMETER = 20  # weight, two moments, and DeepSpeed's copy in float32, each at most four bytes; and names
+
+WriteModel = Callable[[Path, dict[str, torch.Tensor] | None], None]
 
 
 @dataclass(frozen=True)
@@ -57,61 +54,78 @@ class CheckpointPolicy:
     on_failure: Callable[[str], None] = lambda text: None
 
 
-class CheckpointTrainer(Trainer):
-    """transformers.Trainer with checkpoints that are atomic, verified and exact.
+@dataclass(frozen=True)
+class Best:
+    """The best checkpoint so far: value of the metric, step, folder; None while there is none."""
+
+    value: float | None = None
+    step: int | None = None
+    folder: str | None = None
+
+    @classmethod
+    def of(cls, state: TrainerState) -> Best:
+        """As a state tells it."""
+        return cls(state.best_metric, state.best_global_step, state.best_model_checkpoint)
+
+    def put(self, state: TrainerState) -> None:
+        """Let a state tell it."""
+        state.best_metric, state.best_global_step, state.best_model_checkpoint = self.value, self.step, self.folder
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of one training, and restores from them; its methods are called on all ranks.
 
     Args:
+        folder: the run's folder.
+        optimization: writes and reads weights, optimizer and learning rate.
+        write_model: writes what is trained into a folder, on rank 0: the folder, and weights gathered from all ranks.
         policy: how they are kept.
-        **kwargs: those of transformers.Trainer; `save_total_limit` is the policy's.
     """
 
-    # transformers says that each of these may be None, which they are only before the training begins.
-    model: Any
-    model_wrapped: Any
-    optimizer: Any
-    lr_scheduler: Any
+    def __init__(
+        self, folder: Path, optimization: Optimization, write_model: WriteModel, policy: CheckpointPolicy
+    ) -> None:
+        self.folder = folder
+        self.optimization = optimization
+        self.policy = policy
+        self._write_model = write_model
+        self._saved_best = Best()
 
-    def __init__(self, *, policy: CheckpointPolicy | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._policy = policy or CheckpointPolicy()
-        self._restore_from: Path | None = None
-        self._saved_best: tuple[Any, Any, Any] = (None, None, None)
+    def save(self, state: TrainerState, losses: dict[str, Any]) -> bool:
+        """Write, verify and publish one checkpoint; all ranks agree on how each part went.
 
-    @property
-    def _run_folder(self) -> Path:
-        return Path(str(self.args.output_dir))
+        Args:
+            state: progress of the training; where its best step is this one, the folder is noted in it.
+            losses: of the training, as its `LossMeter` tells them.
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write, verify and publish one checkpoint; all ranks agree on how each part went."""
-        self.store_flos()
-        step = self.state.global_step
-        partial = self._run_folder / f"checkpoint-{step}.partial"
-        progress = self._progress()
-        problem = self._attempt(lambda: begin_checkpoint(self._run_folder, step, self._needed_bytes()))
-        problem = problem or self._attempt(lambda: self.save_model(str(partial), _internal_call=True), everywhere=True)
-        if not problem and self.is_deepspeed_enabled:
-            problem = self._attempt(lambda: self._save_engine(partial), everywhere=True)
-        problem = problem or self._attempt(lambda: self._seal(partial, progress))
+        Returns:
+            Whether it is there.
+
+        Raises:
+            RunError: it cannot be written, and the policy says stop.
+        """
+        step = state.global_step
+        partial = self.folder / f"checkpoint-{step}.partial"
+        ranks = gather({"random": random_state()})
+        problem = self._attempt(lambda: begin_checkpoint(self.folder, step, self._needed_bytes()))
+        problem = problem or self._save_model(partial)
+        if not problem and self.optimization.everywhere:
+            problem = self._attempt(lambda: self.optimization.save(partial), everywhere=True)
+        problem = problem or self._attempt(lambda: self._seal(partial, state, {"ranks": ranks, **losses}))
         if problem:
-            self._save_failed(partial, problem)
-            return
-        self.state.best_model_checkpoint = self._best_path()
-        self._saved_best = self._best
+            self._give_up(partial, state, problem)
+            return False
+        self._saved_best = self._located(Best.of(state), step)
+        self._saved_best.put(state)
         if is_main_process():
-            keep = {step, self.state.best_global_step or step}
-            rotate(self._run_folder, self._policy.limit, keep)
+            rotate(self.folder, self.policy.limit, {step, state.best_global_step or step})
+        return True
 
-    @property
-    def _best(self) -> tuple[Any, Any, Any]:
-        return self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint
-
-    def _best_path(self) -> str | None:
-        """Where the best checkpoint lies once the present one is published."""
-        best = self.state.best_global_step
-        known = self.state.best_model_checkpoint
-        if not best or (known and Path(known).name == f"checkpoint-{best}"):
-            return known
-        return str(self._run_folder / f"checkpoint-{best}")
+    def _located(self, best: Best, step: int) -> Best:
+        """The best checkpoint with its folder, once the present one is published."""
+        if not best.step or (best.folder and Path(best.folder).name == f"checkpoint-{best.step}"):
+            return best
+        return replace(best, folder=str(self.folder / f"checkpoint-{best.step}"))
 
     def _attempt(self, write: Callable[[], Any], everywhere: bool = False) -> str:
         """Write something on rank 0, or on every rank; returns on all ranks why that failed on one of them, or ""."""
@@ -125,175 +139,131 @@ class CheckpointTrainer(Trainer):
                     raise
         return next((text for text in gather(problem) if text), "")
 
+    def _save_model(self, folder: Path) -> str:
+        """Write what is trained; returns why that failed, or ""."""
+        weights = self.optimization.weights()
+        return self._attempt(lambda: self._write_model(folder, weights))
+
     def _needed_bytes(self) -> int:
         """About what a checkpoint takes: as the last one, else by the number of trained parameters."""
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad)
-        return last_bytes(self._run_folder) or trained * _BYTES_A_PARAMETER
+        model = self.optimization.model
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        return last_bytes(self.folder) or trained * _BYTES_A_PARAMETER
 
-    def _progress(self) -> dict[str, Any]:
-        """Random numbers and unlogged losses of every rank: the same dictionary everywhere."""
-        ranks = gather({"random": random_state(), "loss": float(self._tr_loss)})
-        return {"ranks": ranks, "logged_step": self._globalstep_last_logged, "total_loss": self._total_loss_scalar}
-
-    def _save_engine(self, partial: Path) -> None:
-        """Let DeepSpeed write what every rank holds."""
-        self.model_wrapped.save_checkpoint(str(partial), exclude_frozen_parameters=True)
-
-    def _seal(self, partial: Path, progress: dict[str, Any]) -> None:
+    def _seal(self, partial: Path, state: TrainerState, progress: dict[str, Any]) -> None:
         """On rank 0: add the rest, and the manifest last; then give the checkpoint its name."""
-        if not self.is_deepspeed_enabled:
-            save_state(partial / OPTIMIZER, self.optimizer.state_dict())
-        if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
-            with naming(partial / SCHEDULER):
-                (partial / SCHEDULER).write_text(json.dumps(self.lr_scheduler.state_dict()), encoding="utf-8")
+        if not self.optimization.everywhere:
+            self.optimization.save(partial)
         save_state(partial / PROGRESS, progress)
-        before = self.state.best_model_checkpoint
-        self.state.best_model_checkpoint = self._best_path()
-        try:
-            with naming(partial / TRAINER_STATE):
-                self.state.save_to_json(str(partial / TRAINER_STATE))
-        finally:
-            self.state.best_model_checkpoint = before
-        self._check_shards(partial)
+        told = replace(state)
+        self._located(Best.of(state), state.global_step).put(told)
+        with naming(partial / TRAINER_STATE):
+            told.save_to_json(str(partial / TRAINER_STATE))
+        if problem := self.optimization.problem(partial):
+            raise OSError(problem)
         facts = {
-            "step": self.state.global_step,
+            "step": state.global_step,
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
-            "world_size": self.args.world_size,
-            **self._policy.facts,
+            "world_size": len(progress["ranks"]),
+            **self.policy.facts,
         }
         write_manifest(partial, None, facts)
         publish(partial)
 
-    def _check_shards(self, partial: Path) -> None:
-        """DeepSpeed's state must be there for every rank: a folder that other nodes do not share has a part only."""
-        if not self.is_deepspeed_enabled or not self.accelerator.state.deepspeed_plugin.zero_stage:
-            return
-        count = len(list(partial.rglob("*_optim_states.pt")))
-        if count != self.args.world_size:
-            reason = "is --output_dir on a disk that all nodes share?"
-            raise OSError(f"{count} of {self.args.world_size} ranks' states are in it: {reason}")
-
-    def _save_failed(self, partial: Path, problem: str) -> None:
+    def _give_up(self, partial: Path, state: TrainerState, problem: str) -> None:
         """Leave earlier checkpoints as they are; go on or stop, as was asked.
 
         Raises:
             RunError: the policy says stop.
         """
-        step = self.state.global_step
+        step = state.global_step
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
-        if self.state.best_global_step == step:
-            # The best must be one that can be loaded.
-            self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint = self._saved_best
-        text = f"the checkpoint of step {step} cannot be written to {self._run_folder}: {problem}"
-        self._policy.on_failure(text)
-        if self._policy.on_error == STOP:
+        if state.best_global_step == step:
+            self._saved_best.put(state)  # the best must be one that can be loaded
+        text = f"the checkpoint of step {step} cannot be written to {self.folder}: {problem}"
+        self.policy.on_failure(text)
+        if self.policy.on_error == STOP:
             raise RunError(text, "make room, then go on with --resume; earlier checkpoints are as they were")
         warn(f"{text}; the training goes on, and what it does until the next checkpoint would be lost in a crash")
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the checkpoint must have been verified."""
-        self._restore_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def restore(self, checkpoint: Path) -> tuple[TrainerState, dict[str, Any]]:
+        """Restore weights, optimizer and learning rate from a checkpoint, which must have been verified.
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """As in transformers; the best checkpoint of a resumed run is looked up and verified again."""
-        started = super()._init_training_state(*args, **kwargs)
-        if self._restore_from is not None and self.state.best_global_step:
-            self.state.best_model_checkpoint = agree(self._find_best)
-            if self.state.best_model_checkpoint is None:
-                warn(f"the best checkpoint, of step {self.state.best_global_step}, is gone or damaged: it is forgotten")
-                self.state.best_metric = self.state.best_global_step = None
-        self._saved_best = self._best
-        return started
+        Returns:
+            state: progress of the training; its best checkpoint was looked up and verified again.
+            progress: losses, and the random numbers of every rank.
+        """
+        self.optimization.load(checkpoint)
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        if state.best_global_step:
+            state.best_model_checkpoint = agree(lambda: self._find_best(state, checkpoint))
+            if state.best_model_checkpoint is None:
+                warn(f"the best checkpoint, of step {state.best_global_step}, is gone or damaged: it is forgotten")
+                Best().put(state)
+        self._saved_best = Best.of(state)
+        return state, load_state(checkpoint / PROGRESS)
 
-    def _find_best(self) -> str | None:
+    def _find_best(self, state: TrainerState, checkpoint: Path) -> str | None:
         """The best checkpoint's folder, in the run's folder or beside the checkpoint that is resumed."""
-        assert self._restore_from is not None
-        name = f"checkpoint-{self.state.best_global_step}"
-        places = [self._run_folder, self._restore_from.parent]
+        name = f"checkpoint-{state.best_global_step}"
+        places = [self.folder, checkpoint.parent]
         return next((str(place / name) for place in places if not checkpoint_problems(place / name)), None)
 
-    def _load_best_model(self) -> None:
-        """As in transformers, but a damaged checkpoint is not loaded: the last step's weights stay."""
-        path = Path(str(self.state.best_model_checkpoint))
+    def load_best(self, state: TrainerState) -> None:
+        """Take the weights of the best checkpoint; where it is damaged, those of the last step stay.
+
+        Args:
+            state: tells which it is; a damaged one is forgotten.
+        """
+        if state.best_model_checkpoint is None:
+            return
+        path = Path(state.best_model_checkpoint)
         problems = agree(lambda: checkpoint_problems(path))
         if not problems:
-            super()._load_best_model()
+            self.optimization.load_weights(path)
             return
         reason = "; ".join(problems[:3])
         text = f"the best checkpoint {path} cannot be loaded ({reason}): the last step's adapter is kept"
         warn(text)
-        self._policy.on_failure(text)
-        self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+        self.policy.on_failure(text)
+        Best().put(state)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
-        """As in transformers, which passes over what of an adapter the model has no place for."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if isinstance(self.model, PeftModel):
-            require_places(Path(resume_from_checkpoint), self.model)
+    def save_result(self, step: int) -> None:
+        """Write what was trained into the run's folder, aside first, with its manifest.
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Restore both; DeepSpeed has restored its own."""
-        if checkpoint is None:
-            return
-        folder = Path(checkpoint)
-        if not self.is_deepspeed_enabled:
-            self.optimizer.load_state_dict(load_state(folder / OPTIMIZER))
-        if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
-            self.lr_scheduler.load_state_dict(artifacts.read_json(folder / SCHEDULER))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore this rank's random numbers; a rank that the checkpoint does not know takes those of another."""
-        if checkpoint is not None:
-            ranks = load_state(Path(checkpoint) / PROGRESS)["ranks"]
-            set_random_state(ranks[self.args.process_index % len(ranks)]["random"])
-
-    def _restore_progress(self) -> None:
-        """Once, after the loop has set itself up: go on with the losses that were not logged yet."""
-        folder, self._restore_from = self._restore_from, None
-        if folder is None:
-            return
-        saved = load_state(folder / PROGRESS)
-        losses = [rank["loss"] for rank in saved["ranks"]]
-        same = len(losses) == self.args.world_size
-        self._tr_loss.fill_(losses[self.args.process_index] if same else sum(losses) / len(losses))
-        self._globalstep_last_logged = saved["logged_step"]
-        self._total_loss_scalar = saved["total_loss"]
-        self._initial_global_step = 0
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a run that was resumed at its end has not restored its losses yet."""
-        self._restore_progress()
-        return super()._finalize_training(*args, **kwargs)
-
-    def save_adapter(self) -> None:
-        """Write the adapter of the model into the run's folder, aside first, with its manifest; on all ranks.
+        Args:
+            step: optimizer steps done.
 
         Raises:
             RunError: it cannot be written; the last checkpoint holds what there is.
         """
-        folder, partial = self._run_folder, self._run_folder / artifacts.ADAPTER_PARTIAL
-
-        def publish_files() -> None:
-            # The card is written again when the results are there, so no checksum of it is kept.
-            names = [path.name for path in partial.iterdir() if path.name != artifacts.CARD]
-            write_manifest(partial, names, {"step": self.state.global_step, **self._policy.facts})
-            if may_write(folder / artifacts.CARD):
-                os.replace(partial / artifacts.CARD, folder / artifacts.CARD)
-            (partial / artifacts.CARD).unlink(missing_ok=True)
-            for name in (*names, artifacts.MANIFEST, artifacts.MANIFEST_CHECKSUM):
-                os.replace(partial / name, folder / name)
-            partial.rmdir()
-            flush(folder)
-
-        problem = self._attempt(lambda: self.save_model(str(partial), _internal_call=True), everywhere=True)
-        problem = problem or self._attempt(publish_files)
+        partial = self.folder / artifacts.ADAPTER_PARTIAL
+        problem = self._save_model(partial)
+        problem = problem or self._attempt(lambda: self._publish_result(partial, step))
         if problem:
             raise RunError(
-                f"the adapter cannot be written to {folder}: {problem}",
+                f"the adapter cannot be written to {self.folder}: {problem}",
                 "make room, then go on with --resume auto: the last checkpoint holds the training",
             )
+
+    def _publish_result(self, partial: Path, step: int) -> None:
+        # The card is written again when the results are there, so no checksum of it is kept.
+        names = [path.name for path in partial.iterdir() if path.name != artifacts.CARD]
+        write_manifest(partial, names, {"step": step, **self.policy.facts})
+        if may_write(self.folder / artifacts.CARD):
+            os.replace(partial / artifacts.CARD, self.folder / artifacts.CARD)
+        (partial / artifacts.CARD).unlink(missing_ok=True)
+        for name in (*names, artifacts.MANIFEST, artifacts.MANIFEST_CHECKSUM):
+            os.replace(partial / name, self.folder / name)
+        partial.rmdir()
+        flush(self.folder)
+
+
+def restore_random(progress: dict[str, Any], rank: int) -> None:
+    """Restore this rank's random numbers; a rank that the checkpoint does not know takes those of another."""
+    ranks = progress["ranks"]
+    set_random_state(ranks[rank % len(ranks)]["random"])
 
 
 def _file_problem(error: Exception) -> str:

@@ -1,0 +1,282 @@
+"""From a plan to a training that is ready to run: weights, adapter, optimizer, loop; and what is done with it after."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, TrainerCallback
+
+from vlm_sft.common import artifacts
+from vlm_sft.common.artifacts import checkpoint_step
+from vlm_sft.common.console import is_main_process, say, warn
+from vlm_sft.common.errors import ModelError
+from vlm_sft.common.record import versions
+from vlm_sft.data.loader import StepDataset
+from vlm_sft.data.packing import EpochPlanner
+from vlm_sft.distributed.collectives import agree
+from vlm_sft.distributed.zero import is_partitioned
+from vlm_sft.forecast.estimate import FEATURES, LOAD, SAVES, TRACKERS
+from vlm_sft.model.caches import one_an_image
+from vlm_sft.model.gpu.kernels import choose_kernels
+from vlm_sft.model.load import Base, load_model
+from vlm_sft.model.positions import Positions
+from vlm_sft.model.saved_adapter import changes_nothing
+from vlm_sft.model.sharing_check import choose_mode
+from vlm_sft.model.step_gradients import mixed_precision
+from vlm_sft.model.trainable import ALL, checkpoint_layers, described, save_tuned, tune
+from vlm_sft.planning.options import Run
+from vlm_sft.planning.probe import Probe
+from vlm_sft.planning.run_forecast import Foretelling
+from vlm_sft.planning.run_plan import Plan
+from vlm_sft.planning.validation_plan import ValidationPlan
+from vlm_sft.trackers.session import Trackers
+from vlm_sft.train.callbacks import Clock, MetricsFile, Progress
+from vlm_sft.train.checkpoint.saver import CheckpointPolicy
+from vlm_sft.train.deepspeed_engine import (
+    DeepSpeedOptimization,
+    hidden_size_of,
+    partition_while_loading,
+    resolve_config,
+)
+from vlm_sft.train.loop import TrainingLoop, TrainingPlan
+from vlm_sft.train.model_card import write_card
+from vlm_sft.train.optimization import TorchOptimization
+from vlm_sft.train.validation import Validation
+
+
+@dataclass
+class Training:
+    """A training that is ready to run.
+
+    Attributes:
+        run, plan: the run.
+        loop: trains.
+        callbacks: told what it does.
+        forecast: the forecast of the run, whose clock goes on.
+    """
+
+    run: Run
+    plan: Plan
+    loop: TrainingLoop
+    callbacks: Sequence[TrainerCallback]
+    forecast: Foretelling
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What must hold while the loop runs: signals wait for the end of a step, and nothing old is searched."""
+        signals = self.run.signals
+        held = signals.at_step_end() if signals else nullcontext()
+        with self.run.record.timed("train"), _settled_heap(), self.plan.engine.counted(self.loop.model), held:
+            yield
+
+    def finish(self) -> bool:
+        """Write what was trained into the run's folder, and record what the training came to.
+
+        Returns:
+            Whether a checkpoint keeps to the guards.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        run, loop = self.run, self.loop
+        with run.record.timed("train"):
+            loop.saver.save_result(loop.state.global_step)
+            self._record()
+            say(f"{'model' if ALL in run.recipe.train else 'adapter'} written to {run.options.output_dir}")
+            if is_main_process() and not artifacts.holds_full_model(run.options.output_dir):
+                _tell_silent(run)
+            kept = loop.validation.finish(loop.state.best_global_step) if loop.validation else True
+            loop.optimization.close()
+            self.forecast.lap(SAVES)
+        return kept
+
+    def _record(self) -> None:
+        """Write what the training came to, and what it took from the cache, into run.json."""
+        run, plan, state, recipe = self.run, self.plan, self.loop.state, self.run.recipe
+        plan.engine.describe([plan.cache])
+        plan.engine.facts["data_workers"] = run.data_workers
+        run.record.update(engine=plan.engine.facts)
+        best = {"step": state.best_global_step, "metric": recipe.metric_for_best_model, "value": state.best_metric}
+        run.record.update(
+            steps=state.global_step,
+            questions_seen=self.loop.plan.steps.planner.questions_after(state.global_step),
+            best=best if state.best_metric is not None else None,
+        )
+        if recipe.load_best_model_at_end and state.best_metric is not None:
+            say(f"best checkpoint: step {best['step']}, {best['metric']} {best['value']:.4f}; its adapter is kept")
+
+
+def build_training(
+    run: Run, plan: Plan, asked: ValidationPlan | None, forecast: Foretelling, trackers: Trackers
+) -> Training:
+    """Load the weights and put the training together.
+
+    Args:
+        run, plan: the run.
+        asked: questions of each evaluation; None where the evaluation loss is all.
+        forecast: refined by a probe, where one is asked for.
+        trackers: get the metrics; they begin here.
+
+    Raises:
+        VlmSftError: the base cannot be trained as asked.
+    """
+    agree(trackers.begin)
+    forecast.lap(TRACKERS)
+    with run.record.timed("train"):
+        model, optimize = _load(run, plan)
+        mode = choose_mode(model, plan.data.encoder)
+        _record_model(run, model, mode.shares)
+        planner, eval_planner = plan.planner, plan.eval_planner
+        if not mode.shares:
+            say(mode.note)
+            planner, eval_planner = planner.separate(), eval_planner.separate() if eval_planner else None
+        forecast.lap(LOAD)
+        _keep_features(plan, model, asked)
+        if run.data_workers != run.recipe.dataloader_num_workers:
+            say(f"batches: {run.data_workers} processes prepare them (--dataloader_num_workers chooses another number)")
+        forecast.lap(FEATURES)
+        if run.options.probe:
+            _probe(run, plan, forecast, model, (planner, eval_planner))
+        # Plain transformers finds the positions of separate questions itself.
+        place = Positions(model) if mode.shares else None
+        steps_of = partial(StepDataset, rank=run.launch.rank, replace_bad=run.faults.replace_bad, place=place)
+        steps = steps_of(plan.data, planner)
+        eval_steps = steps_of(plan.evaluation, eval_planner) if plan.evaluation and eval_planner else None
+        followed = TrainingPlan(run.recipe, plan.schedule, steps, eval_steps, mode, run.data_workers)
+        loop = TrainingLoop(
+            followed,
+            model,
+            optimize(model),
+            run.launch,
+            run.options.output_dir,
+            partial(_write_model, model, plan.base, run.options.output_dir),
+            _policy(run, plan),
+            run.faults,
+            _validation(run, plan, asked),
+        )
+        forecast.lap(LOAD)
+    return Training(run, plan, loop, _callbacks(run, loop, planner, forecast, trackers), forecast)
+
+
+def _load(run: Run, plan: Plan) -> tuple[Any, Any]:
+    """Load the weights and make trainable what is trained.
+
+    Returns:
+        The model, and what makes the optimization of it.
+    """
+    base, recipe, launch = plan.base, run.recipe, run.launch
+    if base.load_in_4bit and launch.parallel == "zero3":
+        raise ModelError("--load_in_4bit true: ZeRO-3 cannot partition 4-bit weights", "use --deepspeed zero2")
+    optimize: Any
+    if launch.deepspeed is None:
+        optimize = partial(TorchOptimization, recipe=recipe, schedule=plan.schedule, launch=launch, dtype=base.dtype)
+    else:
+        width = hidden_size_of(AutoConfig.from_pretrained(base.path, trust_remote_code=False))
+        config = resolve_config(launch, recipe, base.dtype == torch.bfloat16, width)
+        # Before the weights: ZeRO-3 shares them out over the ranks while they are loaded.
+        loading = partition_while_loading(config)
+        optimize = partial(DeepSpeedOptimization, recipe=recipe, schedule=plan.schedule, config=config, loading=loading)
+    # ZeRO-3 shares the weights out while they are read; a configuration of the user's may ask for that, too.
+    whole = launch.parallel in ("single", "ddp", "zero2")
+    loaded = load_model(base, launch.device if whole else "cpu")
+    model, lora = tune(loaded, recipe, base.name, master=launch.deepspeed is None)
+    say(described(lora))
+    run.record.update(lora=lora, attention=base.attention, dtype=base.dtype_name)
+    if run.checkpointing:
+        checkpoint_layers(model)
+    return model, optimize
+
+
+def _record_model(run: Run, model: Any, shares: bool) -> None:
+    """Check the kernels that this process will use, and record which they are."""
+    kernels, notes = choose_kernels(model, torch.device(run.launch.device))
+    for note in notes:
+        say(note)
+        run.record.note(note)
+    run.record.update(image_sharing=shares, kernels=kernels)
+
+
+def _write_model(
+    model: Any, base: Base, run_folder: Path, folder: Path, weights: dict[str, torch.Tensor] | None
+) -> None:
+    """Save what is trained, and the prompt settings: safetensors and JSON, nothing pickled, no look at the Hub."""
+    save_tuned(model, folder, base, weights)
+    base.prompt.save(folder)
+    write_card(folder, run_folder)
+
+
+def _validation(run: Run, plan: Plan, asked: ValidationPlan | None) -> Validation | None:
+    """What answers the questions of each evaluation."""
+    if asked is None:
+        return None
+    done = checkpoint_step(run.checkpoint)
+    validation = Validation(asked, plan.base, run.options.output_dir, run.tokens_per_pack, run.launch, done)
+    validation.image_source = plan.cache.image_tensors
+    return validation
+
+
+def _callbacks(
+    run: Run, loop: TrainingLoop, planner: EpochPlanner, forecast: Foretelling, trackers: Trackers
+) -> list[TrainerCallback]:
+    """What is told of a training."""
+    metrics = MetricsFile(run.options.output_dir / artifacts.METRICS, planner, checkpoint_step(run.checkpoint))
+    shown = Progress(planner, loop.plan.schedule.total_steps, lambda: loop.health.last_loss)
+    return [shown, *([metrics] if is_main_process() else []), Clock(forecast), *trackers.callbacks()]
+
+
+@contextmanager
+def _settled_heap() -> Iterator[None]:
+    """Spare Python's search for cycles what was there before: the objects of libraries, by far the most."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _probe(
+    run: Run, plan: Plan, forecast: Foretelling, model: Any, planners: tuple[EpochPlanner, EpochPlanner | None]
+) -> None:
+    """Measure a few passes and forecast again."""
+    if is_partitioned(*model.parameters()):
+        say("--probe: under ZeRO-3 no rank has the whole model for a pass of its own; the forecast stays as it is")
+        return
+    precision = partial(mixed_precision, run.launch.device, plan.base.dtype)
+    case = replace(forecast.case, features=plan.cache.features is not None)
+    probe = Probe(run, plan, model, choose_mode(model, plan.data.encoder), precision, case, *planners)
+    calibration = probe.calibrate(forecast.tasks, forecast.seconds)
+    forecast.refine(agree(lambda: calibration), case, plan.engine.root)
+
+
+def _policy(run: Run, plan: Plan) -> CheckpointPolicy:
+    """How checkpoints are kept, and what their manifests say."""
+    facts = {"parallel": run.launch.parallel, "identity": plan.identity, "versions": versions()}
+    return CheckpointPolicy(run.recipe.save_total_limit, run.options.on_save_error, facts, run.record.note)
+
+
+def _keep_features(plan: Plan, model: Any, asked: ValidationPlan | None) -> None:
+    """Let the vision tower run once an image, where that pays."""
+    schedule = plan.schedule
+    evaluations = schedule.total_steps / schedule.eval_steps if schedule.eval_steps else 0.0
+    uses = [(plan.data.image_samples(), schedule.total_steps / schedule.steps_per_epoch)]
+    if plan.evaluation is not None:
+        uses.append((plan.evaluation.image_samples(), evaluations))
+    if asked is not None:
+        samples = [sample for task in asked.tasks for sample in task.samples]
+        uses.append((one_an_image(samples), evaluations))
+    plan.engine.keep_features(model, plan.cache, uses, "training")
+
+
+def _tell_silent(run: Run) -> None:
+    """Say loudly that a finished training changed nothing."""
+    if changes_nothing(run.options.output_dir):
+        told = "this training changed nothing: every lora_B matrix of its adapter is zero, as before the first step"
+        run.record.note(told)
+        warn(f"{told}; look at learning_rate and grad_norm in {run.options.output_dir / artifacts.METRICS}")
