@@ -210,8 +210,7 @@ class TrainingLoop:
     def _log(self) -> None:
         """Log the mean loss of the steps since the last log, where that is due."""
         if self.callbacks.control.should_log:
-            values: dict[str, Any] = {"grad_norm": self.norm, "learning_rate": self.rate}
-            values["loss"] = self.losses.take()
+            values = {"loss": self.losses.take(), "grad_norm": self.norm, "learning_rate": self.rate}
             self.callbacks.log({name: value for name, value in values.items() if value is not None})
 
     def _evaluate_and_save(self) -> None:
