@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.faults import training
-from tests.faults.harness import Reference, Warm, arguments, start_ranks
+from tests.faults.harness import Reference, arguments
 from tests.faults.injection import Fault, Injected, layer
+from tests.processes import Warm, start_ranks
 from vlm_sft.common.artifacts import checkpoint_step
 from vlm_sft.train.checkpoint import directory as checkpoints_module
 from vlm_sft.train.checkpoint.directory import checkpoint_problems, checkpoints
@@ -107,7 +107,7 @@ def test_a_training_goes_on_past_what_cannot_be_written(
     assert reference.differences(output) == []
 
 
-@pytest.mark.parametrize("steps", [(6,), pytest.param(tuple(SAVING), marks=training.full)], ids=["one", "each"])
+@pytest.mark.parametrize("steps", [(6,), pytest.param(tuple(SAVING), marks=pytest.mark.slow)], ids=["one", "each"])
 def test_a_training_that_stops_there_comes_to_the_same_adapter(
     steps: tuple[int, ...], injected_warm: Warm, injected_place: Path, reference: Reference, tmp_path: Path
 ) -> None:
@@ -194,7 +194,7 @@ def test_data_that_cannot_be_read_at_the_start(injected_warm: Warm, injected_pla
     assert code == 2 and "error: 3 of 24 samples" in told and f"'../3.png' cannot be opened: {EIO}" in told
 
 
-@training.full
+@pytest.mark.slow
 def test_on_two_ranks(injected_place: Path, reference: Reference, tmp_path: Path) -> None:
     """Under torchrun: the ranks agree that a checkpoint is there on all of them or on none."""
     output, log = tmp_path / "run", tmp_path / "log"

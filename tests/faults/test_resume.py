@@ -14,17 +14,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.faults.damage import damage_everything
-from tests.faults.harness import (
-    SCRIPT,
-    Reference,
-    Tally,
-    Warm,
-    arguments,
-    environment,
-    make_place,
-    start_ranks,
-    torture,
-)
+from tests.faults.harness import Reference, Tally, arguments, make_place, torture
+from tests.processes import SCRIPT, Warm, environment
 from vlm_sft.train.checkpoint.directory import checkpoints
 
 
@@ -72,14 +63,14 @@ def test_killed_and_resumed(
     assert tally.most_lost_steps <= 2
 
 
-def test_two_ranks_killed_and_resumed(place: Path, reference: Reference, tmp_path: Path) -> None:
-    run = start_ranks(arguments(place, tmp_path / "whole"), tmp_path / "log")
+def test_two_ranks_killed_and_resumed(warm: Warm, place: Path, reference: Reference, tmp_path: Path) -> None:
+    run = warm.start_both(arguments(place, tmp_path / "whole"), tmp_path / "log")
     assert run.wait(200) == 0, (tmp_path / "log").read_text()[-2000:]
     whole = Reference.of(tmp_path / "whole")
     tally = Tally()
     # One cache for both: ranks that share out the images compute features in other batches, with other roundings.
     cache = ("--cache_dir", str(place / "cache"))
-    torture(start_ranks, place, whole, ["rotating"], tmp_path / "killed", tally, random.Random(1), cache)
+    torture(warm.start_both, place, whole, ["rotating"], tmp_path / "killed", tally, random.Random(1), cache)
     assert (tally.trouble, tally.finished, tally.identical) == ([], 1, 1)
     left, right = (
         load_file(place / "reference" / "adapter_model.safetensors"),
@@ -90,7 +81,7 @@ def test_two_ranks_killed_and_resumed(place: Path, reference: Reference, tmp_pat
 
 def test_two_ranks_go_on_with_what_one_began(warm: Warm, place: Path, reference: Reference, tmp_path: Path) -> None:
     output = interrupted(place, tmp_path / "run")
-    run = start_ranks(arguments(place, output), tmp_path / "log")
+    run = warm.start_both(arguments(place, output), tmp_path / "log")
     assert run.wait(200) == 0, (tmp_path / "log").read_text()[-2000:]
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (output, place / "reference"))
     assert max(float((found[name] - expected[name]).abs().max()) for name in found) < 1e-5
@@ -186,15 +177,11 @@ def test_two_runs_fill_one_cache(warm: Warm, place: Path, reference: Reference, 
     assert "damaged" not in (tmp_path / "a.log").read_text() + (tmp_path / "b.log").read_text()
 
 
-def test_verify_proves_it_on_the_runs_own_configuration(place: Path, reference: Reference, tmp_path: Path) -> None:
+def test_verify_proves_it_on_the_runs_own_configuration(
+    warm: Warm, place: Path, reference: Reference, tmp_path: Path
+) -> None:
     shutil.copytree(place / "reference", tmp_path / "run")
-    done = subprocess.run(
-        [sys.executable, "-m", "vlm_sft", "verify", str(tmp_path / "run")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = warm.run("verify", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "adapter: bit-identical" in done.stdout
     assert "every line is the same" in done.stdout

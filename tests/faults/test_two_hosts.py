@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.faults.harness import free_port, make_place
+from tests.faults.harness import make_place
+from tests.processes import free_port
 from tests.two_hosts import ROOT, TwoHosts, await_file, two_hosts
 
 STEPS = 8
@@ -112,7 +113,12 @@ def test_a_lost_host_ends_the_job_and_it_can_be_resumed(how: str, hosts: TwoHost
     assert both[1].wait(60) not in (0, None)  # a host that is cut off ends too
     facts = json.loads((output / "run.json").read_text())
     assert facts["status"] == "interrupted" and any(reason in note for note in facts["notes"])
+    if how == "unplugged":  # the other way leaves the same folder
+        assert_it_goes_on(hosts, place, output, logs)
 
+
+def assert_it_goes_on(hosts: TwoHosts, place: Path, output: Path, logs: list[Path]) -> None:
+    """Both hosts resume a run that was cut off."""
     step = max(int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-*") if path.name[-1].isdigit())
     more = [*flags(place, output, str(step + 2)), "--allow_changes"]
     port = free_port()

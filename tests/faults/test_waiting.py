@@ -11,8 +11,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from tests.faults.harness import COLOURS, Started, Warm, arguments, free_port
+from tests.faults.harness import COLOURS, arguments
 from tests.faults.injection import Fault, Injected
+from tests.processes import Started, Warm, free_port
 from vlm_sft.data.cache.team import Team
 from vlm_sft.data.sample import ImageRef
 

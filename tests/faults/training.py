@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,8 +29,6 @@ from vlm_sft.recipe.validation import resolve_schedule
 from vlm_sft.train.loop import PackTrainer
 from vlm_sft.train.training_args import training_arguments
 
-EVERYTHING = bool(os.environ.get("VLM_SFT_ALL_FAULTS"))
-full = pytest.mark.skipif(not EVERYTHING, reason="takes half a minute; runs with VLM_SFT_ALL_FAULTS=1")
 ALONE = Launch(rank=0, local_rank=0, world_size=1, cpu=True, deepspeed=None, parallel="single")
 RECIPE = Recipe(
     max_steps=6,

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.faults.harness import free_port
+from tests.processes import free_port
 from tests.questions import questions
 from vlm_sft.forecast.disk import RUN_BYTES
 from vlm_sft.model.pocket import WEIGHTS

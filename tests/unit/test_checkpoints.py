@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.faults.harness import environment
+from tests.processes import environment
 from vlm_sft.common.errors import RunError
 from vlm_sft.common.manifest import folder_problems, write_manifest
 from vlm_sft.data.packing import EpochPlanner, GroupLengths

@@ -90,6 +90,8 @@ def test_kernels_modes_and_features(tokenizer: Path, tmp_path: Path, monkeypatch
     assert "| dropout 0, SDPA |" in text and "**failed**" not in text
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_public_command(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, steps = checked("training,questions", tokenizer, tmp_path, monkeypatch)
     assert code == 0, steps

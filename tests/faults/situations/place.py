@@ -12,10 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.faults.harness import ROOT, Started, Warm, environment
 from tests.pictures import png
+from tests.processes import MAIN, Started, Warm, environment
 
-MAIN = ROOT / "src" / "vlm_sft" / "__main__.py"
 SECONDS = 500.0  # for one command
 COLOURS = ("red", "navy", "gold", "white", "black", "green", "pink", "grey")
 
