@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.pictures import png
+from tests.pictures import COLOURS, png
 from tests.processes import Started
 from tests.tiny_models import save
 from vlm_sft.common.artifacts import checkpoint_step
 from vlm_sft.train.checkpoint.directory import checkpoint_problems, checkpoints
 
-COLOURS = ("red", "navy", "gold", "white", "black", "green", "pink", "grey")
 STEPS, SAVE_STEPS = 8, 2
 TIMES = ("time", "questions_per_second", "eval_seconds", "eval_questions_per_second", "eval_answer_seconds")
 FINISH_SECONDS = 1200  # for what is left after the last kill; a soak on a busy machine has hundreds of steps left

@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.faults.harness import make_place
-from tests.processes import free_port
-from tests.two_hosts import ROOT, TwoHosts, await_file, two_hosts
+from tests.processes import ROOT, free_port
+from tests.two_hosts import TwoHosts, await_file, two_hosts
 
 STEPS = 8
 LONG = "5000"  # steps of a training that is to be cut off

@@ -11,8 +11,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from tests.faults.harness import COLOURS, arguments
+from tests.faults.harness import arguments
 from tests.faults.injection import Fault, Injected
+from tests.pictures import COLOURS
 from tests.processes import Started, Warm, free_port
 from vlm_sft.data.cache.team import Team
 from vlm_sft.data.sample import ImageRef

@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.pictures import png
+from tests.pictures import COLOURS, png
 from tests.processes import MAIN, Warm
 from tests.tiny_models import save
 from vlm_sft.cli.main import main
 from vlm_sft.data.sources.splits import SPLITS
 
-COLOURS = ("red", "navy", "gold", "white", "black", "green", "pink", "grey")
 # Said in every command: the answers here are no sentences, and what a model says by itself is cut.
 ASKED = ("--max_new_tokens", "4", "--prompt_template", "{question}")
 LAST = 12  # steps of a training

@@ -140,3 +140,17 @@ def test_names_say_which_thing_is_meant() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 rooms[node.name].add(room_of(PACKAGE / name))
     assert {name for name, found in rooms.items() if len(found) > 1} == SHARED_NAMES
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/ARCHITECTURE.md"])
+def test_files_and_functions_that_a_page_names_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:\w+/)+\w+\.(?:py|md))(?:: ([\w.]+))?`", text)
+    assert len(named) > 10
+    missing = []
+    for path, name in named:
+        found = [folder / path for folder in (ROOT, PACKAGE) if (folder / path).is_file()]
+        words = set(name.split(".")) - {""}
+        if not found or not words <= set(re.findall(r"\w+", found[0].read_text(encoding="utf-8"))):
+            missing.append(f"{path}: {name}")
+    assert not missing

@@ -12,11 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.pictures import png
+from tests.pictures import COLOURS, png
 from tests.processes import MAIN, Started, Warm, environment
 
 SECONDS = 500.0  # for one command
-COLOURS = ("red", "navy", "gold", "white", "black", "green", "pink", "grey")
 
 
 @dataclass(frozen=True)
