@@ -211,7 +211,7 @@ def test_a_signal_during_the_evaluation_loses_no_answer(warm: Warm, line: list[s
         word if word != "none" or line[place - 1] != "--eval_benchmarks" else "demo_text"
         for place, word in enumerate(line)
     ]
-    more = ("--max_steps", "2", "--max_eval", "200")
+    more = ("--max_steps", "2", "--max_eval", "120")
     code, said = end(begin(warm, tmp_path / "whole", wanted, *more), 250)
     assert code == 0, said[-3000:]
     run = begin(warm, tmp_path / "run", wanted, *more)
@@ -222,7 +222,7 @@ def test_a_signal_during_the_evaluation_loses_no_answer(warm: Warm, line: list[s
     code, said = end(run, 60)
     assert code == 75 and "interrupted: stopped by SIGTERM" in said, said[-2000:]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
-    assert 0 < answered() < 200
+    assert 0 < answered() < 120
     code, said = end(begin(warm, tmp_path / "run", wanted, *more, "--resume", "auto"), 250)
     assert code == 0, said[-3000:]
     assert finished("run") == finished("whole")

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.faults.harness import make_place
-from tests.processes import ROOT, free_port
+from tests.processes import ROOT, Warm, free_port
 from tests.two_hosts import TwoHosts, await_file, two_hosts
 
 STEPS = 8
@@ -69,11 +69,10 @@ def flags(place: Path, output: Path, steps: str, save_steps: str = "2") -> list[
     ]
 
 
-def test_two_hosts_give_the_adapter_of_one(hosts: TwoHosts, place: Path, tmp_path: Path) -> None:
+def test_two_hosts_give_the_adapter_of_one(hosts: TwoHosts, place: Path, warm: Warm, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = hosts.torchrun(
-        0, flags(place, one, str(STEPS)), tmp_path / "one.log", free_port(), NNODES="1", GPUS_PER_NODE="2"
-    )
+    recipe = ["--sft_config", str(ROOT / "configs" / "sft_config_smoketest.json")]  # of the script of the hosts
+    alone = warm.start_both([*recipe, *flags(place, one, str(STEPS))], tmp_path / "one.log")
     assert alone.wait(200) == 0, (tmp_path / "one.log").read_text()[-3000:]
     port = free_port()
     logs = [tmp_path / f"{index}.log" for index in (0, 1)]
