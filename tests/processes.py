@@ -218,7 +218,7 @@ class Warm:
         folder: Path | None = None,
         more: Mapping[str, str] | None = None,
         without: Iterable[str] = (),
-        seconds: float = 280,
+        seconds: float = 500,
     ) -> subprocess.CompletedProcess[str]:
         """Run `vlm-sft WORDS` to its end; what it printed is taken apart as of `subprocess.run`."""
         arguments = [str(word) for word in words]

@@ -130,12 +130,12 @@ def test_a_bad_image_tensor_names_its_questions(tmp_path: Path) -> None:
 def test_three_in_a_row_end_the_training(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training.spoil_loss(monkeypatch, lambda step, ids: step in (1, 3, 4, 5))
     made = training.trainer(data, tmp_path, max_steps=20)
-    with pytest.raises(NumericalError, match="3 steps in a row, the last of them step 6") as caught:
+    with pytest.raises(NumericalError, match="3 steps in a row.* step 6") as caught:
         made.train()
     assert "anomalies.jsonl" in str(caught.value) and "picture " in str(caught.value)
     assert [event["in_a_row"] for event in training.events(tmp_path) if event["step"] > 3] == [1, 2, 3]
     again = training.trainer(data, tmp_path, max_steps=20, policy=FaultPolicy(max_bad_steps=2))
-    with pytest.raises(NumericalError, match="2 steps in a row, the last of them step 5"):
+    with pytest.raises(NumericalError, match="2 steps in a row.* step 5"):
         again.train()
 
 

@@ -210,10 +210,3 @@ def files_with(folder: Path, text: str | bytes) -> list[str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and data in path.read_bytes()
     ]
-
-
-def line_with(text: str, *parts: str) -> str:
-    """The first line of what was printed that holds all parts."""
-    found = [line for line in text.splitlines() if all(part in line for part in parts)]
-    assert found, f"no line with {parts}: {text[-2000:]}"
-    return found[0].strip()
