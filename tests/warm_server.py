@@ -36,6 +36,7 @@ def child(order: dict[str, Any]) -> None:
     code = 1
     try:
         runpy.run_path(order["script"], run_name="__main__")
+        code = 0
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException as error:
