@@ -173,4 +173,4 @@ def test_seeking_in_a_million_questions_takes_a_moment() -> None:
         step = planner.step_of(planner.batches(epoch)[12_345])
         seconds.append(time.process_time() - began)
         assert step.questions == 64
-    assert min(seconds) < 2.0, "half a second on a free machine, twice that beside others"
+    assert min(seconds) < 2.0  # where others share a core, CPU time grows too
