@@ -29,12 +29,13 @@ def child(order: dict[str, Any]) -> None:
     encoding, _, handling = order["more"].get("PYTHONIOENCODING", "").partition(":")
     for printed in (sys.stdout, sys.stderr) if encoding else ():  # an interpreter reads it when it starts
         printed.reconfigure(encoding=encoding, errors=handling or None)
-    for name, value in order["settings"].items():
-        module, _, constant = name.partition(":")
-        setattr(sys.modules[module], constant, value)
     sys.argv = [order["script"], *order["flags"]]
     code = 1
     try:
+        for name, value in order["settings"].items():
+            module, _, constant = name.partition(":")
+            getattr(sys.modules[module], constant)  # a setting of nothing would change nothing
+            setattr(sys.modules[module], constant, value)
         runpy.run_path(order["script"], run_name="__main__")
         code = 0
     except SystemExit as end:

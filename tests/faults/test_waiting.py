@@ -20,7 +20,7 @@ from vlm_sft.data.cache.team import Team
 from vlm_sft.data.sample import ImageRef
 
 AWAY = 14.0  # seconds that a rank stands still
-LIMITS = {"vlm_sft.distributed.launch:STEP_SECONDS": 10.0, "vlm_sft.distributed.launch:WAITING_LINE_SECONDS": 1.0}
+LIMITS = {"vlm_sft.distributed.launch:STEP_SECONDS": 10.0, "vlm_sft.distributed.collectives:WAITING_LINE_SECONDS": 1.0}
 STEPS = 2
 
 
