@@ -24,20 +24,9 @@ from typing import Any
 
 from common import RESULTS, ROOT, commit, origin, write_block
 from tests.faults.damage import FAULTS, damage_everything, starve, strike
-from tests.faults.harness import (
-    MOMENTS,
-    Reference,
-    Started,
-    Tally,
-    Warm,
-    arguments,
-    make_place,
-    start_cold,
-    start_deepspeed,
-    start_ranks,
-    torture,
-)
+from tests.faults.harness import MOMENTS, Reference, Tally, arguments, make_place, torture
 from tests.faults.injection import layer
+from tests.processes import Started, Warm, start_cold, start_deepspeed, start_ranks
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT, commit, origin, with_block
-from tests.faults.harness import Warm
 from tests.faults.situations import SITUATIONS
 from tests.faults.situations.place import CannotPlay, Place, Situation
+from tests.processes import Warm
 from vlm_sft.common import artifacts
 from vlm_sft.common.artifacts import in_markdown
 from vlm_sft.common.console import say

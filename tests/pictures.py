@@ -7,6 +7,8 @@ from typing import Any
 
 from PIL import Image
 
+COLOURS = ("red", "navy", "gold", "white", "black", "green", "pink", "grey")
+
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     """Encode a Pillow image."""

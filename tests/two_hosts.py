@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "src" / "train_vlm_sft.py"
+from tests.processes import ROOT, descendants
+
 BIN = Path(sys.executable).parent
 NIC = "eth0"
 
@@ -86,8 +86,7 @@ class TwoHosts:
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         """SIGKILL to everything that one started command became, as when the power fails."""
         try:
-            members = _descendants(process.pid)
-            for pid in [process.pid, *members]:
+            for pid in [process.pid, *descendants(process.pid)]:
                 os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
@@ -99,12 +98,6 @@ class TwoHosts:
     def mend(self, index: int) -> None:
         """Plug it in again."""
         _ip("-n", self.names[index], "link", "set", NIC, "up")
-
-
-def _descendants(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    found = [int(word) for word in children.read_text().split()] if children.exists() else []
-    return found + [each for child in found for each in _descendants(child)]
 
 
 @contextmanager

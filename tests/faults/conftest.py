@@ -1,4 +1,4 @@
-"""What the tests share: a warm process; with injected faults one place, and one warm process with the layer."""
+"""What tests of injected faults share: one place, and one warm process with the layer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Warm, make_place
+from tests.faults.harness import make_place
 from tests.faults.injection import layer
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    """A warm process of which commands are forked."""
-    server = Warm()
-    yield server
-    server.close()
+from tests.processes import Warm
 
 
 @pytest.fixture(scope="package")

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults.harness import SCRIPT, Reference, Started, Tally, Warm, arguments, check_folder, start
+from tests.faults.harness import Reference, Tally, arguments, check_folder
 from tests.faults.injection import EVER, Fault, Injected
+from tests.processes import SCRIPT, Started, Warm, start
 from vlm_sft.common.errors import ModelError
 from vlm_sft.common.manifest import folder_problems
 from vlm_sft.data.cache.directory import ENTRY

@@ -1,46 +1,24 @@
-"""Runs of the launch line that are killed, starved of disk space and damaged; shared by the tests and bench/faults.py.
-
-A run is started as a user starts it, `python src/train_vlm_sft.py …`, or, to save the seconds that imports take, by a
-process that has imported the libraries already and forks: the child runs the same script with the same arguments.
-"""
+"""Runs of the launch line that are killed, starved of disk space and damaged; for the tests and bench/faults.py."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.pictures import png
+from tests.pictures import COLOURS, png
+from tests.processes import Started
 from tests.tiny_models import save
 from vlm_sft.common.artifacts import checkpoint_step
 from vlm_sft.train.checkpoint.directory import checkpoint_problems, checkpoints
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "src" / "train_vlm_sft.py"
-COLOURS = ("red", "navy", "gold", "white", "black", "green", "pink", "grey")
 STEPS, SAVE_STEPS = 8, 2
 TIMES = ("time", "questions_per_second", "eval_seconds", "eval_questions_per_second", "eval_answer_seconds")
 FINISH_SECONDS = 1200  # for what is left after the last kill; a soak on a busy machine has hundreds of steps left
-
-
-def environment() -> dict[str, str]:
-    """One thread, no GPU, and this checkout's package: what makes two runs bit-identical."""
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-    }
 
 
 def make_place(folder: Path) -> Path:
@@ -101,145 +79,6 @@ def arguments(place: Path, output: Path, *more: str) -> list[str]:
         "auto",
         *more,
     ]
-
-
-def descendants(pid: int) -> list[int]:
-    """Ids of the processes below a process."""
-    try:
-        own = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-    return own + [one for child in own for one in descendants(child)]
-
-
-class Started:
-    """A started run."""
-
-    def __init__(self, pid: int, wait: Callable[[float], int | None]) -> None:
-        self.pid, self.wait = pid, wait
-        self.peak_mib: int | None = None  # of memory, once it has ended; known of forked runs
-
-    def kill(self) -> None:
-        """SIGKILL to the whole process group, and to what a launcher has started in other groups."""
-        below = descendants(self.pid)
-        for end, pid in ((os.killpg, self.pid), *((os.kill, one) for one in below)):
-            with contextlib.suppress(ProcessLookupError):
-                end(pid, signal.SIGKILL)
-
-
-def start(command: list[str], log: Path, more: dict[str, str] | None = None) -> Started:
-    """Start a command line in its own process group, with further variables in its environment."""
-    stream = log.open("ab")
-    process = subprocess.Popen(
-        command,
-        env=environment() | (more or {}),
-        stdout=stream,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        cwd=log.parent,
-    )
-    stream.close()
-
-    def wait(seconds: float) -> int | None:
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-
-    return Started(process.pid, wait)
-
-
-def start_cold(flags: list[str], log: Path) -> Started:
-    """The launch line as a user types it."""
-    return start([sys.executable, str(SCRIPT), *flags], log)
-
-
-def start_ranks(flags: list[str], log: Path, more: dict[str, str] | None = None) -> Started:
-    """The launch line on two ranks."""
-    return start(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), *flags],
-        log,
-        more,
-    )
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def start_deepspeed(flags: list[str], log: Path) -> Started:
-    """The launch line on two ranks under DeepSpeed, ZeRO-2."""
-    launcher = Path(sys.executable).parent / "deepspeed"
-    several = [str(launcher), "--num_gpus=2", f"--master_port={free_port()}", str(SCRIPT)]
-    return start([*several, *flags, "--deepspeed", "zero2"], log)
-
-
-class Warm:
-    """A process with the libraries imported, that forks a run in a fraction of a second.
-
-    Args:
-        more: further variables in its environment.
-    """
-
-    def __init__(self, more: dict[str, str] | None = None) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.warm"],
-            env=environment() | (more or {}),
-            cwd=ROOT,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
-
-    def start(
-        self,
-        flags: list[str],
-        log: Path,
-        more: dict[str, str] | None = None,
-        settings: dict[str, float] | None = None,
-        script: Path = SCRIPT,
-    ) -> Started:
-        """Fork a run; `more` goes into its environment, `settings` are values of constants, `module:NAME`."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        order = {"script": str(script), "flags": flags, "log": str(log), "more": more or {}, "settings": settings or {}}
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        pid = int(self._process.stdout.readline())
-        exited = Path(f"{log}.{pid}.exit")
-        ended: list[int] = []  # asked again, a run that has ended says the same
-
-        def wait(seconds: float) -> int | None:
-            end = time.monotonic() + seconds
-            while not ended and time.monotonic() < end:
-                if exited.is_file() and (text := exited.read_text()):
-                    exited.unlink()
-                    code, peak_kib = map(int, text.split())
-                    ended.append(code)
-                    started.peak_mib = peak_kib // 1024
-                else:
-                    time.sleep(0.005)
-            return ended[0] if ended else None
-
-        started = Started(pid, wait)
-        return started
-
-    def start_ranks(
-        self, flags: list[str], log: Path, more: dict[str, str] | None = None, settings: dict[str, float] | None = None
-    ) -> list[Started]:
-        """Fork two ranks of one run, as torchrun would start them; nobody ends the second when the first is gone."""
-        both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        ranks = ({**(more or {}), **both, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1"))
-        return [self.start(flags, log, variables, settings) for variables in ranks]
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
 
 
 # What is being done when a run is killed: a file that shows it, and how long it may go on, in seconds.

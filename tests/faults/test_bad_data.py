@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pictures import png
+from tests.wording import line_with
 from vlm_sft.cli import data as verb
 from vlm_sft.common.errors import DataError, RunError
 from vlm_sft.data.audit import audit, check_images, enforce
@@ -42,8 +43,8 @@ def test_missing_columns_are_named_with_those_there(tmp_path):
     with pytest.raises(DataError) as caught:
         load_split(parse_datasets(f"chartqa@{tmp_path}")[0], "train")
     message = str(caught.value)
-    assert f"{tmp_path}/train.parquet has no column 'query' (it has: image, question, label)" in message
-    assert "no column 'human_or_machine'" in message and "fix: the columns needed are image, query" in message
+    assert line_with(message, f"{tmp_path}/train.parquet", "no column 'query'", "image, question, label")
+    assert "no column 'human_or_machine'" in message and line_with(message, "fix: ", "image, query")
 
 
 def test_a_file_that_is_no_parquet(tmp_path):

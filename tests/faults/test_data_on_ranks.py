@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.faults import training
-from tests.faults.harness import Warm, arguments, metrics, start_ranks
+from tests.faults.harness import arguments, metrics
 from tests.faults.injection import Fault, Injected, layer
+from tests.processes import Warm, start_ranks
 from vlm_sft.train.checkpoint.directory import checkpoint_problems, checkpoints
 
 STEPS = 4
@@ -83,7 +83,7 @@ def replaced(warm: Warm, place: Path, name: str) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("name", ["hung", *(pytest.param(n, marks=training.full) for n in ("unreadable", "killed"))])
+@pytest.mark.parametrize("name", ["hung", *(pytest.param(n, marks=pytest.mark.slow) for n in ("unreadable", "killed"))])
 def test_under_replace_both_ranks_train_another_sample(name: str, injected_warm: Warm, injected_place: Path) -> None:
     output, (_, kind, reason) = replaced(injected_warm, injected_place, name), FAULTS[name]
     told = (output.parent / "log").read_text()
@@ -115,7 +115,7 @@ def test_two_ranks_take_the_step_that_one_takes(injected_warm: Warm, injected_pl
     assert all(tensor.any() for tensor in one.values())
 
 
-@training.full
+@pytest.mark.slow
 def test_whatever_the_fault_is_the_steps_are_the_same(injected_warm: Warm, injected_place: Path) -> None:
     outputs = [replaced(injected_warm, injected_place, name) for name in FAULTS]
     assert len({(output / "adapter_model.safetensors").read_bytes() for output in outputs}) == 1
@@ -123,7 +123,7 @@ def test_whatever_the_fault_is_the_steps_are_the_same(injected_warm: Warm, injec
     assert rows[0] == rows[1] == rows[2]
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(n, marks=training.full) for n in ("unreadable", "hung")), "killed"])
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("unreadable", "hung")), "killed"])
 def test_under_stop_both_ranks_end(name: str, injected_warm: Warm, injected_place: Path, tmp_path: Path) -> None:
     _, kind, reason = FAULTS[name]
     codes, told, seconds = on_two_ranks(injected_warm, injected_place, tmp_path / name, name, "stop")
@@ -137,7 +137,7 @@ def test_under_stop_both_ranks_end(name: str, injected_warm: Warm, injected_plac
     assert json.loads((output / "run.json").read_text())["status"] == "failed"
 
 
-@training.full
+@pytest.mark.slow
 def test_a_worker_that_dies_once_changes_nothing(injected_warm: Warm, injected_place: Path, tmp_path: Path) -> None:
     outputs = []
     for name, count in (("dies", 1), ("lives", 0)):
@@ -154,7 +154,7 @@ def test_a_worker_that_dies_once_changes_nothing(injected_warm: Warm, injected_p
     assert one == other and metrics(outputs[0]) == metrics(outputs[1])
 
 
-@training.full
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.parametrize("policy", ["stop", "replace"])
 def test_under_torchrun_and_with_the_real_patience(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.wording import line_with
 from vlm_sft.cli.main import main
 from vlm_sft.common import artifacts
 
@@ -53,11 +54,9 @@ def test_one_file_gives_three_parts_that_share_no_picture(
     data(tmp_path / "own", "data.jsonl", list(range(20)), reference)
     lines = planned(capsys, tmp_path / "own")
     extra = int(reference)  # the shared picture stands in every part
-    assert (
-        f"parts: training 32 questions on {16 + extra} images; validation 4 questions on {2 + extra} images; "
-        f"table (own) 4 questions on {2 + extra} images"
-    ) in lines
-    assert f"data: 32 questions on {16 + extra} images ({32 / (16 + extra):.2f} each)" in lines
+    text, few = "\n".join(lines), f"4 questions on {2 + extra} images"
+    assert line_with(text, f"training 32 questions on {16 + extra} images", f"validation {few}").count(few) == 2
+    assert line_with(text, f"32 questions on {16 + extra} images", f"{32 / (16 + extra):.2f}").startswith("data: ")
     assert not [line for line in lines if "too high" in line or "trained on" in line]
 
 
@@ -65,14 +64,14 @@ def test_files_that_overlap_are_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     data(tmp_path / "own", "train.jsonl", list(range(20)))
     data(tmp_path / "own", "val.jsonl", [18, 19, 30, 31, 32])
     text = "\n".join(planned(capsys, tmp_path / "own"))
-    assert "own: 10 of 10 questions are about images that chose the checkpoint too" in text
-    assert "own: 4 of 10 questions are about images that were trained on" in text
-    assert "4 of 10 validation questions are about images that are trained on" in text
+    assert line_with(text, "own: 10 of 10 questions", "chose the checkpoint")
+    assert line_with(text, "own: 4 of 10 questions", "trained on")
+    assert line_with(text, "4 of 10 validation questions", "trained on")
     without = "\n".join(planned(capsys, tmp_path / "own", "--load_best_model_at_end", "false"))
     assert "chose the checkpoint" not in without and "were trained on" in without
     data(tmp_path / "own", "test.jsonl", [40, 41, 31])
     apart = "\n".join(planned(capsys, tmp_path / "own"))
-    assert "own: 2 of 6 questions are about images that chose the checkpoint too" in apart
+    assert line_with(apart, "own: 2 of 6 questions", "chose the checkpoint")
 
 
 def test_the_table_of_few_pictures_says_what_it_cannot_say(
@@ -108,8 +107,7 @@ def test_the_table_of_few_pictures_says_what_it_cannot_say(
         == 0
     )
     printed = capsys.readouterr().out
-    few = "own: 8 questions on 4 independent images are too few to judge"
-    used = "own: 8 of 8 questions are about images that chose the checkpoint too"
+    few, used = "own: 8 questions on 4 independent images", "own: 8 of 8 questions"
     row = artifacts.read_json(run / artifacts.RESULTS)["benchmarks"]["own"]
     assert row["verdict"] == "too few to judge" and row["difference_interval"] == [-1.0, 1.0]
     assert (row["clusters"], row["also_chose"], row["also_trained"]) == (4, 8, 0)
@@ -124,5 +122,5 @@ def test_the_table_of_few_pictures_says_what_it_cannot_say(
     assert main(["compare", str(run)]) == 0
     compared = capsys.readouterr().out
     assert "| too few to judge " in compared
-    assert "own: 8 questions on 4 independent images are too few to judge" in compared
+    assert few in compared
     assert "| none " in compared, "four images show no difference, however large"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.faults import training
-from tests.faults.harness import free_port
+from tests.processes import Warm
 from tests.questions import questions, tiny
 from vlm_sft.common.errors import DeviceMemoryError, NumericalError
 from vlm_sft.data.collate import collate
@@ -139,12 +136,12 @@ def test_a_bad_image_tensor_names_its_questions(tmp_path: Path) -> None:
 def test_three_in_a_row_end_the_training(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training.spoil_loss(monkeypatch, lambda step, ids: step in (1, 3, 4, 5))
     made = training.trainer(data, tmp_path, max_steps=20)
-    with pytest.raises(NumericalError, match="3 steps in a row, the last of them step 6") as caught:
+    with pytest.raises(NumericalError, match="3 steps in a row.* step 6") as caught:
         made.run()
     assert "anomalies.jsonl" in str(caught.value) and "picture " in str(caught.value)
     assert [event["in_a_row"] for event in training.events(tmp_path) if event["step"] > 3] == [1, 2, 3]
     again = training.trainer(data, tmp_path, max_steps=20, policy=FaultPolicy(max_bad_steps=2))
-    with pytest.raises(NumericalError, match="2 steps in a row, the last of them step 5"):
+    with pytest.raises(NumericalError, match="2 steps in a row.* step 5"):
         again.run()
 
 
@@ -257,32 +254,12 @@ def test_what_never_fits_ends_with_advice(data: PreparedData, tmp_path: Path, mo
     assert all(torch.equal(tensor, before[name]) for name, tensor in training.weights(made).items())
 
 
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("zero2", marks=training.full), "zero3"])
-def test_no_rank_steps_when_one_has_bad_numbers(parallel: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+def test_no_rank_steps_when_one_has_bad_numbers(parallel: str, warm: Warm, tmp_path: Path) -> None:
     if parallel != "ddp" and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    shared = os.environ | {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [sys.executable, "-m", "tests.faults.training", str(tmp_path), parallel]
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    run = warm.start_both([str(tmp_path), parallel], tmp_path / "log", script=Path(training.__file__))
+    assert run.wait(240) == 0, (tmp_path / "log").read_text()[-4000:]
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert found[0]["moved"] == found[1]["moved"] == [True, False, True, False, True, True]
     assert found[0]["rates"] == found[1]["rates"] == [1e-3] * 6

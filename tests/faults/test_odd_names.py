@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.adapters import save_adapter, save_base
 from tests.pictures import png
+from tests.processes import Warm
 
+Run = Callable[..., str]
 ODD = os.fsdecode(b"k\xe9y\xff")
 
 
@@ -44,25 +45,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(place: Path, *words: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "vlm_sft", *words],
-        cwd=place,
-        capture_output=True,
-        check=False,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8:backslashreplace"},
-    )
-    text = (done.stdout + done.stderr).decode("utf-8")
-    assert done.returncode == code and "Traceback" not in text, text[-3000:]
-    return text
+@pytest.fixture(scope="module")
+def run(place: Path, warm: Warm) -> Run:
+    """Runs a command in the place; returns what it printed."""
+
+    def run(*words: str, code: int = 0) -> str:
+        done = warm.run(*words, folder=place, more={"PYTHONIOENCODING": "utf-8:backslashreplace"})
+        text = done.stdout + done.stderr
+        assert done.returncode == code and "Traceback" not in text, text[-3000:]
+        return text
+
+    return run
 
 
-def test_a_training_and_what_follows(place: Path) -> None:
+def test_a_training_and_what_follows(place: Path, run: Run) -> None:
     data, base = f"{ODD}.jsonl", "../base"
     left = ["--max_left_out", "0.5"]
-    run(place, "data", "check", data, "--output_dir", f"{ODD}-check", *left)
+    run("data", "check", data, "--output_dir", f"{ODD}-check", *left)
     run(
-        place,
         "train",
         "--base_model",
         base,
@@ -87,7 +87,6 @@ def test_a_training_and_what_follows(place: Path) -> None:
     rows = (place / "run" / "left_out.jsonl").read_text(encoding="utf-8").splitlines()
     assert "gone.png" in json.loads(rows[0])["detail"]
     run(
-        place,
         "train",
         "--base_model",
         base,
@@ -109,9 +108,9 @@ def test_a_training_and_what_follows(place: Path) -> None:
         "--resume",
         "auto",
     )
-    run(place, "report", "run", "--output", f"{ODD}.html")
-    run(place, "report", "run", "--export", f"{ODD}-figures")
-    run(place, "compare", "run", "--output_dir", f"{ODD}-compared")
+    run("report", "run", "--output", f"{ODD}.html")
+    run("report", "run", "--export", f"{ODD}-figures")
+    run("compare", "run", "--output_dir", f"{ODD}-compared")
     assert json.loads((place / f"{ODD}-compared" / "compare.json").read_text())["comparisons"][0]["run"] == "run"
 
 
@@ -125,20 +124,20 @@ def test_a_training_and_what_follows(place: Path) -> None:
     ],
     ids=["base", "adapter", "export", "train"],
 )
-def test_what_the_libraries_cannot_open_is_told_first(place: Path, words: list[str]) -> None:
-    text = run(place, *words, code=2)
+def test_what_the_libraries_cannot_open_is_told_first(place: Path, run: Run, words: list[str]) -> None:
+    text = run(*words, code=2)
     assert "bytes that are no UTF-8" in text and "take another name" in text
     assert not (place / f"{ODD}-out").exists()
 
 
-def test_adapters_and_exchange(place: Path) -> None:
+def test_adapters_and_exchange(place: Path, run: Run) -> None:
     adapter = ["--adapter", "../lora", "--base_model", "../base"]
     left = ["--max_left_out", "0.5"]
-    run(place, "ask", f"{ODD}1.png", "How many?", *adapter)
-    run(place, "eval", *adapter, "--benchmark", f"{ODD}.jsonl", "--output_dir", f"{ODD}-eval", *left)
-    run(place, "export", *adapter, "--merge", "--questions", "1", "--output_dir", "merged")
-    run(place, "data", "import", f"{ODD}.jsonl", "--format", "jsonl", "--output", f"{ODD}-in", *left)
+    run("ask", f"{ODD}1.png", "How many?", *adapter)
+    run("eval", *adapter, "--benchmark", f"{ODD}.jsonl", "--output_dir", f"{ODD}-eval", *left)
+    run("export", *adapter, "--merge", "--questions", "1", "--output_dir", "merged")
+    run("data", "import", f"{ODD}.jsonl", "--format", "jsonl", "--output", f"{ODD}-in", *left)
     facts = json.loads((place / f"{ODD}-in" / "import.json").read_text(encoding="utf-8"))
     assert (place / facts["source"]).is_file()
     for layout in ("csv", "llamafactory", "trl"):
-        run(place, "data", "export", f"{ODD}.jsonl", "--format", layout, "--output", f"{ODD}-{layout}", *left)
+        run("data", "export", f"{ODD}.jsonl", "--format", layout, "--output", f"{ODD}-{layout}", *left)

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests import tiny_models
-from tests.faults import training
-from tests.faults.harness import descendants, free_port
 from tests.faults.test_workers import alive
+from tests.processes import SCRIPT, Started, Warm, descendants, free_port, start
 from tests.questions import questions
 from vlm_sft.cli.main import main
 from vlm_sft.common.artifacts import read_jsonl
@@ -26,8 +25,6 @@ from vlm_sft.distributed.launch import Launch
 from vlm_sft.distributed.signals import resume_line
 from vlm_sft.train.checkpoint.directory import checkpoint_problems
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "src" / "train_vlm_sft.py"
 BIN = Path(sys.executable).parent
 LONG = 100_000  # steps: no test waits for the end
 
@@ -73,27 +70,16 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def start(command: list[str], output: Path, line: list[str], *more: str) -> subprocess.Popen[str]:
-    """Start a training in a process group of its own."""
-    kept = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")
-    environment = {name: os.environ[name] for name in kept if name in os.environ}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
-    return subprocess.Popen(
-        [*command, *line, "--output_dir", str(output), *more],
-        env=environment,
-        cwd=output.parent,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+def begin(warm: Warm, output: Path, line: list[str], *more: str) -> Started:
+    """Start a training; each start has a log of its own."""
+    log = output.parent / f"{output.name}-{time.monotonic_ns()}.log"
+    return warm.start([*line, "--output_dir", str(output), *more], log)
 
 
-def wait_for_step(output: Path, step: int, run: subprocess.Popen[str]) -> None:
+def wait_for_step(output: Path, step: int, run: Started) -> None:
     until = time.monotonic() + 200
     while time.monotonic() < until:
-        assert run.poll() is None, run.communicate()[0][-3000:]
+        assert run.wait(0) is None, run.log.read_text()[-3000:]
         path = output / "metrics.jsonl"
         if path.is_file() and any(row["step"] >= step for row in read_jsonl(path)):
             return
@@ -122,59 +108,46 @@ def stopped(output: Path, name: str) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def end(run: subprocess.Popen[str], seconds: float) -> str:
-    """Wait for the end, and for that of everything it started."""
+def end(run: Started, seconds: float, grace: float = 5) -> tuple[int, str]:
+    """Wait for the end, and for that of everything it started; returns the exit code and what was printed."""
     below = descendants(run.pid)
-    try:
-        said, _ = run.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)
-        raise AssertionError(run.communicate()[0][-3000:]) from None
-    until = time.monotonic() + 5
+    code = run.wait(seconds)
+    said = run.log.read_text()
+    if code is None:
+        run.kill()
+        raise AssertionError(said[-3000:])
+    until = time.monotonic() + grace
     while time.monotonic() < until and any(map(alive, below)):
         time.sleep(0.05)
-    assert not any(map(alive, below))
-    return said
+    assert not any(map(alive, below)), said[-2000:]
+    return code, run.log.read_text()
 
 
-def test_stop_and_go_on(line: list[str], tmp_path: Path) -> None:
+def test_stop_and_go_on(warm: Warm, line: list[str], tmp_path: Path) -> None:
     """SIGTERM to a training with workers; the line it names ends where an undisturbed run ends, bit for bit."""
     output = tmp_path / "run"
-    first = start(
-        [sys.executable, str(SCRIPT)],
-        output,
-        line,
-        "--max_steps",
-        str(LONG),
-        "--dataloader_num_workers",
-        "1",
-        "--resume",
-        "auto",
-    )
+    first = begin(warm, output, line, "--max_steps", str(LONG), "--dataloader_num_workers", "1", "--resume", "auto")
     wait_for_step(output, 3, first)
     began = time.monotonic()
     os.killpg(first.pid, signal.SIGTERM)  # as a scheduler does: workers too
-    said = end(first, 60)
-    assert first.returncode == 75 and "Traceback" not in said, said[-2000:]
+    code, said = end(first, 60)
+    assert code == 75 and "Traceback" not in said, said[-2000:]
     assert time.monotonic() - began < 20
     step = stopped(output, "alone")
     assert f"interrupted: stopped by SIGTERM after step {step}, with its checkpoint" in said
     assert f"--output_dir {output}" in said.split("go on with: ")[1] and "--resume auto" in said
     total = str(step + 3)
-    went_on = start(
-        [sys.executable, str(SCRIPT)], output, line, "--max_steps", total, "--resume", "auto", "--allow_changes"
-    )
-    said = end(went_on, 120)
-    assert went_on.returncode == 0, said[-3000:]
+    code, said = end(begin(warm, output, line, "--max_steps", total, "--resume", "auto", "--allow_changes"), 120)
+    assert code == 0, said[-3000:]
     steps = [row["step"] for row in read_jsonl(output / "metrics.jsonl") if "loss" in row]
     assert steps == list(range(1, step + 4))
-    whole = start([sys.executable, str(SCRIPT)], tmp_path / "whole", line, "--max_steps", total)
-    assert end(whole, 120) and whole.returncode == 0
+    assert end(begin(warm, tmp_path / "whole", line, "--max_steps", total), 120)[0] == 0
     name = "adapter_model.safetensors"
     assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_second_signal_ends_at_once(line: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("second", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_second_signal_ends_at_once(second: int) -> None:
     code = (
         "import os, sys, time, signal\n"
         "from vlm_sft.distributed import signals\n"
@@ -184,28 +157,27 @@ def test_a_second_signal_ends_at_once(line: list[str], tmp_path: Path) -> None:
         "        sys.stdout.write('ready\\n'); sys.stdout.flush()\n"
         "        while True: time.sleep(60)\n"
     )
-    for second in (signal.SIGINT, signal.SIGTERM) if training.EVERYTHING else (signal.SIGINT,):
-        run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert run.stdout is not None and run.stdout.readline() == "ready\n"
-        run.send_signal(signal.SIGUSR1)
-        run.send_signal(second)  # a launcher passes on what a rank has got already: one request
-        time.sleep(1.0)
-        assert run.poll() is None
-        run.send_signal(second)
-        _, said = run.communicate(timeout=10)
-        assert run.returncode == 128 + second
-        assert "saving after this step" in said
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stdout.readline() == "ready\n"
+    run.send_signal(signal.SIGUSR1)
+    run.send_signal(second)  # a launcher passes on what a rank has got already: one request
+    time.sleep(1.0)
+    assert run.poll() is None
+    run.send_signal(second)
+    _, said = run.communicate(timeout=10)
+    assert run.returncode == 128 + second
+    assert "saving after this step" in said
 
 
-def test_before_the_training_a_signal_ends_the_run(line: list[str], tmp_path: Path) -> None:
+def test_before_the_training_a_signal_ends_the_run(warm: Warm, line: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
-    run = start([sys.executable, str(SCRIPT)], output, line, "--max_steps", "5")
+    run = begin(warm, output, line, "--max_steps", "5")
     until = time.monotonic() + 100
     while not (output / "run.json").is_file() and time.monotonic() < until:
         time.sleep(0.02)
-    run.send_signal(signal.SIGINT)
-    said = end(run, 60)
-    assert run.returncode == 75 and "interrupted: stopped by SIGINT\n" in said, said[-2000:]
+    os.kill(run.pid, signal.SIGINT)
+    code, said = end(run, 60)
+    assert code == 75 and "interrupted: stopped by SIGINT\n" in said, said[-2000:]
     assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
     assert list(output.glob("checkpoint-*")) == []
 
@@ -225,7 +197,7 @@ def test_between_two_stages_a_signal_is_recorded(
     assert json.loads((output / "run.json").read_text())["status"] == "interrupted"
 
 
-def test_a_signal_during_the_evaluation_loses_no_answer(line: list[str], tmp_path: Path) -> None:
+def test_a_signal_during_the_evaluation_loses_no_answer(warm: Warm, line: list[str], tmp_path: Path) -> None:
     def finished(name: str) -> list[dict[str, object]]:
         found = [tmp_path / name / "evaluation" / model / "demo_text" / "predictions.jsonl" for model in models]
         return [{key: row[key] for key in ("id", "prediction")} for path in found for row in read_jsonl(path)]
@@ -239,22 +211,20 @@ def test_a_signal_during_the_evaluation_loses_no_answer(line: list[str], tmp_pat
         word if word != "none" or line[place - 1] != "--eval_benchmarks" else "demo_text"
         for place, word in enumerate(line)
     ]
-    more = ("--max_steps", "2", "--max_eval", "200")
-    whole = start([sys.executable, str(SCRIPT)], tmp_path / "whole", wanted, *more)
-    said = end(whole, 300)
-    assert whole.returncode == 0, said[-3000:]
-    run = start([sys.executable, str(SCRIPT)], tmp_path / "run", wanted, *more)
+    more = ("--max_steps", "2", "--max_eval", "120")
+    code, said = end(begin(warm, tmp_path / "whole", wanted, *more), 250)
+    assert code == 0, said[-3000:]
+    run = begin(warm, tmp_path / "run", wanted, *more)
     until = time.monotonic() + 200
     while not answered() and time.monotonic() < until:
         time.sleep(0.02)
-    run.send_signal(signal.SIGTERM)
-    said = end(run, 60)
-    assert run.returncode == 75 and "interrupted: stopped by SIGTERM" in said, said[-2000:]
+    os.kill(run.pid, signal.SIGTERM)
+    code, said = end(run, 60)
+    assert code == 75 and "interrupted: stopped by SIGTERM" in said, said[-2000:]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
-    assert 0 < answered() < 200
-    again = start([sys.executable, str(SCRIPT)], tmp_path / "run", wanted, *more, "--resume", "auto")
-    said = end(again, 300)
-    assert again.returncode == 0, said[-3000:]
+    assert 0 < answered() < 120
+    code, said = end(begin(warm, tmp_path / "run", wanted, *more, "--resume", "auto"), 250)
+    assert code == 0, said[-3000:]
     assert finished("run") == finished("whole")
 
 
@@ -263,17 +233,17 @@ def port() -> str:
 
 
 @pytest.mark.parametrize(
-    "target, number", [("one rank", signal.SIGUSR1), pytest.param("launcher", signal.SIGTERM, marks=training.full)]
+    "target, number", [("one rank", signal.SIGUSR1), pytest.param("launcher", signal.SIGTERM, marks=pytest.mark.slow)]
 )
 def test_under_torchrun(target: str, number: int, line: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
-    command = [str(BIN / "torchrun"), "--nproc_per_node=2", port(), str(SCRIPT)]
-    run = start(command, output, line, "--max_steps", str(LONG))
+    command = [str(BIN / "torchrun"), "--nproc_per_node=2", port(), str(SCRIPT), *line]
+    run = start([*command, "--output_dir", str(output), "--max_steps", str(LONG)], tmp_path / "log")
     wait_for_step(output, 3, run)
     began = time.monotonic()
     os.kill(run.pid if target == "launcher" else ranks_of(run.pid)[1], number)
-    said = end(run, 60)
-    assert time.monotonic() - began < 30 and run.returncode not in (0, None)
+    code, said = end(run, 60)
+    assert time.monotonic() - began < 30 and code != 0
     step = stopped(output, target)
     name = "SIGTERM" if target == "launcher" else "a signal to another rank"
     assert f"interrupted: stopped by {name} after step {step}, with its checkpoint" in said, said[-3000:]
@@ -281,19 +251,18 @@ def test_under_torchrun(target: str, number: int, line: list[str], tmp_path: Pat
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-@training.full
+@pytest.mark.slow
 def test_under_deepspeed(line: list[str], tmp_path: Path) -> None:
     """`deepspeed` does not pass SIGTERM on: its ranks notice that it is gone."""
     output = tmp_path / "run"
     launcher = shutil.which("deepspeed", path=str(BIN)) or shutil.which("deepspeed")
     assert launcher is not None
-    run = start([launcher, "--num_gpus=2", port(), str(SCRIPT)], output, line, "--max_steps", str(LONG))
+    command = [launcher, "--num_gpus=2", port(), str(SCRIPT), *line]
+    run = start([*command, "--output_dir", str(output), "--max_steps", str(LONG)], tmp_path / "log")
     wait_for_step(output, 3, run)
-    below = descendants(run.pid)
-    run.terminate()
-    said, _ = run.communicate(timeout=60)  # ends with the last process that holds the pipe
-    assert run.returncode not in (0, None)
-    assert not any(map(alive, below)), said[-2000:]
+    os.kill(run.pid, signal.SIGTERM)
+    code, said = end(run, 60, grace=60)
+    assert code != 0
     step = stopped(output, "deepspeed")
     assert f"interrupted: stopped by SIGTERM after step {step}, with its checkpoint" in said, said[-3000:]
     assert "go on with: deepspeed --num_gpus=2" in said

@@ -1,4 +1,4 @@
-"""The situations of docs/RELIABILITY.md, played; a few of each kind here, all with VLM_SFT_ALL_FAULTS=1."""
+"""The situations of docs/RELIABILITY.md, played; a few of each kind; the others are marked slow."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 import situations
-from tests.faults.harness import Warm
 from tests.faults.situations import SITUATIONS
 from tests.faults.situations.place import CannotPlay, Place, Situation
-from tests.faults.training import EVERYTHING
+from tests.processes import Warm
 
 QUICK = (
     "password_of_an_image_url",
@@ -35,7 +34,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "one", [one for one in SITUATIONS if EVERYTHING or one.name in QUICK], ids=lambda one: one.name
+    "one", [pytest.param(one, marks=() if one.name in QUICK else pytest.mark.slow, id=one.name) for one in SITUATIONS]
 )
 def test_situation(one: Situation, tmp_path: Path, warm: Warm, shared: Path) -> None:
     try:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.faults.harness import free_port, make_place
-from tests.two_hosts import ROOT, TwoHosts, await_file, two_hosts
+from tests.faults.harness import make_place
+from tests.processes import ROOT, Warm, free_port
+from tests.two_hosts import TwoHosts, await_file, two_hosts
 
 STEPS = 8
 LONG = "5000"  # steps of a training that is to be cut off
@@ -68,11 +69,10 @@ def flags(place: Path, output: Path, steps: str, save_steps: str = "2") -> list[
     ]
 
 
-def test_two_hosts_give_the_adapter_of_one(hosts: TwoHosts, place: Path, tmp_path: Path) -> None:
+def test_two_hosts_give_the_adapter_of_one(hosts: TwoHosts, place: Path, warm: Warm, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = hosts.torchrun(
-        0, flags(place, one, str(STEPS)), tmp_path / "one.log", free_port(), NNODES="1", GPUS_PER_NODE="2"
-    )
+    recipe = ["--sft_config", str(ROOT / "configs" / "sft_config_smoketest.json")]  # of the script of the hosts
+    alone = warm.start_both([*recipe, *flags(place, one, str(STEPS))], tmp_path / "one.log")
     assert alone.wait(200) == 0, (tmp_path / "one.log").read_text()[-3000:]
     port = free_port()
     logs = [tmp_path / f"{index}.log" for index in (0, 1)]
@@ -112,7 +112,12 @@ def test_a_lost_host_ends_the_job_and_it_can_be_resumed(how: str, hosts: TwoHost
     assert both[1].wait(60) not in (0, None)  # a host that is cut off ends too
     facts = json.loads((output / "run.json").read_text())
     assert facts["status"] == "interrupted" and any(reason in note for note in facts["notes"])
+    if how == "unplugged":  # the other way leaves the same folder
+        assert_it_goes_on(hosts, place, output, logs)
 
+
+def assert_it_goes_on(hosts: TwoHosts, place: Path, output: Path, logs: list[Path]) -> None:
+    """Both hosts resume a run that was cut off."""
     step = max(int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-*") if path.name[-1].isdigit())
     more = [*flags(place, output, str(step + 2)), "--allow_changes"]
     port = free_port()

@@ -243,7 +243,7 @@ def test_a_file_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pipe = tmp_path / "a.png"
     os.mkfifo(pipe)
     ref = ImageRef("k" * 64, str(pipe), pipe.read_bytes)
-    with pytest.raises(DataError, match="a.png: the image cannot be read: nothing came within 0.2 s"):
+    with pytest.raises(DataError, match="a.png: .*0.2 s"):
         images.read_bytes(ref)
     with pytest.raises(DataError, match="nothing came"):
         Encoder(training.tiny_models.build("qwen2_5_vl")[1], PROMPT).process_images(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,8 +39,6 @@ from vlm_sft.train.deepspeed_engine import (
 from vlm_sft.train.loop import TrainingLoop, TrainingPlan
 from vlm_sft.train.optimization import TorchOptimization
 
-EVERYTHING = bool(os.environ.get("VLM_SFT_ALL_FAULTS"))
-full = pytest.mark.skipif(not EVERYTHING, reason="takes half a minute; runs with VLM_SFT_ALL_FAULTS=1")
 ALONE = Launch(rank=0, local_rank=0, world_size=1, cpu=True, deepspeed=None, parallel="single")
 RECIPE = Recipe(
     max_steps=6,

@@ -18,13 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.faults.harness import free_port
+from tests.processes import ROOT, SCRIPT, free_port
 from tests.questions import questions
 from vlm_sft.forecast.disk import RUN_BYTES
 from vlm_sft.model.pocket import WEIGHTS
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "src" / "train_vlm_sft.py"
 BIN = Path(sys.executable).parent
 IMAGES, PER_IMAGE = 9, 3  # two of the images are held out; three steps of eight questions, the last with fewer
 

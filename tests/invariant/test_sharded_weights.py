@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +12,12 @@ import torch
 
 from tests.adapters import save_adapter, save_base
 from tests.pictures import png
+from tests.processes import MAIN, Warm
 from vlm_sft.common.errors import ModelError
 from vlm_sft.model.load import find_base, load_model
 from vlm_sft.model.sharded import shards_weights
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-TWO = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 COLOURS = ("red", "navy", "gold", "white", "black", "green")
 
 
@@ -37,11 +35,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(words: list[str], *arguments: str) -> str:
-    command = [sys.executable, *words, "-m", "vlm_sft", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def alone(warm: Warm, *arguments: str) -> None:
+    done = warm.run(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+
+
+def on_two_ranks(warm: Warm, log: Path, *arguments: str) -> str:
+    code = warm.start_both(arguments, log, script=MAIN).wait(280)
+    said = log.read_text()
+    assert code == 0, said[-3000:]
+    return said
 
 
 def answers(folder: Path) -> list[str]:
@@ -50,7 +53,7 @@ def answers(folder: Path) -> list[str]:
 
 
 @needs_deepspeed
-def test_two_ranks_with_half_the_weights_each_answer_as_the_whole_model(place: Path) -> None:
+def test_two_ranks_with_half_the_weights_each_answer_as_the_whole_model(place: Path, warm: Warm) -> None:
     asked = [
         "eval",
         "--base_model",
@@ -66,19 +69,21 @@ def test_two_ranks_with_half_the_weights_each_answer_as_the_whole_model(place: P
         "--output_dir",
     ]
     for name, more in (("base", []), ("tuned", ["--adapter", str(place / "adapter")])):
-        launch([], *asked, str(place / name), *more)
-        told = launch(TWO, *asked, str(place / f"{name} shared"), *more, "--shard_weights", "true")
+        alone(warm, *asked, str(place / name), *more)
+        shared = place / f"{name} shared"
+        told = on_two_ranks(warm, place / f"{name}.log", *asked, str(shared), *more, "--shard_weights", "true")
         assert "the weights are shared out over 2 ranks" in told
-        assert answers(place / f"{name} shared") == answers(place / name)
+        assert answers(shared) == answers(place / name)
     assert answers(place / "base") != answers(place / "tuned")
 
 
 @needs_deepspeed
-def test_a_training_under_zero_3_can_end_with_it(place: Path) -> None:
+def test_a_training_under_zero_3_can_end_with_it(place: Path, warm: Warm) -> None:
     run, data = place / "run", str(place / "own.jsonl")
     settings = ["--base_model", str(place / "base"), "--max_new_tokens", "8"]
-    launch(
-        TWO,
+    on_two_ranks(
+        warm,
+        place / "train.log",
         "train",
         *settings,
         "--dataset",
@@ -101,7 +106,7 @@ def test_a_training_under_zero_3_can_end_with_it(place: Path) -> None:
         "true",
     )
     for name, more in (("base", []), ("tuned", ["--adapter", str(run)])):
-        launch([], "eval", *settings, "--benchmark", data, "--output_dir", str(place / "again" / name), *more)
+        alone(warm, "eval", *settings, "--benchmark", data, "--output_dir", str(place / "again" / name), *more)
         assert answers(run / "evaluation" / name) == answers(place / "again" / name)
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
 

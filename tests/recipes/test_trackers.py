@@ -7,8 +7,6 @@ import os
 import socketserver
 import sqlite3
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,9 +18,9 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.processes import Warm
 from vlm_sft.common import artifacts
 
-ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = [name for name in ("tensorboard", "wandb", "mlflow", "trackio") if find_spec(name)]
 METRIC = "demo_charts_relaxed_accuracy"
 SHOWN = 8
@@ -46,7 +44,7 @@ class Tracked:
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
+def tracked(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Iterator[Tracked]:
     """One run in a home without logins, whose way to other machines is a proxy that notes every call."""
     place = tmp_path_factory.mktemp("tracked")
     called: list[str] = []
@@ -58,51 +56,39 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Proxy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         proxy = f"http://127.0.0.1:{server.server_address[1]}"
-        own = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-        done = subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / "src" / "train_vlm_sft.py"),
-                "--base_model",
-                "pocket",
-                "--dataset",
-                "demo_charts",
-                "--max_train",
-                "32",
-                "--max_eval",
-                "20",
-                "--eval_samples",
-                "8",
-                "--global_batch_size",
-                "16",
-                "--num_train_epochs",
-                "1",
-                "--eval_steps",
-                "1",
-                "--save_steps",
-                "1",
-                "--logging_steps",
-                "1",
-                "--metric_for_best_model",
-                METRIC,
-                "--report_to",
-                ",".join(INSTALLED),
-                "--output_dir",
-                str(place / "run"),
-                "--cache_dir",
-                str(place / "cache"),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={
-                **own,
-                "OMP_NUM_THREADS": "1",
-                "HOME": str(place / "home"),
-                "NO_PROXY": "",
-                "no_proxy": "",
-                **{name: proxy for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")},
-            },
+        proxies = {name: proxy for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+        done = warm.run(
+            "train",
+            "--base_model",
+            "pocket",
+            "--dataset",
+            "demo_charts",
+            "--max_train",
+            "32",
+            "--max_eval",
+            "20",
+            "--eval_samples",
+            "8",
+            "--global_batch_size",
+            "16",
+            "--num_train_epochs",
+            "1",
+            "--eval_steps",
+            "1",
+            "--save_steps",
+            "1",
+            "--logging_steps",
+            "1",
+            "--metric_for_best_model",
+            METRIC,
+            "--report_to",
+            ",".join(INSTALLED),
+            "--output_dir",
+            place / "run",
+            "--cache_dir",
+            place / "cache",
+            more={"HOME": str(place / "home"), "NO_PROXY": "", "no_proxy": "", **proxies},
+            without=[name for name in os.environ if name.startswith(FOREIGN)],
         )
         assert done.returncode == 0, done.stderr[-2000:]
         server.shutdown()

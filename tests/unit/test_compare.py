@@ -7,6 +7,7 @@ import random
 import pytest
 from scipy.stats import binomtest
 
+from tests.wording import line_with
 from vlm_sft.cli import compare as verb
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import EvaluationError, RunError
@@ -92,11 +93,8 @@ def test_few_changes_on_repeated_images_do_not_count_as_proof():
     assert result["verdict"] == "too few to judge"
     assert (result["questions_needed"], result["clusters_needed"]) == (20, 18)
     line = few_line("own", 10, 9, result["difference"], (20, 18))
-    assert (
-        line == "own: 10 questions on 9 independent images are too few to judge; about 20 on 18 would show a "
-        "difference of 40 points"
-    )
-    assert few_line("own", 10, 9, 0.0, (60, 54)).endswith("would show a difference of 10 points")
+    assert line_with(line, "own: 10 questions on 9 independent images", "20 on 18", "40 points")
+    assert line_with(few_line("own", 10, 9, 0.0, (60, 54)), "60 on 54", "10 points")
 
 
 def test_graded_scores_use_the_same_test():
@@ -113,15 +111,15 @@ def test_different_items_are_refused_with_counts_and_examples():
     base, tuned = rows_with([1] * 6), rows_with([1] * 9)[4:]
     with pytest.raises(EvaluationError) as error:
         compare_rows(base, tuned)
-    assert "6 and 5 items: 4 only in the first ('q0', 'q1', 'q2', ...); 3 only in the second ('q6', 'q7', 'q8')" in str(
-        error.value
+    assert line_with(
+        str(error.value), "6 and 5 items", "4 only in the first ('q0', 'q1', 'q2', ...)", "('q6', 'q7', 'q8')"
     )
 
 
 def test_same_ids_with_other_questions_are_refused():
     base, tuned = rows_with([1, 1]), rows_with([1, 1])
     tuned[1]["question"] = "another"
-    with pytest.raises(EvaluationError, match=r"1 with another question or other answers \('q1'\)"):
+    with pytest.raises(EvaluationError, match=r"1 with another question.*'q1'"):
         compare_rows(base, tuned)
 
 
@@ -182,8 +180,8 @@ def test_mistakes_of_all_pairs_are_told_together(tmp_path):
     other = write_run(write_run(tmp_path / "b", "chartqa", rows_with(BASE[:90])), "easy_vqa", rows_with(BASE[:80]))
     with pytest.raises(EvaluationError) as error:
         compare_runs([base, other])
-    assert "chartqa: " in str(error.value) and "100 and 90 items: 10 only in the first" in str(error.value)
-    assert "easy_vqa: " in str(error.value) and "100 and 80 items: 20 only in the first" in str(error.value)
+    for name, items, alone in (("chartqa: ", "100 and 90 items", "10 only"), ("easy_vqa: ", "100 and 80", "20 only")):
+        assert name in str(error.value) and line_with(str(error.value), items, alone)
 
 
 def test_benchmarks_of_one_side_only_are_named(tmp_path):
@@ -191,7 +189,7 @@ def test_benchmarks_of_one_side_only_are_named(tmp_path):
     other = write_run(tmp_path / "b", "chartqa", rows_with(BASE))
     result = compare_runs([base, other])
     assert result["not_compared"] == [{"benchmark": "docvqa", "missing_in": str(other)}]
-    assert f"not compared: docvqa (not evaluated in {other})" in format_table(result)
+    assert line_with(format_table(result), "not compared: ", "docvqa", other)
     with pytest.raises(EvaluationError, match="evaluated no benchmark"):
         compare_runs([write_run(tmp_path / "c", "easy_vqa", rows_with(BASE)), other])
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import EpsImagePlugin, Image
 
 from tests.pictures import encoded, png
+from tests.processes import Warm
 from tests.report_runs import Page, make_run
 from vlm_sft.cli.main import main
 from vlm_sft.common import artifacts
@@ -119,25 +117,23 @@ def test_other_formats_are_called_by_their_name(data: bytes, name: str) -> None:
     assert "pic.png: not an image" in caught.value.what and ", ".join(FORMATS) in caught.value.fix
 
 
-def ask(place: Path, prepare: Callable[[], object] = lambda: None) -> str:
+def refusal(warm: Warm, picture: Path) -> str:
     """What `vlm-sft ask` says of a picture that it has to refuse, in its own process."""
-    prepare()
-    command = [sys.executable, "-m", "vlm_sft", "ask", str(place), "What?"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = warm.run("ask", picture, "What?")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     return done.stderr
 
 
-def test_pipes_devices_and_bombs_are_refused_with_one_line(tmp_path: Path) -> None:
-    assert "not a regular file" in ask(Path("/dev/zero"))
+def test_pipes_devices_and_bombs_are_refused_with_one_line(warm: Warm, tmp_path: Path) -> None:
+    assert "not a regular file" in refusal(warm, Path("/dev/zero"))
     os.mkfifo(tmp_path / "pipe.png")
-    assert "not a regular file" in ask(tmp_path / "pipe.png")
+    assert "not a regular file" in refusal(warm, tmp_path / "pipe.png")
     with (tmp_path / "huge.png").open("wb") as stream:
         stream.truncate(2 * 1024**3)  # sparse
-    assert "the limit is 1,073,741,824" in ask(tmp_path / "huge.png")
+    assert "the limit is 1,073,741,824" in refusal(warm, tmp_path / "huge.png")
     bomb = bytearray(png(size=(8, 8)))
     bomb[16:24] = (12_000).to_bytes(4, "big") + (10_000).to_bytes(4, "big")
     bomb[29:33] = __import__("zlib").crc32(bytes(bomb[12:29])).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(bomb)
-    told = ask(tmp_path / "bomb.png")
+    told = refusal(warm, tmp_path / "bomb.png")
     assert told.startswith("error: ") and "too large to decode (12000 x 10000" in told and "Warning" not in told

@@ -14,6 +14,7 @@ from PIL import Image, ImageColor
 
 from tests.pictures import png
 from tests.report_runs import Page, record
+from tests.wording import line_with
 from vlm_sft.common import artifacts
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.evaluate import pictures as kept_pictures
@@ -121,7 +122,7 @@ def test_an_image_that_cannot_be_read_any_more_ends_nothing(
 
     broken = replace(task.samples[0], id="broken", images=(ImageRef("0" * 64, "disk/3.png", gone),))
     folder = evaluated(tmp_path / "run", replace(task, samples=[broken, *task.samples[1:]]))
-    assert "1 picture(s) cannot be saved for the report; the first: disk/3.png" in capsys.readouterr().err
+    assert line_with(capsys.readouterr().err, "warning: ", "1 picture", "disk/3.png")
     told = shown(folder)[1]
     assert told["picture not kept: disk/3.png: the image cannot be read: Input/output error"] == 1
     assert told[""] == QUESTIONS - 1

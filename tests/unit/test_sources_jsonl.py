@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.pictures import png
+from tests.wording import line_with
 from vlm_sft.cli.main import main
 from vlm_sft.common.artifacts import read_jsonl
 from vlm_sft.common.errors import DataError, InterruptedRunError
@@ -174,7 +175,7 @@ def test_a_turn_before_the_first_image_is_left_out_alone(folder):
     assert [sample.question for sample in loaded.samples] == ["What?"]
     (item,) = loaded.left_out
     assert item.reason == "no image"
-    assert item.detail.endswith("answer 1 of the conversation comes before its first image")
+    assert "answer 1 " in item.detail
 
 
 def test_not_utf8_and_byte_order_mark(folder):
@@ -222,7 +223,7 @@ def test_single_file_holds_out_by_image(tmp_path):
     assert (len(train.samples), len(held.samples), len(test.samples)) == (48, 6, 6)  # 2 of 20 images each
     seen = [{s.image_key for s in part.samples} for part in (train, held, test)]
     assert len(set().union(*seen)) == 20 == sum(map(len, seen))
-    assert train.description.endswith("48 questions on 16 images (images for validation and test are held out)")
+    assert line_with(train.description, "48 questions on 16 images", "validation and test", "held out")
 
 
 def test_a_shared_reference_ties_nothing_and_a_chain_says_what_does(tmp_path):
@@ -234,27 +235,25 @@ def test_a_shared_reference_ties_nothing_and_a_chain_says_what_does(tmp_path):
     )
     parts = [load(beside, split) for split in ("train", "validation", "test")]
     assert [len(part.samples) for part in parts] == [32, 4, 4]
-    assert "32 questions on 17 images (images for validation and test are held out) (1 shown beside many others" in (
-        parts[0].description
-    )
+    assert line_with(parts[0].description, "32 questions on 17 images", "validation and test", "(1 shown beside")
     chain = write(
         tmp_path / "chain.jsonl",
         [{"images": [f"{n}.png", f"{n + 1}.png"], "question": "q", "answer": "a"} for n in range(20)],
     )
-    assert load(chain).description.endswith("20 questions on 21 images (none can be held out)")
-    with pytest.raises(DataError, match="its 21 images are tied together .* held out for test .* in 2 of 20 questions"):
+    assert line_with(load(chain).description, "20 questions on 21 images", "none can be held out")
+    with pytest.raises(DataError, match="21 images .* test .* 2 of 20 questions"):
         load(chain, "test")
     two = write(tmp_path / "two.jsonl", [{"image": f"{n}.png", "question": "q", "answer": "a"} for n in range(2)])
-    assert load(two).description.endswith("1 questions on 1 images (images for validation are held out)")
+    assert line_with(load(two).description, "1 questions on 1 images", "for validation are held out")
 
 
 def test_data_of_one_image_says_how_to_train_on_it(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     path = write(tmp_path / "one.jsonl", [{"image": "a.png", "question": f"q{n}", "answer": "a"} for n in range(3)])
-    assert load(path).description.endswith("3 questions on 1 images (none can be held out)")
-    with pytest.raises(DataError, match="one image only, so none can be held out for validation") as told:
+    assert line_with(load(path).description, "3 questions on 1 images", "none can be held out")
+    with pytest.raises(DataError, match="one image .* validation") as told:
         load(path, "validation")
-    assert told.value.fix.endswith("or let vlm-sft train do without: --eval_strategy no --eval_benchmarks none")
+    assert "--eval_strategy no --eval_benchmarks none" in told.value.fix
 
 
 def test_sibling_files_and_split_keys(folder):
@@ -290,7 +289,7 @@ def test_a_key_that_comes_twice_is_no_answer(folder):
     line = '{"image": "a.png", "question": "q", "answer": "a", "answer": "b"}'
     path = write(folder / "own.jsonl", [line, {"image": "a.png", "question": "q", "answer": "a"}])
     (item,) = load(path).left_out
-    assert item.reason == "broken JSON line" and "the key 'answer' comes twice" in item.detail
+    assert item.reason == "broken JSON line" and "'answer'" in item.detail
 
 
 def test_all_of_a_set_of_one_image_can_be_checked_and_exported(tmp_path, capsys):
@@ -300,7 +299,7 @@ def test_all_of_a_set_of_one_image_can_be_checked_and_exported(tmp_path, capsys)
     left = ["--max_left_out", "0.7"]
     assert main(["data", "check", str(path), "--split", "all", "--output_dir", str(check), *left]) == 0
     assert len(list(read_jsonl(check / "left_out.jsonl"))) == 6
-    assert "3 questions on 1 images (none can be held out)" in capsys.readouterr().out
+    assert line_with(capsys.readouterr().out, "3 questions on 1 images", "none can be held out")
     out = tmp_path / "out"
     assert main(["data", "export", str(path), "--format", "csv", "--output", str(out), "--split", "all", *left]) == 0
     assert len((out / "train.csv").read_text().splitlines()) == 4

@@ -12,12 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.faults.harness import ROOT, Started, Warm, environment
-from tests.pictures import png
+from tests.pictures import COLOURS, png
+from tests.processes import MAIN, Started, Warm, environment
 
-MAIN = ROOT / "src" / "vlm_sft" / "__main__.py"
 SECONDS = 500.0  # for one command
-COLOURS = ("red", "navy", "gold", "white", "black", "green", "pink", "grey")
 
 
 @dataclass(frozen=True)
@@ -212,10 +210,3 @@ def files_with(folder: Path, text: str | bytes) -> list[str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and data in path.read_bytes()
     ]
-
-
-def line_with(text: str, *parts: str) -> str:
-    """The first line of what was printed that holds all parts."""
-    found = [line for line in text.splitlines() if all(part in line for part in parts)]
-    assert found, f"no line with {parts}: {text[-2000:]}"
-    return found[0].strip()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-from tests.faults.situations.place import CannotPlay, Place, Stage, line_with
+from tests.faults.situations.place import CannotPlay, Place, Stage
+from tests.wording import line_with
 
 situation = Stage("places")
 YEAR = 365 * 86_400

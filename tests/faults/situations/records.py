@@ -12,8 +12,9 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from tests.faults.situations.place import Place, Stage, line_with
+from tests.faults.situations.place import Place, Stage
 from tests.pictures import encoded, png
+from tests.wording import line_with
 
 situation = Stage("records and pictures")
 FEW = ("--max_left_out", "0.9")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from tests.faults.situations.place import Place, Stage, files_with, line_with
+from tests.faults.situations.place import Place, Stage, files_with
+from tests.wording import line_with
 
 situation = Stage("secrets in records")
 SECRET = "s3cr3t-7f1c0de"

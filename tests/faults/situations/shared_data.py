@@ -6,8 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from tests.faults.situations.place import Place, Stage, files_with, line_with
+from tests.faults.situations.place import Place, Stage, files_with
 from tests.pictures import png
+from tests.wording import line_with
 
 situation = Stage("shared data sets and runs")
 

@@ -11,7 +11,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tests.faults.situations.place import Place, Stage, line_with
+from tests.faults.situations.place import Place, Stage
+from tests.wording import line_with
 
 situation = Stage("hostile texts")
 MARKUP = '</script><script>alert(7)</script><img src=x onerror="alert(7)">'

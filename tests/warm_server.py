@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -12,21 +14,30 @@ from typing import Any
 
 import vlm_sft.train.run  # noqa: F401  what takes seconds to import
 
+RUNNING: set[int] = set()
+
 
 def child(order: dict[str, Any]) -> None:
     """Become the launch line's script; does not return."""
     os.setsid()
-    stream = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for number in (1, 2):
-        os.dup2(stream, number)
+    os.chdir(order["folder"])
+    for number, path in ((1, order["log"]), (2, order["errors"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
+    for name in order["without"]:
+        os.environ.pop(name, None)
     os.environ.update(order["more"])
-    for name, value in order["settings"].items():
-        module, _, constant = name.partition(":")
-        setattr(sys.modules[module], constant, value)
+    encoding, _, handling = order["more"].get("PYTHONIOENCODING", "").partition(":")
+    for printed in (sys.stdout, sys.stderr) if encoding else ():  # an interpreter reads it when it starts
+        printed.reconfigure(encoding=encoding, errors=handling or None)
     sys.argv = [order["script"], *order["flags"]]
     code = 1
     try:
+        for name, value in order["settings"].items():
+            module, _, constant = name.partition(":")
+            getattr(sys.modules[module], constant)  # a setting of nothing would change nothing
+            setattr(sys.modules[module], constant, value)
         runpy.run_path(order["script"], run_name="__main__")
+        code = 0
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException as error:
@@ -40,6 +51,7 @@ def child(order: dict[str, Any]) -> None:
 def reap(pid: int, path: Path) -> None:
     """Wait for a run and write down how it ended, and its peak memory in KiB."""
     _, status, used = os.wait4(pid, 0)
+    RUNNING.discard(pid)
     path.with_suffix(".writing").write_text(f"{os.waitstatus_to_exitcode(status)} {used.ru_maxrss}")
     os.replace(path.with_suffix(".writing"), path)
 
@@ -48,6 +60,8 @@ def main() -> None:
     """Serve until the input ends."""
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, wherever the tests were started
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
@@ -55,9 +69,13 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             child(order)
+        RUNNING.add(pid)
         threading.Thread(target=reap, args=(pid, Path(f"{order['log']}.{pid}.exit"))).start()
         sys.stdout.write(f"{pid}\n")
         sys.stdout.flush()
+    for pid in set(RUNNING):  # whoever asked for them has ended, or a test failed before it ended its own
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
