@@ -24,9 +24,9 @@ from vlm_sft.model.adapters import add_lora, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import set_attention
-from vlm_sft.planning.options import FaultPolicy
+from vlm_sft.planning.training_run import FaultPolicy
+from vlm_sft.recipe.schedule import resolve_schedule
 from vlm_sft.recipe.schema import Recipe
-from vlm_sft.recipe.validation import resolve_schedule
 from vlm_sft.train.loop import PackTrainer
 from vlm_sft.train.training_args import training_arguments
 

@@ -144,7 +144,7 @@ def test_what_a_crash_leaves_is_put_in_order(tmp_path: Path) -> None:
 
 
 def test_room_is_looked_for_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="MB are free, and it takes about"):
+    with pytest.raises(OSError, match="are free, and it takes about"):
         begin_checkpoint(tmp_path, 2, 10**18)
     assert list(tmp_path.iterdir()) == []
 

@@ -34,7 +34,7 @@ from vlm_sft.forecast.calibration import (
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.model.load import find_base
 from vlm_sft.planning.device_rates import MOST_UNREST, Timed, believed, measured_rates, settled, unrest
-from vlm_sft.planning.forecast_inputs import shape_of
+from vlm_sft.planning.run_setting import shape_of
 
 KEY = history_key("cpu", 2, "shape", {"dtype": 4})
 NOW = datetime(2026, 3, 1, tzinfo=UTC)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_sft.recipe.load import load_recipe
+from vlm_sft.recipe.schedule import rate_factor, resolve_schedule
 from vlm_sft.recipe.schema import SCHEDULERS, Recipe
-from vlm_sft.recipe.validation import rate_factor, resolve_schedule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

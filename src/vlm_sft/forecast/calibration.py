@@ -159,12 +159,12 @@ def _disturbed(row: Mapping[str, Any]) -> bool:
 
 def _age_weight(row: Mapping[str, Any], newer: int, today: datetime) -> float:
     """What a run counts for by its age: the number of `newer` runs, and days where it says when it was."""
-    weight = NEWER_COUNTS**newer * (DISTURBED if _disturbed(row) else 1.0)
+    weight = math.pow(NEWER_COUNTS, newer) * (DISTURBED if _disturbed(row) else 1.0)
     try:
         days = (today - datetime.fromisoformat(row["at"])).total_seconds() / 86_400
     except (KeyError, TypeError, ValueError):
         return weight
-    return weight * 0.5 ** (max(0.0, days) / HALF_LIFE_DAYS)
+    return weight * math.pow(0.5, max(0.0, days) / HALF_LIFE_DAYS)
 
 
 def _ratio(row: Mapping[str, Any], item: str, shortest: float) -> tuple[float, float] | None:
@@ -203,6 +203,6 @@ def _spread(rows: Sequence[Mapping[str, Any]], ages: Sequence[float], factors: M
     if not total:
         return OTHER_SPREAD
     doubt = DOUBT / (total + DOUBT)
-    usual = PAST_SPREAD ** (1 - doubt) * OTHER_SPREAD**doubt
+    usual = math.pow(PAST_SPREAD, 1 - doubt) * math.pow(OTHER_SPREAD, doubt)
     seen = math.exp(1.5 * sum(map(math.prod, zip(misses, weights, strict=True))) / total)
     return min(max(usual, seen), WIDEST_SPREAD)

@@ -195,12 +195,6 @@ GUIDE = (GuideRow(0, 8, "1epoch", "1epoch"), GuideRow(8, 16, "2epoch", "2epoch")
 GUIDE_BASE, GUIDE_QUESTIONS, GUIDE_GPUS = "Qwen/Qwen2.5-VL-7B-Instruct", 50_000, 8
 
 
-def guide_advice(hours: float, priority: str) -> str:
-    """The recipe that the guide advises for a budget; beyond its last line that of the last line."""
-    row = next((row for row in GUIDE if hours < row.high_hours), GUIDE[-1])
-    return row.for_quality if priority == "quality" else row.recipe
-
-
 def guide_comparison(seconds: Mapping[str, float]) -> list[str]:
     """The guide's hours beside our forecast, one line a recipe.
 

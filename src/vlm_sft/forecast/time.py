@@ -9,18 +9,16 @@ bench/results/gpu_check-nvidia_h100_80gb_hbm3.json, kernel group by kernel group
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from vlm_sft.forecast.flops import Adapter, Work, forward_flops, tower_attention_flops, tower_flops, training_flops
+from vlm_sft.forecast.flops import Work, forward_flops, tower_attention_flops, tower_flops, training_flops
 from vlm_sft.forecast.hardware import Rates
-from vlm_sft.forecast.shapes import ModelShape
+from vlm_sft.forecast.setting import Setting
 
 PRODUCT_OVERHEAD = 1.25  # on a CPU, of products smaller than the one that is measured: adapters, heads of attention
 ATTENTION_OVERHEAD = 2.0  # of scores and their softmax, over all patches of an image
 # Reads and writes of simple operations (norms, rotary positions, activation, residuals), in values a token and layer:
 # counted in the code of a Qwen2.5-VL layer.
 HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES = 22, 12, 5
-UNFUSED_PASSES = 1.85  # times as many on a GPU without liger-kernel
+UNFUSED_PASSES = 1.85  # on a GPU without liger-kernel: so many times the passes
 DROPOUT_PASSES = 34  # of the hash that makes a mask, 4-byte numbers
 DROPOUT_PASSES_FUSED = 3  # of the kernel that does so on a GPU (`model/gpu/dropout_kernel.py`)
 LORA_PASSES = 4
@@ -33,52 +31,6 @@ TOWER_PASSES, TOWER_PASSES_GPU = 60, 80  # values a patch and layer; on a GPU ro
 LOGIT_PASSES = 12  # of the loss, a vocabulary entry and position, 4-byte numbers
 # The same where blocks of the MLP and of the vocabulary stay in the processor's cache.
 INNER_PASSES_BLOCKWISE, LOGIT_PASSES_BLOCKWISE = 2, 4
-WHOLE = {"gemma3", "paligemma"}  # families whose last layer and head are not trimmed (`model/last_layer.py`)
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What the time and the memory of a pass depend on besides its sizes.
-
-    Attributes:
-        model: the base.
-        adapter: what is trained.
-        value_bytes: of one number of the computation: 2 in bfloat16, 4 in float32.
-        checkpointing: gradient checkpointing.
-        rates: of one device.
-        four_bit: the language model's weights are held in 4 bits.
-        fused: norms and MLPs are computed by liger-kernel (`model/gpu/liger.py`).
-        flash_heads: heads of the keys that FlashAttention gathers; 0 where SDPA computes the attention.
-    """
-
-    model: ModelShape
-    adapter: Adapter
-    value_bytes: int
-    checkpointing: bool
-    rates: Rates
-    four_bit: bool = False
-    fused: bool = False
-    flash_heads: int = 0
-
-    @property
-    def blockwise(self) -> bool:
-        """Whether frozen gated MLPs are computed in blocks (`model/cpu/gated_mlp.py`): in float32 on a CPU."""
-        return not self.rates.gpu and self.value_bytes == 4 and not self.adapter.everything
-
-    @property
-    def blockwise_mlp(self) -> bool:
-        """Whether that holds for the language model's MLPs: none of their projections has an adapter."""
-        return self.blockwise and not {"gate_proj", "up_proj", "down_proj"} & set(self.adapter.targets)
-
-    @property
-    def scored(self) -> bool:
-        """Whether the scores of answer tokens exist as a whole; else `model/cpu/cross_entropy.py` takes blocks."""
-        return not (self.blockwise and self.trimmed)
-
-    @property
-    def trimmed(self) -> bool:
-        """Whether the last layer computes only keys and values where no answer token is predicted."""
-        return self.model.kind not in WHOLE
 
 
 def _simple_bytes(setting: Setting, work: Work, dropout: bool) -> float:

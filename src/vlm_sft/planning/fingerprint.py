@@ -17,8 +17,8 @@ from vlm_sft.data.prompt import PROMPT_KEYS
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.model.load import Base
 from vlm_sft.model.saved_adapter import BASE_WEIGHTS
+from vlm_sft.recipe.schedule import effective_global_batch_size
 from vlm_sft.recipe.schema import Recipe
-from vlm_sft.recipe.validation import effective_global_batch_size
 
 # Keys that decide where and when something is computed or written, and not what: a resumed run may change them. The
 # size of the global batch is compared as the number that they come to.

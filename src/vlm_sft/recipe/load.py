@@ -103,17 +103,6 @@ def read_recipe(path: str | Path | None, overrides: Mapping[str, object] | None 
     return _finish(draft)
 
 
-def recipe_from_values(values: Mapping[str, object]) -> Recipe:
-    """Make a recipe of the JSON values of one, e.g. of a run's recipe.json; see `Recipe.from_dict`.
-
-    Raises:
-        RecipeError: lists every mistake in `values`.
-    """
-    draft = _Draft()
-    _add_layer(draft, values, "recipe")
-    return _finish(draft).recipe
-
-
 def _finish(draft: _Draft) -> LoadedRecipe:
     _settle_warmup(draft)
     _settle_best(draft)

@@ -29,8 +29,8 @@ from vlm_sft.model.load import Base
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.step_gradients import StepGradients, loss_problem
 from vlm_sft.model.trainable import save_tuned
-from vlm_sft.planning.options import FaultPolicy
-from vlm_sft.recipe.validation import rate_factor
+from vlm_sft.planning.training_run import FaultPolicy
+from vlm_sft.recipe.schedule import rate_factor
 from vlm_sft.train.checkpoint.saver import CheckpointTrainer
 from vlm_sft.train.event_log import EventLog
 from vlm_sft.train.health import WATCHED_STEPS, AdapterWatch, Health, memory_error

@@ -9,7 +9,6 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from vlm_sft.distributed.signals import StopSignals, resume_line
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.evaluate.guard import Guard
 from vlm_sft.forecast.estimate import FEATURES, LOAD, SAVES, TRACKERS
-from vlm_sft.model.caches import one_an_image
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.gpu.kernels import choose_kernels
 from vlm_sft.model.load import Base, load_model, resolve_path
@@ -40,21 +38,23 @@ from vlm_sft.model.model_folder import require_utf8
 from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.trainable import ALL, checkpoint_layers, described, tune
-from vlm_sft.planning.options import Run, TrainOptions
-from vlm_sft.planning.pack_choice import with_passes
+from vlm_sft.planning.options import TrainOptions
+from vlm_sft.planning.pack_choice import pack_plan
 from vlm_sft.planning.probe import Probe, half_precision
-from vlm_sft.planning.run_forecast import Foretelling, cache_bytes
+from vlm_sft.planning.run_forecast import ForecastTracker, cache_bytes
 from vlm_sft.planning.run_plan import (
     Plan,
     final_tasks,
     fit_questions,
-    limited,
+    image_uses,
     load_data,
     prepare,
     tell_parts,
     token_limits,
     validation_plan,
+    with_token_limits,
 )
+from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import ValidationPlan, check_request
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
@@ -115,7 +115,7 @@ def _carry_out(
     """Prepare, train, evaluate, report; returns as `train` does."""
     record = RunRecord(options.output_dir, _facts(options, specs, launch, checkpoint))
     signals = StopSignals(resume_line(sys.argv, launch), lambda: record.finish("interrupted"))
-    run = Run(options, recipe, specs, launch, record, checkpoint, signals)
+    run = TrainingRun(options, recipe, specs, launch, record, checkpoint, signals)
     trackers = _trackers(run)
     hosts = HostWatch(launch, signals.again, lambda reason: _lose(record, reason))
     with signals:
@@ -139,7 +139,9 @@ def _carry_out(
     return results
 
 
-def _watched(run: Run, guards: list[Guard], trackers: Trackers, hosts: HostWatch) -> tuple[dict[str, Any], bool]:
+def _watched(
+    run: TrainingRun, guards: list[Guard], trackers: Trackers, hosts: HostWatch
+) -> tuple[dict[str, Any], bool]:
     """Carry out the stages and record how they ended; returns as `_stages` does."""
     record = run.record
     try:
@@ -165,7 +167,7 @@ def _watched(run: Run, guards: list[Guard], trackers: Trackers, hosts: HostWatch
         raise
 
 
-def _stages(run: Run, guards: list[Guard], trackers: Trackers) -> tuple[dict[str, Any], bool]:
+def _stages(run: TrainingRun, guards: list[Guard], trackers: Trackers) -> tuple[dict[str, Any], bool]:
     """Prepare, train, evaluate.
 
     Returns:
@@ -182,9 +184,9 @@ def _stages(run: Run, guards: list[Guard], trackers: Trackers) -> tuple[dict[str
     with record.timed("load"):
         plan = prepare(run, train_samples, eval_samples, left_out)
         tasks, asked = fit_questions(run, tasks, asked, plan.data.encoder)
-        tasks, asked = limited(run, tasks, asked, plan.base.prompt, plan.data.encoder.chat.plain)
-    run, plan = with_passes(run, plan)
-    told = Foretelling.begin(run, plan, asked, tasks, cache_before)
+        tasks, asked = with_token_limits(run, tasks, asked, plan.base.prompt, plan.data.encoder.chat.plain)
+    run, plan = pack_plan(run, plan)
+    told = ForecastTracker.begin(run, plan, asked, tasks, cache_before)
     agree(trackers.begin)
     told.lap(TRACKERS)
     with record.timed("train"):
@@ -197,7 +199,7 @@ def _stages(run: Run, guards: list[Guard], trackers: Trackers) -> tuple[dict[str
     return results, kept
 
 
-def _trackers(run: Run) -> Trackers:
+def _trackers(run: TrainingRun) -> Trackers:
     """What `report_to` names."""
     options = run.options
     facts = {"base_model": options.base_model, "dataset": options.dataset, "folder": str(options.output_dir)}
@@ -215,7 +217,7 @@ def _announce(options: TrainOptions, launch: Launch, notes: list[str], checkpoin
         say(f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting from the beginning")
 
 
-def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, trackers: Trackers) -> bool:
+def fit(run: TrainingRun, plan: Plan, asked: ValidationPlan | None, told: ForecastTracker, trackers: Trackers) -> bool:
     """Train the adapter and save it in the run's folder; returns whether a checkpoint keeps to the guard."""
     options, recipe, launch, checkpoint = run.options, run.recipe, run.launch, run.checkpoint
     base, schedule, planner, eval_planner = plan.base, plan.schedule, plan.planner, plan.eval_planner
@@ -279,7 +281,7 @@ def fit(run: Run, plan: Plan, asked: ValidationPlan | None, told: Foretelling, t
     return kept
 
 
-def _record_kernels(run: Run, model: Any) -> None:
+def _record_kernels(run: TrainingRun, model: Any) -> None:
     """Check the kernels that this process will use, and record which they are."""
     kernels, notes = choose_kernels(model, torch.device(run.launch.device))
     for note in notes:
@@ -299,9 +301,9 @@ def _settled_heap() -> Iterator[None]:
 
 
 def _probe(
-    run: Run,
+    run: TrainingRun,
     plan: Plan,
-    told: Foretelling,
+    told: ForecastTracker,
     trainer: PackTrainer,
     mode: PackMode,
     planners: tuple[EpochPlanner, EpochPlanner | None],
@@ -314,13 +316,13 @@ def _probe(
             return
     # The trainer wraps the model in it only when the training begins.
     precision = partial(half_precision, run.launch, plan.base)
-    case = replace(told.case, features=plan.cache.features is not None)
-    probe = Probe(run, plan, model, mode, precision, case, *planners)
+    inputs = told.inputs.with_features(plan.cache.features is not None, told.inputs.images.keep_benchmark_features)
+    probe = Probe(run, plan, model, mode, precision, inputs, *planners)
     calibration = probe.calibrate(told.tasks, told.seconds)
-    told.refine(agree(lambda: calibration), case, plan.engine.root)
+    told.refine(agree(lambda: calibration), inputs, plan.engine.root)
 
 
-def _policy(run: Run, plan: Plan) -> CheckpointPolicy:
+def _policy(run: TrainingRun, plan: Plan) -> CheckpointPolicy:
     """How checkpoints are kept, and what their manifests say."""
     facts = {"parallel": run.launch.parallel, "identity": plan.identity, "versions": versions()}
     return CheckpointPolicy(run.recipe.save_total_limit, run.options.on_save_error, facts, run.record.note)
@@ -328,18 +330,12 @@ def _policy(run: Run, plan: Plan) -> CheckpointPolicy:
 
 def _keep_features(plan: Plan, model: Any, asked: ValidationPlan | None) -> None:
     """Let the vision tower run once an image, where that pays."""
-    schedule = plan.schedule
-    evaluations = schedule.total_steps / schedule.eval_steps if schedule.eval_steps else 0.0
-    uses = [(plan.data.image_samples(), schedule.total_steps / schedule.steps_per_epoch)]
-    if plan.evaluation is not None:
-        uses.append((plan.evaluation.image_samples(), evaluations))
-    if asked is not None:
-        samples = [sample for task in asked.tasks for sample in task.samples]
-        uses.append((one_an_image(samples), evaluations))
+    evaluation = plan.evaluation.image_samples() if plan.evaluation is not None else []
+    uses = image_uses(plan.schedule, plan.data.image_samples(), evaluation, asked)
     plan.engine.keep_features(model, plan.cache, uses, "training")
 
 
-def _adapted(run: Run, base: Base) -> tuple[Any, dict[str, Any]]:
+def _adapted(run: TrainingRun, base: Base) -> tuple[Any, dict[str, Any]]:
     """Load the weights and make trainable what is trained; returns the model and what run.json says about that."""
     if base.load_in_4bit and run.launch.parallel == "zero3":
         raise ModelError("--load_in_4bit true: ZeRO-3 cannot partition 4-bit weights", "use --deepspeed zero2")
@@ -353,7 +349,7 @@ def _adapted(run: Run, base: Base) -> tuple[Any, dict[str, Any]]:
     return model, lora
 
 
-def _tell_silent(run: Run) -> None:
+def _tell_silent(run: TrainingRun) -> None:
     """Say loudly that a finished training changed nothing."""
     if changes_nothing(run.options.output_dir):
         told = "this training changed nothing: every lora_B matrix of its adapter is zero, as before the first step"
@@ -361,7 +357,7 @@ def _tell_silent(run: Run) -> None:
         warn(f"{told}; look at learning_rate and grad_norm in {run.options.output_dir / artifacts.METRICS}")
 
 
-def _record_training(run: Run, plan: Plan, trainer: PackTrainer, planner: EpochPlanner) -> None:
+def _record_training(run: TrainingRun, plan: Plan, trainer: PackTrainer, planner: EpochPlanner) -> None:
     """Write what the training came to, and what it took from the cache, into run.json."""
     plan.engine.describe([plan.cache])
     plan.engine.facts["data_workers"] = run.data_workers
