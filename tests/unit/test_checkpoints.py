@@ -19,6 +19,7 @@ from tests.faults.harness import environment
 from vlm_sft.common.errors import RunError
 from vlm_sft.common.manifest import folder_problems, write_manifest
 from vlm_sft.data.packing import EpochPlanner, GroupLengths
+from vlm_sft.planning.fingerprint import differences
 from vlm_sft.train.checkpoint.directory import (
     begin_checkpoint,
     checkpoint_problems,
@@ -173,3 +174,13 @@ def test_seeking_in_a_million_questions_takes_less_than_a_second() -> None:
         seconds.append(time.process_time() - began)
         assert step.questions == 64
     assert min(seconds) < 1.0
+
+
+def test_an_identity_is_compared_by_what_both_versions_wrote() -> None:
+    now = {"base_model": "b", "base_files_sha256": "1", "base_weights": "2", "data_sha256": "3"}
+    assert differences(now, now) == []
+    for key, part in (("base_files_sha256", "base model"), ("base_weights", "base model"), ("data_sha256", "training")):
+        (line,) = differences(now | {key: "other"}, now)
+        assert line.startswith(part)
+    older = {"base_model": "b", "base_model_sha256": "of another kind", "base_weights": "2", "data_sha256": "3"}
+    assert differences(older, now) == []

@@ -55,7 +55,7 @@ def plan_options(args: argparse.Namespace) -> PlanOptions:
     """The options that the flags mean.
 
     Raises:
-        DataError: an image size that is none.
+        DataError: `--image_size` is no size.
     """
     from vlm_sft.cli.parser import refuse_idle
 

@@ -1,4 +1,4 @@
-"""`vlm-sft recommend`: which recipe to take for the time, disk and machine that there are."""
+"""`vlm-sft recommend`: which recipe to take for a given time, disk and machine."""
 
 from __future__ import annotations
 

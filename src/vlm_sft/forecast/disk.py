@@ -14,7 +14,7 @@ from vlm_sft.forecast.shapes import ModelShape
 
 HEADER_BYTES = 144  # of one tensor in a safetensors header: its long name, shape, offsets
 STATE_HEADER_BYTES = 116  # of one tensor of the optimizer's state
-STATE_TENSORS = 3  # of AdamW, a trained tensor: two moments and a step
+STATE_TENSORS = 3  # of AdamW per trained tensor: two moments and a step
 CHECKPOINT_BYTES = 25_500  # random states, scheduler, manifest, card and configuration
 RANK_BYTES = 15_300  # random states of one more rank
 # DeepSpeed 0.19 adds two programs and, in PyTorch's format, names and shapes: of the model's state, which each rank
@@ -22,13 +22,13 @@ RANK_BYTES = 15_300  # random states of one more rank
 ENGINE_BYTES = 41_100
 ENGINE_MODEL_BYTES, ENGINE_MODEL_TENSOR_BYTES = 7_400, {"zero2": 760, "zero3": 980}
 ENGINE_STATE_BYTES, ENGINE_STATE_TENSOR_BYTES = 4_300, {"zero2": 60, "zero3": 0}  # the manifest's line too
-ENGINE_STATE_VALUES = 3  # of 4 bytes, a trained number: itself in float32, and two moments
+ENGINE_STATE_VALUES = 3  # of 4 bytes per trained number: itself in float32, and two moments
 HISTORY_BYTES = 165  # of one log event in trainer_state.json
 LOG_BYTES = 190  # of one log event in metrics.jsonl
 EVENT_BYTES = 330  # of one log event in TensorBoard's file
 RUN_BYTES = 42_000  # run.json, recipe.json, data.json, the adapter's manifest, README and configuration
 EVENTS_BYTES = 6_000  # of TensorBoard's file before the first event
-PREDICTION_BYTES = 230  # a line of predictions.jsonl, without question and answers
+PREDICTION_BYTES = 230  # of a line of predictions.jsonl, without question and answers
 RESULTS_BYTES = 33_000  # results.json of a benchmark, base and tuned, and its part of the run's results.json
 IMAGE_BYTES = 3_520  # of a prepared image besides its colours: table of colours, header, index
 ONE_MORE = "one more while it is written"  # the item of the checkpoint that is not whole yet
@@ -123,7 +123,7 @@ def log_bytes(steps: int, logging_steps: int, evaluations: int, tensorboard: boo
 
 
 def pixel_bytes(model: ModelShape, visual: float, images: float) -> float:
-    """Bytes of prepared images with so many visual tokens: one byte a colour value, each frame of a patch once."""
+    """Bytes of prepared images: one byte per colour value, each frame of a patch once."""
     vision = model.vision
     frames = 2 if model.kind.startswith("qwen") else 1
     return visual * vision.patches_per_token * vision.patch_values / frames + IMAGE_BYTES * images

@@ -24,12 +24,12 @@ LOAD_RATE = 8e8  # bytes of weights per second from a disk
 ENGINE_SECONDS = 3.5  # of importing and building DeepSpeed's engine
 ENGINE_SAVE_SECONDS = 0.3  # of what the engine does for a checkpoint, whatever its size
 TRACKER_SECONDS = 1.5  # of importing one tracker and opening its run; what it does over the network comes on top
-STEP_SECONDS = 0.004  # of callbacks and logging, an optimizer step
+STEP_SECONDS = 0.004  # of callbacks and logging, per optimizer step
 SAVE_SECONDS = 0.06  # of a checkpoint, whatever its size
 ADAPTER_SECONDS = 0.4  # of the adapter and the records at the end of the training
 SAVE_RATE = 2.5e8  # bytes per second, with checksums
 EVALUATION_SECONDS = 1.0  # of building the model again, and the tables
-PASS_SECONDS = 0.06  # of an evaluation or a benchmark, whatever its size
+PASS_SECONDS = 0.06  # of one evaluation or benchmark, whatever its size
 CPU_SLACK = 1.08  # of memory that the C allocator keeps
 MEMORY_SPREAD = {TABLE: 1.3, calibrated.PAST: 1.12, PROBE: 1.07}
 DISK_SPREAD = 1.02
@@ -142,7 +142,7 @@ def final_parts(inputs: ForecastInputs) -> FinalParts:
 
 
 def _answering_seconds(setting: Setting, benchmarks: Sequence[AnsweringWork], features: bool) -> float:
-    """Seconds of answering benchmarks as often as they are asked, on all ranks together."""
+    """Seconds of answering benchmarks, each as many times as it is answered, on all ranks together."""
     total = 0.0
     for one in benchmarks:
         answers = answering_seconds(setting, one.work.times(1 / setting.ranks.count), one.steps)
@@ -230,7 +230,7 @@ def assumptions(inputs: ForecastInputs, calibration: Calibration) -> tuple[str, 
     setting, rates = inputs.setting, inputs.setting.rates
     lines = [
         f"{rates.name}: {rates.flops / 1e9:,.0f} GFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s; {rates.source}",
-        "vision features are kept and the tower runs once an image"
+        "vision features are kept: the tower runs once per image"
         if inputs.images.keep_features
         else "the vision tower runs again for every image of every step",
     ]
@@ -241,7 +241,7 @@ def assumptions(inputs: ForecastInputs, calibration: Calibration) -> tuple[str, 
     if rates.unrest > 1:
         lines.append(
             f"other programs held this machine while it was measured (work took {rates.unrest:.1f} times as long): the "
-            "forecast is for a free one, and its upper end for one that stays like this"
+            "forecast is for a free machine, its upper end for one that stays as busy"
         )
     if inputs.output.trackers:
         lines.append("trackers: their start is counted; waiting for a network and uploads at the end are not")

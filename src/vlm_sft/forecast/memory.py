@@ -13,20 +13,20 @@ from collections.abc import Sequence
 from vlm_sft.forecast.flops import Work
 from vlm_sft.forecast.setting import Setting
 
-NORM_VALUES = 4  # hidden vectors a token and layer: the input of two norms, and their normalised values
+NORM_VALUES = 4  # hidden vectors per token and layer: the input of two norms, and their normalised values
 NORM_VALUES_HALF = 4  # in half precision the two inputs as float32 copies
 NORM_VALUES_FUSED = 2  # the two inputs as they are
 ATTENTION_VALUES = 4  # queries, keys, values (repeated for every head) and the output
 GATE_VALUES = 3  # gate, activated gate, up
 GATE_VALUES_TWO = 2  # gate and up, where MLPs are computed block by block or by one kernel
-BACKWARD_VALUES = 3  # vectors of the MLP's width a token that the backward pass of one layer needs at once
+BACKWARD_VALUES = 3  # vectors of the MLP's width per token that the backward pass of one layer holds at once
 # Modules that read the same vectors; without dropout these are kept once. The output projection's stay with attention.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
 LOGIT_VALUES = 3  # float32 scores, their probabilities and the gradient
 # QLoRA (Dettmers et al. 2023): half a byte a weight, a byte for the scale of 64, 4 bytes for the scale of 256 scales.
 FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 TOWER_PATCHES = 8192  # of one call in the pass that computes features
-TOWER_VALUES = 12  # hidden vectors a patch at once, forward only
+TOWER_VALUES = 12  # hidden vectors per patch at once, forward only
 CONTEXT_BYTES = 600 * 1024**2  # of the driver on a GPU, outside the allocator
 ZERO_BUCKET = 500_000_000  # gradients that DeepSpeed reduces at once (`reduce_bucket_size` at its default)
 ZERO_BUCKETS = 2  # with `overlap_comm` one fills while the other is on its way
@@ -135,12 +135,12 @@ def _tower_values(setting: Setting, work: Work) -> float:
 
 
 def feature_bytes(setting: Setting, visual: float) -> float:
-    """Bytes of kept vision features, for so many visual tokens."""
+    """Bytes of the vision features of some visual tokens."""
     return visual * (1 + setting.model.vision.extra_features) * setting.model.text.hidden * setting.value_bytes
 
 
 def cache_bytes(setting: Setting, tokens: float) -> float:
-    """Bytes of keys and values of a generation over so many tokens."""
+    """Bytes of the keys and values of a generation over some tokens."""
     text = setting.model.text
     return 2 * text.layers * text.kv_heads * text.head_dim * tokens * setting.value_bytes
 

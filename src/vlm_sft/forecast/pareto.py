@@ -30,6 +30,6 @@ def cheapest_not_worse(by_cost: Iterable[Choice], best: Choice, worse: Callable[
     Args:
         by_cost: the choices by rising cost.
         best: the one of the highest quality.
-        worse: tells whether another one is significantly worse than that; asked by rising cost, up to the answer.
+        worse: whether a choice is significantly worse than that; called by rising cost, up to the answer.
     """
     return next((one for one in by_cost if one is best or not worse(one)), best)

@@ -2,8 +2,8 @@
 
 A recipe is affordable when its forecast time, memory and disk fit. Of the affordable ones the cheapest that is not
 significantly worse than the best is taken (priority balanced), or the best (quality), or the cheapest that trains on
-all data (speed). A larger budget never leads to a recipe of lower quality: the choice is made for every smaller budget
-first, and given up only for one that is at least as good.
+all data (speed). A larger budget never leads to a recipe of lower quality: the choice for a smaller budget is given up
+only for one that is at least as good.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RecipeCandidate:
         name: of the recipe.
         epochs: passes over the data.
         seconds, high_seconds: forecast time, and the upper end of its interval.
-        peak_bytes, disk_bytes: forecast memory of a device, and disk in the fullest moment.
+        peak_bytes, disk_bytes: forecast memory of a device, and disk at its peak.
         quality: measured; None where it was not.
         partial: trains on a part of the data only, to try things out.
         problem: why it does not fit, whatever the hours; "" when it does.
@@ -67,7 +67,7 @@ class Recommendation:
 
 
 def worth(candidate: RecipeCandidate, measured: bool) -> float:
-    """What candidates are ordered by: measured quality, or epochs where there is none."""
+    """The quality that candidates are ordered by: measured, or their epochs where none was measured."""
     if not measured:
         return 0.0 if candidate.partial else candidate.epochs
     return candidate.quality.value if candidate.quality is not None else -math.inf

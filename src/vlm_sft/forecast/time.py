@@ -1,4 +1,4 @@
-"""Seconds of the parts of a run from what they compute and from what a device does in a second.
+"""Seconds of the parts of a run from their work and the rates of a device.
 
 A pass takes the sum of three terms: products of matrices at the rate reached for the model's sizes, simple operations
 at the memory's bandwidth (a roofline without overlap, Williams et al. 2009), and a launch for every operation, which
@@ -15,7 +15,7 @@ from vlm_sft.forecast.setting import Setting
 
 PRODUCT_OVERHEAD = 1.25  # on a CPU, of products smaller than the one that is measured: adapters, heads of attention
 ATTENTION_OVERHEAD = 2.0  # of scores and their softmax, over all patches of an image
-# Reads and writes of simple operations (norms, rotary positions, activation, residuals), in values a token and layer:
+# Reads and writes of simple operations (norms, rotary positions, activation, residuals), in values per token and layer:
 # counted in the code of a Qwen2.5-VL layer.
 HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES = 22, 12, 5
 UNFUSED_PASSES = 1.85  # on a GPU without liger-kernel: so many times the passes
@@ -25,10 +25,10 @@ LORA_PASSES = 4
 BACKWARD_PASSES = 1.6  # of those forward
 # A module's launch costs about three times that of a bare operation: Python around it.
 LAYER_LAUNCHES_FORWARD, LAYER_LAUNCHES_LORA, LAYER_LAUNCHES_BACKWARD = 135, 42, 1.5
-IMAGE_LAUNCHES = 24  # of attention, an image and layer
-TOWER_LAUNCHES = 200  # a layer and call
-TOWER_PASSES, TOWER_PASSES_GPU = 60, 80  # values a patch and layer; on a GPU rotary positions are float32 copies
-LOGIT_PASSES = 12  # of the loss, a vocabulary entry and position, 4-byte numbers
+IMAGE_LAUNCHES = 24  # of attention, per image and layer
+TOWER_LAUNCHES = 200  # per layer and call
+TOWER_PASSES, TOWER_PASSES_GPU = 60, 80  # values per patch and layer; on a GPU rotary positions are float32 copies
+LOGIT_PASSES = 12  # of the loss, per vocabulary entry and position, 4-byte numbers
 # The same where blocks of the MLP and of the vocabulary stay in the processor's cache.
 INNER_PASSES_BLOCKWISE, LOGIT_PASSES_BLOCKWISE = 2, 4
 
@@ -50,7 +50,7 @@ def _simple_bytes(setting: Setting, work: Work, dropout: bool) -> float:
 
 
 def _launches(setting: Setting, work: Work) -> float:
-    """Operations that a forward pass starts."""
+    """Launches of a forward pass."""
     layers, modules = setting.model.text.layers, len(setting.adapter.modules(setting.model))
     per_pack = layers * (LAYER_LAUNCHES_FORWARD + LAYER_LAUNCHES_LORA * modules)
     return per_pack * work.packs + (0 if setting.flash_heads else layers * IMAGE_LAUNCHES * work.images)
@@ -62,7 +62,7 @@ def _products(rates: Rates, flops: float) -> float:
 
 
 def _pass_seconds(rates: Rates, computing: float, launches: float) -> float:
-    """Seconds of passes that compute so long and start so many operations."""
+    """Seconds of passes from their seconds of computing and their number of launches."""
     starting = launches * rates.launch
     return max(computing, starting) if rates.gpu else computing + starting
 
@@ -86,7 +86,7 @@ def training_seconds(setting: Setting, work: Work) -> float:
 
 
 def tower_seconds(setting: Setting, work: Work, training: bool = False) -> float:
-    """Seconds of the vision tower on the images of some packs, one call a pack; backward only where it is trained."""
+    """Seconds of the vision tower on the images of some packs, one call per pack; backward only where it is trained."""
     rates, vision = setting.rates, setting.model.vision
     attention = tower_attention_flops(setting.model, work.visual, work.visual_squares)
     products = tower_flops(setting.model, work.visual, work.visual_squares) - attention

@@ -27,7 +27,7 @@ def answering_work(
 
     Args:
         task: the questions.
-        count: tells the visual tokens of an image.
+        count: gives the visual tokens of an image.
         budget: tokens of one forward pass.
         times: how often it is answered.
         pictures: whether pictures are saved for the report.

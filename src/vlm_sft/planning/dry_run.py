@@ -202,19 +202,19 @@ def _from_base(run: TrainingRun, base: Base, device: Device | None, counted: dic
     """Plan with a base whose processor is at hand."""
     options = run.options
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
-    found = _questions(run, encoder)
+    questions = _questions(run, encoder)
     engine = Engine(options.engine, run.launch, base.name, base.path)
     cache = CountingCache(encoder, engine.root, base.name, counted)
-    data = PreparedData(found.train, encoder, "counting tokens", cache)
+    data = PreparedData(questions.train, encoder, "counting tokens", cache)
     label = "counting tokens (evaluation)"
-    evaluation = PreparedData(found.evaluation, encoder, label, cache) if found.evaluation else None
-    total = len(found.train) + len(found.evaluation) + len(found.left_out)
-    left_out = found.left_out + data.left_out + (evaluation.left_out if evaluation else [])
+    evaluation = PreparedData(questions.evaluation, encoder, label, cache) if questions.evaluation else None
+    total = len(questions.train) + len(questions.evaluation) + len(questions.left_out)
+    left_out = questions.left_out + data.left_out + (evaluation.left_out if evaluation else [])
     enforce(left_out, total, options.max_left_out)
     if left_out:
         warn(left_out_line(left_out))
-    tell_notes(run, found.train + found.evaluation, encoder)
-    tasks, validation = fit_questions(run, found.tasks, found.validation, encoder)
+    tell_notes(run, questions.train + questions.evaluation, encoder)
+    tasks, validation = fit_questions(run, questions.tasks, questions.validation, encoder)
     planner, eval_planner, schedule = plan_epochs(run, data, evaluation)
     drawn = Plan(base, schedule, data, evaluation, planner, eval_planner, engine, cache, {})
     planned = _forecast(run, DataFacts.of_plan(drawn, tasks), validation, tasks, shape_of(base), device)

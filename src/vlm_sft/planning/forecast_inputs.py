@@ -37,7 +37,7 @@ FEATURE_RATE = 1e9  # bytes of kept features per second, to the disk or from it
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known of a run's questions and images before it starts.
+    """A run's questions and images, as they are known before it starts.
 
     Attributes:
         schedule: its steps.
@@ -45,7 +45,7 @@ class DataFacts:
         planner, eval_planner: how questions are packed; `eval_planner` is None without an evaluation loss.
         visual, eval_visual: visual tokens of each image, or of several that stand together.
         train_images, eval_images: one sample per image of the training and of the evaluation loss.
-        count: tells the visual tokens of an image.
+        count: gives the visual tokens of an image.
         cached: what the cache holds; None where that cannot be known.
         image_seconds: of processing one image.
         hypothetical: images without samples.
@@ -92,7 +92,7 @@ class DataFacts:
 
 
 def _counter(plan: Plan, images: Sequence[Sample]) -> Callable[[ImageRef], int]:
-    """What tells the visual tokens of an image: as they were counted, else by the size of the image."""
+    """A function that gives the visual tokens of an image: as they were counted, else by its size."""
     parts = [part for part in (plan.data, plan.evaluation) if part is not None]
     tokens = [count for part in parts for count in part.visual_tokens]
     counted = {sample.image_key: count for sample, count in zip(images, tokens, strict=True)}
@@ -222,7 +222,7 @@ def _image_plan(
     return replace(
         plan,
         keep_features=kept(plan.to_encode, len(training) + made_up.count, looks),
-        # A base and its adapter look at the images of a benchmark.
+        # The base and the adapter both look at the images of a benchmark.
         keep_benchmark_features=bool(tasks) and kept(plan.benchmarks, len(benchmarks), 2.0 * len(benchmarks)),
     )
 

@@ -53,7 +53,7 @@ def facts_from_table(
 
 
 def published_counter(model: PublishedModel, recipe: Recipe) -> Counter:
-    """What tells the visual tokens of an image for a model of the built-in table."""
+    """A function that gives the visual tokens of an image for a model of the built-in table."""
     high = recipe.max_pixels or model.max_pixels
     low = min(recipe.min_pixels or model.min_pixels, high)
 

@@ -15,7 +15,6 @@ from vlm_sft.forecast.inputs import ForecastInputs
 from vlm_sft.planning.forecast_inputs import DataFacts
 from vlm_sft.planning.run_plan import few_steps
 from vlm_sft.planning.training_run import TrainingRun
-from vlm_sft.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,6 @@ class PlannedRun:
     calibration: Calibration
     forecast: RunForecast
 
-    @property
-    def recipe(self) -> Recipe:
-        """The resolved recipe."""
-        return self.run.recipe
-
 
 def schedule_lines(planned: PlannedRun) -> list[str]:
     """Schedule, questions, images and tokens of a plan."""
@@ -57,7 +51,7 @@ def schedule_lines(planned: PlannedRun) -> list[str]:
         f"epoch: {epoch.total.packs:,.0f} packs, {epoch.total.tokens:,.0f} tokens, the largest "
         f"{epoch.largest.tokens:,.0f}",
     ]
-    few = few_steps(planned.recipe, schedule, data.planner)
+    few = few_steps(planned.run.recipe, schedule, data.planner)
     return [*lines, *(f"note: {note}" for note in (*schedule.notes, *([few] if few else [])))]
 
 
@@ -72,7 +66,7 @@ def plan_facts(planned: PlannedRun) -> dict[str, Any]:
     schedule, data = planned.data.schedule, planned.data
     return {
         "schema": 1,
-        "recipe": planned.recipe.to_dict(),
+        "recipe": planned.run.recipe.to_dict(),
         "schedule": {
             "steps": schedule.total_steps,
             "steps_per_epoch": schedule.steps_per_epoch,

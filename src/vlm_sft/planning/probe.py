@@ -1,7 +1,7 @@
 """A few real passes of a run before it starts, and what they say about its forecast.
 
-Nothing of the run changes: gradients are thrown away, the optimizer's step has a learning rate of zero, and the states
-of the random generators are put back.
+The run itself does not change: gradients are discarded, the optimizer's step has a learning rate of zero, and the state
+of the random generator is restored.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from vlm_sft.planning.answering_work import prompt_work
 from vlm_sft.planning.run_plan import Plan
 from vlm_sft.planning.training_run import TrainingRun
 
-PROBE_SECONDS = 45.0  # in all, about
-TRAINING_SHARE, ANSWER_SHARE = 0.5, 0.3  # of it
+PROBE_SECONDS = 45.0  # in total, about
+TRAINING_SHARE, ANSWER_SHARE = 0.5, 0.3  # of that
 PACKS = 10  # of the plan, spread over their sizes
 
 
@@ -129,7 +129,7 @@ class Probe:
 
     @staticmethod
     def _training_seconds(work: Work, inputs: ForecastInputs) -> float:
-        """What the table says about training passes, with the tower where it runs along."""
+        """Seconds of training passes by the table, with the tower where packs hold pixels."""
         tower = 0.0 if inputs.images.keep_features else tower_seconds(inputs.setting, work, training=True)
         return training_seconds(inputs.setting, work) + tower
 
@@ -152,7 +152,7 @@ class Probe:
         return gradients
 
     def _train_pack(self, pack: Pack) -> None:
-        """Forward and backward of one pack, as a training step does it, and nothing kept."""
+        """Forward and backward of one pack as in a training step; the result is discarded."""
         gradients = self._gradients(pack)
         gradients.problem(float(gradients.loss))
 
@@ -234,17 +234,17 @@ def _answer(backend: SharedPrefixBackend, pack: Any, limit: int) -> None:
 
 
 def half_precision(launch: Launch, base: Base) -> torch.autocast:
-    """The context of a forward pass of a base in bfloat16 whose adapter is in float32; of any other base, none."""
+    """The context of a forward pass: autocast for a base in bfloat16, whose adapter is in float32."""
     return torch.autocast("cpu" if launch.cpu else "cuda", torch.bfloat16, enabled=base.dtype == torch.bfloat16)
 
 
 def probe_plan(run: TrainingRun, plan: Plan, inputs: ForecastInputs, tasks: Sequence[Task]) -> Calibration:
-    """Load a base and its adapter for a run that is not started, and measure a few passes.
+    """Load a base and its adapter for a run that is only planned, and measure a few passes.
 
     Args:
         run, plan: the run.
         inputs: what its forecast follows from.
-        tasks: benchmarks that it would answer.
+        tasks: benchmarks that the run would answer.
     """
     began = time.perf_counter()
     model, _ = tune(load_model(plan.base, run.launch.device), run.recipe, plan.base.name, master=True)

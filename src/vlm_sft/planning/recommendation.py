@@ -38,7 +38,7 @@ class Advice:
         candidates: the recipes.
         recommendation: what to take.
         files: of the recipes, by name.
-        launch: the exact line that starts the choice; "" without one.
+        launch: the command that starts the choice; "" without one.
     """
 
     candidates: tuple[RecipeCandidate, ...]
@@ -107,7 +107,7 @@ def _candidate(name: str, planned: PlannedRun, found: Mapping[str, Quality]) -> 
         forecast.peak_bytes.value,
         forecast.peak_disk_bytes,
         found.get(name),
-        planned.recipe.max_train is not None,
+        planned.run.recipe.max_train is not None,
         problem="; ".join(f"{problem.what} ({problem.fix})" for problem in problems),
     )
 
@@ -146,7 +146,7 @@ def advice_lines(advice: Advice) -> list[str]:
 
 
 def launch_line(options: PlanOptions, file: Path) -> str:
-    """The exact line that starts a recipe on a set-up."""
+    """The command that starts a recipe on a set-up."""
     train, gpus = options.train, options.gpus or 1
     start = ["vlm-sft", "train"] if gpus == 1 else ["torchrun", f"--nproc_per_node={gpus}", "-m", "vlm_sft", "train"]
     flags: Sequence[str] = [

@@ -100,7 +100,7 @@ def load_data(specs: list[DatasetSpec], recipe: Recipe) -> tuple[list[Sample], l
 
 
 def final_tasks(run: TrainingRun) -> list[Task]:
-    """The benchmarks of the final evaluation, loaded before the training so that a mistake shows early."""
+    """Load the benchmarks of the final evaluation before the training, so that a mistake shows early."""
     options = run.options
     if options.eval_benchmarks == NO_BENCHMARKS:
         return []
@@ -111,7 +111,7 @@ def final_tasks(run: TrainingRun) -> list[Task]:
 
 
 def _enforce_tasks(run: TrainingRun, tasks: list[Task], left_out: list[LeftOut]) -> None:
-    """Say which questions of benchmarks cannot be asked, and stop where they are too many."""
+    """Warn of benchmark questions that cannot be asked, and stop where there are too many."""
     enforce(left_out, sum(len(task.samples) for task in tasks) + len(left_out), run.options.max_left_out)
     if left_out:
         line = f"benchmarks: {left_out_line(left_out)}"
@@ -122,7 +122,7 @@ def _enforce_tasks(run: TrainingRun, tasks: list[Task], left_out: list[LeftOut])
 def fit_questions(
     run: TrainingRun, tasks: list[Task], validation: ValidationPlan | None, encoder: Encoder
 ) -> tuple[list[Task], ValidationPlan | None]:
-    """Leave out the questions of benchmarks that the base's processor cannot take, before the training.
+    """Leave out benchmark questions that the base's processor refuses, before the training.
 
     Raises:
         DataError: they are too many.
@@ -138,7 +138,7 @@ def fit_questions(
 
 
 def tell_notes(run: TrainingRun, samples: list[Sample], encoder: Encoder) -> dict[str, int]:
-    """Say and record which samples are used otherwise than one might think; returns as `notes_of` does."""
+    """Print and record which samples are not used as they stand; returns as `notes_of` does."""
     notes = notes_of(samples, encoder.holds_control)
     for line in note_lines(notes):
         say(line)
@@ -147,7 +147,7 @@ def tell_notes(run: TrainingRun, samples: list[Sample], encoder: Encoder) -> dic
 
 
 def validation_plan(run: TrainingRun, guards: list[Guard]) -> ValidationPlan | None:
-    """The questions that are answered at each evaluation, loaded before the training too."""
+    """Load the questions that are answered at each evaluation, before the training too."""
     validation, left_out = plan_validation(run.recipe, run.specs, guards, run.options.eval_samples)
     if validation is None:
         return None
@@ -166,7 +166,7 @@ def tell_parts(
     validation: ValidationPlan | None,
     tasks: list[Task],
 ) -> None:
-    """Say how many questions and images each part of the data has, and record and say which of them overlap."""
+    """Print how many questions and images each part of the data has; print and record which of them overlap."""
     validated = evaluation + (validation.samples if validation else [])
     parts = {"training": train, "validation": validated} | {f"table ({task.name})": task.samples for task in tasks}
     say(
@@ -259,7 +259,7 @@ def image_uses(
 
 
 def planner_over(run: TrainingRun, lengths: tuple[GroupLengths, ...]) -> EpochPlanner:
-    """The plan of the epochs that a run's settings give over some questions."""
+    """How a run packs some questions."""
     recipe, launch, engine = run.recipe, run.launch, run.options.engine
     return EpochPlanner(
         lengths,
@@ -306,7 +306,7 @@ def with_token_limits(
 
 
 def find_run_base(options: TrainOptions, recipe: Recipe, specs: list[DatasetSpec]) -> Base:
-    """Find the base model, fit its prompt to the answers of own data, and say what could not be had."""
+    """Find the base model, fit its prompt to the answers of the user's data, and print its notes."""
     base = find_base(
         options.base_model,
         flash_attn=options.flash_attn,
@@ -371,6 +371,6 @@ def _tell_plan(run: TrainingRun, schedule: Schedule, data: PreparedData, planner
 
 
 def few_steps(recipe: Recipe, schedule: Schedule, planner: EpochPlanner) -> str:
-    """What to say where a run has too few optimizer steps to learn from; "" elsewhere."""
+    """Advice for a run with too few optimizer steps to learn from; "" for any other."""
     questions, batch = planner.questions_per_epoch, planner.global_batch_size
     return few_steps_advice(recipe, schedule, questions, batch, planner.world_size)

@@ -48,8 +48,8 @@ class Schedule:
         steps_per_epoch: steps of one pass over the data.
         total_steps: steps of the whole training.
         warmup_steps: steps in which the learning rate rises; at most half of them.
-        eval_steps: an evaluation follows every so many steps; 0: never.
-        save_steps: a checkpoint follows every so many steps; 0: never.
+        eval_steps: steps between two evaluations; 0: never.
+        save_steps: steps between two checkpoints; 0: never.
         notes: one sentence for each value that differs from the recipe's, to be printed.
     """
 
@@ -98,7 +98,7 @@ def _clamp(name: str, strategy: str, steps: int, steps_per_epoch: int, total: in
 def resolve_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     """Work out when the recipe evaluates, saves and warms up on a data set of a given size.
 
-    With strategy "steps" there is at least one evaluation and one checkpoint an epoch, however small the data; with
+    With strategy "steps" there is at least one evaluation and one checkpoint per epoch, however small the data; with
     load_best_model_at_end every evaluation has a checkpoint.
 
     Args:
@@ -124,18 +124,18 @@ def resolve_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     if recipe.load_best_model_at_end and evaluate and save and save != evaluate:
         notes.append(f"saving every {evaluate} steps instead of {save}, so that every evaluation can be the best")
         save = evaluate
-    asked = recipe.warmup_steps or math.ceil(round(total * recipe.warmup_ratio, 6))
-    warmup = min(asked, total // 2)
-    if warmup < asked:
-        notes.append(f"a warmup of {asked} steps is more than half of the training's {total}: it takes {warmup}")
+    wanted = recipe.warmup_steps or math.ceil(round(total * recipe.warmup_ratio, 6))
+    warmup = min(wanted, total // 2)
+    if warmup < wanted:
+        notes.append(f"a warmup of {wanted} steps is more than half of the training's {total}: it takes {warmup}")
     return Schedule(steps_per_epoch, total, warmup, evaluate, save, notes)
 
 
 def rate_factor(kind: str, warmup: int, total: int, step: int) -> float:
     """The learning rate of a step as a share of the highest one; no step of the training has a rate of 0.
 
-    The usual schedules begin a warmup at 0, which makes the first step one that changes nothing. Here the warmup rises
-    in `warmup` + 1 equal parts, of which the first step takes one; behind it the course is theirs.
+    The usual schedules begin a warmup at 0, so that their first step changes nothing. Here the warmup rises in
+    `warmup` + 1 equal parts, beginning with one; after it the schedules are the usual ones.
 
     Args:
         kind: one of SCHEDULERS.
@@ -154,7 +154,7 @@ def rate_factor(kind: str, warmup: int, total: int, step: int) -> float:
 
 
 def few_steps_advice(recipe: Recipe, schedule: Schedule, questions: int, batch: int, world_size: int) -> str:
-    """What to say about a run of so few optimizer steps that it can hardly learn.
+    """Advice for a run of so few optimizer steps that it can hardly learn.
 
     Args:
         recipe, schedule: of the run.
@@ -168,9 +168,9 @@ def few_steps_advice(recipe: Recipe, schedule: Schedule, questions: int, batch: 
     total = schedule.total_steps
     if total >= FEW_STEPS:
         return ""
-    told = f"{total:,} optimizer step{'s' if total > 1 else ''} of {batch:,} questions can hardly teach anything"
+    problem = f"{total:,} optimizer step{'s' if total > 1 else ''} of {batch:,} questions can hardly teach anything"
     if recipe.max_steps > 0:
-        return f"{told}; --max_steps {FEW_STEPS} or more would"
+        return f"{problem}; --max_steps {FEW_STEPS} or more would"
     sizes = [batch >> halvings for halvings in range(batch.bit_length()) if batch >> halvings >= SMALL_BATCH] or [batch]
     fitting = (size for size in sizes if math.ceil(questions / size) * recipe.num_train_epochs >= FEW_STEPS)
     size = next(fitting, sizes[-1])
@@ -179,4 +179,4 @@ def few_steps_advice(recipe: Recipe, schedule: Schedule, questions: int, batch: 
     flags = f"--global_batch_size {size}"
     if recipe.per_device_train_batch_size and recipe.gradient_accumulation_steps:
         flags = f"--per_device_train_batch_size {max(1, size // world_size)} --gradient_accumulation_steps 1"
-    return f"{told}; {flags} --num_train_epochs {epochs:g} makes {math.ceil(steps * epochs):,} steps of this data"
+    return f"{problem}; {flags} --num_train_epochs {epochs:g} makes {math.ceil(steps * epochs):,} steps of this data"

@@ -49,7 +49,6 @@ def _key(default: Any, help: str, unit: str = "", range: Range | None = None, ch
     return field(default=default, metadata={"help": help, "unit": unit, "range": range, "choices": choices})
 
 
-POSITIVE = Range(0, None, low_open=True)
 FRACTION = Range(0, 1, high_open=True)
 COUNT = Range(1)
 STRATEGIES = ("steps", "epoch", "no")

@@ -102,7 +102,7 @@ class Contradiction:
 
     Attributes:
         keys: the keys that are looked at, in the order in which the message shows them.
-        holds: tells from all values of the recipe whether they contradict.
+        holds: whether all values of the recipe contradict in this way.
         problem: why they do.
         remedy: how to mend it.
     """
@@ -259,10 +259,12 @@ def find_contradictions(
             continue
         if rule.holds(values):
             places = list(dict.fromkeys(sources[name] for name in rule.keys if name in sources))
-            told = []
+            shown_values = []
             for name in rule.keys:
                 place = sources.get(name, "default")
                 value = f"{name} = {shown(values[name])}"
-                told.append(value if len(places) == 1 and place == places[0] else f"{value} ({place})")
-            mistakes.append(Mistake(" and ".join(places) or "defaults", ", ".join(told), rule.problem, rule.remedy))
+                shown_values.append(value if len(places) == 1 and place == places[0] else f"{value} ({place})")
+            mistakes.append(
+                Mistake(" and ".join(places) or "defaults", ", ".join(shown_values), rule.problem, rule.remedy)
+            )
     return mistakes
