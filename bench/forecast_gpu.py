@@ -12,14 +12,15 @@ from typing import Any
 
 from common import RESULTS, write_block
 from vlm_sft.common.artifacts import read_json
+from vlm_sft.data.token_estimate import EXPECTED
 from vlm_sft.forecast.flops import Adapter, Work
 from vlm_sft.forecast.hardware import device_named, table_rates
-from vlm_sft.forecast.memory import Ranks, peak_items
+from vlm_sft.forecast.memory import peak_items
+from vlm_sft.forecast.setting import Setting
 from vlm_sft.forecast.shapes import ModelShape, TextShape, VisionShape, find_published
-from vlm_sft.forecast.time import Setting, tower_seconds, training_seconds
+from vlm_sft.forecast.time import tower_seconds, training_seconds
 
 TITLE = "Forecast of GPUs against recorded and published passes"
-PREFIX_TOKENS = 18  # of a chat template around an image
 SOME = ("q_proj", "v_proj", "o_proj")
 # Modes of gpu_check: dropout, liger-kernel, checkpointing, kept features. Of the others the frozen tower kept its
 # activations by mistake (see the note above their table), or its libraries' modules are not what a training runs.
@@ -79,7 +80,7 @@ def recorded_pack(modes: dict[str, Any], shape: ModelShape) -> Work:
     """The work of the pack that `gpu_check` measured; its images are about alike."""
     tokens, images, questions = modes["tokens"], modes["images"], modes["questions"]
     visual = modes["patches"] / shape.vision.patches_per_token
-    prefix = visual / images + PREFIX_TOKENS
+    prefix = visual / images + EXPECTED.prefix
     return Work(
         1,
         tokens,
@@ -123,7 +124,7 @@ def _compared(
     what: str, setting: Setting, work: Work, tower: float, features: bool, actual: dict[str, Any]
 ) -> Compared:
     seconds = training_seconds(setting, work) + tower
-    held = sum(peak_items(setting, Ranks(), work, 0, features, 0.0).values())
+    held = sum(peak_items(setting, work, 0, features).values())
     return Compared(what, work.tokens / seconds, actual["tokens_per_second"], held, actual["peak_bytes"])
 
 

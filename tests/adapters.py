@@ -11,7 +11,7 @@ from tests import tiny_models
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.model.load import find_base, load_model
 from vlm_sft.model.trainable import save_tuned, tune
-from vlm_sft.recipe.schema import Recipe
+from vlm_sft.recipe.load import load_recipe
 
 PROMPT = PromptSettings(template="{question}\nShort answer:", max_pixels=28 * 28 * 20, max_new_tokens=6)
 
@@ -25,7 +25,7 @@ def save_adapter(
 ) -> Path:
     """Write an adapter whose trained weights are moved at random by `scale`; 0 leaves it without effect."""
     base = find_base(str(base_folder), bf16=False, prompt=prompt)
-    settings = Recipe.from_dict({"lora_r": 4, "lora_alpha": 8, **recipe})
+    settings = load_recipe(None, {"lora_r": 4, "lora_alpha": 8, **recipe})
     model, _ = tune(load_model(base), settings, base.name, master=True)
     torch.manual_seed(3)
     with torch.no_grad():

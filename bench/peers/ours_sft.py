@@ -9,7 +9,7 @@ from peers.worker import Job
 
 def train(job: Job) -> None:
     """Train on the job's rows."""
-    from vlm_sft.model.caches import EngineOptions
+    from vlm_sft.data.engine_options import EngineOptions
     from vlm_sft.planning.options import TrainOptions
     from vlm_sft.train.run import train as train_run
 

@@ -23,7 +23,7 @@ from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.step_gradients import StepGradients
-from vlm_sft.planning.options import FaultPolicy
+from vlm_sft.planning.training_run import FaultPolicy
 from vlm_sft.train import loop
 from vlm_sft.train.health import AdapterWatch, SpikeDetector
 

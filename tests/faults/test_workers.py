@@ -22,7 +22,7 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.loader import StepDataset, StepLoader
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.data.sample import ImageRef, Sample
-from vlm_sft.planning.options import FaultPolicy
+from vlm_sft.planning.training_run import FaultPolicy
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -27,9 +27,9 @@ from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import set_attention
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.trainable import save_tuned
-from vlm_sft.planning.options import FaultPolicy
+from vlm_sft.planning.training_run import FaultPolicy
+from vlm_sft.recipe.schedule import Schedule, resolve_schedule
 from vlm_sft.recipe.schema import Recipe
-from vlm_sft.recipe.validation import Schedule, resolve_schedule
 from vlm_sft.train.deepspeed_engine import (
     DeepSpeedOptimization,
     hidden_size_of,

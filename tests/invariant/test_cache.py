@@ -202,7 +202,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(job: Path, name: str, **engine: Any) -> tuple[list[float], dict[str, Any]]:
     """Train through the whole run; returns the losses of every step and evaluation, and the record of the engine."""
-    from vlm_sft.model.caches import EngineOptions
+    from vlm_sft.data.engine_options import EngineOptions
     from vlm_sft.planning.options import TrainOptions
     from vlm_sft.train.run import train
 

@@ -22,8 +22,8 @@ from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import set_attention
 from vlm_sft.model.trainable import checkpoint_layers
+from vlm_sft.recipe.schedule import resolve_schedule
 from vlm_sft.recipe.schema import Recipe
-from vlm_sft.recipe.validation import resolve_schedule
 from vlm_sft.train.optimization import TorchOptimization
 
 RECIPE = Recipe(

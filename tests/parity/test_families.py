@@ -24,7 +24,7 @@ from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import FAMILIES, PackMode, declared_mode
 from vlm_sft.model.load import find_base
 from vlm_sft.model.vision_features import joined_tensors, tower_settings, unwrap
-from vlm_sft.planning.forecast_inputs import shape_of
+from vlm_sft.planning.run_setting import shape_of
 
 NEWER = list(tiny_models_more.FAMILIES)
 SHARING = [family for family in NEWER if not FAMILIES[family].reason]

@@ -33,7 +33,8 @@ from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.step_gradients import StepGradients
 from vlm_sft.model.vision_features import encode_images
-from vlm_sft.planning.options import Run, TrainOptions
+from vlm_sft.planning.options import TrainOptions
+from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.recipe.load import load_recipe
 
 SIZES = [(72, 56), (140, 90), (56, 300)]
@@ -244,7 +245,7 @@ def test_a_gpu_has_workers_where_nobody_chose(given: Any, flags: dict[str, objec
     for cpu, expected in ((True, on_cpu), (False, on_gpu)):
         launch = Launch(0, 0, 1, cpu, None, "single")
         record: Any = None
-        run = Run(TrainOptions(Path("run"), overrides=flags), recipe, [], launch, record, None)
+        run = TrainingRun(TrainOptions(output_dir=Path("run"), overrides=flags), recipe, [], launch, record, None)
         assert run.data_workers == expected
 
 

@@ -18,7 +18,7 @@ from vlm_sft.model import packed_forward
 from vlm_sft.model.load import SHARED_SDPA, set_attention
 from vlm_sft.model.trainable import described, saved_modules, tune
 from vlm_sft.model.vision_features import loose_parameters
-from vlm_sft.recipe.schema import Recipe
+from vlm_sft.recipe.load import load_recipe
 
 VARIANTS = {
     "rslora": {"use_rslora": True},
@@ -34,7 +34,7 @@ def tuned(family: str, dropout: float = 0.0, **recipe: Any) -> tuple[Any, Encode
     """A tiny model in training, its new weights moved away from where they have no effect."""
     model, processor = tiny_models.build(family)
     set_attention(model, SHARED_SDPA)
-    settings = Recipe.from_dict({"lora_r": 4, "lora_alpha": 8, "lora_dropout": dropout, **recipe})
+    settings = load_recipe(None, {"lora_r": 4, "lora_alpha": 8, "lora_dropout": dropout, **recipe})
     wrapped, _ = tune(model, settings, "tiny", master=True)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_a_model_whose_projector_is_elsewhere_is_refused(monkeypatch: pytest.Mon
 def test_what_is_trained_is_told_and_counted() -> None:
     model, _ = tiny_models.build("qwen2_5_vl")
     merger = sum(p.numel() for p in model.model.visual.merger.parameters())
-    wrapped, facts = tune(model, Recipe.from_dict({"train": "projector"}), "tiny", master=True)
+    wrapped, facts = tune(model, load_recipe(None, {"train": "projector"}), "tiny", master=True)
     assert facts["trainable_parameters"] == merger == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     assert f"in full: projector (1 modules); {merger:,} of" in described(facts)
 
@@ -171,11 +171,11 @@ def test_what_is_trained_is_told_and_counted() -> None:
 def test_trained_weights_are_held_in_float32() -> None:
     for train in ("language,projector", "all"):
         model, _ = tiny_models.build("qwen2_5_vl")
-        wrapped, _ = tune(model.bfloat16(), Recipe.from_dict({"train": train}), "tiny", master=True)
+        wrapped, _ = tune(model.bfloat16(), load_recipe(None, {"train": train}), "tiny", master=True)
         assert {p.dtype for p in wrapped.parameters() if p.requires_grad} == {torch.float32}
     assert {
         p.dtype
         for p in tune(
-            tiny_models.build("qwen2_5_vl")[0].bfloat16(), Recipe.from_dict({"train": "all"}), "tiny", master=False
+            tiny_models.build("qwen2_5_vl")[0].bfloat16(), load_recipe(None, {"train": "all"}), "tiny", master=False
         )[0].parameters()
     } == {torch.bfloat16}

@@ -130,6 +130,10 @@ def test_what_surely_does_not_fit_is_refused_with_a_way_out(capsys: pytest.Captu
     assert main([*line, "--ignore_forecast"]) == 0
     assert "warning: memory:" in capsys.readouterr().err
     assert main([*line[:-1], "zero3"]) == 0
+    capsys.readouterr()
+    # ZeRO-3 cannot partition 4-bit weights, so they are no way out of it.
+    assert main([*line[:7], "--gpus", "2", "--gpu_type", "L4", "--deepspeed", "zero3"]) == 4
+    assert "load_in_4bit" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.wording import line_with
 from vlm_sft.common.errors import RunError
 from vlm_sft.common.manifest import folder_problems, write_manifest
 from vlm_sft.data.packing import EpochPlanner, GroupLengths
+from vlm_sft.planning.fingerprint import differences
 from vlm_sft.train.checkpoint.directory import (
     begin_checkpoint,
     checkpoint_problems,
@@ -145,7 +146,7 @@ def test_what_a_crash_leaves_is_put_in_order(tmp_path: Path) -> None:
 
 
 def test_room_is_looked_for_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="MB are free"):
+    with pytest.raises(OSError, match="are free, and it takes about"):
         begin_checkpoint(tmp_path, 2, 10**18)
     assert list(tmp_path.iterdir()) == []
 
@@ -174,3 +175,13 @@ def test_seeking_in_a_million_questions_takes_a_moment() -> None:
         seconds.append(time.process_time() - began)
         assert step.questions == 64
     assert min(seconds) < 2.0  # where others share a core, CPU time grows too
+
+
+def test_an_identity_is_compared_by_what_both_versions_wrote() -> None:
+    now = {"base_model": "b", "base_files_sha256": "1", "base_weights": "2", "data_sha256": "3"}
+    assert differences(now, now) == []
+    for key, part in (("base_files_sha256", "base model"), ("base_weights", "base model"), ("data_sha256", "training")):
+        (line,) = differences(now | {key: "other"}, now)
+        assert line.startswith(part)
+    older = {"base_model": "b", "base_model_sha256": "of another kind", "base_weights": "2", "data_sha256": "3"}
+    assert differences(older, now) == []

@@ -15,7 +15,8 @@ from vlm_sft.evaluate.guard import Guard, judge, parse_guards, tradeoff
 from vlm_sft.evaluate.metrics import BENCHMARKS
 from vlm_sft.evaluate.tasks import benchmark_names, dataset_text, load_tasks, parse_token_limits, too_short, with_limits
 from vlm_sft.model.load import find_base
-from vlm_sft.recipe.schema import EVALUATION_METRICS, Recipe
+from vlm_sft.recipe.load import load_recipe
+from vlm_sft.recipe.schema import EVALUATION_METRICS
 
 
 def test_metric_names_of_recipes_are_those_of_the_benchmarks() -> None:
@@ -144,6 +145,6 @@ def test_requests_that_cannot_be_met(
 ) -> None:
     from vlm_sft.planning.validation_plan import check_request
 
-    recipe = Recipe.from_dict(changes)
+    recipe = load_recipe(None, changes)
     with pytest.raises(RecipeError, match=expected):
         check_request(recipe, parse_datasets("demo_charts"), guard, samples)

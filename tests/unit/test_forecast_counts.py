@@ -23,9 +23,9 @@ from vlm_sft.forecast import disk, flops, memory
 from vlm_sft.forecast.flops import Adapter, Work
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.image_tokens import qwen_grid
+from vlm_sft.forecast.setting import RankLayout, Setting
 from vlm_sft.forecast.shapes import FAMILIES as SIZED
 from vlm_sft.forecast.shapes import find_published, model_shape, published_models
-from vlm_sft.forecast.time import Setting
 from vlm_sft.model import packed_forward
 from vlm_sft.model.adapters import add_lora, parameter_counts, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
@@ -149,8 +149,9 @@ def test_zero_and_four_bits_save_what_they_should() -> None:
     largest = Work(packs=1, tokens=8192, squares=8 * 1024**2, supervised=100, questions=16, images=8, visual=7000)
 
     def items(parallel: str, count: int, four_bit: bool = False) -> dict[str, float]:
-        changed = Setting(shape, adapter, 2, True, setting.rates, four_bit)
-        return memory.peak_items(changed, memory.Ranks(count, parallel), largest, 0, True, 0)
+        ranks = RankLayout(count, parallel)
+        changed = Setting(shape, adapter, 2, True, setting.rates, four_bit, ranks=ranks)
+        return memory.peak_items(changed, largest, 0, True)
 
     whole, shared, split = items("ddp", 8), items("zero2", 8), items("zero3", 8)
     assert whole["weights"] == shared["weights"] == 8_292_166_656 * 2 == 8 * split["weights"]
@@ -169,7 +170,8 @@ def test_full_training_by_a_hand_count(rounds: int) -> None:
     activations += memory.image_bytes(setting, pack, False)
 
     def said(parallel: str) -> float:
-        return sum(memory.peak_items(setting, memory.Ranks(ranks, parallel), pack, 0, False, 0, rounds).values())
+        shared = replace(setting, ranks=RankLayout(ranks, parallel))
+        return sum(memory.peak_items(shared, pack, 0, False, rounds=rounds).values())
 
     sums = 2 if rounds > 1 else 1  # those of the step so far, and of the pack that is added
     buckets = 2 * 500_000_000 * 2

@@ -33,8 +33,8 @@ from vlm_sft.forecast.calibration import (
 )
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.model.load import find_base
-from vlm_sft.planning.device_rates import MOST_UNREST, Timed, believed, measured_rates, settled, unrest
-from vlm_sft.planning.forecast_inputs import shape_of
+from vlm_sft.planning.device_rates import MOST_UNREST, TimedCalls, call_seconds, measured_rates, settled, unrest
+from vlm_sft.planning.run_setting import shape_of
 
 KEY = history_key("cpu", 2, "shape", {"dtype": 4})
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
@@ -141,10 +141,10 @@ def test_the_rate_now_goes_before_those_of_the_past() -> None:
     assert settled_rates(near, history_key("cpu", 2, "another", {}), rates(1e11)) == rates(1e11)
 
 
-def timed(typical: float, share: float = 1.0, count: int = 40, waits: float = 0.0) -> Timed:
+def timed(typical: float, share: float = 1.0, count: int = 40, waits: float = 0.0) -> TimedCalls:
     """Calls of a round: one in four takes `waits` longer, one in ten is quick."""
     seconds = [typical + (waits if index % 4 == 0 else 0.0) for index in range(count)]
-    return Timed((*seconds, *[0.8 * typical] * (count // 8)), share)
+    return TimedCalls((*seconds, *[0.8 * typical] * (count // 8)), share)
 
 
 def test_a_rate_is_believed_when_two_free_rounds_agree() -> None:
@@ -153,16 +153,18 @@ def test_a_rate_is_believed_when_two_free_rounds_agree() -> None:
     assert settled([timed(3.0), timed(1.0), timed(1.0)])
     assert not settled([timed(1.0, share=0.4), timed(1.0, share=0.4)]), "it is starved each time"
     assert not settled([timed(1.0), timed(1.0, share=0.4)])
-    assert believed([timed(3.0), timed(1.0), timed(1.1)]) == 1.0 and unrest([timed(3.0), timed(1.0)]) == 1.0
+    assert call_seconds([timed(3.0), timed(1.0), timed(1.1)]) == 1.0 and unrest([timed(3.0), timed(1.0)]) == 1.0
 
 
 def test_a_busy_machine_is_measured_by_its_quickest_calls_and_says_so() -> None:
     """Reported: without a history a loaded machine said 2 h 40 min for what takes 1 min."""
     busy = [timed(160.0, 0.05), timed(90.0, 0.1, waits=300.0), timed(1.25, 0.5, waits=40.0)]
-    assert believed(busy) == 1.0
+    assert call_seconds(busy) == 1.0
     assert unrest(busy) == MOST_UNREST
-    assert believed([*busy, timed(1.1)]) == 1.1 and unrest([*busy, timed(1.1)]) == 1.0
-    assert believed([Timed((40.0, 45.0, 35.0), 0.05)] * 3) == pytest.approx(2.0), "each of few calls was interrupted"
+    assert call_seconds([*busy, timed(1.1)]) == 1.1 and unrest([*busy, timed(1.1)]) == 1.0
+    assert call_seconds([TimedCalls((40.0, 45.0, 35.0), 0.05)] * 3) == pytest.approx(2.0), (
+        "each of few calls was interrupted"
+    )
     assert 1.0 < unrest([timed(1.25, 0.6, waits=1.0)]) < 2.0
 
 

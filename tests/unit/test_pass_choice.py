@@ -17,10 +17,9 @@ from vlm_sft.data.packing import EpochPlanner, GroupLengths
 from vlm_sft.forecast import memory
 from vlm_sft.forecast.flops import Adapter, Work
 from vlm_sft.forecast.hardware import device_named, table_rates
-from vlm_sft.forecast.memory import Ranks
 from vlm_sft.forecast.pack_size import PACK_TOKENS, Passes, choose_passes
+from vlm_sft.forecast.setting import RankLayout, Setting
 from vlm_sft.forecast.shapes import find_published
-from vlm_sft.forecast.time import Setting
 
 SHAPE = find_published("Qwen/Qwen2.5-VL-7B-Instruct").shape
 SOME, ALL_LINEAR = ("q_proj", "v_proj", "o_proj"), tuple(SHAPE.text.linears)
@@ -37,7 +36,7 @@ def setting(device: str, targets: tuple[str, ...] = SOME, dropout: bool = True, 
 def chosen(
     asked: Setting, tokens: tuple[int, ...] = PACK_TOKENS, checkpointing: tuple[bool, ...] = (False, True)
 ) -> Passes:
-    return choose_passes(asked, Ranks(), PLANNER, VISUAL, tokens, checkpointing)
+    return choose_passes(asked, PLANNER, VISUAL, tokens, checkpointing)
 
 
 def test_what_fits_is_not_computed_twice() -> None:
@@ -78,9 +77,8 @@ def test_small_models_keep_their_activations_and_full_training_does_not() -> Non
     tight = table_rates(device_named("L4"))
     assert not chosen(Setting(small, Adapter(16, SOME), 2, False, tight)).gradient_checkpointing
     everything = Adapter(16, (), False, everything=True)
-    whole = choose_passes(
-        Setting(small, everything, 2, False, tight), Ranks(8, "zero3"), PLANNER, VISUAL, (8192,), (False, True)
-    )
+    zero = Setting(small, everything, 2, False, tight, ranks=RankLayout(8, "zero3"))
+    whole = choose_passes(zero, PLANNER, VISUAL, (8192,), (False, True))
     assert whole.gradient_checkpointing
 
 
@@ -119,7 +117,7 @@ def test_forecast_memory_is_what_a_gpu_needed() -> None:
 
 
 def peak(asked: Setting, pack: Work, features: bool = False) -> float:
-    return sum(memory.peak_items(asked, Ranks(), pack, 0, features, 0.0).values())
+    return sum(memory.peak_items(asked, pack, 0, features).values())
 
 
 PLAN = [

@@ -129,7 +129,7 @@ def test_tables_of_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     page = documents()[COMPARISON]
     assert "| base |  |  |  |  | 20.0 % [10.0, 30.0] |  |  |" in page
     assert "| best | as is | 6 | 0.0002 | 0 | not run |  |  |" in page
-    assert "| 1epoch | as is | 700 | 11 | 1 min 01 s | 4.0 s | 1.00 GiB | 1 B | 2.00 KiB | 3 B |" in page
+    assert "| 1epoch | as is | 700 | 11 | 1 min 01 s | 4.0 s | 1.07 GB | 1 B | 2.05 kB | 3 B |" in page
     assert "training on 700 questions, evaluation on all questions" in page
     assert "commit abcdef1, 2026-01-02. Note: a slow day." in page
     ((path, data),) = figures().items()

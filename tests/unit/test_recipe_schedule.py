@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.wording import line_with
 from vlm_sft.recipe.load import load_recipe
+from vlm_sft.recipe.schedule import rate_factor, resolve_schedule
 from vlm_sft.recipe.schema import SCHEDULERS, Recipe
-from vlm_sft.recipe.validation import rate_factor, resolve_schedule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

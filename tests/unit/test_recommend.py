@@ -13,18 +13,22 @@ from hypothesis import strategies as st
 from tests.wording import line_with
 from vlm_sft.evaluate.statistics import mean_interval
 from vlm_sft.forecast.hardware import DEVICES, device_named, find_device
-from vlm_sft.forecast.pareto import pareto_front
-from vlm_sft.forecast.recipe_quality import GUIDE, Quality, guide_advice, guide_comparison, qualities
-from vlm_sft.forecast.recommend import PRIORITIES, Candidate, plot, recommend, worth
+from vlm_sft.forecast.pareto import cheapest_not_worse, pareto_front
+from vlm_sft.forecast.recipe_quality import GUIDE, Quality, guide_comparison, qualities
+from vlm_sft.forecast.recommend import PRIORITIES, RecipeCandidate, plot, recommend, worth
 
 HOUR = 3600.0
 EPOCHS = {"smoketest": 1.0, "1epoch": 1.0, "2epoch": 2.0, "5epoch": 5.0, "best": 6.0}
 
 
-def candidate(name: str, hours: float, quality: tuple[float, float] | None = None, disk: float = 1e9) -> Candidate:
+def candidate(
+    name: str, hours: float, quality: tuple[float, float] | None = None, disk: float = 1e9
+) -> RecipeCandidate:
     measured = Quality(quality[0], quality[0] - quality[1], quality[0] + quality[1], "a test") if quality else None
     seconds = hours * HOUR
-    return Candidate(name, EPOCHS.get(name, 1.0), seconds, 1.2 * seconds, 1e9, disk, measured, name == "smoketest")
+    return RecipeCandidate(
+        name, EPOCHS.get(name, 1.0), seconds, 1.2 * seconds, 1e9, disk, measured, name == "smoketest"
+    )
 
 
 qualities_drawn = st.tuples(st.floats(0, 1), st.floats(0.001, 0.2))
@@ -38,7 +42,9 @@ candidates_drawn = st.lists(
 
 @settings(deadline=None)
 @given(candidates_drawn, st.floats(0.1, 100), st.floats(0, 100), st.sampled_from(PRIORITIES))
-def test_more_hours_never_give_a_worse_recipe(found: list[Candidate], hours: float, more: float, priority: str) -> None:
+def test_more_hours_never_give_a_worse_recipe(
+    found: list[RecipeCandidate], hours: float, more: float, priority: str
+) -> None:
     first, second = recommend(found, hours, None, priority), recommend(found, hours + more, None, priority)
     if first.chosen is None:
         return
@@ -103,6 +109,12 @@ def test_what_cannot_be_afforded_is_named() -> None:
     assert nothing.chosen is None
     first, second = nothing.reasons
     assert line_with(first, "1epoch: ", "5 GB", "1 GB") and line_with(second, "2epoch: ", "30.00 h", "10 h")
+
+
+def guide_advice(hours: float, priority: str) -> str:
+    """The recipe that the guide advises for a budget; beyond its last line that of the last line."""
+    row = next((row for row in GUIDE if hours < row.high_hours), GUIDE[-1])
+    return row.for_quality if priority == "quality" else row.recipe
 
 
 def test_guide_flow_with_the_guides_own_times() -> None:
@@ -281,3 +293,14 @@ def test_an_unknown_device_gets_the_nearest_and_the_list(written: str, meant: st
         device_named(written)
     assert meant in str(error.value) and ("did you mean" in str(error.value)) is bool(meant)
     assert all(device.name in str(error.value) for device in DEVICES)
+
+
+def test_the_cheapest_that_is_not_worse_is_asked_for_by_cost() -> None:
+    judged: list[int] = []
+
+    def worse(one: int) -> bool:
+        judged.append(one)
+        return one < 3
+
+    assert cheapest_not_worse([1, 2, 3, 4, 5], 5, worse) == 3 and judged == [1, 2, 3]
+    assert cheapest_not_worse([1, 2], 2, lambda one: True) == 2

@@ -29,12 +29,12 @@ from vlm_sft.report.quality import choices
 
 FORECAST = {
     "time_seconds": {"value": 250.0, "low": 200.0, "high": 300.0},
-    "peak_bytes": {"value": 2 * 2**30, "low": 2**30, "high": 3 * 2**30},
-    "disk_bytes": {"value": 5 * 2**20, "low": 4.9 * 2**20, "high": 5.1 * 2**20},
+    "peak_bytes": {"value": 2e9, "low": 1e9, "high": 3e9},
+    "disk_bytes": {"value": 5e6, "low": 4.9e6, "high": 5.1e6},
     "basis": "probe",
-    "items": {"peak_bytes": {"logits": 2**28}},
+    "items": {"peak_bytes": {"logits": 256e6}},
     "assumptions": ["nothing else runs"],
-    "actual": {"time_seconds": 200.0, "peak_bytes": 1.6 * 2**30, "disk_bytes": 2.5 * 2**20},
+    "actual": {"time_seconds": 200.0, "peak_bytes": 1.6e9, "disk_bytes": 2.5e6},
 }
 
 
@@ -108,10 +108,10 @@ def test_forecast_guard_and_histograms_are_shown(tmp_path: Path) -> None:
     page = page_of(folder, output=tmp_path / "r.html")
     for fact in (
         "Time 4 min 10 s 3 min 20 s to 5 min 00 s 3 min 20 s +25.0 % within",
-        "Peak memory 2.00 GiB 1.00 GiB to 3.00 GiB 1.60 GiB +25.0 % within",
-        "5.00 MiB 4.90 MiB to 5.10 MiB 2.50 MiB +100.0 % outside",
+        "Peak memory 2.00 GB 1.00 GB to 3.00 GB 1.60 GB +25.0 % within",
+        "5.00 MB 4.90 MB to 5.10 MB 2.50 MB +100.0 % outside",
         "made from: probe",
-        "Peak memory: logits 256 MiB",
+        "Peak memory: logits 256 MB",
         "nothing else runs",
     ):
         assert fact in page.text, fact
@@ -120,7 +120,7 @@ def test_forecast_guard_and_histograms_are_shown(tmp_path: Path) -> None:
     assert "Tokens of an answer: 15 questions, supervised tokens from 2 to 4, most often 3." in labels
     assert "Questions on one image: 3,920 images, questions from 1 to 4, most often 1." in labels
     assert "Gradient norm from 0.2 at step 1 to 0.2 at step 30" in labels
-    assert "Disk: forecast 5.00 MiB, actual 2.50 MiB." in labels
+    assert "Disk: forecast 5.00 MB, actual 2.50 MB." in labels
 
 
 def test_damaged_forecast_and_histograms_are_named_and_left_out(tmp_path: Path) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vlm_sft.common.options import add_options, read_options
+from vlm_sft.data.engine_options import CacheOptions
+from vlm_sft.evaluate.options import PROMPT, AnswerOptions
+
 HELP = "answer benchmarks with a base model or an adapter and score the answers"
 NOT_FOR_VLLM = ("tokens_per_pack", "flash_attn", "cache_dir", "prepared_cache", "feature_cache", "shard_weights")
-
-
-def prompt_text(text: str) -> str:
-    """A prompt as a shell passes it: a backslash and an n stand for a new line."""
-    return text.replace("\\n", "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="transformers",
         help="what generates; vllm needs a GPU and the optional extra vlm-sft[vllm] (default: %(default)s)",
     )
-    add_shard_argument(parser)
-    add_cache_arguments(parser)
+    add_options(parser, AnswerOptions, only=("shard_weights",))
+    add_options(parser, CacheOptions)
     parser.add_argument("--max_left_out", type=float, default=0.01, metavar="SHARE", help="share of unusable questions")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
@@ -63,68 +62,22 @@ def add_other_base_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_shard_argument(parser: argparse._ActionsContainer) -> None:
-    """Add the flag for models that no device holds whole; training has it too, for its final evaluation."""
-    parser.add_argument(
-        "--shard_weights",
-        choices=("auto", "true", "false"),
-        default="auto",
-        help="several ranks share out the weights while they answer (ZeRO-3): auto does so where a whole model does "
-        "not fit on a device (default: %(default)s)",
-    )
-
-
 def add_prompt_arguments(parser: argparse.ArgumentParser, note: str) -> None:
     """Add the flags that say how a question is put to the model; training has them too."""
-    parser.add_argument(
-        "--prompt_template",
-        type=prompt_text,
-        metavar="TEXT",
-        help=f"the user's text with {{question}} in it, \\n for a new line: {note}",
-    )
-    parser.add_argument("--system", type=prompt_text, metavar="TEXT", help=f"system text: {note}")
-    parser.add_argument(
-        "--max_new_tokens",
-        metavar="N",
-        help="limit of an answer in tokens, for all or by benchmark: 32, or chartqa=32,textvqa=16 (default: the "
-        "benchmark's; for your own data what its longest answer needs)",
-    )
-
-
-def add_cache_arguments(parser: argparse._ActionsContainer) -> None:
-    """Add the flags that say what is kept on disk; training has them too."""
-    parser.add_argument(
-        "--cache_dir",
-        type=Path,
-        metavar="DIR",
-        help="where prepared data is kept (default: $VLM_SFT_CACHE, or ~/.cache/vlm_sft)",
-    )
-    parser.add_argument(
-        "--prepared_cache",
-        default="on",
-        metavar="on|off",
-        help="keep processed images and tokens for later epochs, ranks and runs (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--feature_cache",
-        default="auto",
-        metavar="auto|off|SIZE",
-        help="keep the outputs of the frozen vision tower: where it pays and fits, never, or up to a size such as 20GB "
-        "(default: %(default)s)",
-    )
+    add_options(parser, AnswerOptions, only=PROMPT, note=note)
+    add_options(parser, AnswerOptions, only=("max_new_tokens",))
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
     from vlm_sft.cli.parser import refuse_idle
     from vlm_sft.evaluate.run import EvalOptions, evaluate
-    from vlm_sft.model.caches import CacheOptions
 
     if args.adapter is None:
         refuse_idle(args, ("allow_prompt_mismatch",), "without --adapter", "leave it out: a base has no other prompt")
     if args.backend == "vllm":
         refuse_idle(args, NOT_FOR_VLLM, "on --backend vllm, which reads, packs and keeps images itself", "leave it out")
-    caches = CacheOptions.read(args.cache_dir, args.prepared_cache, args.feature_cache)
+    caches = read_options(CacheOptions, args)
     names = [name for name in EvalOptions.__dataclass_fields__ if name != "caches"]
     evaluate(EvalOptions(caches=caches, **{name: getattr(args, name) for name in names}))
     return 0

@@ -1,4 +1,4 @@
-"""`vlm-sft recommend`: which recipe to take for the time, disk and machine that there are."""
+"""`vlm-sft recommend`: which recipe to take for a given time, disk and machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_sft.cli.plan import add_device_arguments, add_imagined_arguments, plan_options
+from vlm_sft.cli.plan import add_device_arguments, add_hypothetical_arguments, plan_options
 from vlm_sft.cli.train import add_run_arguments
 from vlm_sft.common.errors import RunError
 from vlm_sft.forecast.recommend import PRIORITIES, worth
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="draw quality against time: .svg, .png or .pdf")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/planned"), help=argparse.SUPPRESS)
     add_device_arguments(parser)
-    add_imagined_arguments(parser)
+    add_hypothetical_arguments(parser)
     add_run_arguments(parser)
     add_recipe_arguments(parser)
 

@@ -66,12 +66,12 @@ def duration(seconds: float | None) -> str:
 
 
 def size(byte_count: float | None) -> str:
-    """Bytes in binary units with three significant digits: "23.4 MiB"."""
+    """Bytes in powers of ten with three significant digits: "23.4 MB" are 23,400,000 bytes."""
     if byte_count is None:
         return NOTHING
-    value, units = float(byte_count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    value, units = float(byte_count), ["B", "kB", "MB", "GB", "TB"]
     while round(value) >= 1000 and len(units) > 1:
-        value /= 1024
+        value /= 1000
         del units[0]
     unit = units[0]
     if unit == "B" or value >= 100:

@@ -20,13 +20,13 @@ from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.prompt import SHORT_ANSWER_TEMPLATE, PromptSettings
 from vlm_sft.data.sources.jsonl import answer_texts
 from vlm_sft.data.sources.spec import DatasetSpec
+from vlm_sft.data.token_estimate import CAREFUL
 
 SMALLEST_LIMIT = 32  # tokens
 ROOM, SPARE = 1.25, 8
 PHRASE_WORDS = 6
 LONG_SHARE = 0.01  # of the answers; so a stray sentence in a large set changes nothing
 PLAIN_TEMPLATE = "{question}"
-CHARACTERS_PER_TOKEN = 3  # of English, on the careful side, where no tokenizer is at hand
 _AT_ONCE = 1000  # texts that are tokenised together
 
 
@@ -43,7 +43,7 @@ def longest_answer(texts: Collection[str], plain: PlainText | None) -> int:
         plain: of the model; None estimates by the number of characters.
     """
     if plain is None:
-        return max((len(text) // CHARACTERS_PER_TOKEN + 1 for text in texts), default=0)
+        return max((CAREFUL.text(text) + CAREFUL.answer for text in texts), default=0)
     listed = list(texts)
     parts = (listed[start : start + _AT_ONCE] for start in range(0, len(listed), _AT_ONCE))
     return max((tokens for part in parts for tokens in plain.lengths(part)), default=0)

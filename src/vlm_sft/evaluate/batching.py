@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 from vlm_sft.data.encode import group_by_image
 from vlm_sft.data.processor import visual_tokens
 from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.data.token_estimate import CAREFUL
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Pack = list[list[Sample]]  # images of one forward pass, each with the questions that are asked about it
 
-_TEMPLATE_TOKENS = 24  # of a chat template around image and question, about
-_CHARACTERS_PER_TOKEN = 3  # of English questions, on the careful side
 _PIXELS_PER_TOKEN = 784  # 28 x 28: of processors that cannot say themselves
 AHEAD = 2  # packs that are encoded while the model answers another one
 
@@ -39,7 +38,7 @@ def plan_packs(samples: Sequence[Sample], image_tokens: Callable[[ImageRef], int
     """
     pieces: list[tuple[int, int, list[Sample]]] = []
     for group in group_by_image(samples):
-        prefix = _TEMPLATE_TOKENS + sum(image_tokens(image) for image in group[0].images)
+        prefix = CAREFUL.prefix + sum(image_tokens(image) for image in group[0].images)
         for members, load in _cut(group, prefix, budget):
             pieces.append((-load, len(pieces), members))
     packs: list[Pack] = []
@@ -58,15 +57,18 @@ def _cut(group: list[Sample], prefix: int, budget: int) -> Iterator[tuple[list[S
     part: list[Sample] = []
     load = prefix
     for sample in group:
-        size = _TEMPLATE_TOKENS + sum(
-            len(text) // _CHARACTERS_PER_TOKEN for text in (sample.question, *(turn.text for turn in sample.history))
-        )
+        size = question_tokens(sample)
         if part and load + size > budget:
             yield part, load
             part, load = [], prefix
         part.append(sample)
         load += size
     yield part, load
+
+
+def question_tokens(sample: Sample) -> int:
+    """About how many tokens a question takes behind its image."""
+    return CAREFUL.question + CAREFUL.text(sample.question, *(turn.text for turn in sample.history))
 
 
 def image_counter(processor: Any) -> Callable[[ImageRef], int]:

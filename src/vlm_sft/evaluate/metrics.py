@@ -101,7 +101,8 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 @lru_cache(maxsize=1)
 def _contractions() -> dict[str, str]:
     """Contractions written without their apostrophe -> with it: the VQA table as published (120 entries)."""
-    return json.loads(files("vlm_sft.evaluate").joinpath("vqa_contractions.json").read_text(encoding="utf-8"))
+    text = files("vlm_sft.evaluate").joinpath("vqa_contractions.json").read_text(encoding="utf-8")
+    return {str(bare): str(written) for bare, written in json.loads(text).items()}
 
 
 # The ten answers of a question are mostly the same few words; the cache is small so that memory stays bounded.

@@ -13,6 +13,7 @@ from vlm_sft.common.errors import EvaluationError, ModelError
 from vlm_sft.common.record import RunRecord, device_name
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.encode import Encoder
+from vlm_sft.data.engine_options import CacheOptions
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import distinct_images
 from vlm_sft.data.sources.spec import parse_datasets
@@ -34,7 +35,7 @@ from vlm_sft.evaluate.tasks import (
     usable_tasks,
     with_limits,
 )
-from vlm_sft.model.caches import CacheOptions, Caches
+from vlm_sft.model.caches import Caches
 from vlm_sft.model.load import Base, empty_model, find_base
 from vlm_sft.model.saved_adapter import check_adapter_folder, require_fit
 from vlm_sft.model.vllm_rules import not_for_vllm

@@ -195,7 +195,8 @@ def mean_interval(
 def _differences(a: Scores, b: Scores) -> np.ndarray:
     if len(a) != len(b):
         raise EvaluationError(f"cannot pair {len(a)} scores with {len(b)}", "score both systems on the same items")
-    return _as_scores(b) - _as_scores(a)
+    differences: np.ndarray = _as_scores(b) - _as_scores(a)
+    return differences
 
 
 def _score_bounds(differences: np.ndarray, effective: float) -> Interval:

@@ -1,8 +1,8 @@
-"""What measurements say about a forecast: a probe of a few steps, or past runs.
+"""Corrections of a forecast by measurements: a probe of a few steps, or past runs.
 
-Past runs lie in `past_runs.jsonl` in the cache folder, one JSON object a line: device and shape, what the uncorrected
-forecast said about every item, what it came to, and the machine's rates at its start. How much one of them teaches
-depends on how long it took, how long ago, and whether other programs held the machine; none moves an item far.
+Past runs are kept in `past_runs.jsonl` in the cache folder, one JSON object per line: device and shape, the uncorrected
+forecast of every item, its outcome, and the machine's rates at the start. The weight of a run depends on its length and
+age, and on whether other programs held the machine; no run moves an item far.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ KEPT_LINES = 400
 USED_RUNS = 5  # the newest ones that match
 TABLE, PROBE, PAST = "table", "probe", "past runs"
 PROBE_SPREAD, PAST_SPREAD, OTHER_SPREAD = 1.1, 1.15, 1.35
-WIDEST_SPREAD = 4.0  # beyond, an interval says nothing
-# Items below this say nothing about rates; those of another shape below that are mostly what every run has in common.
+WIDEST_SPREAD = 4.0  # a wider interval is of no use
+# Shorter items say nothing about rates; those of another shape are mostly overhead that every run has.
 SHORTEST_SECONDS, OTHER_SHORTEST_SECONDS = 0.05, 5.0
-LARGEST_FACTOR = 3.0  # what is farther off than this was an accident more than a rate of the machine
+LARGEST_FACTOR = 3.0  # a larger ratio is an accident rather than a rate of the machine
 TRUSTED_SECONDS = 5.0  # an item that took so long has half the weight of a very long one
 NEWER_COUNTS = 0.7  # weight of a run over that of the next newer one
 HALF_LIFE_DAYS = 30.0
 DISTURBED = 0.25  # weight of a run that began beside other programs, or that was an accident
-DOUBT = 0.1  # weight of "the table is right", against that of the runs
-SAME_RATE = 1.35  # rates that differ by less than this are the same, measured twice
+DOUBT = 0.1  # weight of the table, against that of the runs
+SAME_RATE = 1.35  # rates that differ by less are taken for the same rate
 MEMORY = "memory"
 
 
@@ -59,7 +59,7 @@ class Calibration:
     note: str = ""
 
     def factor(self, item: str) -> float:
-        """The correction of one item; that of the training steps for work of the model that was not measured."""
+        """The correction of one item; 1 for an item that was not measured."""
         return self.factors.get(item, 1.0)
 
 
@@ -122,7 +122,7 @@ def from_past_runs(
     Returns:
         The calibration; that of the table where no run matches.
     """
-    # Of other shapes only what took its time: a tiny model is all overhead.
+    # Of other shapes long items alone count: a tiny model is all overhead.
     same = _alike(rows, key)
     device = [row for row in rows if all(row.get("key", {}).get(name) == key[name] for name in ("device", "threads"))][
         -USED_RUNS:
@@ -158,25 +158,25 @@ def _disturbed(row: Mapping[str, Any]) -> bool:
 
 
 def _age_weight(row: Mapping[str, Any], newer: int, today: datetime) -> float:
-    """What a run counts for by its age: the number of `newer` runs, and days where it says when it was."""
-    weight = NEWER_COUNTS**newer * (DISTURBED if _disturbed(row) else 1.0)
+    """The weight of a run by its age: the number of `newer` runs, and days where its time is recorded."""
+    weight = math.pow(NEWER_COUNTS, newer) * (DISTURBED if _disturbed(row) else 1.0)
     try:
         days = (today - datetime.fromisoformat(row["at"])).total_seconds() / 86_400
     except (KeyError, TypeError, ValueError):
         return weight
-    return weight * 0.5 ** (max(0.0, days) / HALF_LIFE_DAYS)
+    return weight * math.pow(0.5, max(0.0, days) / HALF_LIFE_DAYS)
 
 
 def _ratio(row: Mapping[str, Any], item: str, shortest: float) -> tuple[float, float] | None:
     """Actual over forecast of one item of a past run, bounded, and its weight; None where it was too short to tell."""
-    said, came = row["forecast"].get(item), row["actual"].get(item)
-    if not said or not came or said < 0 or came < 0:
+    expected, actual = row["forecast"].get(item), row["actual"].get(item)
+    if not expected or not actual or expected < 0 or actual < 0:
         return None
-    seconds = min(float(said), float(came))
+    seconds = min(float(expected), float(actual))
     if item != MEMORY and seconds < shortest:
         return None
     weight = 1.0 if item == MEMORY else seconds / (seconds + TRUSTED_SECONDS)
-    ratio = float(came) / float(said)
+    ratio = float(actual) / float(expected)
     bounded = min(max(ratio, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
     return bounded, weight if bounded == ratio else weight * DISTURBED
 
@@ -190,19 +190,19 @@ def _learned(ratios: Sequence[tuple[float, float]]) -> float:
 
 
 def _spread(rows: Sequence[Mapping[str, Any]], ages: Sequence[float], factors: Mapping[str, float]) -> float:
-    """How far the seconds of these runs lay from what they would now be forecast as, as a factor."""
+    """How far the seconds of these runs lie from their corrected forecast, as a factor."""
     misses, weights = [], []
     for row, age in zip(rows, ages, strict=True):
         items = [item for item in row["forecast"] if item != MEMORY and row["actual"].get(item)]
-        said = sum(float(row["forecast"][item]) * factors.get(item, 1.0) for item in items)
-        came = sum(float(row["actual"][item]) for item in items)
-        if said > 0 and came > 0:
-            misses.append(abs(math.log(came / said)))
-            weights.append(age * min(said, came) / (min(said, came) + TRUSTED_SECONDS))
+        expected = sum(float(row["forecast"][item]) * factors.get(item, 1.0) for item in items)
+        actual = sum(float(row["actual"][item]) for item in items)
+        if expected > 0 and actual > 0:
+            misses.append(abs(math.log(actual / expected)))
+            weights.append(age * min(expected, actual) / (min(expected, actual) + TRUSTED_SECONDS))
     total = sum(weights)
     if not total:
         return OTHER_SPREAD
     doubt = DOUBT / (total + DOUBT)
-    usual = PAST_SPREAD ** (1 - doubt) * OTHER_SPREAD**doubt
+    usual = math.pow(PAST_SPREAD, 1 - doubt) * math.pow(OTHER_SPREAD, doubt)
     seen = math.exp(1.5 * sum(map(math.prod, zip(misses, weights, strict=True))) / total)
     return min(max(usual, seen), WIDEST_SPREAD)

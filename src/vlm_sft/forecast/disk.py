@@ -6,15 +6,15 @@ are constants, taken from what this version writes; the forecast is held against
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlm_sft.forecast.flops import Adapter
+from vlm_sft.forecast.setting import Setting
 from vlm_sft.forecast.shapes import ModelShape
 
 HEADER_BYTES = 144  # of one tensor in a safetensors header: its long name, shape, offsets
 STATE_HEADER_BYTES = 116  # of one tensor of the optimizer's state
-STATE_TENSORS = 3  # of AdamW, a trained tensor: two moments and a step
+STATE_TENSORS = 3  # of AdamW per trained tensor: two moments and a step
 CHECKPOINT_BYTES = 25_500  # random states, scheduler, manifest, card and configuration
 RANK_BYTES = 15_300  # random states of one more rank
 # DeepSpeed 0.19 adds two programs and, in PyTorch's format, names and shapes: of the model's state, which each rank
@@ -22,15 +22,16 @@ RANK_BYTES = 15_300  # random states of one more rank
 ENGINE_BYTES = 41_100
 ENGINE_MODEL_BYTES, ENGINE_MODEL_TENSOR_BYTES = 7_400, {"zero2": 760, "zero3": 980}
 ENGINE_STATE_BYTES, ENGINE_STATE_TENSOR_BYTES = 4_300, {"zero2": 60, "zero3": 0}  # the manifest's line too
-ENGINE_STATE_VALUES = 3  # of 4 bytes, a trained number: itself in float32, and two moments
+ENGINE_STATE_VALUES = 3  # of 4 bytes per trained number: itself in float32, and two moments
 HISTORY_BYTES = 165  # of one log event in trainer_state.json
 LOG_BYTES = 190  # of one log event in metrics.jsonl
 EVENT_BYTES = 330  # of one log event in TensorBoard's file
 RUN_BYTES = 42_000  # run.json, recipe.json, data.json, the adapter's manifest, README and configuration
 EVENTS_BYTES = 6_000  # of TensorBoard's file before the first event
-PREDICTION_BYTES = 230  # a line of predictions.jsonl, without question and answers
+PREDICTION_BYTES = 230  # of a line of predictions.jsonl, without question and answers
 RESULTS_BYTES = 33_000  # results.json of a benchmark, base and tuned, and its part of the run's results.json
 IMAGE_BYTES = 3_520  # of a prepared image besides its colours: table of colours, header, index
+ONE_MORE = "one more while it is written"  # the item of the checkpoint that is not whole yet
 FEATURE_BYTES = 270  # of an image's vision features besides themselves: grid, header, index
 
 
@@ -48,12 +49,12 @@ class Saving:
 
     @property
     def kept(self) -> int:
-        """Checkpoints that are there at the end, at most."""
+        """Checkpoints that are left at the end, at most."""
         return len(self.steps) if self.limit is None else min(len(self.steps), self.limit)
 
     @property
     def at_once(self) -> int:
-        """Checkpoints on disk in the fullest moment: a new one is written before an old one goes."""
+        """Checkpoints on disk at the peak: a new one is written before an old one is removed."""
         return min(len(self.steps), self.kept + 1)
 
 
@@ -70,67 +71,49 @@ def optimizer_bytes(model: ModelShape, adapter: Adapter, optim: str) -> float:
     return adapter.parameters(model) * 4 * moments + tensors * STATE_HEADER_BYTES
 
 
-def engine_bytes(model: ModelShape, adapter: Adapter, parallel: str, world_size: int, value_bytes: int) -> float:
-    """Bytes of DeepSpeed's own state in a checkpoint: trained weights, and the optimizer in a shard a rank.
+def engine_bytes(setting: Setting) -> float:
+    """Bytes of DeepSpeed's own state in a checkpoint: trained weights, and one shard of the optimizer per rank.
 
-    Args:
-        model, adapter: what is trained.
-        parallel: "zero2" or "zero3"; another configuration is counted as ZeRO-2.
-        world_size: number of ranks.
-        value_bytes: of one number of the computation; weights are held in bfloat16 where it is 2.
+    A configuration other than ZeRO-2 and ZeRO-3 is counted as ZeRO-2.
     """
-    kind = parallel if parallel in ENGINE_MODEL_TENSOR_BYTES else "zero2"
+    model, adapter, ranks = setting.model, setting.adapter, setting.ranks
+    kind = ranks.parallel if ranks.parallel in ENGINE_MODEL_TENSOR_BYTES else "zero2"
     trained, tensors = adapter.parameters(model), adapter.tensors(model)
     states = ENGINE_STATE_VALUES * 4.0 * trained
-    states += world_size * (ENGINE_STATE_BYTES + ENGINE_STATE_TENSOR_BYTES[kind] * tensors)
+    states += ranks.count * (ENGINE_STATE_BYTES + ENGINE_STATE_TENSOR_BYTES[kind] * tensors)
     names = ENGINE_MODEL_BYTES + ENGINE_MODEL_TENSOR_BYTES[kind] * tensors
     # Under ZeRO-3 the weights are in the optimizer's shards alone. Below, the engine leaves frozen weights out by name,
     # and a tied head has a second name that it does not find.
     held = trained + (model.text.embedding if model.text.tied and not adapter.everything else 0)
-    weights = world_size * names if kind == "zero3" else names + held * value_bytes
+    weights = ranks.count * names if kind == "zero3" else names + held * setting.value_bytes
     return ENGINE_BYTES + states + weights
 
 
-def checkpoint_bytes(
-    model: ModelShape, adapter: Adapter, optim: str, parallel: str, world_size: int, value_bytes: int
-) -> float:
-    """Bytes of one checkpoint without the history of the log; the arguments are those of `checkpoint_items`."""
-    if parallel in ("single", "ddp"):
-        state = optimizer_bytes(model, adapter, optim)
-    else:
-        state = engine_bytes(model, adapter, parallel, world_size, value_bytes)
-    return adapter_bytes(model, adapter) + state + CHECKPOINT_BYTES + RANK_BYTES * (world_size - 1)
-
-
-def checkpoint_items(
-    model: ModelShape,
-    adapter: Adapter,
-    optim: str,
-    saving: Saving,
-    logging_steps: int,
-    *,
-    parallel: str = "single",
-    world_size: int = 1,
-    value_bytes: int = 4,
-) -> dict[str, float]:
-    """Bytes of the checkpoints that are there at the end, and of what the fullest moment adds.
+def checkpoint_bytes(setting: Setting, optim: str) -> float:
+    """Bytes of one checkpoint without the history of the log.
 
     Args:
-        model, adapter: what is trained.
+        setting: what is trained, and by how many ranks.
         optim: as in the recipe; DeepSpeed always keeps AdamW's two moments.
+    """
+    engine = setting.ranks.engine
+    state = engine_bytes(setting) if engine else optimizer_bytes(setting.model, setting.adapter, optim)
+    ranks = RANK_BYTES * (setting.ranks.count - 1)
+    return adapter_bytes(setting.model, setting.adapter) + state + CHECKPOINT_BYTES + ranks
+
+
+def checkpoint_items(setting: Setting, optim: str, saving: Saving, logging_steps: int) -> dict[str, float]:
+    """Bytes of the checkpoints that are left at the end, and of the one more that is there while a new one is written.
+
+    Args:
+        setting, optim: as for `checkpoint_bytes`.
         saving: when checkpoints are written.
         logging_steps: as in the recipe.
-        parallel, world_size: as in `memory.Ranks`.
-        value_bytes: as in `engine_bytes`.
-
-    Returns:
-        "checkpoints": of all that are kept; "one more while it is written": the difference to the fullest moment.
     """
-    fixed = checkpoint_bytes(model, adapter, optim, parallel, world_size, value_bytes)
+    one = checkpoint_bytes(setting, optim)
     kept = saving.steps[len(saving.steps) - saving.kept :]
     history = sum(HISTORY_BYTES * (step / logging_steps + 1) for step in kept)
-    extra = (saving.at_once - saving.kept) * fixed
-    return {"checkpoints": fixed * saving.kept + history, "one more while it is written": extra}
+    return {"checkpoints": one * saving.kept + history, ONE_MORE: one * (saving.at_once - saving.kept)}
 
 
 def log_bytes(steps: int, logging_steps: int, evaluations: int, tensorboard: bool) -> float:
@@ -139,17 +122,8 @@ def log_bytes(steps: int, logging_steps: int, evaluations: int, tensorboard: boo
     return events * (LOG_BYTES + EVENT_BYTES * tensorboard) + EVENTS_BYTES * tensorboard
 
 
-def prediction_bytes(texts: Sequence[int]) -> float:
-    """Bytes of one predictions.jsonl.
-
-    Args:
-        texts: for each question the bytes of question, answers and id.
-    """
-    return float(sum(PREDICTION_BYTES + size for size in texts))
-
-
 def pixel_bytes(model: ModelShape, visual: float, images: float) -> float:
-    """Bytes of prepared images with so many visual tokens: one byte a colour value, each frame of a patch once."""
+    """Bytes of prepared images: one byte per colour value, each frame of a patch once."""
     vision = model.vision
     frames = 2 if model.kind.startswith("qwen") else 1
     return visual * vision.patches_per_token * vision.patch_values / frames + IMAGE_BYTES * images

@@ -1,7 +1,7 @@
 """What a run computes: sizes of its packs, and floating-point operations.
 
-The arithmetic counts what is executed: a frozen linear module of N weights costs 2 N a token forward and 2 N backward
-(the gradient of its input; its own weights have none), attention costs the whole square of an image with its questions,
+The arithmetic counts what is executed: a frozen linear module of N weights costs 2 N per token forward and 2 N backward
+(the gradient of its input; its weights have none), attention costs the full square of an image with its questions,
 the vision tower runs forward only, the vocabulary projection only where a token is supervised. Gradient checkpointing
 adds one forward pass of the layers. tests/unit/test_forecast_flops.py compares with torch's own counter.
 """
@@ -50,7 +50,7 @@ class Work:
         return Work(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
     def times(self, factor: float) -> Work:
-        """The same work so many times."""
+        """The same work, `factor` times."""
         return Work(*(getattr(self, item.name) * factor for item in fields(self)))
 
 
@@ -86,10 +86,10 @@ class EpochWork:
     """The work of one epoch.
 
     Attributes:
-        slowest: what a step waits for: of every round of packs the one with the most tokens.
+        slowest: the work that a step waits for: of every round of packs the one with the most tokens.
         total: of all ranks together.
         largest: the largest sizes that any one pack has, each for itself.
-        rounds: packs that a rank computes in one step, at most.
+        rounds: the most packs that a rank computes in one step.
     """
 
     slowest: Work
@@ -148,7 +148,7 @@ class Adapter:
         return not (self.vision or self.projector or self.everything)
 
     def parameters(self, model: ModelShape) -> int:
-        """Trained parameters: r (inputs + outputs) for every adapted module of every layer, and the whole parts."""
+        """Trained parameters: r (inputs + outputs) per adapted module and layer, and the parts trained in full."""
         if self.everything:
             return model.parameters
         lora = model.text.layers * sum(self.r * (inputs + outputs) for inputs, outputs in self.modules(model))
@@ -157,7 +157,7 @@ class Adapter:
         return lora + whole
 
     def tensors(self, model: ModelShape) -> int:
-        """Number of trained tensors, about: two for every adapted module, a dozen for every whole layer."""
+        """Number of trained tensors, about: two per adapted module, a dozen per layer that is trained in full."""
         whole = 12 * model.vision.layers * (self.vision or self.everything) + 12 * model.text.layers * self.everything
         return 2 * model.text.layers * len(self.modules(model)) + whole
 

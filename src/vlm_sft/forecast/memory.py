@@ -9,56 +9,27 @@ attention and the gated product remain. tests/unit/test_forecast_memory.py compa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from vlm_sft.forecast.flops import Work
-from vlm_sft.forecast.time import Setting
+from vlm_sft.forecast.setting import Setting
 
-NORM_VALUES = 4  # hidden vectors a token and layer: the input of two norms, and their normalised values
+NORM_VALUES = 4  # hidden vectors per token and layer: the input of two norms, and their normalised values
 NORM_VALUES_HALF = 4  # in half precision the two inputs as float32 copies
 NORM_VALUES_FUSED = 2  # the two inputs as they are
 ATTENTION_VALUES = 4  # queries, keys, values (repeated for every head) and the output
 GATE_VALUES = 3  # gate, activated gate, up
 GATE_VALUES_TWO = 2  # gate and up, where MLPs are computed block by block or by one kernel
-BACKWARD_VALUES = 3  # vectors of the MLP's width a token that the backward pass of one layer needs at once
+BACKWARD_VALUES = 3  # vectors of the MLP's width per token that the backward pass of one layer holds at once
 # Modules that read the same vectors; without dropout these are kept once. The output projection's stay with attention.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
 LOGIT_VALUES = 3  # float32 scores, their probabilities and the gradient
 # QLoRA (Dettmers et al. 2023): half a byte a weight, a byte for the scale of 64, 4 bytes for the scale of 256 scales.
 FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 TOWER_PATCHES = 8192  # of one call in the pass that computes features
-TOWER_VALUES = 12  # hidden vectors a patch at once, forward only
+TOWER_VALUES = 12  # hidden vectors per patch at once, forward only
 CONTEXT_BYTES = 600 * 1024**2  # of the driver on a GPU, outside the allocator
 ZERO_BUCKET = 500_000_000  # gradients that DeepSpeed reduces at once (`reduce_bucket_size` at its default)
 ZERO_BUCKETS = 2  # with `overlap_comm` one fills while the other is on its way
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """How a run is spread out.
-
-    Attributes:
-        count: processes.
-        parallel: "single", "ddp", "zero2", "zero3" or "deepspeed".
-    """
-
-    count: int = 1
-    parallel: str = "single"
-
-    @property
-    def engine(self) -> bool:
-        """Whether DeepSpeed's engine runs it."""
-        return self.parallel in ("zero2", "zero3", "deepspeed")
-
-    @property
-    def shared_optimizer(self) -> int:
-        """Ranks that share gradients and optimizer out among them."""
-        return self.count if self.parallel in ("zero2", "zero3") else 1
-
-    @property
-    def shared_weights(self) -> int:
-        """Ranks that share the weights out among them."""
-        return self.count if self.parallel == "zero3" else 1
 
 
 def weight_bytes(setting: Setting) -> float:
@@ -164,61 +135,59 @@ def _tower_values(setting: Setting, work: Work) -> float:
 
 
 def feature_bytes(setting: Setting, visual: float) -> float:
-    """Bytes of kept vision features, for so many visual tokens."""
+    """Bytes of the vision features of some visual tokens."""
     return visual * (1 + setting.model.vision.extra_features) * setting.model.text.hidden * setting.value_bytes
 
 
 def cache_bytes(setting: Setting, tokens: float) -> float:
-    """Bytes of keys and values of a generation over so many tokens."""
+    """Bytes of the keys and values of a generation over some tokens."""
     text = setting.model.text
     return 2 * text.layers * text.kv_heads * text.head_dim * tokens * setting.value_bytes
 
 
 def peak_items(
     setting: Setting,
-    ranks: Ranks,
     largest: Work,
     answering_tokens: float,
     features: bool,
-    process_bytes: float,
+    process_bytes: float = 0.0,
     rounds: int = 1,
 ) -> dict[str, float]:
-    """What the largest moment of a run consists of, in bytes on one device.
+    """What a run holds at its peak, in bytes on one device.
 
     Args:
         setting: the model on its device.
-        ranks: how the run is spread out.
         largest: the largest sizes of any pack.
         answering_tokens: tokens of the largest pack that is answered, answers included; 0 for none.
-        features: whether kept vision features enter, or pixels.
+        features: whether packs hold kept vision features; else pixels.
         process_bytes: of the process before the model is loaded (on a CPU); 0 on a GPU.
         rounds: packs that a rank computes in one step.
     """
-    items = {"process": process_bytes} | _state_items(setting, ranks)
+    items = {"process": process_bytes} | _state_items(setting)
     if setting.four_bit:  # the largest matrix of a layer, unpacked while it is used
         items["unpacked weights"] = setting.model.text.hidden * setting.model.text.intermediate * setting.value_bytes
     training = {
-        "gradients": _gradient_bytes(setting, ranks, rounds),
+        "gradients": _gradient_bytes(setting, rounds),
         "activations": activation_bytes(setting, largest),
         "logits": logit_bytes(setting, largest.supervised),
         "images": image_bytes(setting, largest, features),
     }
-    exchange = _exchange_items(setting, ranks)
+    exchange = _exchange_items(setting)
     answering = {"answering": cache_bytes(setting, answering_tokens) + _forward_bytes(setting, answering_tokens)}
     tower = {"vision features": _tower_bytes(setting)} if features else {"images": _tower_values(setting, largest)}
     phases = (training, exchange, answering, tower)
     return items | max(phases, key=lambda phase: sum(phase.values()))
 
 
-def _state_items(setting: Setting, ranks: Ranks) -> dict[str, float]:
-    """Weights and optimizer: there all the time.
+def _state_items(setting: Setting) -> dict[str, float]:
+    """Weights and optimizer, which are held all the time.
 
     DeepSpeed holds what is trained in bfloat16 and its partition of it in float32 besides, with Adam's two moments
     (12 bytes a weight, shared out by stages 2 and 3). Without it what is trained is float32 (4 + 8 bytes), and autocast
     keeps the half-precision copy of a weight from its first use until the pass ends (2 bytes).
     """
-    trained = setting.adapter.parameters(setting.model)
-    size = _trained_bytes(setting, ranks)
+    ranks, trained = setting.ranks, setting.adapter.parameters(setting.model)
+    size = _trained_bytes(setting)
     master = 4 if size == 2 else 0
     frozen = weight_bytes(setting) - trained * setting.value_bytes * setting.adapter.everything
     items = {
@@ -228,39 +197,40 @@ def _state_items(setting: Setting, ranks: Ranks) -> dict[str, float]:
     }
     if setting.value_bytes < size:
         items["copies of trained weights"] = trained * setting.value_bytes
-    if ranks.engine and setting.rates.gpu and ranks.shared_weights > 1:  # the layer that is gathered, and the next one
+    if setting.rates.gpu and ranks.shared_weights > 1:  # the layer that is gathered, and the next one
         gathered = 2 * setting.model.text.layer_weights + setting.model.text.embedding
         items["gathered weights"] = gathered * setting.value_bytes
     return items
 
 
-def _trained_bytes(setting: Setting, ranks: Ranks) -> int:
+def _trained_bytes(setting: Setting) -> int:
     """Bytes of one trained weight, and of its gradient."""
-    return 2 if ranks.engine and setting.value_bytes == 2 else 4
+    return 2 if setting.ranks.engine and setting.value_bytes == 2 else 4
 
 
-def _gradient_bytes(setting: Setting, ranks: Ranks, rounds: int) -> float:
+def _gradient_bytes(setting: Setting, rounds: int) -> float:
     """Bytes of gradients while packs are computed.
 
     The sum over the packs of a step is whole on every rank (`model/step_gradients.py`), under ZeRO-2 too, and so are
     those of the pack that is being added. Under ZeRO-3 the engine runs backward itself and keeps the rank's partition.
     """
-    trained = setting.adapter.parameters(setting.model) * _trained_bytes(setting, ranks)
-    if ranks.shared_weights > 1:
-        return trained / ranks.shared_weights
+    trained = setting.adapter.parameters(setting.model) * _trained_bytes(setting)
+    if setting.ranks.shared_weights > 1:
+        return trained / setting.ranks.shared_weights
     return trained * (2 if rounds > 1 else 1)
 
 
-def _exchange_items(setting: Setting, ranks: Ranks) -> dict[str, float]:
-    """What there is while DeepSpeed reduces the gradients of a step and updates its partition; {} without it.
+def _exchange_items(setting: Setting) -> dict[str, float]:
+    """What is held while DeepSpeed reduces the gradients of a step and updates its partition; {} without DeepSpeed.
 
     The whole gradients go through contiguous buckets into this rank's partition, which the optimizer then widens to
     float32 (DeepSpeed's stage_1_and_2.py: `ipg_buckets`, `averaged_gradients`, `single_grad_partition`).
     """
+    ranks = setting.ranks
     if not ranks.engine:
         return {}
     trained = setting.adapter.parameters(setting.model)
-    size = _trained_bytes(setting, ranks)
+    size = _trained_bytes(setting)
     items = {"gradient partitions": trained * (size + (4 if size == 2 else 0)) / ranks.shared_optimizer}
     if ranks.shared_weights == 1:
         items["gradients"] = trained * size

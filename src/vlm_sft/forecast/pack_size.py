@@ -1,7 +1,7 @@
-"""How large packs are, and whether activations are kept: the fastest that fits.
+"""The size of packs and gradient checkpointing: the fastest way that fits.
 
 Keeping activations takes memory, computing them again takes time; smaller packs need less memory and more passes. Both
-leave the result as it is, so they are chosen together from what the forecast counts.
+leave the result as it is, so they are chosen together, from the forecast.
 """
 
 from __future__ import annotations
@@ -10,26 +10,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from vlm_sft.common.formats import size
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.forecast.flops import EpochWork, epoch_work
-from vlm_sft.forecast.memory import CONTEXT_BYTES, Ranks, peak_items
-from vlm_sft.forecast.time import Setting, tower_seconds, training_seconds
+from vlm_sft.forecast.memory import CONTEXT_BYTES, peak_items
+from vlm_sft.forecast.setting import Setting
+from vlm_sft.forecast.time import tower_seconds, training_seconds
 
-PACK_TOKENS = (8192, 4096, 2048)  # budgets that are tried on a GPU; the first of two that are equally fast is taken
-ROOM_SHARE = 0.9  # of a GPU's memory: the forecast may be that far off, and the allocator keeps pieces
-FASTER = 0.98  # times the seconds: what is faster by less is as fast
+PACK_TOKENS = (8192, 4096, 2048)  # budgets that are tried on a GPU; the larger of two equally fast ones is taken
+ROOM_SHARE = 0.9  # of a GPU's memory: a margin for the forecast's error and for fragmentation
+FASTER = 0.98  # of the seconds: a smaller gain does not count
 
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """How the forward and backward passes of a run are cut.
+    """The size of the forward and backward passes of a run.
 
     Attributes:
         tokens_per_pack: token budget of one forward pass.
         gradient_checkpointing: activations are computed again in the backward pass.
         reason: one line for the user; "" where nothing was to be decided.
-        peak_bytes, room_bytes: what the forecast counts for the largest pack, and what it may take; None where that
-            was not looked at.
+        peak_bytes, room_bytes: memory that the largest pack is forecast to take, and may take; None where it was not
+            forecast.
     """
 
     tokens_per_pack: int
@@ -45,7 +47,7 @@ class Passes:
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
-    """One way, with its forecast for an epoch on one rank."""
+    """One way, with its forecast for one epoch on one rank."""
 
     tokens: int
     checkpointing: bool
@@ -59,18 +61,12 @@ class _Tried:
 
 
 def choose_passes(
-    setting: Setting,
-    ranks: Ranks,
-    planner: EpochPlanner,
-    visual: Sequence[int],
-    tokens: Sequence[int],
-    checkpointing: Sequence[bool],
+    setting: Setting, planner: EpochPlanner, visual: Sequence[int], tokens: Sequence[int], checkpointing: Sequence[bool]
 ) -> Passes:
     """Choose the fastest way whose memory fits on a GPU; where none fits, the one that needs least.
 
     Args:
         setting: the model on its device, whatever its `checkpointing`.
-        ranks: how the run is spread out.
         planner: the plan of the epochs, whatever its `tokens_per_pack`.
         visual: visual tokens of every image.
         tokens: budgets of a pack that may be taken, the largest first.
@@ -78,10 +74,10 @@ def choose_passes(
     """
     room = ROOM_SHARE * (setting.rates.memory - CONTEXT_BYTES)
     tried: list[_Tried] = []
-    for one in _ways(setting, ranks, planner, visual, tokens, checkpointing):
+    for one in _ways(setting, planner, visual, tokens, checkpointing):
         tried.append(one)
         if one.peak <= room and one.checkpointing == min(checkpointing):
-            break  # smaller packs are not faster, and nothing is computed again that need not be
+            break  # smaller packs are not faster, and recomputing is not needed
     fitting = [one for one in tried if one.peak <= room]
     chosen = fitting[0] if fitting else min(tried, key=lambda one: one.peak)
     for one in fitting[1:]:
@@ -90,32 +86,27 @@ def choose_passes(
 
 
 def _ways(
-    setting: Setting,
-    ranks: Ranks,
-    planner: EpochPlanner,
-    visual: Sequence[int],
-    tokens: Sequence[int],
-    checkpointing: Sequence[bool],
+    setting: Setting, planner: EpochPlanner, visual: Sequence[int], tokens: Sequence[int], checkpointing: Sequence[bool]
 ) -> Iterator[_Tried]:
-    """Every way with its forecast, those that are usually fastest first."""
+    """Every way with its forecast, usually the fastest first."""
     for budget in tokens:
         epoch = epoch_work(replace(planner, tokens_per_pack=budget), visual)
         for again in sorted(checkpointing):
-            yield _tried(replace(setting, checkpointing=again), ranks, epoch, budget)
+            yield _tried(replace(setting, checkpointing=again), epoch, budget)
 
 
-def _tried(setting: Setting, ranks: Ranks, epoch: EpochWork, budget: int) -> _Tried:
-    peak = sum(peak_items(setting, ranks, epoch.largest, budget, False, 0.0, epoch.rounds).values())
+def _tried(setting: Setting, epoch: EpochWork, budget: int) -> _Tried:
+    peak = sum(peak_items(setting, epoch.largest, budget, False, rounds=epoch.rounds).values())
     seconds = training_seconds(setting, epoch.slowest) + tower_seconds(setting, epoch.slowest, training=True)
     return _Tried(budget, setting.checkpointing, peak, seconds)
 
 
 def _reason(chosen: _Tried, tried: Sequence[_Tried], room: float) -> str:
     """What was decided and why."""
-    said = f"{chosen.way}: {chosen.peak / 1e9:.1f} GB are forecast"
+    choice = f"{chosen.way}: {size(chosen.peak)} are forecast"
     if chosen.peak > room:
-        return f"{said}, more than the {room / 1e9:.1f} GB that may be used; all other ways need more"
+        return f"{choice}, more than the {size(room)} that may be used; all other ways need more"
     first = tried[0]
     if chosen is first:
-        return f"{said}, {room / 1e9:.1f} GB may be used"
-    return f"{said}, {room / 1e9:.1f} GB may be used; {first.way} would need {first.peak / 1e9:.1f} GB"
+        return f"{choice}, {size(room)} may be used"
+    return f"{choice}, {size(room)} may be used; {first.way} would need {size(first.peak)}"

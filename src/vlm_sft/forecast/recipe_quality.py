@@ -1,4 +1,4 @@
-"""How good each recipe was found to be: in the user's own runs, or in our recorded benchmark."""
+"""The measured quality of each recipe: in the user's own runs, or in our recorded benchmark."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Quality:
 
     @property
     def text(self) -> str:
-        """As a person reads it."""
+        """The value with its interval, as text."""
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
@@ -73,7 +73,7 @@ def combined(accuracies: Sequence[tuple[float, float, float]], source: str, ques
 def qualities(
     runs: Path | None, base_model: str, datasets: Sequence[str], recorded: Path = RECORDED
 ) -> tuple[dict[str, Quality], str]:
-    """What is known of each recipe's quality: the user's runs first, else the recorded benchmark.
+    """The quality of each recipe: from the user's runs, else from the recorded benchmark.
 
     Args:
         runs: folder of the user's run folders; None for none.
@@ -95,7 +95,7 @@ def qualities(
 
 
 def _too_few_line(few: Mapping[str, Quality]) -> str:
-    """Which of the user's runs cannot be chosen by, and what it would take."""
+    """Which of the user's runs have too few questions to choose by, and how many would suffice."""
     named = ", ".join(f"{name} {quality.text}" for name, quality in few.items())
     needed = max(quality.questions_needed for quality in few.values())
     how_many = f"; about {needed:,} questions would do" if needed else ""
@@ -181,7 +181,7 @@ class GuideRow:
 
     Attributes:
         low_hours, high_hours: budgets that it is for.
-        recipe: what it advises; for_quality: where absolute quality is asked for.
+        recipe: what it advises; for_quality: the same for the priority "quality".
     """
 
     low_hours: float
@@ -195,12 +195,6 @@ GUIDE = (GuideRow(0, 8, "1epoch", "1epoch"), GuideRow(8, 16, "2epoch", "2epoch")
 GUIDE_BASE, GUIDE_QUESTIONS, GUIDE_GPUS = "Qwen/Qwen2.5-VL-7B-Instruct", 50_000, 8
 
 
-def guide_advice(hours: float, priority: str) -> str:
-    """The recipe that the guide advises for a budget; beyond its last line that of the last line."""
-    row = next((row for row in GUIDE if hours < row.high_hours), GUIDE[-1])
-    return row.for_quality if priority == "quality" else row.recipe
-
-
 def guide_comparison(seconds: Mapping[str, float]) -> list[str]:
     """The guide's hours beside our forecast, one line a recipe.
 
@@ -210,7 +204,9 @@ def guide_comparison(seconds: Mapping[str, float]) -> list[str]:
     lines = [f"the guide's set-up ({GUIDE_BASE}, {GUIDE_QUESTIONS:,} questions, {GUIDE_GPUS} GPUs):"]
     for row in GUIDE:
         for name in dict.fromkeys((row.recipe, row.for_quality)):
-            said = f"under {row.high_hours:g} h" if not row.low_hours else f"{row.low_hours:g} to {row.high_hours:g} h"
+            planned = (
+                f"under {row.high_hours:g} h" if not row.low_hours else f"{row.low_hours:g} to {row.high_hours:g} h"
+            )
             ours = f"{seconds[name] / 3600:.2f} h" if name in seconds else "not forecast"
-            lines.append(f"  {name}: the guide plans {said}, our forecast is {ours}")
+            lines.append(f"  {name}: the guide plans {planned}, our forecast is {ours}")
     return lines

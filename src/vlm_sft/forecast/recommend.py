@@ -2,8 +2,8 @@
 
 A recipe is affordable when its forecast time, memory and disk fit. Of the affordable ones the cheapest that is not
 significantly worse than the best is taken (priority balanced), or the best (quality), or the cheapest that trains on
-all data (speed). A larger budget never leads to a recipe of lower quality: the choice is made for every smaller budget
-first, and given up only for one that is at least as good.
+all data (speed). A larger budget never leads to a recipe of lower quality: the choice for a smaller budget is given up
+only for one that is at least as good.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlm_sft.forecast.pareto import pareto_front
+from vlm_sft.common.formats import size
+from vlm_sft.forecast.pareto import cheapest_not_worse, pareto_front
 from vlm_sft.forecast.recipe_quality import Quality
 
 PRIORITIES = ("quality", "balanced", "speed")
@@ -23,14 +24,14 @@ NAMES_AWAY = 5  # rows from its point that a name may stand
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class RecipeCandidate:
     """One recipe with its forecast.
 
     Attributes:
         name: of the recipe.
         epochs: passes over the data.
         seconds, high_seconds: forecast time, and the upper end of its interval.
-        peak_bytes, disk_bytes: forecast memory of a device, and disk in the fullest moment.
+        peak_bytes, disk_bytes: forecast memory of a device, and disk at its peak.
         quality: measured; None where it was not.
         partial: trains on a part of the data only, to try things out.
         problem: why it does not fit, whatever the hours; "" when it does.
@@ -65,14 +66,14 @@ class Recommendation:
     measured: bool
 
 
-def worth(candidate: Candidate, measured: bool) -> float:
-    """What candidates are ordered by: measured quality, or epochs where there is none."""
+def worth(candidate: RecipeCandidate, measured: bool) -> float:
+    """The quality that candidates are ordered by: measured, or their epochs where none was measured."""
     if not measured:
         return 0.0 if candidate.partial else candidate.epochs
     return candidate.quality.value if candidate.quality is not None else -math.inf
 
 
-def significantly_worse(one: Candidate, best: Candidate, measured: bool) -> bool:
+def significantly_worse(one: RecipeCandidate, best: RecipeCandidate, measured: bool) -> bool:
     """Whether the difference in quality is more than chance, one-sided at 5 %, the two taken for independent."""
     if not measured:
         # Nothing is known but that more epochs cost more: a fifth of the epochs more or less are taken for equal.
@@ -84,7 +85,7 @@ def significantly_worse(one: Candidate, best: Candidate, measured: bool) -> bool
 
 
 def recommend(
-    candidates: Sequence[Candidate], hours: float, disk_bytes: float | None = None, priority: str = "balanced"
+    candidates: Sequence[RecipeCandidate], hours: float, disk_bytes: float | None = None, priority: str = "balanced"
 ) -> Recommendation:
     """Choose a recipe.
 
@@ -114,18 +115,18 @@ def recommend(
     return Recommendation(chosen.name, runner_up.name if runner_up else None, (*lines, *refused), front, measured)
 
 
-def _refusal(one: Candidate, hours: float, disk_bytes: float | None) -> str:
+def _refusal(one: RecipeCandidate, hours: float, disk_bytes: float | None) -> str:
     """Why a recipe cannot be afforded, or ""."""
     if one.problem:
         return one.problem
     if one.seconds > hours * 3600:
         return f"{one.seconds / 3600:.2f} h are forecast, more than {hours:g} h"
     if disk_bytes is not None and one.disk_bytes > disk_bytes:
-        return f"{one.disk_bytes / 1e9:.3g} GB of disk are forecast, more than {disk_bytes / 1e9:.3g} GB"
+        return f"{size(one.disk_bytes)} of disk are forecast, more than {size(disk_bytes)}"
     return ""
 
 
-def _choice(candidates: Sequence[Candidate], priority: str, measured: bool) -> Candidate:
+def _choice(candidates: Sequence[RecipeCandidate], priority: str, measured: bool) -> RecipeCandidate:
     """The choice among affordable recipes, without regard to smaller budgets."""
     by_cost = sorted(candidates, key=lambda one: (one.seconds, one.name))
     best = max(by_cost, key=lambda one: worth(one, measured))
@@ -133,10 +134,10 @@ def _choice(candidates: Sequence[Candidate], priority: str, measured: bool) -> C
         return by_cost[0]
     if priority == "quality":
         return best
-    return next(one for one in by_cost if not significantly_worse(one, best, measured))
+    return cheapest_not_worse(by_cost, best, lambda one: significantly_worse(one, best, measured))
 
 
-def _steady_choice(candidates: Sequence[Candidate], priority: str, measured: bool) -> Candidate:
+def _steady_choice(candidates: Sequence[RecipeCandidate], priority: str, measured: bool) -> RecipeCandidate:
     """The choice for this budget; one for a smaller budget stays until another is at least as good."""
     by_cost = sorted(candidates, key=lambda one: (one.seconds, one.name))
     kept = by_cost[0]
@@ -147,7 +148,7 @@ def _steady_choice(candidates: Sequence[Candidate], priority: str, measured: boo
     return kept
 
 
-def _reason(chosen: Candidate, affordable: Sequence[Candidate], priority: str, measured: bool) -> str:
+def _reason(chosen: RecipeCandidate, affordable: Sequence[RecipeCandidate], priority: str, measured: bool) -> str:
     """Why this one."""
     if priority == "speed":
         return f"{chosen.name} is the cheapest recipe that trains on all data"
@@ -165,7 +166,7 @@ def _reason(chosen: Candidate, affordable: Sequence[Candidate], priority: str, m
     )
 
 
-def plot(candidates: Sequence[Candidate], recommendation: Recommendation) -> list[str]:
+def plot(candidates: Sequence[RecipeCandidate], recommendation: Recommendation) -> list[str]:
     """Quality against time as text: `#` the choice, `*` on the Pareto front, `o` beaten; time on a logarithmic axis."""
     shown = [one for one in candidates if worth(one, recommendation.measured) > -math.inf and one.seconds > 0]
     if not shown:

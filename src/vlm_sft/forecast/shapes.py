@@ -8,7 +8,7 @@ real classes of transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class ModelShape:
 
     @property
     def key(self) -> str:
-        """A short text that is equal for models of equal shape: past runs are looked up by it."""
+        """A short text that models of equal shape have in common; past runs are looked up by it."""
         text, vision = self.text, self.vision
         return (
             f"{self.kind}-{text.layers}x{text.hidden}x{text.intermediate}-v{text.vocabulary}"
@@ -143,33 +143,14 @@ def _text(config: Config, style: _TextStyle, tied: bool) -> TextShape:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
-    shape = TextShape(
-        config["num_hidden_layers"],
-        hidden,
-        config["intermediate_size"],
-        heads,
-        kv_heads,
-        head_dim,
-        config["vocab_size"],
-        0,
-        tied,
-    )
+    layers, intermediate = config["num_hidden_layers"], config["intermediate_size"]
+    shape = TextShape(layers, hidden, intermediate, heads, kv_heads, head_dim, config["vocab_size"], 0, tied)
     layer = shape.layer_weights + style.norms * hidden
     if style.qkv_bias:
         layer += (heads + 2 * kv_heads) * head_dim
     if style.qk_norms:
         layer += 2 * head_dim
-    return TextShape(
-        shape.layers,
-        hidden,
-        shape.intermediate,
-        heads,
-        kv_heads,
-        head_dim,
-        shape.vocabulary,
-        shape.layers * layer + hidden,
-        tied,
-    )
+    return replace(shape, parameters=layers * layer + hidden)
 
 
 def _qwen_patch(vision: Config) -> int:
@@ -325,15 +306,8 @@ def published_models() -> dict[str, PublishedModel]:
         )
         assert shape is not None, name
         pixels = table["pixels"][entry["model_type"]]
-        found[name] = PublishedModel(
-            name,
-            shape,
-            vision["patch_size"],
-            vision["spatial_merge_size"],
-            pixels["min"],
-            pixels["max"],
-            entry["source"],
-        )
+        patch, merge = vision["patch_size"], vision["spatial_merge_size"]
+        found[name] = PublishedModel(name, shape, patch, merge, pixels["min"], pixels["max"], entry["source"])
     return found
 
 

@@ -1,4 +1,4 @@
-"""Seconds of the parts of a run from what they compute and from what a device does in a second.
+"""Seconds of the parts of a run from their work and the rates of a device.
 
 A pass takes the sum of three terms: products of matrices at the rate reached for the model's sizes, simple operations
 at the memory's bandwidth (a roofline without overlap, Williams et al. 2009), and a launch for every operation, which
@@ -9,76 +9,28 @@ bench/results/gpu_check-nvidia_h100_80gb_hbm3.json, kernel group by kernel group
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from vlm_sft.forecast.flops import Adapter, Work, forward_flops, tower_attention_flops, tower_flops, training_flops
+from vlm_sft.forecast.flops import Work, forward_flops, tower_attention_flops, tower_flops, training_flops
 from vlm_sft.forecast.hardware import Rates
-from vlm_sft.forecast.shapes import ModelShape
+from vlm_sft.forecast.setting import Setting
 
 PRODUCT_OVERHEAD = 1.25  # on a CPU, of products smaller than the one that is measured: adapters, heads of attention
 ATTENTION_OVERHEAD = 2.0  # of scores and their softmax, over all patches of an image
-# Reads and writes of simple operations (norms, rotary positions, activation, residuals), in values a token and layer:
+# Reads and writes of simple operations (norms, rotary positions, activation, residuals), in values per token and layer:
 # counted in the code of a Qwen2.5-VL layer.
 HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES = 22, 12, 5
-UNFUSED_PASSES = 1.85  # times as many on a GPU without liger-kernel
+UNFUSED_PASSES = 1.85  # on a GPU without liger-kernel: so many times the passes
 DROPOUT_PASSES = 34  # of the hash that makes a mask, 4-byte numbers
 DROPOUT_PASSES_FUSED = 3  # of the kernel that does so on a GPU (`model/gpu/dropout_kernel.py`)
 LORA_PASSES = 4
 BACKWARD_PASSES = 1.6  # of those forward
 # A module's launch costs about three times that of a bare operation: Python around it.
 LAYER_LAUNCHES_FORWARD, LAYER_LAUNCHES_LORA, LAYER_LAUNCHES_BACKWARD = 135, 42, 1.5
-IMAGE_LAUNCHES = 24  # of attention, an image and layer
-TOWER_LAUNCHES = 200  # a layer and call
-TOWER_PASSES, TOWER_PASSES_GPU = 60, 80  # values a patch and layer; on a GPU rotary positions are float32 copies
-LOGIT_PASSES = 12  # of the loss, a vocabulary entry and position, 4-byte numbers
+IMAGE_LAUNCHES = 24  # of attention, per image and layer
+TOWER_LAUNCHES = 200  # per layer and call
+TOWER_PASSES, TOWER_PASSES_GPU = 60, 80  # values per patch and layer; on a GPU rotary positions are float32 copies
+LOGIT_PASSES = 12  # of the loss, per vocabulary entry and position, 4-byte numbers
 # The same where blocks of the MLP and of the vocabulary stay in the processor's cache.
 INNER_PASSES_BLOCKWISE, LOGIT_PASSES_BLOCKWISE = 2, 4
-WHOLE = {"gemma3", "paligemma"}  # families whose last layer and head are not trimmed (`model/last_layer.py`)
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What the time and the memory of a pass depend on besides its sizes.
-
-    Attributes:
-        model: the base.
-        adapter: what is trained.
-        value_bytes: of one number of the computation: 2 in bfloat16, 4 in float32.
-        checkpointing: gradient checkpointing.
-        rates: of one device.
-        four_bit: the language model's weights are held in 4 bits.
-        fused: norms and MLPs are computed by liger-kernel (`model/gpu/liger.py`).
-        flash_heads: heads of the keys that FlashAttention gathers; 0 where SDPA computes the attention.
-    """
-
-    model: ModelShape
-    adapter: Adapter
-    value_bytes: int
-    checkpointing: bool
-    rates: Rates
-    four_bit: bool = False
-    fused: bool = False
-    flash_heads: int = 0
-
-    @property
-    def blockwise(self) -> bool:
-        """Whether frozen gated MLPs are computed in blocks (`model/cpu/gated_mlp.py`): in float32 on a CPU."""
-        return not self.rates.gpu and self.value_bytes == 4 and not self.adapter.everything
-
-    @property
-    def blockwise_mlp(self) -> bool:
-        """Whether that holds for the language model's MLPs: none of their projections has an adapter."""
-        return self.blockwise and not {"gate_proj", "up_proj", "down_proj"} & set(self.adapter.targets)
-
-    @property
-    def scored(self) -> bool:
-        """Whether the scores of answer tokens exist as a whole; else `model/cpu/cross_entropy.py` takes blocks."""
-        return not (self.blockwise and self.trimmed)
-
-    @property
-    def trimmed(self) -> bool:
-        """Whether the last layer computes only keys and values where no answer token is predicted."""
-        return self.model.kind not in WHOLE
 
 
 def _simple_bytes(setting: Setting, work: Work, dropout: bool) -> float:
@@ -98,7 +50,7 @@ def _simple_bytes(setting: Setting, work: Work, dropout: bool) -> float:
 
 
 def _launches(setting: Setting, work: Work) -> float:
-    """Operations that a forward pass starts."""
+    """Launches of a forward pass."""
     layers, modules = setting.model.text.layers, len(setting.adapter.modules(setting.model))
     per_pack = layers * (LAYER_LAUNCHES_FORWARD + LAYER_LAUNCHES_LORA * modules)
     return per_pack * work.packs + (0 if setting.flash_heads else layers * IMAGE_LAUNCHES * work.images)
@@ -110,7 +62,7 @@ def _products(rates: Rates, flops: float) -> float:
 
 
 def _pass_seconds(rates: Rates, computing: float, launches: float) -> float:
-    """Seconds of passes that compute so long and start so many operations."""
+    """Seconds of passes from their seconds of computing and their number of launches."""
     starting = launches * rates.launch
     return max(computing, starting) if rates.gpu else computing + starting
 
@@ -134,7 +86,7 @@ def training_seconds(setting: Setting, work: Work) -> float:
 
 
 def tower_seconds(setting: Setting, work: Work, training: bool = False) -> float:
-    """Seconds of the vision tower on the images of some packs, one call a pack; backward only where it is trained."""
+    """Seconds of the vision tower on the images of some packs, one call per pack; backward only where it is trained."""
     rates, vision = setting.rates, setting.model.vision
     attention = tower_attention_flops(setting.model, work.visual, work.visual_squares)
     products = tower_flops(setting.model, work.visual, work.visual_squares) - attention

@@ -14,57 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft.common.console import say
-from vlm_sft.common.errors import RunError, quoted
 from vlm_sft.data.cache.directory import default_cache_dir
 from vlm_sft.data.cache.encoded import DataCache
-from vlm_sft.data.cache.feature_names import AUTO, parse_feature_cache
 from vlm_sft.data.cache.team import ALONE, Team
 from vlm_sft.data.encode import Encoder
+from vlm_sft.data.engine_options import CacheOptions, EngineOptions
 from vlm_sft.data.sample import Sample
 from vlm_sft.distributed.collectives import agree, barrier, gather
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.model.feature_precompute import use_features
 from vlm_sft.model.vision_features import TowerUse
-
-_ON = {"on": True, "true": True, "off": False, "false": False}
-
-
-def read_switches(**values: str) -> dict[str, bool]:
-    """Read flags that are on (true) or off (false).
-
-    Raises:
-        RunError: names every flag with another value.
-    """
-    wrong = [f"--{name} {quoted(value)}" for name, value in values.items() if value.lower() not in _ON]
-    if wrong:
-        raise RunError(f"{', '.join(wrong)}: neither on nor off", "pass on (true) or off (false)")
-    return {name: _ON[value.lower()] for name, value in values.items()}
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """What is kept on disk.
-
-    Attributes:
-        cache_dir: the cache folder; None for `$VLM_SFT_CACHE` or ~/.cache/vlm_sft.
-        prepared_cache: keep processed images and tokens on disk.
-        feature_cache: "auto", "off" or a budget in bytes for frozen vision features.
-    """
-
-    cache_dir: Path | None = None
-    prepared_cache: bool = True
-    feature_cache: int | str = AUTO
-
-    @classmethod
-    def read(cls, cache_dir: Path | None, prepared_cache: str, feature_cache: str) -> CacheOptions:
-        """Read the flags.
-
-        Raises:
-            RunError: a value is not one that the flag takes.
-        """
-        return cls(
-            cache_dir, feature_cache=parse_feature_cache(feature_cache), **read_switches(prepared_cache=prepared_cache)
-        )
 
 
 @dataclass
@@ -178,31 +137,6 @@ def one_an_image(samples: Sequence[Sample]) -> list[Sample]:
     for sample in samples:
         found.setdefault(sample.image_key, sample)
     return list(found.values())
-
-
-@dataclass(frozen=True)
-class EngineOptions(CacheOptions):
-    """The switches of `vlm-sft train` that change no result.
-
-    Attributes:
-        share_images: compute the questions of an image behind one prefix.
-        packing: fill a forward pass with several images.
-    """
-
-    share_images: bool = True
-    packing: bool = True
-
-    @classmethod
-    def parse(
-        cls, cache_dir: Path | None, prepared_cache: str, feature_cache: str, share_images: str, packing: str
-    ) -> EngineOptions:
-        """Read the flags.
-
-        Raises:
-            RunError: a value is not one that the flag takes.
-        """
-        switches = read_switches(prepared_cache=prepared_cache, share_images=share_images, packing=packing)
-        return cls(cache_dir=cache_dir, feature_cache=parse_feature_cache(feature_cache), **switches)
 
 
 @dataclass

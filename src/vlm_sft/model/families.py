@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 Kind = Literal["blockwise", "dense", "separate"]
 T = TypeVar("T")
+DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
 FULL, SLIDING = "full_attention", "sliding_attention"  # names in the layer_types of transformers' configurations
 
 

@@ -15,16 +15,17 @@ import torch
 
 from vlm_sft.common.console import progress
 from vlm_sft.common.errors import DataError, RunError
+from vlm_sft.common.formats import size
 from vlm_sft.data.cache.encoded import DataCache, record_key
 from vlm_sft.data.cache.feature_names import AUTO, OFF, feature_record
 from vlm_sft.data.cache.store import CacheFullError, Record, Store, record_bytes
 from vlm_sft.data.sample import Sample
+from vlm_sft.model.feature_choice import FeatureCost
 from vlm_sft.model.vision_features import encode_images, tower_settings, whole_tower, why_not
 
 BATCH_PATCHES = 8192  # patches of one tower call in the preparation pass
 PROBES = 4  # images that `auto` measures on
 _LOOK = "look at the image; its questions are named if their loss is not finite"
-DISK_SHARE = 0.5  # of the free disk that `auto` may fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,28 +118,17 @@ def _decide(
     if not missing:
         return Decision(True, f"all {images:,} images have theirs in the cache", images)
     probes = list(missing[:: max(1, len(missing) // PROBES)])[:PROBES]
-    tower, write, read, size = _measure(model, cache, probes, device)
-    facts: dict[str, Any] = {
-        "images": images,
-        "bytes": round(size * images),
-        "tower_seconds": tower,
-        "read_seconds": read,
-        "write_seconds": write,
-    }
-    cost = f"tower {tower * 1e3:.1f} ms, reading {read * 1e3:.1f} ms an image, {looks / images:.1f} uses"
-    room = shutil.disk_usage(cache.root).free * DISK_SHARE if budget == AUTO else float(budget)
-    if size * len(missing) > room:
-        what = f"{size * len(missing) / 1e9:.1f} GB do not fit into {room / 1e9:.1f} GB"
-        return Decision(False, f"{what} (--feature_cache SIZE allows more)", **facts)
-    saved = (looks - len(missing)) * tower - looks * read - len(missing) * write
-    if budget == AUTO and saved <= 0:
-        return Decision(False, f"keeping them does not pay ({cost})", **facts)
-    kept = f"computed once for {len(missing):,} images, {size * images / 1e6:.0f} MB ({cost})"
-    return Decision(True, kept, computed=len(missing), **facts)
+    cost = _measure(model, cache, probes, device)
+    facts: dict[str, Any] = asdict(cost) | {"images": images, "bytes": round(cost.bytes * images)}
+    problem = cost.objection(images, len(missing), looks, budget, shutil.disk_usage(cache.root).free)
+    if problem:
+        return Decision(False, problem, **facts)
+    what = f"{size(cost.bytes * images)} ({cost.summary(looks / images)})"
+    return Decision(True, f"computed once for {len(missing):,} images, {what}", computed=len(missing), **facts)
 
 
-def _measure(model: Any, cache: DataCache, probes: Sequence[Sample], device: str) -> tuple[float, float, float, float]:
-    """Seconds of the tower, of writing and of reading, and bytes, of one image; read from the disk to the device."""
+def _measure(model: Any, cache: DataCache, probes: Sequence[Sample], device: str) -> FeatureCost:
+    """What one image costs; features are read from the disk to the device."""
     images = [_pixels(cache, sample) for sample in probes]
     encode_images(model, images[:1])
     began = time.perf_counter()
@@ -162,7 +152,7 @@ def _measure(model: Any, cache: DataCache, probes: Sequence[Sample], device: str
             torch.cuda.synchronize(device)
         read = time.perf_counter() - began
     count = len(probes)
-    return tower / count, write / count, read / count, sum(map(record_bytes, records)) / count
+    return FeatureCost(sum(map(record_bytes, records)) / count, tower / count, read / count, write / count)
 
 
 def _forget_pages(folder: Path) -> None:
@@ -230,12 +220,12 @@ def _batches(cache: DataCache, samples: Mapping[str, Sample]) -> Iterator[tuple[
     for key, sample in samples.items():
         image = _pixels(cache, sample)
         grid = image.get("image_grid_thw")
-        size = BATCH_PATCHES if grid is None else int(grid.prod(-1).sum())
-        if keys and patches + size > BATCH_PATCHES:
+        added = BATCH_PATCHES if grid is None else int(grid.prod(-1).sum())
+        if keys and patches + added > BATCH_PATCHES:
             yield keys, images
             keys, images, patches = [], [], 0
         keys.append(key)
         images.append(image)
-        patches += size
+        patches += added
     if keys:
         yield keys, images

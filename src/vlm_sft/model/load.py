@@ -25,6 +25,7 @@ from vlm_sft.common.errors import ModelError, RunError, quoted
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS
 from vlm_sft.model.cpu.fuse import fuse_modules
+from vlm_sft.model.families import DEFAULT_BASE
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.layout import require_layout, without_weights
@@ -34,7 +35,6 @@ from vlm_sft.model.transposed_experts import know_whole_shapes
 from vlm_sft.model.vision_features import tower_modules
 
 POCKET = "pocket"
-DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
 BLOCK_4BIT = 64  # weights that share a scale
 
 

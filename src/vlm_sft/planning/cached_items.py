@@ -1,4 +1,4 @@
-"""What the cache holds already of the images of a run, read from its indexes alone."""
+"""Which images of a run the cache holds already, read from its indexes alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
 
 
-class Kept:
-    """What the cache holds of an encoder's images, read from the indexes alone.
+class CachedImages:
+    """Which images of an encoder the cache holds, as processed images and as vision features.
 
     Args:
         root: the cache folder.

@@ -1,4 +1,4 @@
-"""What a device that no table holds does in a second: a few products, copies and small operations."""
+"""The rates of a device that is not in the table, measured: matrix products, copies and small operations."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vlm_sft.forecast.hardware import Rates, find_device, table_rates
 from vlm_sft.forecast.shapes import ModelShape
 
 ROUND_SECONDS = 0.24  # of one round of measurements
-ROUNDS = (2, 6)  # at least, and at most while the machine is busy
-PAUSE_SECONDS = 0.3  # between them then: another program may be over by the next one
-AGREE = 1.15  # two rounds that differ by less say the same
-BUSY_SHARE = 0.85  # of its own time a process gets less than this only where others take it, or a quota of CPU time
+ROUNDS = (2, 6)  # at least, and at most on a busy machine
+PAUSE_SECONDS = 0.3  # between rounds on a busy machine: another program may end meanwhile
+AGREE = 1.15  # two rounds agree that differ by less
+BUSY_SHARE = 0.85  # of the elapsed time: a process that computes for less competes with others, or with a CPU quota
 TOKENS = 1024  # rows of the products that are measured
-FRESH_MEMORY = 4.0  # times as long takes an operation on a CPU whose result lies in memory that was just asked for
+FRESH_MEMORY = 4.0  # on a CPU: how much slower an operation is that writes to newly allocated memory
 MEASURED_SPREAD = 1.35
 MOST_UNREST = 8.0
 
@@ -42,8 +42,8 @@ def rates_here(model: ModelShape, dtype: torch.dtype) -> Rates:
 def measured_rates(model: ModelShape, dtype: torch.dtype) -> Rates:
     """Measure matrix products at the sizes of a layer, a large simple operation, and a small one.
 
-    Once is not believed: threads that have just been started may share a core until the system moves one of them, and
-    another program may hold the cores. Rounds are repeated until two agree on a machine that is free, or a few times.
+    One round is not enough: threads that were just started may share a core until the system moves one of them, and
+    another program may hold the cores. Rounds are repeated until two agree on a free machine, up to a limit.
     """
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
@@ -58,12 +58,12 @@ def measured_rates(model: ModelShape, dtype: torch.dtype) -> Rates:
         lambda: torch.mul(large, 1.5, out=result),
         lambda: small + small,
     )
-    rounds: list[tuple[Timed, ...]] = []
+    rounds: list[tuple[TimedCalls, ...]] = []
     while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and not settled([one[0] for one in rounds])):
         if len(rounds) >= ROUNDS[0]:
             time.sleep(PAUSE_SECONDS)
         rounds.append(tuple(_timed(work, ROUND_SECONDS / len(works), device) for work in works))
-    product, copy, launch = (believed(timed) for timed in zip(*rounds, strict=True))
+    product, copy, launch = (call_seconds(timed) for timed in zip(*rounds, strict=True))
     moved = 2 * large.numel() * large.element_size() / (1.0 if gpu else FRESH_MEMORY)
     return Rates(
         device_name(),
@@ -79,12 +79,12 @@ def measured_rates(model: ModelShape, dtype: torch.dtype) -> Rates:
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
+class TimedCalls:
     """Repeated calls of one piece of work.
 
     Attributes:
         seconds: of each call.
-        share: of the elapsed time that this thread was really computing; 1 on a free machine.
+        share: of the elapsed time in which this thread was computing; 1 on a free machine.
     """
 
     seconds: tuple[float, ...]
@@ -92,46 +92,46 @@ class Timed:
 
     @property
     def busy(self) -> bool:
-        """Whether something else took the processor away."""
+        """Whether other programs took the processor."""
         return self.share < BUSY_SHARE
 
     @property
     def median(self) -> float:
-        """Not the mean: while a program starts beside it, a few calls wait for a core as long as all others take."""
+        """Not the mean: while another program starts, a few calls wait for a core as long as all others take."""
         return statistics.median(self.seconds)
 
     @property
     def undisturbed(self) -> float:
-        """What a call takes that nothing disturbs: the first decile, or the time that calls computed if that is less.
+        """Seconds of an undisturbed call: the first decile, or the mean computing time if that is less.
 
-        Where others hold the cores most of the time, every call is interrupted once; its computing time is not longer.
+        Where others hold the cores most of the time every call is interrupted, but its computing time is no longer.
         """
         fastest = sorted(self.seconds)[len(self.seconds) // 10]
         return min(fastest, self.share * statistics.mean(self.seconds))
 
 
-def settled(rounds: Sequence[Timed]) -> bool:
+def settled(rounds: Sequence[TimedCalls]) -> bool:
     """Whether the newest round and an earlier one agree, on a machine that was free."""
     calm = [one.median for one in rounds if not one.busy]
     return not rounds[-1].busy and any(1 / AGREE < one / calm[-1] < AGREE for one in calm[:-1])
 
 
-def believed(rounds: Sequence[Timed]) -> float:
-    """The seconds of one call: those of the quickest round on a free machine; else of calls that nothing disturbed."""
+def call_seconds(rounds: Sequence[TimedCalls]) -> float:
+    """Seconds of one call: of the quickest round on a free machine, else of undisturbed calls."""
     calm = [one.median for one in rounds if not one.busy]
     return min(calm) if calm else min(one.undisturbed for one in rounds)
 
 
-def unrest(rounds: Sequence[Timed]) -> float:
-    """How many times longer calls took, on average, than is believed; 1 where the last round was undisturbed."""
+def unrest(rounds: Sequence[TimedCalls]) -> float:
+    """How many times longer calls took, on average, than `call_seconds`; 1 where the last round was undisturbed."""
     if not rounds[-1].busy:
         return 1.0
     calls = [seconds for one in rounds if one.busy for seconds in one.seconds]
     # The mean, not the median: a call that waits for a core takes many times as long, and a run waits for all of them.
-    return min(MOST_UNREST, max(1.0 + 1e-3, statistics.mean(calls) / believed(rounds)))
+    return min(MOST_UNREST, max(1.0 + 1e-3, statistics.mean(calls) / call_seconds(rounds)))
 
 
-def _timed(work: Callable[[], object], budget: float, device: torch.device) -> Timed:
+def _timed(work: Callable[[], object], budget: float, device: torch.device) -> TimedCalls:
     """Repeat calls within a budget of seconds."""
     work()
     seconds: list[float] = []
@@ -145,4 +145,4 @@ def _timed(work: Callable[[], object], budget: float, device: torch.device) -> T
         seconds.append(now - before)
     # While a GPU computes this thread may sleep: its share of the time says nothing there.
     share = (time.thread_time() - computed) / (now - began) if device.type == "cpu" else 1.0
-    return Timed(tuple(seconds), share)
+    return TimedCalls(tuple(seconds), share)

@@ -1,4 +1,4 @@
-"""What a checkpoint belongs to: recipe, data, base model, prompt; what changed since."""
+"""The identity of a checkpoint: recipe, data, base model and prompt; and what has changed since."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vlm_sft.data.prompt import PROMPT_KEYS
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.model.load import Base
 from vlm_sft.model.saved_adapter import BASE_WEIGHTS
+from vlm_sft.recipe.schedule import effective_global_batch_size
 from vlm_sft.recipe.schema import Recipe
-from vlm_sft.recipe.validation import effective_global_batch_size
 
 # Keys that decide where and when something is computed or written, and not what: a resumed run may change them. The
 # size of the global batch is compared as the number that they come to.
@@ -37,9 +37,7 @@ FREE_KEYS = frozenset(
         "global_batch_size",
     }
 )
-_SMALL_BYTES = 4 * 1024**2  # files up to this size are hashed whole
-_BLOCKS, _BLOCK_BYTES = 16, 64 * 1024  # of larger ones
-_BASE_FILES = (".json", ".safetensors", ".jinja", ".txt", ".model")
+_BASE_FILES = (".json", ".jinja", ".txt", ".model")  # `weights_mark` tells the weights
 
 
 def recipe_identity(recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -52,7 +50,7 @@ def recipe_identity(recipe: Recipe, world_size: int) -> dict[str, Any]:
 def run_identity(
     recipe: Recipe, launch: Launch, base: Base, data: PreparedData, evaluation: PreparedData | None
 ) -> dict[str, Any]:
-    """All that the course of a training depends on, as JSON values for a manifest."""
+    """All that a training depends on, as JSON values for a manifest."""
     values = recipe_identity(recipe, launch.world_size)
     text = json.dumps(values, sort_keys=True)
     prompt = base.prompt.to_dict()
@@ -60,7 +58,7 @@ def run_identity(
         "recipe": values,
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "base_model": base.name,
-        "base_model_sha256": base_fingerprint(base.path),
+        "base_files_sha256": base_files_sha256(base.path),
         BASE_WEIGHTS: weights_mark(base.path),
         "dtype": base.dtype_name,
         "prompt": {key: prompt[key] for key in PROMPT_KEYS},
@@ -84,8 +82,8 @@ def data_sha256(data: PreparedData, scored: bool = False) -> str:
     return digest.hexdigest()
 
 
-def base_fingerprint(path: str) -> str:
-    """SHA-256 over the names and sizes of a base's files, small files whole and 16 blocks of 64 KiB of larger ones.
+def base_files_sha256(path: str) -> str:
+    """SHA-256 over the names and contents of a base's files besides its weights: configuration, tokenizer, templates.
 
     Args:
         path: a folder or a Hub id whose files are in the local cache.
@@ -97,17 +95,8 @@ def base_fingerprint(path: str) -> str:
         folder = Path(str(cached_file(path, "config.json", local_files_only=True))).parent
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix not in _BASE_FILES:
-            continue
-        size = file.stat().st_size
-        digest.update(os.fsencode(file.name) + f" {size}\n".encode())
-        with file.open("rb") as stream:
-            if size <= _SMALL_BYTES:
-                digest.update(stream.read())
-                continue
-            for block in range(_BLOCKS):
-                stream.seek(block * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
-                digest.update(stream.read(_BLOCK_BYTES))
+        if file.suffix in _BASE_FILES:
+            digest.update(os.fsencode(file.name) + f" {file.stat().st_size}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
@@ -140,7 +129,7 @@ def refuse_changes(checkpoint: Path | None, now: Mapping[str, Any], allowed: boo
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two identities, one sentence each; keys that `now` lacks are not compared."""
+    """What differs between two identities, one sentence each; keys that either lacks are not compared."""
     found = []
     for part in ("recipe", "prompt"):
         old, new = saved.get(part, {}), now.get(part)
@@ -149,7 +138,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 found.append(f"{part}: {key} was {quoted(old.get(key), 300)} and is {quoted(new.get(key), 300)}")
-    if _changed(saved, now, "base_model_sha256"):
+    if _changed(saved, now, "base_files_sha256") or _changed(saved, now, BASE_WEIGHTS):
         found.append(f"base model: its files differ (was {saved.get('base_model')}, is {now['base_model']})")
     if _changed(saved, now, "dtype"):
         found.append(f"precision: was {saved.get('dtype')} and is {now['dtype']}")
@@ -160,7 +149,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _changed(saved: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:
-    return key in now and saved.get(key) != now[key]
+    """Whether a part differs; one that an older version of this package did not write is not compared."""
+    return key in now and key in saved and saved[key] != now[key]
 
 
 def check_ranks(checkpoint: Path | None, launch: Launch) -> None:

@@ -1,146 +1,153 @@
-"""What one training run was asked for."""
+"""What the user asks of one training: the flags of `vlm-sft train` and `vlm-sft plan`, without torch."""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlm_sft.common.record import RunRecord
-from vlm_sft.data.sources.spec import DatasetSpec
-from vlm_sft.distributed.launch import Launch, pack_tokens
-from vlm_sft.distributed.signals import StopSignals
-from vlm_sft.forecast.pack_size import Passes
-from vlm_sft.model.caches import EngineOptions
-from vlm_sft.model.load import DEFAULT_BASE
-from vlm_sft.recipe.schema import Recipe
+from vlm_sft.common.errors import DataError
+from vlm_sft.common.options import option
+from vlm_sft.data.engine_options import EngineOptions
+from vlm_sft.evaluate.options import AnswerOptions
+from vlm_sft.model.families import DEFAULT_BASE
+from vlm_sft.recipe.builtin import RECIPES, locate_recipe
 
 MAX_BAD_STEPS = 3
-GPU_WORKERS = 4  # processes that prepare batches for one GPU
 AUTO = "auto"
 
 
-@dataclass(frozen=True)
-class TrainOptions:
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(AnswerOptions):
     """The command line of one training run.
 
     Attributes:
         output_dir: the run's folder.
-        sft_config: recipe file, or None for the defaults.
         overrides: recipe keys given as flags.
-        base_model: "pocket", a folder or a Hub id.
-        dataset: data sets in the grammar of `--dataset`.
-        flash_attn: use FlashAttention where it can run.
-        deepspeed: "zero2", "zero3", a file, or None.
-        local_rank: from the deepspeed launcher.
-        resume: None, "auto" or a checkpoint folder.
-        overwrite: start over in a folder that holds a run.
-        allow_changes: resume although recipe, data, base model or prompt are not those of the checkpoint.
-        on_save_error: "continue" or "stop" when a checkpoint cannot be written.
-        on_bad_sample: "stop" or "replace" when an image cannot be read during the training.
-        max_bad_steps: steps in a row without finite numbers that end the training.
-        eval_benchmarks: benchmarks of the final evaluation; None for those of the data sets, "none" for no evaluation.
-        max_left_out: share of samples that may be left out, 0 to 1.
-        eval_samples: questions a benchmark that are answered at each evaluation; None for `EVAL_SAMPLES` where a task
-            metric or a guard needs them, and no such questions elsewhere.
-        guard: `BENCHMARK:POINTS,…` that a checkpoint may lose against the base at most; None for no guard.
-        prompt_template, system: instead of what the base comes with; None keeps that.
-        max_new_tokens: limit of an answer in tokens, as in an evaluation; it is saved with the adapter.
-        shard_weights: "true", "false" or "auto": the ranks share out the weights in the final evaluation.
-        probe: run a few passes before the training to make the forecast of time and memory better.
-        ignore_forecast: start although memory or disk surely do not suffice.
-        engine: caches and packing; they change no result.
+        engine: caches and packing.
     """
 
     output_dir: Path
-    sft_config: Path | None = None
     overrides: dict[str, object] = field(default_factory=dict)
-    base_model: str = DEFAULT_BASE
-    dataset: str = "chartqa,textvqa"
-    flash_attn: bool = False
-    deepspeed: str | None = None
-    local_rank: int | None = None
-    resume: str | None = None
-    overwrite: bool = False
-    allow_changes: bool = False
-    on_save_error: str = "continue"
-    on_bad_sample: str = "stop"
-    max_bad_steps: int = MAX_BAD_STEPS
-    eval_benchmarks: str | None = None
-    max_left_out: float = 0.01
-    eval_samples: int | None = None
-    guard: str | None = None
-    prompt_template: str | None = None
-    system: str | None = None
-    max_new_tokens: str | None = None
-    shard_weights: str = AUTO
-    probe: bool = False
-    ignore_forecast: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)
+    sft_config: Path | None = option(
+        None,
+        "recipe: a JSON file such as configs/sft_config_best.json, or one of the package by its name: "
+        + ", ".join(RECIPES.values()),
+        "FILE",
+        parse=Path,
+        read=locate_recipe,
+    )
+    base_model: str = option(
+        DEFAULT_BASE,
+        "Hub id or folder of the base model, or 'pocket' for the embedded one (default: %(default)s)",
+        "MODEL",
+    )
+    dataset: str = option(
+        "chartqa,textvqa",
+        "NAME[@PATH][:WEIGHT], comma separated: chartqa, textvqa, easy_vqa, demo, demo_charts, demo_text, or a path to "
+        "your own JSONL or parquet; chartqa@stream fetches --max_train rows only (default: %(default)s)",
+        "SETS",
+    )
+    flash_attn: bool = option(False, "FlashAttention (bfloat16, GPUs from Ampere on)")
+    deepspeed: str | None = option(
+        None, "zero2, zero3 or a DeepSpeed JSON file (default: zero2 under the deepspeed launcher, else none)", "CONFIG"
+    )
+    resume: str | None = option(
+        None,
+        "go on from the newest checkpoint of --output_dir that verifies, or from the folder given; with nothing to go "
+        "on from, 'auto' starts from the beginning, so it can stand in every launch line",
+        "CHECKPOINT",
+        bare=AUTO,
+    )
+    overwrite: bool = option(False, "start over in a folder that holds another run", names=("--overwrite_output_dir",))
+    allow_changes: bool = option(
+        False,
+        "resume although recipe, data, base model or prompt are not those of the checkpoint; the differences are "
+        "listed either way",
+    )
+    on_save_error: str = option(
+        "continue",
+        "when a checkpoint cannot be written (disk full, read-only, broken): train on and try again at the next one, "
+        "or end with an error; earlier checkpoints stay as they are (default: %(default)s)",
+        choices=("continue", "stop"),
+    )
+    on_bad_sample: str = option(
+        "stop",
+        "when an image cannot be read during the training: end with an error that names it, or train another sample of "
+        "the same data set and record both in anomalies.jsonl (default: %(default)s)",
+        choices=("stop", "replace"),
+    )
+    max_bad_steps: int = option(
+        MAX_BAD_STEPS,
+        "end the training after N steps in a row whose loss or gradient is not finite; each one is passed over and its "
+        "samples are named in anomalies.jsonl (default: %(default)s)",
+        "N",
+    )
+    eval_benchmarks: str | None = option(
+        None, "benchmarks of the final evaluation, or 'none' (default: those of --dataset)", "SETS"
+    )
+    max_left_out: float = option(
+        0.01, "share of unusable samples that does not stop the run, 0 to 1 (default: %(default)s)", "SHARE"
+    )
+    eval_samples: int | None = option(
+        None,
+        "questions a benchmark, drawn with a fixed seed from the validation split, that are answered at each "
+        "evaluation (default: 200 where metric_for_best_model or --guard needs them)",
+        "N",
+    )
+    guard: str | None = option(
+        None,
+        "a checkpoint that loses more points than this against the base cannot be the best, e.g. textvqa:2.0; several "
+        "with commas; exit code 3 when none is left",
+        "BENCHMARK:POINTS",
+    )
+    probe: bool = option(False, "run a few passes first, a minute at most, to forecast time and memory from them")
+    ignore_forecast: bool = option(
+        False, "start although memory or disk surely do not suffice (without it: exit code 4)"
+    )
+    local_rank: int | None = option(None, argparse.SUPPRESS, names=("--local_rank", "--local-rank"))
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Read `--image_size`: width and height in pixels.
+
+    Raises:
+        DataError: the text is no size.
+    """
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise DataError(f"--image_size {text} is no size", "pass WIDTHxHEIGHT in pixels, e.g. 850x600")
+    return int(width), int(height)
+
+
+def _at_least_one(count: int) -> int:
+    return max(1, count)
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run that has begun: what was asked for, resolved.
+class HypotheticalData:
+    """A data set that does not exist yet: all images are alike; `image_size` is (width, height) in pixels."""
 
-    Attributes:
-        options: the command line.
-        recipe: the resolved recipe.
-        specs: the data sets.
-        launch: ranks and device.
-        record: run.json.
-        checkpoint: what it goes on from, or None.
-        signals: what watches for signals, or None.
-        passes: how forward passes are cut, once the data is known (`planning/pack_choice.py`).
-    """
-
-    options: TrainOptions
-    recipe: Recipe
-    specs: list[DatasetSpec]
-    launch: Launch
-    record: RunRecord
-    checkpoint: Path | None
-    signals: StopSignals | None = None
-    passes: Passes | None = None
-
-    @property
-    def tokens_per_pack(self) -> int:
-        """Token budget of one forward pass."""
-        if self.passes is not None:
-            return self.passes.tokens_per_pack
-        return self.recipe.tokens_per_pack or pack_tokens(self.launch)
-
-    @property
-    def checkpointing(self) -> bool:
-        """Whether activations are computed again in the backward pass."""
-        return self.passes.gradient_checkpointing if self.passes else self.recipe.gradient_checkpointing is True
-
-    @property
-    def data_workers(self) -> int:
-        """Processes that prepare batches: a GPU needs some where nobody chose to have none.
-
-        The recipe files of the package say 0, which suits CPUs, so a 0 counts as a choice only as a flag.
-        """
-        asked = self.recipe.dataloader_num_workers
-        if asked == AUTO or (asked == 0 and "dataloader_num_workers" not in self.options.overrides):
-            return 0 if self.launch.cpu else GPU_WORKERS
-        return int(asked)
-
-    @property
-    def faults(self) -> FaultPolicy:
-        """What happens when numbers, images or processes fail."""
-        return FaultPolicy(self.options.max_bad_steps, self.options.on_bad_sample == "replace", self.signals)
+    questions: int = option(None, "number of training questions", "N")
+    images: int | None = option(None, "number of images (default: one a question)", "N")
+    image_size: tuple[int, int] = option(
+        (850, 600), "of every image in pixels (default: %(default)s)", "WxH", text="850x600", read=image_size
+    )
+    question_tokens: int = option(30, "(default: %(default)s)", "N", parse=int, read=_at_least_one)
+    answer_tokens: int = option(5, "(default: %(default)s)", "N", parse=int, read=_at_least_one)
 
 
 @dataclass(frozen=True)
-class FaultPolicy:
-    """What a training does when something fails.
+class PlanOptions:
+    """What `vlm-sft plan` forecasts, and on which devices.
 
     Attributes:
-        max_bad_steps: steps in a row without finite numbers that end it.
-        replace_bad: train another sample in place of one whose image cannot be read; False ends the training.
-        signals: what watches for signals; None where nothing does.
+        train: what would be trained.
+        hypothetical: questions in place of those of a data set; None reads the data set.
     """
 
-    max_bad_steps: int = MAX_BAD_STEPS
-    replace_bad: bool = False
-    signals: StopSignals | None = None
+    train: TrainOptions
+    hypothetical: HypotheticalData | None = None
+    gpus: int | None = option(None, "number of devices (default: 1)", "N")
+    gpu_type: str | None = option(None, "a device of the table, e.g. A100-80GB; a wrong name lists them", "NAME")

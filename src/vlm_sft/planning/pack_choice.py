@@ -1,4 +1,4 @@
-"""The packs and the checkpointing of a run, decided the same by `train` and `plan`."""
+"""The size of packs and gradient checkpointing of a run, decided alike by `train` and `plan`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import torch
 from vlm_sft.common.console import say
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.distributed.collectives import agree
-from vlm_sft.forecast.memory import Ranks
 from vlm_sft.forecast.pack_size import PACK_TOKENS, Passes, choose_passes
-from vlm_sft.forecast.time import Setting
+from vlm_sft.forecast.setting import Setting
 from vlm_sft.planning.device_rates import rates_here
-from vlm_sft.planning.forecast_inputs import setting_of, shape_of
-from vlm_sft.planning.options import AUTO, Run
+from vlm_sft.planning.options import AUTO
 from vlm_sft.planning.run_plan import Plan
+from vlm_sft.planning.run_setting import setting_of, shape_of
+from vlm_sft.planning.training_run import TrainingRun
 
 
-def decided(run: Run, setting: Callable[[], Setting], planner: EpochPlanner, visual: Sequence[int]) -> Run:
-    """Decide what the recipe leaves open, tell it and record it.
+def decide_passes(
+    run: TrainingRun, setting: Callable[[], Setting], planner: EpochPlanner, visual: Sequence[int]
+) -> TrainingRun:
+    """Decide what the recipe leaves open, say it and record it.
 
     Args:
         run: a run without `passes`.
-        setting: makes that of the model on its device; called on GPUs only.
+        setting: gives the setting of the run; called on GPUs only.
         planner, visual: the plan of the epochs, and the visual tokens of every image.
 
     Returns:
@@ -37,7 +39,7 @@ def decided(run: Run, setting: Callable[[], Setting], planner: EpochPlanner, vis
     return replace(run, passes=passes)
 
 
-def _passes(run: Run, setting: Callable[[], Setting], planner: EpochPlanner, visual: Sequence[int]) -> Passes:
+def _passes(run: TrainingRun, setting: Callable[[], Setting], planner: EpochPlanner, visual: Sequence[int]) -> Passes:
     wanted, tokens = run.recipe.gradient_checkpointing, run.recipe.tokens_per_pack
     if wanted != AUTO and tokens is not None:
         return Passes(tokens, bool(wanted))
@@ -46,18 +48,17 @@ def _passes(run: Run, setting: Callable[[], Setting], planner: EpochPlanner, vis
         return Passes(run.tokens_per_pack, wanted is True)
     budgets = PACK_TOKENS if tokens is None else (tokens,)
     choices = (False, True) if wanted == AUTO else (bool(wanted),)
-    ranks = Ranks(run.launch.world_size, run.launch.parallel)
-    return choose_passes(setting(), ranks, planner, visual, budgets, choices)
+    return choose_passes(setting(), planner, visual, budgets, choices)
 
 
-def with_passes(run: Run, plan: Plan) -> tuple[Run, Plan]:
-    """Decide how the passes of a training are cut, and pack its plan accordingly."""
+def pack_plan(run: TrainingRun, plan: Plan) -> tuple[TrainingRun, Plan]:
+    """Decide the passes of a training, and pack its plan accordingly."""
 
     def setting() -> Setting:
         shape, dtype = shape_of(plan.base), plan.base.dtype
         return setting_of(run, shape, torch.finfo(dtype).bits // 8, rates_here(shape, dtype), plan.base.flash)
 
-    run = decided(run, setting, plan.planner, plan.data.visual_tokens)
+    run = decide_passes(run, setting, plan.planner, plan.data.visual_tokens)
     evaluation = replace(plan.eval_planner, tokens_per_pack=run.tokens_per_pack) if plan.eval_planner else None
     planner = replace(plan.planner, tokens_per_pack=run.tokens_per_pack)
     return run, replace(plan, planner=planner, eval_planner=evaluation)

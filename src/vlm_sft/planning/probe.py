@@ -1,14 +1,14 @@
 """A few real passes of a run before it starts, and what they say about its forecast.
 
-Nothing of the run changes: gradients are thrown away, the optimizer's step has a learning rate of zero, and the states
-of the random generators are put back.
+The run itself does not change: gradients are discarded, the optimizer's step has a learning rate of zero, and the state
+of the random generator is restored.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,10 +23,10 @@ from vlm_sft.distributed.collectives import gather
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.batching import image_counter, plan_packs
 from vlm_sft.evaluate.tasks import Task
-from vlm_sft.forecast import estimate as forecasts
+from vlm_sft.forecast import estimate
 from vlm_sft.forecast.calibration import PROBE, PROBE_SPREAD, Calibration
-from vlm_sft.forecast.estimate import Case, time_items
 from vlm_sft.forecast.flops import Pack, Work, pack_work
+from vlm_sft.forecast.inputs import ForecastInputs
 from vlm_sft.forecast.time import answering_seconds, forward_seconds, tower_seconds, training_seconds
 from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode
@@ -34,12 +34,12 @@ from vlm_sft.model.load import load_model
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.step_gradients import StepGradients, mixed_precision
 from vlm_sft.model.trainable import checkpoint_layers, tune
-from vlm_sft.planning.forecast_inputs import answer_work
-from vlm_sft.planning.options import Run
+from vlm_sft.planning.answering_work import prompt_work
 from vlm_sft.planning.run_plan import Plan
+from vlm_sft.planning.training_run import TrainingRun
 
-PROBE_SECONDS = 45.0  # in all, about
-TRAINING_SHARE, ANSWER_SHARE = 0.5, 0.3  # of it
+PROBE_SECONDS = 45.0  # in total, about
+TRAINING_SHARE, ANSWER_SHARE = 0.5, 0.3  # of that
 PACKS = 10  # of the plan, spread over their sizes
 
 
@@ -52,17 +52,17 @@ class Probe:
         model: with its adapter, on its device, not wrapped for several devices.
         mode: how its packs are computed.
         precision: makes the context of a forward pass.
-        case: what is forecast; its `features` say whether packs have pixels or features.
-        planner, eval_planner: the plans that are really followed.
+        inputs: what is forecast; `images.keep_features` says whether packs hold pixels or features.
+        planner, eval_planner: the plans that are followed, with images shared or not.
         budget: seconds for all of it.
     """
 
-    run: Run
+    run: TrainingRun
     plan: Plan
     model: Any
     mode: PackMode
     precision: Callable[[], Any]
-    case: Case
+    inputs: ForecastInputs
     planner: EpochPlanner
     eval_planner: EpochPlanner | None
     budget: float = PROBE_SECONDS
@@ -72,34 +72,35 @@ class Probe:
         """Where the model computes."""
         return next(self.model.parameters()).device
 
-    def calibrate(self, tasks: Sequence[Task], known: dict[str, float], target: Case | None = None) -> Calibration:
+    def calibrate(
+        self, tasks: Sequence[Task], measured: dict[str, float], target: ForecastInputs | None = None
+    ) -> Calibration:
         """Measure, and return the corrections.
 
         Args:
             tasks: benchmarks that will be answered.
-            known: seconds of items that are over already, by name.
-            target: the case that is corrected, where features will be kept that the probe does not have; None for the
-                probe's own.
+            measured: seconds of items that are over already, by name.
+            target: the inputs whose forecast is corrected, where features will be kept that the probe does not have;
+                None for the probe's own.
         """
-        target = target or self.case
+        target = target or self.inputs
         began = time.perf_counter()
         random = torch.random.get_rng_state()
         training, optimizer = self._training()
         losses = self._losses() if self.eval_planner is not None else training
         answers = self._answers(tasks) if tasks else losses
         torch.random.set_rng_state(random)
-        said = time_items(target)
-        steps = target.schedule.total_steps - target.done_steps
-        work = target.epoch.slowest.times(target.epochs)
-        seconds = training * self._training_seconds(work, target) + steps * (optimizer + forecasts.STEP_SECONDS)
-        factors = {item: known[item] / said[item] for item in known if said.get(item)}
-        factors[forecasts.STEPS] = seconds / said[forecasts.STEPS]
-        factors |= {forecasts.LOSSES: losses, forecasts.ANSWERS: answers}
-        if forecasts.FINAL in said:
-            tower = factors.get(forecasts.FEATURES, losses)
-            pieces = forecasts.final_parts(target)
+        expected, passes = estimate.time_items(target), target.passes
+        work = passes.epoch.slowest.times(passes.epochs)
+        seconds = training * self._training_seconds(work, target) + passes.steps * (optimizer + estimate.STEP_SECONDS)
+        factors = {item: measured[item] / expected[item] for item in measured if expected.get(item)}
+        factors[estimate.STEPS] = seconds / expected[estimate.STEPS]
+        factors |= {estimate.LOSSES: losses, estimate.ANSWERS: answers}
+        if estimate.FINAL in expected:
+            tower = factors.get(estimate.FEATURES, losses)
+            pieces = estimate.final_parts(target)
             corrected = pieces.rest + tower * pieces.tower + answers * pieces.answers
-            factors[forecasts.FINAL] = corrected / said[forecasts.FINAL]
+            factors[estimate.FINAL] = corrected / expected[estimate.FINAL]
         peak = max(gather(peak_memory_bytes()))  # the largest pack may be another rank's
         took = time.perf_counter() - began
         say(f"probe: {took:.1f} s; a training pass takes {training:.2f} times what the table says")
@@ -116,20 +117,20 @@ class Probe:
         packs = self._chosen(self.planner, self.plan.data)
         self.model.train()
         self._train_pack(packs[0])  # the largest one: memory at its peak, and everything warm
-        measured = said = 0.0
+        measured = expected = 0.0
         until = time.perf_counter() + TRAINING_SHARE * self.budget
         for pack in packs:
             measured += self._timed(partial(self._train_pack, pack))
-            said += self._training_seconds(self._work(pack, self.plan.data), self.case)
+            expected += self._training_seconds(self._work(pack, self.plan.data), self.inputs)
             if time.perf_counter() > until:
                 break
-        return measured / said, self._optimizer(packs[-1])
+        return measured / expected, self._optimizer(packs[-1])
 
     @staticmethod
-    def _training_seconds(work: Work, case: Case) -> float:
-        """What the table says about training passes, with the tower where it runs along."""
-        tower = 0.0 if case.features else tower_seconds(case.setting, work, training=True)
-        return training_seconds(case.setting, work) + tower
+    def _training_seconds(work: Work, inputs: ForecastInputs) -> float:
+        """Seconds of training passes by the table, with the tower where packs hold pixels."""
+        tower = 0.0 if inputs.images.keep_features else tower_seconds(inputs.setting, work, training=True)
+        return training_seconds(inputs.setting, work) + tower
 
     def _work(self, pack: Pack, data: PreparedData) -> Work:
         return pack_work(pack, data.lengths, data.visual_tokens)
@@ -150,7 +151,7 @@ class Probe:
         return gradients
 
     def _train_pack(self, pack: Pack) -> None:
-        """Forward and backward of one pack, as a training step does it, and nothing kept."""
+        """Forward and backward of one pack as in a training step; the result is discarded."""
         gradients = self._gradients(pack)
         gradients.problem(float(gradients.loss))
 
@@ -176,7 +177,7 @@ class Probe:
         data, planner = self.plan.evaluation, self.eval_planner
         assert data is not None and planner is not None
         self.model.eval()
-        measured = said = 0.0
+        measured = expected = 0.0
         for index, pack in enumerate([self._chosen(planner, data)[0], *self._chosen(planner, data)[:4]]):
 
             def forward(pack: Pack = pack) -> None:
@@ -189,9 +190,9 @@ class Probe:
                 continue
             measured += took
             work = self._work(pack, data)
-            online = 0.0 if self.case.features else tower_seconds(self.case.setting, work)
-            said += forward_seconds(self.case.setting, work) + online
-        return measured / said
+            online = 0.0 if self.inputs.images.keep_features else tower_seconds(self.inputs.setting, work)
+            expected += forward_seconds(self.inputs.setting, work) + online
+        return measured / expected
 
     def _answers(self, tasks: Sequence[Task]) -> float:
         """Measured over forecast seconds of answers, on one pack of each benchmark."""
@@ -199,23 +200,23 @@ class Probe:
         backend = SharedPrefixBackend(self.plan.base, self.model, self.mode)
         backend.encoder.image_source = self.plan.cache.image_tensors
         count = image_counter(backend.encoder.processor)
-        measured = said = 0.0
+        measured = expected = 0.0
         until = time.perf_counter() + ANSWER_SHARE * self.budget
-        asked = {one.name: one for one in (*self.case.validation, *self.case.final)}
+        forecast = {one.name: one for one in self.inputs.passes.answering}
         for task in tasks:
             packs = plan_packs(task.samples, count, self.run.tokens_per_pack)
             pack = packs[len(packs) // 2]
             answer = partial(_answer, backend, pack, task.max_new_tokens)
             answer()
             took = self._timed(answer)
-            work = answer_work(pack, count)
-            steps = asked[task.name].tokens / max(1, len(packs))
+            work = prompt_work(pack, count)
+            steps = forecast[task.name].steps / max(1, len(packs))
             # Images of benchmarks are not prepared yet: here they are processed, and the tower runs along.
-            measured += max(took - self.case.image_seconds * work.images, 0.1 * took)
-            said += answering_seconds(self.case.setting, work, steps) + tower_seconds(self.case.setting, work)
+            measured += max(took - self.inputs.images.processing_seconds * work.images, 0.1 * took)
+            expected += answering_seconds(self.inputs.setting, work, steps) + tower_seconds(self.inputs.setting, work)
             if time.perf_counter() > until:
                 break
-        return measured / said if said else 1.0
+        return measured / expected if expected else 1.0
 
     def _timed(self, work: Callable[[], Any]) -> float:
         began = time.perf_counter()
@@ -231,24 +232,24 @@ def _answer(backend: SharedPrefixBackend, pack: Any, limit: int) -> None:
         pass
 
 
-def probe_plan(run: Run, plan: Plan, case: Case, tasks: Sequence[Task]) -> Calibration:
-    """Load a base and its adapter for a run that is not started, and measure a few passes.
+def probe_plan(run: TrainingRun, plan: Plan, inputs: ForecastInputs, tasks: Sequence[Task]) -> Calibration:
+    """Load a base and its adapter for a run that is only planned, and measure a few passes.
 
     Args:
         run, plan: the run.
-        case: its forecast.
-        tasks: benchmarks that it would answer.
+        inputs: what its forecast follows from.
+        tasks: benchmarks that the run would answer.
     """
     began = time.perf_counter()
     model, _ = tune(load_model(plan.base, run.launch.device), run.recipe, plan.base.name, master=True)
-    if case.setting.checkpointing:
+    if inputs.setting.checkpointing:
         checkpoint_layers(model)
     mode = choose_mode(model, plan.data.encoder)
     planners = (plan.planner, plan.eval_planner)
     if not mode.shares:
         planners = (plan.planner.separate(), plan.eval_planner.separate() if plan.eval_planner else None)
     precision = partial(mixed_precision, run.launch.device, plan.base.dtype)
-    loading = time.perf_counter() - began + forecasts.LOAD_SECONDS
-    online = replace(case, features=False)
+    loading = time.perf_counter() - began + estimate.LOAD_SECONDS
+    online = inputs.with_features(False, inputs.images.keep_benchmark_features)
     probe = Probe(run, plan, model, mode, precision, online, *planners)
-    return probe.calibrate(tasks, {forecasts.LOAD: loading}, case)
+    return probe.calibrate(tasks, {estimate.LOAD: loading}, inputs)

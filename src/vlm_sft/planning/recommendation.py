@@ -10,6 +10,7 @@ from pathlib import Path
 from vlm_sft.common.console import muted, say
 from vlm_sft.common.errors import RunError
 from vlm_sft.common.formats import duration, size
+from vlm_sft.data.encode import EncodedGroup
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.forecast.limits import shortages
 from vlm_sft.forecast.recipe_quality import (
@@ -20,11 +21,13 @@ from vlm_sft.forecast.recipe_quality import (
     guide_comparison,
     qualities,
 )
-from vlm_sft.forecast.recommend import Candidate, Recommendation, plot, recommend
-from vlm_sft.planning.dry_run import Planned, PlanOptions, planned_run
+from vlm_sft.forecast.recommend import RecipeCandidate, Recommendation, plot, recommend
+from vlm_sft.planning.dry_run import plan_run
+from vlm_sft.planning.options import PlanOptions
+from vlm_sft.planning.plan_report import PlannedRun
 from vlm_sft.recipe.builtin import FILES, RECIPES
 
-TOLD = "1epoch"  # the recipe whose planning is told; that of the others differs in numbers only
+SHOWN = "1epoch"  # the recipe whose planning is printed; that of the others differs in numbers only
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,10 @@ class Advice:
         candidates: the recipes.
         recommendation: what to take.
         files: of the recipes, by name.
-        launch: the exact line that starts the choice; "" without one.
+        launch: the command that starts the choice; "" without one.
     """
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[RecipeCandidate, ...]
     recommendation: Recommendation
     files: dict[str, Path]
     launch: str
@@ -61,7 +64,7 @@ def recipe_files(folder: Path | None) -> dict[str, Path]:
 def advise(
     options: PlanOptions, hours: float, disk_bytes: float | None, priority: str, runs: Path | None, configs: Path | None
 ) -> Advice:
-    """Forecast all recipes on one set-up, tell them, and choose.
+    """Forecast all recipes on one set-up, print them, and choose.
 
     Args:
         options: the set-up; its recipe file is replaced by each of the recipes.
@@ -76,9 +79,10 @@ def advise(
     found, source = qualities(runs, options.train.base_model, names)
     say(source)
     candidates, planned = [], {}
+    counted: dict[str, EncodedGroup] = {}
     for name, path in files.items():
-        with muted(name != TOLD):  # the set-up is the same for all of them
-            planned[name] = planned_run(replace(options, train=replace(options.train, sft_config=path)))
+        with muted(name != SHOWN):  # the set-up is the same for all of them
+            planned[name] = plan_run(replace(options, train=replace(options.train, sft_config=path)), counted)
         candidates.append(_candidate(name, planned[name], found))
     recommendation = recommend(candidates, hours, disk_bytes, priority)
     launch = launch_line(options, files[recommendation.chosen]) if recommendation.chosen else ""
@@ -91,31 +95,31 @@ def advise(
     return advice
 
 
-def _candidate(name: str, planned: Planned, found: Mapping[str, Quality]) -> Candidate:
+def _candidate(name: str, planned: PlannedRun, found: Mapping[str, Quality]) -> RecipeCandidate:
     """One recipe with its forecast."""
-    forecast = planned.found
-    problems = shortages(planned.case, forecast, planned.calibration, None)
-    return Candidate(
+    forecast = planned.forecast
+    problems = shortages(planned.inputs, forecast, planned.calibration, None)
+    return RecipeCandidate(
         name,
-        planned.case.epochs,
+        planned.inputs.passes.epochs,
         forecast.time_seconds.value,
         forecast.time_seconds.high,
         forecast.peak_bytes.value,
-        forecast.fullest_bytes,
+        forecast.peak_disk_bytes,
         found.get(name),
-        planned.recipe.max_train is not None,
+        planned.run.recipe.max_train is not None,
         problem="; ".join(f"{problem.what} ({problem.fix})" for problem in problems),
     )
 
 
-def _is_guide(options: PlanOptions, planned: Planned) -> bool:
+def _is_guide(options: PlanOptions, planned: PlannedRun) -> bool:
     """Whether this is the set-up of the guide that the recipes began with."""
-    imagined = options.imagined
+    data = options.hypothetical
     return (
         options.train.base_model == GUIDE_BASE
         and options.gpus == GUIDE_GPUS
-        and imagined is not None
-        and imagined.questions == GUIDE_QUESTIONS
+        and data is not None
+        and data.questions == GUIDE_QUESTIONS
     )
 
 
@@ -142,7 +146,7 @@ def advice_lines(advice: Advice) -> list[str]:
 
 
 def launch_line(options: PlanOptions, file: Path) -> str:
-    """The exact line that starts a recipe on a set-up."""
+    """The command that starts a recipe on a set-up."""
     train, gpus = options.train, options.gpus or 1
     start = ["vlm-sft", "train"] if gpus == 1 else ["torchrun", f"--nproc_per_node={gpus}", "-m", "vlm_sft", "train"]
     flags: Sequence[str] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,14 @@ from vlm_sft.evaluate.tasks import (
     usable_tasks,
     with_limits,
 )
-from vlm_sft.model.caches import Engine
+from vlm_sft.model.caches import Engine, one_an_image
 from vlm_sft.model.load import Base, find_base
 from vlm_sft.planning.fingerprint import refuse_changes, run_identity
-from vlm_sft.planning.options import Run, TrainOptions
+from vlm_sft.planning.options import TrainOptions
+from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import LOSS, ValidationPlan, plan_validation
+from vlm_sft.recipe.schedule import Schedule, effective_global_batch_size, few_steps_advice, resolve_schedule
 from vlm_sft.recipe.schema import Recipe
-from vlm_sft.recipe.validation import Schedule, effective_global_batch_size, few_steps_advice, resolve_schedule
 
 NO_BENCHMARKS = "none"
 
@@ -100,8 +102,8 @@ def load_data(specs: list[DatasetSpec], recipe: Recipe) -> tuple[list[Sample], l
     return mixed, evaluation, left_out
 
 
-def final_tasks(run: Run) -> list[Task]:
-    """The benchmarks of the final evaluation, loaded before the training so that a mistake shows early."""
+def final_tasks(run: TrainingRun) -> list[Task]:
+    """Load the benchmarks of the final evaluation before the training, so that a mistake shows early."""
     options = run.options
     if options.eval_benchmarks == NO_BENCHMARKS:
         return []
@@ -111,8 +113,8 @@ def final_tasks(run: Run) -> list[Task]:
     return tasks
 
 
-def _enforce_tasks(run: Run, tasks: list[Task], left_out: list[LeftOut]) -> None:
-    """Say which questions of benchmarks cannot be asked, and stop where they are too many."""
+def _enforce_tasks(run: TrainingRun, tasks: list[Task], left_out: list[LeftOut]) -> None:
+    """Warn of benchmark questions that cannot be asked, and stop where there are too many."""
     enforce(left_out, sum(len(task.samples) for task in tasks) + len(left_out), run.options.max_left_out)
     if left_out:
         line = f"benchmarks: {left_out_line(left_out)}"
@@ -121,9 +123,9 @@ def _enforce_tasks(run: Run, tasks: list[Task], left_out: list[LeftOut]) -> None
 
 
 def fit_questions(
-    run: Run, tasks: list[Task], asked: ValidationPlan | None, encoder: Encoder
+    run: TrainingRun, tasks: list[Task], validation: ValidationPlan | None, encoder: Encoder
 ) -> tuple[list[Task], ValidationPlan | None]:
-    """Leave out the questions of benchmarks that the base's processor cannot take, before the training.
+    """Leave out benchmark questions that the base's processor refuses, before the training.
 
     Raises:
         DataError: they are too many.
@@ -131,15 +133,15 @@ def fit_questions(
     """
     tasks, left_out = usable_tasks(tasks, encoder)
     _enforce_tasks(run, tasks, left_out)
-    if asked is not None:
-        validated, left_out = usable_tasks(asked.tasks, encoder)
+    if validation is not None:
+        validated, left_out = usable_tasks(validation.tasks, encoder)
         _enforce_tasks(run, validated, left_out)
-        asked = replace(asked, tasks=validated)
-    return tasks, asked
+        validation = replace(validation, tasks=validated)
+    return tasks, validation
 
 
-def tell_notes(run: Run, samples: list[Sample], encoder: Encoder) -> dict[str, int]:
-    """Say and record which samples are used otherwise than one might think; returns as `notes_of` does."""
+def tell_notes(run: TrainingRun, samples: list[Sample], encoder: Encoder) -> dict[str, int]:
+    """Print and record which samples are not used as they stand; returns as `notes_of` does."""
     notes = notes_of(samples, encoder.holds_control)
     for line in note_lines(notes):
         say(line)
@@ -147,24 +149,28 @@ def tell_notes(run: Run, samples: list[Sample], encoder: Encoder) -> dict[str, i
     return notes
 
 
-def validation_plan(run: Run, guards: list[Guard]) -> ValidationPlan | None:
-    """The questions that are answered at each evaluation, loaded before the training too."""
-    asked, left_out = plan_validation(run.recipe, run.specs, guards, run.options.eval_samples)
-    if asked is None:
+def validation_plan(run: TrainingRun, guards: list[Guard]) -> ValidationPlan | None:
+    """Load the questions that are answered at each evaluation, before the training too."""
+    validation, left_out = plan_validation(run.recipe, run.specs, guards, run.options.eval_samples)
+    if validation is None:
         return None
-    _enforce_tasks(run, asked.tasks, left_out)
-    counts = ", ".join(f"{task.name} ({len(task.samples):,})" for task in asked.tasks)
-    say(f"answered at each evaluation: {counts}; the best checkpoint is chosen by {asked.metric}")
+    _enforce_tasks(run, validation.tasks, left_out)
+    counts = ", ".join(f"{task.name} ({len(task.samples):,})" for task in validation.tasks)
+    say(f"answered at each evaluation: {counts}; the best checkpoint is chosen by {validation.metric}")
     for guard in guards:
         say(f"guard: a checkpoint that loses more than {100 * guard.allowed:g} points on {guard.name} is not kept")
-    return asked
+    return validation
 
 
 def tell_parts(
-    run: Run, train: list[Sample], evaluation: list[Sample], asked: ValidationPlan | None, tasks: list[Task]
+    run: TrainingRun,
+    train: list[Sample],
+    evaluation: list[Sample],
+    validation: ValidationPlan | None,
+    tasks: list[Task],
 ) -> None:
-    """Say how many questions and images each part of the data has, and record and say which of them overlap."""
-    validated = evaluation + [sample for task in (asked.tasks if asked else []) for sample in task.samples]
+    """Print how many questions and images each part of the data has; print and record which of them overlap."""
+    validated = evaluation + (validation.samples if validation else [])
     parts = {"training": train, "validation": validated} | {f"table ({task.name})": task.samples for task in tasks}
     say(
         "parts: "
@@ -174,7 +180,7 @@ def tell_parts(
             if samples
         )
     )
-    found = overlaps({task.name: task.samples for task in tasks}, _choosing(run.recipe, evaluation, asked), train)
+    found = overlaps({task.name: task.samples for task in tasks}, _choosing(run.recipe, evaluation, validation), train)
     run.record.update(overlap=found)
     lines = [line for task in tasks for line in cautions(task.name, len(task.samples), **found[task.name])]
     seen = overlaps({"": validated}, [], train)[""]["also_trained"]
@@ -188,16 +194,16 @@ def tell_parts(
         run.record.note(line)
 
 
-def _choosing(recipe: Recipe, evaluation: list[Sample], asked: ValidationPlan | None) -> list[Sample]:
+def _choosing(recipe: Recipe, evaluation: list[Sample], validation: ValidationPlan | None) -> list[Sample]:
     """The questions whose loss or answers decide which checkpoint is kept."""
     if not recipe.load_best_model_at_end or recipe.eval_strategy == "no":
         return []
-    answered = asked is not None and (asked.metric != LOSS or bool(asked.guards))
-    by_answers = [sample for task in asked.tasks for sample in task.samples] if asked and answered else []
+    answered = validation is not None and (validation.metric != LOSS or bool(validation.guards))
+    by_answers = validation.samples if validation and answered else []
     return by_answers + (evaluation if recipe.metric_for_best_model == LOSS else [])
 
 
-def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], left_out: list[LeftOut]) -> Plan:
+def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sample], left_out: list[LeftOut]) -> Plan:
     """Check and encode the data, and plan the run.
 
     Raises:
@@ -220,19 +226,44 @@ def prepare(run: Run, train_samples: list[Sample], eval_samples: list[Sample], l
     notes = tell_notes(run, train_samples + eval_samples, encoder)
     _write_data_facts(options.output_dir, options.dataset, data, evaluation, left_out, notes)
     enforce(left_out, total, options.max_left_out, options.output_dir / artifacts.LEFT_OUT)
-    planner = planner_over(run, data.lengths)
-    eval_planner = replace(planner, lengths=evaluation.lengths) if evaluation and len(evaluation) else None
+    planner, eval_planner, schedule = plan_epochs(run, data, evaluation)
     if eval_planner is None and recipe.eval_strategy != "no":
         raise DataError("there is no question to compute the evaluation loss on", "pass --eval_strategy no")
-    schedule = resolve_schedule(recipe, planner.steps_per_epoch)
     _tell_plan(run, schedule, data, planner)
     if is_main_process():
         artifacts.write_json(options.output_dir / artifacts.RECIPE, recipe.to_dict())
     return Plan(base, schedule, data, evaluation, planner, eval_planner, engine, cache, identity, cache_before)
 
 
-def planner_over(run: Run, lengths: tuple[GroupLengths, ...]) -> EpochPlanner:
-    """The plan of the epochs that a run's settings give over some questions."""
+def plan_epochs(
+    run: TrainingRun, data: PreparedData, evaluation: PreparedData | None
+) -> tuple[EpochPlanner, EpochPlanner | None, Schedule]:
+    """How the questions of training and evaluation loss are packed, and the steps that follow from it."""
+    planner = planner_over(run, data.lengths)
+    eval_planner = replace(planner, lengths=evaluation.lengths) if evaluation and len(evaluation) else None
+    return planner, eval_planner, resolve_schedule(run.recipe, planner.steps_per_epoch)
+
+
+def image_uses(
+    schedule: Schedule, training: Sequence[Sample], evaluation: Sequence[Sample], validation: ValidationPlan | None
+) -> list[tuple[list[Sample], float]]:
+    """How often the images of a training are looked at.
+
+    Args:
+        schedule: steps of the training.
+        training, evaluation: one sample per image of the training and of the evaluation loss.
+        validation: what is answered at each evaluation.
+
+    Returns:
+        Samples, one per image, each list with the number of times that the tower sees each of its images.
+    """
+    evaluations = schedule.total_steps / schedule.eval_steps if schedule.eval_steps else 0.0
+    answered = one_an_image(validation.samples if validation else [])
+    return [(list(training), schedule.epochs), (list(evaluation), evaluations), (answered, evaluations)]
+
+
+def planner_over(run: TrainingRun, lengths: tuple[GroupLengths, ...]) -> EpochPlanner:
+    """How a run packs some questions."""
     recipe, launch, engine = run.recipe, run.launch, run.options.engine
     return EpochPlanner(
         lengths,
@@ -260,22 +291,26 @@ def token_limits(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, i
     return parse_token_limits(options.max_new_tokens, list(dict.fromkeys(names)))
 
 
-def limited(
-    run: Run, tasks: list[Task], asked: ValidationPlan | None, prompt: PromptSettings, plain: PlainText | None
+def with_token_limits(
+    run: TrainingRun,
+    tasks: list[Task],
+    validation: ValidationPlan | None,
+    prompt: PromptSettings,
+    plain: PlainText | None,
 ) -> tuple[list[Task], ValidationPlan | None]:
-    """Give what a run answers, at its end and at each evaluation, the limits of answers; too short ones are told."""
+    """Limit the answers of the final evaluation and of the validation; warn of limits that are too short."""
     limits = token_limits(run.options, run.specs)
     final = with_limits(tasks, prompt, plain, limits)
-    if asked is not None:
-        asked = replace(asked, tasks=with_limits(asked.tasks, prompt, plain, limits))
-    for line in dict.fromkeys([*too_short(final), *too_short(asked.tasks if asked else ())]):
+    if validation is not None:
+        validation = replace(validation, tasks=with_limits(validation.tasks, prompt, plain, limits))
+    for line in dict.fromkeys([*too_short(final), *too_short(validation.tasks if validation else ())]):
         warn(line)
         run.record.note(line)
-    return final, asked
+    return final, validation
 
 
 def find_run_base(options: TrainOptions, recipe: Recipe, specs: list[DatasetSpec]) -> Base:
-    """Find the base model, fit its prompt to the answers of own data, and say what could not be had."""
+    """Find the base model, fit its prompt to the answers of the user's data, and print its notes."""
     base = find_base(
         options.base_model,
         flash_attn=options.flash_attn,
@@ -318,7 +353,7 @@ def _write_data_facts(
         warn(f"{len(left_out)} samples are left out ({counts}); they are named in {folder / artifacts.LEFT_OUT}")
 
 
-def _tell_plan(run: Run, schedule: Schedule, data: PreparedData, planner: EpochPlanner) -> None:
+def _tell_plan(run: TrainingRun, schedule: Schedule, data: PreparedData, planner: EpochPlanner) -> None:
     """Print one supervised sample, the counts, and the schedule."""
     facts = data.summary()
     say("one sample as the model sees it; only the part in ⟦ ⟧ is supervised:")
@@ -340,6 +375,6 @@ def _tell_plan(run: Run, schedule: Schedule, data: PreparedData, planner: EpochP
 
 
 def few_steps(recipe: Recipe, schedule: Schedule, planner: EpochPlanner) -> str:
-    """What to say where a run has too few optimizer steps to learn from; "" elsewhere."""
+    """Advice for a run with too few optimizer steps to learn from; "" for any other."""
     questions, batch = planner.questions_per_epoch, planner.global_batch_size
     return few_steps_advice(recipe, schedule, questions, batch, planner.world_size)

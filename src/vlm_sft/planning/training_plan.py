@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from vlm_sft.evaluate.guard import Guard
 from vlm_sft.evaluate.tasks import Task
-from vlm_sft.planning.options import Run
-from vlm_sft.planning.pack_choice import with_passes
+from vlm_sft.planning.pack_choice import pack_plan
 from vlm_sft.planning.run_plan import (
     Plan,
     final_tasks,
     fit_questions,
-    limited,
     load_data,
     prepare,
     tell_parts,
     validation_plan,
+    with_token_limits,
 )
+from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import ValidationPlan
 
 
-def plan_training(run: Run, guards: list[Guard]) -> tuple[Run, Plan, ValidationPlan | None, list[Task]]:
+def plan_training(run: TrainingRun, guards: list[Guard]) -> tuple[TrainingRun, Plan, ValidationPlan | None, list[Task]]:
     """Load the data and decide what the training will do; says and records it.
 
     Args:
@@ -41,6 +41,6 @@ def plan_training(run: Run, guards: list[Guard]) -> tuple[Run, Plan, ValidationP
     with run.record.timed("load"):
         plan = prepare(run, train_samples, eval_samples, left_out)
         tasks, validation = fit_questions(run, tasks, validation, plan.data.encoder)
-        tasks, validation = limited(run, tasks, validation, plan.base.prompt, plan.data.encoder.chat.plain)
-    run, plan = with_passes(run, plan)
+        tasks, validation = with_token_limits(run, tasks, validation, plan.base.prompt, plan.data.encoder.chat.plain)
+    run, plan = pack_plan(run, plan)
     return run, plan, validation, tasks

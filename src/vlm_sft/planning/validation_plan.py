@@ -5,21 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlm_sft.common.errors import RecipeError
-from vlm_sft.data.sample import LeftOut
+from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.evaluate.guard import Guard, parse_guards
 from vlm_sft.evaluate.tasks import Task, dataset_text, load_tasks, names_of, rules_of
 from vlm_sft.recipe.schema import Recipe
 
-EVAL_SAMPLES = 200  # questions a benchmark at each evaluation
-
-
+EVAL_SAMPLES = 200  # questions per benchmark at each evaluation
 LOSS = "eval_loss"
 
 
 @dataclass(frozen=True)
 class ValidationPlan:
-    """What is asked at each evaluation.
+    """What is answered at each evaluation.
 
     Attributes:
         tasks: the questions; those of the training data first.
@@ -31,9 +29,14 @@ class ValidationPlan:
     guards: list[Guard]
     metric: str
 
+    @property
+    def samples(self) -> list[Sample]:
+        """The questions of all tasks."""
+        return [sample for task in self.tasks for sample in task.samples]
+
 
 def check_request(recipe: Recipe, specs: list[DatasetSpec], guard: str | None, samples: int | None) -> list[Guard]:
-    """Check what a run asks for before anything is loaded.
+    """Check metric, guards and number of samples before anything is loaded.
 
     Args:
         recipe: says which metric chooses the best checkpoint.
@@ -58,7 +61,7 @@ def check_request(recipe: Recipe, specs: list[DatasetSpec], guard: str | None, s
             f"choose from {have}",
         )
     if samples is not None and samples < 1:
-        raise RecipeError(f"--eval_samples {samples} is below 1", "give a number of questions a benchmark")
+        raise RecipeError(f"--eval_samples {samples} is below 1", "give a number of questions per benchmark")
     if (guard or samples) and recipe.eval_strategy == "no":
         flag = "--guard" if guard else "--eval_samples"
         raise RecipeError(f"{flag} needs evaluations, and eval_strategy is no", "use eval_strategy steps or epoch")
@@ -73,7 +76,7 @@ def check_request(recipe: Recipe, specs: list[DatasetSpec], guard: str | None, s
 def plan_validation(
     recipe: Recipe, specs: list[DatasetSpec], guards: list[Guard], samples: int | None
 ) -> tuple[ValidationPlan | None, list[LeftOut]]:
-    """Load the questions that are asked at each evaluation.
+    """Load the questions that are answered at each evaluation.
 
     Args:
         recipe, specs, samples: as in `check_request`.

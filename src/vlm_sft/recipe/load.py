@@ -1,8 +1,8 @@
 """From a JSON file and the flags of the command line to a checked `Recipe`.
 
-Three layers give the values: the defaults of the schema, the file, the command line. What a later layer says wins over
-an earlier one, also where two keys say the same thing in two ways (warmup_steps and warmup_ratio); what one layer says
-twice, differently, is a contradiction. Every mistake of all layers is collected and raised in one error.
+Three layers give the values: the defaults of the schema, the file, the command line. A later layer wins over
+an earlier one, also where two keys set the same thing (warmup_steps and warmup_ratio); two different values in one
+layer are a contradiction. Every mistake of all layers is collected and raised in one error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CLASSIC_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps"
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe with what a person should be told about it.
+    """A recipe with notes for the user.
 
     Attributes:
         recipe: complete and checked.
@@ -41,7 +41,7 @@ class LoadedRecipe:
 
 @dataclass
 class _Draft:
-    """The values that are gathered from the layers, and what was found on the way."""
+    """The values gathered from the layers, with their sources, mistakes and notes."""
 
     values: dict[str, Any] = field(default_factory=lambda: {key.name: key.default for key in KEYS.values()})
     sources: dict[str, str] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class _Draft:
         return 0 if name not in self.sources else 2 if self.sources[name] == COMMAND_LINE else 1
 
     def replace(self, name: str, value: Any, reason: str) -> None:
-        """Set a key in favour of another one, and say so where the user had given it."""
+        """Replace the value of a key in favour of another one; leaves a note where the user had given it."""
         if self.values[name] != value and self.rank(name):
             before = f"{name} {shown(self.values[name])} ({self.sources[name]})"
             self.notes.append(f"{before} becomes {shown(value)}: {reason}")
@@ -103,17 +103,6 @@ def read_recipe(path: str | Path | None, overrides: Mapping[str, object] | None 
     return _finish(draft)
 
 
-def recipe_from_values(values: Mapping[str, object]) -> Recipe:
-    """Make a recipe of the JSON values of one, e.g. of a run's recipe.json; see `Recipe.from_dict`.
-
-    Raises:
-        RecipeError: lists every mistake in `values`.
-    """
-    draft = _Draft()
-    _add_layer(draft, values, "recipe")
-    return _finish(draft).recipe
-
-
 def _finish(draft: _Draft) -> LoadedRecipe:
     _settle_warmup(draft)
     _settle_best(draft)
@@ -152,14 +141,14 @@ def _read_object(path: Path, mistakes: list[Mistake]) -> Mapping[str, object]:
 
 
 def _choice_meant(key: Key, value: object) -> str:
-    """The choice that a wrong value was probably meant to be, as the end of a message."""
+    """The choice nearest to a wrong value, as the end of a message."""
     names = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
     wrong = (name.strip() for name in names if isinstance(name, str) and name.strip() not in key.choices)
     return nearest(next(wrong, ""), key.choices)
 
 
 def _recipe_meant(path: Path) -> str:
-    """What a path that is not there may have meant: a recipe of the package, or a file beside it."""
+    """The recipe of the package, or the file nearby, that a missing path may have meant."""
     stems = {stem: name for stem, name in RECIPES.items()} | {name: name for name in RECIPES.values()}
     beside = {file.name: str(file) for file in sorted(path.parent.glob("*.json"))}
     known = beside if path.suffix else stems  # a name without an ending is one of the package
@@ -197,7 +186,7 @@ def _add_layer(draft: _Draft, layer: Mapping[str, object], where: str) -> None:
 
 
 def _settle_warmup(draft: _Draft) -> None:
-    """Leave one length for the warmup: that of the later layer, none for the constant schedule."""
+    """Keep one length of the warmup: that of the later layer, none for the constant schedule."""
     values = draft.values
     if values["warmup_ratio"] and values["warmup_steps"]:
         if draft.rank("warmup_steps") > draft.rank("warmup_ratio"):
@@ -211,7 +200,7 @@ def _settle_warmup(draft: _Draft) -> None:
 
 
 def _settle_best(draft: _Draft) -> None:
-    """With load_best_model_at_end, let evaluations and checkpoints that one layer did not both give go together."""
+    """With load_best_model_at_end, align evaluations and checkpoints that were not both given by one layer."""
     values = draft.values
     if not values["load_best_model_at_end"]:
         return
@@ -225,7 +214,7 @@ def _settle_best(draft: _Draft) -> None:
 
 
 def _settle_batch(draft: _Draft) -> None:
-    """Leave either the global batch size or the classic pair in charge, unless one layer gave all three."""
+    """Keep either the global batch size or the classic pair, unless one layer gave all three."""
     values = draft.values
     pair = [name for name in CLASSIC_BATCH if values[name] is not None]
     target = draft.rank("global_batch_size")
@@ -244,9 +233,9 @@ def _settle_batch(draft: _Draft) -> None:
 
 
 def _note_idle(draft: _Draft) -> None:
-    """Say which flags of the command line have no effect beside the other values.
+    """Note which flags of the command line have no effect beside the other values.
 
-    They are not refused: a launch line is changed by what is put behind it, as `vlm-sft verify` does.
+    They are not refused: `vlm-sft verify` changes a launch line by appending flags to it.
     """
     values = draft.values
     for names, idle, reason in (

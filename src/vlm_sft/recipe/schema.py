@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -50,7 +49,6 @@ def _key(default: Any, help: str, unit: str = "", range: Range | None = None, ch
     return field(default=default, metadata={"help": help, "unit": unit, "range": range, "choices": choices})
 
 
-POSITIVE = Range(0, None, low_open=True)
 FRACTION = Range(0, 1, high_open=True)
 COUNT = Range(1)
 STRATEGIES = ("steps", "epoch", "no")
@@ -220,18 +218,6 @@ class Recipe:
         """Every key with its value as JSON holds it, in the order of the schema."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> Recipe:
-        """Make a recipe of JSON values; keys that are not given have their defaults.
-
-        Raises:
-            RecipeError: lists every mistake in `values`.
-        """
-        # The loader needs this class, so it can only be imported once the class is there.
-        from vlm_sft.recipe.load import recipe_from_values
-
-        return recipe_from_values(values)
 
 
 _KINDS: dict[Any, str] = {

@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 from vlm_sft.common import formats
 from vlm_sft.evaluate.compare import TOO_FEW, compare_rows
 from vlm_sft.evaluate.statistics import FEWEST_CLUSTERS, UNCLEAR
-from vlm_sft.forecast.pareto import pareto_front
+from vlm_sft.forecast.pareto import cheapest_not_worse, pareto_front
 from vlm_sft.report.label_placement import Label, name_points
 from vlm_sft.report.predictions import SIDES, Prediction
 from vlm_sft.report.records import Benchmark, Interval, RunReport, Score
@@ -172,48 +172,70 @@ def _recommend(
     """
     best = max(ordered, key=lambda one: (one.accuracy, -one.seconds))
     after = _rows(*answers[best.name])
-    skipped: list[str] = []
-    for candidate in (one for one in ordered if one.on_front):
-        if candidate.name == best.name:
-            break
-        result = _compared(_rows(*answers[candidate.name]), after)
-        if result is None:
-            skipped.append(f"{candidate.name} did not answer the same questions and could not be compared with it.")
-            continue
-        points, sure = formats.typeset(formats.points(-result["difference"])), formats.p_value(result["p_value"])
-        if result["verdict"] != "better" and result["interval"][1] > UNCLEAR:
-            return None, best, [_unclear(candidate, best, points, result), *skipped]
-        if result["verdict"] != "better":
-            reasons = [
-                f"{best.name} answers best ({formats.percent(best.accuracy)}), but {candidate.name} "
-                f"({points} points, {sure}) is not significantly worse on the same {result['n']:,} questions and "
-                f"{_cheaper(candidate, best)}."
-            ]
-            smallest = result["smallest_detectable_difference"]
-            if smallest:
-                reasons.append(
-                    f"So many questions show differences from about {100 * smallest:.1f} points on; a smaller one "
-                    "may be there."
-                )
-            return candidate, best, reasons + skipped
-        skipped.append(f"{candidate.name} costs less and is significantly worse ({points} points, {sure}).")
-    clusters = len({row[2] or row[0] for row in after})
+    results: dict[str, dict[str, Any] | None] = {}
+
+    def worse(candidate: Candidate) -> bool:
+        results[candidate.name] = result = _compared(_rows(*answers[candidate.name]), after)
+        return result is None or result["verdict"] == "better"
+
+    chosen = cheapest_not_worse((one for one in ordered if one.on_front), best, worse)
+    result = results.pop(chosen.name, None)
+    skipped = [_skipped(name, other) for name, other in results.items()]
+    if result is None:
+        recommended, reasons = _best(best, after)
+        return recommended, best, reasons + (skipped[-3:] if recommended else [])
+    if result["interval"][1] > UNCLEAR:
+        return None, best, [_unclear(chosen, best, result), *skipped]
+    return chosen, best, [*_good_enough(chosen, best, result), *skipped]
+
+
+def _best(best: Candidate, rows: Sequence[tuple[Any, ...]]) -> tuple[Candidate | None, list[str]]:
+    """The best candidate, or None on too few images, where nothing cheaper is as good; and why."""
+    clusters = len({row[2] or row[0] for row in rows})
     if 0 < clusters < FEWEST_CLUSTERS:
-        reason = f"{len(after):,} questions on {clusters:,} independent images are too few to judge."
-        return None, best, [f"{best.name} answers best ({formats.percent(best.accuracy)}), but {reason}"]
+        reason = f"{len(rows):,} questions on {clusters:,} independent images are too few to judge."
+        return None, [f"{best.name} answers best ({formats.percent(best.accuracy)}), but {reason}"]
     rest = "needs no training" if best.is_base else "nothing cheaper comes near enough"
-    reasons = [f"{best.name} answers best ({formats.percent(best.accuracy)}), and {rest}."]
-    return best, best, reasons + skipped[-3:]
+    return best, [f"{best.name} answers best ({formats.percent(best.accuracy)}), and {rest}."]
 
 
-def _unclear(candidate: Candidate, best: Candidate, points: str, result: dict[str, Any]) -> str:
+def _good_enough(candidate: Candidate, best: Candidate, result: dict[str, Any]) -> list[str]:
+    """Why a cheaper candidate is taken instead of the best one."""
+    reasons = [
+        f"{best.name} answers best ({formats.percent(best.accuracy)}), but {candidate.name} "
+        f"({_difference(result)}, {formats.p_value(result['p_value'])}) is not significantly worse on the same "
+        f"{result['n']:,} questions and {_cheaper(candidate, best)}."
+    ]
+    smallest = result["smallest_detectable_difference"]
+    if smallest:
+        reasons.append(
+            f"So many questions show differences from about {100 * smallest:.1f} points on; a smaller one may be there."
+        )
+    return reasons
+
+
+def _skipped(name: str, result: dict[str, Any] | None) -> str:
+    """Why a cheaper candidate is not taken."""
+    if result is None:
+        return f"{name} did not answer the same questions and could not be compared with it."
+    sure = formats.p_value(result["p_value"])
+    return f"{name} costs less and is significantly worse ({_difference(result)}, {sure})."
+
+
+def _difference(result: dict[str, Any]) -> str:
+    """How many points a candidate is behind the best one."""
+    return f"{formats.typeset(formats.points(-result['difference']))} points"
+
+
+def _unclear(candidate: Candidate, best: Candidate, result: dict[str, Any]) -> str:
     """Why neither a cheaper candidate nor the best one can be recommended."""
     most = formats.points(result["interval"][1])[1:]
     judged = "are too few to judge" if result["verdict"] == TOO_FEW else "cannot tell them apart"
     return (
-        f"{best.name} answers best ({formats.percent(best.accuracy)}); {candidate.name} ({points} points) is cheaper "
-        f"and may be worse by up to {most}: {result['n']:,} questions on {result['clusters']:,} independent images "
-        f"{judged}. About {result['questions_needed']:,} questions on {result['clusters_needed']:,} images would."
+        f"{best.name} answers best ({formats.percent(best.accuracy)}); {candidate.name} ({_difference(result)}) is "
+        f"cheaper and may be worse by up to {most}: {result['n']:,} questions on {result['clusters']:,} "
+        f"independent images {judged}. About {result['questions_needed']:,} questions on "
+        f"{result['clusters_needed']:,} images would."
     )
 
 

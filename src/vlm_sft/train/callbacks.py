@@ -15,7 +15,7 @@ from vlm_sft.common.artifacts import read_jsonl, write_jsonl
 from vlm_sft.common.console import Bar, say
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.forecast import estimate as forecasts
-from vlm_sft.planning.run_forecast import Foretelling
+from vlm_sft.planning.run_forecast import ForecastTracker
 from vlm_sft.recipe.schema import EVALUATION_METRICS
 from vlm_sft.train.event_log import PatientLines
 
@@ -170,7 +170,7 @@ class Clock(TrainerCallback):
         told: the forecast.
     """
 
-    def __init__(self, told: Foretelling) -> None:
+    def __init__(self, told: ForecastTracker) -> None:
         self.told = told
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:

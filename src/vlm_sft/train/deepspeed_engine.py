@@ -22,8 +22,8 @@ from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.saved_adapter import require_places
 from vlm_sft.model.step_gradients import StepGradients, loss_problem
+from vlm_sft.recipe.schedule import Schedule
 from vlm_sft.recipe.schema import Recipe
-from vlm_sft.recipe.validation import Schedule
 from vlm_sft.train.health import Health, memory_error
 from vlm_sft.train.optimization import SCHEDULER, decay_groups, make_optimizer, make_scheduler
 

@@ -25,14 +25,14 @@ from vlm_sft.evaluate.tasks import Task
 from vlm_sft.model.load import Base
 from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.model.trainable import ALL
-from vlm_sft.planning.options import Run
 from vlm_sft.planning.run_plan import Plan
+from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.report.html import write_report
 from vlm_sft.report.markdown import results_table as format_results
 from vlm_sft.train.model_card import write_card
 
 
-def evaluate_run(run: Run, plan: Plan, tasks: list[Task]) -> dict[str, Any]:
+def evaluate_run(run: TrainingRun, plan: Plan, tasks: list[Task]) -> dict[str, Any]:
     """Answer the benchmarks with the base and with the saved adapter, and compare.
 
     Returns:
@@ -67,7 +67,7 @@ def evaluate_run(run: Run, plan: Plan, tasks: list[Task]) -> dict[str, Any]:
 
 
 def _answer(
-    run: Run, plan: Plan, tasks: list[Task], base: Base, adapter: Path | None, sides: tuple[str, ...]
+    run: TrainingRun, plan: Plan, tasks: list[Task], base: Base, adapter: Path | None, sides: tuple[str, ...]
 ) -> DataCache:
     """Answer the benchmarks with one model, for each side: "base" is the model without its adapter."""
     launch = run.launch

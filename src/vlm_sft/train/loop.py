@@ -23,9 +23,9 @@ from vlm_sft.distributed.launch import Launch
 from vlm_sft.distributed.signals import StopSignals
 from vlm_sft.evaluate.evaluator import EvaluationStopped
 from vlm_sft.model.families import PackMode
-from vlm_sft.planning.options import FaultPolicy
+from vlm_sft.planning.training_run import FaultPolicy
+from vlm_sft.recipe.schedule import Schedule
 from vlm_sft.recipe.schema import Recipe
-from vlm_sft.recipe.validation import Schedule
 from vlm_sft.train.callbacks import Callbacks
 from vlm_sft.train.checkpoint.saver import CheckpointPolicy, CheckpointSaver, WriteModel, restore_random
 from vlm_sft.train.evaluation_loss import evaluation_loss

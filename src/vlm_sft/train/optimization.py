@@ -28,8 +28,8 @@ from vlm_sft.distributed.launch import Launch
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.saved_adapter import require_places
 from vlm_sft.model.step_gradients import StepGradients, mixed_precision
+from vlm_sft.recipe.schedule import Schedule, rate_factor
 from vlm_sft.recipe.schema import Recipe
-from vlm_sft.recipe.validation import Schedule, rate_factor
 from vlm_sft.train.checkpoint.serialization import load_state, save_state
 from vlm_sft.train.health import Health
 

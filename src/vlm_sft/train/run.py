@@ -11,7 +11,7 @@ from vlm_sft.common import artifacts
 from vlm_sft.common.errors import GuardError
 from vlm_sft.distributed.collectives import barrier
 from vlm_sft.planning.options import TrainOptions
-from vlm_sft.planning.run_forecast import Foretelling
+from vlm_sft.planning.run_forecast import ForecastTracker
 from vlm_sft.planning.training_plan import plan_training
 from vlm_sft.train.final_evaluation import evaluate_run, report_run, sizes
 from vlm_sft.train.session import open_run, watched
@@ -31,7 +31,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     with open_run(options) as (run, guards):
         with watched(run) as trackers:
             run, plan, validation, tasks = plan_training(run, guards)
-            forecast = Foretelling.begin(run, plan, validation, tasks)
+            forecast = ForecastTracker.begin(run, plan, validation, tasks)
             training = build_training(run, plan, validation, forecast, trackers)
             with training.running():
                 training.loop.run(training.callbacks, run.checkpoint)

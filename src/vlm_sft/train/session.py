@@ -22,8 +22,9 @@ from vlm_sft.evaluate.guard import Guard
 from vlm_sft.model.load import resolve_path
 from vlm_sft.model.model_folder import require_utf8
 from vlm_sft.planning.fingerprint import check_ranks, recipe_identity, refuse_changes
-from vlm_sft.planning.options import Run, TrainOptions
+from vlm_sft.planning.options import TrainOptions
 from vlm_sft.planning.run_plan import token_limits
+from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import check_request
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
@@ -35,7 +36,7 @@ from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, 
 
 
 @contextmanager
-def open_run(options: TrainOptions) -> Iterator[tuple[Run, list[Guard]]]:
+def open_run(options: TrainOptions) -> Iterator[tuple[TrainingRun, list[Guard]]]:
     """Check what was asked for, claim the folder and connect the ranks; all of it is held while the block runs.
 
     Yields:
@@ -66,11 +67,11 @@ def open_run(options: TrainOptions) -> Iterator[tuple[Run, list[Guard]]]:
         _announce(options, launch, loaded.notes, checkpoint)
         record = RunRecord(options.output_dir, _facts(options, specs, launch, checkpoint))
         signals = StopSignals(resume_line(sys.argv, launch), lambda: record.finish("interrupted"))
-        yield Run(options, recipe, specs, launch, record, checkpoint, signals), guards
+        yield TrainingRun(options, recipe, specs, launch, record, checkpoint, signals), guards
 
 
 @contextmanager
-def watched(run: Run) -> Iterator[Trackers]:
+def watched(run: TrainingRun) -> Iterator[Trackers]:
     """Watch for signals and lost machines while the stages run, and record how they ended.
 
     Yields:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.distributed.collectives import agree
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.forecast.estimate import FEATURES, LOAD, SAVES, TRACKERS
-from vlm_sft.model.caches import one_an_image
 from vlm_sft.model.gpu.kernels import choose_kernels
 from vlm_sft.model.load import Base, load_model
 from vlm_sft.model.positions import Positions
@@ -31,10 +30,10 @@ from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.step_gradients import mixed_precision
 from vlm_sft.model.trainable import ALL, checkpoint_layers, described, save_tuned, tune
-from vlm_sft.planning.options import Run
 from vlm_sft.planning.probe import Probe
-from vlm_sft.planning.run_forecast import Foretelling
-from vlm_sft.planning.run_plan import Plan
+from vlm_sft.planning.run_forecast import ForecastTracker
+from vlm_sft.planning.run_plan import Plan, image_uses
+from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import ValidationPlan
 from vlm_sft.trackers.session import Trackers
 from vlm_sft.train.callbacks import Clock, MetricsFile, Progress
@@ -62,11 +61,11 @@ class Training:
         forecast: the forecast of the run, whose clock goes on.
     """
 
-    run: Run
+    run: TrainingRun
     plan: Plan
     loop: TrainingLoop
     callbacks: Sequence[TrainerCallback]
-    forecast: Foretelling
+    forecast: ForecastTracker
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -114,7 +113,7 @@ class Training:
 
 
 def build_training(
-    run: Run, plan: Plan, asked: ValidationPlan | None, forecast: Foretelling, trackers: Trackers
+    run: TrainingRun, plan: Plan, asked: ValidationPlan | None, forecast: ForecastTracker, trackers: Trackers
 ) -> Training:
     """Load the weights and put the training together.
 
@@ -165,7 +164,7 @@ def build_training(
     return Training(run, plan, loop, _callbacks(run, loop, planner, forecast, trackers), forecast)
 
 
-def _load(run: Run, plan: Plan) -> tuple[Any, Any]:
+def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
     """Load the weights and make trainable what is trained.
 
     Returns:
@@ -194,7 +193,7 @@ def _load(run: Run, plan: Plan) -> tuple[Any, Any]:
     return model, optimize
 
 
-def _record_model(run: Run, model: Any, shares: bool) -> None:
+def _record_model(run: TrainingRun, model: Any, shares: bool) -> None:
     """Check the kernels that this process will use, and record which they are."""
     kernels, notes = choose_kernels(model, torch.device(run.launch.device))
     for note in notes:
@@ -212,7 +211,7 @@ def _write_model(
     write_card(folder, run_folder)
 
 
-def _validation(run: Run, plan: Plan, asked: ValidationPlan | None) -> Validation | None:
+def _validation(run: TrainingRun, plan: Plan, asked: ValidationPlan | None) -> Validation | None:
     """What answers the questions of each evaluation."""
     if asked is None:
         return None
@@ -223,7 +222,7 @@ def _validation(run: Run, plan: Plan, asked: ValidationPlan | None) -> Validatio
 
 
 def _callbacks(
-    run: Run, loop: TrainingLoop, planner: EpochPlanner, forecast: Foretelling, trackers: Trackers
+    run: TrainingRun, loop: TrainingLoop, planner: EpochPlanner, forecast: ForecastTracker, trackers: Trackers
 ) -> list[TrainerCallback]:
     """What is told of a training."""
     metrics = MetricsFile(run.options.output_dir / artifacts.METRICS, planner, checkpoint_step(run.checkpoint))
@@ -242,20 +241,25 @@ def _settled_heap() -> Iterator[None]:
 
 
 def _probe(
-    run: Run, plan: Plan, forecast: Foretelling, model: Any, planners: tuple[EpochPlanner, EpochPlanner | None]
+    run: TrainingRun,
+    plan: Plan,
+    forecast: ForecastTracker,
+    model: Any,
+    planners: tuple[EpochPlanner, EpochPlanner | None],
 ) -> None:
     """Measure a few passes and forecast again."""
     if is_partitioned(*model.parameters()):
         say("--probe: under ZeRO-3 no rank has the whole model for a pass of its own; the forecast stays as it is")
         return
     precision = partial(mixed_precision, run.launch.device, plan.base.dtype)
-    case = replace(forecast.case, features=plan.cache.features is not None)
-    probe = Probe(run, plan, model, choose_mode(model, plan.data.encoder), precision, case, *planners)
+    kept = forecast.inputs.images.keep_benchmark_features
+    inputs = forecast.inputs.with_features(plan.cache.features is not None, kept)
+    probe = Probe(run, plan, model, choose_mode(model, plan.data.encoder), precision, inputs, *planners)
     calibration = probe.calibrate(forecast.tasks, forecast.seconds)
-    forecast.refine(agree(lambda: calibration), case, plan.engine.root)
+    forecast.refine(agree(lambda: calibration), inputs, plan.engine.root)
 
 
-def _policy(run: Run, plan: Plan) -> CheckpointPolicy:
+def _policy(run: TrainingRun, plan: Plan) -> CheckpointPolicy:
     """How checkpoints are kept, and what their manifests say."""
     facts = {"parallel": run.launch.parallel, "identity": plan.identity, "versions": versions()}
     return CheckpointPolicy(run.recipe.save_total_limit, run.options.on_save_error, facts, run.record.note)
@@ -263,18 +267,12 @@ def _policy(run: Run, plan: Plan) -> CheckpointPolicy:
 
 def _keep_features(plan: Plan, model: Any, asked: ValidationPlan | None) -> None:
     """Let the vision tower run once an image, where that pays."""
-    schedule = plan.schedule
-    evaluations = schedule.total_steps / schedule.eval_steps if schedule.eval_steps else 0.0
-    uses = [(plan.data.image_samples(), schedule.total_steps / schedule.steps_per_epoch)]
-    if plan.evaluation is not None:
-        uses.append((plan.evaluation.image_samples(), evaluations))
-    if asked is not None:
-        samples = [sample for task in asked.tasks for sample in task.samples]
-        uses.append((one_an_image(samples), evaluations))
+    evaluation = plan.evaluation.image_samples() if plan.evaluation is not None else []
+    uses = image_uses(plan.schedule, plan.data.image_samples(), evaluation, asked)
     plan.engine.keep_features(model, plan.cache, uses, "training")
 
 
-def _tell_silent(run: Run) -> None:
+def _tell_silent(run: TrainingRun) -> None:
     """Say loudly that a finished training changed nothing."""
     if changes_nothing(run.options.output_dir):
         told = "this training changed nothing: every lora_B matrix of its adapter is zero, as before the first step"

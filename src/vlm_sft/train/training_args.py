@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from vlm_sft.distributed.launch import Launch
+from vlm_sft.recipe.schedule import Schedule
 from vlm_sft.recipe.schema import Recipe
-from vlm_sft.recipe.validation import Schedule
 from vlm_sft.trackers.session import SHOWN_IN
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from vlm_sft.common.artifacts import json_text, parse_json, write_bytes_atomic, write_json
 from vlm_sft.common.console import warn
 from vlm_sft.common.errors import RunError
+from vlm_sft.common.formats import size
 from vlm_sft.data.cache.directory import ENTRY, FORMAT
 
 SHARD_BYTES = 128 * 1024**2  # a shard is held in memory twice while it is written
@@ -227,7 +228,7 @@ class Store:
             }
         )
         if shutil.disk_usage(self.folder).free < len(data) + SPARE_BYTES:
-            raise CacheFullError(f"less than {SPARE_BYTES / 1e9:.0f} GB would be left free on the disk")
+            raise CacheFullError(f"less than {size(SPARE_BYTES)} would be left free on the disk")
         rows = {key: row for row, key in enumerate(records)}
         checks = list(map(_record_check, records.values()))
         value: dict[str, Any] = {"format": FORMAT, "bytes": len(data), "records": rows, "checks": checks}
@@ -270,13 +271,13 @@ class Writer:
             CacheFullError: budget or disk have no room.
             OSError: the folder cannot be written.
         """
-        size = record_bytes(record)
-        if self._budget is not None and self.written_bytes + size > self._budget:
+        added = record_bytes(record)
+        if self._budget is not None and self.written_bytes + added > self._budget:
             self.usable = False
-            raise CacheFullError(f"the budget of {self._budget / 1e9:.3g} GB is used up")
+            raise CacheFullError(f"the budget of {size(self._budget)} is used up")
         self._records[key] = record
-        self._bytes += size
-        self.written_bytes += size
+        self._bytes += added
+        self.written_bytes += added
         if self._bytes >= SHARD_BYTES or len(self._records) >= SHARD_RECORDS:
             self.close()
 

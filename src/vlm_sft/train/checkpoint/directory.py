@@ -16,6 +16,7 @@ from vlm_sft.common import artifacts
 from vlm_sft.common.artifacts import _CHECKPOINT, checkpoint_step
 from vlm_sft.common.console import warn
 from vlm_sft.common.errors import RunError
+from vlm_sft.common.formats import size
 from vlm_sft.common.manifest import flush, folder_problems, read_manifest
 
 PARTIAL, REMOVED, REPLACED = ".partial", ".removed", ".replaced"
@@ -82,7 +83,7 @@ def begin_checkpoint(folder: Path, step: int, needed_bytes: int) -> Path:
     """
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        raise OSError(f"{free / 1e6:,.1f} MB are free, and it takes about {needed_bytes / 1e6:,.1f} MB")
+        raise OSError(f"{size(free)} are free, and it takes about {size(needed_bytes)}")
     partial = folder / f"checkpoint-{step}{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

@@ -1,0 +1,37 @@
+"""Options of everything that answers questions: how they are put to the model, and how long an answer may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlm_sft.common.options import option
+
+
+def unescaped(text: str) -> str:
+    """A text as a shell passes it: a backslash and an n stand for a new line."""
+    return text.replace("\\n", "\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """Options of training and evaluation; a prompt or system text of None keeps what base or adapter come with."""
+
+    prompt_template: str | None = option(
+        None, "the user's text with {question} in it, \\n for a new line: ", "TEXT", parse=unescaped
+    )
+    system: str | None = option(None, "system text: ", "TEXT", parse=unescaped)
+    max_new_tokens: str | None = option(
+        None,
+        "limit of an answer in tokens, for all or by benchmark: 32, or chartqa=32,textvqa=16 (default: the "
+        "benchmark's; for your own data what its longest answer needs)",
+        "N",
+    )
+    shard_weights: str = option(
+        "auto",
+        "several ranks share out the weights while they answer (ZeRO-3): auto does so where a whole model does not fit "
+        "on a device (default: %(default)s)",
+        choices=("auto", "true", "false"),
+    )
+
+
+PROMPT = ("prompt_template", "system")  # options whose help needs to say what they replace

@@ -1,0 +1,193 @@
+"""What a recipe comes to on a data set: optimizer steps, questions per step, learning rates. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vlm_sft.common.errors import RecipeError
+from vlm_sft.recipe.schema import Recipe
+
+FEW_STEPS = 50  # optimizer steps; below, a training can hardly learn
+SMALL_BATCH = 8  # questions; advice goes no lower
+
+
+def effective_global_batch_size(recipe: Recipe, world_size: int) -> int:
+    """Question-answer pairs of one optimizer step on `world_size` devices.
+
+    Args:
+        recipe: the recipe. With a `global_batch_size` that is the answer; the classic keys then only say how it is
+            cut up. Without one it is per_device_train_batch_size x gradient_accumulation_steps x world_size.
+        world_size: number of training processes.
+
+    Returns:
+        Question-answer pairs per optimizer step.
+
+    Raises:
+        RecipeError: all three keys are given and their product is another number on this many devices.
+    """
+    device, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+    if device is None or accumulation is None:
+        assert recipe.global_batch_size is not None, "the rules refuse a recipe without any batch size"
+        return recipe.global_batch_size
+    product = device * accumulation * world_size
+    if recipe.global_batch_size not in (None, product):
+        raise RecipeError(
+            f"global_batch_size is {recipe.global_batch_size}, but per_device_train_batch_size {device} x "
+            f"gradient_accumulation_steps {accumulation} x {world_size} devices is {product}",
+            "remove global_batch_size to train with the product, or the other two to train with global_batch_size",
+        )
+    return product
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a recipe comes to on a data set: all in optimizer steps, counted from 1.
+
+    Attributes:
+        steps_per_epoch: steps of one pass over the data.
+        total_steps: steps of the whole training.
+        warmup_steps: steps in which the learning rate rises; at most half of them.
+        eval_steps: steps between two evaluations; 0: never.
+        save_steps: steps between two checkpoints; 0: never.
+        notes: one sentence for each value that differs from the recipe's, to be printed.
+    """
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    eval_steps: int
+    save_steps: int
+    notes: list[str]
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data."""
+        return self.total_steps / self.steps_per_epoch
+
+    def evaluation_steps(self) -> list[int]:
+        """The steps after which there is an evaluation; the last step of the training is among them."""
+        return self._every(self.eval_steps)
+
+    def save_steps_list(self) -> list[int]:
+        """The steps after which a checkpoint is written; the last step of the training is among them."""
+        return self._every(self.save_steps)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation follows a step."""
+        return self._due(self.eval_steps, step)
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is written after a step."""
+        return self._due(self.save_steps, step)
+
+    def _due(self, interval: int, step: int) -> bool:
+        return bool(interval) and (step % interval == 0 or step >= self.total_steps)
+
+    def _every(self, interval: int) -> list[int]:
+        if not interval:
+            return []
+        steps = list(range(interval, self.total_steps + 1, interval))
+        return steps if steps and steps[-1] == self.total_steps else [*steps, self.total_steps]
+
+
+def _clamp(name: str, strategy: str, steps: int, steps_per_epoch: int, total: int, notes: list[str]) -> int:
+    """The interval of `name` ("eval" or "save") on this data; a note is added when it is not the recipe's."""
+    if strategy == "no":
+        return 0
+    if strategy == "epoch":
+        return min(steps_per_epoch, total)
+    limit = min(steps_per_epoch, total)
+    if steps <= limit:
+        return steps
+    whole = "an epoch" if steps_per_epoch <= total else "the training"
+    verb = "evaluating" if name == "eval" else "saving"
+    notes.append(f"{name}_steps {steps} is more than the {limit} steps of {whole}: {verb} every {limit} steps")
+    return limit
+
+
+def resolve_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
+    """Work out when the recipe evaluates, saves and warms up on a data set of a given size.
+
+    With strategy "steps" there is at least one evaluation and one checkpoint per epoch, however small the data; with
+    load_best_model_at_end every evaluation has a checkpoint.
+
+    Args:
+        recipe: the recipe.
+        steps_per_epoch: optimizer steps of one pass over the data, at least 1.
+
+    Returns:
+        The schedule, with a note for each value that had to differ from the recipe.
+    """
+    assert steps_per_epoch >= 1, steps_per_epoch
+    notes: list[str] = []
+    if recipe.max_steps > 0:
+        total = recipe.max_steps
+        notes.append(
+            f"max_steps {total} ends the training: {total / steps_per_epoch:.3g} epochs, whatever "
+            f"num_train_epochs ({recipe.num_train_epochs:g}) says"
+        )
+    else:
+        # 0.1 epochs of 30 steps are 3 steps, not the 4 of a product rounded up after its last binary digit.
+        total = max(1, math.ceil(round(recipe.num_train_epochs * steps_per_epoch, 6)))
+    evaluate = _clamp("eval", recipe.eval_strategy, recipe.eval_steps, steps_per_epoch, total, notes)
+    save = _clamp("save", recipe.save_strategy, recipe.save_steps, steps_per_epoch, total, notes)
+    if recipe.load_best_model_at_end and evaluate and save and save != evaluate:
+        notes.append(f"saving every {evaluate} steps instead of {save}, so that every evaluation can be the best")
+        save = evaluate
+    wanted = recipe.warmup_steps or math.ceil(round(total * recipe.warmup_ratio, 6))
+    warmup = min(wanted, total // 2)
+    if warmup < wanted:
+        notes.append(f"a warmup of {wanted} steps is more than half of the training's {total}: it takes {warmup}")
+    return Schedule(steps_per_epoch, total, warmup, evaluate, save, notes)
+
+
+def rate_factor(kind: str, warmup: int, total: int, step: int) -> float:
+    """The learning rate of a step as a share of the highest one; no step of the training has a rate of 0.
+
+    The usual schedules begin a warmup at 0, so that their first step changes nothing. Here the warmup rises in
+    `warmup` + 1 equal parts, beginning with one; after it the schedules are the usual ones.
+
+    Args:
+        kind: one of SCHEDULERS.
+        warmup, total: steps of the warmup and of the training.
+        step: optimizer steps done, 0 for the first step.
+
+    Returns:
+        Above 0 and at most 1 for steps of the training, 0 behind its end (of the schedules that fall).
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if kind.startswith("constant"):
+        return 1.0
+    left = max(0.0, (total - step) / max(1, total - warmup))
+    return left if kind == "linear" else (1 + math.cos(math.pi * (1 - left))) / 2
+
+
+def few_steps_advice(recipe: Recipe, schedule: Schedule, questions: int, batch: int, world_size: int) -> str:
+    """Advice for a run of so few optimizer steps that it can hardly learn.
+
+    Args:
+        recipe, schedule: of the run.
+        questions: of one epoch.
+        batch: questions of one optimizer step.
+        world_size: number of training processes.
+
+    Returns:
+        One sentence with flags that give `FEW_STEPS` on this data; "" where there are as many.
+    """
+    total = schedule.total_steps
+    if total >= FEW_STEPS:
+        return ""
+    problem = f"{total:,} optimizer step{'s' if total > 1 else ''} of {batch:,} questions can hardly teach anything"
+    if recipe.max_steps > 0:
+        return f"{problem}; --max_steps {FEW_STEPS} or more would"
+    sizes = [batch >> halvings for halvings in range(batch.bit_length()) if batch >> halvings >= SMALL_BATCH] or [batch]
+    fitting = (size for size in sizes if math.ceil(questions / size) * recipe.num_train_epochs >= FEW_STEPS)
+    size = next(fitting, sizes[-1])
+    steps = math.ceil(questions / size)
+    epochs = max(recipe.num_train_epochs, math.ceil(FEW_STEPS / steps))
+    flags = f"--global_batch_size {size}"
+    if recipe.per_device_train_batch_size and recipe.gradient_accumulation_steps:
+        flags = f"--per_device_train_batch_size {max(1, size // world_size)} --gradient_accumulation_steps 1"
+    return f"{problem}; {flags} --num_train_epochs {epochs:g} makes {math.ceil(steps * epochs):,} steps of this data"
