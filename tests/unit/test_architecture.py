@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "vlm_sft"
+CODE = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
+UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 IGNORED = {"__main__", "__init__"}  # the entry point of `python -m`, and the version
 
 
@@ -79,3 +81,42 @@ def test_light_modules_import_without_torch(module: str) -> None:
     heavy = "any(name.split('.')[0] in ('torch', 'transformers') for name in sys.modules)"
     code = f"import sys, vlm_sft.{module}; sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def uses(path: Path, module: str) -> set[str]:
+    """What a file takes of a module by its full name, e.g. "save" of `torch.save`."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in nodes if ast.unparse(node.value) == module}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, and what it imports from them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_nothing_is_pickled() -> None:
+    """Reading a pickle runs whatever its writer wanted.
+
+    DeepSpeed's engine writes its own state as one (train/checkpoint/saver.py): it has no other format, and a checkpoint
+    is read only when its manifest has the checksums that this program wrote.
+    """
+    for path in CODE:
+        assert not uses(path, "torch") & {"save", "load"}, path
+        names = imported(path)
+        assert not names & {"torch.save", "torch.load"}, path
+        assert not {name.split(".")[0] for name in names} & UNPICKLERS, path
+        assert "allow_pickle" not in path.read_text(), path
+
+
+def test_ranks_meet_in_one_room() -> None:
+    for path in CODE:
+        if path.parent == PACKAGE / "distributed":
+            continue
+        assert uses(path, "torch.distributed") <= {"get_rank", "get_world_size", "is_initialized"}, path
+        assert not {name for name in imported(path) if name.startswith("torch.distributed")}, path

@@ -15,6 +15,7 @@ import torch
 
 from vlm_sft.data.cache.pixel_codec import is_about_codes
 from vlm_sft.data.collate import PackedBatch, split_pack
+from vlm_sft.distributed.collectives import sum_ranks
 from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode
 
@@ -139,8 +140,7 @@ class StepGradients:
         self.sums = list(sums)
         for bucket in _buckets(sums):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(world_size)
-            torch.distributed.all_reduce(flat)
-            for gradient, mean in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
+            for gradient, mean in zip(bucket, sum_ranks(flat).split([one.numel() for one in bucket]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
 
     def assign(self) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from vlm_sft.common.errors import DataError, DeviceMemoryError, NumericalError
 from vlm_sft.data.image_failures import DataFault
-from vlm_sft.distributed.collectives import gather
+from vlm_sft.distributed.collectives import gather, sum_ranks
 from vlm_sft.train.event_log import EventLog
 
 WINDOW = 64  # losses that a new one is held against
@@ -127,8 +127,7 @@ class Health:
         if self._world_size == 1:
             return list(values)
         # float32: some devices know nothing wider, and counts of a step fit.
-        total = torch.tensor(values, dtype=torch.float32, device=self._device)
-        torch.distributed.all_reduce(total)
+        total = sum_ranks(torch.tensor(values, dtype=torch.float32, device=self._device))
         return [float(value) for value in total.tolist()]
 
     def asked(self) -> bool:
