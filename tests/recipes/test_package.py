@@ -46,6 +46,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (unpacked / "configs" / "sft_config_best.json").is_file() and (
         unpacked / "src" / "train_vlm_sft.py"
     ).is_file()
+    assert (unpacked / "tools" / "pocket" / "weights" / "training_heads.safetensors").is_file()
     return built("wheel", unpacked, place / "wheel")
 
 
@@ -70,7 +71,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if name.startswith("vlm_sft/")}
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == expected
     assert {
         "vlm_sft/py.typed",

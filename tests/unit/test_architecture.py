@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "vlm_sft"
+CODE = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
+UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 IGNORED = {"__main__", "__init__"}  # the entry point of `python -m`, and the version
 
 
@@ -154,3 +156,42 @@ def test_files_and_functions_that_a_page_names_are_there(page: str) -> None:
         if not found or not words <= set(re.findall(r"\w+", found[0].read_text(encoding="utf-8"))):
             missing.append(f"{path}: {name}")
     assert not missing
+
+
+def uses(path: Path, module: str) -> set[str]:
+    """What a file takes of a module by its full name, e.g. "save" of `torch.save`."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in nodes if ast.unparse(node.value) == module}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, and what it imports from them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_nothing_is_pickled() -> None:
+    """Reading a pickle runs whatever its writer wanted.
+
+    DeepSpeed's engine writes its own state as one (train/checkpoint/saver.py): it has no other format, and a checkpoint
+    is read only when its manifest has the checksums that this program wrote.
+    """
+    for path in CODE:
+        assert not uses(path, "torch") & {"save", "load"}, path
+        names = imported(path)
+        assert not names & {"torch.save", "torch.load"}, path
+        assert not {name.split(".")[0] for name in names} & UNPICKLERS, path
+        assert "allow_pickle" not in path.read_text(), path
+
+
+def test_ranks_meet_in_one_room() -> None:
+    for path in CODE:
+        if path.parent == PACKAGE / "distributed":
+            continue
+        assert uses(path, "torch.distributed") <= {"get_rank", "get_world_size", "is_initialized"}, path
+        assert not {name for name in imported(path) if name.startswith("torch.distributed")}, path

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -151,19 +154,52 @@ def test_room_is_looked_for_before_anything_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+LOCK = """
+import os, sys, time
+from pathlib import Path
+from vlm_sft.train.run_folder import RunLock
+with RunLock(Path(sys.argv[1])):
+    child = os.fork()  # as a worker of the loader, which outlives a killed parent for a while
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
 def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom vlm_sft.train.run_folder import RunLock\n"
-        "with RunLock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", LOCK, str(tmp_path)], stdout=subprocess.PIPE, env=environment(), text=True
     )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment())
-    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-    with pytest.raises(RunError, match=f"process {holder.pid} "), RunLock(tmp_path):
-        pass
-    holder.kill()
-    holder.wait()
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(RunError, match=f"another run: process {holder.pid} on .* since 20"), RunLock(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+        with RunLock(tmp_path):
+            assert f'"pid": {os.getpid()}' in (tmp_path / ".lock").read_text()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_whose_file_was_taken_away_keeps_others_out(tmp_path: Path) -> None:
+    """A start that failed takes its file away while it holds the lock."""
     with RunLock(tmp_path):
-        assert f'"pid": {os.getpid()}' in (tmp_path / ".lock").read_text()
+        (tmp_path / ".lock").unlink()
+        with RunLock(tmp_path), pytest.raises(RunError, match="in use"), RunLock(tmp_path):
+            pass
+
+
+def test_a_folder_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with RunLock(tmp_path):
+        assert "nothing keeps a second run out" in capsys.readouterr().err
 
 
 def test_seeking_in_a_million_questions_takes_a_moment() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tools.pocket import build, curriculum, score, train
@@ -276,6 +277,13 @@ def test_an_exported_folder_is_continued_with_its_weights_heads_and_counts(
     assert "cannot be continued" in capsys.readouterr().err
 
 
+def test_the_shipped_weights_are_continued_with_their_heads(tmp_path: Path) -> None:
+    run = train.Run.continue_from(tmp_path, WEIGHTS)
+    assert run.step == run.first == artifacts.read_json(WEIGHTS / SCORES)["training"]["steps"]
+    heads = load_file(build.SHIPPED_HEADS)
+    assert heads and all(torch.equal(run.head.state_dict()[name], weight.float()) for name, weight in heads.items())
+
+
 def test_a_step_lowers_the_loss_of_its_own_batch(processor: Any) -> None:
     run = train.Run(Path("."), seed=2)
     batch = build_batch(curriculum.held_out_pictures("line", 6)[:6], processor.tokenizer)
@@ -291,12 +299,15 @@ def test_a_step_lowers_the_loss_of_its_own_batch(processor: Any) -> None:
 
 def test_mistakes_on_the_command_line_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--output_dir", str(tmp_path), "--resume", "--steps", "1"]) == RunError.exit_code
-    assert "checkpoint.pt does not exist" in capsys.readouterr().err
+    assert f"{train.CHECKPOINT} does not exist" in capsys.readouterr().err
     (tmp_path / train.CHECKPOINT).write_bytes(b"not a checkpoint")
     assert train.main(["--output_dir", str(tmp_path), "--steps", "1"]) == RunError.exit_code
     assert "holds another run" in capsys.readouterr().err
     assert train.main(["--output_dir", str(tmp_path), "--resume", "--steps", "1"]) == RunError.exit_code
     assert "is damaged" in capsys.readouterr().err
+    command = ["--output_dir", str(tmp_path / "old"), "--continue_from", str(WEIGHTS), "--steps", "2"]
+    assert train.main(command) == RunError.exit_code
+    assert "are done" in capsys.readouterr().err
     assert train.main(["--output_dir", str(tmp_path / "new")]) == RunError.exit_code
     assert "nothing to do" in capsys.readouterr().err
     assert train.main(["--output_dir", str(tmp_path / "new"), "--steps", "1", "--seed", "-1"]) == RunError.exit_code
@@ -316,8 +327,8 @@ def test_the_shipped_folder_is_whole_and_small() -> None:
         artifacts.PROMPT,
         SCORES,
         CARD,
-        build.TRAINING_HEADS,
     }
+    assert build.heads_file(WEIGHTS).is_file() and build.TRAINING_HEADS not in files
     assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) <= MAX_SHIPPED_BYTES
     prompt = artifacts.read_json(WEIGHTS / artifacts.PROMPT)
     assert prompt == {

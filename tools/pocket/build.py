@@ -33,6 +33,7 @@ from transformers import (
 from tools.pocket import tokenizer as tokens
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import RunError
+from vlm_sft.model.pocket import WEIGHTS
 
 PATCH_PX = 8
 MERGE = 2
@@ -40,7 +41,8 @@ TOKEN_PX = PATCH_PX * MERGE
 MIN_PIXELS = 32 * 32
 MAX_PIXELS = 256 * 256
 MAX_NEW_TOKENS = 24
-TRAINING_HEADS = "training_heads.safetensors"  # in a shipping folder: only needed to go on with the training
+TRAINING_HEADS = "training_heads.safetensors"  # only needed to go on with the training
+SHIPPED_HEADS = Path(__file__).parent / "weights" / TRAINING_HEADS
 # Offsets (down, right), in patches, that the heads of the first vision blocks start from; the others start free.
 _AROUND = ((0, -1), (0, 1), (-1, 0), (1, 0))
 PATCH_OFFSETS = (_AROUND, _AROUND, ((0, -1), (0, 1)))
@@ -179,6 +181,11 @@ def build_processor() -> Qwen2_5_VLProcessor:
     )
 
 
+def heads_file(folder: Path) -> Path:
+    """Where the heads of an exported folder are: in it; those of the shipped one stay out of the package."""
+    return SHIPPED_HEADS if folder.resolve() == WEIGHTS.resolve() else folder / TRAINING_HEADS
+
+
 def save_folder(
     model: Qwen2_5_VLForConditionalGeneration, folder: str | Path, heads: torch.nn.Module | None = None
 ) -> Path:
@@ -200,7 +207,8 @@ def save_folder(
         shipped.save_pretrained(folder)
         build_processor().save_pretrained(folder)
         if heads is not None:
-            save_file({name: weight.bfloat16() for name, weight in heads.state_dict().items()}, folder / TRAINING_HEADS)
+            save_file({name: weight.bfloat16() for name, weight in heads.state_dict().items()}, heads_file(folder))
+            heads_file(folder).chmod(0o644)
         for file in folder.iterdir():
             file.chmod(0o644)
     except OSError as error:

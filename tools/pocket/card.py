@@ -33,12 +33,14 @@ On signs it is asked in the benchmark's words too, on charts in other and fewer 
 
     scripts/train_pocket --output_dir DIR --steps {plan} --seed {seed} --export FOLDER
 
-repeats it; `--continue_from` and this folder go on from here. With one thread, the same versions and the same processor
-the weights are the same bit for bit; elsewhere sums are rounded differently, and the weights drift apart.{note}
+repeats it in a checkout of the repository; `--continue_from` and this folder go on from here. With one thread, the same
+versions and the same processor the weights are the same bit for bit; elsewhere sums are rounded differently, and the
+weights drift apart.{note}
 
 Pictures and questions are made by `tools.pocket.curriculum`; no foreign data is used. During training the
 vision tower also learns which character stands where, how labels are spelled, and which values, ranks and colours
-belong to a label or to the end of a bar, through heads that no answer needs (`training_heads.safetensors`); and five
+belong to a label or to the end of a bar, through heads that no answer needs
+(`tools/pocket/weights/training_heads.safetensors` in the repository; they are no part of the package); and five
 attention heads of the language model are shown where the labels and the marks stand that a question is about.
 
 License: Apache-2.0.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import pickle
 import signal
 import sys
 import time
@@ -31,6 +30,7 @@ from tools.pocket.card import SCORES
 from tools.pocket.forward import SlotHead, batch_loss
 from vlm_sft.common import artifacts, console
 from vlm_sft.common.errors import RunError, VlmSftError
+from vlm_sft.train.checkpoint.serialization import load_state, save_state
 
 PEAK_LEARNING_RATE = 1.5e-3
 # From this step on, when the language model has begun to answer, batches are too small for the peak.
@@ -46,7 +46,7 @@ SLOT_WEIGHT = 0.5
 LOG_EVERY = 100  # steps
 SAVE_EVERY_SECONDS = 180
 COUNTS = ("step", "total", "first", "seconds", "pictures", "questions", "threads")
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.jsonl"
 
 
@@ -108,17 +108,15 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint, replacing the one before only when the new one is whole."""
         temporary = self.folder / (CHECKPOINT + ".tmp")
-        torch.save(
-            {
-                "model": self.model.state_dict(),
-                "average": self.average.state_dict(),
-                "head": self.head.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "seed": self.seed,
-                **{name: getattr(self, name) for name in COUNTS},
-            },
-            temporary,
-        )
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "seed": self.seed,
+            "counts": {name: getattr(self, name) for name in COUNTS},
+        }
+        save_state(temporary, state)
         temporary.replace(self.folder / CHECKPOINT)
 
     @classmethod
@@ -130,18 +128,18 @@ class Run:
         """
         path = folder / CHECKPOINT
         try:
-            state = torch.load(path, weights_only=True)
+            state = load_state(path)
+            run = cls(folder, state["seed"])
+            run.model.load_state_dict(state["model"])
+            run.average.load_state_dict(state["average"])
+            run.head.load_state_dict(state["head"])
+            run.optimizer.load_state_dict(state["optimizer"])
+            for name in COUNTS:
+                setattr(run, name, state["counts"][name])
         except FileNotFoundError as error:
             raise RunError(f"{path} does not exist", "start the training without --resume") from error
-        except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RunError(f"{path} is damaged, or no checkpoint of pocket", "start again in another folder") from error
-        run = cls(folder, state["seed"])
-        run.model.load_state_dict(state["model"])
-        run.average.load_state_dict(state["average"])
-        run.head.load_state_dict(state["head"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        for name in COUNTS:
-            setattr(run, name, state[name])
         return run
 
     @classmethod
@@ -160,7 +158,7 @@ class Run:
             run = cls(folder, counts["seed"])
             shipped: Any = AutoModelForImageTextToText.from_pretrained(exported, dtype=torch.float32)
             run.model.load_state_dict(shipped.state_dict())
-            run.head.load_state_dict(load_file(exported / build.TRAINING_HEADS))
+            run.head.load_state_dict(load_file(build.heads_file(exported)))
         except (VlmSftError, OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             fix = "name a folder that --export of this version wrote"
             raise RunError(f"{exported} cannot be continued: {error}", fix) from error
@@ -292,6 +290,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not (args.steps or args.minutes or args.export):
             raise RunError("nothing to do", "pass --steps, --minutes or --export")
         run = _open_run(args)
+        if 0 < args.steps < run.step:
+            raise RunError(f"--steps {args.steps}: {run.step:,} are done", "it is the length of the whole run")
         if args.steps or args.minutes:
             train(run, args.steps, args.minutes, args.threads)
         if args.export:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import select
 import sys
@@ -116,25 +117,43 @@ def lost_streams() -> dict[str, OSError]:
     return dict(_lost)
 
 
-_muted = False
+class _Terminal(logging.Handler):
+    """Shows a record on the standard stream of the moment: warnings on standard error, the rest on standard output."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line, or several where the text has several."""
+        text = record.getMessage()
+        stream = sys.stdout
+        if record.levelno >= logging.WARNING:
+            stream = sys.stderr
+            rank = "" if is_main_process() else f" (rank {os.environ['RANK']})"
+            text = f"warning{rank}: {text}"
+        stream.write(text + "\n")
+        stream.flush()
+
+
+# What `say` and `warn` pass on: whoever embeds the package can set its level or its handlers.
+LOGGER = logging.getLogger("vlm_sft")
+LOGGER.setLevel(logging.INFO)
+LOGGER.propagate = False  # a root handler would show every line twice
+LOGGER.addHandler(_Terminal())
 
 
 @contextmanager
 def muted(wanted: bool = True) -> Iterator[None]:
-    """Let `say` tell nothing while the block runs: what it would say was said before."""
-    global _muted
-    before, _muted = _muted, wanted or _muted
+    """Keep `say` silent while the block runs; warnings are shown all the same."""
+    before = LOGGER.level
+    LOGGER.setLevel(max(before, logging.WARNING) if wanted else before)
     try:
         yield
     finally:
-        _muted = before
+        LOGGER.setLevel(before)
 
 
 def say(text: str) -> None:
     """Tell the user one thing, on standard output, from rank 0 only."""
-    if is_main_process() and not _muted:
-        sys.stdout.write(plain(text) + "\n")
-        sys.stdout.flush()
+    if is_main_process():
+        LOGGER.info("%s", plain(text))
 
 
 def warn(text: str, any_rank: bool = False) -> None:
@@ -145,9 +164,7 @@ def warn(text: str, any_rank: bool = False) -> None:
         any_rank: other ranks tell it too, with their number: what only they have seen.
     """
     if is_main_process() or any_rank:
-        rank = "" if is_main_process() else f" (rank {os.environ['RANK']})"
-        sys.stderr.write(f"warning{rank}: {bounded(plain(text))}\n")
-        sys.stderr.flush()
+        LOGGER.warning("%s", bounded(plain(text)))
 
 
 class Bar:

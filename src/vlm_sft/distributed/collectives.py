@@ -1,4 +1,4 @@
-"""What all ranks do together: wait, gather, agree. The one place for meetings outside of the optimisation."""
+"""What all ranks do together: add up and compare on their devices; wait, gather and agree on CPUs."""
 
 from __future__ import annotations
 
@@ -116,6 +116,20 @@ def sum_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if _several():
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def largest_count(count: int, device: torch.device) -> int:
+    """The largest of a count over the ranks; all ranks must call it.
+
+    Args:
+        count: of this rank.
+        device: where the ranks compute.
+    """
+    if not _several():
+        return count
+    largest = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
 
 
 def gather(value: Any) -> list[Any]:

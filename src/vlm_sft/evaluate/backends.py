@@ -17,6 +17,7 @@ from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import Sample
+from vlm_sft.distributed.collectives import largest_count
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.evaluate.batching import Pack, ahead
 from vlm_sft.evaluate.generate import Generated, alone, generate
@@ -133,11 +134,7 @@ class SharedPrefixBackend:
 
     def _most(self, count: int) -> int:
         """The largest count over the ranks that have to stay in step."""
-        if not self.in_step:
-            return count
-        largest = torch.tensor(count, device=next(self.model.parameters()).device)
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        return int(largest)
+        return largest_count(count, next(self.model.parameters()).device) if self.in_step else count
 
     def _any_rank_busy(self, busy: bool) -> bool:
         return self._most(int(busy)) > 0

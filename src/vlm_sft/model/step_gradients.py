@@ -149,8 +149,7 @@ class StepGradients:
         self.sums = list(sums)
         for bucket in _buckets(sums):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(world_size)
-            sum_ranks(flat)
-            for gradient, mean in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
+            for gradient, mean in zip(bucket, sum_ranks(flat).split([one.numel() for one in bucket]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
 
     def assign(self) -> None:

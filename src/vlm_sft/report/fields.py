@@ -49,19 +49,21 @@ class Fields:
         """A text, or ""."""
         if not self.given(key):
             return ""
-        if not isinstance(self._values[key], str):
+        value = self._values[key]
+        if not isinstance(value, str):
             self._note(key, "a text")
             return ""
-        return self._values[key]
+        return value
 
     def flag(self, key: str) -> bool | None:
         """True, false, or None."""
         if not self.given(key):
             return None
-        if not isinstance(self._values[key], bool):
+        value = self._values[key]
+        if not isinstance(value, bool):
             self._note(key, "true or false")
             return None
-        return self._values[key]
+        return value
 
     def texts(self, key: str) -> tuple[str, ...]:
         """A list as texts; entries of other types are shown as JSON."""

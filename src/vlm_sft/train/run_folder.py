@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
 import socket
 from pathlib import Path
-from typing import TextIO
+
+from filelock import FileLock, Timeout
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import warn
 from vlm_sft.common.errors import RunError
-from vlm_sft.common.record import command_line
+from vlm_sft.common.record import command_line, now
 from vlm_sft.report.card import may_write
 from vlm_sft.train.checkpoint.directory import checkpoints
 
@@ -32,6 +32,9 @@ def disk_error(error: OSError) -> RunError:
         "mend the disk or make room, then go on with --resume auto: the checkpoints are as they were",
     )
 
+
+# A start that fails removes the file of its lock: whoever has opened that file must look again.
+_LOCK_SECONDS = 0.5
 
 # What a start writes before the training begins.
 START = (
@@ -119,8 +122,8 @@ def clear_run(folder: Path) -> None:
 class RunLock:
     """Holds the output folder while the block runs; taken by rank 0 only.
 
-    A POSIX record lock: it belongs to this process and not to the workers that it forks, it ends with the process
-    however that dies, and NFS passes it on to other machines. The file itself stays behind and means nothing.
+    The system releases the lock when this process ends, however it ends; workers that it forks do not hold it. NFS
+    passes it on to other machines. The file itself stays behind: unlocked, it means nothing.
 
     Args:
         folder: the run's folder; it exists.
@@ -129,8 +132,11 @@ class RunLock:
 
     def __init__(self, folder: Path, wanted: bool = True) -> None:
         self.path = folder / artifacts.LOCK
-        self.wanted = wanted
-        self._stream: TextIO | None = None
+        self._lock = (
+            FileLock(self.path, timeout=_LOCK_SECONDS, mode=artifacts.FILE_MODE, fallback_to_soft=False)
+            if wanted
+            else None
+        )
 
     def __enter__(self) -> RunLock:
         """Take the lock.
@@ -138,51 +144,33 @@ class RunLock:
         Raises:
             RunError: another process holds it; the message says which one.
         """
-        if not self.wanted:
+        if self._lock is None:
             return self
         try:
-            self._stream = self.path.open("a+", encoding="utf-8")
-            fcntl.lockf(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self._is_there():  # a start that failed took its file away in this moment
-                self.__exit__()
-                return self.__enter__()
-        except OSError as error:
-            holder = self._holder() if error.errno in (errno.EAGAIN, errno.EACCES) and self._stream else ""
-            self.__exit__()
-            if not holder:
-                warn(f"{self.path} cannot be locked ({error.strerror}): nothing keeps a second run out of this folder")
-                return self
+            self._lock.acquire()
+        except Timeout as error:
             raise RunError(
-                f"--output_dir {self.path.parent} is in use by another run: {holder}",
+                f"--output_dir {self.path.parent} is in use by another run: {self._holder()}",
                 "wait for it, stop it, or choose another folder",
             ) from error
-        facts = {"pid": os.getpid(), "host": socket.gethostname(), "command": command_line()}
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name too
-            self._stream.truncate(0)
-            self._stream.write(json.dumps(facts) + "\n")
-            self._stream.flush()
+        except OSError as error:
+            reason = error.strerror or error
+            warn(f"{self.path} cannot be locked ({reason}): nothing keeps a second run out of this folder")
+            return self
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "command": command_line()}
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+            self.path.write_text(json.dumps(facts) + "\n", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
         """Release the lock."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-
-    def _is_there(self) -> bool:
-        """Whether the file that is locked is still the one of this name."""
-        assert self._stream is not None
-        try:
-            return os.path.samestat(os.fstat(self._stream.fileno()), self.path.stat())
-        except FileNotFoundError:
-            return False
+        if self._lock is not None:
+            self._lock.release()
 
     def _holder(self) -> str:
         """Who holds the lock, in words."""
-        assert self._stream is not None
-        self._stream.seek(0)
         try:
-            facts = artifacts.parse_json(self._stream.read())
-            return f"process {facts['pid']} on {facts['host']}"
-        except (OSError, ValueError, KeyError, TypeError):
+            facts = artifacts.read_json(self.path)
+            return f"process {facts['pid']} on {facts['host']} since {facts['since']}"
+        except (RunError, KeyError):
             return "a process that did not say which"

@@ -1,4 +1,4 @@
-"""The embedded base model "pocket": its build, training, shipped weights."""
+"""The embedded base model "pocket": its shipped weights; tools/pocket trains it."""
 
 from pathlib import Path
 
