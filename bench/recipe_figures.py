@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from vlm_sft.report.label_placement import Label, name_points
-from vlm_sft.report.quality import accuracy_limits
+from vlm_sft.report.quality_figure import accuracy_limits
 
 COLOURS = ("#1f5fbf", "#b4530a", "#2b7a3d", "#7a2b6f")
 TEXT, GRID = "#1d2530", "#d5dbe3"

@@ -16,7 +16,7 @@ from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.setting import Setting
 from vlm_sft.forecast.shapes import find_published
 from vlm_sft.model.feature_choice import FeatureCost
-from vlm_sft.planning.forecast_inputs import DataFacts, forecast_inputs
+from vlm_sft.planning.forecast_inputs import RunData, forecast_inputs
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.planning.run_plan import image_uses
 from vlm_sft.planning.training_run import TrainingRun
@@ -64,7 +64,7 @@ def test_the_forecast_counts_the_looks_of_evaluations(every: int, kept: bool, tm
     train, held_out = samples(64, "train"), samples(64, "eval")
     uses = image_uses(schedule, train, held_out, None)
     assert [(len(part), looks) for part, looks in uses] == [(64, 1.0), (64, 8 / every), (0, 8 / every)]
-    facts = DataFacts(
+    facts = RunData(
         schedule, 64, planner, [100] * 64, planner, [100] * 64, train, held_out, lambda image: 100, None, 0.02
     )
     shape = find_published("Qwen/Qwen2.5-VL-3B-Instruct").shape

@@ -17,7 +17,7 @@ from matplotlib.text import Annotation, Text
 
 from tests import chromium
 from vlm_sft.report.label_placement import Label, name_points
-from vlm_sft.report.quality import Candidate, quality_drawing
+from vlm_sft.report.quality_figure import Candidate, quality_drawing
 from vlm_sft.report.svg import PAPER, PAPER_DOTS_PER_INCH, Drawing, canvas
 
 RADIUS = 4.0

@@ -20,7 +20,7 @@ _ON = {"on": True, "true": True, "off": False, "false": False}
 
 
 @dataclass(frozen=True, slots=True)
-class Flag:
+class OptionFlag:
     """How one option stands on the command line.
 
     Attributes:
@@ -47,8 +47,8 @@ class Flag:
 
 
 def option(default: Any, help: str, metavar: str | None = None, **more: Any) -> Any:
-    """Declare a field that has a flag; the other arguments are those of `Flag`."""
-    return field(default=default, metadata={"flag": Flag(help, metavar, **more)})
+    """Declare a field that has a flag; the other arguments are those of `OptionFlag`."""
+    return field(default=default, metadata={"flag": OptionFlag(help, metavar, **more)})
 
 
 def add_options(
@@ -74,7 +74,7 @@ def add_options(
             parser.add_argument(*names, **_settings(item, flag, note))
 
 
-def _settings(item: Field[Any], flag: Flag, note: str) -> dict[str, Any]:
+def _settings(item: Field[Any], flag: OptionFlag, note: str) -> dict[str, Any]:
     """The arguments of `add_argument`."""
     settings: dict[str, Any] = {"help": flag.help if flag.help == argparse.SUPPRESS else flag.help + note}
     kind = str(item.type).removesuffix(" | None")
@@ -119,7 +119,7 @@ def read_options(options: type[Options], args: argparse.Namespace, **others: Any
     return options(**{name: _value(flag, value) for name, (flag, value) in given.items()}, **others)
 
 
-def _value(flag: Flag, value: Any) -> Any:
+def _value(flag: OptionFlag, value: Any) -> Any:
     """The value of an option whose flag was parsed."""
     if flag.words is not None:
         return _ON[value.lower()]

@@ -35,7 +35,7 @@ from vlm_sft.model.caches import Engine
 from vlm_sft.model.gpu.flash import SHARED_FLASH, takes_width
 from vlm_sft.model.load import Base, choose_attention, default_dtype
 from vlm_sft.planning.device_rates import rates_here
-from vlm_sft.planning.forecast_inputs import DataFacts, forecast_inputs, free_space
+from vlm_sft.planning.forecast_inputs import RunData, forecast_inputs, free_space
 from vlm_sft.planning.hypothetical_data import facts_from_numbers, facts_from_table
 from vlm_sft.planning.options import PlanOptions, TrainOptions
 from vlm_sft.planning.pack_choice import decide_passes
@@ -152,7 +152,7 @@ def _calibrated(
 
 def _forecast(
     run: TrainingRun,
-    data: DataFacts,
+    data: RunData,
     validation: ValidationPlan | None,
     tasks: Sequence[Task],
     shape: ModelShape,
@@ -217,7 +217,7 @@ def _from_base(run: TrainingRun, base: Base, device: Device | None, counted: dic
     tasks, validation = fit_questions(run, questions.tasks, questions.validation, encoder)
     planner, eval_planner, schedule = plan_epochs(run, data, evaluation)
     drawn = Plan(base, schedule, data, evaluation, planner, eval_planner, engine, cache, {})
-    planned = _forecast(run, DataFacts.of_plan(drawn, tasks), validation, tasks, shape_of(base), device)
+    planned = _forecast(run, RunData.of_plan(drawn, tasks), validation, tasks, shape_of(base), device)
     if not options.probe:
         return planned
     if device is not None:

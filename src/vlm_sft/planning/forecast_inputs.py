@@ -36,7 +36,7 @@ FEATURE_RATE = 1e9  # bytes of kept features per second, to the disk or from it
 
 
 @dataclass(frozen=True)
-class DataFacts:
+class RunData:
     """A run's questions and images, as they are known before it starts.
 
     Attributes:
@@ -65,7 +65,7 @@ class DataFacts:
     hypothetical: ImageLoad = ImageLoad()
 
     @classmethod
-    def of_plan(cls, plan: Plan, tasks: Sequence[Task]) -> DataFacts:
+    def of_plan(cls, plan: Plan, tasks: Sequence[Task]) -> RunData:
         """What the plan of a training says."""
         encoder, evaluation = plan.data.encoder, plan.evaluation
         train_images = plan.data.image_samples()
@@ -85,7 +85,7 @@ class DataFacts:
             image_seconds(encoder, [*(task.samples[0] for task in tasks), *images[:2]]),
         )
 
-    def packed(self, tokens: int) -> DataFacts:
+    def packed(self, tokens: int) -> RunData:
         """The same with packs of another size."""
         evaluation = replace(self.eval_planner, tokens_per_pack=tokens) if self.eval_planner else None
         return replace(self, planner=replace(self.planner, tokens_per_pack=tokens), eval_planner=evaluation)
@@ -121,7 +121,7 @@ def image_seconds(encoder: Encoder, samples: Sequence[Sample]) -> float:
 
 def forecast_inputs(
     run: TrainingRun,
-    data: DataFacts,
+    data: RunData,
     validation: ValidationPlan | None,
     tasks: Sequence[Task],
     setting: Setting,
@@ -170,7 +170,7 @@ def _output_plan(recipe: Recipe, schedule: Schedule, written_bytes: float) -> Ou
 
 
 def _validation_work(
-    run: TrainingRun, data: DataFacts, validation: ValidationPlan | None, done_steps: int
+    run: TrainingRun, data: RunData, validation: ValidationPlan | None, done_steps: int
 ) -> tuple[AnsweringWork, ...]:
     """What is answered at each evaluation; guarded benchmarks once more, by the base."""
     if validation is None:
@@ -185,7 +185,7 @@ def _validation_work(
 
 def _image_plan(
     run: TrainingRun,
-    data: DataFacts,
+    data: RunData,
     validation: ValidationPlan | None,
     tasks: Sequence[Task],
     setting: Setting,

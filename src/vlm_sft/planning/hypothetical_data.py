@@ -16,7 +16,7 @@ from vlm_sft.forecast.image_tokens import qwen_grid
 from vlm_sft.forecast.inputs import ImageLoad
 from vlm_sft.forecast.shapes import ModelShape, PublishedModel, find_published
 from vlm_sft.model.caches import one_an_image
-from vlm_sft.planning.forecast_inputs import DataFacts
+from vlm_sft.planning.forecast_inputs import RunData
 from vlm_sft.planning.options import HypotheticalData
 from vlm_sft.planning.run_plan import find_run_base, planner_over
 from vlm_sft.planning.run_setting import shape_of
@@ -31,13 +31,13 @@ Counter = Callable[[ImageRef], int]
 
 def facts_from_table(
     run: TrainingRun, model: PublishedModel, train_samples: Sequence[Sample], eval_samples: Sequence[Sample]
-) -> DataFacts:
+) -> RunData:
     """Count for a Hub model that is not at hand: images by its published bounds, text by its length."""
     count = published_counter(model, run.recipe)
     lengths, visual = _estimated(train_samples, count)
     eval_lengths, eval_visual = _estimated(eval_samples, count)
     planner = planner_over(run, lengths)
-    return DataFacts(
+    return RunData(
         resolve_schedule(run.recipe, planner.steps_per_epoch),
         distinct_images(train_samples),
         planner,
@@ -78,7 +78,7 @@ def _estimated(samples: Sequence[Sample], count: Counter) -> tuple[tuple[GroupLe
     return tuple(lengths), visual
 
 
-def facts_from_numbers(run: TrainingRun, data: HypotheticalData) -> tuple[DataFacts, ModelShape]:
+def facts_from_numbers(run: TrainingRun, data: HypotheticalData) -> tuple[RunData, ModelShape]:
     """Make up a data set: all images alike, questions dealt evenly; without an evaluation.
 
     Raises:
@@ -112,7 +112,7 @@ def facts_from_numbers(run: TrainingRun, data: HypotheticalData) -> tuple[DataFa
     schedule = resolve_schedule(run.recipe, planner.steps_per_epoch)
     images = ImageLoad(image_count, float(tokens * image_count), float(tokens**2 * image_count))
     visual = [tokens] * image_count
-    facts = DataFacts(schedule, image_count, planner, visual, None, (), (), (), count, None, IMAGE_SECONDS, images)
+    facts = RunData(schedule, image_count, planner, visual, None, (), (), (), count, None, IMAGE_SECONDS, images)
     return facts, shape
 
 

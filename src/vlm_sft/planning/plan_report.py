@@ -12,7 +12,7 @@ from vlm_sft.data.audit import histogram
 from vlm_sft.forecast.calibration import Calibration
 from vlm_sft.forecast.estimate import RunForecast
 from vlm_sft.forecast.inputs import ForecastInputs
-from vlm_sft.planning.forecast_inputs import DataFacts
+from vlm_sft.planning.forecast_inputs import RunData
 from vlm_sft.planning.run_plan import few_steps
 from vlm_sft.planning.training_run import TrainingRun
 
@@ -29,7 +29,7 @@ class PlannedRun:
     """
 
     run: TrainingRun
-    data: DataFacts
+    data: RunData
     inputs: ForecastInputs
     calibration: Calibration
     forecast: RunForecast

@@ -31,7 +31,7 @@ from vlm_sft.forecast.estimate import RunForecast, forecast_run
 from vlm_sft.forecast.inputs import ForecastInputs
 from vlm_sft.forecast.limits import Shortage, shortages
 from vlm_sft.planning.device_rates import rates_here
-from vlm_sft.planning.forecast_inputs import DataFacts, forecast_inputs, free_space
+from vlm_sft.planning.forecast_inputs import RunData, forecast_inputs, free_space
 from vlm_sft.planning.run_plan import Plan
 from vlm_sft.planning.run_setting import past_runs_key, setting_of, shape_of
 from vlm_sft.planning.training_run import TrainingRun
@@ -167,7 +167,7 @@ def _calibrated_inputs(
     setting = replace(setting, rates=settled_rates(past, key, setting.rates))
     inputs = forecast_inputs(
         run,
-        DataFacts.of_plan(plan, tasks),
+        RunData.of_plan(plan, tasks),
         validation,
         tasks,
         setting,

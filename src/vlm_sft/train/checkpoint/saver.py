@@ -55,7 +55,7 @@ class CheckpointPolicy:
 
 
 @dataclass(frozen=True)
-class Best:
+class BestCheckpoint:
     """The best checkpoint so far: value of the metric, step, folder; None while there is none."""
 
     value: float | None = None
@@ -63,7 +63,7 @@ class Best:
     folder: str | None = None
 
     @classmethod
-    def of(cls, state: TrainerState) -> Best:
+    def of(cls, state: TrainerState) -> BestCheckpoint:
         """As a state tells it."""
         return cls(state.best_metric, state.best_global_step, state.best_model_checkpoint)
 
@@ -89,7 +89,7 @@ class CheckpointSaver:
         self.optimization = optimization
         self.policy = policy
         self._write_model = write_model
-        self._saved_best = Best()
+        self._saved_best = BestCheckpoint()
 
     def save(self, state: TrainerState, losses: dict[str, Any]) -> bool:
         """Write, verify and publish one checkpoint; all ranks agree on how each part went.
@@ -115,13 +115,13 @@ class CheckpointSaver:
         if problem:
             self._give_up(partial, state, problem)
             return False
-        self._saved_best = self._located(Best.of(state), step)
+        self._saved_best = self._located(BestCheckpoint.of(state), step)
         self._saved_best.put(state)
         if is_main_process():
             rotate(self.folder, self.policy.limit, {step, state.best_global_step or step})
         return True
 
-    def _located(self, best: Best, step: int) -> Best:
+    def _located(self, best: BestCheckpoint, step: int) -> BestCheckpoint:
         """The best checkpoint with its folder, once the present one is published."""
         if not best.step or (best.folder and Path(best.folder).name == f"checkpoint-{best.step}"):
             return best
@@ -156,7 +156,7 @@ class CheckpointSaver:
             self.optimization.save(partial)
         save_state(partial / PROGRESS, progress)
         told = replace(state)
-        self._located(Best.of(state), state.global_step).put(told)
+        self._located(BestCheckpoint.of(state), state.global_step).put(told)
         with naming(partial / TRAINER_STATE):
             told.save_to_json(str(partial / TRAINER_STATE))
         if problem := self.optimization.problem(partial):
@@ -200,8 +200,8 @@ class CheckpointSaver:
             state.best_model_checkpoint = agree(lambda: self._find_best(state, checkpoint))
             if state.best_model_checkpoint is None:
                 warn(f"the best checkpoint, of step {state.best_global_step}, is gone or damaged: it is forgotten")
-                Best().put(state)
-        self._saved_best = Best.of(state)
+                BestCheckpoint().put(state)
+        self._saved_best = BestCheckpoint.of(state)
         return state, load_state(checkpoint / PROGRESS)
 
     def _find_best(self, state: TrainerState, checkpoint: Path) -> str | None:
@@ -227,7 +227,7 @@ class CheckpointSaver:
         text = f"the best checkpoint {path} cannot be loaded ({reason}): the last step's adapter is kept"
         warn(text)
         self.policy.on_failure(text)
-        Best().put(state)
+        BestCheckpoint().put(state)
 
     def save_result(self, step: int) -> None:
         """Write what was trained into the run's folder, aside first, with its manifest.
