@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -43,6 +44,15 @@ def plain(value: float) -> str:
     """A number as an answer: no unit, at most two decimals, no trailing zeros."""
     rounded = round(value, 2)
     return str(int(rounded)) if rounded == int(rounded) else f"{rounded:.2f}".rstrip("0")
+
+
+def make_question(question_type: str, text: str, answer: str | float | bool) -> Question:
+    """A question whose answer is written, and sorted, by its Python type."""
+    if isinstance(answer, bool):
+        return Question(text, "Yes" if answer else "No", question_type, "yes/no")
+    if isinstance(answer, str):
+        return Question(text, answer, question_type, "text")
+    return Question(text, plain(answer), question_type, "number")
 
 
 def drawn_parts(spec: ChartSpec) -> int:
@@ -104,3 +114,6 @@ class Asker:
     def level(self, value: float) -> str:
         """A threshold as a question prints it."""
         return plain(value) + self.spec.unit
+
+
+Maker = Callable[[Asker], Question | None]  # None where the chart has nothing of the kind
