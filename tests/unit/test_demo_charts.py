@@ -10,10 +10,10 @@ from random import Random
 
 import pytest
 
+from tests.pictures import chart_spec
 from vlm_sft.data.demo.asking import Question
 from vlm_sft.data.demo.chart_questions import chart_questions
 from vlm_sft.data.demo.charts import random_chart
-from vlm_sft.data.demo.generate import chart_spec
 from vlm_sft.data.demo.spec import CHART_TYPES, ChartSpec
 
 CHARTS = 1000

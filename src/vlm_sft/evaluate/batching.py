@@ -6,23 +6,19 @@ evaluation had answered already. So the same questions always share the same for
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from vlm_sft.data.encode import group_by_image
+from vlm_sft.data.packing import cut_questions
 from vlm_sft.data.processor import visual_tokens
 from vlm_sft.data.sample import ImageRef, Sample
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 Pack = list[list[Sample]]  # images of one forward pass, each with the questions that are asked about it
 
 _TEMPLATE_TOKENS = 24  # of a chat template around image and question, about
 _CHARACTERS_PER_TOKEN = 3  # of English questions, on the careful side
 _PIXELS_PER_TOKEN = 784  # 28 x 28: of processors that cannot say themselves
-AHEAD = 2  # packs that are encoded while the model answers another one
 
 
 def plan_packs(samples: Sequence[Sample], image_tokens: Callable[[ImageRef], int], budget: int) -> list[Pack]:
@@ -40,8 +36,8 @@ def plan_packs(samples: Sequence[Sample], image_tokens: Callable[[ImageRef], int
     pieces: list[tuple[int, int, list[Sample]]] = []
     for group in group_by_image(samples):
         prefix = _TEMPLATE_TOKENS + sum(image_tokens(image) for image in group[0].images)
-        for members, load in _cut(group, prefix, budget):
-            pieces.append((-load, len(pieces), members))
+        for start, stop, load in cut_questions(prefix, [_question_tokens(sample) for sample in group], budget):
+            pieces.append((-load, len(pieces), group[start:stop]))
     packs: list[Pack] = []
     room = 0
     for negative_load, _, members in sorted(pieces):
@@ -53,20 +49,10 @@ def plan_packs(samples: Sequence[Sample], image_tokens: Callable[[ImageRef], int
     return packs
 
 
-def _cut(group: list[Sample], prefix: int, budget: int) -> Iterator[tuple[list[Sample], int]]:
-    """Cut an image's questions so that each part fits the budget with the prefix; yields parts and their tokens."""
-    part: list[Sample] = []
-    load = prefix
-    for sample in group:
-        size = _TEMPLATE_TOKENS + sum(
-            len(text) // _CHARACTERS_PER_TOKEN for text in (sample.question, *(turn.text for turn in sample.history))
-        )
-        if part and load + size > budget:
-            yield part, load
-            part, load = [], prefix
-        part.append(sample)
-        load += size
-    yield part, load
+def _question_tokens(sample: Sample) -> int:
+    """About how many tokens a question takes behind its image."""
+    texts = (sample.question, *(turn.text for turn in sample.history))
+    return _TEMPLATE_TOKENS + sum(len(text) // _CHARACTERS_PER_TOKEN for text in texts)
 
 
 def image_counter(processor: Any) -> Callable[[ImageRef], int]:
@@ -105,19 +91,3 @@ def share(packs: Sequence[Pack], done: Iterable[str], rank: int, world_size: int
 def rounds(packs: Sequence[Pack], done: Iterable[str], world_size: int) -> int:
     """How many packs the busiest rank has: rank 0."""
     return len(share(packs, done, 0, world_size))
-
-
-def ahead(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Map in order, in one thread that keeps a few results ahead of the consumer."""
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(make, item))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

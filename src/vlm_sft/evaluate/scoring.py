@@ -1,6 +1,6 @@
 """Scores answers item by item and adds them up. No torch.
 
-Imports errors, console, data.answers, metrics and statistics.
+Imports errors, console, data.answer_limits, metrics and statistics.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import IO, Any, BinaryIO, cast
 
 from vlm_sft.common import artifacts, console
 from vlm_sft.common.errors import EvaluationError, RunError, quoted
-from vlm_sft.data.answers import room_for
+from vlm_sft.data.answer_limits import room_for
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, get_benchmark
 

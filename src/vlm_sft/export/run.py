@@ -21,7 +21,7 @@ from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
 from vlm_sft.common.errors import ModelError, RunError
 from vlm_sft.common.record import now, versions
-from vlm_sft.data.cache.directory import weights_mark
+from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
 from vlm_sft.distributed.launch import quiet_libraries
@@ -242,7 +242,7 @@ def _report(
         "name": options.output_dir.resolve().name,
         "made": now(),
         "base_model": Path(source.base.name).name if Path(source.base.name).is_dir() else source.base.name,
-        BASE_WEIGHTS: weights_mark(source.base.path),
+        BASE_WEIGHTS: weights_fingerprint(source.base.path),
         "adapter_sha256": hashlib.sha256(weights).hexdigest(),
         "dtype": str(dtype).removeprefix("torch."),
         "adapted_layers": len(contents.layers),

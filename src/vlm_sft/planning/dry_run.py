@@ -227,11 +227,15 @@ def _planned(
 class CountingCache(DataCache):
     """Encodes questions without processing their images, wherever their tokens follow from the images' sizes.
 
-    Attributes:
-        counted: what was encoded already, by `group_key`.
+    Args:
+        encoder: encodes the questions.
+        root, name: as of `DataCache`; nothing is written.
+        counted: what was encoded already, by `group_key`; what is encoded here is added.
     """
 
-    counted: dict[str, EncodedGroup]
+    def __init__(self, encoder: Encoder, root: Path, name: str, counted: dict[str, EncodedGroup]) -> None:
+        super().__init__(encoder, root, name, prepared=False)
+        self.counted = counted
 
     def prepare(self, groups: Sequence[Sequence[Sample]], description: str) -> Iterator[EncodedGroup | DataError]:
         """As in `DataCache`; the tensors hold the grids of the images alone."""
@@ -290,8 +294,7 @@ def _from_base(run: Run, base: Base, device: Device | None, counted: dict[str, E
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     train_samples, eval_samples, left_out, tasks, asked = _questions(run, encoder)
     engine = Engine(options.engine, run.launch, base.name, base.path)
-    cache = CountingCache(encoder, engine.root, base.name, prepared=False)
-    cache.counted = counted
+    cache = CountingCache(encoder, engine.root, base.name, counted)
     data = PreparedData(train_samples, encoder, "counting tokens", cache)
     evaluation = PreparedData(eval_samples, encoder, "counting tokens (evaluation)", cache) if eval_samples else None
     total = len(train_samples) + len(eval_samples) + len(left_out)
