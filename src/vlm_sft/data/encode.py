@@ -136,9 +136,11 @@ class Encoder:
         first = samples[0]
         tensors = self.process_images(first) if tensors is None else tensors
         frame = self._frame(first, tensors)
-        asked = [self._messages(sample, sample.question) for sample in samples]
-        texts, plains = zip(*map(self.chat.prompt, asked), strict=True)
-        sequences = [self._splice(frame, plain, messages, first) for plain, messages in zip(plains, asked, strict=True)]
+        conversations = [self._messages(sample, sample.question) for sample in samples]
+        texts, plains = zip(*map(self.chat.prompt, conversations), strict=True)
+        sequences = [
+            self._splice(frame, plain, messages, first) for plain, messages in zip(plains, conversations, strict=True)
+        ]
         size = self._prefix_length(first, sequences, plains[0])
         prefix = sequences[0][:size]
         types = np.zeros(size if len(frame.types) else 0, dtype=np.int32)

@@ -191,8 +191,8 @@ class VllmBackend:
                 vllm_requests(self.encoder, samples), greedy, lora_request=self._lora, use_tqdm=False
             )
             yield [
-                Reply(sample, told.outputs[0].text.strip(), told.outputs[0].finish_reason == "length")
-                for sample, told in zip(samples, outputs, strict=True)
+                Reply(sample, output.outputs[0].text.strip(), output.outputs[0].finish_reason == "length")
+                for sample, output in zip(samples, outputs, strict=True)
             ]
 
 

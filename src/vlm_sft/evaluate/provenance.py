@@ -66,11 +66,11 @@ def claim(folder: Path, identity: dict[str, Any], replace: bool) -> None:
     if files and earlier != identity:
         if not replace:
             changed = [key for key in identity if earlier.get(key) != identity[key]]
-            told = ", ".join(
+            differences = ", ".join(
                 f"{key} {quoted(earlier.get(key), 200)} instead of {quoted(identity[key], 200)}" for key in changed
             )
             raise EvaluationError(
-                f"{folder} holds predictions made with {told}", "choose another --output_dir, or remove this one"
+                f"{folder} holds predictions made with {differences}", "choose another --output_dir, or remove this one"
             )
         for file in files:
             file.unlink()

@@ -204,8 +204,8 @@ def _backend(options: EvalOptions, base: Base, launch: Launch, tasks: list[Task]
     if options.backend == "vllm":
         return VllmBackend(base, options.adapter)
     caches = Caches(options.caches, launch, base.name, base.path)
-    asked = [sample for task in tasks for sample in task.samples]
-    backend, cache = open_backend(base, options.adapter, launch, options.shard_weights, caches, asked)
+    samples = [sample for task in tasks for sample in task.samples]
+    backend, cache = open_backend(base, options.adapter, launch, options.shard_weights, caches, samples)
     caches.describe([cache])
     record.update(engine=caches.facts)
     return backend

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vlm_sft.data.demo.asking import Asker, Maker, Question, drawn_parts, make_question
+from vlm_sft.data.demo.chart_reader import ChartQuestion, ChartReader, Maker, drawn_parts, make_question
 
 
-def _colour_of(ask: Asker) -> Question | None:
+def _colour_of(ask: ChartReader) -> ChartQuestion | None:
     if ask.part == "row":
         return None
     if ask.spec.category_paints:
@@ -30,7 +30,7 @@ def _colour_of(ask: Asker) -> Question | None:
     return make_question("colour", text, paint.name)
 
 
-def _owner_of_colour(ask: Asker) -> Question | None:
+def _owner_of_colour(ask: ChartReader) -> ChartQuestion | None:
     if ask.spec.category_paints:
         category, paint = ask.rng.choice(list(zip(ask.spec.categories, ask.spec.category_paints, strict=True)))
         text = ask.text(
@@ -45,7 +45,7 @@ def _owner_of_colour(ask: Asker) -> Question | None:
     return make_question("colour", text, one.name)
 
 
-def _value_of_colour(ask: Asker) -> Question | None:
+def _value_of_colour(ask: ChartReader) -> ChartQuestion | None:
     if not ask.spec.category_paints:
         return None
     index = ask.rng.randrange(len(ask.spec.categories))
@@ -57,7 +57,7 @@ def _value_of_colour(ask: Asker) -> Question | None:
     return make_question("colour", text, ask.spec.series[0].values[index])
 
 
-def _how_many(ask: Asker) -> Question | None:
+def _how_many(ask: ChartReader) -> ChartQuestion | None:
     categories = len(ask.spec.categories)
     if ask.rng.random() < 0.5:
         text = ask.text("How many {plural} are shown?", "How many {plural} are there?")
@@ -68,13 +68,13 @@ def _how_many(ask: Asker) -> Question | None:
     return make_question("structure", text, drawn_parts(ask.spec))
 
 
-def _title(ask: Asker) -> Question | None:
+def _title(ask: ChartReader) -> ChartQuestion | None:
     if not ask.spec.title:
         return None
     return make_question("structure", ask.text("What is the title?", "What is the title of the chart?"), ask.spec.title)
 
 
-def _at_the_end(ask: Asker) -> Question | None:
+def _at_the_end(ask: ChartReader) -> ChartQuestion | None:
     if ask.part == "slice":
         return None
     first = ask.rng.random() < 0.5

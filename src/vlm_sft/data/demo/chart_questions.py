@@ -10,7 +10,7 @@ from __future__ import annotations
 from random import Random
 
 from vlm_sft.data.demo.appearance_questions import APPEARANCE
-from vlm_sft.data.demo.asking import Asker, Maker, Question, make_question
+from vlm_sft.data.demo.chart_reader import ChartQuestion, ChartReader, Maker, make_question
 from vlm_sft.data.demo.spec import ChartSpec
 
 HIGH_WORDS, LOW_WORDS = ("highest", "largest"), ("lowest", "smallest")
@@ -18,7 +18,7 @@ HIGH_WORDS, LOW_WORDS = ("highest", "largest"), ("lowest", "smallest")
 RETRIEVAL_FRACTION = 0.6
 
 
-def chart_questions(spec: ChartSpec, rng: Random, count: int) -> list[Question]:
+def chart_questions(spec: ChartSpec, rng: Random, count: int) -> list[ChartQuestion]:
     """Ask `count` different questions about a chart.
 
     Args:
@@ -26,14 +26,14 @@ def chart_questions(spec: ChartSpec, rng: Random, count: int) -> list[Question]:
         rng: the only source of randomness; the first questions do not depend on `count`.
         count: how many questions, at most about ten: small charts do not offer more.
     """
-    asked: dict[tuple[Maker, str], Question] = {}
+    asked: dict[tuple[Maker, str], ChartQuestion] = {}
     for _ in range(40 * count):
         if len(asked) == count:
             break
         retrieval = rng.random() < RETRIEVAL_FRACTION
         makers, weights = zip(*(RETRIEVALS if retrieval else REASONINGS), strict=True)
         maker = rng.choices(makers, weights=weights)[0]
-        question = maker(Asker(spec, rng))
+        question = maker(ChartReader(spec, rng))
         if question is not None:
             # One phrasing of a question is enough for one chart.
             asked.setdefault((maker, question.answer), question)
@@ -41,7 +41,7 @@ def chart_questions(spec: ChartSpec, rng: Random, count: int) -> list[Question]:
     return list(asked.values())
 
 
-def _value_of(ask: Asker) -> Question | None:
+def _value_of(ask: ChartReader) -> ChartQuestion | None:
     """Read one value of a chart with one series."""
     if not ask.single:
         return None
@@ -56,7 +56,7 @@ def _value_of(ask: Asker) -> Question | None:
     return make_question("retrieval", ask.text(*phrases, where=ask.where(category), category=category), value)
 
 
-def _cell(ask: Asker) -> Question | None:
+def _cell(ask: ChartReader) -> ChartQuestion | None:
     """Read one value of a chart with several series."""
     if ask.single:
         return None
@@ -74,7 +74,7 @@ def _cell(ask: Asker) -> Question | None:
     return make_question("retrieval", ask.text(*phrases, **words), one.values[index])
 
 
-def _category_with(ask: Asker) -> Question | None:
+def _category_with(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     category, value = ask.rng.choice(list(row.items()))
     text = ask.text(
@@ -86,7 +86,7 @@ def _category_with(ask: Asker) -> Question | None:
     return make_question("retrieval", text, category)
 
 
-def _extreme_category(ask: Asker) -> Question | None:
+def _extreme_category(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     high = ask.rng.random() < 0.5
     word = ask.rng.choice(HIGH_WORDS if high else LOW_WORDS)
@@ -97,7 +97,7 @@ def _extreme_category(ask: Asker) -> Question | None:
     return make_question("extreme", text, (max if high else min)(row, key=row.__getitem__))
 
 
-def _extreme_value(ask: Asker) -> Question | None:
+def _extreme_value(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     high = ask.rng.random() < 0.5
     word = ask.rng.choice(HIGH_WORDS if high else LOW_WORDS)
@@ -110,7 +110,7 @@ def _extreme_value(ask: Asker) -> Question | None:
     return make_question("extreme", text, max(values) if high else min(values))
 
 
-def _ranked_category(ask: Asker) -> Question | None:
+def _ranked_category(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     ranked = sorted(row, key=row.__getitem__, reverse=True)
     if len(ranked) < 4:
@@ -121,7 +121,7 @@ def _ranked_category(ask: Asker) -> Question | None:
     return make_question("extreme", text, ranked[1 if high else -2])
 
 
-def _range(ask: Asker) -> Question | None:
+def _range(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     text = ask.text(
         "What is the difference between the highest and the lowest value{suffix}?",
@@ -131,7 +131,7 @@ def _range(ask: Asker) -> Question | None:
     return make_question("arithmetic", text, max(row.values()) - min(row.values()))
 
 
-def _difference(ask: Asker) -> Question | None:
+def _difference(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     one, other = ask.pair()
     text = ask.text(
@@ -144,7 +144,7 @@ def _difference(ask: Asker) -> Question | None:
     return make_question("arithmetic", text, abs(row[one] - row[other]))
 
 
-def _sum(ask: Asker) -> Question | None:
+def _sum(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     one, other = ask.pair()
     text = ask.text(
@@ -158,7 +158,7 @@ def _sum(ask: Asker) -> Question | None:
     return make_question("arithmetic", text, row[one] + row[other])
 
 
-def _mean(ask: Asker) -> Question | None:
+def _mean(ask: ChartReader) -> ChartQuestion | None:
     """The average, where it needs no rounding."""
     row, suffix = ask.row()
     mean = sum(row.values()) / len(row)
@@ -168,7 +168,7 @@ def _mean(ask: Asker) -> Question | None:
     return make_question("arithmetic", text, mean)
 
 
-def _series_gap(ask: Asker) -> Question | None:
+def _series_gap(ask: ChartReader) -> ChartQuestion | None:
     if ask.single:
         return None
     one, other = ask.rng.sample(ask.spec.series, 2)
@@ -183,7 +183,7 @@ def _series_gap(ask: Asker) -> Question | None:
     return make_question("arithmetic", text, abs(one.values[index] - other.values[index]))
 
 
-def _count_beyond(ask: Asker) -> Question | None:
+def _count_beyond(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     values = list(row.values())
     level = ask.threshold(values)
@@ -201,7 +201,7 @@ def _count_beyond(ask: Asker) -> Question | None:
     return make_question("counting", text, sum((value > level) == above for value in values))
 
 
-def _count_wins(ask: Asker) -> Question | None:
+def _count_wins(ask: ChartReader) -> ChartQuestion | None:
     if ask.single:
         return None
     one, other = ask.rng.sample(ask.spec.series, 2)
@@ -215,7 +215,7 @@ def _count_wins(ask: Asker) -> Question | None:
     return make_question("counting", text, wins)
 
 
-def _more_than_other(ask: Asker) -> Question | None:
+def _more_than_other(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     one, other = ask.pair()
     more = ask.rng.random() < 0.5
@@ -231,7 +231,7 @@ def _more_than_other(ask: Asker) -> Question | None:
     return make_question("yes/no", text, (row[one] > row[other]) == more)
 
 
-def _beyond_level(ask: Asker) -> Question | None:
+def _beyond_level(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     level = ask.threshold(list(row.values()))
     if level is None:
@@ -248,7 +248,7 @@ def _beyond_level(ask: Asker) -> Question | None:
     return make_question("yes/no", text, wanted)
 
 
-def _sum_beyond(ask: Asker) -> Question | None:
+def _sum_beyond(ask: ChartReader) -> ChartQuestion | None:
     """Whether two values together exceed a third; both answers are equally likely where both occur."""
     row, suffix = ask.row()
     wanted = ask.rng.random() < 0.5
@@ -264,7 +264,7 @@ def _sum_beyond(ask: Asker) -> Question | None:
     return None
 
 
-def _trend(ask: Asker) -> Question | None:
+def _trend(ask: ChartReader) -> ChartQuestion | None:
     if ask.spec.noun not in ("year", "month", "quarter", "day"):
         return None
     row, suffix = ask.row()
@@ -281,7 +281,7 @@ def _trend(ask: Asker) -> Question | None:
     return make_question("yes/no", text, (row[other] > row[one]) == up)
 
 
-def _larger_category(ask: Asker) -> Question | None:
+def _larger_category(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     one, other = ask.pair()
     more = ask.rng.random() < 0.5
@@ -297,7 +297,7 @@ def _larger_category(ask: Asker) -> Question | None:
     return make_question("comparison", text, one if (row[one] > row[other]) == more else other)
 
 
-def _larger_series(ask: Asker) -> Question | None:
+def _larger_series(ask: ChartReader) -> ChartQuestion | None:
     if ask.single:
         return None
     one, other = ask.rng.sample(ask.spec.series, 2)
@@ -315,7 +315,7 @@ def _larger_series(ask: Asker) -> Question | None:
     )
 
 
-def _widest_gap(ask: Asker) -> Question | None:
+def _widest_gap(ask: ChartReader) -> ChartQuestion | None:
     if ask.single:
         return None
     one, other = ask.rng.sample(ask.spec.series, 2)

@@ -13,17 +13,9 @@ from vlm_sft.data.demo.vocabulary import BRANDS, GOODS, NAMES, NOTES, NOTICES, P
 SIZES = ((96, 48), (128, 64), (160, 80), (192, 96))
 SMALLEST_TEXT_PX = 11
 MAX_ATTEMPTS = 400
-SIGN_FONTS = (
-    "sans",
-    "sans bold",
-    "sans bold",
-    "sans oblique",
-    "serif",
-    "serif bold",
-    "times bold",
-    "computer sans",
-    "computer bold",
-    "pillow",
+SIGN_FONTS = tuple(
+    "sans, sans bold, sans bold, sans oblique, serif, serif bold, "
+    "times bold, computer sans, computer bold, pillow".split(", ")
 )
 WIDE_FONTS = ("mono bold", "sans bold", "mono")
 # Board and text colours with a strong contrast.

@@ -28,7 +28,7 @@ from vlm_sft.data.sources.splits import SPLIT_WORDS
 from vlm_sft.data.threads import map_images
 
 BATCH = 256  # questions whose images are read together
-TELL_EVERY = 20_000  # questions between two lines of progress
+REPORT_EVERY = 20_000  # questions between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ def _import(request: ImportRequest) -> ExchangeReport:
         unseen = dict(request.columns)
         items = islice(_items(request, files, report, writer, unseen), request.limit)
         while batch := list(islice(items, BATCH)):
-            told = report.total
+            before = report.total
             for item, kept in zip(batch, _keep_images(batch, store, homes, outside), strict=True):
                 writer.put(item, kept)
-            if report.total // TELL_EVERY > told // TELL_EVERY:
+            if report.total // REPORT_EVERY > before // REPORT_EVERY:
                 say(f"imported so far: {sum(report.questions.values()):,} questions, {len(report.left_out):,} left out")
         _refuse_idle(request, report, unseen, store)
         if outside:

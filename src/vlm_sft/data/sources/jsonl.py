@@ -246,19 +246,19 @@ def _samples(
     root = spec.path if spec.path.is_dir() else spec.path.parent
     outside = {ref.source for ref in images.values() if isinstance(ref, ImageRef) and lies_outside(ref, root)}
     for line in lines:
-        asked = line.question
+        question = line.question
         refs = []
         try:
-            for image in asked.images:
-                found = images[_image_id(line.folder, image)]
-                if isinstance(found, RowProblem):
-                    raise found
-                refs.append(found)
+            for image in question.images:
+                ref = images[_image_id(line.folder, image)]
+                if isinstance(ref, RowProblem):
+                    raise ref
+                refs.append(ref)
         except RowProblem as problem:
             left.append(left_out(line.id, line.where, problem))
             continue
         part = "" if line.part.lower() in SPLIT_WORDS else line.part
-        metadata: dict[str, Any] = {"where": line.where} | ({NOTE: asked.note} if asked.note else {})
+        metadata: dict[str, Any] = {"where": line.where} | ({NOTE: question.note} if question.note else {})
         if outside and (away := [ref.source for ref in refs if ref.source in outside]):
             metadata[OUTSIDE] = away
         samples.append(
@@ -267,11 +267,11 @@ def _samples(
                 spec.name,
                 part,
                 tuple(refs),
-                asked.question,
-                asked.target,
-                asked.answers,
-                asked.history,
-                asked.system,
+                question.question,
+                question.target,
+                question.answers,
+                question.history,
+                question.system,
                 metadata,
             )
         )

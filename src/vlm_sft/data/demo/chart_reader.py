@@ -1,4 +1,4 @@
-"""What questions about synthetic charts are made of: answers, phrases, choices."""
+"""Draws the parts of questions about a synthetic chart: values, names, phrasings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMED_PARTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ChartQuestion:
     """A question with its one right answer.
 
     Attributes:
@@ -46,13 +46,13 @@ def plain(value: float) -> str:
     return str(int(rounded)) if rounded == int(rounded) else f"{rounded:.2f}".rstrip("0")
 
 
-def make_question(question_type: str, text: str, answer: str | float | bool) -> Question:
+def make_question(question_type: str, text: str, answer: str | float | bool) -> ChartQuestion:
     """A question whose answer is written, and sorted, by its Python type."""
     if isinstance(answer, bool):
-        return Question(text, "Yes" if answer else "No", question_type, "yes/no")
+        return ChartQuestion(text, "Yes" if answer else "No", question_type, "yes/no")
     if isinstance(answer, str):
-        return Question(text, answer, question_type, "text")
-    return Question(text, plain(answer), question_type, "number")
+        return ChartQuestion(text, answer, question_type, "text")
+    return ChartQuestion(text, plain(answer), question_type, "number")
 
 
 def drawn_parts(spec: ChartSpec) -> int:
@@ -62,8 +62,8 @@ def drawn_parts(spec: ChartSpec) -> int:
     return len(spec.categories) * (1 if spec.chart_type == "table" else len(spec.series))
 
 
-class Asker:
-    """A chart, a source of randomness, and the phrases that questions are made of."""
+class ChartReader:
+    """Draws from a chart what a question is about, and how it is put."""
 
     def __init__(self, spec: ChartSpec, rng: Random) -> None:
         self.spec = spec
@@ -116,4 +116,4 @@ class Asker:
         return plain(value) + self.spec.unit
 
 
-Maker = Callable[[Asker], Question | None]  # None where the chart has nothing of the kind
+Maker = Callable[[ChartReader], ChartQuestion | None]  # None where the chart has nothing of the kind
