@@ -114,7 +114,7 @@ def test_a_bad_gradient(data: PreparedData, tmp_path: Path) -> None:
     assert (event["step"], event["source"], event["samples"]) == (2, "gradient", 6)
 
 
-def test_a_bad_image_tensor_names_its_questions(tmp_path: Path) -> None:
+def test_a_bad_image_tensor_names_its_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = training.prepared(training.samples())
     real = data.encoder.process_images
 
@@ -125,7 +125,7 @@ def test_a_bad_image_tensor_names_its_questions(tmp_path: Path) -> None:
             tensors["pixel_values"][0, 0] = float("nan")
         return tensors
 
-    data.encoder.image_source = process
+    monkeypatch.setattr(data.cache, "image_tensors", process)
     training.trainer(data, tmp_path, max_steps=4).run()
     found = training.events(tmp_path)
     assert found and {event["source"] for event in found} == {"image"}

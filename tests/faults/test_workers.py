@@ -189,9 +189,11 @@ def test_an_image_that_takes_its_worker_down(
     assert children() <= others
 
 
-def test_a_mistake_in_a_worker_comes_back_as_itself(tmp_path: Path, others: set[int]) -> None:
+def test_a_mistake_in_a_worker_comes_back_as_itself(
+    tmp_path: Path, others: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = training.prepared(stored(tmp_path))
-    data.encoder.image_source = lambda sample: 1 / 0
+    monkeypatch.setattr(data.cache, "image_tensors", lambda sample: 1 / 0)
     with pytest.raises(RuntimeError, match="in a data worker(.|\n)*ZeroDivisionError"):
         list(loader(data, 1))
     assert children() <= others

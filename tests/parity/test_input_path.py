@@ -114,7 +114,7 @@ def test_pixels_travel_as_codes(tmp_path: Path, workers: int) -> None:
         (batch,) = step.packs
         batches.append([batch, *(split_pack(batch) or ())])
         pixels = [cache.pixel_tensors(sample) for sample in data.image_samples()]
-        features = encode_images(model, [one for one in pixels if one is not None])
+        features = encode_images(model, pixels)
         assert len(features) == len(SIZES)
         batches[-1][0].positions = None if not coded else batch.positions
     whole, packed = batches[0][0], batches[1][0]
@@ -143,7 +143,7 @@ def test_features_of_coded_pixels(tmp_path: Path) -> None:
     for coded in (False, True):
         data, cache = prepare(tmp_path, coded)
         pixels = [cache.pixel_tensors(sample) for sample in data.image_samples()]
-        found.append(encode_images(model, [one for one in pixels if one is not None]))
+        found.append(encode_images(model, pixels))
     for exact, ours in zip(*found, strict=True):
         assert exact.keys() == ours.keys() and all(torch.equal(exact[name], ours[name]) for name in exact)
 

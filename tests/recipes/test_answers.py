@@ -12,7 +12,7 @@ from tests.pictures import png
 from tests.tiny_models import save
 from tests.wording import line_with
 from vlm_sft.cli.main import main
-from vlm_sft.data.answers import PLAIN_TEMPLATE, are_long, limit_for, longest_answer, room_for
+from vlm_sft.data.answer_limits import PLAIN_TEMPLATE, are_long, limit_for, longest_answer, room_for
 from vlm_sft.data.chat import Chat
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.prompt import SHORT_ANSWER_TEMPLATE, PromptSettings

@@ -214,9 +214,13 @@ def test_seeking_in_a_million_questions_takes_a_moment() -> None:
 
 
 def test_an_identity_is_compared_by_what_both_versions_wrote() -> None:
-    now = {"base_model": "b", "base_files_sha256": "1", "base_weights": "2", "data_sha256": "3"}
+    now = {"base_model": "b", "base_settings_sha256": "1", "base_weights": "2", "data_sha256": "3"}
     assert differences(now, now) == []
-    for key, part in (("base_files_sha256", "base model"), ("base_weights", "base model"), ("data_sha256", "training")):
+    for key, part in (
+        ("base_settings_sha256", "base model"),
+        ("base_weights", "base model"),
+        ("data_sha256", "training"),
+    ):
         (line,) = differences(now | {key: "other"}, now)
         assert line.startswith(part)
     older = {"base_model": "b", "base_model_sha256": "of another kind", "base_weights": "2", "data_sha256": "3"}

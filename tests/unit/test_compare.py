@@ -11,15 +11,9 @@ from tests.wording import line_with
 from vlm_sft.cli import compare as verb
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import EvaluationError, RunError
-from vlm_sft.evaluate.compare import (
-    compare_rows,
-    compare_runs,
-    few_line,
-    format_markdown,
-    format_table,
-    locate_predictions,
-)
-from vlm_sft.evaluate.statistics import paired_test, wilson_interval
+from vlm_sft.evaluate.compare import compare_rows, compare_runs, few_line, locate_predictions
+from vlm_sft.evaluate.comparison_table import format_markdown, format_table
+from vlm_sft.evaluate.statistics import mean_interval, paired_test
 
 
 def rows_with(scores, per_image=1, **more):
@@ -172,7 +166,7 @@ def test_scores_are_computed_by_the_rule_not_believed(tmp_path):
     boastful = write_run(tmp_path / "b", "chartqa", [row | {"score": 1.0} for row in rows_with(BASE)])
     (entry,) = compare_runs([base, boastful])["comparisons"]
     assert entry["difference"] == 0.0
-    assert (entry["accuracy"], entry["accuracy_interval"]) == (0.5, list(wilson_interval(50, 100)))
+    assert (entry["accuracy"], entry["accuracy_interval"]) == (0.5, list(mean_interval([1.0] * 50 + [0.0] * 50)))
 
 
 def test_mistakes_of_all_pairs_are_told_together(tmp_path):

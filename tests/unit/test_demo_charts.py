@@ -10,17 +10,17 @@ from random import Random
 
 import pytest
 
-from vlm_sft.data.demo.asking import Question
+from tests.pictures import chart_spec
 from vlm_sft.data.demo.chart_questions import chart_questions
+from vlm_sft.data.demo.chart_reader import ChartQuestion
 from vlm_sft.data.demo.charts import random_chart
-from vlm_sft.data.demo.generate import chart_spec
 from vlm_sft.data.demo.spec import CHART_TYPES, ChartSpec
 
 CHARTS = 1000
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[tuple[ChartSpec, Question]]:
+def asked() -> list[tuple[ChartSpec, ChartQuestion]]:
     """About 6,000 questions about 1,000 charts."""
     pairs = []
     for index in range(CHARTS):

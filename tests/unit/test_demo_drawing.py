@@ -10,10 +10,10 @@ import numpy
 import pytest
 from PIL import Image
 
+from tests.pictures import chart_spec
 from vlm_sft.data.demo.charts import SIZES, random_chart
 from vlm_sft.data.demo.drawing import draw_chart, mark_ends
 from vlm_sft.data.demo.fonts import fonts, load_font
-from vlm_sft.data.demo.generate import chart_spec
 from vlm_sft.data.demo.spec import ChartSpec
 
 

@@ -13,8 +13,10 @@ from collections import Counter
 import pytest
 from PIL import Image
 
+from tests.pictures import chart_spec
 from vlm_sft.common.errors import DataError
-from vlm_sft.data.demo.generate import KINDS, SPLITS, chart_spec, demo_samples, render_png, spec_key
+from vlm_sft.data.demo.generate import KINDS, demo_samples, render_png, spec_key
+from vlm_sft.data.sources.splits import SPLITS
 
 DIGEST = """
 import hashlib, sys

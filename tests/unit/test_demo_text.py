@@ -9,8 +9,9 @@ from random import Random
 import numpy
 import pytest
 
+from tests.pictures import sign_spec
 from vlm_sft.data.demo.fonts import fonts, load_font
-from vlm_sft.data.demo.generate import demo_samples, sign_spec
+from vlm_sft.data.demo.generate import demo_samples
 from vlm_sft.data.demo.sign_drawing import draw_sign
 from vlm_sft.data.demo.sign_questions import ROLE_QUESTIONS, annotate, sign_questions
 from vlm_sft.data.demo.signs import SIGN_TYPES, SIZES, SMALLEST_TEXT_PX, random_sign

@@ -12,8 +12,8 @@ from tests.tiny_models import qwen2_5_vl
 from vlm_sft.cli.main import main
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.prompt import PromptSettings
+from vlm_sft.data.threads import ordered_map
 from vlm_sft.evaluate.backends import vllm_requests
-from vlm_sft.evaluate.batching import AHEAD, ahead
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
@@ -48,16 +48,16 @@ def test_vllm_is_asked_with_our_prompt_and_pictures() -> None:
     assert requests[0]["multi_modal_data"]["image"][0].size == (72, 56)
 
 
-def test_ahead_keeps_order_and_never_runs_far_before_the_consumer() -> None:
+def test_a_map_in_threads_keeps_order_and_never_runs_far_before_the_consumer() -> None:
     made: list[int] = []
 
     def make(item: int) -> int:
         made.append(item)
         return item * item
 
-    for position, value in enumerate(ahead(make, range(8))):
+    for position, value in enumerate(ordered_map(make, range(8), 1, 2)):
         assert value == position**2
-        assert len(made) <= position + AHEAD + 1
+        assert len(made) <= position + 2 + 1
     assert made == list(range(8))
 
 
@@ -67,7 +67,7 @@ def test_an_error_in_the_thread_reaches_the_consumer() -> None:
             raise ValueError("broken")
         return item
 
-    results = ahead(make, range(3))
+    results = ordered_map(make, range(3), 1, 2)
     assert next(results) == 0
     with pytest.raises(ValueError, match="broken"):
         next(results)

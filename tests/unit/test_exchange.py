@@ -318,12 +318,12 @@ def web() -> Iterator[str]:
 
 
 def test_image_urls_only_when_asked(web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm_sft.data.exchange import fetch, pictures
+    from vlm_sft.data.exchange import download, image_folder
 
     def hurried(url: str) -> bytes:
-        return fetch.fetch(url, seconds=0.5)
+        return download.fetch(url, seconds=0.5)
 
-    monkeypatch.setattr(pictures, "fetch", hurried)
+    monkeypatch.setattr(image_folder, "fetch", hurried)
     paths = ("ok.png", "moved", "gone", "big", "slow", "text", "file")
     rows = [{"id": path, "image": f"{web}/{path}", "question": "q", "answer": "a"} for path in paths]
     rows.append({"id": "ftp", "image": "ftp://127.0.0.1/a.png", "question": "q", "answer": "a"})

@@ -18,7 +18,7 @@ from tests.adapters import save_adapter, save_base
 from vlm_sft.cli.main import main
 from vlm_sft.common.errors import ModelError
 from vlm_sft.common.manifest import write_manifest
-from vlm_sft.data.cache.directory import weights_mark
+from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.evaluate.run import EvalOptions, _find_base
 from vlm_sft.model.saved_adapter import BASE_WEIGHTS
 
@@ -175,7 +175,7 @@ def test_a_pickled_adapter_is_not_opened(place: Path, tmp_path: Path, capsys: py
 
 def recorded(adapter: Path, base: Path) -> Path:
     """The adapter with a manifest as a training writes it."""
-    write_manifest(adapter, [WEIGHTS, CONFIG], {"identity": {BASE_WEIGHTS: weights_mark(str(base))}})
+    write_manifest(adapter, [WEIGHTS, CONFIG], {"identity": {BASE_WEIGHTS: weights_fingerprint(str(base))}})
     return adapter
 
 

@@ -16,16 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from vlm_sft.common.errors import RunError
+from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.data.cache import store as store_module
-from vlm_sft.data.cache.directory import (
-    ENTRY,
-    clear_entries,
-    entry_weights,
-    list_entries,
-    open_entry,
-    settings_key,
-    weights_mark,
-)
+from vlm_sft.data.cache.directory import ENTRY, clear_entries, entry_weights, list_entries, open_entry, settings_key
 from vlm_sft.data.cache.feature_names import parse_feature_cache
 from vlm_sft.data.cache.pixel_codec import CODES, PixelFormat, compress, restore
 from vlm_sft.data.cache.store import CacheFullError, Record, Store
@@ -237,9 +230,14 @@ def test_the_mark_of_weights_is_that_of_their_bytes(tmp_path: Path) -> None:
     for folder, value in ((one, 0.5), (other, 0.5), (trained, 0.25)):
         folder.mkdir()
         save_file({"weight": torch.full((1000,), value)}, folder / "model.safetensors")
-    assert weights_mark(str(one)) == weights_mark(str(other)) != weights_mark(str(trained))
-    assert weights_mark(str(tmp_path)) == weights_mark("nobody/such-a-model") == weights_mark("no id!/at/all") == ""
-    marks = [weights_mark(str(one)), weights_mark(str(trained))]
+    assert weights_fingerprint(str(one)) == weights_fingerprint(str(other)) != weights_fingerprint(str(trained))
+    assert (
+        weights_fingerprint(str(tmp_path))
+        == weights_fingerprint("nobody/such-a-model")
+        == weights_fingerprint("no id!/at/all")
+        == ""
+    )
+    marks = [weights_fingerprint(str(one)), weights_fingerprint(str(trained))]
     for mark in (*marks, marks[0], ""):
         folder = open_entry(tmp_path, "features", {"seed": 4}, "pocket", mark)
     assert entry_weights(json.loads((folder / ENTRY).read_text())) == marks

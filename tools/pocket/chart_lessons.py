@@ -14,7 +14,7 @@ import numpy as np
 
 from tools.pocket.canvas import Picture, Record
 from tools.pocket.labels import Label, label_targets, rank
-from vlm_sft.data.demo.asking import NAMED_PARTS, drawn_parts, plain
+from vlm_sft.data.demo.chart_reader import NAMED_PARTS, drawn_parts, plain
 from vlm_sft.data.demo.charts import SIZES, random_chart
 from vlm_sft.data.demo.drawing import draw_chart, mark_ends
 from vlm_sft.data.demo.sign_drawing import draw_sign

@@ -14,7 +14,7 @@ from tools.pocket import words
 from tools.pocket.canvas import Canvas, Picture
 from tools.pocket.chart_lessons import READ_CELL, READ_VALUE, Pairs, added, against_level, compared, pick, wins
 from tools.pocket.labels import Label, label_targets, rank
-from vlm_sft.data.demo.asking import plain
+from vlm_sft.data.demo.chart_reader import plain
 from vlm_sft.data.demo.charts import LABEL_FONTS
 from vlm_sft.data.demo.fonts import text_width
 

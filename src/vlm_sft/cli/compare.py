@@ -28,10 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, print the table, write both files; 0 whatever the verdicts."""
     from vlm_sft.common import console
-    from vlm_sft.evaluate import compare
+    from vlm_sft.evaluate.compare import compare_runs
+    from vlm_sft.evaluate.comparison_table import format_table, write_comparison
 
-    result = compare.compare_runs(args.runs, args.baseline)
-    files = compare.write_comparison(result, args.output_dir)
-    console.say(compare.format_table(result))
+    result = compare_runs(args.runs, args.baseline)
+    files = write_comparison(result, args.output_dir)
+    console.say(format_table(result))
     console.say("written: " + ", ".join(str(path) for path in files))
     return 0

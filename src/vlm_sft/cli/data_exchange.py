@@ -11,7 +11,7 @@ from vlm_sft.common.errors import bounded
 from vlm_sft.data.exchange.layouts import FORMATS
 
 if TYPE_CHECKING:
-    from vlm_sft.data.exchange.importing import ImportReport
+    from vlm_sft.data.exchange.report import ExchangeReport
 
 IMPORT_HELP = "read a data set of TRL, LLaMA-Factory, ms-swift, or a CSV beside a folder of images"
 EXPORT_HELP = "write a data set for TRL, LLaMA-Factory, ms-swift, or as CSV"
@@ -85,7 +85,7 @@ def run_import(args: argparse.Namespace) -> int:
     """
     from vlm_sft.common.console import say
     from vlm_sft.data.audit import enforce
-    from vlm_sft.data.exchange.importing import ImportRequest, import_data
+    from vlm_sft.data.exchange.importer import ImportRequest, import_data
     from vlm_sft.data.exchange.tables import parse_columns
 
     enforce([], 0, args.max_left_out)
@@ -120,7 +120,7 @@ def run_export(args: argparse.Namespace) -> int:
     from vlm_sft.cli.parser import refuse_idle
     from vlm_sft.common.console import say
     from vlm_sft.data.audit import enforce
-    from vlm_sft.data.exchange.exporting import ExportRequest, export_data
+    from vlm_sft.data.exchange.exporter import ExportRequest, export_data
     from vlm_sft.data.mixture import mix
     from vlm_sft.data.sources.registry import SPLITS
     from vlm_sft.data.sources.spec import parse_datasets, refuse_weights
@@ -172,7 +172,7 @@ def _check_limit(limit: int | None) -> None:
         raise DataError(f"--limit {limit} is below 1", "give a number of questions, or leave it out")
 
 
-def _tell(report: ImportReport, args: argparse.Namespace) -> None:
+def _tell(report: ExchangeReport, args: argparse.Namespace) -> None:
     """Say what was written, left out and changed."""
     from vlm_sft.common.artifacts import CHANGED, LEFT_OUT
     from vlm_sft.common.console import say, warn

@@ -16,7 +16,7 @@ from vlm_sft.data.duplicates import Repeat
 from vlm_sft.data.images import check_image
 from vlm_sft.data.plain_text import reads_like_control
 from vlm_sft.data.sample import NOTE, OUTSIDE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image
-from vlm_sft.data.sources.rows import in_threads
+from vlm_sft.data.threads import map_images
 
 MAX_LEFT_OUT_FRACTION = 0.01
 HISTOGRAM_BINS = 24
@@ -171,7 +171,7 @@ def check_images(samples: Sequence[Sample]) -> tuple[list[Sample], list[LeftOut]
         The samples whose images are all sound, now with the images' sizes, and the others.
     """
     refs = {image.key: image for sample in samples for image in sample.images}
-    results = dict(zip(refs, in_threads(_check, refs.values(), len(refs), "checking images"), strict=True))
+    results = dict(zip(refs, map_images(_check, refs.values(), len(refs), "checking images"), strict=True))
     sound: list[Sample] = []
     left: list[LeftOut] = []
     for sample in samples:

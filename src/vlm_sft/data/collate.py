@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -203,48 +204,35 @@ def split_pack(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch] | None:
 
 def _part(batch: PackedBatch, picks: Sequence[tuple[int, range]]) -> PackedBatch:
     """The pack that holds some questions of some images of another pack, in the same order."""
-    firsts = [0]
-    for places in batch.ends:
-        firsts.append(firsts[-1] + len(places) - 2)
-    pieces: list[torch.Tensor] = []
-    group: list[torch.Tensor] = []
-    branch: list[torch.Tensor] = []
+    firsts = list(accumulate((len(bounds) - 2 for bounds in batch.ends), initial=0))
+    questions = [firsts[image] + number for image, numbers in picks for number in numbers]
     ends: list[list[int]] = []
-    questions: list[int] = []
-    length = 0
-    for image, picked in picks:
+    for image, numbers in picks:
         bounds = batch.ends[image]
-        spans = [(0, bounds[0], bounds[1])]
-        for number in picked:
-            questions.append(firsts[image] + number)
-            spans.append((len(questions), bounds[1 + number], bounds[2 + number]))
-        ends.append([length])
-        for label, start, end in spans:
-            pieces.append(torch.arange(start, end, device=batch.group.device))
-            group.append(torch.full_like(pieces[-1], len(ends) - 1))
-            branch.append(torch.full_like(pieces[-1], label))
-            length += end - start
-            ends[-1].append(length)
-    tokens = torch.cat(pieces)
-    place = torch.zeros_like(batch.group)
-    place[tokens] = torch.arange(length, device=tokens.device)
-    renamed = torch.zeros(len(batch.sample_ids) + 1, dtype=torch.long, device=tokens.device)
-    chosen = torch.tensor(questions, device=tokens.device)
-    renamed[chosen + 1] = torch.arange(1, 1 + len(chosen), device=tokens.device)
-    kept = renamed[batch.target_branch] > 0
-    images, predict = torch.cat(group), place[batch.predict[kept]]
+        sizes = [bounds[1] - bounds[0], *(bounds[2 + number] - bounds[1 + number] for number in numbers)]
+        ends.append(list(accumulate(sizes, initial=ends[-1][-1] if ends else 0)))
+    chosen = torch.tensor(questions, device=batch.branch.device)
+    new_branch = batch.branch.new_zeros(len(batch.sample_ids) + 1)  # by the old one; 0 for a question that is not taken
+    new_branch[chosen + 1] = torch.arange(1, 1 + len(questions), device=chosen.device)
+    new_image = batch.group.new_full((len(batch.ends),), -1)
+    new_image[[image for image, _ in picks]] = torch.arange(len(picks), device=chosen.device)
+    taken = (new_image[batch.group] >= 0) & ((batch.branch == 0) | (new_branch[batch.branch] > 0))
+    tokens = taken.nonzero()[:, 0]
+    place = taken.cumsum(0) - 1  # in the new sequence, of the tokens that are taken
+    kept = new_branch[batch.target_branch] > 0
+    images, predict = new_image[batch.group[tokens]], place[batch.predict[kept]]
     return replace(
         batch,
         input_ids=batch.input_ids[:, tokens],
         ends=ends,
         group=images,
-        branch=torch.cat(branch),
+        branch=new_branch[batch.branch[tokens]],
         offset=batch.offset[tokens],
         index=batch.index[tokens],
         prefix_types=batch.prefix_types[tokens],
         predict=predict,
         targets=batch.targets[kept],
-        target_branch=renamed[batch.target_branch[kept]],
+        target_branch=new_branch[batch.target_branch[kept]],
         keys=batch.keys[tokens],
         sample_ids=[batch.sample_ids[number] for number in questions],
         rows=torch.bincount(images[predict], minlength=len(ends)).tolist(),

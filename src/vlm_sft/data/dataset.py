@@ -37,8 +37,8 @@ class PreparedData:
         self._samples: list[list[Sample]] = []
         self._groups: list[EncodedGroup] = []
         groups = group_by_image(usable)
-        cache = cache or DataCache(encoder, default_cache_dir(), "", prepared=False)
-        for members, found in zip(groups, cache.prepare(groups, description), strict=True):
+        self.cache = cache or DataCache(encoder, default_cache_dir(), "", prepared=False)
+        for members, found in zip(groups, self.cache.prepare(groups, description), strict=True):
             if isinstance(found, DataError):
                 self.left_out.extend(LeftOut.because(sample.id, found) for sample in members)
                 continue
@@ -53,7 +53,7 @@ class PreparedData:
 
     def __getitem__(self, index: int) -> EncodedGroup:
         """One image with its questions and its tensors."""
-        return replace(self._groups[index], tensors=self.encoder.image_tensors(self._samples[index][0]))
+        return replace(self._groups[index], tensors=self.cache.image_tensors(self._samples[index][0]))
 
     @property
     def visual_tokens(self) -> tuple[int, ...]:

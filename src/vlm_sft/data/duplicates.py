@@ -28,8 +28,8 @@ class Repeat:
         """One line for people."""
         places = [str(one.metadata.get("where", one.id)) for one in (self.sample, self.earlier)]
         answers = " and ".join(f'"{one.target[:60]}"' for one in (self.earlier, self.sample))
-        told = f"; answers: {answers}" if self.kind == CONTRADICTION else ""
-        return f'{places[0]} asks what {places[1]} asks: "{self.sample.question[:80]}"{told}'
+        differing = f"; answers: {answers}" if self.kind == CONTRADICTION else ""
+        return f'{places[0]} asks what {places[1]} asks: "{self.sample.question[:80]}"{differing}'
 
     def to_json(self) -> dict[str, Any]:
         """A line of repeats.jsonl."""
@@ -50,9 +50,9 @@ def find_repeats(samples: Sequence[Sample]) -> list[Repeat]:
     answers) are neither.
     """
     found: list[Repeat] = []
-    asked: dict[tuple[Any, ...], list[Sample]] = {}
+    by_question: dict[tuple[Any, ...], list[Sample]] = {}
     for sample in samples:
-        before = asked.setdefault((sample.image_key, sample.system, sample.history, _plain(sample.question)), [])
+        before = by_question.setdefault((sample.image_key, sample.system, sample.history, _plain(sample.question)), [])
         same = next((one for one in before if _plain(one.target) == _plain(sample.target)), None)
         other = next((one for one in before if _accepted(one).isdisjoint(_accepted(sample))), None)
         if same is not None:

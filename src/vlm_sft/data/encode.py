@@ -24,6 +24,7 @@ from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.data.sources.spec import is_own
 
+ImageSource = Callable[[Sample], dict[str, torch.Tensor]]  # gives what the processor made of a sample's pictures
 # Two user texts that share no first token: what their sequences share is the part before the question.
 _PROBES = ("A", "9")
 # Width and height in pixels of pictures on which the image processor alone is held against the whole processor.
@@ -101,10 +102,6 @@ class Encoder:
         processor: a Hugging Face processor with a chat template.
         prompt: prompt and image settings; pixel bounds are applied to the processor's image processor.
         stop_ids: token ids that end an answer (the generation config's eos ids); the tokenizer's eos when empty.
-
-    Attributes:
-        image_source: asked first for the tensors of a sample's pictures; None, or its answer None, means that they are
-            processed here.
     """
 
     def __init__(self, processor: Any, prompt: PromptSettings, stop_ids: Sequence[int] = ()) -> None:
@@ -114,7 +111,6 @@ class Encoder:
         self.stop_ids = tuple(stop_ids) or (int(self.tokenizer.eos_token_id),)
         self.chat = Chat(processor, self.stop_ids)
         self.image_token_id = image_token_id(processor)
-        self.image_source: Callable[[Sample], dict[str, torch.Tensor] | None] | None = None
         self._splice_is_exact: bool | None = None
         self._alone_is_exact: bool | None = None
         self._tensor_names: tuple[str, ...] = ()
@@ -131,18 +127,20 @@ class Encoder:
         Args:
             samples: at least one; all with the same images.
             with_answers: False leaves the answers out, for generation.
-            tensors: what `image_tensors` gave for them, where that is at hand.
+            tensors: what the processor made of the images, where that is at hand; None processes them.
 
         Raises:
             DataError: an image cannot be read or processed, or a text cannot be told from a control token.
             ModelError: the chat template does not fit.
         """
         first = samples[0]
-        tensors = self.image_tensors(first) if tensors is None else tensors
+        tensors = self.process_images(first) if tensors is None else tensors
         frame = self._frame(first, tensors)
-        asked = [self._messages(sample, sample.question) for sample in samples]
-        texts, plains = zip(*map(self.chat.prompt, asked), strict=True)
-        sequences = [self._splice(frame, plain, messages, first) for plain, messages in zip(plains, asked, strict=True)]
+        conversations = [self._messages(sample, sample.question) for sample in samples]
+        texts, plains = zip(*map(self.chat.prompt, conversations), strict=True)
+        sequences = [
+            self._splice(frame, plain, messages, first) for plain, messages in zip(plains, conversations, strict=True)
+        ]
         size = self._prefix_length(first, sequences, plains[0])
         prefix = sequences[0][:size]
         types = np.zeros(size if len(frame.types) else 0, dtype=np.int32)
@@ -155,15 +153,6 @@ class Encoder:
         )
         image_tokens = int((prefix == self.image_token_id).sum())
         return EncodedGroup(first.image_key, prefix, types, image_tokens, questions, tensors)
-
-    def image_tensors(self, sample: Sample) -> dict[str, torch.Tensor]:
-        """What the processor makes of a sample's pictures (pixel_values, image_grid_thw, …), batch dimension kept.
-
-        Raises:
-            DataError: an image cannot be read or processed.
-        """
-        found = self.image_source(sample) if self.image_source is not None else None
-        return self.process_images(sample) if found is None else found
 
     def problem(self, sample: Sample) -> SampleError | None:
         """Why a sample cannot be encoded, found without decoding its images; None where nothing is known against it.
@@ -212,7 +201,7 @@ class Encoder:
         return self._alone_is_exact
 
     def process_images(self, sample: Sample) -> dict[str, torch.Tensor]:
-        """Run the image processor on a sample's pictures, whatever `image_source` has.
+        """What the processor makes of a sample's pictures (pixel_values, image_grid_thw, …), batch dimension kept.
 
         Raises:
             DataError: an image cannot be read or processed.

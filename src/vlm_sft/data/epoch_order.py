@@ -31,7 +31,7 @@ class Bundle:
 
 def global_batches(
     sizes: Sequence[int], batch_size: int, seed: int, epoch: int, max_questions_per_image: int | None = None
-) -> list[list[Bundle]]:
+) -> Sequence[list[Bundle]]:
     """Draw the global batches of one epoch.
 
     The questions of an image are shuffled and cut into bundles of at most `max_questions_per_image`; the bundles are
@@ -47,7 +47,8 @@ def global_batches(
             there are too few images to fill a batch, and exceeded where too few are left at the end of the epoch.
 
     Returns:
-        Batches in the order of training; every question of every image exactly once.
+        Batches in the order of training; every question of every image exactly once. Without a cap each is made when
+        it is asked for.
     """
     cap = batch_size
     if max_questions_per_image is not None:
@@ -55,7 +56,7 @@ def global_batches(
         cap = min(cap, max(max_questions_per_image, -(-batch_size // images)))
     order = EpochOrder.draw(sizes, cap, batch_size, seed, epoch)
     if cap == batch_size:
-        return list(Batches(order, batch_size))
+        return Batches(order, batch_size)
     queue = deque(order.bundles(0, len(order.groups)))
     batches = []
     while queue:
@@ -142,7 +143,7 @@ def _fitted(sizes: Sequence[int], batch_size: int) -> list[int]:
 
 
 class Batches(Sequence[list[Bundle]]):
-    """Batches of consecutive questions, each made when it is asked for, so that any of them is there at once."""
+    """Batches of consecutive questions, each made when it is asked for."""
 
     def __init__(self, order: EpochOrder, batch_size: int) -> None:
         self._order, self._size = order, batch_size

@@ -6,13 +6,13 @@ global batch is cut into packs, so 1, 2 and 8 devices follow the same optimisati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from vlm_sft.common.errors import DataError
-from vlm_sft.data.epoch_order import Batches, Bundle, EpochOrder, global_batches
+from vlm_sft.data.epoch_order import Bundle, global_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def pack_batch(
         For each rank its packs; packs may be empty when there are fewer bundles than packs.
     """
     most = max_questions_per_pack or sum(len(bundle.questions) for bundle in bundles)
-    pieces = [piece for bundle in bundles for piece in _cut(bundle, lengths[bundle.group], tokens_per_pack, most)]
+    pieces = [piece for bundle in bundles for piece in _pieces(bundle, lengths[bundle.group], tokens_per_pack, most)]
     pieces = _at_least(pieces, world_size)
     tokens = sum(bundle_tokens(piece, lengths[piece.group]) for piece in pieces)
     questions = sum(len(piece.questions) for piece in pieces)
@@ -154,18 +154,36 @@ def _at_least(pieces: list[Bundle], count: int) -> list[Bundle]:
     return pieces
 
 
-def _cut(bundle: Bundle, lengths: GroupLengths, tokens_per_pack: int, most: int) -> list[Bundle]:
+def _pieces(bundle: Bundle, lengths: GroupLengths, tokens_per_pack: int, most: int) -> list[Bundle]:
     """Cut a bundle between its questions so that each part fits the limits where that is possible."""
-    parts: list[list[int]] = [[]]
-    load = lengths.prefix
-    for question in bundle.questions:
-        full = len(parts[-1]) == most or load + lengths.questions[question] > tokens_per_pack
-        if parts[-1] and full:
-            parts.append([])
-            load = lengths.prefix
-        parts[-1].append(question)
-        load += lengths.questions[question]
-    return [Bundle(bundle.group, tuple(part)) for part in parts]
+    sizes = [lengths.questions[question] for question in bundle.questions]
+    return [
+        Bundle(bundle.group, bundle.questions[start:stop])
+        for start, stop, _ in cut_questions(lengths.prefix, sizes, tokens_per_pack, most)
+    ]
+
+
+def cut_questions(
+    prefix: int, sizes: Sequence[int], tokens_per_pack: int, most: int | None = None
+) -> Iterator[tuple[int, int, int]]:
+    """Cut the questions of an image into runs that fit into a pack behind the image's prefix.
+
+    Args:
+        prefix: tokens of the prefix.
+        sizes: tokens of each question; at least one.
+        tokens_per_pack: token budget of one pack; a single question that exceeds it is a run of its own.
+        most: cap on the questions of a run; None for no cap.
+
+    Yields:
+        Index of the first question of a run, of the first one behind it, and its tokens with the prefix.
+    """
+    start, load = 0, prefix
+    for index, size in enumerate(sizes):
+        if index > start and (index - start == most or load + size > tokens_per_pack):
+            yield start, index, load
+            start, load = index, prefix
+        load += size
+    yield start, len(sizes), load
 
 
 def bundle_tokens(bundle: Bundle, lengths: GroupLengths) -> int:
@@ -232,10 +250,7 @@ class EpochPlanner:
         return [self.step_of(batch) for batch in self.batches(epoch)]
 
     def batches(self, epoch: int) -> Sequence[list[Bundle]]:
-        """The global batches of one epoch; what `step_of` packs. A batch is made when it is asked for."""
-        if self.max_questions_per_image is None:
-            size = self.global_batch_size
-            return Batches(EpochOrder.draw(self._sizes, size, size, self.seed, epoch), size)
+        """The global batches of one epoch; what `step_of` packs."""
         return global_batches(self._sizes, self.global_batch_size, self.seed, epoch, self.max_questions_per_image)
 
     def step_of(self, bundles: list[Bundle]) -> Step:

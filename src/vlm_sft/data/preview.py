@@ -6,6 +6,7 @@ import base64
 import io
 import random
 from collections.abc import Sequence
+from importlib.resources import files
 from typing import Any
 
 from PIL import Image
@@ -17,54 +18,6 @@ from vlm_sft.data.sample import ImageRef, LeftOut, Sample
 THUMBNAIL_PIXELS = 320  # longest side
 SHOWN = 24
 SHOWN_LEFT_OUT = 20
-
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Data check: {{ title }}</title>
-<style>
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2126; --soft: #5b6670; --line: #d8dde2; --bar: #3b78c3; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14181c; --ink: #e6eaee; --soft: #9aa6b1; --line: #333c45; --bar: #6ea4e8; } }
-body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 0 auto;
-  max-width: 76rem; padding: 1.5rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-p.soft, .soft { color: var(--soft); } table { border-collapse: collapse; }
-td, th { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.bar { display: inline-block; height: .7rem; background: var(--bar); min-width: 1px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem; align-items: start; }
-article { border: 1px solid var(--line); border-radius: .5rem; padding: .8rem; }
-article img { max-width: 100%; display: block; margin: 0 0 .5rem; background: #fff; }
-.text { white-space: pre-wrap; } dl { margin: .4rem 0 0; } dt { color: var(--soft); font-size: .85rem; }
-dd { margin: 0 0 .3rem; }
-</style></head><body>
-<h1>Data check: {{ title }}</h1>
-<p class="soft">{% for line in descriptions %}{{ line }}<br>{% endfor %}</p>
-<h2>Counts</h2>
-<table>{% for name, value in counts %}
-<tr><td>{{ name }}</td><td class="number">{{ value }}</td></tr>{% endfor %}</table>
-<h2>Questions per image</h2>
-<table><tr><th>questions</th><th>images</th><th></th></tr>{% for k, images, width in histogram %}
-<tr><td class="number">{{ k }}</td><td class="number">{{ images }}</td>
-<td><span class="bar" style="width: calc({{ width }} * min(20rem, 40vw))"></span></td></tr>{% endfor %}</table>
-{% if left_out %}<h2>Left out</h2>
-<table><tr><th>sample</th><th>reason</th><th>detail</th></tr>{% for item in left_out %}
-<tr><td>{{ item.id }}</td><td>{{ item.reason }}</td><td>{{ item.detail }}</td></tr>{% endfor %}</table>
-{% if more_left_out %}<p class="soft">and {{ more_left_out }} more in left_out.jsonl</p>{% endif %}{% endif %}
-<h2>{{ cards|length }} samples</h2>
-<p class="soft">A seeded draw over data sets, parts and numbers of questions per image.</p>
-<div class="cards">{% for card in cards %}
-<article>{% for picture in card.pictures %}
-<img src="{{ picture }}" alt="image of {{ card.id }}" loading="lazy">{% endfor %}
-{% for turn in card.history %}<div class="text soft">{{ turn.role }}: {{ turn.text }}</div>{% endfor %}
-<div class="text"><b>{{ card.question }}</b></div>
-<dl><dt>target (supervised)</dt><dd class="text">{{ card.target }}</dd>
-<dt>all answers</dt><dd class="text">{{ card.answers }}</dd>
-<dt>part</dt><dd>{{ card.part }}</dd><dt>questions on this image</dt><dd>{{ card.k }}</dd>
-<dt>id</dt><dd>{{ card.id }}</dd></dl></article>{% endfor %}
-</div></body></html>
-"""
 
 
 def render_preview(
@@ -90,7 +43,8 @@ def render_preview(
     """
     from jinja2 import Environment, StrictUndefined
 
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE)
+    page = files("vlm_sft.data").joinpath("preview.html").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(page)
     questions = _questions_per_image(samples)
     by_k = report.questions_per_image
     most = max(by_k.values(), default=1)

@@ -13,13 +13,14 @@ import torch
 from vlm_sft.common.artifacts import ADAPTER_CONFIG, read_json
 from vlm_sft.common.errors import ModelError
 from vlm_sft.data.collate import collate
-from vlm_sft.data.encode import EncodedGroup, Encoder
+from vlm_sft.data.encode import EncodedGroup, Encoder, ImageSource
 from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import Sample
+from vlm_sft.data.threads import ordered_map
 from vlm_sft.distributed.collectives import largest_count
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.evaluate.batching import Pack, ahead
+from vlm_sft.evaluate.batching import Pack
 from vlm_sft.evaluate.generate import Generated, alone, generate
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base
@@ -29,6 +30,7 @@ from vlm_sft.model.vllm_rules import max_lora_rank
 # Rounding differs between packs by about 1e-5 in float32. A question whose two best tokens were nearer than this is
 # asked again alone, and that answer counts: so the budget of a pack never shows in the answers. In bfloat16 rounding
 # is as large as real differences; there, only the same packs give the same answers.
+AHEAD = 2  # packs that are encoded while the model answers another one
 NEAR_TIES = {torch.float32: 1e-3}
 
 
@@ -67,15 +69,17 @@ class SharedPrefixBackend:
         base: where the processor and the prompt come from.
         model: what generates: the base's weights, wrapped by an adapter or not, on its device.
         mode: how its packs are computed; None finds out.
+        images: gives the tensors of a question's images; None processes them.
 
     Attributes:
         in_step: every forward pass needs all ranks (ZeRO-3 partitions the weights), so all take the same number.
     """
 
-    def __init__(self, base: Base, model: Any, mode: PackMode | None = None) -> None:
+    def __init__(self, base: Base, model: Any, mode: PackMode | None = None, images: ImageSource | None = None) -> None:
         self.base = base
         self.model = model
         self.encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+        self._images = images or self.encoder.process_images
         self.mode = mode or choose_mode(model, self.encoder)
         self.in_step = is_partitioned(*model.parameters())
         # Decoding and encoding happen at the same time, and a tokenizer is not made for two threads.
@@ -85,7 +89,7 @@ class SharedPrefixBackend:
         """Encode in one thread, generate in this one; see `Backend`."""
         self.model.eval()
         device = next(self.model.parameters()).device
-        for pack, groups in zip(packs, ahead(self._encode, packs), strict=False):
+        for pack, groups in zip(packs, ordered_map(self._encode, packs, 1, AHEAD), strict=False):
             tokens, cut = self._tokens(groups, device, max_new_tokens)
             texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
             samples = [sample for members in pack for sample in members]
@@ -95,7 +99,7 @@ class SharedPrefixBackend:
             ]
 
     def _encode(self, pack: Pack) -> list[EncodedGroup]:
-        return [self.encoder.encode(members, with_answers=False) for members in pack]
+        return [self.encoder.encode(members, with_answers=False, tensors=self._images(members[0])) for members in pack]
 
     def _tokens(
         self, groups: list[EncodedGroup], device: torch.device, max_new_tokens: int
@@ -184,8 +188,8 @@ class VllmBackend:
                 vllm_requests(self.encoder, samples), greedy, lora_request=self._lora, use_tqdm=False
             )
             yield [
-                Reply(sample, told.outputs[0].text.strip(), told.outputs[0].finish_reason == "length")
-                for sample, told in zip(samples, outputs, strict=True)
+                Reply(sample, output.outputs[0].text.strip(), output.outputs[0].finish_reason == "length")
+                for sample, output in zip(samples, outputs, strict=True)
             ]
 
 

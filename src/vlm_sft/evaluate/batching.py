@@ -6,22 +6,18 @@ evaluation had answered already. So the same questions always share the same for
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from vlm_sft.data.encode import group_by_image
+from vlm_sft.data.packing import cut_questions
 from vlm_sft.data.processor import visual_tokens
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.data.token_estimate import CAREFUL
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 Pack = list[list[Sample]]  # images of one forward pass, each with the questions that are asked about it
 
 _PIXELS_PER_TOKEN = 784  # 28 x 28: of processors that cannot say themselves
-AHEAD = 2  # packs that are encoded while the model answers another one
 
 
 def plan_packs(samples: Sequence[Sample], image_tokens: Callable[[ImageRef], int], budget: int) -> list[Pack]:
@@ -39,8 +35,8 @@ def plan_packs(samples: Sequence[Sample], image_tokens: Callable[[ImageRef], int
     pieces: list[tuple[int, int, list[Sample]]] = []
     for group in group_by_image(samples):
         prefix = CAREFUL.prefix + sum(image_tokens(image) for image in group[0].images)
-        for members, load in _cut(group, prefix, budget):
-            pieces.append((-load, len(pieces), members))
+        for start, stop, load in cut_questions(prefix, [question_tokens(sample) for sample in group], budget):
+            pieces.append((-load, len(pieces), group[start:stop]))
     packs: list[Pack] = []
     room = 0
     for negative_load, _, members in sorted(pieces):
@@ -50,20 +46,6 @@ def plan_packs(samples: Sequence[Sample], image_tokens: Callable[[ImageRef], int
         packs[-1].append(members)
         room += negative_load
     return packs
-
-
-def _cut(group: list[Sample], prefix: int, budget: int) -> Iterator[tuple[list[Sample], int]]:
-    """Cut an image's questions so that each part fits the budget with the prefix; yields parts and their tokens."""
-    part: list[Sample] = []
-    load = prefix
-    for sample in group:
-        size = question_tokens(sample)
-        if part and load + size > budget:
-            yield part, load
-            part, load = [], prefix
-        part.append(sample)
-        load += size
-    yield part, load
 
 
 def question_tokens(sample: Sample) -> int:
@@ -107,19 +89,3 @@ def share(packs: Sequence[Pack], done: Iterable[str], rank: int, world_size: int
 def rounds(packs: Sequence[Pack], done: Iterable[str], world_size: int) -> int:
     """How many packs the busiest rank has: rank 0."""
     return len(share(packs, done, 0, world_size))
-
-
-def ahead(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Map in order, in one thread that keeps a few results ahead of the consumer."""
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(make, item))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import EvaluationError, quoted
+from vlm_sft.common.weights import weights_fingerprint
 
 if TYPE_CHECKING:
     from vlm_sft.model.load import Base
@@ -19,15 +20,13 @@ def identity_of(base: Base, adapter: Path | None) -> dict[str, Any]:
     """Describe what answers: base model, adapter and prompt.
 
     Args:
-        base: the base model. The weight files of a folder count with their names, sizes and times.
+        base: the base model; its weights count by their fingerprint.
         adapter: folder of the adapter; its weights count by their content.
     """
-    files = sorted(Path(base.path).glob("*.safetensors")) if Path(base.path).is_dir() else []
-    stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     weights = hashlib.sha256((adapter / artifacts.ADAPTER_WEIGHTS).read_bytes()).hexdigest() if adapter else None
     return {
         "base_model": base.name,
-        "base_files": stamps,
+        "base_weights": weights_fingerprint(base.path),
         "load_in_4bit": base.load_in_4bit,
         "adapter_sha256": weights,
         "prompt": base.prompt.to_dict(),
@@ -67,11 +66,11 @@ def claim(folder: Path, identity: dict[str, Any], replace: bool) -> None:
     if files and earlier != identity:
         if not replace:
             changed = [key for key in identity if earlier.get(key) != identity[key]]
-            told = ", ".join(
+            differences = ", ".join(
                 f"{key} {quoted(earlier.get(key), 200)} instead of {quoted(identity[key], 200)}" for key in changed
             )
             raise EvaluationError(
-                f"{folder} holds predictions made with {told}", "choose another --output_dir, or remove this one"
+                f"{folder} holds predictions made with {differences}", "choose another --output_dir, or remove this one"
             )
         for file in files:
             file.unlink()

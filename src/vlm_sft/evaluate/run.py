@@ -19,9 +19,9 @@ from vlm_sft.data.sample import distinct_images
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.distributed.collectives import barrier
 from vlm_sft.distributed.launch import Launch, connected, idle_gpus, pack_tokens, quiet_libraries, read_launch
-from vlm_sft.evaluate.answering import open_backend
 from vlm_sft.evaluate.backends import Backend, VllmBackend, require_vllm
 from vlm_sft.evaluate.evaluator import Evaluator
+from vlm_sft.evaluate.loading import open_backend
 from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.provenance import PART, identity_of
 from vlm_sft.evaluate.scoring import format_score
@@ -205,8 +205,8 @@ def _backend(options: EvalOptions, base: Base, launch: Launch, tasks: list[Task]
     if options.backend == "vllm":
         return VllmBackend(base, options.adapter)
     caches = Caches(options.caches, launch, base.name, base.path)
-    asked = [sample for task in tasks for sample in task.samples]
-    backend, cache = open_backend(base, options.adapter, launch, options.shard_weights, caches, asked)
+    samples = [sample for task in tasks for sample in task.samples]
+    backend, cache = open_backend(base, options.adapter, launch, options.shard_weights, caches, samples)
     caches.describe([cache])
     record.update(engine=caches.facts)
     return backend

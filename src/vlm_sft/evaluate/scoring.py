@@ -1,6 +1,6 @@
 """Scores answers item by item and adds them up. No torch.
 
-Imports errors, console, data.answers, metrics and statistics.
+Imports errors, console, data.answer_limits, metrics and statistics.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import IO, Any, BinaryIO, cast
 
 from vlm_sft.common import artifacts, console
 from vlm_sft.common.errors import EvaluationError, RunError, quoted
-from vlm_sft.data.answers import room_for
+from vlm_sft.data.answer_limits import room_for
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, get_benchmark
 
@@ -381,16 +381,16 @@ def why_cut(cut: int, n: int, limit: int | None, longest: int | None) -> str:
         limit: of an answer, in tokens; None where not recorded.
         longest: tokens of the longest expected answer; None or 0 where not recorded.
     """
-    told = f"{cut:,} of {n:,} answers ended at the limit{f' of {limit:,} tokens' if limit else ''}, not by themselves"
+    ended = f"{cut:,} of {n:,} answers ended at the limit{f' of {limit:,} tokens' if limit else ''}, not by themselves"
     if not limit or not longest:
-        return f"{told}: where the expected answers are longer, this explains a low score; raise --max_new_tokens"
+        return f"{ended}: where the expected answers are longer, this explains a low score; raise --max_new_tokens"
     if longest > limit:
         room = room_for(longest)
         return (
-            f"{told}, and the longest expected one has {longest:,}: the limit is the likely reason for a low score; "
+            f"{ended}, and the longest expected one has {longest:,}: the limit is the likely reason for a low score; "
             f"evaluate with --max_new_tokens {room:,}"
         )
     return (
-        f"{told}; the expected ones fit (the longest has {longest:,}), so the model does not end its answers where it "
+        f"{ended}; the expected ones fit (the longest has {longest:,}), so the model does not end its answers where it "
         "should: more training helps, a higher limit does not"
     )

@@ -53,29 +53,8 @@ class PairedResult(NamedTuple):
         return self.clusters < FEWEST_CLUSTERS or (self.changed < FEWEST_CLUSTERS and wide)
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 1 - LEVEL) -> Interval:
-    """Give Wilson's score interval of a share.
-
-    Source: Wilson 1927.
-
-    Args:
-        successes: how many of the items are right.
-        n: how many items there are; independent ones.
-        confidence: coverage, between 0 and 1.
-
-    Returns:
-        (low, high), within 0 to 1.
-
-    Raises:
-        EvaluationError: there are no items, or not 0 <= successes <= n.
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise EvaluationError(f"no interval for {successes} right of {n} items", "score at least one item")
-    return _wilson(successes / n, n, confidence)
-
-
 def _wilson(share: float, n: float, confidence: float) -> Interval:
-    """Wilson's interval for any effective number of items."""
+    """Wilson's score interval (1927) of a share, for any effective number of items."""
     from scipy.special import ndtri
 
     z2 = float(ndtri((1 + confidence) / 2)) ** 2

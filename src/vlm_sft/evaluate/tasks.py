@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vlm_sft.common.errors import DataError, EvaluationError, quoted
-from vlm_sft.data.answers import fitted, limit_for, longest_answer, room_for
+from vlm_sft.data.answer_limits import fitted, limit_for, longest_answer, room_for
 from vlm_sft.data.audit import check_images
 from vlm_sft.data.chat import Chat
 from vlm_sft.data.dataset import usable_samples
@@ -171,7 +171,7 @@ def usable_tasks(tasks: list[Task], encoder: Encoder) -> tuple[list[Task], list[
 def fit_prompt(
     base: Base, specs: Sequence[DatasetSpec], keep_template: bool, limits: Mapping[str, int] | None = None
 ) -> Base:
-    """Fit the prompt of a base to the answers of own data, see `data.answers`; what the user should know is noted.
+    """Fit the prompt of a base to the answers of own data, see `answer_limits`; what the user should know is noted.
 
     Args:
         base: with the prompt that it comes with.

@@ -23,15 +23,9 @@ AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Of a base's text side, which training does not change: programs that read older layouts find what they know.
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "chat_template.json",
-)
+    "tokenizer.json tokenizer_config.json vocab.json merges.txt "
+    "special_tokens_map.json added_tokens.json tokenizer.model chat_template.json"
+).split()
 
 
 def export_dtype(name: str, base: Base) -> torch.dtype:

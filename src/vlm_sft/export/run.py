@@ -21,14 +21,23 @@ from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
 from vlm_sft.common.errors import ModelError, RunError
 from vlm_sft.common.record import now, versions
-from vlm_sft.data.cache.directory import weights_mark
+from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
 from vlm_sft.distributed.launch import quiet_libraries
 from vlm_sft.export.hub import push
 from vlm_sft.export.merge import AUTO, export_dtype, write_adapter, write_merged
 from vlm_sft.export.source import Source, find_source
-from vlm_sft.export.verify import Told, compare, effect, examples, find_questions, require, told_by_folder, told_by_us
+from vlm_sft.export.verify import (
+    GreedyAnswer,
+    compare,
+    effect,
+    examples,
+    find_questions,
+    folder_answers,
+    our_answers,
+    require,
+)
 from vlm_sft.model.adapters import load_adapter
 from vlm_sft.model.load import empty_model, load_model
 from vlm_sft.model.model_folder import require_utf8
@@ -71,12 +80,12 @@ class ExportOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """What the adapter answers, and its base, before the export."""
+    """The answers of the adapter before the export, and how far they are from those of its base."""
 
     samples: list[Sample]
     origin: str
     encoder: Encoder
-    tuned: list[Told]
+    tuned: list[GreedyAnswer]
     effect: float
 
 
@@ -125,7 +134,7 @@ def _carry_out(options: ExportOptions) -> Path:
         raise RunError(f"{folder} cannot be written: {error.strerror or error}", "choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _tell(folder, report)
+    _report_result(folder, report)
     return folder
 
 
@@ -202,9 +211,9 @@ def _reference(model: Any, source: Source, questions: int) -> _Reference:
     encoder = Encoder(source.base.processor, source.base.prompt, source.base.stop_ids)
     samples, origin = find_questions(source.run, questions, encoder)
     say(f"comparing on {len(samples)} questions: {origin}")
-    tuned = told_by_us(model, encoder, samples, "adapter")
+    tuned = our_answers(model, encoder, samples, "adapter")
     with model.disable_adapter():
-        moved = effect(told_by_us(model, encoder, samples, "base"), tuned)
+        moved = effect(our_answers(model, encoder, samples, "base"), tuned)
     if not moved:
         warn("on these questions the adapter changes nothing at all")
     return _Reference(samples, origin, encoder, tuned, moved)
@@ -218,9 +227,9 @@ def _verify(partial: Path, source: Source, reference: _Reference, dtype: torch.d
         model = PeftModel.from_pretrained(model, str(partial))
     processor = AutoProcessor.from_pretrained(place, trust_remote_code=False) if merged else source.base.processor
     samples = reference.samples
-    told = told_by_folder(_placed(model), processor, reference.encoder, samples, "export")
-    result = compare(reference.tuned, told, dtype, reference.effect)
-    shown = examples(samples, reference.tuned, told, reference.encoder.tokenizer)
+    answers = folder_answers(_placed(model), processor, reference.encoder, samples, "export")
+    result = compare(reference.tuned, answers, dtype, reference.effect)
+    shown = examples(samples, reference.tuned, answers, reference.encoder.tokenizer)
     return result | {"source": reference.origin, "examples": shown}
 
 
@@ -242,7 +251,7 @@ def _report(
         "name": options.output_dir.resolve().name,
         "made": now(),
         "base_model": Path(source.base.name).name if Path(source.base.name).is_dir() else source.base.name,
-        BASE_WEIGHTS: weights_mark(source.base.path),
+        BASE_WEIGHTS: weights_fingerprint(source.base.path),
         "adapter_sha256": hashlib.sha256(weights).hexdigest(),
         "dtype": str(dtype).removeprefix("torch."),
         "adapted_layers": len(contents.layers),
@@ -274,7 +283,7 @@ def _about(source: Source, report: dict[str, Any]) -> About:
     )
 
 
-def _tell(folder: Path, report: dict[str, Any]) -> None:
+def _report_result(folder: Path, report: dict[str, Any]) -> None:
     """Say what was written and what to do next."""
     place = shlex.quote(str(folder))
     check = report["verification"]

@@ -33,7 +33,7 @@ EXAMPLES = 4  # that the report shows
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class GreedyAnswer:
     """A greedy answer.
 
     Attributes:
@@ -97,7 +97,7 @@ def greedy(stop_ids: Sequence[int], pad_id: int | None) -> GenerationConfig:
     )
 
 
-def told_by_us(model: Any, encoder: Encoder, samples: Sequence[Sample], label: str) -> list[Told]:
+def our_answers(model: Any, encoder: Encoder, samples: Sequence[Sample], label: str) -> list[GreedyAnswer]:
     """Answers of a model that this package loaded, asked as its evaluation asks."""
     config = greedy(encoder.stop_ids, encoder.tokenizer.pad_token_id)
     answers = []
@@ -110,7 +110,9 @@ def told_by_us(model: Any, encoder: Encoder, samples: Sequence[Sample], label: s
     return answers
 
 
-def told_by_folder(model: Any, processor: Any, encoder: Encoder, samples: Sequence[Sample], label: str) -> list[Told]:
+def folder_answers(
+    model: Any, processor: Any, encoder: Encoder, samples: Sequence[Sample], label: str
+) -> list[GreedyAnswer]:
     """Answers of a plainly opened model to the plain inputs of the folder's own processor."""
     config = greedy(encoder.stop_ids, encoder.tokenizer.pad_token_id)
     answers = []
@@ -124,14 +126,16 @@ def told_by_folder(model: Any, processor: Any, encoder: Encoder, samples: Sequen
 
 
 @torch.no_grad()
-def _generate(model: Any, inputs: dict[str, Any], config: GenerationConfig) -> Told:
+def _generate(model: Any, inputs: dict[str, Any], config: GenerationConfig) -> GreedyAnswer:
     output = model.generate(**inputs, generation_config=config, return_dict_in_generate=True, output_logits=True)
     prompt = inputs["input_ids"][0].cpu()
     logits = torch.cat([step.float().cpu() for step in output.logits])
-    return Told(prompt, output.sequences[0, len(prompt) :].cpu(), logits)
+    return GreedyAnswer(prompt, output.sequences[0, len(prompt) :].cpu(), logits)
 
 
-def compare(ours: Sequence[Told], theirs: Sequence[Told], dtype: torch.dtype, moved: float) -> dict[str, Any]:
+def compare(
+    ours: Sequence[GreedyAnswer], theirs: Sequence[GreedyAnswer], dtype: torch.dtype, moved: float
+) -> dict[str, Any]:
     """Compare answers and logits.
 
     Where the two best logits are nearer than the two sides are to each other, rounding may choose another token:
@@ -177,7 +181,7 @@ def compare(ours: Sequence[Told], theirs: Sequence[Told], dtype: torch.dtype, mo
     }
 
 
-def effect(base: Sequence[Told], tuned: Sequence[Told]) -> float:
+def effect(base: Sequence[GreedyAnswer], tuned: Sequence[GreedyAnswer]) -> float:
     """How far the adapter moves the logits of the first answer token: root mean square, relative to their spread."""
     deltas = torch.stack([(right.logits[0] - left.logits[0]).double() for left, right in zip(base, tuned, strict=True)])
     spread = torch.stack([left.logits[0].double() for left in base]).std()
@@ -201,11 +205,11 @@ def require(result: dict[str, Any], what: str) -> None:
 
 
 def examples(
-    samples: Sequence[Sample], ours: Sequence[Told], theirs: Sequence[Told], tokenizer: Any
+    samples: Sequence[Sample], ours: Sequence[GreedyAnswer], theirs: Sequence[GreedyAnswer], tokenizer: Any
 ) -> list[dict[str, str]]:
     """A few questions with both answers, for the report."""
     rows = []
     for sample, left, right in list(zip(samples, ours, theirs, strict=True))[:EXAMPLES]:
-        texts = [tokenizer.decode(told.tokens, skip_special_tokens=True).strip() for told in (left, right)]
+        texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() for answer in (left, right)]
         rows.append({"question": sample.question, "adapter": texts[0], "export": texts[1]})
     return rows

@@ -129,7 +129,7 @@ def _decide(
 
 def _measure(model: Any, cache: DataCache, probes: Sequence[Sample], device: str) -> FeatureCost:
     """What one image costs; features are read from the disk to the device."""
-    images = [_pixels(cache, sample) for sample in probes]
+    images = [cache.pixel_tensors(sample) for sample in probes]
     encode_images(model, images[:1])
     began = time.perf_counter()
     records = [record for image in images for record in encode_images(model, [image])]
@@ -163,11 +163,6 @@ def _forget_pages(folder: Path) -> None:
         with path.open("rb") as stream:
             os.fsync(stream.fileno())  # what is not written yet cannot be dropped
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _pixels(cache: DataCache, sample: Sample) -> Record:
-    found = cache.pixel_tensors(sample)
-    return cache.encoder.process_images(sample) if found is None else found
 
 
 def _compute_missing(
@@ -218,7 +213,7 @@ def _batches(cache: DataCache, samples: Mapping[str, Sample]) -> Iterator[tuple[
     images: list[Record] = []
     patches = 0
     for key, sample in samples.items():
-        image = _pixels(cache, sample)
+        image = cache.pixel_tensors(sample)
         grid = image.get("image_grid_thw")
         added = BATCH_PATCHES if grid is None else int(grid.prod(-1).sum())
         if keys and patches + added > BATCH_PATCHES:

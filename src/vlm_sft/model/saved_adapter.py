@@ -21,11 +21,11 @@ from vlm_sft.common.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MA
 from vlm_sft.common.console import warn
 from vlm_sft.common.errors import ModelError, RunError
 from vlm_sft.common.manifest import folder_problems, read_manifest
-from vlm_sft.data.cache.directory import weights_mark
+from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.model.load import POCKET, Base, empty_model, resolve_path
 from vlm_sft.model.model_folder import require_utf8
 
-BASE_WEIGHTS = "base_weights"  # in a manifest's identity and in export.json: `weights_mark` of the base
+BASE_WEIGHTS = "base_weights"  # in a manifest's identity and in export.json: `weights_fingerprint` of the base
 _LORA_B = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_B\.weight")
 # Settings of PEFT that change the base itself, depend on tokens that our packs do not tell, or import modules by name.
 _PLAIN = {
@@ -302,7 +302,7 @@ def _check_base(folder: Path, config: Mapping[str, Any], base: Base, allowed: bo
         ModelError: they differ, and that is not allowed.
     """
     name = str(config.get("base_model_name_or_path") or "")
-    recorded, weights = _recorded_weights(folder, name), weights_mark(base.path)
+    recorded, weights = _recorded_weights(folder, name), weights_fingerprint(base.path)
     if recorded and weights:
         same, reason = recorded == weights, "its weights are others"
     else:
@@ -329,7 +329,7 @@ def _recorded_weights(folder: Path, name: str) -> str:
     if not name:
         return ""
     try:
-        return weights_mark(resolve_path(name) if name == POCKET or Path(name).is_dir() else name)
+        return weights_fingerprint(resolve_path(name) if name == POCKET or Path(name).is_dir() else name)
     except ModelError:
         return ""
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vlm_sft.common.artifacts import read_json
 from vlm_sft.common.errors import RunError
-from vlm_sft.data.cache.directory import ENTRY, FEATURES, IMAGES, entry_weights, settings_key, weights_mark
+from vlm_sft.common.weights import weights_fingerprint
+from vlm_sft.data.cache.directory import ENTRY, FEATURES, IMAGES, entry_weights, settings_key
 from vlm_sft.data.cache.encoded import image_settings, record_key
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
@@ -26,7 +27,7 @@ class CachedImages:
         self.settings = image_settings(encoder)
         self.root = root
         self._pixels = _keys(root / IMAGES / settings_key(self.settings))
-        self._features = self._feature_keys(weights_mark(base))
+        self._features = self._feature_keys(weights_fingerprint(base))
 
     def _feature_keys(self, weights: str) -> set[str]:
         """Images that have features of these weights, behind this image processor."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_sft.common.errors import RunError, quoted
 from vlm_sft.common.manifest import read_manifest
-from vlm_sft.data.cache.directory import weights_mark
+from vlm_sft.common.weights import model_folder, weights_fingerprint
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.prompt import PROMPT_KEYS
 from vlm_sft.distributed.launch import Launch
@@ -37,7 +37,7 @@ FREE_KEYS = frozenset(
         "global_batch_size",
     }
 )
-_BASE_FILES = (".json", ".jinja", ".txt", ".model")  # `weights_mark` tells the weights
+_SETTINGS_FILES = (".json", ".jinja", ".txt", ".model")
 
 
 def recipe_identity(recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -58,8 +58,8 @@ def run_identity(
         "recipe": values,
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "base_model": base.name,
-        "base_files_sha256": base_files_sha256(base.path),
-        BASE_WEIGHTS: weights_mark(base.path),
+        "base_settings_sha256": settings_sha256(base.path),
+        BASE_WEIGHTS: weights_fingerprint(base.path),
         "dtype": base.dtype_name,
         "prompt": {key: prompt[key] for key in PROMPT_KEYS},
         "data_sha256": data_sha256(data),
@@ -82,20 +82,15 @@ def data_sha256(data: PreparedData, scored: bool = False) -> str:
     return digest.hexdigest()
 
 
-def base_files_sha256(path: str) -> str:
-    """SHA-256 over the names and contents of a base's files besides its weights: configuration, tokenizer, templates.
+def settings_sha256(path: str) -> str:
+    """SHA-256 over a base's files besides its weights: configuration, tokenizer, templates.
 
     Args:
-        path: a folder or a Hub id whose files are in the local cache.
+        path: a folder, or a Hub id whose files are in the local cache.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        from transformers.utils import cached_file
-
-        folder = Path(str(cached_file(path, "config.json", local_files_only=True))).parent
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _BASE_FILES:
+    for file in sorted(Path(model_folder(path) or path).iterdir()):
+        if file.suffix in _SETTINGS_FILES:
             digest.update(os.fsencode(file.name) + f" {file.stat().st_size}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
@@ -138,7 +133,9 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 found.append(f"{part}: {key} was {quoted(old.get(key), 300)} and is {quoted(new.get(key), 300)}")
-    if _changed(saved, now, "base_files_sha256") or _changed(saved, now, BASE_WEIGHTS):
+    # Checkpoints of earlier versions recorded the weights only.
+    recorded = [key for key in (BASE_WEIGHTS, "base_settings_sha256") if key in saved]
+    if any(_changed(saved, now, key) for key in recorded):
         found.append(f"base model: its files differ (was {saved.get('base_model')}, is {now['base_model']})")
     if _changed(saved, now, "dtype"):
         found.append(f"precision: was {saved.get('dtype')} and is {now['dtype']}")

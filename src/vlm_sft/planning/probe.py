@@ -197,8 +197,7 @@ class Probe:
     def _answers(self, tasks: Sequence[Task]) -> float:
         """Measured over forecast seconds of answers, on one pack of each benchmark."""
         self.model.eval()
-        backend = SharedPrefixBackend(self.plan.base, self.model, self.mode)
-        backend.encoder.image_source = self.plan.cache.image_tensors
+        backend = SharedPrefixBackend(self.plan.base, self.model, self.mode, self.plan.cache.image_tensors)
         count = image_counter(backend.encoder.processor)
         measured = expected = 0.0
         until = time.perf_counter() + ANSWER_SHARE * self.budget

@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from vlm_sft.common import formats
 from vlm_sft.report.label_placement import Label, name_points
+from vlm_sft.report.records import Interval
 from vlm_sft.report.svg import Drawing, Palette, canvas, legend, rendered
 
 ALL_NAMED = 12  # runs up to which every point of the figure has its name; beyond, those of the front

@@ -17,8 +17,8 @@ from vlm_sft.common.record import folder_bytes
 from vlm_sft.data.cache.encoded import DataCache
 from vlm_sft.distributed.collectives import barrier
 from vlm_sft.distributed.launch import Launch
-from vlm_sft.evaluate.answering import open_backend
 from vlm_sft.evaluate.evaluator import Evaluator, results_table
+from vlm_sft.evaluate.loading import open_backend
 from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.provenance import identity_of
 from vlm_sft.evaluate.tasks import Task

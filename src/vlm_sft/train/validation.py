@@ -8,15 +8,12 @@ checkpoint; a checkpoint that lost more than a guard allows cannot be it. The sa
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
-from vlm_sft.data.sample import Sample
+from vlm_sft.data.encode import ImageSource
 from vlm_sft.distributed.collectives import agree, barrier
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.evaluate.backends import SharedPrefixBackend
@@ -43,7 +40,7 @@ class Validation:
         resumed_step: entries of guard.json after this step are of another continuation.
 
     Attributes:
-        image_source: as that of `Encoder`: where processed images or their features are kept; None for nowhere.
+        image_source: gives processed images or their features; None processes images when they are asked about.
     """
 
     def __init__(
@@ -56,7 +53,7 @@ class Validation:
         self.tokens_per_pack = tokens_per_pack
         self.launch = launch
         self._evaluations = self._earlier(resumed_step)
-        self.image_source: Callable[[Sample], dict[str, torch.Tensor] | None] | None = None
+        self.image_source: ImageSource | None = None
         self._base_rows: dict[str, list[dict[str, Any]]] = {}
 
     def _earlier(self, resumed_step: int) -> list[dict[str, Any]]:
@@ -80,8 +77,7 @@ class Validation:
         Returns:
             Mean score by metric name, the same on every rank. Data sets with the same metric count as one.
         """
-        backend = SharedPrefixBackend(self.base, model, mode)
-        backend.encoder.image_source = self.image_source
+        backend = SharedPrefixBackend(self.base, model, mode, self.image_source)
         evaluator = self._evaluator(backend, stop)
         self._score_base(evaluator, model, stop)
         folder = self.folder / f"step-{step}"

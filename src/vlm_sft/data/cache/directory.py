@@ -25,7 +25,6 @@ IMAGES, TOKENS, FEATURES = "images", "tokens", "features"
 KINDS = (IMAGES, TOKENS, FEATURES)
 VARIABLE = "VLM_SFT_CACHE"
 _SECONDS_A_DAY = 86_400
-_MARK_PARTS, _MARK_BYTES = 64, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,35 +61,6 @@ def settings_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def weights_mark(model: str) -> str:
-    """What tells the weights of a model from others without reading all of them; "" where none are on this disk.
-
-    Names, sizes and 64 evenly spaced parts of each file: weights that were trained differ nearly everywhere.
-
-    Args:
-        model: its folder, or its Hub id.
-    """
-    digest, folder = hashlib.sha256(), Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            found = try_to_load_from_cache(model, "config.json")
-        except HFValidationError:
-            return ""
-        folder = Path(found).parent if isinstance(found, str) else folder
-    files = sorted(folder.glob("*.safetensors"))
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode("utf-8", "surrogatepass"))
-        with path.open("rb") as stream:
-            for part in range(_MARK_PARTS):
-                stream.seek(part * size // _MARK_PARTS)
-                digest.update(stream.read(_MARK_BYTES))
-    return digest.hexdigest()[:32] if files else ""
-
-
 def open_entry(root: Path, kind: str, settings: Mapping[str, Any], what: str, weights: str = "") -> Path:
     """Make the folder of an entry, or mark an existing one as used now.
 
@@ -99,7 +69,7 @@ def open_entry(root: Path, kind: str, settings: Mapping[str, Any], what: str, we
         kind: one of `KINDS`.
         settings: all that the content depends on.
         what: what `vlm-sft data cache list` calls it.
-        weights: mark of the model whose features these are, from `weights_mark`; a forecast looks for it.
+        weights: `weights_fingerprint` of the model whose features these are; a forecast looks for it.
 
     Raises:
         RunError: the folder cannot be written.
@@ -132,7 +102,7 @@ def _marker(path: Path) -> dict[str, Any]:
 
 
 def entry_weights(value: Any) -> list[str]:
-    """Marks of the models whose features an entry holds.
+    """Fingerprints of the models whose features an entry holds.
 
     Args:
         value: what the entry's marker says.

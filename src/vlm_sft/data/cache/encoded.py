@@ -8,39 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from vlm_sft.common.console import progress, warn
 from vlm_sft.common.errors import DataError, RunError
-from vlm_sft.data.cache.directory import FEATURES, IMAGES, TOKENS, open_entry, weights_mark
+from vlm_sft.common.weights import weights_fingerprint
+from vlm_sft.data.cache.directory import FEATURES, IMAGES, TOKENS, open_entry
 from vlm_sft.data.cache.pixel_codec import PixelFormat, pack_pixels, unpack_pixels
 from vlm_sft.data.cache.store import Record, Store
 from vlm_sft.data.cache.team import ALONE, Team
 from vlm_sft.data.encode import EncodedGroup, EncodedQuestion, Encoder
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.spec import is_own
+from vlm_sft.data.threads import ordered_map
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 _PACKAGES = ("transformers", "torchvision", "pillow", "tokenizers")
 
 
 class DataCache:
-    """Prepared images and tokens of one encoder; the encoder asks it for the tensors of an image.
+    """Prepared images and tokens of one encoder.
 
     Args:
-        encoder: what prepares; from here on it takes images from this cache.
+        encoder: prepares what is not there.
         root: the cache folder.
         name: of the base model, for `vlm-sft data cache list`.
         team: the ranks that prepare together.
@@ -48,8 +45,8 @@ class DataCache:
         weights: folder or Hub id of the base model; "" where it is not known.
 
     Attributes:
-        coded: pixels come as 8-bit codes (`pixels.unpack_pixels` decodes them), an eighth of the bytes: so they travel
-            to a GPU, which decodes them. On a CPU workers decode them beside the training.
+        coded: pixels come as 8-bit codes (`unpack_pixels` decodes them), an eighth of the bytes: so they travel to a
+            GPU, which decodes them. On a CPU workers decode them beside the training.
     """
 
     def __init__(
@@ -69,7 +66,6 @@ class DataCache:
         self._layout = PixelFormat.of(encoder.processor.image_processor)
         if prepared:
             self._try(self._open_entries)
-        encoder.image_source = self.image_tensors
 
     def _open_entries(self) -> None:
         self._images = Store(open_entry(self.root, IMAGES, image_settings(self.encoder), self.name))
@@ -90,18 +86,28 @@ class DataCache:
         Raises:
             RunError: the folder cannot be written.
         """
-        mark = weights_mark(self.weights) if self.weights else ""
+        mark = weights_fingerprint(self.weights) if self.weights else ""
         return Store(open_entry(self.root, FEATURES, image_settings(self.encoder) | settings, self.name, mark))
 
-    def image_tensors(self, sample: Sample) -> Record | None:
-        """The tensors of a sample's images: features where there are any, else pixels; None where neither is kept."""
-        found = self.features.get(record_key(sample.image_key)) if self.features is not None else None
-        return self.pixel_tensors(sample) if found is None else found
+    def image_tensors(self, sample: Sample) -> Record:
+        """The tensors of a sample's images: features where they are kept, else pixels.
 
-    def pixel_tensors(self, sample: Sample) -> Record | None:
-        """The processor's tensors of a sample's images, packed where `coded`; None where they are not kept."""
-        found = self._images.get(record_key(sample.image_key)) if self._images is not None else None
-        return found if found is None or self.coded else unpack_pixels(found)
+        Raises:
+            DataError: an image cannot be read or processed.
+        """
+        features = self.features.get(record_key(sample.image_key)) if self.features is not None else None
+        return self.pixel_tensors(sample) if features is None else features
+
+    def pixel_tensors(self, sample: Sample) -> Record:
+        """The processor's tensors of a sample's images: kept ones, packed where `coded`, else processed now.
+
+        Raises:
+            DataError: an image cannot be read or processed.
+        """
+        stored = self._images.get(record_key(sample.image_key)) if self._images is not None else None
+        if stored is None:
+            return self.encoder.process_images(sample)
+        return stored if self.coded else unpack_pixels(stored)
 
     def prepare(self, groups: Sequence[Sequence[Sample]], description: str) -> Iterator[EncodedGroup | DataError]:
         """Encode images with their questions, or read them where that was done before; all ranks must call it.
@@ -148,7 +154,7 @@ class DataCache:
         with progress(sum(map(len, groups.values())), description, "questions") as bar, ExitStack() as stack:
             keep_image = self._keeper(stack, self._images)
             keep_tokens = self._keeper(stack, self._tokens)
-            prepared = in_order(self._image_or_error, firsts, lambda: self.encoder.images_alone, self.team.threads)
+            prepared = self._prepared(firsts)
             for (key, members), image in zip(groups.items(), prepared, strict=True):
                 yield self._encoded(members, key, image, keep_image, keep_tokens)
                 bar.advance(len(members))
@@ -173,15 +179,24 @@ class DataCache:
         missing = [sample for sample in samples if record_key(sample.image_key) not in images]
         with progress(len(missing), description, "images") as bar, ExitStack() as stack:
             keep = self._keeper(stack, images)
-            prepared = in_order(self._image_or_error, missing, lambda: self.encoder.images_alone, self.team.threads)
+            prepared = self._prepared(missing)
             for sample, image in zip(missing, prepared, strict=True):
                 if not isinstance(image, DataError) and image[1] is not None:
                     self.processed_images += 1
                     keep(record_key(sample.image_key), image[1])
                 bar.advance()
 
+    def _prepared(self, samples: Iterable[Sample]) -> Iterator[tuple[Record | None, Record | None] | DataError]:
+        """Process images in order, in threads once the encoder knows that they need no tokenizer."""
+        remaining = iter(samples)
+        for sample in remaining:
+            yield self._image_or_error(sample)
+            if self.encoder.images_alone:
+                break
+        yield from ordered_map(self._image_or_error, remaining, self.team.threads, 4 * self.team.threads)
+
     def _image_or_error(self, sample: Sample) -> tuple[Record | None, Record | None] | DataError:
-        """In a thread: process an image that is not kept yet; its tensors and how they are stored."""
+        """Process an image that is not kept yet; its tensors and how they are stored."""
         if self._images is not None and record_key(sample.image_key) in self._images:
             return None, None
         try:
@@ -225,29 +240,6 @@ class DataCache:
                 self._try(lambda: writer.add(key, record))
 
         return keep
-
-
-def in_order(
-    work: Callable[[Item], Result], items: Iterable[Item], threaded: Callable[[], bool | None], threads: int
-) -> Iterator[Result]:
-    """Map in threads, in order, a bounded number of items ahead.
-
-    Args:
-        work: called once an item.
-        items: the items.
-        threaded: asked after each item in this thread until it knows; False does all of them in this thread.
-        threads: how many.
-    """
-    remaining = iter(items)
-    for item in remaining:
-        yield work(item)
-        if threaded():
-            break
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[Result]] = deque(pool.submit(work, item) for item in islice(remaining, 4 * threads))
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(work, item) for item in islice(remaining, 1))
 
 
 def record_key(image_key: str) -> str:

@@ -7,20 +7,18 @@ ChartQA an answer is one word or one number, and a number carries no percent sig
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from random import Random
 
-from vlm_sft.data.demo.asking import Asker, Question, drawn_parts, plain
+from vlm_sft.data.demo.appearance_questions import APPEARANCE
+from vlm_sft.data.demo.chart_reader import ChartQuestion, ChartReader, Maker, make_question
 from vlm_sft.data.demo.spec import ChartSpec
-
-Maker = Callable[[Asker], Question | None]
 
 HIGH_WORDS, LOW_WORDS = ("highest", "largest"), ("lowest", "smallest")
 # How often a retrieval is tried; some are asked already, which leaves both splits of ChartQA about equally large.
 RETRIEVAL_FRACTION = 0.6
 
 
-def chart_questions(spec: ChartSpec, rng: Random, count: int) -> list[Question]:
+def chart_questions(spec: ChartSpec, rng: Random, count: int) -> list[ChartQuestion]:
     """Ask `count` different questions about a chart.
 
     Args:
@@ -28,14 +26,14 @@ def chart_questions(spec: ChartSpec, rng: Random, count: int) -> list[Question]:
         rng: the only source of randomness; the first questions do not depend on `count`.
         count: how many questions, at most about ten: small charts do not offer more.
     """
-    asked: dict[tuple[Maker, str], Question] = {}
+    asked: dict[tuple[Maker, str], ChartQuestion] = {}
     for _ in range(40 * count):
         if len(asked) == count:
             break
         retrieval = rng.random() < RETRIEVAL_FRACTION
         makers, weights = zip(*(RETRIEVALS if retrieval else REASONINGS), strict=True)
         maker = rng.choices(makers, weights=weights)[0]
-        question = maker(Asker(spec, rng))
+        question = maker(ChartReader(spec, rng))
         if question is not None:
             # One phrasing of a question is enough for one chart.
             asked.setdefault((maker, question.answer), question)
@@ -43,15 +41,7 @@ def chart_questions(spec: ChartSpec, rng: Random, count: int) -> list[Question]:
     return list(asked.values())
 
 
-def _question(question_type: str, text: str, answer: str | float | bool) -> Question:
-    if isinstance(answer, bool):
-        return Question(text, "Yes" if answer else "No", question_type, "yes/no")
-    if isinstance(answer, str):
-        return Question(text, answer, question_type, "text")
-    return Question(text, plain(answer), question_type, "number")
-
-
-def _value_of(ask: Asker) -> Question | None:
+def _value_of(ask: ChartReader) -> ChartQuestion | None:
     """Read one value of a chart with one series."""
     if not ask.single:
         return None
@@ -63,10 +53,10 @@ def _value_of(ask: Asker) -> Question | None:
         phrases += [f"What {verb} the {ask.spec.measure.lower()} {{where}}?"] * 2
     if ask.spec.unit:
         phrases += ["What is the percentage {where}?", "What percentage does {category} have?"]
-    return _question("retrieval", ask.text(*phrases, where=ask.where(category), category=category), value)
+    return make_question("retrieval", ask.text(*phrases, where=ask.where(category), category=category), value)
 
 
-def _cell(ask: Asker) -> Question | None:
+def _cell(ask: ChartReader) -> ChartQuestion | None:
     """Read one value of a chart with several series."""
     if ask.single:
         return None
@@ -81,10 +71,10 @@ def _cell(ask: Asker) -> Question | None:
     if one.paint is not None:
         words["colour"] = one.paint.name
         phrases += ["What is the value of the {colour} {part} {where}?"]
-    return _question("retrieval", ask.text(*phrases, **words), one.values[index])
+    return make_question("retrieval", ask.text(*phrases, **words), one.values[index])
 
 
-def _category_with(ask: Asker) -> Question | None:
+def _category_with(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     category, value = ask.rng.choice(list(row.items()))
     text = ask.text(
@@ -93,10 +83,10 @@ def _category_with(ask: Asker) -> Question | None:
         value=ask.spec.printed(value),
         suffix=suffix,
     )
-    return _question("retrieval", text, category)
+    return make_question("retrieval", text, category)
 
 
-def _extreme_category(ask: Asker) -> Question | None:
+def _extreme_category(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     high = ask.rng.random() < 0.5
     word = ask.rng.choice(HIGH_WORDS if high else LOW_WORDS)
@@ -104,10 +94,10 @@ def _extreme_category(ask: Asker) -> Question | None:
     if ask.single and ask.part in ("bar", "slice"):
         phrases.append("Which {noun} has the {word} {part}?")
     text = ask.text(*phrases, word=word, suffix=suffix)
-    return _question("extreme", text, (max if high else min)(row, key=row.__getitem__))
+    return make_question("extreme", text, (max if high else min)(row, key=row.__getitem__))
 
 
-def _extreme_value(ask: Asker) -> Question | None:
+def _extreme_value(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     high = ask.rng.random() < 0.5
     word = ask.rng.choice(HIGH_WORDS if high else LOW_WORDS)
@@ -117,10 +107,10 @@ def _extreme_value(ask: Asker) -> Question | None:
     text = ask.text(
         "What is the {word} value{suffix}?", "How much is the {word} value{suffix}?", word=word, suffix=suffix
     )
-    return _question("extreme", text, max(values) if high else min(values))
+    return make_question("extreme", text, max(values) if high else min(values))
 
 
-def _ranked_category(ask: Asker) -> Question | None:
+def _ranked_category(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     ranked = sorted(row, key=row.__getitem__, reverse=True)
     if len(ranked) < 4:
@@ -128,20 +118,20 @@ def _ranked_category(ask: Asker) -> Question | None:
     high = ask.rng.random() < 0.5
     word = ask.rng.choice(HIGH_WORDS if high else LOW_WORDS)
     text = ask.text("Which {noun} has the second {word} value{suffix}?", word=word, suffix=suffix)
-    return _question("extreme", text, ranked[1 if high else -2])
+    return make_question("extreme", text, ranked[1 if high else -2])
 
 
-def _range(ask: Asker) -> Question | None:
+def _range(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     text = ask.text(
         "What is the difference between the highest and the lowest value{suffix}?",
         "How much larger is the largest value than the smallest{suffix}?",
         suffix=suffix,
     )
-    return _question("arithmetic", text, max(row.values()) - min(row.values()))
+    return make_question("arithmetic", text, max(row.values()) - min(row.values()))
 
 
-def _difference(ask: Asker) -> Question | None:
+def _difference(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     one, other = ask.pair()
     text = ask.text(
@@ -151,10 +141,10 @@ def _difference(ask: Asker) -> Question | None:
         other=other,
         suffix=suffix,
     )
-    return _question("arithmetic", text, abs(row[one] - row[other]))
+    return make_question("arithmetic", text, abs(row[one] - row[other]))
 
 
-def _sum(ask: Asker) -> Question | None:
+def _sum(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     one, other = ask.pair()
     text = ask.text(
@@ -165,20 +155,20 @@ def _sum(ask: Asker) -> Question | None:
         other=other,
         suffix=suffix,
     )
-    return _question("arithmetic", text, row[one] + row[other])
+    return make_question("arithmetic", text, row[one] + row[other])
 
 
-def _mean(ask: Asker) -> Question | None:
+def _mean(ask: ChartReader) -> ChartQuestion | None:
     """The average, where it needs no rounding."""
     row, suffix = ask.row()
     mean = sum(row.values()) / len(row)
     if len(row) > 5 or abs(mean - round(mean, 1)) > 1e-9 or ask.spec.chart_type == "pie":
         return None
     text = ask.text("What is the average value{suffix}?", "What is the mean of all {plural}{suffix}?", suffix=suffix)
-    return _question("arithmetic", text, mean)
+    return make_question("arithmetic", text, mean)
 
 
-def _series_gap(ask: Asker) -> Question | None:
+def _series_gap(ask: ChartReader) -> ChartQuestion | None:
     if ask.single:
         return None
     one, other = ask.rng.sample(ask.spec.series, 2)
@@ -190,10 +180,10 @@ def _series_gap(ask: Asker) -> Question | None:
         other=other.name,
         where=ask.where(ask.spec.categories[index]),
     )
-    return _question("arithmetic", text, abs(one.values[index] - other.values[index]))
+    return make_question("arithmetic", text, abs(one.values[index] - other.values[index]))
 
 
-def _count_beyond(ask: Asker) -> Question | None:
+def _count_beyond(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     values = list(row.values())
     level = ask.threshold(values)
@@ -208,10 +198,10 @@ def _count_beyond(ask: Asker) -> Question | None:
     if ask.single and ask.spec.chart_type == "bar":
         phrases.append("How many bars are {taller} than {level}?")
     text = ask.text(*phrases, word=word, level=ask.level(level), suffix=suffix, taller="taller" if above else "shorter")
-    return _question("counting", text, sum((value > level) == above for value in values))
+    return make_question("counting", text, sum((value > level) == above for value in values))
 
 
-def _count_wins(ask: Asker) -> Question | None:
+def _count_wins(ask: ChartReader) -> ChartQuestion | None:
     if ask.single:
         return None
     one, other = ask.rng.sample(ask.spec.series, 2)
@@ -222,10 +212,10 @@ def _count_wins(ask: Asker) -> Question | None:
         other=other.name,
     )
     wins = sum(first > second for first, second in zip(one.values, other.values, strict=True))
-    return _question("counting", text, wins)
+    return make_question("counting", text, wins)
 
 
-def _more_than_other(ask: Asker) -> Question | None:
+def _more_than_other(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     one, other = ask.pair()
     more = ask.rng.random() < 0.5
@@ -238,10 +228,10 @@ def _more_than_other(ask: Asker) -> Question | None:
         suffix=suffix,
         word=ask.rng.choice(("higher", "larger") if more else ("lower", "smaller")),
     )
-    return _question("yes/no", text, (row[one] > row[other]) == more)
+    return make_question("yes/no", text, (row[one] > row[other]) == more)
 
 
-def _beyond_level(ask: Asker) -> Question | None:
+def _beyond_level(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     level = ask.threshold(list(row.values()))
     if level is None:
@@ -255,10 +245,10 @@ def _beyond_level(ask: Asker) -> Question | None:
         suffix=suffix,
         word=ask.rng.choice(("above", "more than") if above else ("below", "less than")),
     )
-    return _question("yes/no", text, wanted)
+    return make_question("yes/no", text, wanted)
 
 
-def _sum_beyond(ask: Asker) -> Question | None:
+def _sum_beyond(ask: ChartReader) -> ChartQuestion | None:
     """Whether two values together exceed a third; both answers are equally likely where both occur."""
     row, suffix = ask.row()
     wanted = ask.rng.random() < 0.5
@@ -270,11 +260,11 @@ def _sum_beyond(ask: Asker) -> Question | None:
         if excess != 0 and (excess > 0) == wanted:
             words = {"one": one, "other": other, "third": third, "suffix": suffix}
             text = ask.text("Is the sum of {one} and {other} greater than {third}{suffix}?", **words)
-            return _question("yes/no", text, wanted)
+            return make_question("yes/no", text, wanted)
     return None
 
 
-def _trend(ask: Asker) -> Question | None:
+def _trend(ask: ChartReader) -> ChartQuestion | None:
     if ask.spec.noun not in ("year", "month", "quarter", "day"):
         return None
     row, suffix = ask.row()
@@ -288,10 +278,10 @@ def _trend(ask: Asker) -> Question | None:
         suffix=suffix,
         word=ask.rng.choice(("increase", "rise", "grow") if up else ("decrease", "fall", "drop")),
     )
-    return _question("yes/no", text, (row[other] > row[one]) == up)
+    return make_question("yes/no", text, (row[other] > row[one]) == up)
 
 
-def _larger_category(ask: Asker) -> Question | None:
+def _larger_category(ask: ChartReader) -> ChartQuestion | None:
     row, suffix = ask.row()
     one, other = ask.pair()
     more = ask.rng.random() < 0.5
@@ -304,10 +294,10 @@ def _larger_category(ask: Asker) -> Question | None:
         suffix=suffix,
         word=word,
     )
-    return _question("comparison", text, one if (row[one] > row[other]) == more else other)
+    return make_question("comparison", text, one if (row[one] > row[other]) == more else other)
 
 
-def _larger_series(ask: Asker) -> Question | None:
+def _larger_series(ask: ChartReader) -> ChartQuestion | None:
     if ask.single:
         return None
     one, other = ask.rng.sample(ask.spec.series, 2)
@@ -320,10 +310,12 @@ def _larger_series(ask: Asker) -> Question | None:
         where=ask.where(ask.spec.categories[index]),
         word="higher" if more else "lower",
     )
-    return _question("comparison", text, one.name if (one.values[index] > other.values[index]) == more else other.name)
+    return make_question(
+        "comparison", text, one.name if (one.values[index] > other.values[index]) == more else other.name
+    )
 
 
-def _widest_gap(ask: Asker) -> Question | None:
+def _widest_gap(ask: ChartReader) -> ChartQuestion | None:
     if ask.single:
         return None
     one, other = ask.rng.sample(ask.spec.series, 2)
@@ -333,85 +325,7 @@ def _widest_gap(ask: Asker) -> Question | None:
     if gaps[-1][0] < 1.2 * gaps[-2][0]:
         return None
     text = ask.text("Which {noun} has the largest gap between {one} and {other}?", one=one.name, other=other.name)
-    return _question("comparison", text, gaps[-1][1])
-
-
-def _colour_of(ask: Asker) -> Question | None:
-    if ask.part == "row":
-        return None
-    if ask.spec.category_paints:
-        owner, paint = ask.rng.choice(list(zip(ask.spec.categories, ask.spec.category_paints, strict=True)))
-    else:
-        one = ask.rng.choice(ask.spec.series)
-        assert one.paint is not None
-        owner, paint = one.name, one.paint
-    parts = ask.part + ("s" if ask.part == "bar" and not ask.spec.category_paints else "")
-    verb = "are" if parts == "bars" else "is"
-    spelling = ask.rng.choice(("color", "colour"))
-    if not owner:
-        return _question("colour", f"What {spelling} {verb} the {parts}?", paint.name)
-    text = ask.text(
-        "What {spelling} {verb} the {parts} for {owner}?",
-        "What {spelling} stands for {owner}?",
-        spelling=spelling,
-        verb=verb,
-        parts=parts,
-        owner=owner,
-    )
-    return _question("colour", text, paint.name)
-
-
-def _owner_of_colour(ask: Asker) -> Question | None:
-    if ask.spec.category_paints:
-        category, paint = ask.rng.choice(list(zip(ask.spec.categories, ask.spec.category_paints, strict=True)))
-        text = ask.text(
-            "Which {noun} does the {colour} {part} represent?", "Which {noun} is shown in {colour}?", colour=paint.name
-        )
-        return _question("colour", text, category)
-    if ask.single or ask.part == "row":
-        return None
-    one = ask.rng.choice(ask.spec.series)
-    assert one.paint is not None
-    text = ask.text("What is shown in {colour}?", "What does {colour} stand for?", colour=one.paint.name)
-    return _question("colour", text, one.name)
-
-
-def _value_of_colour(ask: Asker) -> Question | None:
-    if not ask.spec.category_paints:
-        return None
-    index = ask.rng.randrange(len(ask.spec.categories))
-    text = ask.text(
-        "What is the value of the {colour} {part}?",
-        "How much does the {colour} {part} show?",
-        colour=ask.spec.category_paints[index].name,
-    )
-    return _question("colour", text, ask.spec.series[0].values[index])
-
-
-def _how_many(ask: Asker) -> Question | None:
-    categories = len(ask.spec.categories)
-    if ask.rng.random() < 0.5:
-        text = ask.text("How many {plural} are shown?", "How many {plural} are there?")
-        return _question("structure", text, categories)
-    if ask.part == "row":
-        return _question("structure", f"How many rows of {ask.spec.plural} does the table have?", categories)
-    text = ask.text("How many {part}s are there in total?", "How many {part}s does the chart have?")
-    return _question("structure", text, drawn_parts(ask.spec))
-
-
-def _title(ask: Asker) -> Question | None:
-    if not ask.spec.title:
-        return None
-    return _question("structure", ask.text("What is the title?", "What is the title of the chart?"), ask.spec.title)
-
-
-def _at_the_end(ask: Asker) -> Question | None:
-    if ask.part == "slice":
-        return None
-    first = ask.rng.random() < 0.5
-    sides = ("top", "bottom") if ask.spec.chart_type in ("horizontal_bar", "table") else ("far left", "far right")
-    text = ask.text("Which {noun} is at the {side}?", side=sides[0 if first else 1])
-    return _question("structure", text, ask.spec.categories[0 if first else -1])
+    return make_question("comparison", text, gaps[-1][1])
 
 
 RETRIEVALS: tuple[tuple[Maker, float], ...] = ((_value_of, 4), (_cell, 4), (_category_with, 1))
@@ -433,10 +347,5 @@ REASONINGS: tuple[tuple[Maker, float], ...] = (
     (_larger_category, 1.5),
     (_larger_series, 1.5),
     (_widest_gap, 0.7),
-    (_colour_of, 1.5),
-    (_owner_of_colour, 2),
-    (_value_of_colour, 1.5),
-    (_how_many, 1.5),
-    (_title, 0.4),
-    (_at_the_end, 0.8),
+    *APPEARANCE,
 )

@@ -12,24 +12,24 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import count as count_from
 from random import Random
 from typing import Any
 
 from vlm_sft.common.errors import DataError, quoted
-from vlm_sft.data.demo.chart_questions import Question, chart_questions
+from vlm_sft.data.demo.chart_questions import chart_questions
 from vlm_sft.data.demo.charts import random_chart
 from vlm_sft.data.demo.drawing import draw_chart
 from vlm_sft.data.demo.sign_drawing import draw_sign
-from vlm_sft.data.demo.sign_questions import SignQuestion, sign_questions
+from vlm_sft.data.demo.sign_questions import sign_questions
 from vlm_sft.data.demo.signs import SignSpec, random_sign
 from vlm_sft.data.demo.spec import ChartSpec
 from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.data.sources.splits import SPLITS
 
 KINDS = ("demo_charts", "demo_text")
-SPLITS = ("train", "validation", "test")
 CHART_QUESTION_COUNTS = (3, 4, 5, 6)
 SIGN_QUESTION_COUNTS = (2, 3, 4)
 # Encoded pictures held in memory, about 5 kB each: as many as a few batches have.
@@ -51,7 +51,10 @@ def demo_samples(kind: str, split: str, count: int, seed: int = 0) -> list[Sampl
     Raises:
         DataError: an unknown kind or split, or a negative count.
     """
-    _check(kind, split)
+    if kind not in KINDS:
+        raise DataError(f"unknown synthetic data set {quoted(kind)}", f"use one of {', '.join(KINDS)}")
+    if split not in SPLITS:
+        raise DataError(f"{kind} has no split {quoted(split)}", f"use one of {', '.join(SPLITS)}")
     if count < 0:
         raise DataError(f"{kind}: {count} questions cannot be generated", "ask for 0 or more")
     samples: list[Sample] = []
@@ -59,18 +62,8 @@ def demo_samples(kind: str, split: str, count: int, seed: int = 0) -> list[Sampl
         if len(samples) >= count:
             break
         for sample in _picture_samples(kind, split, index, seed):
-            samples.append(_numbered(sample, f"{_prefix(kind, split, seed)}/{len(samples):06d}"))
+            samples.append(replace(sample, id=f"{_prefix(kind, split, seed)}/{len(samples):06d}"))
     return samples[:count]
-
-
-def chart_spec(split: str, index: int, seed: int = 0) -> ChartSpec:
-    """The drawing specification of chart number `index` of a split."""
-    return random_chart(_stream("demo_charts", split, index, seed))
-
-
-def sign_spec(split: str, index: int, seed: int = 0) -> SignSpec:
-    """The drawing specification of sign number `index` of a split."""
-    return random_sign(_stream("demo_text", split, index, seed))
 
 
 def spec_key(spec: ChartSpec | SignSpec) -> str:
@@ -87,59 +80,30 @@ def render_png(spec: ChartSpec | SignSpec) -> bytes:
     return buffer.getvalue()
 
 
-def _check(kind: str, split: str) -> None:
-    if kind not in KINDS:
-        raise DataError(f"unknown synthetic data set {quoted(kind)}", f"use one of {', '.join(KINDS)}")
-    if split not in SPLITS:
-        raise DataError(f"{kind} has no split {quoted(split)}", f"use one of {', '.join(SPLITS)}")
-
-
 def _prefix(kind: str, split: str, seed: int) -> str:
     """Beginning of sample ids; seed 0 is the benchmark and is not named."""
     return f"{kind}/{split}" if seed == 0 else f"{kind}/{split}-seed{seed}"
 
 
-def _stream(kind: str, split: str, index: int, seed: int) -> Random:
-    _check(kind, split)
+def picture_stream(kind: str, split: str, index: int, seed: int = 0) -> Random:
+    """The source of randomness of picture number `index` of a split, and of its questions."""
     # Python seeds from a string through SHA-512, whatever PYTHONHASHSEED says.
     return Random(f"{kind}/{split}/{seed}/{index}")
 
 
-def _numbered(sample: dict[str, Any], sample_id: str) -> Sample:
-    return Sample(id=sample_id, **sample)
-
-
-def _picture_samples(kind: str, split: str, index: int, seed: int) -> Iterator[dict[str, Any]]:
+def _picture_samples(kind: str, split: str, index: int, seed: int) -> Iterator[Sample]:
     """The samples of one picture, still without their ids."""
-    rng = _stream(kind, split, index, seed)
+    rng = picture_stream(kind, split, index, seed)
     spec: ChartSpec | SignSpec = random_chart(rng) if kind == "demo_charts" else random_sign(rng)
     source = f"synthetic picture {index} of {_prefix(kind, split, seed)}"
-    image = ImageRef(spec_key(spec), source, partial(render_png, spec), spec.width, spec.height)
-    shared: dict[str, Any] = {"dataset": kind, "images": (image,)}
+    images = (ImageRef(spec_key(spec), source, partial(render_png, spec), spec.width, spec.height),)
+    metadata: dict[str, Any]
     if isinstance(spec, ChartSpec):
-        for question in chart_questions(spec, rng, rng.choice(CHART_QUESTION_COUNTS)):
-            yield shared | _chart_fields(spec, question)
+        for one in chart_questions(spec, rng, rng.choice(CHART_QUESTION_COUNTS)):
+            metadata = {"question_type": one.question_type, "answer_type": one.answer_type}
+            metadata |= {"chart_type": spec.chart_type, "synthetic": True}
+            yield Sample("", kind, one.split, images, one.text, one.answer, (one.answer,), metadata=metadata)
     else:
-        for asked in sign_questions(spec, rng, rng.choice(SIGN_QUESTION_COUNTS)):
-            yield shared | _sign_fields(spec, asked)
-
-
-def _chart_fields(spec: ChartSpec, question: Question) -> dict[str, Any]:
-    metadata = {
-        "question_type": question.question_type,
-        "answer_type": question.answer_type,
-        "chart_type": spec.chart_type,
-        "synthetic": True,
-    }
-    return {
-        "split": question.split,
-        "question": question.text,
-        "target": question.answer,
-        "answers": (question.answer,),
-        "metadata": metadata,
-    }
-
-
-def _sign_fields(spec: SignSpec, asked: SignQuestion) -> dict[str, Any]:
-    metadata = {"question_type": asked.question_type, "sign_type": spec.sign_type, "synthetic": True}
-    return {"split": "", "question": asked.text, "target": asked.target, "answers": asked.answers, "metadata": metadata}
+        for sign in sign_questions(spec, rng, rng.choice(SIGN_QUESTION_COUNTS)):
+            metadata = {"question_type": sign.question_type, "sign_type": spec.sign_type, "synthetic": True}
+            yield Sample("", kind, "", images, sign.text, sign.target, sign.answers, metadata=metadata)

@@ -1,4 +1,4 @@
-"""The words of the synthetic charts: what categories, series, measures and colours are called."""
+"""The words of the synthetic pictures: what charts call their categories, series and colours, and what signs say."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ class Kind:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
+
+
+def _phrases(text: str) -> tuple[str, ...]:
+    return tuple(text.split(", "))
 
 
 KINDS: tuple[Kind, ...] = (
@@ -138,38 +142,16 @@ KINDS: tuple[Kind, ...] = (
 )
 
 # What is measured in percent of a whole.
-PERCENT_MEASURES = (
-    "Share",
-    "Usage",
-    "Support",
-    "Growth",
-    "Approval",
-    "Success",
-    "Attendance",
-    "Coverage",
-    "Market share",
-)
+PERCENT_MEASURES = _phrases("Share, Usage, Support, Growth, Approval, Success, Attendance, Coverage, Market share")
 
-SERIES_NAMES: tuple[tuple[str, ...], ...] = (
-    ("Men", "Women"),
-    ("Boys", "Girls"),
-    ("Urban", "Rural"),
-    ("Plan", "Actual"),
-    ("Online", "Shops"),
-    ("Adults", "Children"),
-    ("2019", "2020", "2021"),
-    ("2009", "2014", "2019"),
-    ("North", "South", "East", "West"),
-    ("Gold", "Silver", "Bronze"),
-    ("Group A", "Group B", "Group C"),
-    ("Low", "Middle", "High"),
-    ("Public", "Private"),
-    ("Agree", "Neutral", "Disagree"),
-    ("Young", "Old"),
-    ("Morning", "Evening"),
-    ("Acme", "Zeta", "Omni"),
-    ("Car", "Bus", "Train", "Tram"),
-    ("Under 40", "Over 40"),
+SERIES_NAMES = tuple(
+    _phrases(names)
+    for names in (
+        "Men, Women; Boys, Girls; Urban, Rural; Plan, Actual; Online, Shops; Adults, Children; 2019, 2020, 2021; "
+        "2009, 2014, 2019; North, South, East, West; Gold, Silver, Bronze; Group A, Group B, Group C; "
+        "Low, Middle, High; Public, Private; Agree, Neutral, Disagree; Young, Old; Morning, Evening; "
+        "Acme, Zeta, Omni; Car, Bus, Train, Tram; Under 40, Over 40"
+    ).split("; ")
 )
 
 # Colour name -> shades that a person calls by that name. Names are never used for two shades in one chart.
@@ -186,3 +168,45 @@ COLOURS: dict[str, tuple[str, ...]] = {
     "black": ("#222222", "#111111", "#2d2d2d"),
     "cyan": ("#35c9d6", "#22bfd6", "#4ad0dd"),
 }
+
+# What signs say.
+NOTICES = _phrases(
+    "STOP, OPEN, CLOSED, EXIT, ENTER, PUSH, PULL, DANGER, CAUTION, NO ENTRY, NO PARKING, NO SMOKING, KEEP OUT, "
+    "KEEP LEFT, KEEP RIGHT, WET FLOOR, FOR SALE, FOR RENT, SOLD OUT, ONE WAY, DEAD END, SLOW DOWN, WAY OUT, TICKETS, "
+    "TOILETS, PLATFORM, WELCOME, FIRE DOOR, STAFF ONLY, QUIET PLEASE, LIFT, STAIRS, GIVE WAY, SCHOOL ZONE, ROAD WORK, "
+    "DETOUR, PRIVATE, BEWARE OF DOG, MIND THE STEP, NO DOGS, NO FISHING"
+)
+NOTES = _phrases(
+    "thank you, this way, please wait, ring the bell, next door, all day, 24 hours, until June, back soon, "
+    "do not enter, use other door, ask inside, level 2, gate 7, room 14, from 9 to 5, upstairs, cash only"
+)
+NAMES = _words(
+    "Miller Rossi Garcia Novak Olsen Baker Kumar Tanaka Dubois Silva Weber Murphy Lopez Smith Haas Kowal Moreno "
+    "Fischer Jensen Marino Patel Turner Bell Cruz Ivanov Meyer Luna Stella Aurora Bruno Nora Otto Clara Felix Rosa "
+    "Hugo Emma Oscar Ruby Leon"
+)
+SHOPS = _phrases(
+    "Bakery, Cafe, Books, Flowers, Pizza, Shoes, Pharmacy, Hotel, Garage, Butcher, Tailor, Barber, Optics, Toys, "
+    "Music, Bikes, Deli, Market, Gallery, Jewelry, Laundry, Hardware, Bistro, Ice Cream"
+)
+GOODS = _words(
+    "Apples Bread Milk Coffee Tea Cheese Honey Rice Soap Juice Eggs Butter Sugar Salt Lemons Pasta Jam Cocoa Olives "
+    "Yogurt Candles Cookies Water Beans Tomatoes Grapes"
+)
+BRANDS = _words(
+    "Alba Nordo Velta Sunny Kappo Mira Zelo Fresco Bravo Tindra Orbit Pluma Dorado Vento Lumi Rivo Casa Solano Piko "
+    "Tamaro Brisa Gusto Fjord Komet Halo Astra"
+)
+ROADS = _words(
+    "Oak Maple Park Main Church Mill Station Lake Hill King Queen River Bridge Garden Market Elm Cedar Pine Castle "
+    "Forest Harbor Meadow School Sunset Victoria Spring"
+)
+PLACES = _phrases(
+    "Harbor, Airport, Center, Museum, Stadium, Old Town, Beach, Zoo, Hospital, Campus, City Hall, Opera, North, "
+    "South, Depot, Castle, Market, Bridge, Westend, Lakeside"
+)
+TITLES = _phrases(
+    "Blue Sky, The Key, Lost Time, Red Moon, Cold River, The Clock, Night Train, Glass City, Wild Bees, Silent Hill, "
+    "The Tower, Last Ship, Green Door, Winter Sun, Deep Water, Paper Birds, Iron Road, The Map"
+)
+REGIONS = _words("OHIO TEXAS UTAH IOWA MAINE NEVADA OREGON KANSAS IDAHO ALASKA GEORGIA VERMONT")

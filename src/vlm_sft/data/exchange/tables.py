@@ -28,20 +28,8 @@ SYNONYMS = {
     "split": ("split", "subset"),
     "id": ("id", "question_id"),
 }
-OWN_COLUMNS = (
-    "image",
-    "images",
-    "question",
-    "answer",
-    "answers",
-    "history",
-    "system",
-    "messages",
-    "conversations",
-    "prompt",
-    "completion",
-    "id",
-    "split",
+OWN_COLUMNS = tuple(
+    "image images question answer answers history system messages conversations prompt completion id split".split()
 )
 COLUMNS = {  # what --columns can name in a layout
     "csv": tuple(SYNONYMS),

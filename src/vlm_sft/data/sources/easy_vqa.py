@@ -7,9 +7,10 @@ from types import ModuleType
 
 from vlm_sft.common.errors import DataError
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
-from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, in_threads, left_out
+from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, left_out
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import HOLD_OUT_FRACTION, LoadedSplit, plan_split
+from vlm_sft.data.threads import map_images
 
 SHAPES = {"circle", "rectangle", "triangle"}
 
@@ -39,7 +40,7 @@ def load(spec: DatasetSpec, split: str) -> LoadedSplit:
     refs = dict(
         zip(
             ids,
-            in_threads(lambda i: ImageRef.from_path(paths[i]), ids, len(ids), "hashing easy-VQA images"),
+            map_images(lambda i: ImageRef.from_path(paths[i]), ids, len(ids), "hashing easy-VQA images"),
             strict=True,
         )
     )

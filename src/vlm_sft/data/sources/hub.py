@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_sft.common.errors import DataError, quoted
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
-from vlm_sft.data.sources.rows import RowProblem, finish_split, in_threads, left_out
+from vlm_sft.data.sources.rows import RowProblem, finish_split, left_out
 from vlm_sft.data.sources.shards import native_file
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import LoadedSplit, files_by_split, plan_split
 from vlm_sft.data.sources.stream import first_rows, split_stream
+from vlm_sft.data.threads import map_images
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -272,7 +273,7 @@ def _read_rows(
     pictures = table.select_columns(["image"])
     starts = [start for start, _ in wheres]
     readers = [RowBytes(pictures, index, folder) for index in range(len(table))]
-    keys = in_threads(_key, readers, len(readers), f"hashing {source.title} images")
+    keys = map_images(_key, readers, len(readers), f"hashing {source.title} images")
     samples: list[Sample] = []
     left: list[LeftOut] = []
     refs: dict[str, ImageRef] = {}

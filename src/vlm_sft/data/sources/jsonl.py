@@ -18,7 +18,7 @@ from vlm_sft.data.sample import NOTE, OUTSIDE, UNREADABLE, ImageRef, LeftOut, Sa
 from vlm_sft.data.sources.foreign import refuse_compressed
 from vlm_sft.data.sources.locate import StoredImage, lies_outside, locate_image
 from vlm_sft.data.sources.records import Question, questions_of, require_image
-from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, in_threads, left_out
+from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, left_out
 from vlm_sft.data.sources.shards import parquet_records
 from vlm_sft.data.sources.spec import JSON_SUFFIXES, DatasetSpec
 from vlm_sft.data.sources.splits import (
@@ -30,6 +30,7 @@ from vlm_sft.data.sources.splits import (
     plan_split,
     split_of_name,
 )
+from vlm_sft.data.threads import map_images
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,7 @@ def _read_images(lines: list[Line]) -> dict[tuple[Path, str], ImageRef | RowProb
     for line in lines:
         for image in line.question.images:
             wanted.setdefault(_image_id(line.folder, image), image)
-    results = in_threads(
+    results = map_images(
         lambda item: _read_image(item[0][0], item[1]), wanted.items(), len(wanted), "checking your images"
     )
     return dict(zip(wanted, results, strict=True))
@@ -245,19 +246,19 @@ def _samples(
     root = spec.path if spec.path.is_dir() else spec.path.parent
     outside = {ref.source for ref in images.values() if isinstance(ref, ImageRef) and lies_outside(ref, root)}
     for line in lines:
-        asked = line.question
+        question = line.question
         refs = []
         try:
-            for image in asked.images:
-                found = images[_image_id(line.folder, image)]
-                if isinstance(found, RowProblem):
-                    raise found
-                refs.append(found)
+            for image in question.images:
+                ref = images[_image_id(line.folder, image)]
+                if isinstance(ref, RowProblem):
+                    raise ref
+                refs.append(ref)
         except RowProblem as problem:
             left.append(left_out(line.id, line.where, problem))
             continue
         part = "" if line.part.lower() in SPLIT_WORDS else line.part
-        metadata: dict[str, Any] = {"where": line.where} | ({NOTE: asked.note} if asked.note else {})
+        metadata: dict[str, Any] = {"where": line.where} | ({NOTE: question.note} if question.note else {})
         if outside and (away := [ref.source for ref in refs if ref.source in outside]):
             metadata[OUTSIDE] = away
         samples.append(
@@ -266,11 +267,11 @@ def _samples(
                 spec.name,
                 part,
                 tuple(refs),
-                asked.question,
-                asked.target,
-                asked.answers,
-                asked.history,
-                asked.system,
+                question.question,
+                question.target,
+                question.answers,
+                question.history,
+                question.system,
                 metadata,
             )
         )

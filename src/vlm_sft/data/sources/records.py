@@ -22,11 +22,8 @@ MOVED = "an image stands behind words of its conversation; here images come firs
 IMAGE_PARTS = ("image", "image_url")
 _LEADING_MARKS = re.compile(rf"(\s*{PLACEHOLDER})+\s*")
 ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
     "system": "system",
 }
 
@@ -122,12 +119,12 @@ def require_image(record: Mapping[str, Any], read: Callable[[], list[Question]])
         if problem.reason == "more placeholders than images" and problem.detail.endswith(", 0 images"):
             raise no_image(record) from problem
         raise
-    later = any(asked.images for asked in questions)
+    later = any(question.images for question in questions)
     return [
-        asked
-        if asked.images or asked.problem
-        else replace(asked, problem=_too_early(asked.turn) if later else no_image(record))
-        for asked in questions
+        question
+        if question.images or question.problem
+        else replace(question, problem=_too_early(question.turn) if later else no_image(record))
+        for question in questions
     ]
 
 

@@ -1,25 +1,19 @@
-"""Checks and counts that every source shares: texts of a row, threads over images, the last step of loading."""
+"""Checks and counts that every source shares: texts of a row, the last step of loading."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from os import cpu_count
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from vlm_sft.common.artifacts import writable
-from vlm_sft.common.console import progress
 from vlm_sft.common.errors import DataError, bounded, without_secrets
 from vlm_sft.data.sample import LeftOut, Sample, distinct_images
 from vlm_sft.data.sources.splits import LoadedSplit, MissingSplitError, SplitPlan, apply_plan, shared_images
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 DETAIL_CHARACTERS = 600  # of one reason, whatever it quotes
 WITHOUT = {"validation": "--eval_strategy no", "test": "--eval_benchmarks none"}  # of vlm-sft train
-BAR_FROM = 2000  # fewer things than this are done before a bar could be read
 
 
 class RowProblem(Exception):
@@ -62,30 +56,6 @@ def most_common(answers: Sequence[str]) -> str:
 def left_out(sample_id: str, where: str, problem: RowProblem) -> LeftOut:
     """Name one unusable row; texts are made safe to write as UTF-8."""
     return LeftOut(writable(sample_id), problem.reason, writable(f"{where}: {problem.detail}"))
-
-
-def in_threads(work: Callable[[Item], Result], items: Iterable[Item], total: int, description: str) -> list[Result]:
-    """Map `work` over `items` in threads (reading, hashing and decoding release the interpreter lock).
-
-    Args:
-        work: called once an item; its exceptions propagate.
-        items: the items.
-        total: how many there are, for the progress bar.
-        description: what the bar says.
-
-    Returns:
-        The results in the order of the items.
-    """
-    results: list[Result] = []
-    with ThreadPoolExecutor(max_workers=min(16, cpu_count() or 1)) as pool:
-        outcomes = pool.map(work, items)
-        if total < BAR_FROM:
-            return list(outcomes)
-        with progress(total, description, "images") as bar:
-            for outcome in outcomes:
-                results.append(outcome)
-                bar.advance()
-    return results
 
 
 def finish_split(

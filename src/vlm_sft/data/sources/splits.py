@@ -16,13 +16,8 @@ from vlm_sft.data.sources.foreign import TABLES, refuse_compressed
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "eval": "validation",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "validation"),
     "test": "test",
 }
 DATASET_INFO = "dataset_info.json"  # LLaMA-Factory's description of the files beside it

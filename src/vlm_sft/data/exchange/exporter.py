@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -25,9 +24,9 @@ from vlm_sft.common.artifacts import (
 from vlm_sft.common.console import progress
 from vlm_sft.common.errors import DataError, RunError
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
-from vlm_sft.data.exchange.importing import OUTSIDE_CAUTION, ImportReport, claim_output
+from vlm_sft.data.exchange.image_folder import FOLDER, ImageStore
 from vlm_sft.data.exchange.layouts import SUPERVISED_NOTE, write_record
-from vlm_sft.data.exchange.pictures import FOLDER, ImageStore
+from vlm_sft.data.exchange.report import OUTSIDE_CAUTION, ExchangeReport, claim_output
 from vlm_sft.data.sample import OUTSIDE, LeftOut, Sample
 from vlm_sft.data.sources.rows import RowProblem, left_out
 from vlm_sft.data.sources.shards import native_file
@@ -56,7 +55,7 @@ class ExportRequest:
     max_left_out: float = MAX_LEFT_OUT_FRACTION
 
 
-def export_data(request: ExportRequest, splits: dict[str, list[Sample]], gone: list[LeftOut]) -> ImportReport:
+def export_data(request: ExportRequest, splits: dict[str, list[Sample]], gone: list[LeftOut]) -> ExchangeReport:
     """Write samples in another program's layout.
 
     Args:
@@ -77,10 +76,10 @@ def export_data(request: ExportRequest, splits: dict[str, list[Sample]], gone: l
         return _export(request, splits, gone)
 
 
-def _export(request: ExportRequest, splits: dict[str, list[Sample]], gone: list[LeftOut]) -> ImportReport:
+def _export(request: ExportRequest, splits: dict[str, list[Sample]], gone: list[LeftOut]) -> ExchangeReport:
     """Write the files; returns as `export_data` does."""
     claim_output(request.output)
-    report = ImportReport(left_out=list(gone))
+    report = ExchangeReport(left_out=list(gone))
     store = ImageStore(request.output)
     with progress(sum(map(len, splits.values())), "exporting", "questions") as bar:
         for split, samples in splits.items():
@@ -108,7 +107,7 @@ def _export(request: ExportRequest, splits: dict[str, list[Sample]], gone: list[
 
 
 def _rows(
-    request: ExportRequest, samples: list[Sample], split: str, store: ImageStore, report: ImportReport, tick: Any
+    request: ExportRequest, samples: list[Sample], split: str, store: ImageStore, report: ExchangeReport, tick: Any
 ) -> Iterator[dict[str, Any]]:
     """The records of one split; what cannot be said is named in the report."""
     for sample in samples:
@@ -127,7 +126,7 @@ def _rows(
         yield record
 
 
-def _write(request: ExportRequest, split: str, rows: Iterator[dict[str, Any]], report: ImportReport) -> Path:
+def _write(request: ExportRequest, split: str, rows: Iterator[dict[str, Any]], report: ExchangeReport) -> Path:
     """Write one split's file."""
     folder = request.output
     if request.layout == "trl":
@@ -139,7 +138,7 @@ def _write(request: ExportRequest, split: str, rows: Iterator[dict[str, Any]], r
     return write_jsonl(folder / f"{split}.jsonl", rows)
 
 
-def _counting_formulas(rows: Iterable[dict[str, Any]], report: ImportReport) -> Iterator[dict[str, Any]]:
+def _counting_formulas(rows: Iterable[dict[str, Any]], report: ExchangeReport) -> Iterator[dict[str, Any]]:
     """The rows of a CSV as they are; those with a cell that a spreadsheet would compute are named in the report."""
     for row in rows:
         if any(is_formula(cell) for cell in row.values() if isinstance(cell, str)):
@@ -194,15 +193,12 @@ def _dataset_info(request: ExportRequest, files: list[Path]) -> dict[str, Any]:
     return {f"{request.name}_{file.stem}": {"file_name": file.name} | described for file in files}
 
 
-def _write_facts(request: ExportRequest, report: ImportReport) -> None:
+def _write_facts(request: ExportRequest, report: ExchangeReport) -> None:
     facts = {
         "schema": 1,
         "format": request.layout,
         "style": request.style if request.layout == "llamafactory" else "",
-        "questions": dict(report.questions),
-        "left_out": dict(Counter(item.reason for item in report.left_out)),
-        "cautions": {caution: len(found) for caution, found in report.cautions.items()},
-        "changed": {note: len(ids) for note, ids in report.changed.items()},
+        **report.counts(),
         "files": [path.name for path in report.files],
     }
     write_json(request.output / EXCHANGE, facts)

@@ -14,23 +14,21 @@ from typing import Any, TextIO
 
 from vlm_sft.common.artifacts import CHANGED, IMPORT, LEFT_OUT, UNENCODABLE, OutputFolder, write_json
 from vlm_sft.common.console import say
-from vlm_sft.common.errors import DataError, RunError, quoted
+from vlm_sft.common.errors import DataError, quoted
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
+from vlm_sft.data.exchange.image_folder import FOLDER, ImageStore
 from vlm_sft.data.exchange.layouts import read_record, row_of
-from vlm_sft.data.exchange.pictures import FOLDER, ImageStore
+from vlm_sft.data.exchange.report import OUTSIDE_CAUTION, PARTIAL, ExchangeReport, claim_output
 from vlm_sft.data.exchange.tables import input_files, names_for, records
 from vlm_sft.data.sample import LeftOut
 from vlm_sft.data.sources.locate import lies_outside
 from vlm_sft.data.sources.records import Question, require_image
-from vlm_sft.data.sources.rows import RowProblem, in_threads, left_out
+from vlm_sft.data.sources.rows import RowProblem, left_out
 from vlm_sft.data.sources.splits import SPLIT_WORDS
+from vlm_sft.data.threads import map_images
 
 BATCH = 256  # questions whose images are read together
-TELL_EVERY = 20_000  # questions between two lines of progress
-PARTIAL = ".partial"
-OUTSIDE_CAUTION = (
-    "images that lie outside of the data's own folder, by their path or a link, and are copied with the others"
-)
+REPORT_EVERY = 20_000  # questions between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -58,34 +56,6 @@ class ImportRequest:
     max_left_out: float = MAX_LEFT_OUT_FRACTION
 
 
-@dataclass
-class ImportReport:
-    """What came of an import.
-
-    Attributes:
-        records: records read.
-        questions: questions written, by split.
-        conversations: records that became several questions.
-        left_out: what cannot be used.
-        changed: ids of what is not exactly as it was, by reason.
-        files: the data files written.
-        cautions: what a reader has to know of what was written, with the paths or ids that it is about.
-    """
-
-    records: int = 0
-    questions: Counter[str] = field(default_factory=Counter)
-    conversations: int = 0
-    left_out: list[LeftOut] = field(default_factory=list)
-    changed: dict[str, list[str]] = field(default_factory=dict)
-    files: list[Path] = field(default_factory=list)
-    cautions: dict[str, set[str]] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        """Questions written and left out."""
-        return sum(self.questions.values()) + len(self.left_out)
-
-
 @dataclass(frozen=True)
 class _Item:
     """One question on its way."""
@@ -98,7 +68,7 @@ class _Item:
     question: Question
 
 
-def import_data(request: ImportRequest) -> ImportReport:
+def import_data(request: ImportRequest) -> ExchangeReport:
     """Carry out one import; files get their names when everything is written and not too much is left out.
 
     Returns:
@@ -113,13 +83,13 @@ def import_data(request: ImportRequest) -> ImportReport:
         return _import(request)
 
 
-def _import(request: ImportRequest) -> ImportReport:
+def _import(request: ImportRequest) -> ExchangeReport:
     files = input_files(request.source, request.layout)
     if request.images is not None and not request.images.is_dir():
         raise DataError(f"--images {request.images} is not a folder", "pass the folder that holds the pictures")
     claim_output(request.output)
     store = ImageStore(request.output, request.allow_urls)
-    report, outside = ImportReport(), set[str]()
+    report, outside = ExchangeReport(), set[str]()
     root = request.source if request.source.is_dir() else request.source.parent
     homes = (root, *([request.images] if request.images else []))
     writer = _Writer(request.output, report)
@@ -127,10 +97,10 @@ def _import(request: ImportRequest) -> ImportReport:
         unseen = dict(request.columns)
         items = islice(_items(request, files, report, writer, unseen), request.limit)
         while batch := list(islice(items, BATCH)):
-            told = report.total
+            before = report.total
             for item, kept in zip(batch, _keep_images(batch, store, homes, outside), strict=True):
                 writer.put(item, kept)
-            if report.total // TELL_EVERY > told // TELL_EVERY:
+            if report.total // REPORT_EVERY > before // REPORT_EVERY:
                 say(f"imported so far: {sum(report.questions.values()):,} questions, {len(report.left_out):,} left out")
         _refuse_idle(request, report, unseen, store)
         if outside:
@@ -140,7 +110,7 @@ def _import(request: ImportRequest) -> ImportReport:
     return report
 
 
-def _require_enough(request: ImportRequest, report: ImportReport) -> None:
+def _require_enough(request: ImportRequest, report: ExchangeReport) -> None:
     """Refuse an import of nothing, or one that leaves too much out.
 
     Raises:
@@ -155,7 +125,7 @@ def _require_enough(request: ImportRequest, report: ImportReport) -> None:
     enforce(report.left_out, report.total, request.max_left_out, request.output / LEFT_OUT)
 
 
-def _refuse_idle(request: ImportRequest, report: ImportReport, unseen: dict[str, str], store: ImageStore) -> None:
+def _refuse_idle(request: ImportRequest, report: ExchangeReport, unseen: dict[str, str], store: ImageStore) -> None:
     """Refuse what was asked for and changed nothing.
 
     Raises:
@@ -175,25 +145,12 @@ def _refuse_idle(request: ImportRequest, report: ImportReport, unseen: dict[str,
         )
 
 
-def claim_output(output: Path) -> None:
-    """Refuse a folder that holds anything but what an unfinished import or export left.
-
-    Raises:
-        RunError: it does, or it is a file.
-    """
-    if output.exists() and not output.is_dir():
-        raise RunError(f"--output {output} is a file", "choose a folder")
-    others = (
-        [path.name for path in output.iterdir() if path.name != FOLDER and not path.name.endswith(PARTIAL)]
-        if output.is_dir()
-        else []
-    )
-    if others and set(others) != {LEFT_OUT}:
-        raise RunError(f"--output {output} is not empty: {', '.join(sorted(others)[:3])}", "choose another folder")
-
-
 def _items(
-    request: ImportRequest, files: dict[str, list[Path]], report: ImportReport, writer: _Writer, unseen: dict[str, str]
+    request: ImportRequest,
+    files: dict[str, list[Path]],
+    report: ExchangeReport,
+    writer: _Writer,
+    unseen: dict[str, str],
 ) -> Iterator[_Item]:
     """Read the records and cut them into questions; what cannot be used goes to the writer.
 
@@ -265,13 +222,13 @@ def _keep_images(
         except RowProblem as problem:
             return problem
 
-    return in_threads(keep, batch, len(batch), "reading images")
+    return map_images(keep, batch, len(batch), "reading images")
 
 
 class _Writer:
     """Writes questions, and what was left out or changed, line by line; names become final at a good end."""
 
-    def __init__(self, output: Path, report: ImportReport) -> None:
+    def __init__(self, output: Path, report: ExchangeReport) -> None:
         self._output, self._report = output, report
         self._open: dict[str, TextIO] = {}
         self._stack = ExitStack()
@@ -318,16 +275,13 @@ class _Writer:
             self._open[name].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _write_facts(request: ImportRequest, report: ImportReport) -> None:
+def _write_facts(request: ImportRequest, report: ExchangeReport) -> None:
     facts = {
         "schema": 1,
         "source": str(request.source),
         "format": request.layout,
         "records": report.records,
         "conversations": report.conversations,
-        "questions": dict(report.questions),
-        "left_out": dict(Counter(item.reason for item in report.left_out)),
-        "cautions": {caution: len(found) for caution, found in report.cautions.items()},
-        "changed": {note: len(ids) for note, ids in report.changed.items()},
+        **report.counts(),
     }
     write_json(request.output / IMPORT, facts)

@@ -1,7 +1,8 @@
-"""What questions about synthetic charts are made of: answers, phrases, choices."""
+"""Draws the parts of questions about a synthetic chart: values, names, phrasings."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -18,7 +19,7 @@ NAMED_PARTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ChartQuestion:
     """A question with its one right answer.
 
     Attributes:
@@ -45,6 +46,15 @@ def plain(value: float) -> str:
     return str(int(rounded)) if rounded == int(rounded) else f"{rounded:.2f}".rstrip("0")
 
 
+def make_question(question_type: str, text: str, answer: str | float | bool) -> ChartQuestion:
+    """A question whose answer is written, and sorted, by its Python type."""
+    if isinstance(answer, bool):
+        return ChartQuestion(text, "Yes" if answer else "No", question_type, "yes/no")
+    if isinstance(answer, str):
+        return ChartQuestion(text, answer, question_type, "text")
+    return ChartQuestion(text, plain(answer), question_type, "number")
+
+
 def drawn_parts(spec: ChartSpec) -> int:
     """How many bars, lines, slices or rows a chart has."""
     if spec.chart_type == "line":
@@ -52,8 +62,8 @@ def drawn_parts(spec: ChartSpec) -> int:
     return len(spec.categories) * (1 if spec.chart_type == "table" else len(spec.series))
 
 
-class Asker:
-    """A chart, a source of randomness, and the phrases that questions are made of."""
+class ChartReader:
+    """Draws from a chart what a question is about, and how it is put."""
 
     def __init__(self, spec: ChartSpec, rng: Random) -> None:
         self.spec = spec
@@ -104,3 +114,6 @@ class Asker:
     def level(self, value: float) -> str:
         """A threshold as a question prints it."""
         return plain(value) + self.spec.unit
+
+
+Maker = Callable[[ChartReader], ChartQuestion | None]  # None where the chart has nothing of the kind

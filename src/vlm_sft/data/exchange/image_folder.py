@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_sft.common.artifacts import write_bytes_atomic
 from vlm_sft.common.errors import DataError, RunError, without_secrets
-from vlm_sft.data.exchange.fetch import fetch
+from vlm_sft.data.exchange.download import fetch
 from vlm_sft.data.images import decode_rgb, image_format, read_bytes
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.data.sources.locate import image_text, is_url, locate_image

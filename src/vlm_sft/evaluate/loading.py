@@ -8,6 +8,7 @@ from pathlib import Path
 from vlm_sft.common.console import say
 from vlm_sft.common.record import memory_bytes
 from vlm_sft.data.cache.encoded import DataCache
+from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
 from vlm_sft.distributed.collectives import agree
 from vlm_sft.distributed.launch import Launch
@@ -45,9 +46,9 @@ def open_backend(
         # Frozen features are kept of a frozen tower only.
         model = load_model(base, launch.device).requires_grad_(False)
         model = load_adapter(model, adapter) if adapter is not None else model
-    backend = SharedPrefixBackend(base, model)
     # Vision features come first: once its layers gather their weights, no rank can use the model by itself.
-    cache = caches.evaluation_cache(model, backend.encoder, samples)
+    cache = caches.evaluation_cache(model, Encoder(base.processor, base.prompt, base.stop_ids), samples)
+    backend = SharedPrefixBackend(base, model, images=cache.image_tensors)
     if shared:
         gather_on_forward(model, base, launch.world_size)
     return backend, cache

@@ -98,9 +98,9 @@ def fitted(
     """
     own = [spec for spec in specs if spec.own]
     wanted = limits or {}
-    asked = [wanted[spec.name] for spec in own if spec.name in wanted] if own else list(wanted.values())
+    requested = [wanted[spec.name] for spec in own if spec.name in wanted] if own else list(wanted.values())
     if not own:
-        return (replace(prompt, max_new_tokens=max(asked)) if asked else prompt), []
+        return (replace(prompt, max_new_tokens=max(requested)) if requested else prompt), []
     targets: list[str] = []
     accepted: set[str] = set()
     for spec in own:
@@ -108,12 +108,12 @@ def fitted(
         targets += learned
         accepted |= every
     longest = longest_answer(accepted, plain)
-    limit = max(asked) if asked else max(prompt.max_new_tokens, room_for(longest))
-    found = replace(prompt, max_new_tokens=limit, answer_tokens=longest)
+    limit = max(requested) if requested else max(prompt.max_new_tokens, room_for(longest))
+    settings = replace(prompt, max_new_tokens=limit, answer_tokens=longest)
     names = ", ".join(spec.name for spec in own)
     notes = [f"{names}: the longest answer takes {longest} tokens; a generated one may take {limit} (--max_new_tokens)"]
     if prompt.own_template is None and prompt.template == SHORT_ANSWER_TEMPLATE and not keep_template:
         if are_long(targets):
-            found = replace(found, own_template=PLAIN_TEMPLATE)
+            settings = replace(settings, own_template=PLAIN_TEMPLATE)
             notes.append(f"{names}: answers are longer than a phrase, so its questions are put without asking for one")
-    return found, notes
+    return settings, notes
