@@ -24,6 +24,7 @@ from vlm_sft.data.sample import Sample
 from vlm_sft.distributed.collectives import agree, barrier, gather
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.model.feature_precompute import use_features
+from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.vision_features import TowerUse
 
 _ON = {"on": True, "true": True, "off": False, "false": False}
@@ -99,7 +100,7 @@ class Caches:
         return find_team(self.root, self.launch)
 
     def keep_features(
-        self, model: Any, cache: DataCache, uses: Sequence[tuple[Sequence[Sample], float]], stage: str
+        self, model: AnyModel, cache: DataCache, uses: Sequence[tuple[Sequence[Sample], float]], stage: str
     ) -> None:
         """Decide on vision features for images, compute what is missing, and say so.
 
@@ -114,7 +115,7 @@ class Caches:
         kept = "kept" if decision.used else "computed anew each time"
         say(f"vision features ({stage}): {kept}: {decision.reason}")
 
-    def evaluation_cache(self, model: Any, encoder: Encoder, samples: Sequence[Sample]) -> DataCache:
+    def evaluation_cache(self, model: AnyModel, encoder: Encoder, samples: Sequence[Sample]) -> DataCache:
         """Prepare the images of benchmarks, and keep their vision features where that pays.
 
         Two models are expected to look at each image, in this command or in another one: a base and its adapter.
@@ -217,7 +218,7 @@ class Engine(Caches):
         self.facts |= {"share_images": self.options.share_images, "packing": self.options.packing}
 
     @contextmanager
-    def counted(self, model: Any) -> Iterator[None]:
+    def counted(self, model: AnyModel) -> Iterator[None]:
         """Count the calls of the vision tower during the training, on this rank."""
         use = TowerUse(model)
         try:

@@ -19,6 +19,7 @@ from vlm_sft.data.cache.encoded import DataCache, record_key
 from vlm_sft.data.cache.feature_names import AUTO, OFF, feature_record
 from vlm_sft.data.cache.store import CacheFullError, Record, Store, record_bytes
 from vlm_sft.data.sample import Sample
+from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.vision_features import encode_images, tower_settings, whole_tower, why_not
 
 BATCH_PATCHES = 8192  # patches of one tower call in the preparation pass
@@ -54,7 +55,11 @@ class Decision:
 
 
 def use_features(
-    model: Any, cache: DataCache, uses: Sequence[tuple[Sequence[Sample], float]], budget: int | str, device: str = "cpu"
+    model: AnyModel,
+    cache: DataCache,
+    uses: Sequence[tuple[Sequence[Sample], float]],
+    budget: int | str,
+    device: str = "cpu",
 ) -> Decision:
     """Decide whether to keep vision features; compute those that are missing, on all ranks, which all must call it.
 
@@ -91,7 +96,7 @@ def use_features(
     return decision
 
 
-def _open(model: Any, cache: DataCache, samples: Mapping[str, Sample]) -> Store:
+def _open(model: AnyModel, cache: DataCache, samples: Mapping[str, Sample]) -> Store:
     """Map what is there of the features of images.
 
     Raises:
@@ -111,7 +116,13 @@ def _open(model: Any, cache: DataCache, samples: Mapping[str, Sample]) -> Store:
 
 
 def _decide(
-    model: Any, cache: DataCache, missing: Sequence[Sample], images: int, looks: float, budget: int | str, device: str
+    model: AnyModel,
+    cache: DataCache,
+    missing: Sequence[Sample],
+    images: int,
+    looks: float,
+    budget: int | str,
+    device: str,
 ) -> Decision:
     """Measure on a few images whether keeping features pays and fits; what is kept already is always used."""
     if not missing:
@@ -137,7 +148,9 @@ def _decide(
     return Decision(True, kept, computed=len(missing), **facts)
 
 
-def _measure(model: Any, cache: DataCache, probes: Sequence[Sample], device: str) -> tuple[float, float, float, float]:
+def _measure(
+    model: AnyModel, cache: DataCache, probes: Sequence[Sample], device: str
+) -> tuple[float, float, float, float]:
     """Seconds of the tower, of writing and of reading, and bytes, of one image; read from the disk to the device."""
     images = [_pixels(cache, sample) for sample in probes]
     encode_images(model, images[:1])
@@ -181,7 +194,7 @@ def _pixels(cache: DataCache, sample: Sample) -> Record:
 
 
 def _compute_missing(
-    model: Any, cache: DataCache, store: Store, samples: Mapping[str, Sample], limit: int | None
+    model: AnyModel, cache: DataCache, store: Store, samples: Mapping[str, Sample], limit: int | None
 ) -> str:
     """Compute what is missing, each rank of a team its share.
 
@@ -201,7 +214,7 @@ def _compute_missing(
     return next((text for text in team.gather(problem) if text), "")
 
 
-def _compute(model: Any, cache: DataCache, store: Store, samples: Mapping[str, Sample], limit: int | None) -> None:
+def _compute(model: AnyModel, cache: DataCache, store: Store, samples: Mapping[str, Sample], limit: int | None) -> None:
     """Run the tower over images and keep its output.
 
     Raises:

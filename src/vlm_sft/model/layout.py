@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from vlm_sft.common.errors import ModelError, quoted
 from vlm_sft.model.families import FAMILIES
+from vlm_sft.model.protocols import VisionLanguageModel
 
 
 def require_layout(config: PreTrainedConfig, name: str) -> None:
@@ -45,7 +46,7 @@ def without_weights(config: PreTrainedConfig) -> Any:
         return AutoModelForImageTextToText.from_config(config)
 
 
-def layout_problem(model: Any) -> str | None:
+def layout_problem(model: VisionLanguageModel) -> str | None:
     """Why a model cannot be used; None where one language model reads the tokens of images among its own.
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -23,13 +24,15 @@ from vlm_sft.common.artifacts import read_json
 from vlm_sft.common.console import warn
 from vlm_sft.common.errors import ModelError, RunError, quoted
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS
+from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS, assign_windows, attention_name
 from vlm_sft.model.cpu.fuse import fuse_modules
+from vlm_sft.model.forward_patch import is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.layout import require_layout, without_weights
 from vlm_sft.model.model_folder import require_model
 from vlm_sft.model.pocket import WEIGHTS
+from vlm_sft.model.protocols import VisionLanguageModel
 from vlm_sft.model.transposed_experts import know_whole_shapes
 from vlm_sft.model.vision_features import tower_modules
 
@@ -80,9 +83,9 @@ class Base:
         return str(self.dtype).removeprefix("torch.")
 
 
-def is_blockwise(model: Any) -> bool:
+def is_blockwise(model: VisionLanguageModel) -> bool:
     """True when the language model attends through our functions and needs no dense mask."""
-    return model.config.get_text_config()._attn_implementation in (SHARED_SDPA, SHARED_FLASH)
+    return attention_name(model.config.get_text_config()) in (SHARED_SDPA, SHARED_FLASH)
 
 
 def resolve_path(name: str) -> str:
@@ -119,7 +122,7 @@ def _require_family(folder: Path, name: str) -> None:
 
 def _require_image_text(config: type, family: str, name: str) -> None:
     """Refuse a family of models that takes no images or writes no text."""
-    if config not in AutoModelForImageTextToText._model_mapping:
+    if config not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ModelError(
             f"--base_model {name}: {quoted(family)} is not an image-text-to-text model",
             "use a vision-language model, e.g. of the Qwen2.5-VL family",
@@ -295,11 +298,12 @@ def empty_model(path: str) -> Any:
     return without_weights(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
-def _keep_scales(model: Any) -> None:
+def _keep_scales(model: VisionLanguageModel) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first evaluation, which rounds their scales for good.
 
     It does so on processors with AVX512-BF16.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -337,16 +341,17 @@ def _stop_ids(path: str) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
-def set_attention(model: Any, attention: str) -> None:
+def set_attention(model: VisionLanguageModel, attention: str) -> None:
     """Let the language model attend through one of our functions, and a vision tower that has windows, too."""
     parts = dict.fromkeys((name for name in model.config.sub_configs if name != "text_config"), "sdpa")
     model.set_attn_implementation({**parts, "text_config": attention})
+    if is_plain():
+        return
     windows = FLASH_WINDOWS if attention == SHARED_FLASH else SHARED_WINDOWS
     module: Any
     for module in (part for tower in tower_modules(model).values() for part in tower.modules()):
         if hasattr(module, "config") and "cu_seqlens" in inspect.signature(module.forward).parameters:
-            # Not by set_attn_implementation, which takes every name with "flash" for a package to import.
-            module.config._attn_implementation = windows
+            assign_windows(module.config, windows)
 
 
 def _open(load: Callable[[], Any], name: str) -> Any:

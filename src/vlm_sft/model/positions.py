@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from vlm_sft.data.collate import PackedBatch
+from vlm_sft.model.forward_patch import bare_copy
+from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.vision_features import unwrap
 
 
@@ -24,14 +26,11 @@ class Positions:
         model: the model, wrapped or not.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: AnyModel) -> None:
         inner: Any = unwrap(model).model
         self._bare: Any = None
         if hasattr(inner, "get_rope_index"):
-            self._bare = object.__new__(type(inner))
-            torch.nn.Module.__init__(self._bare)
-            settings = {name: value for name, value in vars(inner).items() if isinstance(value, int | float | str)}
-            vars(self._bare).update(settings, config=inner.config)
+            self._bare = bare_copy(inner)
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Positions of a pack.

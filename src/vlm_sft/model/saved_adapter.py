@@ -22,6 +22,7 @@ from vlm_sft.common.console import warn
 from vlm_sft.common.errors import ModelError, RunError
 from vlm_sft.common.manifest import folder_problems, read_manifest
 from vlm_sft.data.cache.directory import weights_mark
+from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.load import POCKET, Base, empty_model, resolve_path
 from vlm_sft.model.model_folder import require_utf8
 
@@ -178,7 +179,7 @@ def require_fit(folder: Path, base: Base, allow_other_base: bool = False) -> Con
         settings.base_model_name_or_path = None  # PEFT would warn of its new place
         wrapped = get_peft_model(empty_model(base.path), settings)
     except Exception as error:  # what settings from elsewhere raise in PEFT can be anything
-        raise misfit(folder, [first_line(error)], base.name) from error
+        raise misfit(folder, [reason_of(error)], base.name) from error
     if problems := fit_problems(contents, wrapped):
         raise misfit(folder, problems, base.name)
     if contents.silent:
@@ -287,12 +288,6 @@ def misfit(folder: Path, problems: list[str], base: str = "this base model") -> 
         f"--adapter {folder} does not fit {base}: {'; '.join(problems)}. A loader would pass this over without a word",
         f"open it on the base that it was trained on{named}, in the form in which that training saved it",
     )
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says first."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _check_base(folder: Path, config: Mapping[str, Any], base: Base, allowed: bool) -> None:

@@ -79,7 +79,7 @@ def load_partitioned(base: Base, adapter: Path | None, ranks: int) -> Any:
         unset_hf_deepspeed_config()
 
 
-def gather_on_forward(model: Any, base: Base, ranks: int) -> None:
+def gather_on_forward(model: torch.nn.Module, base: Base, ranks: int) -> None:
     """Let the layers of a model from `load_partitioned` gather their weights to compute; all ranks must call it."""
     import deepspeed
 

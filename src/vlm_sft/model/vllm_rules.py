@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_sft.model.adapters import language_model_path
+from vlm_sft.model.protocols import VisionLanguageModel
 
 _ROOTS = ("model.language_model", "model.text_model")  # language models that vLLM's mappers know
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank takes
 
 
-def not_for_vllm(config: Mapping[str, Any], layers: Sequence[str], model: Any) -> tuple[str, ...]:
+def not_for_vllm(config: Mapping[str, Any], layers: Sequence[str], model: VisionLanguageModel) -> tuple[str, ...]:
     """Why vLLM would refuse an adapter or pass a part of it over, one sentence each; () where it loads all of it.
 
     Args:

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.cpu.matmul import EXACT, is_frozen, multiply
+from vlm_sft.model.forward_patch import is_plain
 
 _BLOCK = 2048  # rows of the projection at a time: with their scores they stay in the processor's cache
 _GPU_BLOCK = 8192  # the same on a GPU, which wants large products
@@ -129,7 +130,7 @@ def is_covered(head: Any) -> bool:
     Args:
         head: what `get_output_embeddings` of the model gives.
     """
-    if type(head) is not torch.nn.Linear or head.bias is not None:
+    if type(head) is not torch.nn.Linear or head.bias is not None or is_plain():
         return False
     weight = head.weight
     if weight.device.type == "cpu":
@@ -153,7 +154,7 @@ def token_losses(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Ten
 
 
 def score_losses(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each supervised token in nats, of scores that are there.
+    """Cross entropy of each supervised token in nats, from its scores.
 
     Args:
         scores: (S, V), in any number format.
@@ -162,4 +163,4 @@ def score_losses(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     Returns:
         (S,), float32 or better, with gradients of the scores.
     """
-    return _ScoreLosses.apply(scores, targets)
+    return _plain_losses(scores, targets) if is_plain() else _ScoreLosses.apply(scores, targets)
