@@ -303,6 +303,16 @@ def test_float32_queries_are_what_autocast_makes_of_them(function: Any, monkeypa
         assert ours.dtype == torch.float32 and torch.allclose(ours, theirs, atol=0.06)
 
 
+def test_a_pytorch_without_the_kernel_is_said_and_sdpa_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (9, 0), lambda *_: None)
+    monkeypatch.setattr(flash, "varlen", None)
+    flash._takes_groups.cache_clear()
+    assert flash.gathered_heads(4, 2) == 4
+    flash._takes_groups.cache_clear()
+    function, notes = choose_attention(True, torch.bfloat16)
+    assert function == SHARED_SDPA and "no variable-length kernel" in notes[0]
+
+
 def test_heads_that_the_kernel_does_not_take_are_told() -> None:
     """Such layers would be computed by SDPA while run.json says FlashAttention."""
     for width in (260, 512, 36):

@@ -62,7 +62,7 @@ def resolve_targets(model: VisionLanguageModel, names: Sequence[str]) -> Targets
 
     Raises:
         ModelError: a name matches no linear module of the language model; the message says what it matches elsewhere
-            (a vision tower is never adapted unasked) and which names there are.
+            (a vision tower is adapted only on request) and which names there are.
     """
     root = language_model_path(model) + "."
     linear = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -174,10 +174,10 @@ def use_keyed_dropout(wrapped: PeftModel, dropout: float, seed: int) -> None:
 
 
 def load_adapter(model: torch.nn.Module, folder: str | Path, trainable: bool = False) -> PeftModel:
-    """Open a saved adapter on its base; `saved_adapter.require_fit` says before that whether it is the right one.
+    """Open a saved adapter on its base; `saved_adapter.require_fit` checks first whether it is the right one.
 
     Raises:
-        ModelError: the folder is no adapter, it is damaged, or its weights do not fit the base.
+        ModelError: the folder holds no adapter, or one that is damaged or does not fit the base.
     """
     check_adapter_folder(Path(folder))
     try:

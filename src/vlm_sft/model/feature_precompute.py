@@ -20,7 +20,7 @@ from vlm_sft.data.cache.feature_names import AUTO, OFF, feature_record
 from vlm_sft.data.cache.store import CacheFullError, Record, Store, record_bytes
 from vlm_sft.data.sample import Sample
 from vlm_sft.model.protocols import AnyModel
-from vlm_sft.model.vision_features import encode_images, tower_settings, whole_tower, why_not
+from vlm_sft.model.vision_features import encode_images, features_problem, tower_settings, whole_tower
 
 BATCH_PATCHES = 8192  # patches of one tower call in the preparation pass
 PROBES = 4  # images that `auto` measures on
@@ -35,8 +35,8 @@ class Decision:
     Attributes:
         used: True when every image has its features.
         reason: one line for the user.
-        images, computed: images asked for, and those of them that the pass computed.
-        bytes: size of the features of the images, about.
+        images, computed: images that were requested, and those of them that the pass computed.
+        bytes: approximate size of the features of the images.
         tower_seconds, read_seconds, write_seconds: of one image, where they were measured.
     """
 
@@ -66,7 +66,7 @@ def use_features(
     Args:
         model: the model, before it is wrapped for training on several devices.
         cache: gives the pixels, and from here on the features; its team shares the work.
-        uses: samples, one an image, and how often each image will be looked at.
+        uses: samples, one per image, and how often each image will be used.
         budget: "off", "auto", or bytes of disk for the features of this model.
         device: of this process.
 
@@ -74,7 +74,7 @@ def use_features(
         The decision, the same on every rank.
     """
     cache.features = None
-    reason = why_not(model)
+    reason = features_problem(model)
     if budget == OFF or reason:
         return Decision(False, reason or "switched off with --feature_cache off")
     samples = {record_key(sample.image_key): sample for part, _ in uses for sample in part}
@@ -151,7 +151,7 @@ def _decide(
 def _measure(
     model: AnyModel, cache: DataCache, probes: Sequence[Sample], device: str
 ) -> tuple[float, float, float, float]:
-    """Seconds of the tower, of writing and of reading, and bytes, of one image; read from the disk to the device."""
+    """Per image: seconds of the tower, of writing, of reading from disk to device, and bytes."""
     images = [_pixels(cache, sample) for sample in probes]
     encode_images(model, images[:1])
     began = time.perf_counter()

@@ -1,6 +1,6 @@
 """The last decoder layer only where an answer token is predicted.
 
-Behind the last layer only the rows that predict a supervised token are looked at. Their keys and values come from all
+Behind the last layer only the rows that predict a supervised token are used. Their keys and values come from all
 tokens, but the queries' attention, the output projection and the MLP of that layer are needed at these rows alone. The
 mathematics is unchanged: the rows that are left out have no influence on the loss, so their gradients are zero.
 """

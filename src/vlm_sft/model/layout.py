@@ -1,4 +1,4 @@
-"""Whether a model is built as needed: one language model that reads the images' tokens."""
+"""Whether a model is built as needed: one language model that reads the tokens of images."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def require_layout(config: PreTrainedConfig, name: str) -> None:
         return
     try:
         model = without_weights(config)
-    except ImportError as error:  # its text tells what to install
+    except ImportError as error:  # its text says what to install
         raise ModelError(
             f"--base_model {name}: {' '.join(str(error).split())}", "install that package, or use another base"
         ) from error
-    except Exception:  # some models are never built without their weights: loading them tells what is wrong
+    except Exception:  # some models cannot be built without their weights: loading them shows what is wrong
         return
     problem = layout_problem(model)
     if problem:

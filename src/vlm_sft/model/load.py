@@ -33,7 +33,7 @@ from vlm_sft.model.layout import require_layout, without_weights
 from vlm_sft.model.model_folder import require_model
 from vlm_sft.model.pocket import WEIGHTS
 from vlm_sft.model.protocols import VisionLanguageModel
-from vlm_sft.model.transposed_experts import know_whole_shapes
+from vlm_sft.model.transposed_experts import compare_whole_shapes
 from vlm_sft.model.vision_features import tower_modules
 
 POCKET = "pocket"
@@ -111,11 +111,11 @@ def resolve_path(name: str) -> str:
 
 
 def _require_family(folder: Path, name: str) -> None:
-    """Refuse a text-only model before what such a folder has no use for is said to be missing."""
+    """Refuse a text-only model, before its folder is said to lack a processor that it does not need."""
     try:
         family = read_json(folder / "config.json", strict=False).get("model_type")
     except RunError:
-        return  # told by `require_model`
+        return  # `require_model` reports it
     if isinstance(family, str) and family in CONFIG_MAPPING:
         _require_image_text(CONFIG_MAPPING[family], family, name)
 
@@ -153,10 +153,10 @@ def _bfloat16_notes(bf16: bool | str) -> list[str]:
 
 
 def choose_attention(flash_attn: bool, dtype: torch.dtype, width: int | None = None) -> tuple[str, list[str]]:
-    """Choose the attention function and say why FlashAttention is not used where it was asked for.
+    """Choose the attention function, and say why a requested FlashAttention is not used.
 
     Args:
-        flash_attn: whether it was asked for.
+        flash_attn: whether FlashAttention was requested.
         dtype: of the model.
         width: of the heads of its language model, where that is known.
 
@@ -253,7 +253,7 @@ def load_model(base: Base, device: str = "cpu") -> Any:
     Raises:
         ModelError: the weights cannot be opened.
     """
-    know_whole_shapes(base.path)
+    compare_whole_shapes(base.path)
     model, found = _open(
         lambda: AutoModelForImageTextToText.from_pretrained(
             base.path,
@@ -276,7 +276,7 @@ def load_model(base: Base, device: str = "cpu") -> Any:
     if base.load_in_4bit:
         _keep_scales(model)
     else:
-        vars(model).pop("hf_device_map", None)  # by which trainers take a model for one on several devices
+        vars(model).pop("hf_device_map", None)  # trainers would think that the model is spread over several devices
     return ready(model, base.function)
 
 
@@ -313,7 +313,7 @@ def _in_4bit(base: Base) -> dict[str, Any]:
     """Loader arguments for QLoRA's number format (Dettmers et al. 2023): NormalFloat4 with quantised constants.
 
     The vision tower, the projector and the vocabulary projection keep their format: they are small, image features
-    stay exact, and a projector may be trained. On a CPU so do layers whose width is no multiple of a block: there
+    stay exact, and a projector may be trained. On a CPU so do layers whose width is not a multiple of a block: there
     bitsandbytes 0.50 gives the rows of such weights wrong scales (its kernel for AVX-512 starts a block with each row).
     """
     empty = empty_model(base.path)

@@ -1,7 +1,7 @@
 """Positions of the tokens of a pack, computed by whoever collates it.
 
-A family of M-RoPE finds them with some sixty small operations an image, several of which wait for a GPU. They follow
-from the tokens and the sizes of the images alone, so data workers compute them, on CPUs, beside the training.
+A family of M-RoPE finds them with some sixty small operations per image, several of which wait for a GPU. They follow
+from the tokens and the sizes of the images alone, so data workers compute them on CPUs, beside the training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vlm_sft.model.vision_features import unwrap
 
 
 class Positions:
-    """Computes what the tokens of a pack are rotated by, as its own question alone behind its image would have them.
+    """Computes the rotary positions of a pack's tokens: those of each question alone behind its image.
 
     It has the model's settings and none of its weights, so it may go to another process.
 

@@ -1,7 +1,7 @@
 """Saved adapters: what a folder holds, whether it fits a base, which base it was trained on.
 
-A loader of adapters passes over what it finds no place for, and leaves at zero what it does not find: the base then
-answers in the name of the adapter. So every name and every shape is compared before anything answers.
+A loader of adapters ignores tensors that have no place in the base, and leaves at zero those that are missing: then the
+base answers in the adapter's name. So every name and every shape is compared before anything answers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vlm_sft.model.model_folder import require_utf8
 
 BASE_WEIGHTS = "base_weights"  # in a manifest's identity and in export.json: `weights_mark` of the base
 _LORA_B = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_B\.weight")
-# Settings of PEFT that change the base itself, depend on tokens that our packs do not tell, or import modules by name.
+# Settings of PEFT that change the base itself, depend on tokens that our packs do not mark, or import modules by name.
 _PLAIN = {
     "bias": "none",
     "megatron_config": None,
@@ -131,10 +131,10 @@ def base_of_adapter(adapter: Path, base_model: str | None) -> str:
 
     Args:
         adapter: an adapter folder.
-        base_model: what the user says; None for what the adapter says.
+        base_model: the base that the user names; None for the one that the adapter names.
 
     Raises:
-        ModelError: the folder is no adapter, nobody says, or what the adapter says is not there.
+        ModelError: the folder holds no adapter, no base is named, or the named one does not exist.
     """
     config = check_adapter_folder(adapter)
     if base_model:

@@ -1,7 +1,7 @@
 """Whether the questions of an image may share it on one model: a table, or a self-check.
 
-The self-check asks the real model about tiny random images, once behind shared prefixes and once in separate
-sequences through plain transformers, and compares the logits of the answers.
+The self-check runs the real model on questions about tiny random images, once behind shared prefixes and once in
+separate sequences through plain transformers, and compares the logits of the answers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From loaded weights to a model in training: an adapter, fully trained parts, or all weights.
 
-Also how such a model is saved, opened again, and asked as if it had not been trained.
+Also how such a model is saved, and how it answers as if it had not been trained.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _facts(targets: Targets, recipe: Recipe) -> dict[str, Any]:
 
 
 def described(facts: dict[str, Any]) -> str:
-    """One line that tells what is trained.
+    """One line that says what is trained.
 
     Args:
         facts: from `tune`.
@@ -149,7 +149,7 @@ def save_tuned(model: Any, folder: Path, base: Base | None, state_dict: dict[str
 
 @contextmanager
 def untuned(model: Any, base: Base) -> Iterator[Any]:
-    """The model as it was before the training: its adapter switched off, or the base loaded anew."""
+    """The model as it was before the training: its adapter switched off, or the base loaded again."""
     if isinstance(model, PeftModel):
         with model.disable_adapter():
             yield model

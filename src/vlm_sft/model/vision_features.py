@@ -40,7 +40,7 @@ class ImageFeatures(BaseModelOutputWithPooling):
     deepstack_features: list[list[torch.Tensor]] | None = None
 
 
-class TowerUse:
+class TowerCounter:
     """Counts the calls of a model's vision tower and the images in them.
 
     Args:
@@ -115,10 +115,10 @@ def _features_now(model: AnyModel, image: Mapping[str, torch.Tensor]) -> Record:
     """The features of one image, from its pixels.
 
     Raises:
-        DataError: ZeRO-3 has shared the tower out among ranks, and the others do not know of this image.
+        DataError: ZeRO-3 has partitioned the tower, and the other ranks do not know of this image.
     """
     if is_partitioned(*(parameter for tower in tower_modules(model).values() for parameter in tower.parameters())):
-        raise DataError("kept vision features are damaged", "start again with --resume auto: they are computed anew")
+        raise DataError("kept vision features are damaged", "start again with --resume auto: they are computed again")
     device = next(iter(image.values())).device
     with whole_tower(model, str(device)):
         (found,) = encode_images(model, [image])
@@ -215,7 +215,7 @@ def encode_images(model: AnyModel, images: Sequence[Mapping[str, torch.Tensor]])
     return records
 
 
-def why_not(model: AnyModel) -> str:
+def features_problem(model: AnyModel) -> str:
     """Why a model cannot use kept features; "" when it can."""
     base = unwrap(model)
     name = type(base).__name__
@@ -268,7 +268,7 @@ def tower_settings(model: AnyModel) -> dict[str, Any]:
 
 @contextmanager
 def whole_tower(model: AnyModel, device: str) -> Iterator[None]:
-    """The tower on its device, with all of its weights in this process (ZeRO-3 shares them out among the ranks)."""
+    """The tower on its device, with all of its weights in this process, also where ZeRO-3 has partitioned them."""
     modules = tower_modules(model)
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     parameters += loose_parameters(model).values()
@@ -276,7 +276,7 @@ def whole_tower(model: AnyModel, device: str) -> Iterator[None]:
     if is_partitioned(*parameters):
         from deepspeed import zero
 
-        # The embeddings too: their dtype and width are asked for.
+        # The embeddings too: their dtype and width are needed.
         gathered = zero.GatheredParameters([*parameters, *unwrap(model).get_input_embeddings().parameters()])
     else:
         for module in modules.values():

@@ -65,7 +65,7 @@ def fuse_gated(model: torch.nn.Module) -> int:
 
 
 def gated_parameters(module: Any) -> list[torch.Tensor | None] | None:
-    """Weight and bias of gate, up and down; None where one of them is no plain linear layer (any more)."""
+    """Weight and bias of gate, up and down; None where one of them is not a plain linear layer (any more)."""
     linears = [getattr(module, name, None) for name in _PARTS]
     if any(type(linear) is not torch.nn.Linear for linear in linears):
         return None

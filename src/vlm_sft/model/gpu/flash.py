@@ -21,7 +21,7 @@ from vlm_sft.model.pack_context import PackLayout
 
 try:
     from torch.nn.attention import varlen
-except ImportError:  # before PyTorch 2.10
+except ImportError:  # an older PyTorch: `flash_problem` says so
     varlen = None  # type: ignore[assignment]
 
 SHARED_FLASH = "vlm_sft_flash"
@@ -207,7 +207,7 @@ def _attend(
     # were reported), and images have many.
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         output = varlen.varlen_attn(queries, keys, values, *ends, *longest, scale=scale, window_size=looks, **grouped)
-    assert isinstance(output, torch.Tensor)  # it is a tuple where more is asked for
+    assert isinstance(output, torch.Tensor)  # a tuple only where more is requested
     return output
 
 
