@@ -24,8 +24,9 @@ from common import README, RESULTS, commit, origin, write_block
 from peers.measure import now
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say
-from vlm_sft.model.attention import PackLayout, pack_layout, shared_sdpa
+from vlm_sft.model.attention import shared_sdpa
 from vlm_sft.model.gpu.flash import shared_flash
+from vlm_sft.model.pack_context import PackContext, PackLayout, computing
 
 RESULT = RESULTS / "attention.json"
 REFERENCE = "sdpa"
@@ -91,7 +92,7 @@ def ours(function: Any, layout: PackLayout) -> Kernel:
     """One of the package's attention functions over a pack."""
 
     def kernel(states: list[torch.Tensor]) -> torch.Tensor:
-        with pack_layout(layout):
+        with computing(PackContext(layout=layout)):
             return function(torch.nn.Module(), *states, None)[0]
 
     return kernel

@@ -35,7 +35,7 @@ from vlm_sft.model.families import FAMILIES as DECLARED
 from vlm_sft.model.last_layer import is_trimmed
 from vlm_sft.model.load import find_base, load_model
 from vlm_sft.model.sharing_check import choose_mode, sharing_error
-from vlm_sft.model.vision_features import why_not
+from vlm_sft.model.vision_features import features_problem
 
 RESULT = RESULTS / "families.json"
 PAGE = ROOT / "docs" / "FAMILIES.md"
@@ -93,7 +93,7 @@ def computed(base: Path) -> dict[str, Any]:
         "shares": mode.shares,
         "note": mode.note,
         "difference": sharing_error(model, encoder, mode) if mode.shares else None,
-        "features": why_not(model),
+        "features": features_problem(model),
         "trimmed": is_trimmed(model),
         "sized": model.config.model_type in SIZED,
         "targets": tiny_models.targets(model),

@@ -10,7 +10,8 @@ from tests.tiny_models import build
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
-from vlm_sft.model.dropout import KeyedDropout, dropout_keys, keep_mask
+from vlm_sft.model.dropout import KeyedDropout, keep_mask
+from vlm_sft.model.pack_context import PackContext, computing
 
 TOKENS, CHANNELS = 2000, 512
 KEYS = (3 * 1_048_576 + 1) * 65_536 + torch.arange(TOKENS)  # the offsets of one question, as packs have them
@@ -22,7 +23,7 @@ def correlation(left: torch.Tensor, right: torch.Tensor) -> float:
 
 def dropped(seed: int = 5, step: int = 3, probability: float = 0.05) -> torch.Tensor:
     layer = KeyedDropout(probability, seed)
-    with dropout_keys(KEYS, step):
+    with computing(PackContext(keys=KEYS, step=step)):
         return layer(torch.ones(1, TOKENS, CHANNELS))[0]
 
 
@@ -73,7 +74,7 @@ def test_images_and_questions_get_their_own_masks() -> None:
 def test_the_gradient_is_the_mask() -> None:
     values = torch.randn(1, TOKENS, 16, dtype=torch.float64, requires_grad=True)
     layer = KeyedDropout(0.25, 1)
-    with dropout_keys(KEYS, 0):
+    with computing(PackContext(keys=KEYS, step=0)):
         output = layer(values)
         output.sum().backward()
     assert values.grad is not None
@@ -84,7 +85,7 @@ def test_the_gradient_is_the_mask() -> None:
 def test_evaluation_and_other_shapes() -> None:
     layer = KeyedDropout(0.5, 1)
     values = torch.ones(1, 64, 64)
-    with dropout_keys(torch.arange(64), 0):
+    with computing(PackContext(keys=torch.arange(64), step=0)):
         torch.testing.assert_close(layer(values), layer(values))
         layer.eval()
         assert torch.equal(layer(values), values)
@@ -107,7 +108,7 @@ def test_a_question_has_the_same_mask_in_every_pack() -> None:
     seen: dict[tuple[int, str], torch.Tensor] = {}
     for pack in packs:
         batch = collate(pack, groups)
-        with dropout_keys(batch.keys, 7):
+        with computing(PackContext(keys=batch.keys, step=7)):
             mask = layer(torch.ones(1, batch.tokens, 32))[0]
         names = ["prefix", *batch.sample_ids]
         for group, branch in {(int(g), int(b)) for g, b in zip(batch.group, batch.branch, strict=True)}:

@@ -69,4 +69,4 @@ def test_on_a_gpu_the_wider_one_is_computed() -> None:
     expected = module(rows)
     assert align_gated(module) == 1
     torch.testing.assert_close(module(rows), expected, rtol=0.02, atol=0.02)
-    assert module._widened[0].shape == (64, 16)
+    assert module.widened_parameters[0].shape == (64, 16)

@@ -12,8 +12,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from vlm_sft.model import dropout
-from vlm_sft.model.dropout import KeyedDropout, dropout_keys, fused_dropout, fused_problem, stepwise_dropout
+from vlm_sft.model.dropout import KeyedDropout, fused_dropout, fused_problem, stepwise_dropout
 from vlm_sft.model.gpu.kernels import choose_kernels
+from vlm_sft.model.pack_context import PackContext, computing
 
 SHAPES = [(1, 1), (3, 17), (37, 1100), (64, 1024), (5, 2049)]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -98,7 +99,7 @@ def test_a_checkpointed_layer_under_autocast_draws_the_same_mask_again(dtype: to
 
     gradients = []
     for checkpointed in (False, True):
-        with dropout_keys(keys, 3):
+        with computing(PackContext(keys=keys, step=3)):
             with torch.autocast("cuda", torch.bfloat16):
                 output = checkpoint(body, values, use_reentrant=False) if checkpointed else body(values)
             gradients.append(torch.autograd.grad(output.float().square().sum(), [values, linear.weight]))
@@ -126,6 +127,6 @@ def test_without_a_gpu_the_formula_computes() -> None:
     assert fused_problem(torch.device("cpu")) == "no GPU"
     layer, keys = KeyedDropout(0.3, 5), keys_of(40)
     values = torch.randn(1, 40, 24)
-    with dropout_keys(keys, 2):
+    with computing(PackContext(keys=keys, step=2)):
         found = layer(values)
     assert torch.equal(found, stepwise_dropout(values, keys, 0.3, dropout._mix(5 * 1_000_003 + 2)))

@@ -21,7 +21,7 @@ from vlm_sft.model import packed_forward
 from vlm_sft.model.feature_precompute import Decision, use_features
 from vlm_sft.model.load import SHARED_SDPA
 from vlm_sft.model.sharing_check import choose_mode
-from vlm_sft.model.vision_features import TowerUse, tower_settings, why_not
+from vlm_sft.model.vision_features import TowerCounter, features_problem, tower_settings
 
 # Not (28, 28): transformers' Mistral 3 cannot compute a single picture of one visual token.
 SIZES = [(72, 56), (140, 90), (30, 28), (56, 300)]
@@ -75,7 +75,7 @@ def test_features_are_what_the_tower_computes(family: str, threads: int, tmp_pat
     online = [logits(model, batch, data) for batch in pixels]
     decision = keep(model, data, cache)
     assert decision.used and decision.computed == len(SIZES), decision
-    use = TowerUse(model)
+    use = TowerCounter(model)
     batches = packs(model, data)
     kept = [logits(model, batch, data) for batch in batches]
     assert use.calls == 0
@@ -93,7 +93,7 @@ def test_features_are_what_the_tower_computes(family: str, threads: int, tmp_pat
 
 def test_the_online_tower_is_counted(tmp_path: Path) -> None:
     model, data, _ = prepared("qwen2_5_vl", tmp_path)
-    use = TowerUse(model)
+    use = TowerCounter(model)
     logits(model, packs(model, data)[0], data)
     assert (use.calls, use.images) == (1, len(SIZES))
     use.close()
@@ -112,7 +112,7 @@ def test_a_second_run_computes_nothing(tmp_path: Path) -> None:
     model, data, cache = prepared("qwen2_5_vl", tmp_path)
     keep(model, data, cache)
     _, again, other = prepared("qwen2_5_vl", tmp_path)
-    use = TowerUse(model)
+    use = TowerCounter(model)
     decision = keep(model, again, other, "auto")
     assert decision.used and decision.computed == 0 and use.calls == 0
 
@@ -146,7 +146,7 @@ def test_reasons_against(tmp_path: Path) -> None:
     assert not once.used and "does not pay" in once.reason  # one look at an image is what computing it takes
     assert cache.features is None
     next(packed_forward.unwrap(model).model.visual.parameters()).requires_grad_(True)
-    assert why_not(model) == "the vision tower is trained"
+    assert features_problem(model) == "the vision tower is trained"
     assert not keep(model, data, cache).used
 
 

@@ -14,11 +14,12 @@ from torch.nn.attention import varlen
 from tests.questions import pack, questions, tiny
 from vlm_sft.data.packing import Bundle
 from vlm_sft.model import packed_forward
-from vlm_sft.model.attention import SHARED_SDPA, PackLayout, pack_layout, shared_sdpa, shared_windows
+from vlm_sft.model.attention import SHARED_SDPA, shared_sdpa, shared_windows
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.gpu import flash
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_windows, kernel_problem, shared_flash
 from vlm_sft.model.load import choose_attention, set_attention
+from vlm_sft.model.pack_context import PackContext, PackLayout, computing
 from vlm_sft.model.vision_features import encode_images
 
 PATTERNS = [[[0, 7, 12, 15, 23]], [[0, 5, 6], [6, 16, 20, 29, 30], [30, 31, 40]], [[0, 12, 13, 14, 15, 16, 17, 18]]]
@@ -79,7 +80,7 @@ def test_equal_to_blockwise(reference_kernel: None, branches: list[list[int]], w
     results = []
     for function in (shared_sdpa, shared_flash):
         inputs = [x.clone().requires_grad_() for x in (query, key, value)]
-        with pack_layout(PackLayout(length, branches)):
+        with computing(PackContext(layout=PackLayout(length, branches))):
             output, _ = function(torch.nn.Module(), *inputs, None, scaling=0.3, sliding_window=window)
         assert output.shape == (1, length, 4, 16)
         output.square().sum().backward()
@@ -93,10 +94,10 @@ def test_blocks_of_image_tokens_need_the_mask(reference_kernel: None) -> None:
     torch.manual_seed(0)
     blocks = torch.tensor([-1, 0, 0, 0, -1, -1, -1])
     query, key, value = (torch.randn(1, 2, 7, 8) for _ in range(3))
-    with pack_layout(PackLayout(7, [[0, 5, 7]], blocks)):
+    with computing(PackContext(layout=PackLayout(7, [[0, 5, 7]], blocks))):
         flash, _ = shared_flash(torch.nn.Module(), query, key, value, None)
         blockwise, _ = shared_sdpa(torch.nn.Module(), query, key, value, None)
-    with pack_layout(PackLayout(7, [[0, 5, 7]])):
+    with computing(PackContext(layout=PackLayout(7, [[0, 5, 7]]))):
         causal, _ = shared_sdpa(torch.nn.Module(), query, key, value, None)
     assert torch.equal(flash, blockwise)
     assert not torch.allclose(blockwise[0, 1], causal[0, 1])
@@ -123,7 +124,7 @@ def test_a_pytorch_without_groups_gets_repeated_keys(
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, 23, 16, dtype=torch.float64) for heads in (6, 2, 2))
     monkeypatch.setattr(flash, "_takes_groups", lambda: grouped)
-    with pack_layout(PackLayout(23, PATTERNS[0])):
+    with computing(PackContext(layout=PackLayout(23, PATTERNS[0]))):
         found, _ = shared_flash(torch.nn.Module(), query, key, value, None)
         exact, _ = shared_sdpa(torch.nn.Module(), query, key, value, None)
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
@@ -174,12 +175,12 @@ def test_what_the_kernel_does_not_take_is_computed_by_sdpa(monkeypatch: pytest.M
     ]:
         assert flash._fits(torch.empty(1, 1, 1, width, dtype=dtype, device=device)) == fits
     query, key, value = (torch.randn(1, 2, 7, 16) for _ in range(3))
-    with pack_layout(PackLayout(7, [[0, 5, 7]])):
+    with computing(PackContext(layout=PackLayout(7, [[0, 5, 7]]))):
         flash_output, _ = shared_flash(torch.nn.Module(), query, key, value, None)
         exact, _ = shared_sdpa(torch.nn.Module(), query, key, value, None)
     assert torch.equal(flash_output, exact)
     monkeypatch.setattr(flash, "_fits", lambda query: True)
-    with pack_layout(PackLayout(7, [[0, 5, 7]])):
+    with computing(PackContext(layout=PackLayout(7, [[0, 5, 7]]))):
         assert shared_flash(torch.nn.Module(), query, key, value, None, dropout=0.5)[0].shape == exact.shape
     assert flash_windows(torch.nn.Module(), query, key, value, None, 0.5, cu_seq_lens_q=ends)[0].shape == exact.shape
 
@@ -190,7 +191,7 @@ def test_the_real_kernel_takes_what_it_is_given() -> None:
     states = [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for shape in shapes]
     layout = PackLayout(23, PATTERNS[0])
     for window in (None, 9):
-        with pack_layout(layout):
+        with computing(PackContext(layout=layout)):
             output, _ = shared_flash(torch.nn.Module(), *states, None, scaling=0.3, sliding_window=window)
         assert output.shape == (1, 23, 4, 64)
         gradients = torch.autograd.grad(output.sum(), states)
@@ -243,7 +244,7 @@ def test_cudnn_is_not_asked(monkeypatch: pytest.MonkeyPatch, causal: bool) -> No
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     query = torch.randn(1, 2, 7, 8)
     if causal:
-        with pack_layout(PackLayout(7, [[0, 5, 7]])):
+        with computing(PackContext(layout=PackLayout(7, [[0, 5, 7]]))):
             shared_flash(torch.nn.Module(), query, query, query, None)
     else:
         flash_windows(torch.nn.Module(), query, query, query, None, cu_seq_lens_q=torch.tensor([0, 3, 7]))
@@ -290,7 +291,7 @@ def test_float32_queries_are_what_autocast_makes_of_them(function: Any, monkeypa
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(1, heads, branches[-1][-1], 8, generator=generator) for heads in (4, 2, 2)]
     query, key, value = states[0].requires_grad_(), states[1].requires_grad_(), states[2].bfloat16().requires_grad_()
-    with pack_layout(PackLayout(branches[-1][-1], branches)):
+    with computing(PackContext(layout=PackLayout(branches[-1][-1], branches))):
         exact, _ = shared_sdpa(torch.nn.Module(), query, key, value.float(), None)
         with torch.autocast("cpu", torch.bfloat16):
             output, _ = function(torch.nn.Module(), query, key, value, None)
@@ -300,6 +301,16 @@ def test_float32_queries_are_what_autocast_makes_of_them(function: Any, monkeypa
     slopes = torch.autograd.grad(output.float().sum(), [query, key])
     for ours, theirs in zip(slopes, torch.autograd.grad(exact.sum(), [query, key]), strict=True):
         assert ours.dtype == torch.float32 and torch.allclose(ours, theirs, atol=0.06)
+
+
+def test_a_pytorch_without_the_kernel_is_said_and_sdpa_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (9, 0), lambda *_: None)
+    monkeypatch.setattr(flash, "varlen", None)
+    flash._takes_groups.cache_clear()
+    assert flash.gathered_heads(4, 2) == 4
+    flash._takes_groups.cache_clear()
+    function, notes = choose_attention(True, torch.bfloat16)
+    assert function == SHARED_SDPA and "no variable-length kernel" in notes[0]
 
 
 def test_heads_that_the_kernel_does_not_take_are_told() -> None:

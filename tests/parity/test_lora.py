@@ -13,7 +13,8 @@ from torch import nn
 from tests.tiny_models import build
 from vlm_sft.model.adapters import add_lora, resolve_targets
 from vlm_sft.model.cpu.lora_linear import _covered_adapter, _one_step, fuse_lora
-from vlm_sft.model.dropout import KeyedDropout, dropout_keys
+from vlm_sft.model.dropout import KeyedDropout
+from vlm_sft.model.pack_context import PackContext, computing
 
 LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -47,7 +48,7 @@ def test_values_and_gradients_are_those_of_peft(
     if dropout:
         module.lora_dropout["default"] = KeyedDropout(dropout, 5)
     rows = torch.randn(1, 7, 12, dtype=dtype, requires_grad=rows_trained)
-    with dropout_keys(torch.arange(7), 3):
+    with computing(PackContext(keys=torch.arange(7), step=3)):
         expected = outcome(module, rows)
         assert fuse_lora(module) == 1
         assert fuse_lora(module) == 0  # once is enough
@@ -55,7 +56,7 @@ def test_values_and_gradients_are_those_of_peft(
         found = outcome(module, rows)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=LIMIT[dtype], atol=LIMIT[dtype])
-    with torch.no_grad(), dropout_keys(torch.arange(7), 3):
+    with torch.no_grad(), computing(PackContext(keys=torch.arange(7), step=3)):
         torch.testing.assert_close(module(rows), found[0])
 
 
@@ -72,7 +73,7 @@ def half_precision(device: str, dtype: torch.dtype, master: bool, dropout: float
             part.to(torch.float32 if master or fused is None else dtype).requires_grad_(True)
         inputs = rows.to(device, torch.float32 if fused is None else dtype).requires_grad_()
         narrow = torch.autocast(device, dtype, enabled=fused is not None)
-        with narrow, dropout_keys(torch.arange(700, device=device), 3):
+        with narrow, computing(PackContext(keys=torch.arange(700, device=device), step=3)):
             output = _one_step(module, "default", inputs) if fused else module(inputs)
         trained = [module.lora_A["default"].weight, module.lora_B["default"].weight, inputs]
         slopes = torch.autograd.grad(output.float().cos().sum(), trained)

@@ -16,8 +16,9 @@ from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS
 from vlm_sft.model.cpu.fuse import fuse_head, fuse_norms, fuse_patches
 from vlm_sft.model.families import PLAIN_LAYERS, PackMode
-from vlm_sft.model.last_layer import is_trimmed, kept_rows, trim_last_layer
+from vlm_sft.model.last_layer import is_trimmed, trim_last_layer
 from vlm_sft.model.load import set_attention
+from vlm_sft.model.pack_context import PackContext, computing
 from vlm_sft.model.vision_features import encode_images
 
 TEXT = sorted(name for name in PLAIN_LAYERS if not name.endswith("_text"))
@@ -43,7 +44,7 @@ def test_declared_text_models_give_the_same_rows_and_gradients(model_type: str) 
     whole = model(ids, use_cache=False).logits[:, rows]
     (expected,) = torch.autograd.grad(whole.square().sum(), [model.model.layers[-1].self_attn.q_proj.weight])
     assert trim_last_layer(model)
-    with kept_rows(rows, 12):
+    with computing(PackContext(12, rows=rows)):
         trimmed = model(ids, use_cache=False).logits
     (found,) = torch.autograd.grad(trimmed.square().sum(), [model.model.layers[-1].self_attn.q_proj.weight])
     torch.testing.assert_close(trimmed, whole, rtol=1e-12, atol=1e-12)

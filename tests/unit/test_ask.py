@@ -15,7 +15,7 @@ from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.interactive import open_asker
 from vlm_sft.model.adapters import load_adapter
 from vlm_sft.model.load import find_base, load_model
-from vlm_sft.model.vision_features import TowerUse
+from vlm_sft.model.vision_features import TowerCounter
 
 QUESTIONS = ["How many bars are there?", "Which one is red?"]
 
@@ -51,7 +51,7 @@ def test_base_and_tuned_side_by_side(place: Path, capsys: pytest.CaptureFixture[
 
 def test_the_image_is_computed_once_a_side(place: Path) -> None:
     asker = open_asker(None, place / "adapter")
-    use = TowerUse(asker.backend.model)
+    use = TowerCounter(asker.backend.model)
     answers = asker.ask(ImageRef.from_path(place / "chart.png"), QUESTIONS * 3)
     assert len(answers) == 6 and answers[:2] == answers[2:4]
     # A near tie between two words is decided alone, so there may be more; one an answer would be 12.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ STEP_SECONDS = 1800.0
 def require_deepspeed() -> None:
     """Raise RunError where DeepSpeed is not installed, or too old."""
     if find_spec("deepspeed") is None:
-        raise RunError("DeepSpeed is asked for and not installed", "pip install 'vlm-sft[deepspeed]'")
+        raise RunError("DeepSpeed is requested but not installed", "pip install 'vlm-sft[deepspeed]'")
     found = version("deepspeed")
     if Version(found) < Version(OLDEST_DEEPSPEED):
         raise RunError(
@@ -35,7 +36,7 @@ def require_deepspeed() -> None:
 
 
 def deepspeed_config(name: str, cpu: bool) -> dict[str, Any]:
-    """The configuration of one ZeRO stage, or the user's file; "auto" values are filled in by transformers."""
+    """The configuration of one ZeRO stage, or the user's file; transformers fills in the "auto" values."""
     if name not in ZERO_STAGES:
         if not Path(name).is_file():
             raise RunError(f"--deepspeed {name}: no such file", "pass zero2, zero3 or a DeepSpeed JSON file")
@@ -43,7 +44,7 @@ def deepspeed_config(name: str, cpu: bool) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise RunError(f"--deepspeed {name}: not a JSON object", "pass a DeepSpeed JSON file")
         if config.pop("scheduler", None) is not None:
-            warn(f"--deepspeed {name}: its scheduler is left out; the recipe says how the learning rate goes")
+            warn(f"--deepspeed {name}: its scheduler is ignored; the recipe sets the learning rate schedule")
         return config
     stage = ZERO_STAGES[name]
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": not cpu, "contiguous_gradients": True}
@@ -90,12 +91,18 @@ def join_deepspeed(cpu: bool) -> None:
 
 
 def without_compiler() -> None:
-    """Keep DeepSpeed from compiling its own shared-memory collectives, for minutes and with a C++ compiler."""
+    """Keep DeepSpeed on CPUs from compiling its own shared-memory collectives, which takes minutes and a C++ compiler.
+
+    DeepSpeed has no switch for that. It reads this table of operators once, when it makes its communication backend,
+    which for a single rank happens inside of accelerate; so the entry stays out for the life of the process, and gloo
+    communicates. Without the table DeepSpeed compiles, and the collectives are the same.
+    """
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)  # gloo serves
+    with suppress(AttributeError):
+        deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
 
 
 def is_partitioned(*weights: torch.Tensor) -> bool:
-    """Whether any of some weights is shared out: DeepSpeed then gives it an id."""
+    """Whether ZeRO-3 has partitioned any of some weights: DeepSpeed then gives it an id."""
     return any(hasattr(weight, "ds_id") for weight in weights)

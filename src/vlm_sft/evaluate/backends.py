@@ -75,9 +75,11 @@ class SharedPrefixBackend:
         in_step: every forward pass needs all ranks (ZeRO-3 partitions the weights), so all take the same number.
     """
 
-    def __init__(self, base: Base, model: Any, mode: PackMode | None = None, images: ImageSource | None = None) -> None:
+    def __init__(
+        self, base: Base, model: torch.nn.Module, mode: PackMode | None = None, images: ImageSource | None = None
+    ) -> None:
         self.base = base
-        self.model = model
+        self.model: Any = model  # with `disable_adapter` where PEFT wraps it
         self.encoder = Encoder(base.processor, base.prompt, base.stop_ids)
         self._images = images or self.encoder.process_images
         self.mode = mode or choose_mode(model, self.encoder)

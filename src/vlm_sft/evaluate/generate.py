@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, DynamicLayer
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode, masks_for
+from vlm_sft.model.protocols import AnyModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def alone(busy: bool) -> bool:
 
 @torch.no_grad()
 def generate(
-    model: Any,
+    model: AnyModel,
     batch: PackedBatch,
     *,
     mode: PackMode,
@@ -137,7 +138,7 @@ class _SharedSteps:
         batch: the pack whose questions are continued.
     """
 
-    def __init__(self, model: Any, batch: PackedBatch) -> None:
+    def __init__(self, model: AnyModel, batch: PackedBatch) -> None:
         self.config = packed_forward.unwrap(model).config
         group, branch = batch.group[batch.predict], batch.branch[batch.predict]
         own = (batch.branch[None, :] == 0) | (batch.branch[None, :] == branch[:, None])

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,7 +16,9 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from vlm_sft.common.errors import ModelError, quoted
 from vlm_sft.model.cpu.lora_linear import fuse_lora
 from vlm_sft.model.dropout import KeyedDropout
-from vlm_sft.model.saved_adapter import check_adapter_folder, first_line, misfit, require_places
+from vlm_sft.model.forward_patch import reason_of
+from vlm_sft.model.protocols import VisionLanguageModel
+from vlm_sft.model.saved_adapter import check_adapter_folder, misfit, require_places
 
 ALL_LINEAR = "all-linear"
 
@@ -39,7 +40,7 @@ class Targets:
     saved: tuple[str, ...] = ()
 
 
-def language_model_path(model: Any) -> str:
+def language_model_path(model: VisionLanguageModel) -> str:
     """Path of the language model inside a vision-language model, e.g. "model.language_model".
 
     Raises:
@@ -52,7 +53,7 @@ def language_model_path(model: Any) -> str:
     raise ModelError(f"{type(model).__name__} has no separate language model", "use an image-text-to-text model")
 
 
-def resolve_targets(model: Any, names: Sequence[str]) -> Targets:
+def resolve_targets(model: VisionLanguageModel, names: Sequence[str]) -> Targets:
     """Find the linear modules of the language model that the names mean.
 
     Args:
@@ -61,7 +62,7 @@ def resolve_targets(model: Any, names: Sequence[str]) -> Targets:
 
     Raises:
         ModelError: a name matches no linear module of the language model; the message says what it matches elsewhere
-            (a vision tower is never adapted unasked) and which names there are.
+            (a vision tower is adapted only on request) and which names there are.
     """
     root = language_model_path(model) + "."
     linear = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -95,7 +96,7 @@ def no_targets() -> Targets:
 
 
 def add_lora(
-    model: Any,
+    model: torch.nn.Module,
     targets: Targets,
     *,
     r: int,
@@ -172,17 +173,17 @@ def use_keyed_dropout(wrapped: PeftModel, dropout: float, seed: int) -> None:
             number += 1
 
 
-def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> PeftModel:
-    """Open a saved adapter on its base; `saved_adapter.require_fit` says before that whether it is the right one.
+def load_adapter(model: torch.nn.Module, folder: str | Path, trainable: bool = False) -> PeftModel:
+    """Open a saved adapter on its base; `saved_adapter.require_fit` checks first whether it is the right one.
 
     Raises:
-        ModelError: the folder is no adapter, it is damaged, or its weights do not fit the base.
+        ModelError: the folder holds no adapter, or one that is damaged or does not fit the base.
     """
     check_adapter_folder(Path(folder))
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, use_safetensors=True)
     except Exception as error:  # what settings from elsewhere raise in PEFT can be anything
-        raise misfit(Path(folder), [first_line(error)]) from error
+        raise misfit(Path(folder), [reason_of(error)]) from error
     require_places(Path(folder), adapted)
     fuse_lora(adapted)
     return adapted

@@ -9,9 +9,7 @@ small problem per image. The function registered here computes those, and no L x
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,162 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vlm_sft.data.collate import moved_to
+from vlm_sft.model.forward_patch import is_plain
+from vlm_sft.model.pack_context import PackLayout, current_pack
 
 SHARED_SDPA = "vlm_sft_sdpa"
 SHARED_WINDOWS = "vlm_sft_flash_windows"  # the name has to contain "flash", see `shared_windows`
-
-
-@dataclass(frozen=True, slots=True)
-class VarlenIndex:
-    """How a pack is read by a variable-length attention kernel.
-
-    Attributes:
-        gather: (G,) int64, for each sequence the tokens that are its keys: the prefix, then the sequence itself.
-        query_ends, key_ends: (sequences + 1,) int32, cumulative lengths.
-        longest_query, longest_key: in tokens.
-    """
-
-    gather: torch.Tensor
-    query_ends: torch.Tensor
-    key_ends: torch.Tensor
-    longest_query: int
-    longest_key: int
-
-
-@dataclass(slots=True)
-class PackLayout:
-    """The layout of the pack that is being computed.
-
-    Attributes:
-        length: L, tokens of the pack.
-        branches: for each image (start of the prefix, its end, end of each question …) in tokens.
-        blocks: (L,) int64, equal numbers for tokens that see each other in both directions, -1 for all others; None
-            where all attention is causal.
-        rows: how many positions of each image `parts` will be given; None counts them, for which a GPU is waited for.
-    """
-
-    length: int
-    branches: list[list[int]]
-    blocks: torch.Tensor | None = None
-    rows: list[int] | None = None
-    _masks: dict[int | None, list[torch.Tensor | None]] = field(default_factory=dict)
-    _parts: list[torch.Tensor] | None = None
-    _varlen: VarlenIndex | None = None
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """For each image (start, end) in tokens."""
-        return [(ends[0], ends[-1]) for ends in self.branches]
-
-    def masks(self, device: torch.device, window: int | None = None) -> list[torch.Tensor | None]:
-        """For each image (1, 1, N, N) bool, True where a token may look; None means plain causal (one question).
-
-        Args:
-            device: where the masks are needed.
-            window: tokens that a layer with a sliding window looks back, itself included; None for no window.
-        """
-        if window not in self._masks:
-            self._masks[window] = [self._mask(ends, device, window) for ends in self.branches]
-        return self._masks[window]
-
-    def parts(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """Split ascending positions by image: for each one its rows, counted from the start of the image, int64."""
-        if self._parts is None:
-            firsts = torch.tensor([start for start, _ in self.spans])
-            counts = self.rows
-            if counts is None:
-                image = torch.searchsorted(firsts, rows.cpu(), right=True) - 1
-                counts = torch.bincount(image, minlength=len(firsts)).tolist()
-            starts = torch.cat([first.expand(count) for first, count in zip(firsts, counts, strict=True)])
-            self._parts = list((rows - moved_to(rows.device, starts)).split(counts))
-        return self._parts
-
-    def _mask(self, ends: list[int], device: torch.device, window: int | None) -> torch.Tensor | None:
-        """The mask of one image."""
-        if window is not None and ends[-1] - ends[0] <= window:
-            window = None
-        if len(ends) <= 3 and self.blocks is None and window is None:
-            return None
-        sizes = [end - start for start, end in zip(ends, ends[1:], strict=False)]
-        branch = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
-        index = torch.cat([torch.arange(sizes[0]), *(sizes[0] + torch.arange(size) for size in sizes[1:])])
-        blocks = None if self.blocks is None else self.blocks[ends[0] : ends[-1]]
-        return branch_mask(moved_to(device, branch), moved_to(device, index), window, blocks)[None, None]
-
-    def varlen(self, device: torch.device) -> VarlenIndex:
-        """The same layout for a variable-length kernel."""
-        if self._varlen is None:
-            keys, queries, lengths = [], [0], [0]
-            for ends in self.branches:
-                for start, end in zip(ends, ends[1:], strict=False):
-                    if start != ends[0]:
-                        keys.append(torch.arange(ends[0], ends[1]))
-                    keys.append(torch.arange(start, end))
-                    queries.append(queries[-1] + end - start)
-                    lengths.append(lengths[-1] + end - start + (ends[1] - ends[0] if start != ends[0] else 0))
-            self._varlen = VarlenIndex(
-                moved_to(device, torch.cat(keys)),
-                moved_to(device, torch.tensor(queries, dtype=torch.int32)),
-                moved_to(device, torch.tensor(lengths, dtype=torch.int32)),
-                max(b - a for a, b in zip(queries, queries[1:], strict=False)),
-                max(b - a for a, b in zip(lengths, lengths[1:], strict=False)),
-            )
-        return self._varlen
-
-
-_active: PackLayout | None = None
-_rows: torch.Tensor | None = None
-
-
-@contextmanager
-def pack_layout(layout: PackLayout | None) -> Iterator[None]:
-    """Make `layout` the one that the attention function follows while the block runs.
-
-    The block must hold the backward pass too when activations are recomputed there (gradient checkpointing).
-    """
-    global _active
-    previous, _active = _active, layout
-    try:
-        yield
-    finally:
-        _active = previous
-
-
-@contextmanager
-def attending_rows(rows: torch.Tensor) -> Iterator[None]:
-    """Let the attention functions compute only the rows (S,) of a pack while the block runs; the others are zero."""
-    global _rows
-    previous, _rows = _rows, rows
-    try:
-        yield
-    finally:
-        _rows = previous
-
-
-def branch_mask(
-    branch: torch.Tensor, index: torch.Tensor, window: int | None = None, blocks: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Which token of one image may look at which.
-
-    Args:
-        branch: (N,) int64, 0 in the prefix, else the number of the question.
-        index: (N,) int64, index of the token in the sequence that its question alone would be.
-        window: tokens of a sliding window; None for no window.
-        blocks: as in `PackLayout`, (N,).
-
-    Returns:
-        (N, N) bool, rows are queries: True for the prefix and the own branch, up to the token itself and within its
-        block, and not farther back than the window.
-    """
-    order = torch.arange(len(branch), device=branch.device)
-    own = (branch[None, :] == 0) | (branch[None, :] == branch[:, None])
-    mask = own & (order[None, :] <= order[:, None])
-    if blocks is not None:
-        mask = mask | ((blocks[None, :] == blocks[:, None]) & (blocks[:, None] >= 0))
-    if window is not None:
-        mask = mask & (index[None, :] > index[:, None] - window)
-    return mask
 
 
 def shared_sdpa(
@@ -186,6 +33,7 @@ def shared_sdpa(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    attended_rows: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention, image by image inside a pack; elsewhere what transformers' `sdpa` does.
@@ -196,37 +44,77 @@ def shared_sdpa(
         attention_mask: used outside packs only.
         dropout: attention dropout probability.
         scaling: factor on the products; 1 / sqrt(D) when None.
+        attended_rows: (S,) int64, the tokens of a pack whose output is needed; None for all.
         **kwargs: passed to transformers outside packs; `sliding_window` is followed inside them too.
 
     Returns:
-        (B, L, H, D) and None, as transformers expects.
+        (B, L, H, D), zero in the rows of a pack that are not needed, and None, as transformers expects.
     """
-    layout = _active
-    is_pack = layout is not None and getattr(module, "is_causal", True) and query.shape[2] == layout.length
-    if layout is None or not is_pack or key.shape[2] != layout.length:
-        if attention_mask is not None and query.shape[2] < key.shape[2] and query.shape[1] > key.shape[1]:
-            return _continued(query, key, value, attention_mask, dropout, scaling), None
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+    layout = _whole_pack(query, key)
+    if layout is not None and getattr(module, "is_causal", True):
+        window = kwargs.get("sliding_window")
+        return pack_sdpa(layout, query, key, value, dropout, scaling, window, attended_rows), None
+    grouped = query.shape[2] < key.shape[2] and query.shape[1] > key.shape[1]
+    if attention_mask is not None and grouped and not is_plain():
+        return _continued(query, key, value, attention_mask, dropout, scaling), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _whole_pack(query: torch.Tensor, key: torch.Tensor) -> PackLayout | None:
+    """The layout of the current pack where queries and keys (B, H, L, D) are all of its tokens; else None."""
+    layout = current_pack().layout
+    return layout if layout is not None and query.shape[2] == key.shape[2] == layout.length else None
+
+
+def causal_pack(query: torch.Tensor, key: torch.Tensor) -> PackLayout | None:
+    """The layout of the current pack, for attention over all of its tokens in which none sees a later one; else None.
+
+    Args:
+        query, key: (B, H, L, D).
+    """
+    layout = _whole_pack(query, key)
+    return layout if layout is not None and layout.blocks is None else None
+
+
+def pack_sdpa(
+    layout: PackLayout,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    window: int | None = None,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Scaled dot-product attention over a pack, image by image.
+
+    Args:
+        layout: of the pack.
+        query, key, value, dropout, scaling: as in `shared_sdpa`.
+        window: tokens that a layer with a sliding window looks back, itself included; None for no window.
+        rows: as `attended_rows` there.
+
+    Returns:
+        (1, L, H, D).
+    """
     repeats = query.shape[1] // key.shape[1]
-    masks = layout.masks(query.device, kwargs.get("sliding_window"))
+    masks = layout.masks(query.device, window)
     # split, not slices: the gradients of slices would each be a tensor of the whole pack, and their sum quadratic.
     sizes = [end - start for start, end in layout.spans]
     keys, values = (repeat_kv(tensor, repeats).split(sizes, dim=2) for tensor in (key, value))
     queries: Sequence[torch.Tensor] = query.split(sizes, dim=2)
-    if _rows is not None:
-        parts = layout.parts(_rows)
-        queries = [part.index_select(2, rows) for part, rows in zip(queries, parts, strict=True)]
-        masks = [_mask_rows(mask, rows, size) for mask, rows, size in zip(masks, parts, sizes, strict=True)]
+    if rows is not None:
+        parts = layout.parts(rows)
+        queries = [part.index_select(2, own) for part, own in zip(queries, parts, strict=True)]
+        masks = [_mask_rows(mask, own, size) for mask, own, size in zip(masks, parts, sizes, strict=True)]
     outputs = [
         F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=mask is None, scale=scaling)
         for q, k, v, mask in zip(queries, keys, values, masks, strict=True)
     ]
     output = torch.cat(outputs, dim=2).transpose(1, 2)
-    if _rows is not None:
-        return output.new_zeros(1, layout.length, *output.shape[2:]).index_copy(1, _rows, output), None
-    return output.contiguous(), None
+    if rows is None:
+        return output.contiguous()
+    return output.new_zeros(1, layout.length, *output.shape[2:]).index_copy(1, rows, output)
 
 
 def _continued(
@@ -274,8 +162,8 @@ def shared_windows(
 ) -> tuple[torch.Tensor, None]:
     """Attention within windows or images of a vision tower, all of one length in one call.
 
-    transformers' `sdpa` calls the kernel once a window; towers hand the ends of the windows over only to functions
-    whose name contains "flash". The values are the same.
+    transformers' `sdpa` calls the kernel once per window; towers pass the ends of the windows only to functions whose
+    name contains "flash". The values are the same.
 
     Args:
         module: the attention layer.
@@ -289,7 +177,7 @@ def shared_windows(
     Returns:
         (1, L, H, D) and None.
     """
-    assert cu_seq_lens_q is not None, "a tower of this kind tells the ends of its windows"
+    assert cu_seq_lens_q is not None, "a tower of this kind passes the ends of its windows"
     sizes = _window_sizes(cu_seq_lens_q)
     states = [tensor[0].transpose(0, 1).split(sizes) for tensor in (query, key, value)]
     outputs: list[torch.Tensor | None] = [None] * len(sizes)
@@ -303,22 +191,11 @@ def shared_windows(
 
 
 def _window_sizes(ends: torch.Tensor) -> list[int]:
-    """Lengths between cumulative ones. All layers of a tower are given one tensor, so a GPU is waited for once."""
-    sizes = getattr(ends, "_window_sizes", None)
+    """Lengths of windows. All layers of a tower share one tensor of their ends, so a GPU is waited for once."""
+    sizes = getattr(ends, "window_sizes", None)
     if sizes is None:
-        sizes = ends._window_sizes = ends.diff().tolist()  # type: ignore[attr-defined]
+        sizes = ends.window_sizes = ends.diff().tolist()  # type: ignore[attr-defined]
     return sizes
-
-
-def causal_pack(query: torch.Tensor, key: torch.Tensor) -> PackLayout | None:
-    """The layout in force, for attention (B, H, L, D) over a whole pack in which no token sees a later one; else None.
-
-    The few rows of a trimmed layer are not a whole pack.
-    """
-    layout = _active
-    if layout is None or layout.blocks is not None or _rows is not None:
-        return None
-    return layout if query.shape[2] == key.shape[2] == layout.length else None
 
 
 def register(functions: dict[str, Callable[..., tuple[torch.Tensor, None]]]) -> None:
@@ -329,3 +206,24 @@ def register(functions: dict[str, Callable[..., tuple[torch.Tensor, None]]]) -> 
 
 
 register({SHARED_SDPA: shared_sdpa, SHARED_WINDOWS: shared_windows})
+
+
+def attention_name(config: Any) -> str:
+    """Name of the attention function that a part of a model uses; transformers has no public name for it.
+
+    Args:
+        config: of the language model or of the vision tower.
+    """
+    return config._attn_implementation
+
+
+def assign_windows(config: Any, name: str) -> None:
+    """Let a vision tower attend through one of our functions for windows.
+
+    `set_attn_implementation`, the public way, takes every name with "flash" for a package that has to be imported.
+
+    Args:
+        config: of the tower.
+        name: of the function.
+    """
+    config._attn_implementation = name

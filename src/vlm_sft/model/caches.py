@@ -23,7 +23,8 @@ from vlm_sft.data.sample import Sample
 from vlm_sft.distributed.collectives import agree, barrier, gather
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.model.feature_precompute import use_features
-from vlm_sft.model.vision_features import TowerUse
+from vlm_sft.model.protocols import AnyModel
+from vlm_sft.model.vision_features import TowerCounter
 
 
 @dataclass
@@ -58,14 +59,14 @@ class Caches:
         return find_team(self.root, self.launch)
 
     def keep_features(
-        self, model: Any, cache: DataCache, uses: Sequence[tuple[Sequence[Sample], float]], stage: str
+        self, model: AnyModel, cache: DataCache, uses: Sequence[tuple[Sequence[Sample], float]], stage: str
     ) -> None:
         """Decide on vision features for images, compute what is missing, and say so.
 
         Args:
             model: the model, not yet wrapped for several devices.
             cache: gives the images from here on.
-            uses: samples, one an image, and how often each image will be looked at.
+            uses: samples, one per image, and how often each image will be used.
             stage: "training" or "evaluation", for the line and for run.json.
         """
         decision = use_features(model, cache, uses, self.options.feature_cache, self.launch.device)
@@ -73,7 +74,7 @@ class Caches:
         kept = "kept" if decision.used else "computed anew each time"
         say(f"vision features ({stage}): {kept}: {decision.reason}")
 
-    def evaluation_cache(self, model: Any, encoder: Encoder, samples: Sequence[Sample]) -> DataCache:
+    def evaluation_cache(self, model: AnyModel, encoder: Encoder, samples: Sequence[Sample]) -> DataCache:
         """Prepare the images of benchmarks, and keep their vision features where that pays.
 
         Two models are expected to look at each image, in this command or in another one: a base and its adapter.
@@ -90,7 +91,7 @@ class Caches:
         return cache
 
     def describe(self, caches: Sequence[DataCache]) -> None:
-        """Note the switches and what all ranks prepared anew; all ranks must call it."""
+        """Record the switches and what all ranks had to prepare; all ranks must call it."""
         counts = [(cache.processed_images, cache.tokenised_groups) for cache in caches]
         images, groups = (sum(numbers) for numbers in zip(*sum(gather(counts), []), strict=True))
         self.facts |= {
@@ -125,7 +126,7 @@ def find_team(root: Path, launch: Launch) -> Team:
         seen = []
     seen = seen if launch.rank in seen else [launch.rank]
     members = [rank for rank, others in enumerate(gather(seen)) if others == seen]
-    with suppress(OSError):  # the last one of a folder takes it away
+    with suppress(OSError):  # the last one removes the folder
         own.unlink(missing_ok=True)
         folder.rmdir()
     return Team(members.index(launch.rank), len(members), launch.world_size, launch.local_size, barrier, gather, agree)
@@ -146,14 +147,14 @@ class Engine(Caches):
     options: EngineOptions
 
     def describe(self, caches: Sequence[DataCache]) -> None:
-        """Note the switches and what was prepared anew."""
+        """Record the switches and what had to be prepared."""
         super().describe(caches)
         self.facts |= {"share_images": self.options.share_images, "packing": self.options.packing}
 
     @contextmanager
-    def counted(self, model: Any) -> Iterator[None]:
+    def counted(self, model: AnyModel) -> Iterator[None]:
         """Count the calls of the vision tower during the training, on this rank."""
-        use = TowerUse(model)
+        use = TowerCounter(model)
         try:
             yield
         finally:

@@ -7,42 +7,19 @@ other values, and two runs that should be one optimisation drift apart. Here a v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from vlm_sft.model.forward_patch import reason_of
-
-_keys: tuple[torch.Tensor, ...] = ()  # of all tokens, and of those rows that a trimmed layer keeps
-_step = 0
+from vlm_sft.model.forward_patch import PLAIN_REASON, is_plain, reason_of
+from vlm_sft.model.pack_context import current_pack
 
 # Odd 31-bit multipliers, whose products wrap around in int32, and shifts.
 _ROUNDS = ((0x2C1B3C6D, 15), (0x297A2D39, 13))
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHECKED_TOKENS, _CHECKED_CHANNELS = 37, 1100  # no multiples of a kernel's blocks
-
-
-@contextmanager
-def dropout_keys(keys: torch.Tensor | None, step: int, rows: torch.Tensor | None = None) -> Iterator[None]:
-    """Set what the masks are made from while the block runs (forward and backward of one pack).
-
-    Args:
-        keys: (L,) int64, a number a token, from `PackedBatch.keys`; None for ordinary dropout.
-        step: number of the optimizer step.
-        rows: (S,) int64, the tokens that a trimmed last layer keeps (`model/last_layer.py`); their keys go with them.
-    """
-    global _keys, _step
-    previous, previous_step = _keys, _step
-    _keys = () if keys is None else (keys,) if rows is None else (keys, keys[rows])
-    _step = step
-    try:
-        yield
-    finally:
-        _keys, _step = previous, previous_step
 
 
 def _mix(value: int) -> int:
@@ -139,15 +116,16 @@ def fused_dropout(values: torch.Tensor, keys: torch.Tensor, probability: float, 
     return _FusedDropout.apply(values, keys, probability, seed)
 
 
-@cache
 def fused_problem(device: torch.device) -> str | None:
-    """Why the kernel cannot be used on a device; None where it gives the values of the formula on the CPU.
-
-    Args:
-        device: asked once a process.
-    """
+    """Why the kernel cannot be used on a device; None where it gives the values of the formula on the CPU."""
     if device.type != "cuda":
         return "no GPU"
+    return PLAIN_REASON if is_plain() else _kernel_problem_once(device)
+
+
+@cache
+def _kernel_problem_once(device: torch.device) -> str | None:
+    """The same for a GPU, found out once a process."""
     if find_spec("triton") is None:
         return "Triton is not installed"
     try:
@@ -176,7 +154,7 @@ def kernel_problem(device: torch.device) -> str | None:
 
 
 class KeyedDropout(torch.nn.Module):
-    """Dropout with masks from `keep_mask` inside `dropout_keys`, ordinary dropout elsewhere.
+    """Dropout with masks from `keep_mask` inside a pack with keys, ordinary dropout elsewhere.
 
     Args:
         probability: share of values that are dropped.
@@ -192,13 +170,13 @@ class KeyedDropout(torch.nn.Module):
         """Drop values of a (1, L, C) activation and scale the others by 1 / (1 - probability)."""
         if not self.training or self.p == 0.0:
             return values
-        if not _keys:
+        pack = current_pack()
+        keys = pack.keys_for(values.shape[-2])
+        if keys is None:
             return torch.nn.functional.dropout(values, self.p)
-        keys = next((keys for keys in _keys if len(keys) == values.shape[-2]), None)
-        assert keys is not None, f"{values.shape[-2]} tokens in a layer of a pack of {len(_keys[0])}"
         fits = values.is_cuda and values.dtype in KERNEL_DTYPES and fused_problem(values.device) is None
         dropout = fused_dropout if fits else stepwise_dropout
-        return dropout(values, keys, self.p, _mix(self.seed * 1_000_003 + _step))
+        return dropout(values, keys, self.p, _mix(self.seed * 1_000_003 + pack.step))
 
     def extra_repr(self) -> str:
         """Show the probability when the model is printed."""

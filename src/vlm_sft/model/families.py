@@ -22,7 +22,7 @@ class Family:
     Attributes:
         reason: why its questions cannot share an image; "" where they can.
         image_blocks: the tokens of an image see each other in both directions (type 1 in the processor's token types).
-        one_block: all images of a question are one such block, whatever stands between them.
+        one_block: all images of a question are one such block, whatever is between them.
         token_types: the model wants the processor's token types in training, whatever mask it is given.
         masks_by_layer: the model accepts a mask for each type of layer, so sliding windows can be told apart.
         answer_type: token type of an answer, where it differs from that of a prompt.
@@ -65,7 +65,7 @@ class PackMode:
     """How the packs of one model are computed.
 
     Attributes:
-        kind: "blockwise": one small attention problem an image, through our attention functions; "dense": one mask
+        kind: "blockwise": one small attention problem per image, through our attention functions; "dense": one mask
             over the whole pack, for any attention function; "separate": plain transformers, one question a sequence.
         image_blocks, one_block: as in `Family`.
         note: one line for the user where sharing is given up; "" otherwise.
@@ -105,7 +105,7 @@ def declared_mode(config: Any, kind: Kind) -> PackMode | None:
         kind: what is used where sharing is possible: "blockwise" or "dense".
 
     Returns:
-        The mode; None for an unknown family whose layers are plain: it has to be tried.
+        The mode; None for an unknown family whose layers are plain: it has to be checked.
     """
     family = family_of(config)
     others = layer_kinds(config) - {FULL}
@@ -117,7 +117,7 @@ def declared_mode(config: Any, kind: Kind) -> PackMode | None:
 
 
 def separate_mode(config: Any, reason: str) -> PackMode:
-    """The fallback, with the line that tells the user."""
+    """The fallback, with a line for the user."""
     note = f"{config.model_type}: {reason}, so every question gets its own copy of the image (slower, same result)"
     return PackMode("separate", note=note)
 

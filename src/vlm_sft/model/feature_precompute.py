@@ -21,7 +21,8 @@ from vlm_sft.data.cache.feature_names import AUTO, OFF, feature_record
 from vlm_sft.data.cache.store import CacheFullError, Record, Store, record_bytes
 from vlm_sft.data.sample import Sample
 from vlm_sft.model.feature_choice import FeatureCost
-from vlm_sft.model.vision_features import encode_images, tower_settings, whole_tower, why_not
+from vlm_sft.model.protocols import AnyModel
+from vlm_sft.model.vision_features import encode_images, features_problem, tower_settings, whole_tower
 
 BATCH_PATCHES = 8192  # patches of one tower call in the preparation pass
 PROBES = 4  # images that `auto` measures on
@@ -35,8 +36,8 @@ class Decision:
     Attributes:
         used: True when every image has its features.
         reason: one line for the user.
-        images, computed: images asked for, and those of them that the pass computed.
-        bytes: size of the features of the images, about.
+        images, computed: images that were requested, and those of them that the pass computed.
+        bytes: approximate size of the features of the images.
         tower_seconds, read_seconds, write_seconds: of one image, where they were measured.
     """
 
@@ -55,14 +56,18 @@ class Decision:
 
 
 def use_features(
-    model: Any, cache: DataCache, uses: Sequence[tuple[Sequence[Sample], float]], budget: int | str, device: str = "cpu"
+    model: AnyModel,
+    cache: DataCache,
+    uses: Sequence[tuple[Sequence[Sample], float]],
+    budget: int | str,
+    device: str = "cpu",
 ) -> Decision:
     """Decide whether to keep vision features; compute those that are missing, on all ranks, which all must call it.
 
     Args:
         model: the model, before it is wrapped for training on several devices.
         cache: gives the pixels, and from here on the features; its team shares the work.
-        uses: samples, one an image, and how often each image will be looked at.
+        uses: samples, one per image, and how often each image will be used.
         budget: "off", "auto", or bytes of disk for the features of this model.
         device: of this process.
 
@@ -70,7 +75,7 @@ def use_features(
         The decision, the same on every rank.
     """
     cache.features = None
-    reason = why_not(model)
+    reason = features_problem(model)
     if budget == OFF or reason:
         return Decision(False, reason or "switched off with --feature_cache off")
     samples = {record_key(sample.image_key): sample for part, _ in uses for sample in part}
@@ -92,7 +97,7 @@ def use_features(
     return decision
 
 
-def _open(model: Any, cache: DataCache, samples: Mapping[str, Sample]) -> Store:
+def _open(model: AnyModel, cache: DataCache, samples: Mapping[str, Sample]) -> Store:
     """Map what is there of the features of images.
 
     Raises:
@@ -112,7 +117,13 @@ def _open(model: Any, cache: DataCache, samples: Mapping[str, Sample]) -> Store:
 
 
 def _decide(
-    model: Any, cache: DataCache, missing: Sequence[Sample], images: int, looks: float, budget: int | str, device: str
+    model: AnyModel,
+    cache: DataCache,
+    missing: Sequence[Sample],
+    images: int,
+    looks: float,
+    budget: int | str,
+    device: str,
 ) -> Decision:
     """Measure on a few images whether keeping features pays and fits; what is kept already is always used."""
     if not missing:
@@ -127,7 +138,7 @@ def _decide(
     return Decision(True, f"computed once for {len(missing):,} images, {what}", computed=len(missing), **facts)
 
 
-def _measure(model: Any, cache: DataCache, probes: Sequence[Sample], device: str) -> FeatureCost:
+def _measure(model: AnyModel, cache: DataCache, probes: Sequence[Sample], device: str) -> FeatureCost:
     """What one image costs; features are read from the disk to the device."""
     images = [cache.pixel_tensors(sample) for sample in probes]
     encode_images(model, images[:1])
@@ -166,7 +177,7 @@ def _forget_pages(folder: Path) -> None:
 
 
 def _compute_missing(
-    model: Any, cache: DataCache, store: Store, samples: Mapping[str, Sample], limit: int | None
+    model: AnyModel, cache: DataCache, store: Store, samples: Mapping[str, Sample], limit: int | None
 ) -> str:
     """Compute what is missing, each rank of a team its share.
 
@@ -186,7 +197,7 @@ def _compute_missing(
     return next((text for text in team.gather(problem) if text), "")
 
 
-def _compute(model: Any, cache: DataCache, store: Store, samples: Mapping[str, Sample], limit: int | None) -> None:
+def _compute(model: AnyModel, cache: DataCache, store: Store, samples: Mapping[str, Sample], limit: int | None) -> None:
     """Run the tower over images and keep its output.
 
     Raises:

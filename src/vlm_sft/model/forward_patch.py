@@ -1,40 +1,134 @@
-"""Modules whose forward is exchanged for a faster one.
+"""Modules whose forward is exchanged for a faster one that gives the same values.
 
-With VLM_SFT_PLAIN=1 in the environment nothing is exchanged: every module computes as its library wrote it.
+A module is exchanged only where a numeric probe has shown that it computes the formula; one that differs, or whose
+probe raises anything, is left as it is. With VLM_SFT_PLAIN=1 in the environment nothing is exchanged: every module
+computes as its library wrote it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 
 PLAIN = "VLM_SFT_PLAIN"  # in the environment
+PLAIN_REASON = f"switched off by {PLAIN}=1"
+_PROBE_ROWS = 3
+_log = logging.getLogger(__name__)
+
+
+def is_plain() -> bool:
+    """Whether the environment asks for the libraries' own modules and operators, without any faster form of ours."""
+    return os.environ.get(PLAIN) == "1"
 
 
 def exchange_forward(
-    modules: Iterable[torch.nn.Module], fits: Callable[[Any], bool], forward: Callable[..., torch.Tensor]
+    modules: Iterable[torch.nn.Module],
+    fits: Callable[[Any], bool],
+    fast: Callable[[Any, torch.Tensor], torch.Tensor | None],
 ) -> int:
-    """Exchange the forward of modules, once; the earlier one stays as `module.forward_stepwise` to fall back on.
+    """Exchange the forward of modules of one input, once.
 
     Args:
         modules: among them those that are changed.
-        fits: whether one has the faster form.
-        forward: the new one, a function of the module and its inputs.
+        fits: whether a module has the faster form; an exception counts as no.
+        fast: computes a module's input, or returns None where it does not cover it. What it does not cover, and calls
+            with more than one input, go to the module's earlier forward.
 
     Returns:
         How many were changed.
     """
-    if os.environ.get(PLAIN) == "1":
+    if is_plain():
         return 0
-    found: list[Any] = [one for one in modules if not hasattr(one, "forward_stepwise") and fits(one)]
+    found = [module for module in modules if not is_exchanged(module) and _holds(fits, module)]
     for module in found:
-        module.forward_stepwise = module.forward
-        module.forward = MethodType(forward, module)
+        replace_forward(module, _with_fallback(fast))
     return len(found)
+
+
+def replace_forward(module: Any, forward: Callable[..., torch.Tensor]) -> None:
+    """Give a module another forward; the earlier one stays as `module.forward_stepwise` to fall back on."""
+    module.forward_stepwise = module.forward
+    module.forward = MethodType(forward, module)
+
+
+def is_exchanged(module: torch.nn.Module) -> bool:
+    """Whether a module has another forward than its library gave it."""
+    return hasattr(module, "forward_stepwise")
+
+
+def _holds(fits: Callable[[Any], bool], module: torch.nn.Module) -> bool:
+    try:
+        return fits(module)
+    except Exception as error:  # an unknown module may raise anything, and none of it may end a run
+        _log.info("%s is left as it is: its probe raised %s", type(module).__name__, reason_of(error))
+        return False
+
+
+def _with_fallback(fast: Callable[[Any, torch.Tensor], torch.Tensor | None]) -> Callable[..., torch.Tensor]:
+    def forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        values = (*args, *kwargs.values())
+        output = fast(module, values[0]) if len(values) == 1 else None
+        return module.forward_stepwise(*args, **kwargs) if output is None else output
+
+    return forward
+
+
+def probe_rows(weight: torch.Tensor, channels: int) -> torch.Tensor:
+    """A few fixed rows, (3, channels), in the number format and on the device of a weight."""
+    return torch.linspace(-2.0, 3.0, _PROBE_ROWS * channels).reshape(_PROBE_ROWS, channels).to(weight)
+
+
+def agrees(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Whether two computations give the same values, up to rounding.
+
+    Args:
+        found: of the faster form.
+        expected: of the module or formula that it stands for.
+        tolerance: the largest difference, as a share of the largest expected value; 0 for the same numbers.
+    """
+    if found.shape != expected.shape:
+        return False
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    difference = (found.to(wide) - expected.to(wide)).abs().max()
+    return bool(difference <= tolerance * expected.to(wide).abs().max())
+
+
+def values_and_gradients(
+    function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] = ()
+) -> list[torch.Tensor]:
+    """What a function gives, and the gradients of the sum of its cosines.
+
+    Args:
+        function: of the inputs.
+        inputs: of any shapes; copies of them are used.
+        weights: what else has a gradient.
+
+    Returns:
+        The output, then a gradient for each input and each weight.
+    """
+    leaves = [one.detach().clone().requires_grad_() for one in inputs]
+    with torch.enable_grad():
+        output = function(*leaves)
+        return [output.detach(), *torch.autograd.grad(output.float().cos().sum(), [*leaves, *weights])]
+
+
+def bare_copy(module: torch.nn.Module) -> Any:
+    """A module of the same class with the same plain settings, and neither parameters nor children.
+
+    It is small and can go to another process.
+    """
+    made = object.__new__(type(module))
+    torch.nn.Module.__init__(made)
+    plain = {name: one for name, one in vars(module).items() if isinstance(one, int | float | str | tuple)}
+    vars(made).update(plain)
+    if hasattr(module, "config"):
+        made.config = module.config
+    return made
 
 
 def reason_of(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Whether a model is built as needed: one language model that reads the images' tokens."""
+"""Whether a model is built as needed: one language model that reads the tokens of images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from vlm_sft.common.errors import ModelError, quoted
 from vlm_sft.model.families import FAMILIES
+from vlm_sft.model.protocols import VisionLanguageModel
 
 
 def require_layout(config: PreTrainedConfig, name: str) -> None:
@@ -25,11 +26,11 @@ def require_layout(config: PreTrainedConfig, name: str) -> None:
         return
     try:
         model = without_weights(config)
-    except ImportError as error:  # its text tells what to install
+    except ImportError as error:  # its text says what to install
         raise ModelError(
             f"--base_model {name}: {' '.join(str(error).split())}", "install that package, or use another base"
         ) from error
-    except Exception:  # some models are never built without their weights: loading them tells what is wrong
+    except Exception:  # some models cannot be built without their weights: loading them shows what is wrong
         return
     problem = layout_problem(model)
     if problem:
@@ -45,7 +46,7 @@ def without_weights(config: PreTrainedConfig) -> Any:
         return AutoModelForImageTextToText.from_config(config)
 
 
-def layout_problem(model: Any) -> str | None:
+def layout_problem(model: VisionLanguageModel) -> str | None:
     """Why a model cannot be used; None where one language model reads the tokens of images among its own.
 
     Args:

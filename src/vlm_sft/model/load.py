@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -23,15 +24,17 @@ from vlm_sft.common.artifacts import read_json
 from vlm_sft.common.console import warn
 from vlm_sft.common.errors import ModelError, RunError, quoted
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS
+from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS, assign_windows, attention_name
 from vlm_sft.model.cpu.fuse import fuse_modules
 from vlm_sft.model.families import DEFAULT_BASE
+from vlm_sft.model.forward_patch import is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.layout import require_layout, without_weights
 from vlm_sft.model.model_folder import require_model
 from vlm_sft.model.pocket import WEIGHTS
-from vlm_sft.model.transposed_experts import know_whole_shapes
+from vlm_sft.model.protocols import VisionLanguageModel
+from vlm_sft.model.transposed_experts import compare_whole_shapes
 from vlm_sft.model.vision_features import tower_modules
 
 POCKET = "pocket"
@@ -80,9 +83,9 @@ class Base:
         return str(self.dtype).removeprefix("torch.")
 
 
-def is_blockwise(model: Any) -> bool:
+def is_blockwise(model: VisionLanguageModel) -> bool:
     """True when the language model attends through our functions and needs no dense mask."""
-    return model.config.get_text_config()._attn_implementation in (SHARED_SDPA, SHARED_FLASH)
+    return attention_name(model.config.get_text_config()) in (SHARED_SDPA, SHARED_FLASH)
 
 
 def resolve_path(name: str) -> str:
@@ -108,18 +111,18 @@ def resolve_path(name: str) -> str:
 
 
 def _require_family(folder: Path, name: str) -> None:
-    """Refuse a text-only model before what such a folder has no use for is said to be missing."""
+    """Refuse a text-only model, before its folder is said to lack a processor that it does not need."""
     try:
         family = read_json(folder / "config.json", strict=False).get("model_type")
     except RunError:
-        return  # told by `require_model`
+        return  # `require_model` reports it
     if isinstance(family, str) and family in CONFIG_MAPPING:
         _require_image_text(CONFIG_MAPPING[family], family, name)
 
 
 def _require_image_text(config: type, family: str, name: str) -> None:
     """Refuse a family of models that takes no images or writes no text."""
-    if config not in AutoModelForImageTextToText._model_mapping:
+    if config not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ModelError(
             f"--base_model {name}: {quoted(family)} is not an image-text-to-text model",
             "use a vision-language model, e.g. of the Qwen2.5-VL family",
@@ -150,10 +153,10 @@ def _bfloat16_notes(bf16: bool | str) -> list[str]:
 
 
 def choose_attention(flash_attn: bool, dtype: torch.dtype, width: int | None = None) -> tuple[str, list[str]]:
-    """Choose the attention function and say why FlashAttention is not used where it was asked for.
+    """Choose the attention function, and say why a requested FlashAttention is not used.
 
     Args:
-        flash_attn: whether it was asked for.
+        flash_attn: whether FlashAttention was requested.
         dtype: of the model.
         width: of the heads of its language model, where that is known.
 
@@ -250,7 +253,7 @@ def load_model(base: Base, device: str = "cpu") -> Any:
     Raises:
         ModelError: the weights cannot be opened.
     """
-    know_whole_shapes(base.path)
+    compare_whole_shapes(base.path)
     model, found = _open(
         lambda: AutoModelForImageTextToText.from_pretrained(
             base.path,
@@ -273,7 +276,7 @@ def load_model(base: Base, device: str = "cpu") -> Any:
     if base.load_in_4bit:
         _keep_scales(model)
     else:
-        vars(model).pop("hf_device_map", None)  # by which trainers take a model for one on several devices
+        vars(model).pop("hf_device_map", None)  # trainers would think that the model is spread over several devices
     return ready(model, base.function)
 
 
@@ -295,11 +298,12 @@ def empty_model(path: str) -> Any:
     return without_weights(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
-def _keep_scales(model: Any) -> None:
+def _keep_scales(model: VisionLanguageModel) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first evaluation, which rounds their scales for good.
 
     It does so on processors with AVX512-BF16.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -309,7 +313,7 @@ def _in_4bit(base: Base) -> dict[str, Any]:
     """Loader arguments for QLoRA's number format (Dettmers et al. 2023): NormalFloat4 with quantised constants.
 
     The vision tower, the projector and the vocabulary projection keep their format: they are small, image features
-    stay exact, and a projector may be trained. On a CPU so do layers whose width is no multiple of a block: there
+    stay exact, and a projector may be trained. On a CPU so do layers whose width is not a multiple of a block: there
     bitsandbytes 0.50 gives the rows of such weights wrong scales (its kernel for AVX-512 starts a block with each row).
     """
     empty = empty_model(base.path)
@@ -337,16 +341,17 @@ def _stop_ids(path: str) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
-def set_attention(model: Any, attention: str) -> None:
+def set_attention(model: VisionLanguageModel, attention: str) -> None:
     """Let the language model attend through one of our functions, and a vision tower that has windows, too."""
     parts = dict.fromkeys((name for name in model.config.sub_configs if name != "text_config"), "sdpa")
     model.set_attn_implementation({**parts, "text_config": attention})
+    if is_plain():
+        return
     windows = FLASH_WINDOWS if attention == SHARED_FLASH else SHARED_WINDOWS
     module: Any
     for module in (part for tower in tower_modules(model).values() for part in tower.modules()):
         if hasattr(module, "config") and "cu_seqlens" in inspect.signature(module.forward).parameters:
-            # Not by set_attn_implementation, which takes every name with "flash" for a package to import.
-            module.config._attn_implementation = windows
+            assign_windows(module.config, windows)
 
 
 def _open(load: Callable[[], Any], name: str) -> Any:

@@ -73,7 +73,7 @@ def require_utf8(folder: Path, flag: str) -> None:
     """Refuse a folder that the libraries of weights and tokenizers cannot open.
 
     Raises:
-        ModelError: its path holds bytes that are no UTF-8, or that the locale does not take for such.
+        ModelError: its path holds bytes that are not UTF-8, or that the locale does not read as UTF-8.
     """
     if writable(str(folder)) != str(folder):
         if (locale := sys.getfilesystemencoding()) != "utf-8":
@@ -116,7 +116,7 @@ def _weights_problems(folder: Path) -> list[str]:
         try:
             shards = sorted({str(name) for name in read_json(folder / FULL_WEIGHTS_INDEX)["weight_map"].values()})
         except RunError:
-            return []  # told with the other settings
+            return []  # reported with the other settings
         except (KeyError, AttributeError):
             return [f"{FULL_WEIGHTS_INDEX} has no weight_map"]
         if strange := [name for name in shards if Path(name).name != name]:

@@ -1,8 +1,7 @@
 """The forward pass of a pack: positions, attention layout, images in, logits of supervised positions out.
 
-Imports data.collate and model.{attention,dropout,families,features,positions,trim,vocabulary}. The mathematics is
-that of separate sequences: every question sees its own image prefix and itself, its positions restart right after the
-prefix, and the vocabulary projection runs only where a supervised token is predicted.
+The mathematics is that of separate sequences: every question sees its own image prefix and itself, its positions
+restart right after the prefix, and the vocabulary projection runs only where a supervised token is predicted.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.data.collate import PackedBatch
-from vlm_sft.model.attention import PackLayout, branch_mask, pack_layout
 from vlm_sft.model.cpu import cross_entropy
-from vlm_sft.model.dropout import dropout_keys
 from vlm_sft.model.families import PackMode, family_of, masks_for
-from vlm_sft.model.last_layer import is_trimmed, kept_rows
+from vlm_sft.model.last_layer import is_trimmed
+from vlm_sft.model.pack_context import PackContext, PackLayout, branch_mask, computing
 from vlm_sft.model.positions import Positions
+from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.vision_features import image_inputs, unwrap
 
 _IMAGE_TYPE = 1  # token type of image tokens, in all processors that have token types
 
 
-def position_ids(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
+def position_ids(model: AnyModel, batch: PackedBatch) -> torch.Tensor:
     """Positions of every token of a pack: those that it came with, else computed here, see `positions.Positions`."""
     return Positions(model)(batch) if batch.positions is None else batch.positions
 
@@ -56,14 +55,20 @@ def dense_mask(batch: PackedBatch, mode: PackMode, window: int | None = None) ->
 
 @contextmanager
 def packed(batch: PackedBatch, mode: PackMode, dropout_step: int) -> Iterator[None]:
-    """What must hold during the forward and the backward pass of one pack: its layout and its dropout keys."""
+    """What must hold during the forward and the backward pass of one pack; nothing else sets it.
+
+    Args:
+        batch: the pack, on the model's device.
+        mode: how it is computed.
+        dropout_step: number of the optimizer step, which dropout masks are made from.
+    """
     layout = layout_of(batch, mode) if mode.kind == "blockwise" else None
     rows = batch.predict if mode.shares else None
-    with pack_layout(layout), kept_rows(rows, batch.tokens), dropout_keys(batch.keys, dropout_step, rows):
+    with computing(PackContext(batch.tokens, layout, rows, batch.keys, dropout_step)):
         yield
 
 
-def forward(model: torch.nn.Module, batch: PackedBatch, mode: PackMode, **extra: Any) -> Any:
+def forward(model: AnyModel, batch: PackedBatch, mode: PackMode, **extra: Any) -> Any:
     """Run the model on one pack; call it inside `packed(…)`.
 
     Args:
@@ -83,7 +88,7 @@ def forward(model: torch.nn.Module, batch: PackedBatch, mode: PackMode, **extra:
     return model(logits_to_keep=kept, **shared_inputs(model, batch, mode), **extra)
 
 
-def shared_inputs(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) -> dict[str, Any]:
+def shared_inputs(model: AnyModel, batch: PackedBatch, mode: PackMode) -> dict[str, Any]:
     """The arguments of a model, or of the inner model without its head, for a pack of shared images."""
     base = unwrap(model)
     types = {"mm_token_type_ids": batch.prefix_types[None]} if family_of(base.config).token_types else {}
@@ -103,7 +108,7 @@ def shared_inputs(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) ->
     }
 
 
-def separate_inputs(model: torch.nn.Module, batch: PackedBatch) -> dict[str, torch.Tensor]:
+def separate_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, torch.Tensor]:
     """The arguments that plain transformers gets for a pack of one question: positions and masks are its own."""
     assert len(batch.sample_ids) == 1, f"{len(batch.sample_ids)} questions in a pack that must hold one"
     base = unwrap(model)
@@ -115,7 +120,7 @@ def separate_inputs(model: torch.nn.Module, batch: PackedBatch) -> dict[str, tor
     return {"input_ids": batch.input_ids, "attention_mask": mask, **named, **image_inputs(model, batch)}
 
 
-def token_losses(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) -> torch.Tensor:
+def token_losses(model: AnyModel, batch: PackedBatch, mode: PackMode) -> torch.Tensor:
     """Run the model on one pack, inside `packed(…)`, and compare it with the answers.
 
     Where the model is trimmed and its head is frozen and plain, the losses are computed without the scores; nowhere is

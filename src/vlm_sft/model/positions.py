@@ -1,7 +1,7 @@
 """Positions of the tokens of a pack, computed by whoever collates it.
 
-A family of M-RoPE finds them with some sixty small operations an image, several of which wait for a GPU. They follow
-from the tokens and the sizes of the images alone, so data workers compute them, on CPUs, beside the training.
+A family of M-RoPE finds them with some sixty small operations per image, several of which wait for a GPU. They follow
+from the tokens and the sizes of the images alone, so data workers compute them on CPUs, beside the training.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from vlm_sft.data.collate import PackedBatch
+from vlm_sft.model.forward_patch import bare_copy
+from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.vision_features import unwrap
 
 
 class Positions:
-    """Computes what the tokens of a pack are rotated by, as its own question alone behind its image would have them.
+    """Computes the rotary positions of a pack's tokens: those of each question alone behind its image.
 
     It has the model's settings and none of its weights, so it may go to another process.
 
@@ -24,14 +26,11 @@ class Positions:
         model: the model, wrapped or not.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: AnyModel) -> None:
         inner: Any = unwrap(model).model
         self._bare: Any = None
         if hasattr(inner, "get_rope_index"):
-            self._bare = object.__new__(type(inner))
-            torch.nn.Module.__init__(self._bare)
-            settings = {name: value for name, value in vars(inner).items() if isinstance(value, int | float | str)}
-            vars(self._bare).update(settings, config=inner.config)
+            self._bare = bare_copy(inner)
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Positions of a pack.

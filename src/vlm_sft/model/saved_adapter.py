@@ -1,7 +1,7 @@
 """Saved adapters: what a folder holds, whether it fits a base, which base it was trained on.
 
-A loader of adapters passes over what it finds no place for, and leaves at zero what it does not find: the base then
-answers in the name of the adapter. So every name and every shape is compared before anything answers.
+A loader of adapters ignores tensors that have no place in the base, and leaves at zero those that are missing: then the
+base answers in the adapter's name. So every name and every shape is compared before anything answers.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from vlm_sft.common.console import warn
 from vlm_sft.common.errors import ModelError, RunError
 from vlm_sft.common.manifest import folder_problems, read_manifest
 from vlm_sft.common.weights import weights_fingerprint
+from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.load import POCKET, Base, empty_model, resolve_path
 from vlm_sft.model.model_folder import require_utf8
 
 BASE_WEIGHTS = "base_weights"  # in a manifest's identity and in export.json: `weights_fingerprint` of the base
 _LORA_B = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_B\.weight")
-# Settings of PEFT that change the base itself, depend on tokens that our packs do not tell, or import modules by name.
+# Settings of PEFT that change the base itself, depend on tokens that our packs do not mark, or import modules by name.
 _PLAIN = {
     "bias": "none",
     "megatron_config": None,
@@ -130,10 +131,10 @@ def base_of_adapter(adapter: Path, base_model: str | None) -> str:
 
     Args:
         adapter: an adapter folder.
-        base_model: what the user says; None for what the adapter says.
+        base_model: the base that the user names; None for the one that the adapter names.
 
     Raises:
-        ModelError: the folder is no adapter, nobody says, or what the adapter says is not there.
+        ModelError: the folder holds no adapter, no base is named, or the named one does not exist.
     """
     config = check_adapter_folder(adapter)
     if base_model:
@@ -178,7 +179,7 @@ def require_fit(folder: Path, base: Base, allow_other_base: bool = False) -> Con
         settings.base_model_name_or_path = None  # PEFT would warn of its new place
         wrapped = get_peft_model(empty_model(base.path), settings)
     except Exception as error:  # what settings from elsewhere raise in PEFT can be anything
-        raise misfit(folder, [first_line(error)], base.name) from error
+        raise misfit(folder, [reason_of(error)], base.name) from error
     if problems := fit_problems(contents, wrapped):
         raise misfit(folder, problems, base.name)
     if contents.silent:
@@ -287,12 +288,6 @@ def misfit(folder: Path, problems: list[str], base: str = "this base model") -> 
         f"--adapter {folder} does not fit {base}: {'; '.join(problems)}. A loader would pass this over without a word",
         f"open it on the base that it was trained on{named}, in the form in which that training saved it",
     )
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says first."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _check_base(folder: Path, config: Mapping[str, Any], base: Base, allowed: bool) -> None:

@@ -1,8 +1,8 @@
-"""Models whose weights the ranks share out, for those that no device holds whole.
+"""Models whose weights are partitioned over the ranks, for those that no device holds whole.
 
 This is DeepSpeed's ZeRO stage 3 without an optimizer, "ZeRO-Inference" (Aminabadi et al. 2022): every rank keeps a part
-of each tensor, and a layer's tensors are gathered when it computes and dropped behind it. So every rank has to take
-every forward pass.
+of each tensor, and a layer's tensors are gathered when it computes and freed after it. So every rank has to take part
+in every forward pass.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BESIDE_SHARE, _BESIDE_BYTES = 0.1, 4 * 1024**3
 
 
 def shards_weights(wanted: str, base: Base, ranks: int, memory_bytes: int) -> bool:
-    """Decide whether the ranks share out the weights while they answer.
+    """Decide whether the weights are partitioned over the ranks while they answer.
 
     Args:
         wanted: "true", "false" or "auto", which does so where a whole model does not fit.
@@ -31,7 +31,7 @@ def shards_weights(wanted: str, base: Base, ranks: int, memory_bytes: int) -> bo
         memory_bytes: what one of them may use.
 
     Raises:
-        ModelError: it is asked for, and cannot be done.
+        ModelError: it was requested, and cannot be done.
     """
     if wanted == "auto":
         if ranks < 2 or base.load_in_4bit or find_spec("deepspeed") is None:
@@ -70,7 +70,7 @@ def load_partitioned(base: Base, adapter: Path | None, ranks: int) -> Any:
     """
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    alive = HfDeepSpeedConfig(_settings(base, ranks))  # while it lives, weights are shared out as they are read
+    alive = HfDeepSpeedConfig(_settings(base, ranks))  # while it lives, weights are partitioned as they are read
     try:
         model = load_model(base).requires_grad_(False)
         return model if adapter is None else load_adapter(model, adapter)
@@ -79,7 +79,7 @@ def load_partitioned(base: Base, adapter: Path | None, ranks: int) -> Any:
         unset_hf_deepspeed_config()
 
 
-def gather_on_forward(model: Any, base: Base, ranks: int) -> None:
+def gather_on_forward(model: torch.nn.Module, base: Base, ranks: int) -> None:
     """Let the layers of a model from `load_partitioned` gather their weights to compute; all ranks must call it."""
     import deepspeed
 

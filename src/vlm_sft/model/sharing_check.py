@@ -1,7 +1,7 @@
 """Whether the questions of an image may share it on one model: a table, or a self-check.
 
-The self-check asks the real model about tiny random images, once behind shared prefixes and once in separate
-sequences through plain transformers, and compares the logits of the answers.
+The self-check runs the real model on questions about tiny random images, once behind shared prefixes and once in
+separate sequences through plain transformers, and compares the logits of the answers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +21,16 @@ from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model import packed_forward
 from vlm_sft.model.families import Kind, PackMode, declared_mode, separate_mode
+from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.load import is_blockwise
+from vlm_sft.model.protocols import AnyModel
 
 # Root mean square difference of the logits, relative to their spread, that rounding explains.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _QUESTIONS = ("What is it?", "How many of them are there, and where?", "Why?")
 
 
-def choose_mode(model: Any, encoder: Encoder) -> PackMode:
+def choose_mode(model: AnyModel, encoder: Encoder) -> PackMode:
     """Decide how the packs of a model are computed.
 
     Args:
@@ -52,15 +53,14 @@ def choose_mode(model: Any, encoder: Encoder) -> PackMode:
     try:
         error = sharing_error(model, encoder, mode)
     except Exception as failure:  # an unknown architecture may raise anything
-        reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-        return separate_mode(base.config, f"shared questions cannot be computed ({reason})")
+        return separate_mode(base.config, f"shared questions cannot be computed ({reason_of(failure)})")
     if error <= TOLERANCE[dtype]:
         return mode
     return separate_mode(base.config, f"shared questions differ from separate ones (by {error:.2g} of the logits)")
 
 
 @torch.no_grad()
-def sharing_error(model: Any, encoder: Encoder, mode: PackMode) -> float:
+def sharing_error(model: AnyModel, encoder: Encoder, mode: PackMode) -> float:
     """Compare the logits of shared and separate questions about two tiny random images.
 
     Args:
@@ -80,7 +80,7 @@ def sharing_error(model: Any, encoder: Encoder, mode: PackMode) -> float:
     return float((shared - separate).square().mean().sqrt() / separate.std())
 
 
-def _logits(model: Any, pack: list[Bundle], groups: list[EncodedGroup], mode: PackMode) -> torch.Tensor:
+def _logits(model: AnyModel, pack: list[Bundle], groups: list[EncodedGroup], mode: PackMode) -> torch.Tensor:
     """Logits of the supervised positions of a pack, (S, V) float64."""
     base = packed_forward.unwrap(model)
     batch = collate(pack, groups).to(base.device)
@@ -100,7 +100,7 @@ def _probe(seed: int, size: tuple[int, int]) -> list[Sample]:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _evaluating(model: AnyModel) -> Iterator[None]:
     """Switch dropout off while the block runs."""
     training = model.training
     model.eval()

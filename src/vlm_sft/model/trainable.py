@@ -1,6 +1,6 @@
 """From loaded weights to a model in training: an adapter, fully trained parts, or all weights.
 
-Also how such a model is saved, opened again, and asked as if it had not been trained.
+Also how such a model is saved, and how it answers as if it had not been trained.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from vlm_sft.common.errors import ModelError
 from vlm_sft.model.adapters import Targets, add_lora, no_targets, parameter_counts, resolve_targets
 from vlm_sft.model.families import family_of
 from vlm_sft.model.load import Base, load_model
+from vlm_sft.model.protocols import VisionLanguageModel
 from vlm_sft.model.vision_features import tower_modules, unwrap
 from vlm_sft.recipe.schema import Recipe
 
@@ -101,7 +102,7 @@ def _facts(targets: Targets, recipe: Recipe) -> dict[str, Any]:
 
 
 def described(facts: dict[str, Any]) -> str:
-    """One line that tells what is trained.
+    """One line that says what is trained.
 
     Args:
         facts: from `tune`.
@@ -148,7 +149,7 @@ def save_tuned(model: Any, folder: Path, base: Base | None, state_dict: dict[str
 
 @contextmanager
 def untuned(model: Any, base: Base) -> Iterator[Any]:
-    """The model as it was before the training: its adapter switched off, or the base loaded anew."""
+    """The model as it was before the training: its adapter switched off, or the base loaded again."""
     if isinstance(model, PeftModel):
         with model.disable_adapter():
             yield model
@@ -164,7 +165,7 @@ def in_format(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[s
 LANGUAGE, PROJECTOR, VISION, ALL = "language", "projector", "vision", "all"
 
 
-def saved_modules(model: Any, train: Sequence[str]) -> tuple[str, ...]:
+def saved_modules(model: VisionLanguageModel, train: Sequence[str]) -> tuple[str, ...]:
     """The modules that are trained in full beside or instead of LoRA.
 
     Args:
@@ -202,7 +203,7 @@ def saved_modules(model: Any, train: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _path_of(base: Any, wanted: torch.nn.Module) -> str:
+def _path_of(base: VisionLanguageModel, wanted: object) -> str:
     return next(path for path, module in base.named_modules() if module is wanted)
 
 
@@ -219,7 +220,7 @@ def _wrappable(path: str, module: torch.nn.Module, without: Collection[str]) -> 
         yield path
 
 
-def train_everything(model: Any, master: bool) -> None:
+def train_everything(model: torch.nn.Module, master: bool) -> None:
     """Make every weight trainable.
 
     Args:

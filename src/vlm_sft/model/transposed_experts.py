@@ -1,7 +1,7 @@
-"""Expert weights that transformers turns while it loads them, under ZeRO-3.
+"""Expert weights that transformers transposes while it loads them, under ZeRO-3.
 
-A checkpoint may hold the fused weights of experts turned (Qwen3-VL-MoE); transformers looks at the shape of the model's
-own parameter to tell, and ZeRO-3 leaves an empty one in its place: all would be turned, and some of them refused.
+A checkpoint may hold the fused weights of experts transposed (Qwen3-VL-MoE). transformers recognises that by the shape
+of the model's own parameter, which ZeRO-3 replaces by an empty one: all weights would be transposed, and some refused.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from transformers.core_model_loading import Transpose
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 
-class _TurnedToFit(Transpose):
-    """Turns a weight where it is not of the shape that its parameter has when it is whole."""
+class _TransposeToFit(Transpose):
+    """Transposes a weight that does not have the shape of its whole parameter."""
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, torch.Tensor], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> Any:
-        """Turn one weight where it has to be; by its name, though transformers annotates lists."""
+        """Transpose one weight where it has to be; by its name, though transformers annotates lists."""
         parameter = kwargs["model"].get_parameter(kwargs["full_layer_name"])
         found = next(iter(input_dict.values()))
         weight = found[0] if isinstance(found, list) else found
@@ -30,8 +30,8 @@ class _TurnedToFit(Transpose):
         return {self.get_target_pattern(input_dict, source_patterns, target_patterns): weight}
 
 
-def know_whole_shapes(path: str) -> None:
-    """Let weights that have to be turned be compared with whole parameters, in a process that shares them out.
+def compare_whole_shapes(path: str) -> None:
+    """Compare weights that may be transposed with the shapes of whole parameters, in a process that partitions them.
 
     Args:
         path: of the model that will be loaded.
@@ -41,12 +41,13 @@ def know_whole_shapes(path: str) -> None:
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     for kind in (config.model_type, *(part.model_type for part in _parts(config))):
         mapping = get_checkpoint_conversion_mapping(kind) or []
-        asking = [step for step in mapping if any(_asks(work) for work in getattr(step, "operations", ()))]
-        for step in asking:
+        checking = [step for step in mapping if any(_checks_shape(work) for work in getattr(step, "operations", ()))]
+        for step in checking:
             step.operations = [
-                _TurnedToFit(work.dim0, work.dim1, check_dims=True) if _asks(work) else work for work in step.operations
+                _TransposeToFit(work.dim0, work.dim1, check_dims=True) if _checks_shape(work) else work
+                for work in step.operations
             ]
-        if asking:
+        if checking:
             register_checkpoint_conversion_mapping(kind, mapping, overwrite=True)
 
 
@@ -54,6 +55,6 @@ def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     return [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
 
 
-def _asks(work: Any) -> bool:
+def _checks_shape(work: Any) -> bool:
     """Whether an operation looks at the shape of the model's parameter."""
-    return type(work) is Transpose and work.check_dims
+    return type(work) is Transpose and getattr(work, "check_dims", False)  # transformers 5.0 has no such check

@@ -25,7 +25,9 @@ from vlm_sft.data.cache.pixel_codec import unpack_pixels
 from vlm_sft.data.cache.store import Record
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.zero import is_partitioned
+from vlm_sft.model.attention import attention_name
 from vlm_sft.model.families import family_of
+from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
 
 POOLED, DEEPSTACK = "pooled", "deepstack"
 _POOLED_PATCHES = "image_token_pooling"  # Molmo 2: which patches of which crop make an image token
@@ -38,14 +40,14 @@ class ImageFeatures(BaseModelOutputWithPooling):
     deepstack_features: list[list[torch.Tensor]] | None = None
 
 
-class TowerUse:
+class TowerCounter:
     """Counts the calls of a model's vision tower and the images in them.
 
     Args:
         model: the model; wrapping it later does not matter.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: AnyModel) -> None:
         self.calls = 0
         self.images = 0
         tower = next(iter(tower_modules(model).values()), None)
@@ -62,15 +64,15 @@ class TowerUse:
             self._handle.remove()
 
 
-def unwrap(model: Any) -> Any:
+def unwrap(model: AnyModel) -> VisionLanguageModel:
     """The Hugging Face model inside wrappers of DDP, DeepSpeed and PEFT."""
-    while hasattr(model, "module"):
-        model = model.module
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if get_base_model is not None else model
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def tower_modules(model: Any) -> dict[str, torch.nn.Module]:
+def tower_modules(model: AnyModel) -> dict[str, torch.nn.Module]:
     """The modules that turn pixels into image embeddings: all of the inner model's children but the language model."""
     base = unwrap(model)
     inner = base.model
@@ -82,12 +84,12 @@ def tower_modules(model: Any) -> dict[str, torch.nn.Module]:
     }
 
 
-def loose_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+def loose_parameters(model: AnyModel) -> dict[str, torch.nn.Parameter]:
     """Weights that belong to image features and to no module (LLaVA-OneVision: the end of a row of patches)."""
     return dict(unwrap(model).model.named_parameters(recurse=False))
 
 
-def image_inputs(model: Any, batch: PackedBatch) -> dict[str, Any]:
+def image_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, Any]:
     """The images of a pack as arguments of the model: its features where the pack has them, else its pixels.
 
     Args:
@@ -109,14 +111,14 @@ def image_inputs(model: Any, batch: PackedBatch) -> dict[str, Any]:
     return {"mm_encoder_outputs": {"image": joined_features(features)}, **joined_tensors(sizes)}
 
 
-def _features_now(model: Any, image: Mapping[str, torch.Tensor]) -> Record:
+def _features_now(model: AnyModel, image: Mapping[str, torch.Tensor]) -> Record:
     """The features of one image, from its pixels.
 
     Raises:
-        DataError: ZeRO-3 has shared the tower out among ranks, and the others do not know of this image.
+        DataError: ZeRO-3 has partitioned the tower, and the other ranks do not know of this image.
     """
     if is_partitioned(*(parameter for tower in tower_modules(model).values() for parameter in tower.parameters())):
-        raise DataError("kept vision features are damaged", "start again with --resume auto: they are computed anew")
+        raise DataError("kept vision features are damaged", "start again with --resume auto: they are computed again")
     device = next(iter(image.values())).device
     with whole_tower(model, str(device)):
         (found,) = encode_images(model, [image])
@@ -174,7 +176,7 @@ def joined_features(images: Sequence[Mapping[str, torch.Tensor]]) -> ImageFeatur
 
 
 @torch.no_grad()
-def encode_images(model: Any, images: Sequence[Mapping[str, torch.Tensor]]) -> list[Record]:
+def encode_images(model: AnyModel, images: Sequence[Mapping[str, torch.Tensor]]) -> list[Record]:
     """Run the vision tower as the model itself would.
 
     Args:
@@ -213,7 +215,7 @@ def encode_images(model: Any, images: Sequence[Mapping[str, torch.Tensor]]) -> l
     return records
 
 
-def why_not(model: Any) -> str:
+def features_problem(model: AnyModel) -> str:
     """Why a model cannot use kept features; "" when it can."""
     base = unwrap(model)
     name = type(base).__name__
@@ -241,7 +243,7 @@ def _trained_part(base: Any, towers: Mapping[str, torch.nn.Module]) -> str:
     return "the projector is trained, and kept features are what it puts out"
 
 
-def tower_settings(model: Any) -> dict[str, Any]:
+def tower_settings(model: AnyModel) -> dict[str, Any]:
     """All that the features of an image depend on, besides its pixels; call it inside `whole_tower`."""
     base = unwrap(model)
     digest = hashlib.sha256()
@@ -258,15 +260,15 @@ def tower_settings(model: Any) -> dict[str, Any]:
         "model": type(base).__name__,
         "tower": digest.hexdigest(),
         "dtype": str(weight.dtype),
-        "attention": vision._attn_implementation,
+        "attention": attention_name(vision),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
     }
 
 
 @contextmanager
-def whole_tower(model: Any, device: str) -> Iterator[None]:
-    """The tower on its device, with all of its weights in this process (ZeRO-3 shares them out among the ranks)."""
+def whole_tower(model: AnyModel, device: str) -> Iterator[None]:
+    """The tower on its device, with all of its weights in this process, also where ZeRO-3 has partitioned them."""
     modules = tower_modules(model)
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     parameters += loose_parameters(model).values()
@@ -274,7 +276,7 @@ def whole_tower(model: Any, device: str) -> Iterator[None]:
     if is_partitioned(*parameters):
         from deepspeed import zero
 
-        # The embeddings too: their dtype and width are asked for.
+        # The embeddings too: their dtype and width are needed.
         gathered = zero.GatheredParameters([*parameters, *unwrap(model).get_input_embeddings().parameters()])
     else:
         for module in modules.values():

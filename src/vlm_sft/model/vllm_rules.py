@@ -1,6 +1,6 @@
 """Whether vLLM loads an adapter that fits its base, by vLLM's own rules.
 
-What vLLM finds no layer for it passes over, and the adapter then does less than it should, or nothing, without a word
+vLLM silently ignores tensors that it finds no layer for, and the adapter then does less than it should, or nothing
 (vLLM issue 34186).
 
 vLLM's rules, from its `lora` package and the `hf_to_vllm_mapper` of its models: names are
@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_sft.model.adapters import language_model_path
+from vlm_sft.model.protocols import VisionLanguageModel
 
 _ROOTS = ("model.language_model", "model.text_model")  # language models that vLLM's mappers know
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank takes
 
 
-def not_for_vllm(config: Mapping[str, Any], layers: Sequence[str], model: Any) -> tuple[str, ...]:
-    """Why vLLM would refuse an adapter or pass a part of it over, one sentence each; () where it loads all of it.
+def not_for_vllm(config: Mapping[str, Any], layers: Sequence[str], model: VisionLanguageModel) -> tuple[str, ...]:
+    """Why vLLM would refuse an adapter or ignore a part of it, one sentence each; () where it loads all of it.
 
     Args:
         config: its adapter_config.json.

@@ -3,10 +3,10 @@
 The cross entropy of a token is logsumexp(W h) - w · h, with w the row of the right token, and its gradient in h is
 softmax(W h) W - w. Both are sums over the vocabulary that can be taken block by block with a running maximum, as online
 softmax does for attention (Milakov and Gimelshein 2018, arXiv:1805.02867; Rabe and Staats 2021, arXiv:2112.05682). So
-every row of the projection is read once, and no (S, V) matrix of scores, probabilities or gradients is ever there.
+every row of the projection is read once, and no (S, V) matrix of scores, probabilities or gradients ever exists.
 
-That needs a projection that is frozen, whole and plain. Of others the model itself computes the scores, once, which is
-what ZeRO-3 wants; their losses and gradients are then taken a few rows at a time.
+That needs a projection that is frozen, whole and plain. For others the model computes the scores itself, once, as
+ZeRO-3 requires, and losses and gradients are taken from them a few rows at a time.
 
 Shape suffixes: S supervised tokens, V vocabulary, C channels.
 """
@@ -22,10 +22,11 @@ from torch.autograd.function import once_differentiable
 
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.cpu.matmul import EXACT, is_frozen, multiply
+from vlm_sft.model.forward_patch import is_plain
 
 _BLOCK = 2048  # rows of the projection at a time: with their scores they stay in the processor's cache
 _GPU_BLOCK = 8192  # the same on a GPU, which wants large products
-_PART = 2**26  # scores that are looked at in float32 at a time
+_PART = 2**26  # scores that are held in float32 at a time
 _ROUNDED_ROWS = 16  # supervised tokens are filled up to a multiple, so that few shapes occur
 
 
@@ -49,7 +50,7 @@ class _TokenLosses(torch.autograd.Function):
 
 
 class _ScoreLosses(torch.autograd.Function):
-    """Cross entropies of the rows of scores, a few rows at a time: all of them are never there in float32."""
+    """Cross entropies of the rows of scores, a few rows at a time, so that no float32 copy of all of them exists."""
 
     @staticmethod
     def forward(ctx: Any, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -89,7 +90,7 @@ def _parts(scores: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.
 def _sweep(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, with_slopes: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One pass over the vocabulary: losses (S,), and where asked for their gradients (S, C) in the hidden states.
+    """One pass over the vocabulary: losses (S,), and on request their gradients (S, C) in the hidden states.
 
     Products are taken in the number format of the weights, everything else in float32 or better. A score of the right
     token that was not rounded as the others are would make a loss of nearly 0 negative, so in half precision it is
@@ -129,7 +130,7 @@ def is_covered(head: Any) -> bool:
     Args:
         head: what `get_output_embeddings` of the model gives.
     """
-    if type(head) is not torch.nn.Linear or head.bias is not None:
+    if type(head) is not torch.nn.Linear or head.bias is not None or is_plain():
         return False
     weight = head.weight
     if weight.device.type == "cpu":
@@ -153,7 +154,7 @@ def token_losses(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Ten
 
 
 def score_losses(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each supervised token in nats, of scores that are there.
+    """Cross entropy of each supervised token in nats, from its scores.
 
     Args:
         scores: (S, V), in any number format.
@@ -162,4 +163,4 @@ def score_losses(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     Returns:
         (S,), float32 or better, with gradients of the scores.
     """
-    return _ScoreLosses.apply(scores, targets)
+    return _plain_losses(scores, targets) if is_plain() else _ScoreLosses.apply(scores, targets)

@@ -20,11 +20,10 @@ import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.cpu.gated_mlp import fuse_gated
-from vlm_sft.model.cpu.matmul import EXACT
-from vlm_sft.model.forward_patch import exchange_forward
+from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE
+from vlm_sft.model.forward_patch import agrees, exchange_forward, probe_rows
 from vlm_sft.model.gpu.aligned_mlp import align_gated
 
-_CHECKED_ROWS, _TOLERANCE = 3, 1e-5
 _FEW_ROWS = 32  # beyond it both products take as long
 
 
@@ -64,17 +63,18 @@ def _is_patch_embedding(module: torch.nn.Module) -> bool:
     return plain and module.kernel_size == module.stride
 
 
-def _patch_forward(module: Any, patches: torch.Tensor) -> torch.Tensor:
-    """Convolve (patches, C, T, H, W); a matrix product where each patch is as large as the window."""
+def _patch_forward(module: Any, patches: torch.Tensor) -> torch.Tensor | None:
+    """Convolve (patches, C, T, H, W) where each patch is as large as the window: a matrix product."""
     if patches.shape[2:] != module.kernel_size:
-        return module.forward_stepwise(patches)
+        return None
     embedded = F.linear(patches.flatten(1), module.weight.flatten(1), module.bias)
     return embedded[:, :, None, None, None]
 
 
-def fuse_head(model: Any) -> int:
+def fuse_head(model: torch.nn.Module) -> int:
     """Let the projection to the vocabulary start from the weights for few rows; returns how many were changed."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
     return 0 if head is None else exchange_forward([head], _is_plain_linear, _head_forward)
 
 
@@ -82,12 +82,12 @@ def _is_plain_linear(module: torch.nn.Module) -> bool:
     return type(module) is torch.nn.Linear and module.bias is None
 
 
-def _head_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Logits of (…, C) hidden states; without gradients and for few rows on a CPU, a transposed view of (V, rows)."""
+def _head_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """Logits of a few rows of (…, C) hidden states on a CPU, without gradients: a transposed view of (V, rows)."""
     rows = hidden_states.numel() // hidden_states.shape[-1]
     trained = torch.is_grad_enabled() and (module.weight.requires_grad or hidden_states.requires_grad)
     if trained or not 1 < rows <= _FEW_ROWS or hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return module.forward_stepwise(hidden_states)
+        return None
     logits = torch.mm(module.weight, hidden_states.reshape(rows, -1).T).T
     return logits.reshape(*hidden_states.shape[:-1], -1)
 
@@ -100,7 +100,7 @@ def fuse_norms(model: torch.nn.Module) -> int:
     Returns:
         How many modules were changed.
     """
-    return exchange_forward(model.modules(), _is_rms_norm, _forward)
+    return exchange_forward(model.modules(), _is_rms_norm, _norm_forward)
 
 
 @torch.no_grad()
@@ -112,15 +112,14 @@ def _is_rms_norm(module: torch.nn.Module) -> bool:
         return False
     if weight.device.type != "cpu" or weight.dtype not in EXACT:
         return False
-    values = torch.linspace(-2.0, 3.0, _CHECKED_ROWS * len(weight)).reshape(_CHECKED_ROWS, -1).to(weight)
-    found, expected = _RMSNorm.apply(values, weight, module.variance_epsilon), module(values)
-    return bool(torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE))
+    values = probe_rows(weight, len(weight))
+    return agrees(_RMSNorm.apply(values, weight, module.variance_epsilon), module(values), TOLERANCE)
 
 
-def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Normalise (…, C) values, in one step where that is the same and faster."""
+def _norm_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """Normalise (…, C) values in one step where that is the same and faster."""
     weight = module.weight
     exact = hidden_states.dtype == weight.dtype and hidden_states.dtype in EXACT
     if not exact or weight.requires_grad or hidden_states.device.type != "cpu":
-        return module.forward_stepwise(hidden_states)
+        return None
     return _RMSNorm.apply(hidden_states, weight, module.variance_epsilon)

@@ -3,7 +3,7 @@
 A gated MLP, down(silu(gate(x)) · up(x)) (Shazeer 2020, arXiv:2002.05202), is most of a language model's arithmetic.
 Computed for all tokens at once it writes four matrices that are larger than a processor's cache and reads them again
 from memory; in blocks of tokens they stay in the cache. With frozen weights the backward pass needs gate(x) and up(x)
-only, and every block has one shape, which is what `products.multiply` wants.
+only, and every block has one shape, which is what `matmul.multiply` wants.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.cpu.matmul import EXACT, is_frozen, multiply
-from vlm_sft.model.forward_patch import exchange_forward
+from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE, is_frozen, multiply
+from vlm_sft.model.forward_patch import agrees, exchange_forward, probe_rows
 
 _BLOCK = 512  # tokens
-_CHECKED_ROWS, _TOLERANCE = 3, 1e-5
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -66,7 +65,7 @@ def fuse_gated(model: torch.nn.Module) -> int:
 
 
 def gated_parameters(module: Any) -> list[torch.Tensor | None] | None:
-    """Weight and bias of gate, up and down; None where one of them is no plain linear layer (any more)."""
+    """Weight and bias of gate, up and down; None where one of them is not a plain linear layer (any more)."""
     linears = [getattr(module, name, None) for name in _PARTS]
     if any(type(linear) is not torch.nn.Linear for linear in linears):
         return None
@@ -82,14 +81,14 @@ def _is_gated(module: torch.nn.Module) -> bool:
     assert weight is not None
     if weight.device.type != "cpu" or weight.dtype not in EXACT or is_partitioned(weight):
         return False
-    rows = torch.linspace(-2.0, 3.0, _CHECKED_ROWS * weight.shape[1]).reshape(_CHECKED_ROWS, -1).to(weight)
-    return bool(torch.allclose(_GatedMLP.apply(rows, *parameters), module(rows), rtol=_TOLERANCE, atol=_TOLERANCE))
+    rows = probe_rows(weight, weight.shape[1])
+    return agrees(_GatedMLP.apply(rows, *parameters), module(rows), TOLERANCE)
 
 
-def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Forward of (…, C) hidden states."""
+def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """Forward of (…, C) hidden states, while the module is frozen."""
     parameters = gated_parameters(module)
     if parameters is None or not is_frozen(parameters, hidden_states.dtype):
-        return module.forward_stepwise(hidden_states)
+        return None
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     return _GatedMLP.apply(rows, *parameters).reshape(*hidden_states.shape[:-1], -1)

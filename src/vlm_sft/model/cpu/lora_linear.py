@@ -8,14 +8,19 @@ scale goes to the small matrices. In half precision, on GPUs, that is used in tr
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.cpu.matmul import is_frozen
-from vlm_sft.model.forward_patch import exchange_forward
+from vlm_sft.model.cpu.matmul import TOLERANCE, is_frozen
+from vlm_sft.model.forward_patch import agrees, exchange_forward, probe_rows, values_and_gradients
+
+_PROBE_SHAPE = (12, 20)  # of a small linear layer that is compared
+_TOLERANCE = {torch.float64: TOLERANCE, torch.float32: TOLERANCE, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -60,7 +65,33 @@ class _LoraLinear(torch.autograd.Function):
 
 def fuse_lora(model: torch.nn.Module) -> int:
     """Let the linear layers with LoRA of a model compute in one step where that is the same; returns how many."""
-    return exchange_forward(model.modules(), lambda module: type(module) is Linear, _forward)
+    return exchange_forward(model.modules(), _is_lora_linear, _forward)
+
+
+def _is_lora_linear(module: Any) -> bool:
+    if type(module) is not Linear:
+        return False
+    weight = module.base_layer.weight
+    return _peft_agrees(weight.dtype, weight.device)
+
+
+@cache
+def _peft_agrees(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a small layer of the installed PEFT has the values and gradients of the formula."""
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["0"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network: Any = torch.nn.Sequential(torch.nn.Linear(*_PROBE_SHAPE))
+        get_peft_model(network, config)
+        (module,) = network
+        with torch.no_grad():
+            module.lora_B["default"].weight.normal_(0.0, 0.2)
+    module.to(device, dtype)
+    weights = [module.lora_A["default"].weight, module.lora_B["default"].weight]
+    rows = probe_rows(weights[0], _PROBE_SHAPE[0])
+    found = values_and_gradients(lambda one: _one_step(module, "default", one), [rows], weights)
+    expected = values_and_gradients(module.forward, [rows], weights)
+    return all(agrees(ours, exact, _TOLERANCE[dtype]) for ours, exact in zip(found, expected, strict=True))
 
 
 def _covered_adapter(module: Any, rows: torch.Tensor) -> str | None:
@@ -93,12 +124,10 @@ def _fits_gpu(rows: torch.Tensor, base: torch.nn.Linear, adapter: list[torch.Ten
     return here and (narrowed or all(one.dtype == rows.dtype for one in adapter))
 
 
-def _forward(module: Any, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _forward(module: Any, rows: torch.Tensor) -> torch.Tensor | None:
     """Forward of a linear layer with LoRA, (…, I) to (…, O)."""
-    name = None if args or kwargs else _covered_adapter(module, rows)
-    if name is None:
-        return module.forward_stepwise(rows, *args, **kwargs)
-    return _one_step(module, name, rows)
+    name = _covered_adapter(module, rows)
+    return None if name is None else _one_step(module, name, rows)
 
 
 def _one_step(module: Any, name: str, rows: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.cpu.gated_mlp import gated_parameters
-from vlm_sft.model.forward_patch import exchange_forward
+from vlm_sft.model.forward_patch import agrees, exchange_forward, probe_rows
 
 HALF = (torch.bfloat16, torch.float16)
 _UNIT = 64  # values, of which tiles of products are multiples
-_CHECKED_ROWS, _TOLERANCE = 3, 0.05
+_TOLERANCE = 0.05
 
 
 def align_gated(model: torch.nn.Module) -> int:
@@ -33,9 +33,8 @@ def _is_unaligned(module: torch.nn.Module) -> bool:
     if weight is None or weight.dtype not in HALF or not len(weight) % 8 or is_partitioned(weight):
         return False
     assert parameters is not None
-    rows = torch.linspace(-2.0, 3.0, _CHECKED_ROWS * weight.shape[1]).reshape(_CHECKED_ROWS, -1).to(weight)
-    found, expected = _gated(rows, parameters), module(rows)
-    return bool(torch.linalg.vector_norm(found - expected) <= _TOLERANCE * torch.linalg.vector_norm(expected))
+    rows = probe_rows(weight, weight.shape[1])
+    return agrees(_gated(rows, parameters), module(rows), _TOLERANCE)
 
 
 def _gated(rows: torch.Tensor, parameters: list[torch.Tensor | None]) -> torch.Tensor:
@@ -45,11 +44,11 @@ def _gated(rows: torch.Tensor, parameters: list[torch.Tensor | None]) -> torch.T
     return F.linear(F.silu(F.linear(rows, gate, gate_bias)) * F.linear(rows, up, up_bias), down, down_bias)
 
 
-def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Forward of (…, C) hidden states."""
+def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """Forward of (…, C) hidden states on a GPU, while the module is frozen."""
     parameters = gated_parameters(module)
     if parameters is None or not hidden_states.is_cuda or not all(map(_is_frozen, parameters)):
-        return module.forward_stepwise(hidden_states)
+        return None
     return _gated(hidden_states, widened(module, parameters))
 
 
@@ -71,7 +70,7 @@ def widened(module: Any, parameters: list[torch.Tensor | None]) -> list[torch.Te
         module: where the wider ones are remembered.
         parameters: weight and bias of gate, up and down.
     """
-    known = getattr(module, "_widened", None)
+    known = getattr(module, "widened_parameters", None)
     if known is not None and all(
         (one is None) == (wide is None) and (one is None or wide is None or one.data_ptr() == wide.data_ptr())
         for one, wide in zip(parameters, known, strict=True)
@@ -91,5 +90,5 @@ def widened(module: Any, parameters: list[torch.Tensor | None]) -> list[torch.Te
         part.copy_(one.detach())
         one.data = part
         made.append(wide)
-    module._widened = made
+    module.widened_parameters = made
     return made

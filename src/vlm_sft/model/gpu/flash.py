@@ -1,20 +1,28 @@
 """FlashAttention over packs of shared image prefixes and over the windows of a vision tower.
 
 The kernel (Dao 2023, arXiv:2307.08691) is the one inside PyTorch, `torch.nn.attention.varlen`: no package has to be
-built. It computes half precision on GPUs. `flash_problem` tells before a run whether it is there and right.
+built. It computes half precision on GPUs. `flash_problem` says before a run whether it is there and right.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlm_sft.model.attention import PackLayout, causal_pack, pack_layout, register, shared_sdpa, shared_windows
+from vlm_sft.model.attention import causal_pack, pack_sdpa, register, shared_sdpa, shared_windows
+from vlm_sft.model.forward_patch import PLAIN_REASON, agrees, is_plain, reason_of, values_and_gradients
+from vlm_sft.model.pack_context import PackLayout
+
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # an older PyTorch: `flash_problem` says so
+    varlen = None  # type: ignore[assignment]
 
 SHARED_FLASH = "vlm_sft_flash"
 FLASH_WINDOWS = "vlm_sft_flash_windows_varlen"  # the name has to contain "flash", see `shared_windows`
@@ -46,14 +54,25 @@ def shared_flash(
     """
     query, key, value = autocast_states(query, key, value)
     layout = causal_pack(query, key)
-    if layout is None or dropout or not _fits(query):
+    if layout is None or dropout or kwargs.get("attended_rows") is not None or not _fits(query):
         return shared_sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return pack_flash(layout, query, key, value, scaling, kwargs.get("sliding_window")), None
+
+
+def pack_flash(
+    layout: PackLayout,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """FlashAttention over a causal pack; arguments and result as `pack_sdpa`."""
     index = layout.varlen(query.device)
-    window = kwargs.get("sliding_window")
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     ends, longest = (index.query_ends, index.key_ends), (index.longest_query, index.longest_key)
     looks = _CAUSAL if window is None else (window - 1, 0)
-    return _attend(queries, keys[index.gather], values[index.gather], ends, longest, scaling, looks)[None], None
+    return _attend(queries, keys[index.gather], values[index.gather], ends, longest, scaling, looks)[None]
 
 
 def flash_windows(
@@ -81,7 +100,7 @@ def flash_windows(
     query, key, value = autocast_states(query, key, value)
     if dropout or not _fits(query):
         return shared_windows(module, query, key, value, attention_mask, dropout, scaling, cu_seq_lens_q)
-    assert cu_seq_lens_q is not None, "a tower of this kind tells the ends of its windows"
+    assert cu_seq_lens_q is not None, "a tower of this kind passes the ends of its windows"
     longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else int(max_length_q)
     ends = cu_seq_lens_q.to(torch.int32)
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -97,8 +116,12 @@ def flash_problem(dtype: torch.dtype, width: int | None = None) -> str | None:
     """
     if width is not None and not takes_width(width):
         return f"the model's heads are {width} wide, and the kernel takes multiples of {_WIDTH_STEP} up to {_WIDEST}"
+    if is_plain():
+        return PLAIN_REASON
     if not torch.cuda.is_available():
         return "no GPU"
+    if varlen is None:
+        return f"PyTorch {torch.__version__} has no variable-length kernel"
     if torch.cuda.get_device_capability() < (8, 0):
         return "the GPU is older than Ampere"
     if dtype not in _HALF:
@@ -112,20 +135,25 @@ def kernel_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     Kernels differ in where a causal rule begins when there are more keys than queries: one that aligns it to the first
     key would let questions see a part of their image only, and nothing would tell.
     """
-    ends = {"cu_seq_lens_q": torch.tensor(_CHECKED_WINDOWS, dtype=torch.int32, device=device)}
+    layout = PackLayout(_CHECKED[-1][-1], _CHECKED)
+    ends = torch.tensor(_CHECKED_WINDOWS, dtype=torch.int32, device=device)
     pack, tower = (_random_states(width, device, dtype) for width in _CHECKED_WIDTHS)
     windows = [tower[0], tower[0].flip(1), tower[0].flip(2)]  # as many heads of each, which is how towers attend
-    for name, ours, exact, states, also in (
-        ("", shared_flash, shared_sdpa, pack, {}),
-        (" in the windows of a vision tower", flash_windows, shared_windows, windows, ends),
+
+    def in_windows(function: Any) -> Callable[..., torch.Tensor]:
+        return lambda *states: function(torch.nn.Module(), *states, None, cu_seq_lens_q=ends)[0]
+
+    for name, ours, exact, states in (
+        ("", partial(pack_flash, layout), partial(pack_sdpa, layout), pack),
+        (" in the windows of a vision tower", in_windows(flash_windows), in_windows(shared_windows), windows),
     ):
         try:
-            found = _values_and_gradients(ours, states, also)
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-            return f"PyTorch's kernel does not run here{name} ({str(error).strip().splitlines()[0]})"
-        for value, right in zip(found, _values_and_gradients(exact, states, also), strict=True):
-            if not torch.allclose(value.float(), right.float(), rtol=_TOLERANCE, atol=_TOLERANCE):
-                return f"PyTorch's kernel gives other values than SDPA here{name}"
+            found = values_and_gradients(ours, states)
+        except Exception as error:  # a driver may raise anything
+            return f"PyTorch's kernel does not run here{name} ({reason_of(error)})"
+        pairs = zip(found, values_and_gradients(exact, states), strict=True)
+        if not all(agrees(value, right, _TOLERANCE) for value, right in pairs):
+            return f"PyTorch's kernel gives other values than SDPA here{name}"
     return None
 
 
@@ -134,14 +162,6 @@ def _random_states(width: int, device: torch.device, dtype: torch.dtype) -> list
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, heads, _CHECKED[-1][-1], width) for heads in _CHECKED_HEADS]
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-
-
-def _values_and_gradients(function: Any, states: list[torch.Tensor], also: dict[str, Any]) -> list[torch.Tensor]:
-    """The output of an attention function on the checked pack, and the gradients of queries, keys and values."""
-    inputs = [state.clone().requires_grad_() for state in states]
-    with torch.enable_grad(), pack_layout(PackLayout(_CHECKED[-1][-1], _CHECKED)):
-        output, _ = function(torch.nn.Module(), *inputs, None, **also)
-        return [output.detach(), *torch.autograd.grad(output.sum(), inputs)]
 
 
 def _fits(query: torch.Tensor) -> bool:
@@ -163,7 +183,7 @@ def _attend(
     scale: float | None,
     looks: tuple[int, int],
 ) -> torch.Tensor:
-    """One call of the kernel over sequences that stand one behind the other.
+    """One call of the kernel over sequences that follow one another.
 
     Args:
         queries: (G, H, D).
@@ -187,7 +207,7 @@ def _attend(
     # were reported), and images have many.
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         output = varlen.varlen_attn(queries, keys, values, *ends, *longest, scale=scale, window_size=looks, **grouped)
-    assert isinstance(output, torch.Tensor)  # it is a tuple where more is asked for
+    assert isinstance(output, torch.Tensor)  # a tuple only where more is requested
     return output
 
 
@@ -212,7 +232,7 @@ def gathered_heads(heads: int, key_heads: int) -> int:
 @cache
 def _takes_groups() -> bool:
     """Whether the kernel of this PyTorch lets heads share keys (2.12 and later)."""
-    return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+    return varlen is not None and "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 register({SHARED_FLASH: shared_flash, FLASH_WINDOWS: flash_windows})

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from vlm_sft.model.dropout import KeyedDropout, fused_problem
+from vlm_sft.model.forward_patch import PLAIN, is_plain
 from vlm_sft.model.gpu import liger
 
 FUSED, STEPWISE = "fused", "stepwise"
 
 
-def choose_kernels(model: Any, device: torch.device) -> tuple[dict[str, str], list[str]]:
+def choose_kernels(model: torch.nn.Module, device: torch.device) -> tuple[dict[str, str], list[str]]:
     """Check the kernels of a model on the device where it is going to be trained, and use those that are right.
 
     Args:
@@ -20,10 +19,10 @@ def choose_kernels(model: Any, device: torch.device) -> tuple[dict[str, str], li
         device: of this process.
 
     Returns:
-        For each part of the model "fused" or "stepwise" (PyTorch's own operators), and notes for the user on a GPU that
-        cannot use a kernel.
+        For each part of the model "fused" or "stepwise" (PyTorch's own operators), the switch `VLM_SFT_PLAIN` where it
+        is set, and notes for the user on a GPU that cannot use a kernel.
     """
-    kernels: dict[str, str] = {}
+    kernels: dict[str, str] = {PLAIN: "1"} if is_plain() else {}
     problems: dict[str, str | None] = {}
     if any(isinstance(module, KeyedDropout) for module in model.modules()):
         problems["dropout"] = fused_problem(device)
@@ -33,5 +32,5 @@ def choose_kernels(model: Any, device: torch.device) -> tuple[dict[str, str], li
     for name, count, problem in liger.fused_parts(model, device):
         problems[name] = problem
         kernels[name] = FUSED if count else STEPWISE
-    told = [(name, problem) for name, problem in problems.items() if problem]
-    return kernels, [f"{name}: {problem}; PyTorch's operators compute it, slower" for name, problem in told]
+    notes = [f"{name}: {why}; PyTorch's operators compute it, slower" for name, why in problems.items() if why]
+    return kernels, notes

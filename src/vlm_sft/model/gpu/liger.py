@@ -7,90 +7,79 @@ and backward. What is computed without gradients keeps the rounding of the modul
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.forward_patch import exchange_forward, reason_of
+from vlm_sft.model.forward_patch import (
+    PLAIN_REASON,
+    agrees,
+    bare_copy,
+    exchange_forward,
+    is_exchanged,
+    is_plain,
+    reason_of,
+    values_and_gradients,
+)
 
 PACKAGE = "liger_kernel"
 INSTALL = "pip install 'vlm-sft[liger]'"
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_ROWS, _WIDTH, _INNER = 5, 96, 160  # of a case that is compared
+_ROWS, _WIDTH, _INNER = 5, 96, 160  # of the small modules that are compared
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One kind of module that liger-kernel has a kernel for.
+
+    Attributes:
+        fits: whether a module may be one.
+        small: a small module of the same class on a device, to compare with.
+        kernel: computes (…, C) hidden states of a module.
+        fast: the same, or None where the module's own forward computes them.
+    """
+
+    fits: Callable[[Any], bool]
+    small: Callable[[Any, torch.device, torch.dtype], Any]
+    kernel: Callable[[Any, torch.Tensor], torch.Tensor]
+    fast: Callable[[Any, torch.Tensor], torch.Tensor | None]
+
+
 def missing() -> str | None:
-    """Why there are no kernels at all; None where liger-kernel is installed."""
+    """Why there are no kernels at all; None where liger-kernel is installed and not switched off."""
+    if is_plain():
+        return PLAIN_REASON
     return None if find_spec(PACKAGE) else f"liger-kernel is not installed ({INSTALL})"
-
-
-def use_norms(model: torch.nn.Module, device: torch.device) -> tuple[int, str | None]:
-    """Let the RMSNorm modules of a model compute in one kernel.
-
-    Args:
-        model: its norms may be anywhere; those whose weights ZeRO-3 has shared out are left alone.
-        device: where it will run: every class of norms is compared with its own steps there first.
-
-    Returns:
-        How many were changed, and why some were not.
-    """
-    return _use(model, device, _is_norm, _small_norm, _norm_forward)
-
-
-def use_mlps(model: torch.nn.Module, device: torch.device) -> tuple[int, str | None]:
-    """Let the gated MLPs of a model compute activation and product in one kernel; as `use_norms`.
-
-    The projections stay modules, whatever wraps them.
-    """
-    return _use(model, device, _is_mlp, _small_mlp, _mlp_forward)
-
-
-def _use(
-    model: torch.nn.Module,
-    device: torch.device,
-    fits: Callable[[Any], bool],
-    small: Callable[[Any, torch.device, torch.dtype], Any],
-    forward: Callable[..., torch.Tensor],
-) -> tuple[int, str | None]:
-    modules = [module for module in model.modules() if fits(module) and not hasattr(module, "forward_stepwise")]
-    problems = {}
-    for kind, dtype in {(type(module), _dtype(module)) for module in modules}:
-        example = next(module for module in modules if (type(module), _dtype(module)) == (kind, dtype))
-        problems[kind, dtype] = _problem(lambda one=example, to=dtype: small(one, device, to), forward)  # type: ignore[misc]
-    count = exchange_forward(modules, lambda module: problems[type(module), _dtype(module)] is None, forward)
-    return count, next((problem for problem in problems.values() if problem), None)
 
 
 def _dtype(module: torch.nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def _problem(build: Callable[[], Any], forward: Callable[..., torch.Tensor]) -> str | None:
-    """Compare values and gradients of a small module's own forward and of the kernel's."""
+def _problem(example: Any, device: torch.device, part: _Part) -> str | None:
+    """Compare values and gradients of the kernel with those of a small module of an example's class."""
+    name = type(example).__name__
     try:
-        module = build()
+        module = part.small(example, device, _dtype(example))
         weights = list(module.parameters())
-        dtype = weights[0].dtype
         generator = torch.Generator().manual_seed(0)
-        values = torch.randn(1, _ROWS, _WIDTH, generator=generator).to(weights[0].device, dtype)
-        results = []
-        for function in (module.forward, lambda rows: forward(module, rows, checked=True)):
-            rows = values.clone().requires_grad_()
-            with torch.enable_grad():
-                output = function(rows)
-                slopes = torch.autograd.grad(output.float().cos().sum(), [rows, *weights])
-            results.append([output.detach(), *slopes])
+        values = torch.randn(1, _ROWS, _WIDTH, generator=generator).to(weights[0])
+        expected = values_and_gradients(module.forward, [values], weights)
+    except Exception as error:  # an unknown module may raise anything
+        return f"{name} is left as it is ({reason_of(error)})"
+    try:
+        found = values_and_gradients(partial(part.kernel, module), [values], weights)
     except Exception as error:  # a compiler and a driver may raise anything
         return f"liger-kernel does not run here ({reason_of(error)})"
-    for exact, ours in zip(*results, strict=True):
-        limit = _TOLERANCE[dtype] * float(exact.float().abs().max())
-        if not torch.allclose(ours.float(), exact.float(), rtol=0.0, atol=limit):
-            return f"liger-kernel gives other values than {type(module).__name__}"
+    limit = _TOLERANCE[values.dtype]
+    if not all(agrees(ours, exact, limit) for ours, exact in zip(found, expected, strict=True)):
+        return f"liger-kernel gives other values than {name}"
     return None
 
 
@@ -104,18 +93,21 @@ def _is_norm(module: Any) -> bool:
 
 def _small_norm(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The same module with a small weight on the device."""
-    weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, _WIDTH).to(device, dtype))
-    return _with(module, _parameters={"weight": weight})
+    made = bare_copy(module)
+    made.weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, _WIDTH).to(device, dtype))
+    return made
 
 
-def _norm_forward(module: Any, hidden_states: torch.Tensor, checked: bool = False) -> torch.Tensor:
+def _norm_kernel(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Normalise (…, C) values."""
-    if not checked and not _trains(hidden_states, module.weight.dtype):
-        return module.forward_stepwise(hidden_states)
     from liger_kernel.ops import LigerRMSNormFunction
 
     # Not in place: the gradient that comes in may belong to others too.
     return LigerRMSNormFunction.apply(hidden_states, module.weight, module.variance_epsilon, 0.0, "llama", False)
+
+
+def _norm_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    return _norm_kernel(module, hidden_states) if _trains(hidden_states, module.weight.dtype) else None
 
 
 def _is_mlp(module: Any) -> bool:
@@ -133,33 +125,55 @@ def _small_mlp(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
         torch.manual_seed(0)
         sizes = {"gate_proj": (_WIDTH, _INNER), "up_proj": (_WIDTH, _INNER), "down_proj": (_INNER, _WIDTH)}
         linears = {name: torch.nn.Linear(*size, bias=False).to(device, dtype) for name, size in sizes.items()}
-    return _with(module, _modules=dict(module.named_children()) | linears)
+    made = bare_copy(module)
+    for name, child in (dict(module.named_children()) | linears).items():
+        setattr(made, name, child)
+    return made
 
 
-def _mlp_forward(module: Any, *args: torch.Tensor, checked: bool = False, **kwargs: torch.Tensor) -> torch.Tensor:
-    """Forward of (…, C) hidden states, which is the only argument."""
-    (values,) = (*args, *kwargs.values())
-    if not checked and not _trains(values, values.dtype):
-        return module.forward_stepwise(values)
+def _mlp_kernel(module: Any, values: torch.Tensor) -> torch.Tensor:
+    """Forward of (…, C) hidden states."""
     from liger_kernel.ops import LigerSiLUMulFunction
 
     return module.down_proj(LigerSiLUMulFunction.apply(module.gate_proj(values), module.up_proj(values)))
+
+
+def _mlp_forward(module: Any, values: torch.Tensor) -> torch.Tensor | None:
+    return _mlp_kernel(module, values) if _trains(values, values.dtype) else None
 
 
 def _trains(values: torch.Tensor, dtype: torch.dtype) -> bool:
     return values.is_cuda and values.dtype == dtype and torch.is_grad_enabled()
 
 
-def _with(module: Any, **parts: Any) -> Any:
-    """A module like another one, of which some attributes are other objects."""
-    made = copy.copy(module)
-    vars(made).update(parts)
-    return made
+_PARTS = {
+    "norm": _Part(_is_norm, _small_norm, _norm_kernel, _norm_forward),
+    "mlp": _Part(_is_mlp, _small_mlp, _mlp_kernel, _mlp_forward),
+}
 
 
-def fused_parts(model: torch.nn.Module, device: torch.device) -> Iterable[tuple[str, int, str | None]]:
-    """Change what can be changed in a model; for each kind of part its name, how many were, and why others were not."""
-    for name, fits, use in (("norm", _is_norm, use_norms), ("mlp", _is_mlp, use_mlps)):
-        if any(fits(module) for module in model.modules()):
+def fused_parts(model: torch.nn.Module, device: torch.device) -> Iterator[tuple[str, int, str | None]]:
+    """Let RMSNorms compute in one kernel, and gated MLPs their activation and product.
+
+    The projections of an MLP stay modules, whatever wraps them; norms whose weights ZeRO-3 has partitioned are left
+    alone.
+
+    Args:
+        model: its modules may be anywhere.
+        device: where it will run: every class of modules is compared with its own steps there first.
+
+    Yields:
+        For each kind of part that there is its name, how many were changed, and why others were not.
+    """
+    for name, part in _PARTS.items():
+        modules = [module for module in model.modules() if part.fits(module)]
+        if modules:
             problem = missing()
-            yield (name, 0, problem) if problem else (name, *use(model, device))
+            yield (name, 0, problem) if problem else (name, *_exchange(modules, device, part))
+
+
+def _exchange(modules: Sequence[Any], device: torch.device, part: _Part) -> tuple[int, str | None]:
+    examples = {(type(module), _dtype(module)): module for module in modules if not is_exchanged(module)}
+    problems = {key: _problem(example, device, part) for key, example in examples.items()}
+    count = exchange_forward(modules, lambda module: problems[type(module), _dtype(module)] is None, part.fast)
+    return count, next((problem for problem in problems.values() if problem), None)

@@ -1,0 +1,199 @@
+"""The pack that is being computed: what attention, the last layer and dropout have to know of it.
+
+They are called from deep inside transformers and PEFT, which pass nothing of ours on, and gradient checkpointing calls
+them once more in the backward pass, on a GPU in autograd's own threads, which do not see a ContextVar. So a process has
+one plain `PackContext` at a time; `packed_forward.packed` enters it and everything else reads `current_pack()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from vlm_sft.data.collate import moved_to
+
+
+@dataclass(frozen=True, slots=True)
+class VarlenIndex:
+    """How a pack is read by a variable-length attention kernel.
+
+    Attributes:
+        gather: (G,) int64, for each sequence the tokens that are its keys: the prefix, then the sequence itself.
+        query_ends, key_ends: (sequences + 1,) int32, cumulative lengths.
+        longest_query, longest_key: in tokens.
+    """
+
+    gather: torch.Tensor
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    longest_query: int
+    longest_key: int
+
+
+@dataclass(slots=True)
+class PackLayout:
+    """Which tokens of a pack see which.
+
+    Attributes:
+        length: L, tokens of the pack.
+        branches: for each image (start of the prefix, its end, end of each question …) in tokens.
+        blocks: (L,) int64, equal numbers for tokens that see each other in both directions, -1 for all others; None
+            where all attention is causal.
+        rows: how many positions of each image `parts` will be given; None counts them, for which a GPU is waited for.
+    """
+
+    length: int
+    branches: list[list[int]]
+    blocks: torch.Tensor | None = None
+    rows: list[int] | None = None
+    _masks: dict[int | None, list[torch.Tensor | None]] = field(default_factory=dict)
+    _parts: list[torch.Tensor] | None = None
+    _varlen: VarlenIndex | None = None
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """For each image (start, end) in tokens."""
+        return [(ends[0], ends[-1]) for ends in self.branches]
+
+    def masks(self, device: torch.device, window: int | None = None) -> list[torch.Tensor | None]:
+        """For each image (1, 1, N, N) bool, True where a token may look; None means plain causal (one question).
+
+        Args:
+            device: where the masks are needed.
+            window: tokens that a layer with a sliding window looks back, itself included; None for no window.
+        """
+        if window not in self._masks:
+            self._masks[window] = [self._mask(ends, device, window) for ends in self.branches]
+        return self._masks[window]
+
+    def parts(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Split ascending positions by image: for each one its rows, counted from the start of the image, int64."""
+        if self._parts is None:
+            firsts = torch.tensor([start for start, _ in self.spans])
+            counts = self.rows
+            if counts is None:
+                image = torch.searchsorted(firsts, rows.cpu(), right=True) - 1
+                counts = torch.bincount(image, minlength=len(firsts)).tolist()
+            starts = torch.cat([first.expand(count) for first, count in zip(firsts, counts, strict=True)])
+            self._parts = list((rows - moved_to(rows.device, starts)).split(counts))
+        return self._parts
+
+    def _mask(self, ends: list[int], device: torch.device, window: int | None) -> torch.Tensor | None:
+        """The mask of one image."""
+        if window is not None and ends[-1] - ends[0] <= window:
+            window = None
+        if len(ends) <= 3 and self.blocks is None and window is None:
+            return None
+        sizes = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        branch = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
+        index = torch.cat([torch.arange(sizes[0]), *(sizes[0] + torch.arange(size) for size in sizes[1:])])
+        blocks = None if self.blocks is None else self.blocks[ends[0] : ends[-1]]
+        return branch_mask(moved_to(device, branch), moved_to(device, index), window, blocks)[None, None]
+
+    def varlen(self, device: torch.device) -> VarlenIndex:
+        """The same layout for a variable-length kernel."""
+        if self._varlen is None:
+            keys, queries, lengths = [], [0], [0]
+            for ends in self.branches:
+                for start, end in zip(ends, ends[1:], strict=False):
+                    if start != ends[0]:
+                        keys.append(torch.arange(ends[0], ends[1]))
+                    keys.append(torch.arange(start, end))
+                    queries.append(queries[-1] + end - start)
+                    lengths.append(lengths[-1] + end - start + (ends[1] - ends[0] if start != ends[0] else 0))
+            self._varlen = VarlenIndex(
+                moved_to(device, torch.cat(keys)),
+                moved_to(device, torch.tensor(queries, dtype=torch.int32)),
+                moved_to(device, torch.tensor(lengths, dtype=torch.int32)),
+                max(b - a for a, b in zip(queries, queries[1:], strict=False)),
+                max(b - a for a, b in zip(lengths, lengths[1:], strict=False)),
+            )
+        return self._varlen
+
+
+def branch_mask(
+    branch: torch.Tensor, index: torch.Tensor, window: int | None = None, blocks: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which token of one image may look at which.
+
+    Args:
+        branch: (N,) int64, 0 in the prefix, else the number of the question.
+        index: (N,) int64, index of the token in the sequence that its question alone would be.
+        window: tokens of a sliding window; None for no window.
+        blocks: as in `PackLayout`, (N,).
+
+    Returns:
+        (N, N) bool, rows are queries: True for the prefix and the own branch, up to the token itself and within its
+        block, and not farther back than the window.
+    """
+    order = torch.arange(len(branch), device=branch.device)
+    own = (branch[None, :] == 0) | (branch[None, :] == branch[:, None])
+    mask = own & (order[None, :] <= order[:, None])
+    if blocks is not None:
+        mask = mask | ((blocks[None, :] == blocks[:, None]) & (blocks[:, None] >= 0))
+    if window is not None:
+        mask = mask & (index[None, :] > index[:, None] - window)
+    return mask
+
+
+@dataclass(frozen=True)
+class PackContext:
+    """What holds during the forward and the backward pass of one pack.
+
+    Attributes:
+        tokens: L, tokens of the pack; sequences of another length are computed as outside of packs.
+        layout: what attention follows; None where a mask says it all.
+        rows: (S,) int64, ascending positions that are needed behind the last layer; None for all.
+        keys: (L,) int64, the number of each token that its dropout masks are made from, from `PackedBatch.keys`; None
+            for ordinary dropout.
+        step: number of the optimizer step, for dropout.
+    """
+
+    tokens: int = 0
+    layout: PackLayout | None = None
+    rows: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    step: int = 0
+
+    @cached_property
+    def _row_keys(self) -> torch.Tensor | None:
+        """(S,) int64, the keys of the rows that a trimmed last layer keeps."""
+        return None if self.keys is None or self.rows is None else self.keys[self.rows]
+
+    def keys_for(self, tokens: int) -> torch.Tensor | None:
+        """The keys of all tokens, or of the rows that a trimmed last layer keeps; None for ordinary dropout.
+
+        Args:
+            tokens: how many tokens the activations have: L or S.
+        """
+        if self.keys is None:
+            return None
+        if len(self.keys) == tokens:
+            return self.keys
+        rows = self._row_keys
+        assert rows is not None and len(rows) == tokens, f"{tokens} tokens in a layer of a pack of {len(self.keys)}"
+        return rows
+
+
+_OUTSIDE = PackContext()
+_current = _OUTSIDE
+
+
+def current_pack() -> PackContext:
+    """The pack that this process is computing; an empty one outside of packs."""
+    return _current
+
+
+@contextmanager
+def computing(pack: PackContext) -> Iterator[None]:
+    """Make a pack the current one while the block runs, which must hold its backward pass too."""
+    global _current
+    previous, _current = _current, pack
+    try:
+        yield
+    finally:
+        _current = previous
