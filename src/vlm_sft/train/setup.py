@@ -216,9 +216,8 @@ def _validation(run: TrainingRun, plan: Plan, asked: ValidationPlan | None) -> V
     if asked is None:
         return None
     done = checkpoint_step(run.checkpoint)
-    validation = Validation(asked, plan.base, run.options.output_dir, run.tokens_per_pack, run.launch, done)
-    validation.image_source = plan.cache.image_tensors
-    return validation
+    folder, budget = run.options.output_dir, run.tokens_per_pack
+    return Validation(asked, plan.base, folder, budget, run.launch, done, plan.cache.image_tensors)
 
 
 def _callbacks(

@@ -38,13 +38,18 @@ class Validation:
         tokens_per_pack: token budget of one forward pass.
         launch: ranks and parallelism.
         resumed_step: entries of guard.json after this step are of another continuation.
-
-    Attributes:
-        image_source: gives processed images or their features; None processes images when they are asked about.
+        images: gives processed images or their features; None processes images when they are asked about.
     """
 
     def __init__(
-        self, plan: ValidationPlan, base: Base, folder: Path, tokens_per_pack: int, launch: Launch, resumed_step: int
+        self,
+        plan: ValidationPlan,
+        base: Base,
+        folder: Path,
+        tokens_per_pack: int,
+        launch: Launch,
+        resumed_step: int,
+        images: ImageSource | None = None,
     ) -> None:
         self.plan = plan
         self.base = base
@@ -53,7 +58,7 @@ class Validation:
         self.tokens_per_pack = tokens_per_pack
         self.launch = launch
         self._evaluations = self._earlier(resumed_step)
-        self.image_source: ImageSource | None = None
+        self._images = images
         self._base_rows: dict[str, list[dict[str, Any]]] = {}
 
     def _earlier(self, resumed_step: int) -> list[dict[str, Any]]:
@@ -77,7 +82,7 @@ class Validation:
         Returns:
             Mean score by metric name, the same on every rank. Data sets with the same metric count as one.
         """
-        backend = SharedPrefixBackend(self.base, model, mode, self.image_source)
+        backend = SharedPrefixBackend(self.base, model, mode, self._images)
         evaluator = self._evaluator(backend, stop)
         self._score_base(evaluator, model, stop)
         folder = self.folder / f"step-{step}"
