@@ -172,7 +172,7 @@ def test_what_cannot_be_read_is_passed_over(
     faults = Injected(
         tmp_path / "faults",
         Fault("read", "*/run/checkpoint-8/optimizer.safetensors"),
-        Fault("read", "*/images/*/*.safetensors", count=1),
+        Fault("read", "*/features/*/*.safetensors", count=1),
         Fault("read", f"*/{index.name}", count=1),
     )
     code, told = launched(injected_warm, injected_place, output, faults, "--cache_dir", str(cache))

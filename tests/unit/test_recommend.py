@@ -108,7 +108,7 @@ def test_what_cannot_be_afforded_is_named() -> None:
     nothing = recommend(found, 10, disk_bytes=1e9)
     assert nothing.chosen is None
     first, second = nothing.reasons
-    assert line_with(first, "1epoch: ", "5 GB", "1 GB") and line_with(second, "2epoch: ", "30.00 h", "10 h")
+    assert line_with(first, "1epoch: ", "5.00 GB", "1.00 GB") and line_with(second, "2epoch: ", "30.00 h", "10 h")
 
 
 def guide_advice(hours: float, priority: str) -> str:

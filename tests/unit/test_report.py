@@ -312,7 +312,7 @@ def test_command_writes_into_the_run_or_where_told(tmp_path: Path, capsys: pytes
     assert main(["report", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "report.html").is_file()
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "deep" / "here.html")]) == 0
-    assert (tmp_path / "deep" / "here.html").is_file() and "KiB" in capsys.readouterr().out
+    assert (tmp_path / "deep" / "here.html").is_file() and "kB" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert "nothing does not exist" in capsys.readouterr().err
 

@@ -97,7 +97,7 @@ def test_what_was_not_kept_is_told(task: Task, tmp_path: Path, monkeypatch: pyte
     total = sum(path.stat().st_size for path in (folder / "evaluation" / "images").iterdir())
     assert 90_000 < total < 150_000
     page, told = shown(folder)
-    reason = "picture not kept: an evaluation keeps 97.7 KiB of pictures a benchmark"
+    reason = "picture not kept: an evaluation keeps 100 kB of pictures a benchmark"
     assert set(told) == {"", reason} and told[""] >= 5
     assert f"{told[reason]} questions: picture not kept" in page.text
 
@@ -106,7 +106,7 @@ def test_what_a_page_has_no_room_for_is_told(task: Task, tmp_path: Path, monkeyp
     folder = evaluated(tmp_path / "run", task)
     monkeypatch.setattr(shown_pictures.Album.__init__, "__defaults__", (200_000,))
     page, told = shown(folder)
-    reason = "picture not embedded: this page holds 195 KiB of pictures; see the run's evaluation/images"
+    reason = "picture not embedded: this page holds 200 kB of pictures; see the run's evaluation/images"
     assert set(told) == {"", reason} and sum(map(len, page.held["pictures"])) <= 200_000
     assert all(
         (folder / "evaluation" / row["image"]).is_file()

@@ -20,7 +20,6 @@ from vlm_sft.distributed.launch import Launch
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode
-from vlm_sft.model.saved_adapter import require_places
 from vlm_sft.model.step_gradients import StepGradients, loss_problem
 from vlm_sft.recipe.schedule import Schedule
 from vlm_sft.recipe.schema import Recipe
@@ -220,8 +219,6 @@ class DeepSpeedOptimization:
         path, _ = self.engine.load_checkpoint(str(folder), load_module_strict=strict)
         if path is None:
             raise RunError(f"{folder} has no state of DeepSpeed", "resume it as it was trained, without --deepspeed")
-        if not strict:
-            require_places(folder, model)
 
     def close(self) -> None:
         """As of `Optimization`."""
