@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ from transformers import (
 
 from tests import tiny_models_more
 from tests.tiny_models_parts import QWEN_TEMPLATE, byte_tokenizer, llama_text, siglip, token_ids
+
+# Frozen vision features can be handed to a model from transformers 5.18 on.
+TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 
 QWEN_TOKENS = [
     "<|endoftext|>",

@@ -11,7 +11,7 @@ import torch
 
 from tests import tiny_models_more
 from tests.questions import questions, tiny
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, TAKES_FEATURES
 from vlm_sft.data.cache.encoded import DataCache
 from vlm_sft.data.cache.feature_names import PREFIX, is_pixels
 from vlm_sft.data.collate import PackedBatch, collate
@@ -22,6 +22,8 @@ from vlm_sft.model.feature_precompute import Decision, use_features
 from vlm_sft.model.load import SHARED_SDPA
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.vision_features import TowerCounter, features_problem, tower_settings
+
+pytestmark = pytest.mark.skipif(not TAKES_FEATURES, reason="this transformers takes no kept features")
 
 # Not (28, 28): transformers' Mistral 3 cannot compute a single picture of one visual token.
 SIZES = [(72, 56), (140, 90), (30, 28), (56, 300)]

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -220,7 +221,7 @@ def features_problem(model: AnyModel) -> str:
     base = unwrap(model)
     name = type(base).__name__
     if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
-        return f"{name} does not take them"
+        return f"{name} of transformers {version('transformers')} does not take them"
     towers = tower_modules(model)
     if not towers or not hasattr(base.model, "get_image_features"):
         return f"{name} has no separate vision tower"
