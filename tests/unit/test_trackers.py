@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.faults import training
 from tests.report_runs import make_run
 from vlm_sft.cli.main import main
 from vlm_sft.common import artifacts
@@ -271,3 +272,18 @@ def test_starting_over_removes_what_trackers_wrote(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x", encoding="utf-8")
     clear_run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_tracker_of_transformers_alone_follows_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    integrations = pytest.importorskip("transformers.integrations.integration_utils")
+    if not hasattr(integrations, "KubeflowCallback"):
+        pytest.skip("this transformers does not know Kubeflow")
+    monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", "http://127.0.0.1:9")
+    seen: list[str] = []
+    for event in ("on_init_end", "on_train_begin", "on_log", "on_train_end"):
+        monkeypatch.setattr(
+            integrations.KubeflowCallback, event, lambda *_, event=event, **__: seen.append(event), raising=False
+        )
+    data = training.prepared(training.samples())
+    training.trainer(data, tmp_path, max_steps=1, report_to=("kubeflow",)).run()
+    assert seen == ["on_init_end", "on_train_begin", "on_log", "on_log", "on_train_end"]

@@ -33,7 +33,7 @@ from vlm_sft.train.event_log import EventLog
 from vlm_sft.train.health import Health
 from vlm_sft.train.loss_meter import LossMeter
 from vlm_sft.train.optimization import Optimization
-from vlm_sft.train.training_args import callback_arguments
+from vlm_sft.train.training_args import callback_arguments, reporting_callbacks
 from vlm_sft.train.validation import Validation
 
 
@@ -138,8 +138,7 @@ class TrainingLoop:
                 )
                 for pack in batch.packs:
                     gradients.add(pack)
-                self._update(step, gradients)
-                self._log()
+                self._log(self._update(step, gradients))
                 self._evaluate_and_save()
                 if state.global_step >= state.max_steps or self.callbacks.control.should_training_stop:
                     break
@@ -154,7 +153,8 @@ class TrainingLoop:
     def _begin(self, callbacks: Sequence[TrainerCallback], checkpoint: Path | None) -> dict[str, Any] | None:
         """Restore what a checkpoint holds; returns its progress, or None for a new training."""
         self.began = time.monotonic()
-        self.callbacks.callbacks = list(callbacks)
+        self.callbacks.callbacks = [*reporting_callbacks(self.callbacks.args), *callbacks]
+        self.callbacks.tell("on_init_end")
         set_seed(self.plan.recipe.seed)
         progress = None
         if checkpoint is not None:
@@ -170,8 +170,6 @@ class TrainingLoop:
         )
         state.is_world_process_zero = self.launch.rank == 0
         state.is_local_process_zero = self.launch.local_rank == 0
-        self.norm: float | None = None
-        self.rate = self.optimization.learning_rate()
         self.callbacks.tell("on_train_begin")
         if checkpoint is not None:
             self._catch_up()
@@ -186,17 +184,20 @@ class TrainingLoop:
             control.should_evaluate = control.should_save = True
             self._evaluate_and_save()
 
-    def _update(self, step: int, gradients: Any) -> None:
-        """Let the ranks vote on a step, take it or pass it over, and ask what follows it."""
-        self.rate = self.optimization.learning_rate()
+    def _update(self, step: int, gradients: Any) -> dict[str, float | None]:
+        """Let the ranks vote on a step, take it or pass it over, and ask what follows it.
+
+        Returns:
+            What a log says of the step: its learning rate, and the norm of the gradient, None where it was not used.
+        """
+        norm, rate = None, self.optimization.learning_rate()
         if self.optimization.agree(step, gradients, self.health):
             self.callbacks.tell("on_pre_optimizer_step")
-            self.norm = self.optimization.step(gradients)
+            norm = self.optimization.step(gradients)
             self.callbacks.tell("on_optimizer_step")
             assert self.health.last_loss is not None
             self.losses.add(self.health.last_loss)
         else:
-            self.norm = None
             self.optimization.skip()
         state, schedule, control = self.state, self.plan.schedule, self.callbacks.control
         state.global_step = step
@@ -206,11 +207,12 @@ class TrainingLoop:
         control.should_evaluate = schedule.evaluates_after(step)
         control.should_save = schedule.saves_after(step)
         self.callbacks.tell("on_step_end")
+        return {"grad_norm": norm, "learning_rate": rate}
 
-    def _log(self) -> None:
-        """Log the mean loss of the steps since the last log, where that is due."""
+    def _log(self, step: dict[str, float | None]) -> None:
+        """Log the mean loss of the steps since the last log and what is known of the newest step, where that is due."""
         if self.callbacks.control.should_log:
-            values = {"loss": self.losses.take(), "grad_norm": self.norm, "learning_rate": self.rate}
+            values = {"loss": self.losses.take(), **step}
             self.callbacks.log({name: value for name, value in values.items() if value is not None})
 
     def _evaluate_and_save(self) -> None:

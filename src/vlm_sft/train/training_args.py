@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.recipe.schedule import Schedule
@@ -58,3 +59,8 @@ def callback_arguments(recipe: Recipe, schedule: Schedule, launch: Launch, outpu
         disable_tqdm=True,
         log_level="warning",
     )
+
+
+def reporting_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
+    """What logs into the trackers that transformers integrates and `vlm_sft.trackers` does not."""
+    return [make() for make in get_reporting_integration_callbacks(args.report_to)]
