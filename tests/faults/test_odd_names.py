@@ -62,7 +62,7 @@ def test_a_training_and_what_follows(place: Path, run: Run) -> None:
     data, base = f"{ODD}.jsonl", "../base"
     left = ["--max_left_out", "0.5"]
     run("data", "check", data, "--output_dir", f"{ODD}-check", *left)
-    run(
+    train = [
         "train",
         "--base_model",
         base,
@@ -81,33 +81,13 @@ def test_a_training_and_what_follows(place: Path, run: Run) -> None:
         "--report_to",
         "none",
         *left,
-    )
+    ]
+    run(*train)
     facts = json.loads((place / "run" / "run.json").read_text(encoding="utf-8"))
     assert facts["status"] == "finished" and (place / facts["dataset"]).is_file()
     rows = (place / "run" / "left_out.jsonl").read_text(encoding="utf-8").splitlines()
     assert "gone.png" in json.loads(rows[0])["detail"]
-    run(
-        "train",
-        "--base_model",
-        base,
-        "--dataset",
-        data,
-        "--output_dir",
-        "run",
-        "--bf16",
-        "false",
-        "--max_steps",
-        "2",
-        "--global_batch_size",
-        "2",
-        "--save_steps",
-        "2",
-        "--report_to",
-        "none",
-        *left,
-        "--resume",
-        "auto",
-    )
+    run(*train, "--resume", "auto")
     run("report", "run", "--output", f"{ODD}.html")
     run("report", "run", "--export", f"{ODD}-figures")
     run("compare", "run", "--output_dir", f"{ODD}-compared")

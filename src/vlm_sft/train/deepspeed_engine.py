@@ -214,8 +214,7 @@ class DeepSpeedOptimization:
         Raises:
             RunError: the checkpoint has no state of an engine.
         """
-        model = self.engine.module
-        strict = not isinstance(model, PeftModel)
+        strict = not isinstance(self.engine.module, PeftModel)
         path, _ = self.engine.load_checkpoint(str(folder), load_module_strict=strict)
         if path is None:
             raise RunError(f"{folder} has no state of DeepSpeed", "resume it as it was trained, without --deepspeed")

@@ -168,13 +168,8 @@ class TorchOptimization:
         self.precision: Callable[[], AbstractContextManager[Any]] = partial(mixed_precision, launch.device, dtype)
         self._max_norm = recipe.max_grad_norm or float("inf")
         self._world_size = launch.world_size
-        if launch.world_size > 1:
-            self._copy_from_first_rank()
-
-    def _copy_from_first_rank(self) -> None:
-        """Begin with the same trained weights everywhere, whatever a rank drew or read."""
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the same everywhere at the start, whatever a rank drew or read
                 broadcast(parameter.data)
 
     def begin(self, packs: int, step: int, scale: float, mode: PackMode, health: Health) -> StepGradients:

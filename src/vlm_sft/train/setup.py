@@ -23,6 +23,7 @@ from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.distributed.collectives import agree
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.forecast.estimate import FEATURES, LOAD, SAVES, TRACKERS
+from vlm_sft.model.families import PackMode
 from vlm_sft.model.gpu.kernels import choose_kernels
 from vlm_sft.model.load import Base, load_model
 from vlm_sft.model.positions import Positions
@@ -142,7 +143,7 @@ def build_training(
             say(f"batches: {run.data_workers} processes prepare them (--dataloader_num_workers chooses another number)")
         forecast.lap(FEATURES)
         if run.options.probe:
-            _probe(run, plan, forecast, model, (planner, eval_planner))
+            _probe(run, plan, forecast, model, mode, (planner, eval_planner))
         # Plain transformers finds the positions of separate questions itself.
         place = Positions(model) if mode.shares else None
         steps_of = partial(StepDataset, rank=run.launch.rank, replace_bad=run.faults.replace_bad, place=place)
@@ -244,6 +245,7 @@ def _probe(
     plan: Plan,
     forecast: ForecastTracker,
     model: Any,
+    mode: PackMode,
     planners: tuple[EpochPlanner, EpochPlanner | None],
 ) -> None:
     """Measure a few passes and forecast again."""
@@ -253,7 +255,7 @@ def _probe(
     precision = partial(mixed_precision, run.launch.device, plan.base.dtype)
     kept = forecast.inputs.images.keep_benchmark_features
     inputs = forecast.inputs.with_features(plan.cache.features is not None, kept)
-    probe = Probe(run, plan, model, choose_mode(model, plan.data.encoder), precision, inputs, *planners)
+    probe = Probe(run, plan, model, mode, precision, inputs, *planners)
     calibration = probe.calibrate(forecast.tasks, forecast.seconds)
     forecast.refine(agree(lambda: calibration), inputs, plan.engine.root)
 
