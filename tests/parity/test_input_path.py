@@ -27,6 +27,7 @@ from vlm_sft.data.packing import Bundle, EpochPlanner
 from vlm_sft.distributed.launch import Launch, expand_segments
 from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA, PackLayout
+from vlm_sft.model.cpu import matmul
 from vlm_sft.model.families import FAMILIES, PackMode
 from vlm_sft.model.feature_precompute import use_features
 from vlm_sft.model.last_layer import trim_last_layer
@@ -219,6 +220,7 @@ def test_a_pack_is_computed_without_waiting(
             for image, size in zip(features, sizes, strict=True)
         ]
     gradients = StepGradients(model, PackMode(), 0, 1.0, lambda: torch.autocast("cpu", enabled=False))
+    matmul._onednn()  # checked once a process, on CPUs only
     with waits(monkeypatch) as found:
         gradients.add(batch)
     assert gradients.loss > 0
