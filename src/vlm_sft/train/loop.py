@@ -99,9 +99,9 @@ class TrainingLoop:
         self.losses = LossMeter()
         self.loader = StepLoader(plan.steps, plan.workers)
         args = callback_arguments(plan.recipe, plan.schedule, launch, folder)
-        self.callbacks = Callbacks(
-            (), args, model=model, optimizer=optimization.optimizer, lr_scheduler=optimization.scheduler
-        )
+        context = {"model": model, "optimizer": optimization.optimizer, "lr_scheduler": optimization.scheduler}
+        self.callbacks = Callbacks(reporting_callbacks(args), args, **context)
+        self.callbacks.tell("on_init_end")
 
     def _stop_requested(self) -> bool:
         return bool(self.signals and self.signals.requested)
@@ -110,7 +110,7 @@ class TrainingLoop:
         """Train from the start, or from a checkpoint that was verified; ends with the weights that are to be kept.
 
         Args:
-            callbacks: told what happens.
+            callbacks: told what happens, after those of transformers' trackers.
             checkpoint: what the training goes on from.
 
         Raises:
@@ -153,8 +153,7 @@ class TrainingLoop:
     def _begin(self, callbacks: Sequence[TrainerCallback], checkpoint: Path | None) -> dict[str, Any] | None:
         """Restore what a checkpoint holds; returns its progress, or None for a new training."""
         self.began = time.monotonic()
-        self.callbacks.callbacks = [*reporting_callbacks(self.callbacks.args), *callbacks]
-        self.callbacks.tell("on_init_end")
+        self.callbacks.callbacks += callbacks
         set_seed(self.plan.recipe.seed)
         progress = None
         if checkpoint is not None:
