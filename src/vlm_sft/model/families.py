@@ -27,6 +27,7 @@ class Family:
         masks_by_layer: the model accepts a mask for each type of layer, so sliding windows can be told apart.
         answer_type: token type of an answer, where it differs from that of a prompt.
         projector: paths, below the inner model, of what turns the tower's output into embeddings.
+        targets: names of the modules that get LoRA where the user names none.
     """
 
     reason: str = ""
@@ -36,6 +37,7 @@ class Family:
     masks_by_layer: bool = False
     answer_type: int = 0
     projector: tuple[str, ...] = ("multi_modal_projector",)
+    targets: tuple[str, ...] = ("q_proj", "v_proj", "o_proj")
 
 
 # By config.model_type; each one is proven in tests/parity against separate sequences in plain transformers.
@@ -49,7 +51,10 @@ FAMILIES = {
     "llava_onevision": Family(),
     "internvl": Family(),
     "mistral3": Family(),
-    "lfm2_vl": Family(reason="its convolutions mix the last token before a question with the first of another"),
+    "lfm2_vl": Family(
+        reason="its convolutions mix the last token before a question with the first of another",
+        targets=("q_proj", "v_proj", "out_proj"),
+    ),
     "molmo2": Family(image_blocks=True, one_block=True, token_types=True),
     "gemma3": Family(image_blocks=True, masks_by_layer=True),
     "paligemma": Family(reason="its image tokens read the question", answer_type=1),
