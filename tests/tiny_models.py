@@ -44,22 +44,13 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from tests import tiny_models_more
-from tests.tiny_models_parts import QWEN_TEMPLATE, byte_tokenizer, llama_text, siglip, token_ids
+from tests import tiny_models_more, tiny_models_recurrent
+from tests.tiny_models_parts import QWEN_TEMPLATE, QWEN_TOKENS, byte_tokenizer, llama_text, qwen_ids, siglip, token_ids
+from vlm_sft.model.families import family_of
 
 # Frozen vision features can be handed to a model from transformers 5.18 on.
 TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 
-QWEN_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
 SMOL_TOKENS = [
     "<|im_start|>",
     "<end_of_utterance>",
@@ -128,16 +119,6 @@ def _qwen_text(vocab: int) -> dict[str, Any]:
     }
 
 
-def _qwen_ids(tokenizer: Any) -> dict[str, int]:
-    return token_ids(
-        tokenizer,
-        image_token_id="<|image_pad|>",
-        video_token_id="<|video_pad|>",
-        vision_start_token_id="<|vision_start|>",
-        vision_end_token_id="<|vision_end|>",
-    )
-
-
 def qwen2_5_vl() -> tuple[Any, Any]:
     """A Qwen2.5-VL with windowed and full attention blocks."""
     processor = _qwen_processor(Qwen2_5_VLProcessor)
@@ -154,7 +135,7 @@ def qwen2_5_vl() -> tuple[Any, Any]:
             "window_size": 56,
             "fullatt_block_indexes": [1],
         },
-        **_qwen_ids(processor.tokenizer),
+        **qwen_ids(processor.tokenizer),
     )
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
@@ -172,7 +153,7 @@ def qwen2_vl() -> tuple[Any, Any]:
             "hidden_size": 64,
             "patch_size": 14,
         },
-        **_qwen_ids(processor.tokenizer),
+        **qwen_ids(processor.tokenizer),
     )
     return Qwen2VLForConditionalGeneration(config), processor
 
@@ -250,7 +231,7 @@ def qwen3_vl() -> tuple[Any, Any]:
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
         },
-        **_qwen_ids(tokenizer),
+        **qwen_ids(tokenizer),
     )
     return Qwen3VLForConditionalGeneration(config), processor
 
@@ -353,12 +334,13 @@ FAMILIES = {
     "gemma3": gemma3,
     "paligemma": paligemma,
     **tiny_models_more.FAMILIES,
+    **tiny_models_recurrent.FAMILIES,
 }
 
 
 def targets(model: Any) -> list[str]:
-    """Names of the modules that LoRA goes to: queries, values and outputs of attention."""
-    return ["q_proj", "v_proj", "out_proj" if model.config.model_type == "lfm2_vl" else "o_proj"]
+    """Names of the modules that LoRA goes to: those that the family gets by default."""
+    return list(family_of(model.config).targets)
 
 
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:

@@ -13,6 +13,17 @@ QWEN_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+QWEN_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+
 
 def byte_tokenizer(special: list[str], **kwargs: Any) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer without merges."""
@@ -54,3 +65,14 @@ def siglip(image_size: int) -> dict[str, Any]:
         "patch_size": 14,
         "vision_use_head": False,
     }
+
+
+def qwen_ids(tokenizer: Any) -> dict[str, int]:
+    """The ids of Qwen's image tokens, as its configurations name them."""
+    return token_ids(
+        tokenizer,
+        image_token_id="<|image_pad|>",
+        video_token_id="<|video_pad|>",
+        vision_start_token_id="<|vision_start|>",
+        vision_end_token_id="<|vision_end|>",
+    )

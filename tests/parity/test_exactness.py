@@ -30,6 +30,8 @@ from vlm_sft.model.trainable import checkpoint_layers
 
 SHARING = [family for family in FAMILIES if not families.FAMILIES[family].reason]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+# A recurrence rounds at every token: its own two forms in transformers, by chunks and by tokens, differ as much.
+RECURRENT = {torch.float64: 1e-10, torch.float32: 1e-4}
 SIZES = ((72, 56), (56, 56), (100, 60))  # pixels of the three pictures
 COUNTS = (10, 4, 2)  # their questions
 
@@ -140,7 +142,8 @@ def check(case: Case, bundles: list[Bundle], mode: PackMode) -> None:
         scores = packed_forward.token_losses(case.model, batch, mode)
         found = gradients(case.model, scores.sum())
     asked = [(bundle.group, number) for bundle in bundles for number in bundle.questions]
-    limit = TOLERANCE[case.dtype]
+    recurrent = "linear_attention" in families.layer_kinds(case.model.get_base_model().config)
+    limit = (RECURRENT if recurrent else TOLERANCE)[case.dtype]
     torch.testing.assert_close(scores, torch.cat([case.truth.losses[key] for key in asked]), rtol=limit, atol=limit)
     total = torch.stack([case.truth.losses[key].sum() for key in asked]).sum()
     assert abs(scores.sum() - total) <= limit * total

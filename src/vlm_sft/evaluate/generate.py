@@ -8,6 +8,7 @@ and its own answer so far. Nothing is padded and no prefix is copied.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import Cache, DynamicCache, DynamicLayer
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode, masks_for
+from vlm_sft.model.mixers import State
 from vlm_sft.model.protocols import AnyModel
 
 
@@ -96,7 +98,8 @@ def generate(
     config = packed_forward.unwrap(model).config.get_text_config(decoder=True)
     # A cache that knows of sliding windows forgets old tokens; behind a shared prefix the masks see to that.
     cache = Cache(layer_class_to_replicate=RoomyLayer) if mode.shares else DynamicCache(config=config)
-    with packed_forward.packed(batch, mode, 0):
+    kept: dict[torch.nn.Module, State] = {}
+    with packed_forward.packed(batch, mode, 0, kept):
         output = packed_forward.forward(model, batch, mode, use_cache=True, past_key_values=cache)
     questions = len(batch.sample_ids)
     answers: list[list[int]] = [[] for _ in range(questions)]
@@ -118,7 +121,8 @@ def generate(
         fed, tokens = (alive, tokens) if len(alive) else (alive.new_zeros(1), stops[:1])
         # Alone, a question needs nothing: positions and mask follow from the cache.
         places = shared.inputs(fed, count) if shared else {}
-        output = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, **places)
+        with packed_forward.continued(fed, kept) if shared else nullcontext():
+            output = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, **places)
     return Generated(answers, sorted(near), alive.tolist())
 
 

@@ -12,7 +12,10 @@ from typing import Any, Literal, TypeVar
 Kind = Literal["blockwise", "dense", "separate"]
 T = TypeVar("T")
 DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
-FULL, SLIDING = "full_attention", "sliding_attention"  # names in the layer_types of transformers' configurations
+# Names in the layer_types of transformers' configurations.
+FULL, SLIDING = "full_attention", "sliding_attention"
+STATEFUL = ("linear_attention", "conv")
+_ATTENTION = ("q_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Family:
     masks_by_layer: bool = False
     answer_type: int = 0
     projector: tuple[str, ...] = ("multi_modal_projector",)
-    targets: tuple[str, ...] = ("q_proj", "v_proj", "o_proj")
+    targets: tuple[str, ...] = _ATTENTION
 
 
 # By config.model_type; each one is proven in tests/parity against separate sequences in plain transformers.
@@ -51,10 +54,8 @@ FAMILIES = {
     "llava_onevision": Family(),
     "internvl": Family(),
     "mistral3": Family(),
-    "lfm2_vl": Family(
-        reason="its convolutions mix the last token before a question with the first of another",
-        targets=("q_proj", "v_proj", "out_proj"),
-    ),
+    "qwen3_5": Family(projector=("visual.merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
+    "lfm2_vl": Family(targets=("q_proj", "v_proj", "out_proj")),
     "molmo2": Family(image_blocks=True, one_block=True, token_types=True),
     "gemma3": Family(image_blocks=True, masks_by_layer=True),
     "paligemma": Family(reason="its image tokens read the question", answer_type=1),
@@ -102,20 +103,23 @@ def layer_kinds(config: Any) -> set[str]:
     return {SLIDING if windowed else FULL}
 
 
-def declared_mode(config: Any, kind: Kind) -> PackMode | None:
+def declared_mode(config: Any, kind: Kind, unshared: str = "") -> PackMode | None:
     """Decide from the table and the configuration alone.
 
     Args:
         config: the model's configuration.
         kind: what is used where sharing is possible: "blockwise" or "dense".
+        unshared: kinds of layers that carry a state and compute no packs, from `recurrent.unshared_states`.
 
     Returns:
         The mode; None for an unknown family whose layers are plain: it has to be checked.
     """
     family = family_of(config)
-    others = layer_kinds(config) - {FULL}
+    others = layer_kinds(config) - {FULL, *STATEFUL}
     if family.reason:
         return separate_mode(config, family.reason)
+    if unshared:
+        return separate_mode(config, f"its language model has layers of {unshared}")
     if others and not (family.masks_by_layer and others == {SLIDING}):
         return separate_mode(config, f"its language model has layers of {', '.join(sorted(others))}")
     return PackMode(kind, family.image_blocks, family.one_block) if config.model_type in FAMILIES else None

@@ -34,6 +34,7 @@ from vlm_sft.model.layout import require_layout, without_weights
 from vlm_sft.model.model_folder import require_model
 from vlm_sft.model.pocket import WEIGHTS
 from vlm_sft.model.protocols import VisionLanguageModel
+from vlm_sft.model.recurrent import share_states
 from vlm_sft.model.transposed_experts import compare_whole_shapes
 from vlm_sft.model.vision_features import tower_modules
 
@@ -342,11 +343,12 @@ def _stop_ids(path: str) -> tuple[int, ...]:
 
 
 def set_attention(model: VisionLanguageModel, attention: str) -> None:
-    """Let the language model attend through one of our functions, and a vision tower that has windows, too."""
+    """Let the language model compute packs, attending through one of our functions; a tower with windows, too."""
     parts = dict.fromkeys((name for name in model.config.sub_configs if name != "text_config"), "sdpa")
     model.set_attn_implementation({**parts, "text_config": attention})
     if is_plain():
         return
+    share_states(model)
     windows = FLASH_WINDOWS if attention == SHARED_FLASH else SHARED_WINDOWS
     module: Any
     for module in (part for tower in tower_modules(model).values() for part in tower.modules()):

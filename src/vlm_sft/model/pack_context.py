@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 
 from vlm_sft.data.collate import moved_to
+from vlm_sft.model.state_batches import Recurrence
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,7 @@ class PackContext:
         keys: (L,) int64, the number of each token that its dropout masks are made from, from `PackedBatch.keys`; None
             for ordinary dropout.
         step: number of the optimizer step, for dropout.
+        recurrence: what layers with a state follow; None where they compute whatever they are given as one sequence.
     """
 
     tokens: int = 0
@@ -158,6 +160,7 @@ class PackContext:
     rows: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     step: int = 0
+    recurrence: Recurrence | None = None
 
     @cached_property
     def _row_keys(self) -> torch.Tensor | None:

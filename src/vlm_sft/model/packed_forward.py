@@ -18,9 +18,11 @@ from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model.cpu import cross_entropy
 from vlm_sft.model.families import PackMode, family_of, masks_for
 from vlm_sft.model.last_layer import is_trimmed
+from vlm_sft.model.mixers import State
 from vlm_sft.model.pack_context import PackContext, PackLayout, branch_mask, computing
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.protocols import AnyModel
+from vlm_sft.model.state_batches import Recurrence
 from vlm_sft.model.vision_features import image_inputs, unwrap
 
 _IMAGE_TYPE = 1  # token type of image tokens, in all processors that have token types
@@ -54,17 +56,33 @@ def dense_mask(batch: PackedBatch, mode: PackMode, window: int | None = None) ->
 
 
 @contextmanager
-def packed(batch: PackedBatch, mode: PackMode, dropout_step: int) -> Iterator[None]:
+def packed(
+    batch: PackedBatch, mode: PackMode, dropout_step: int, kept: dict[torch.nn.Module, State] | None = None
+) -> Iterator[None]:
     """What must hold during the forward and the backward pass of one pack; nothing else sets it.
 
     Args:
         batch: the pack, on the model's device.
         mode: how it is computed.
         dropout_step: number of the optimizer step, which dropout masks are made from.
+        kept: takes the states behind the questions of the layers that have one, for generation.
     """
     layout = layout_of(batch, mode) if mode.kind == "blockwise" else None
     rows = batch.predict if mode.shares else None
-    with computing(PackContext(batch.tokens, layout, rows, batch.keys, dropout_step)):
+    recurrence = Recurrence(batch.ends, kept) if mode.shares else None
+    with computing(PackContext(batch.tokens, layout, rows, batch.keys, dropout_step, recurrence)):
+        yield
+
+
+@contextmanager
+def continued(fed: torch.Tensor, kept: dict[torch.nn.Module, State]) -> Iterator[None]:
+    """What must hold in a step of generation behind a pack.
+
+    Args:
+        fed: (F,) int64, the questions that the step's tokens belong to.
+        kept: the states of the questions, which the step brings forward.
+    """
+    with computing(PackContext(len(fed), recurrence=Recurrence([], kept, fed))):
         yield
 
 

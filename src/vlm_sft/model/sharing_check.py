@@ -24,6 +24,7 @@ from vlm_sft.model.families import Kind, PackMode, declared_mode, separate_mode
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.load import is_blockwise
 from vlm_sft.model.protocols import AnyModel
+from vlm_sft.model.recurrent import unshared_states
 
 # Root mean square difference of the logits, relative to their spread, that rounding explains.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -44,7 +45,7 @@ def choose_mode(model: AnyModel, encoder: Encoder) -> PackMode:
     base = packed_forward.unwrap(model)
     dtype = base.get_input_embeddings().weight.dtype
     kind: Kind = "blockwise" if is_blockwise(base) else "dense"
-    declared = declared_mode(base.config, kind)
+    declared = declared_mode(base.config, kind, unshared_states(base))
     if declared is not None:
         return declared
     if is_partitioned(*base.parameters()):
