@@ -12,7 +12,7 @@ Built = tuple[Any, Any]
 
 
 def qwen3_5_text(tokenizer: Any) -> dict[str, Any]:
-    """A language model with three layers of Gated DeltaNet and one of full attention."""
+    """A language model with layers of Gated DeltaNet and of full attention in turn."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -26,7 +26,7 @@ def qwen3_5_text(tokenizer: Any) -> dict[str, Any]:
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
         "max_position_embeddings": 4096,
-        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+        "layer_types": ["linear_attention", "full_attention"] * 2,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
@@ -62,7 +62,7 @@ QWEN3_5_TOWER = {
 
 
 def qwen3_5() -> Built:
-    """A Qwen3.5: three of four layers are Gated DeltaNet."""
+    """A Qwen3.5: layers of Gated DeltaNet and of full attention."""
     processor = qwen3_5_processor()
     config = transformers.Qwen3_5Config(
         text_config=qwen3_5_text(processor.tokenizer), vision_config=QWEN3_5_TOWER, **qwen_ids(processor.tokenizer)

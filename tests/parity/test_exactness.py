@@ -30,8 +30,8 @@ from vlm_sft.model.trainable import checkpoint_layers
 
 SHARING = [family for family in FAMILIES if not families.FAMILIES[family].reason]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-# A recurrence rounds at every token: its own two forms in transformers, by chunks and by tokens, differ as much.
-RECURRENT = {torch.float64: 1e-10, torch.float32: 1e-4}
+# A recurrence amplifies rounding: plain transformers with its two attention functions differs by 1.3e-4 in float32.
+RECURRENT = {torch.float64: 1e-10, torch.float32: 1e-3}
 SIZES = ((72, 56), (56, 56), (100, 60))  # pixels of the three pictures
 COUNTS = (10, 4, 2)  # their questions
 
@@ -249,7 +249,7 @@ def test_a_family_that_cannot_compute_packs_falls_back(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("kind", ["blockwise", "dense"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "gemma3", "qwen3_5", "lfm2_vl"])
 def test_a_question_and_a_picture_change_nothing_elsewhere(family: str, kind: families.Kind) -> None:
     model, encoder = tiny(family, torch.float32, SHARED_SDPA if kind == "blockwise" else "sdpa")
     mode = families.declared_mode(model.get_base_model().config, kind)

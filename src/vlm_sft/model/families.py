@@ -63,7 +63,16 @@ FAMILIES = {
 
 
 # By model_type of the language model: its decoder layer is x + attention(norm(x)), then + mlp(norm(·)), nothing else.
-PLAIN_LAYERS = {"llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"}
+PLAIN_LAYERS = {
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen3",
+    "qwen3_vl_text",
+    "qwen3_5_text",
+}
 
 
 @dataclass(frozen=True, slots=True)

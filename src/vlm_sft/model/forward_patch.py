@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -65,8 +66,19 @@ def _holds(fits: Callable[[Any], bool], module: torch.nn.Module) -> bool:
     try:
         return fits(module)
     except Exception as error:  # an unknown module may raise anything, and none of it may end a run
-        _log.info("%s is left as it is: its probe raised %s", type(module).__name__, reason_of(error))
+        note_left(type(module).__name__, reason_of(error))
         return False
+
+
+@cache
+def note_left(kind: str, reason: str) -> None:
+    """Say once a process that modules of a class keep their own forward.
+
+    Args:
+        kind: name of the class.
+        reason: what its probe raised.
+    """
+    _log.info("%s is left as it is: its probe raised %s", kind, reason)
 
 
 def _with_fallback(fast: Callable[[Any, torch.Tensor], torch.Tensor | None]) -> Callable[..., torch.Tensor]:

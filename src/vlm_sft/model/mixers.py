@@ -8,7 +8,7 @@ Shape suffixes: n sequences, T tokens of the longest, L tokens of a pack, K wind
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -119,7 +119,7 @@ class GatedDeltaNet:
 def _delta_rule(module: Any, tokens: int) -> tuple[Any, dict[str, int]]:
     """The function that transformers computes the rule with (flash-linear-attention's where that is installed)."""
     kind = "chunk_gated_delta_rule" if tokens > 1 else "recurrent_gated_delta_rule"
-    source = sys.modules[type(module).__module__]
+    source = inspect.getmodule(type(module))
     rule = getattr(module, kind, None) or getattr(source, f"torch_{kind}")
     if tokens == 1:
         return rule, {}

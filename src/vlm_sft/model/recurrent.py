@@ -7,14 +7,13 @@ forward: only where a numeric probe gave what the module itself gives for separa
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.families import STATEFUL
-from vlm_sft.model.forward_patch import agrees, is_exchanged, is_plain, reason_of, replace_forward
+from vlm_sft.model.forward_patch import agrees, is_exchanged, is_plain, note_left, reason_of, replace_forward
 from vlm_sft.model.mixers import MIXERS, Mixer, State, joined_states
 from vlm_sft.model.pack_context import PackContext, computing, current_pack
 from vlm_sft.model.protocols import VisionLanguageModel
@@ -22,7 +21,6 @@ from vlm_sft.model.state_batches import Recurrence, StateBatch
 
 _PROBE_ENDS = [[0, 5, 8, 9], [9, 11, 15]]  # two prefixes with two questions and one
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_log = logging.getLogger(__name__)
 
 
 def share_states(model: VisionLanguageModel) -> int:
@@ -128,5 +126,5 @@ def _same(mixer: Mixer, module: Any) -> bool:
             found = _forward(module, hidden)
         return agrees(found, expected, _TOLERANCE[weight.dtype])
     except Exception as error:  # an unknown module may raise anything, and none of it may end a run
-        _log.info("%s is left as it is: its probe raised %s", type(module).__name__, reason_of(error))
+        note_left(type(module).__name__, reason_of(error))
         return False

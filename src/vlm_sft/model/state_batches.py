@@ -32,7 +32,7 @@ class StateBatch:
     tokens: torch.Tensor
     lengths: torch.Tensor
     valid: torch.Tensor | None
-    parents: torch.Tensor | None = None
+    parents: torch.Tensor
 
     def take(self, stream: torch.Tensor) -> torch.Tensor:
         """What the tokens of a stream (L, …) are in this batch, (n, T, …)."""
@@ -93,7 +93,7 @@ def state_batches(ends: Sequence[Sequence[int]], device: torch.device) -> StateB
     groups = _similar([end - start for start, end in prefixes])
     rank = {image: number for number, image in enumerate(image for group in groups for image in group)}
     asked = _similar([end - start for start, end, _ in questions])
-    tables = [([prefixes[image] for image in group], None) for group in groups]
+    tables = [([prefixes[image] for image in group], group) for group in groups]
     tables += [([questions[one][:2] for one in group], [rank[questions[one][2]] for one in group]) for group in asked]
     batches = [_batch(spans, parents, device) for spans, parents in tables]
     places = torch.empty(ends[-1][-1], dtype=torch.int64)
@@ -120,7 +120,7 @@ def _similar(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _batch(spans: Sequence[tuple[int, int]], parents: list[int] | None, device: torch.device) -> StateBatch:
+def _batch(spans: Sequence[tuple[int, int]], parents: list[int], device: torch.device) -> StateBatch:
     """The batch of some sequences (start, end) of a pack."""
     starts = torch.tensor([start for start, _ in spans])
     lengths = torch.tensor([end - start for start, end in spans])
@@ -131,5 +131,5 @@ def _batch(spans: Sequence[tuple[int, int]], parents: list[int] | None, device: 
         moved_to(device, tokens),
         moved_to(device, lengths),
         None if bool(valid.all()) else moved_to(device, valid),
-        None if parents is None else moved_to(device, torch.tensor(parents)),
+        moved_to(device, torch.tensor(parents)),
     )
