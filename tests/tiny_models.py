@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoProcessor,
-    CLIPImageProcessor,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessor,
@@ -20,7 +19,6 @@ from transformers import (
     Idefics3Processor,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
@@ -45,7 +43,17 @@ from transformers import (
 )
 
 from tests import tiny_models_more, tiny_models_recurrent
-from tests.tiny_models_parts import QWEN_TEMPLATE, QWEN_TOKENS, byte_tokenizer, llama_text, qwen_ids, siglip, token_ids
+from tests.tiny_models_parts import (
+    LLAVA_TOWER,
+    QWEN_TEMPLATE,
+    QWEN_TOKENS,
+    byte_tokenizer,
+    llama_text,
+    llava_processor,
+    qwen_ids,
+    siglip,
+    token_ids,
+)
 from vlm_sft.model.families import family_of
 
 # Frozen vision features can be handed to a model from transformers 5.18 on.
@@ -64,11 +72,6 @@ SMOL_TEMPLATE = (
     "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}:{% for c in m.content %}{% if c.type == 'image' %}"
     "<image>{% else %} {{ c.text }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-LLAVA_TEMPLATE = (
-    "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}{% if c.type == 'image' %}<image>\n"
-    "{% else %}{{ c.text }}{% endif %}{% endfor %}{% if m.role == 'assistant' %}</s>{% endif %} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
 GEMMA_TOKENS = [
     "<bos>",
@@ -239,26 +242,10 @@ def qwen3_vl() -> tuple[Any, Any]:
 def llava() -> tuple[Any, Any]:
     """A LLaVA 1.5: CLIP tower without its class token, Llama."""
     tokenizer = byte_tokenizer(["<image>", "<pad>", "</s>"], eos_token="</s>", pad_token="<pad>")
-    images = CLIPImageProcessor(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42})
-    processor = LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LLAVA_TEMPLATE,
-    )
+    processor = llava_processor(tokenizer)
     config = LlavaConfig(
         text_config=llama_text(tokenizer),
-        vision_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "image_size": 42,
-            "patch_size": 14,
-        },
+        vision_config=LLAVA_TOWER,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     return LlavaForConditionalGeneration(config), processor

@@ -6,7 +6,15 @@ from typing import Any
 
 import transformers
 
-from tests.tiny_models_parts import QWEN_TEMPLATE, QWEN_TOKENS, byte_tokenizer, qwen_ids
+from tests.tiny_models_parts import (
+    LLAVA_TOWER,
+    QWEN_TEMPLATE,
+    QWEN_TOKENS,
+    byte_tokenizer,
+    llama_text,
+    llava_processor,
+    qwen_ids,
+)
 
 Built = tuple[Any, Any]
 
@@ -68,6 +76,30 @@ def qwen3_5() -> Built:
         text_config=qwen3_5_text(processor.tokenizer), vision_config=QWEN3_5_TOWER, **qwen_ids(processor.tokenizer)
     )
     return transformers.Qwen3_5ForConditionalGeneration(config), processor
+
+
+def mamba2() -> Built:
+    """A LLaVA whose language model is a Granite 4 hybrid: layers of Mamba-2 and of full attention in turn."""
+    tokenizer = byte_tokenizer(["<image>", "<pad>", "</s>"], eos_token="</s>", pad_token="<pad>")
+    processor = llava_processor(tokenizer)
+    text = llama_text(tokenizer) | {
+        "model_type": "granitemoehybrid",
+        "num_hidden_layers": 4,
+        "shared_intermediate_size": 96,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "layer_types": ["mamba", "attention"] * 2,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 2,
+        "mamba_chunk_size": 32,
+        "position_embedding_type": "rope",
+    }
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config=LLAVA_TOWER, image_token_index=tokenizer.convert_tokens_to_ids("<image>")
+    )
+    return transformers.LlavaForConditionalGeneration(config), processor
 
 
 FAMILIES = {"qwen3_5": qwen3_5}

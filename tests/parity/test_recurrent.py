@@ -7,8 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests import tiny_models
-from tests.questions import tiny
+from tests import tiny_models, tiny_models_recurrent
+from tests.parity.test_exactness import undiminished
+from tests.parity.test_generation_modes import LENGTH, transformers_answer
+from tests.questions import pack, questions, tiny
+from vlm_sft.data.packing import Bundle
+from vlm_sft.evaluate.generate import generate
+from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode, declared_mode
 from vlm_sft.model.forward_patch import PLAIN, is_exchanged
@@ -95,3 +100,37 @@ def test_a_model_whose_layers_all_share_is_declared_to() -> None:
     set_attention(model, SHARED_SDPA)
     assert unshared_states(model) == ""
     assert declared_mode(model.config, "blockwise", "") == PackMode("blockwise")
+
+
+def test_a_language_model_of_mamba_2_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiny_models.FAMILIES, "mamba2", tiny_models_recurrent.mamba2)
+    model, encoder = tiny("mamba2", torch.float64, SHARED_SDPA)
+    assert choose_mode(model, encoder) == PackMode("blockwise")
+    groups = [encoder.encode(questions(0, 3)), encoder.encode(questions(1, 2, (56, 72)))]
+    bundles = [Bundle(0, (2, 0, 1)), Bundle(1, (0, 1))]
+
+    def summed(packs: list[list[Bundle]], mode: PackMode) -> list[torch.Tensor]:
+        total = torch.zeros((), dtype=torch.float64)
+        for bundles in packs:
+            batch = pack(bundles, groups, torch.float64)
+            with undiminished(), packed_forward.packed(batch, mode, 0):
+                total = total + packed_forward.token_losses(model, batch, mode).sum()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with undiminished():
+            return [total.detach(), *torch.autograd.grad(total, trained)]
+
+    alone = [[Bundle(bundle.group, (number,))] for bundle in bundles for number in bundle.questions]
+    for found, expected in zip(summed([bundles], PackMode()), summed(alone, PackMode("separate")), strict=True):
+        assert expected.norm() > 0
+        assert (found - expected).norm() <= 1e-10 * expected.norm()
+
+
+def test_mamba_2_answers_from_the_state_behind_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiny_models.FAMILIES, "mamba2", tiny_models_recurrent.mamba2)
+    model, encoder = tiny("mamba2", torch.float32, SHARED_SDPA)
+    samples = questions(0, 3)
+    batch = pack([Bundle(0, (0, 1, 2))], [encoder.encode(samples, with_answers=False)])
+    with torch.no_grad():
+        found = generate(model, batch, mode=PackMode(), max_new_tokens=LENGTH, stop_ids=encoder.stop_ids).tokens
+        set_attention(model.get_base_model(), "sdpa")
+        assert found == [transformers_answer(model, encoder, sample) for sample in samples]

@@ -14,7 +14,7 @@ T = TypeVar("T")
 DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
 # Names in the layer_types of transformers' configurations.
 FULL, SLIDING = "full_attention", "sliding_attention"
-STATEFUL = ("linear_attention", "conv")
+STATEFUL = ("linear_attention", "mamba", "conv")
 _ATTENTION = ("q_proj", "v_proj", "o_proj")
 
 

@@ -82,8 +82,7 @@ class GatedDeltaNet:
 
     def begin(self, module: Any, count: int, stream: torch.Tensor) -> State:
         """Zeros."""
-        width = module.conv1d.kernel_size[0] - 1
-        return State(stream.new_zeros(count, width, stream.shape[-1]))
+        return State(_no_inputs(module.conv1d, count, stream))
 
     def scan(
         self, module: Any, streams: list[torch.Tensor], lengths: torch.Tensor, valid: torch.Tensor | None, state: State
@@ -119,12 +118,60 @@ class GatedDeltaNet:
 def _delta_rule(module: Any, tokens: int) -> tuple[Any, dict[str, int]]:
     """The function that transformers computes the rule with (flash-linear-attention's where that is installed)."""
     kind = "chunk_gated_delta_rule" if tokens > 1 else "recurrent_gated_delta_rule"
-    source = inspect.getmodule(type(module))
-    rule = getattr(module, kind, None) or getattr(source, f"torch_{kind}")
+    rule = getattr(module, kind, None) or _library(module, f"torch_{kind}")
     if tokens == 1:
         return rule, {}
     chunk = min(_LONGEST_CHUNK, max(_SHORTEST_CHUNK, 1 << (tokens - 1).bit_length()))
     return rule, {"chunk_size": chunk}
+
+
+class Mamba2:
+    """Mamba-2 (Dao and Gu 2024, arXiv:2405.21060): a short convolution, then a state that decays by head."""
+
+    def fits(self, module: Any) -> bool:
+        """Whether a module has the one input projection and the parameters of Mamba-2."""
+        return all(hasattr(module, name) for name in ("in_proj", "out_proj", "conv1d", "norm", "A_log", "dt_bias", "D"))
+
+    def project(self, module: Any, hidden: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Inputs of the convolution and step sizes of each head; the gate of the norm."""
+        sizes = [module.intermediate_size, module.conv_dim, module.num_heads]
+        gate, inputs, step = module.in_proj(hidden)[0].split(sizes, dim=-1)
+        return [inputs, F.softplus(step + module.dt_bias.to(step.dtype)).clamp(*module.time_step_limit)], gate
+
+    def begin(self, module: Any, count: int, stream: torch.Tensor) -> State:
+        """Zeros."""
+        memory = stream.new_zeros(count, module.num_heads, module.head_dim, module.ssm_state_size, dtype=torch.float32)
+        return State(
+            _no_inputs(module.conv1d, count, stream), memory.to(torch.promote_types(stream.dtype, memory.dtype))
+        )
+
+    def scan(
+        self, module: Any, streams: list[torch.Tensor], lengths: torch.Tensor, valid: torch.Tensor | None, state: State
+    ) -> tuple[torch.Tensor, State]:
+        """Convolve, then update the state; a step of size zero, at padding, changes nothing."""
+        inputs, step = streams
+        if valid is not None:
+            step = step * valid[..., None]
+        mixed, tail = short_convolution(module.conv1d, inputs, lengths, state.inputs)
+        width = module.n_groups * module.ssm_state_size
+        values, key, query = module.act(mixed).split([module.intermediate_size, width, width], dim=-1)
+        output, memory = _library(module, "mamba2_chunk_scan")(
+            values.unflatten(-1, (-1, module.head_dim)),
+            step,
+            -module.A_log.float().exp(),
+            key.unflatten(-1, (module.n_groups, -1)),
+            query.unflatten(-1, (module.n_groups, -1)),
+            chunk_size=module.chunk_size,
+            D=module.D,
+            z=None,
+            initial_states=state.memory,
+            return_final_states=True,
+        )
+        return output.flatten(2), State(tail, memory)
+
+    def finish(self, module: Any, mixed: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """The gated norm, and the output projection."""
+        return module.out_proj(module.norm(mixed[None], gate[None]).to(gate.dtype))
 
 
 class ShortConvolution:
@@ -142,7 +189,7 @@ class ShortConvolution:
 
     def begin(self, module: Any, count: int, stream: torch.Tensor) -> State:
         """Zeros."""
-        return State(stream.new_zeros(count, module.conv.kernel_size[0] - 1, stream.shape[-1]))
+        return State(_no_inputs(module.conv, count, stream))
 
     def scan(
         self, module: Any, streams: list[torch.Tensor], lengths: torch.Tensor, valid: torch.Tensor | None, state: State
@@ -177,4 +224,14 @@ def short_convolution(
     return mixed.transpose(1, 2).to(inputs.dtype), tail
 
 
-MIXERS: tuple[Mixer, ...] = (GatedDeltaNet(), ShortConvolution())
+def _no_inputs(layer: torch.nn.Conv1d, count: int, stream: torch.Tensor) -> torch.Tensor:
+    """What a convolution saw before the first token of so many sequences: zeros, (count, K - 1, D)."""
+    return stream.new_zeros(count, layer.kernel_size[0] - 1, stream.shape[-1])
+
+
+def _library(module: Any, name: str) -> Any:
+    """A function of the file that defines a module in transformers, which calls a faster package where there is one."""
+    return getattr(inspect.getmodule(type(module)), name)
+
+
+MIXERS: tuple[Mixer, ...] = (GatedDeltaNet(), Mamba2(), ShortConvolution())

@@ -13,6 +13,7 @@ weights about once, the other one repacks them in every step.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,31 +96,40 @@ def _head_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | No
 def fuse_norms(model: torch.nn.Module) -> int:
     """Let the RMSNorm modules of a model compute in one step, on CPUs, in float32 or float64, while frozen.
 
-    A module counts as RMSNorm when it has a weight and `variance_epsilon` and gives the values of the formula.
+    A module counts as RMSNorm when it has a weight and an epsilon and gives the values of the formula, with the weight
+    as it is or (Gemma, Qwen3.5) with 1 added to it.
 
     Returns:
         How many modules were changed.
     """
-    return exchange_forward(model.modules(), _is_rms_norm, _norm_forward)
+    return sum(
+        exchange_forward(model.modules(), partial(_is_rms_norm, offset), partial(_norm_forward, offset))
+        for offset in (0.0, 1.0)
+    )
+
+
+def _epsilon(module: Any) -> float:
+    """What is added to the mean of squares."""
+    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
 
 
 @torch.no_grad()
-def _is_rms_norm(module: torch.nn.Module) -> bool:
+def _is_rms_norm(offset: float, module: torch.nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 1 or len(list(module.parameters())) != 1:
         return False
-    if not hasattr(module, "variance_epsilon") or is_partitioned(weight):
+    if not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")) or is_partitioned(weight):
         return False
     if weight.device.type != "cpu" or weight.dtype not in EXACT:
         return False
     values = probe_rows(weight, len(weight))
-    return agrees(_RMSNorm.apply(values, weight, module.variance_epsilon), module(values), TOLERANCE)
+    return agrees(_RMSNorm.apply(values, weight + offset, _epsilon(module)), module(values), TOLERANCE)
 
 
-def _norm_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
+def _norm_forward(offset: float, module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
     """Normalise (…, C) values in one step where that is the same and faster."""
     weight = module.weight
     exact = hidden_states.dtype == weight.dtype and hidden_states.dtype in EXACT
     if not exact or weight.requires_grad or hidden_states.device.type != "cpu":
         return None
-    return _RMSNorm.apply(hidden_states, weight, module.variance_epsilon)
+    return _RMSNorm.apply(hidden_states, weight + offset if offset else weight, _epsilon(module))
