@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from vlm_sft.model.forward_patch import PLAIN, is_exchanged
 from vlm_sft.model.load import set_attention
 from vlm_sft.model.mixers import short_convolution
 from vlm_sft.model.pack_context import PackContext, computing
-from vlm_sft.model.recurrent import mixer_of, share_states, unshared_states
+from vlm_sft.model.recurrent import mixer_of, recurrence_problem, share_states, unshared_states
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.state_batches import Recurrence, state_batches
 
@@ -134,3 +135,10 @@ def test_mamba_2_answers_from_the_state_behind_a_question(monkeypatch: pytest.Mo
         found = generate(model, batch, mode=PackMode(), max_new_tokens=LENGTH, stop_ids=encoder.stop_ids).tokens
         set_attention(model.get_base_model(), "sdpa")
         assert found == [transformers_answer(model, encoder, sample) for sample in samples]
+
+
+def test_a_run_says_which_kernels_a_recurrence_lacks() -> None:
+    model, _ = layers("qwen3_5")
+    problem = recurrence_problem(model)
+    assert problem is None if find_spec("fla") else "flash-linear-attention" in str(problem)
+    assert recurrence_problem(tiny_models.build("llava")[0]) == ""

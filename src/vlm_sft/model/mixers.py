@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -45,7 +46,14 @@ def joined_states(states: Sequence[State]) -> State:
 
 
 class Mixer(Protocol):
-    """One kind of layer with a state."""
+    """One kind of layer with a state.
+
+    Attributes:
+        package: whose kernels compute it on a GPU where it is installed, by its names in Python and on PyPI; None where
+            PyTorch's operators do.
+    """
+
+    package: tuple[str, str] | None
 
     def fits(self, module: Any) -> bool:
         """Whether a module is built like this kind; a numeric probe follows."""
@@ -67,6 +75,8 @@ class Mixer(Protocol):
 
 class GatedDeltaNet:
     """Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464) as in Qwen3.5: a short convolution, then the delta rule."""
+
+    package = ("fla", "flash-linear-attention")
 
     def fits(self, module: Any) -> bool:
         """Whether a module has the projections of Qwen3.5's layer."""
@@ -128,6 +138,8 @@ def _delta_rule(module: Any, tokens: int) -> tuple[Any, dict[str, int]]:
 class Mamba2:
     """Mamba-2 (Dao and Gu 2024, arXiv:2405.21060): a short convolution, then a state that decays by head."""
 
+    package = ("mamba_ssm", "mamba-ssm")
+
     def fits(self, module: Any) -> bool:
         """Whether a module has the one input projection and the parameters of Mamba-2."""
         return all(hasattr(module, name) for name in ("in_proj", "out_proj", "conv1d", "norm", "A_log", "dt_bias", "D"))
@@ -177,6 +189,8 @@ class Mamba2:
 class ShortConvolution:
     """The gated short convolution of LFM2 and LFM3 (Liquid AI 2025): B · x, a causal window, · C."""
 
+    package = None
+
     def fits(self, module: Any) -> bool:
         """Whether a module is one projection to three, a convolution and one projection back."""
         named = all(hasattr(module, name) for name in ("in_proj", "out_proj", "conv", "conv_kernel_size"))
@@ -218,9 +232,16 @@ def short_convolution(
         The outputs, (n, T, D), and the last K - 1 inputs of each sequence.
     """
     whole = torch.cat([before, inputs], dim=1)
-    last = lengths[:, None] + torch.arange(before.shape[1], device=lengths.device)[None, :]
+    width = before.shape[1]
+    last = lengths[:, None] + torch.arange(width, device=lengths.device)[None, :]
     tail = whole.gather(1, last[..., None].expand(-1, -1, whole.shape[2]))
-    mixed = F.conv1d(whole.transpose(1, 2).to(layer.weight.dtype), layer.weight, layer.bias, groups=layer.groups)
+    channels = whole.transpose(1, 2).to(layer.weight.dtype)
+    if whole.is_cuda and whole.shape[2] % 8 == 0 and find_spec("causal_conv1d") is not None:
+        from causal_conv1d import causal_conv1d_fn
+
+        mixed = causal_conv1d_fn(channels, layer.weight.squeeze(1), layer.bias)[:, :, width:]
+    else:
+        mixed = F.conv1d(channels, layer.weight, layer.bias, groups=layer.groups)
     return mixed.transpose(1, 2).to(inputs.dtype), tail
 
 

@@ -7,6 +7,7 @@ forward: only where a numeric probe gave what the module itself gives for separa
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -47,6 +48,20 @@ def unshared_states(model: VisionLanguageModel) -> str:
     stateful = [kind for kind in kinds if kind in STATEFUL]
     shared = sum(is_exchanged(module) and mixer_of(module) is not None for module in model.get_decoder().modules())
     return ", ".join(sorted(set(stateful))) if shared < len(stateful) else ""
+
+
+def recurrence_problem(model: torch.nn.Module) -> str | None:
+    """Why layers with a state are not computed by kernels of their own on a GPU; None where they are, "" without any.
+
+    Args:
+        model: wrapped or not.
+    """
+    mixers = [mixer_of(module) for module in model.modules()]
+    packages = {mixer.package for mixer in mixers if mixer is not None and mixer.package is not None}
+    missing = sorted(distribution for name, distribution in packages if find_spec(name) is None)
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    return None if packages else ""
 
 
 def mixer_of(module: torch.nn.Module) -> Mixer | None:

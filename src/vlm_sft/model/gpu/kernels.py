@@ -7,6 +7,7 @@ import torch
 from vlm_sft.model.dropout import KeyedDropout, fused_problem
 from vlm_sft.model.forward_patch import PLAIN, is_plain
 from vlm_sft.model.gpu import liger
+from vlm_sft.model.recurrent import recurrence_problem
 
 FUSED, STEPWISE = "fused", "stepwise"
 
@@ -32,5 +33,9 @@ def choose_kernels(model: torch.nn.Module, device: torch.device) -> tuple[dict[s
     for name, count, problem in liger.fused_parts(model, device):
         problems[name] = problem
         kernels[name] = FUSED if count else STEPWISE
+    problem = recurrence_problem(model)
+    if problem != "":
+        problems["recurrence"] = problem
+        kernels["recurrence"] = STEPWISE if problem else FUSED
     notes = [f"{name}: {why}; PyTorch's operators compute it, slower" for name, why in problems.items() if why]
     return kernels, notes
