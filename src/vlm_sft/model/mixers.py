@@ -76,7 +76,7 @@ class Mixer(Protocol):
 class GatedDeltaNet:
     """Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464) as in Qwen3.5: a short convolution, then the delta rule."""
 
-    package = ("fla", "flash-linear-attention")
+    package: tuple[str, str] | None = ("fla", "flash-linear-attention")
 
     def fits(self, module: Any) -> bool:
         """Whether a module has the projections of Qwen3.5's layer."""
@@ -138,7 +138,7 @@ def _delta_rule(module: Any, tokens: int) -> tuple[Any, dict[str, int]]:
 class Mamba2:
     """Mamba-2 (Dao and Gu 2024, arXiv:2405.21060): a short convolution, then a state that decays by head."""
 
-    package = ("mamba_ssm", "mamba-ssm")
+    package: tuple[str, str] | None = ("mamba_ssm", "mamba-ssm")
 
     def fits(self, module: Any) -> bool:
         """Whether a module has the one input projection and the parameters of Mamba-2."""
@@ -189,7 +189,7 @@ class Mamba2:
 class ShortConvolution:
     """The gated short convolution of LFM2 and LFM3 (Liquid AI 2025): B · x, a causal window, · C."""
 
-    package = None
+    package: tuple[str, str] | None = None
 
     def fits(self, module: Any) -> bool:
         """Whether a module is one projection to three, a convolution and one projection back."""
