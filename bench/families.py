@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers import AutoConfig
 
 from common import RESULTS, ROOT, commit, origin, write_block
 from tests import tiny_models, tiny_models_more
@@ -31,6 +32,7 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.sample import Sample
 from vlm_sft.forecast.shapes import FAMILIES as SIZED
+from vlm_sft.model.default_targets import default_targets
 from vlm_sft.model.families import FAMILIES as DECLARED
 from vlm_sft.model.last_layer import is_trimmed
 from vlm_sft.model.load import find_base, load_model
@@ -67,8 +69,7 @@ def examine(family: str, work: Path) -> dict[str, Any]:
     began = time.monotonic()
     base = tiny_models.save(family, work / "base")
     found = {"family": family, "class": architecture(base), "declared": family in DECLARED, **computed(base)}
-    targets = ",".join(found["targets"])
-    found["train"] = trained(base, work, targets)
+    found["train"] = trained(base, work)
     if found["train"]["exit_code"] == 0:
         found["reload"] = reloaded(base, work)
         found["merge"] = merged(work)
@@ -96,7 +97,7 @@ def computed(base: Path) -> dict[str, Any]:
         "features": features_problem(model),
         "trimmed": is_trimmed(model),
         "sized": model.config.model_type in SIZED,
-        "targets": tiny_models.targets(model),
+        "targets": list(default_targets(AutoConfig.from_pretrained(base))),
     }
 
 
@@ -127,8 +128,8 @@ def conversation(encoder: Encoder, sample: Sample) -> tuple[np.ndarray, np.ndarr
     return first["input_ids"][0].numpy(), second["input_ids"][0].numpy()
 
 
-def trained(base: Path, work: Path, targets: str) -> dict[str, Any]:
-    """A training with its evaluation of base and adapter."""
+def trained(base: Path, work: Path) -> dict[str, Any]:
+    """A training with its evaluation of base and adapter; LoRA goes where it does by default."""
     run = work / "run"
     code = command(
         [
@@ -153,8 +154,6 @@ def trained(base: Path, work: Path, targets: str) -> dict[str, Any]:
             "1e-3",
             "--lora_r",
             "4",
-            "--target_modules",
-            targets,
             "--report_to",
             "none",
             "--feature_cache",
@@ -243,7 +242,9 @@ def notes(families: list[dict[str, Any]]) -> list[str]:
     usual = there[0]["targets"]
     for found in there:
         if found["targets"] != usual:
-            told.append(f"{found['family']}: `--target_modules {','.join(found['targets'])}` instead of the default.")
+            told.append(
+                f"{found['family']}: by default LoRA is on {', '.join(f'`{name}`' for name in found['targets'])}."
+            )
     counted = [f"`{found['family']}`" for found in there if not found["sized"]]
     if counted:
         told.append(f"The forecast counts the sizes of {', '.join(counted)} on the model itself: it is rougher there.")

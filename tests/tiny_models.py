@@ -54,7 +54,7 @@ from tests.tiny_models_parts import (
     siglip,
     token_ids,
 )
-from vlm_sft.model.families import family_of
+from vlm_sft.model.default_targets import mixer_projections
 
 # Frozen vision features can be handed to a model from transformers 5.18 on.
 TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
@@ -326,8 +326,8 @@ FAMILIES = {
 
 
 def targets(model: Any) -> list[str]:
-    """Names of the modules that LoRA goes to: those that the family gets by default."""
-    return list(family_of(model.config).targets)
+    """Names of the modules that LoRA goes to: projections of every kind of layer that mixes tokens."""
+    return list(mixer_projections(model.get_decoder()))
 
 
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:

@@ -89,7 +89,7 @@ def test_what_does_not_work_is_told() -> None:
     )
     entries = [{**found, "targets": ["q_proj"], "sized": True}, {**found, "targets": ["wq"], "sized": False}, lacking]
     assert bench.notes(entries)[2:] == [
-        "odd: `--target_modules wq` instead of the default.",
+        "odd: by default LoRA is on `wq`.",
         "The forecast counts the sizes of `odd` on the model itself: it is rougher there.",
     ]
 

@@ -167,10 +167,16 @@ class Adapter:
 
 
 def adapter_of(recipe: Recipe, model: ModelShape) -> Adapter:
-    """What a recipe trains on a model; names of modules that are longer paths count by their last part."""
+    """What a recipe trains on a model.
+
+    Names of modules that are longer paths count by their last part; where a family has names of its own only, the
+    recipes' usual ones are counted, which comes near enough.
+    """
     names = [name.rsplit(".", 1)[-1] for name in recipe.target_modules]
     known = tuple(model.text.linears)
     chosen = known if names == ["all-linear"] else tuple(name for name in known if name in names)
+    if len(chosen) < 2 <= len(names):
+        chosen = tuple(Recipe.target_modules)
     parts = recipe.train
     everything = "all" in parts
     return Adapter(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,7 @@ class Targets:
 
     Attributes:
         paths: full module paths, all inside the language model.
-        peft: what PEFT is given: short names where they are unambiguous, else a pattern of the full path.
+        peft: what PEFT is given: names where they mean nothing else in the model, full paths elsewhere.
         by_name: how many modules each short name matched.
         saved: paths of the modules that are trained in full and saved with the adapter.
     """
@@ -58,36 +57,73 @@ def resolve_targets(model: VisionLanguageModel, names: Sequence[str]) -> Targets
 
     Args:
         model: the base model.
-        names: short names ("q_proj"), ends of paths ("self_attn.q_proj"), full paths, or "all-linear".
+        names: short names ("q_proj"), ends of paths ("self_attn.q_proj"), full paths, or "all-linear". Where a module
+            of another class has the name and holds one linear module, that one is meant.
 
     Raises:
         ModelError: a name matches no linear module of the language model; the message says what it matches elsewhere
             (a vision tower is adapted only on request) and which names there are.
     """
     root = language_model_path(model) + "."
-    linear = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    inside = [path for path in linear if path.startswith(root)]
-    outside = [path for path in linear if not path.startswith(root) and path != "lm_head"]
+    modules = dict(model.named_modules())
+    inside = linear_paths(modules, root)
     available = sorted({path.rsplit(".", 1)[-1] for path in inside})
     if list(names) == [ALL_LINEAR]:
         names = available
     found: dict[str, list[str]] = {}
     problems = []
     for name in names:
-        found[name] = [path for path in inside if path == name or path.endswith("." + name)]
+        found[name] = [path for path, carrier in inside.items() if _carries(path, name) or _carries(carrier, name)]
         if found[name]:
             continue
-        elsewhere = [path for path in outside if path == name or path.endswith("." + name)]
+        elsewhere = [path for path in modules if not path.startswith(root) and path != "lm_head"]
+        elsewhere = [path for path in elsewhere if _carries(path, name)]
         place = f"; {len(elsewhere)} modules of that name are outside it, e.g. {elsewhere[0]}" if elsewhere else ""
         problems.append(f"--target_modules: {quoted(name)} matches no linear module of the language model{place}")
     if problems or not names:
         raise ModelError("\n".join(problems) or "--target_modules is empty", f"choose from {', '.join(available)}")
     paths = tuple(sorted({path for matched in found.values() for path in matched}))
-    ambiguous = any(path == name or path.endswith("." + name) for name in names for path in outside)
-    endings = "|".join(re.escape(name) for name in names)
-    pattern = f"{re.escape(root)}(?:.*\\.)?(?:{endings})"
     by_name = {name: len(matched) for name, matched in found.items()}
-    return Targets(paths, pattern if ambiguous else list(names), by_name)
+    return Targets(paths, _for_peft(paths, names, modules), by_name)
+
+
+def linear_paths(modules: Mapping[str, torch.nn.Module], root: str) -> dict[str, str]:
+    """The linear modules below a path, each with the path of the module that carries its name.
+
+    The two differ where a class of the family's own wraps a single linear module, e.g. to clip what goes in.
+
+    Args:
+        modules: the model's, by their paths.
+        root: a path with its last dot.
+    """
+    linear = [path for path, module in modules.items() if isinstance(module, torch.nn.Linear) and path.startswith(root)]
+    carriers = {}
+    for path in linear:
+        parent = path.rpartition(".")[0]
+        wrapped = path.endswith(".linear") and len(list(modules[parent].children())) == 1
+        carriers[path] = parent if wrapped else path
+    return carriers
+
+
+def _carries(path: str, name: str) -> bool:
+    """Whether a path is a name or ends with it, as PEFT sees it."""
+    return path == name or path.endswith("." + name)
+
+
+def _for_peft(paths: Sequence[str], names: Sequence[str], modules: Iterable[str]) -> list[str]:
+    """Say in PEFT's terms which modules are meant: they, and no other one of any class anywhere in the model.
+
+    PEFT looks for names in the whole model, and stops at a class that it does not know, so names are used only where
+    they mean nothing else; every reader of adapters knows those. Else it is full paths: vLLM and PEFT read them as they
+    read names. A pattern would be shorter, but PEFT turns the pattern of a mixture of experts back into bare names.
+
+    Args:
+        paths: full paths of the modules that are meant.
+        names: what the user calls them.
+        modules: paths of all modules.
+    """
+    named = {path for path in modules if any(_carries(path, name) for name in names)}
+    return list(names if named == set(paths) else paths)
 
 
 def no_targets() -> Targets:
@@ -120,7 +156,7 @@ def add_lora(
         use_dora: train the length of every weight column apart (Liu et al. 2024).
 
     Raises:
-        ModelError: PEFT wrapped other modules than the resolved ones.
+        ModelError: PEFT wrapped other modules than the resolved ones, or cannot wrap one of them.
     """
     config = LoraConfig(
         r=r,
@@ -133,9 +169,14 @@ def add_lora(
         task_type="CAUSAL_LM",
         bias="none",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        wrapped = get_peft_model(model, config)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            wrapped = get_peft_model(model, config)
+    except Exception as error:  # what a class of layer that PEFT does not know raises can be anything
+        raise ModelError(
+            f"PEFT cannot wrap the modules of this adapter: {reason_of(error)}", "name other --target_modules"
+        ) from error
     wrapped.peft_config["default"].base_model_name_or_path = base_name
     check_wrapped(wrapped, targets)
     use_keyed_dropout(wrapped, dropout, seed)

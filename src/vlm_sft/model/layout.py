@@ -46,6 +46,21 @@ def without_weights(config: PreTrainedConfig) -> Any:
         return AutoModelForImageTextToText.from_config(config)
 
 
+def largest(config: Any, name: str) -> int | None:
+    """A size from a configuration; the largest where its layers differ in it, None where it has none.
+
+    Args:
+        config: of a language model. Families whose layers differ hold a list of sizes, or refuse to be asked for one.
+        name: of the setting.
+    """
+    try:
+        found = getattr(config, name, None)
+    except RuntimeError:  # transformers': the layers have to be asked one by one
+        found = [getattr(layer, name, None) for layer in config.per_layer_config]
+    sizes = found if isinstance(found, list | tuple) else [found]
+    return max((int(size) for size in sizes if size), default=None)
+
+
 def layout_problem(model: VisionLanguageModel) -> str | None:
     """Why a model cannot be used; None where one language model reads the tokens of images among its own.
 

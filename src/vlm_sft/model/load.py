@@ -30,7 +30,7 @@ from vlm_sft.model.families import DEFAULT_BASE
 from vlm_sft.model.forward_patch import is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.last_layer import trim_last_layer
-from vlm_sft.model.layout import require_layout, without_weights
+from vlm_sft.model.layout import largest, require_layout, without_weights
 from vlm_sft.model.model_folder import require_model
 from vlm_sft.model.pocket import WEIGHTS
 from vlm_sft.model.protocols import VisionLanguageModel
@@ -216,7 +216,7 @@ def find_base(
     config = _open(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), name)
     _require_image_text(type(config), config.model_type, name)
     require_layout(config, name)
-    function, notes = choose_attention(flash_attn, dtype, getattr(config.get_text_config(), "head_dim", None))
+    function, notes = choose_attention(flash_attn, dtype, largest(config.get_text_config(), "head_dim"))
     notes = [*_bfloat16_notes(bf16), *notes]
     settings = prompt or PromptSettings.find(path) or PromptSettings()
     return Base(

@@ -54,11 +54,11 @@ from vlm_sft.planning.run_plan import (
     validation_plan,
     with_token_limits,
 )
+from vlm_sft.planning.run_recipe import read_run_recipe
 from vlm_sft.planning.run_setting import past_runs_key, setting_of, shape_of
 from vlm_sft.planning.token_counting import CountingCache
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import ValidationPlan, check_request
-from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
 
 
@@ -94,8 +94,10 @@ def plan_run(options: PlanOptions, counted: dict[str, EncodedGroup] | None = Non
     quiet_libraries()
     train = options.train
     device = device_named(options.gpu_type) if options.gpu_type else None
-    recipe = read_recipe(train.sft_config, train.overrides).recipe
-    launch = _launch(options, device)
+    loaded = read_run_recipe(train)
+    recipe, launch = loaded.recipe, _launch(options, device)
+    for note in loaded.notes:
+        say(note)
     with tempfile.TemporaryDirectory(prefix="vlm_sft_plan") as folder, threads_of_a_rank(launch):
         aside = replace(train, output_dir=Path(folder))
         specs = parse_datasets(train.dataset)

@@ -15,7 +15,7 @@ from vlm_sft.forecast.setting import RankLayout, Setting
 from vlm_sft.forecast.shapes import ModelShape, TextShape, VisionShape, model_shape
 from vlm_sft.model.gpu import liger
 from vlm_sft.model.gpu.flash import gathered_heads
-from vlm_sft.model.layout import without_weights
+from vlm_sft.model.layout import largest, without_weights
 from vlm_sft.model.load import Base
 from vlm_sft.planning.training_run import TrainingRun
 
@@ -36,34 +36,42 @@ def _counted_shape(config: Any) -> ModelShape:
     language = sum(parameter.numel() for parameter in decoder.parameters()) - embedding
     head = model.get_output_embeddings()
     tied = head is None or head.weight is model.get_input_embeddings().weight
-    heads = text.num_attention_heads
     outside = [
         (name, parameter)
         for name, parameter in model.named_parameters()
         if id(parameter) not in inside and not name.startswith("lm_head")
     ]
     vision = getattr(config, "vision_config", None)
-    width = int(getattr(vision, "hidden_size", 0) or 1)
-    layers = int(getattr(vision, "num_hidden_layers", 0) or getattr(vision, "depth", 0) or 1)
     products = sum(parameter.numel() for _, parameter in outside if parameter.dim() > 1)
-    size = getattr(vision, "patch_size", 14)
-    patch = int(size[0] if isinstance(size, list | tuple) else size)
-    return ModelShape(
-        config.model_type,
-        TextShape(
-            text.num_hidden_layers,
-            text.hidden_size,
-            text.intermediate_size,
-            heads,
-            getattr(text, "num_key_value_heads", None) or heads,
-            getattr(text, "head_dim", None) or text.hidden_size // heads,
-            text.vocab_size,
-            language,
-            tied,
-        ),
-        VisionShape(
-            layers, width, products, 0, sum(parameter.numel() for _, parameter in outside), 4, 0, layers, 3 * patch**2
-        ),
+    depth = largest(vision, "num_hidden_layers") or largest(vision, "depth") or 1
+    tower = VisionShape(
+        depth,
+        largest(vision, "hidden_size") or 1,
+        products,
+        0,
+        sum(parameter.numel() for _, parameter in outside),
+        4,
+        0,
+        depth,
+        3 * (largest(vision, "patch_size") or 14) ** 2,
+    )
+    return ModelShape(config.model_type, _counted_text(text, language, tied), tower)
+
+
+def _counted_text(text: Any, parameters: int, tied: bool) -> TextShape:
+    """The sizes of a language model of an unknown family; those that differ between its layers are the largest."""
+    hidden, heads = largest(text, "hidden_size") or 1, largest(text, "num_attention_heads") or 1
+    return TextShape(
+        largest(text, "num_hidden_layers") or 1,
+        hidden,
+        # Experts alone, or nothing but what mixes tokens: a width that most families have.
+        largest(text, "intermediate_size") or largest(text, "moe_intermediate_size") or 4 * hidden,
+        heads,
+        largest(text, "num_key_value_heads") or heads,
+        largest(text, "head_dim") or max(1, hidden // heads),
+        largest(text, "vocab_size") or 1,
+        parameters,
+        tied,
     )
 
 

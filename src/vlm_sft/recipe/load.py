@@ -33,10 +33,12 @@ class LoadedRecipe:
     Attributes:
         recipe: complete and checked.
         notes: one sentence for each name that was mapped and each value that another one replaced.
+        flags: the keys that the command line gave.
     """
 
     recipe: Recipe
     notes: list[str]
+    flags: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -110,7 +112,8 @@ def _finish(draft: _Draft) -> LoadedRecipe:
     _note_idle(draft)
     draft.mistakes += find_contradictions(draft.values, draft.sources, draft.broken)
     raise_mistakes(draft.mistakes)
-    return LoadedRecipe(Recipe(**draft.values), draft.notes)
+    flags = frozenset(name for name in draft.sources if draft.rank(name) == 2)
+    return LoadedRecipe(Recipe(**draft.values), draft.notes, flags)
 
 
 def _read_object(path: Path, mistakes: list[Mistake]) -> Mapping[str, object]:

@@ -24,9 +24,9 @@ from vlm_sft.model.model_folder import require_utf8
 from vlm_sft.planning.fingerprint import check_ranks, recipe_identity, refuse_changes
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.planning.run_plan import token_limits
+from vlm_sft.planning.run_recipe import read_run_recipe
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import check_request
-from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.trackers.check import check_trackers
 from vlm_sft.trackers.session import Trackers
@@ -46,7 +46,7 @@ def open_run(options: TrainOptions) -> Iterator[tuple[TrainingRun, list[Guard]]]
         VlmSftError: a mistake in the recipe, folder or launch.
     """
     quiet_libraries()
-    loaded = read_recipe(options.sft_config, options.overrides)
+    loaded = read_run_recipe(options)
     recipe = loaded.recipe
     specs = parse_datasets(options.dataset)
     guards = check_request(recipe, specs, options.guard, options.eval_samples)
