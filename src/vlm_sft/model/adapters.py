@@ -206,7 +206,7 @@ def use_keyed_dropout(wrapped: PeftModel, dropout: float, seed: int) -> None:
     """Replace the adapter's dropout by one whose masks do not depend on packing or ranks."""
     number = 0
     for _, module in wrapped.get_base_model().named_modules():
-        if not hasattr(module, "lora_dropout"):
+        if not isinstance(module, LoraLayer):
             continue
         for name in list(module.lora_dropout):
             if dropout > 0:

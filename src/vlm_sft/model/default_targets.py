@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vlm_sft.model.families import FAMILIES, PLAIN_LAYERS, family_of
+from vlm_sft.model.families import FULL, PLAIN_LAYERS, SLIDING, Family, family_of, layer_kinds
 from vlm_sft.model.layout import without_weights
 
 # Of what mixes tokens, in the order in which they are told. Gates, betas and the indexers of sparse attention are
@@ -32,15 +32,15 @@ def default_targets(config: Any) -> tuple[str, ...]:
         config: of the base model; a language model whose layers are not declared to be plain is built without weights.
 
     Returns:
-        The family's declared names, where they are there; else those of the projections in all kinds of its layers.
+        The family's own declared names, where they are there; else those of the projections in all kinds of its layers.
     """
-    declared = family_of(config).targets
-    if config.get_text_config().model_type in PLAIN_LAYERS:
+    declared, usual = family_of(config).targets, Family().targets
+    if config.get_text_config().model_type in PLAIN_LAYERS and {FULL, SLIDING}.issuperset(layer_kinds(config)):
         return declared
     try:
         decoder = without_weights(config).get_decoder()
         names = {path.rpartition(".")[2] for path, part in decoder.named_modules() if isinstance(part, torch.nn.Linear)}
-        if config.model_type in FAMILIES and names.issuperset(declared):
+        if declared != usual and names.issuperset(declared):
             return declared
         return mixer_projections(decoder) or declared
     except Exception:  # some models cannot be built without their weights: loading them shows what is wrong

@@ -19,6 +19,7 @@ import torch
 PLAIN = "VLM_SFT_PLAIN"  # in the environment
 PLAIN_REASON = f"switched off by {PLAIN}=1"
 _PROBE_ROWS = 3
+_SCALES = (1.0, 1e-3, 1e3)
 _log = logging.getLogger(__name__)
 
 
@@ -45,7 +46,7 @@ def exchange_forward(
     """
     if is_plain():
         return 0
-    found = [module for module in modules if not is_exchanged(module) and _holds(fits, module)]
+    found = [module for module in modules if not is_exchanged(module) and holds(fits, module)]
     for module in found:
         replace_forward(module, _with_fallback(fast))
     return len(found)
@@ -59,10 +60,11 @@ def replace_forward(module: Any, forward: Callable[..., torch.Tensor]) -> None:
 
 def is_exchanged(module: torch.nn.Module) -> bool:
     """Whether a module has another forward than its library gave it."""
-    return hasattr(module, "forward_stepwise")
+    return "forward_stepwise" in vars(module)  # a module's own attributes: others may raise anything
 
 
-def _holds(fits: Callable[[Any], bool], module: torch.nn.Module) -> bool:
+def holds(fits: Callable[[Any], bool], module: torch.nn.Module) -> bool:
+    """Whether a module has a property; an exception counts as no."""
     try:
         return fits(module)
     except Exception as error:  # an unknown module may raise anything, and none of it may end a run
@@ -110,6 +112,25 @@ def agrees(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> boo
     return bool(difference <= tolerance * expected.to(wide).abs().max())
 
 
+def agree_at_scales(
+    found: Callable[[torch.Tensor], torch.Tensor],
+    expected: Callable[[torch.Tensor], torch.Tensor],
+    values: torch.Tensor,
+    tolerance: float,
+) -> bool:
+    """Whether two functions give the same for small, usual and large values.
+
+    An epsilon shows in small ones only, a limit that cuts values off (the clamped MLPs of Step 3.7) in large ones.
+
+    Args:
+        found, expected: of values of one shape.
+        values: around 1.
+        tolerance: as in `agrees`.
+    """
+    scaled = [values * scale for scale in _SCALES]
+    return all(agrees(found(one), expected(one), tolerance) for one in scaled)
+
+
 def values_and_gradients(
     function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] = ()
 ) -> list[torch.Tensor]:
@@ -136,11 +157,15 @@ def bare_copy(module: torch.nn.Module) -> Any:
     """
     made = object.__new__(type(module))
     torch.nn.Module.__init__(made)
-    plain = {name: one for name, one in vars(module).items() if isinstance(one, int | float | str | tuple)}
-    vars(made).update(plain)
+    vars(made).update(plain_settings(module))
     if hasattr(module, "config"):
         made.config = module.config
     return made
+
+
+def plain_settings(module: torch.nn.Module) -> dict[str, int | float | str | tuple[Any, ...]]:
+    """The attributes of a module that are numbers and texts, by their names."""
+    return {name: one for name, one in vars(module).items() if isinstance(one, int | float | str | tuple)}
 
 
 def reason_of(error: Exception) -> str:

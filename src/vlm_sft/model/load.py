@@ -27,7 +27,7 @@ from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS, assign_windows, attention_name
 from vlm_sft.model.cpu.fuse import fuse_modules
 from vlm_sft.model.families import DEFAULT_BASE
-from vlm_sft.model.forward_patch import is_plain
+from vlm_sft.model.forward_patch import holds, is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.layout import largest, require_layout, without_weights
@@ -352,8 +352,13 @@ def set_attention(model: VisionLanguageModel, attention: str) -> None:
     windows = FLASH_WINDOWS if attention == SHARED_FLASH else SHARED_WINDOWS
     module: Any
     for module in (part for tower in tower_modules(model).values() for part in tower.modules()):
-        if hasattr(module, "config") and "cu_seqlens" in inspect.signature(module.forward).parameters:
+        if holds(_takes_windows, module):
             assign_windows(module.config, windows)
+
+
+def _takes_windows(module: Any) -> bool:
+    """Whether a module of a tower is told where its windows begin."""
+    return hasattr(module, "config") and "cu_seqlens" in inspect.signature(module.forward).parameters
 
 
 def _open(load: Callable[[], Any], name: str) -> Any:

@@ -63,8 +63,17 @@ def checkpoint_layers(model: Any) -> None:
 
     Args:
         model: from `tune`.
+
+    Raises:
+        ModelError: the family has no such thing.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(
+            f"--gradient_checkpointing true: {error}",
+            "leave it out, or pass a smaller --tokens_per_pack to save memory",
+        ) from error
     model.disable_input_require_grads()
 
 

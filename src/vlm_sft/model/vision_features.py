@@ -55,9 +55,9 @@ class TowerCounter:
         self._handle = tower.register_forward_pre_hook(self._count, with_kwargs=True) if tower is not None else None
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sized = kwargs.get("grid_thw", kwargs.get("pixel_values", args[0] if args else ()))
+        sized = kwargs.get("grid_thw", kwargs.get("pixel_values", args[0] if args else None))
         self.calls += 1
-        self.images += len(sized)
+        self.images += len(sized) if isinstance(sized, torch.Tensor) and sized.dim() else 0
 
     def close(self) -> None:
         """Stop counting."""

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from vlm_sft.common.errors import ModelError
 from vlm_sft.common.record import device_name
 from vlm_sft.forecast.calibration import history_key
 from vlm_sft.forecast.flops import adapter_of
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.setting import RankLayout, Setting
 from vlm_sft.forecast.shapes import ModelShape, TextShape, VisionShape, model_shape
+from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.gpu import liger
 from vlm_sft.model.gpu.flash import gathered_heads
 from vlm_sft.model.layout import largest, without_weights
@@ -27,8 +29,18 @@ def shape_of(base: Base) -> ModelShape:
 
 
 def _counted_shape(config: Any) -> ModelShape:
-    """The sizes of a model of an unknown family, counted on its modules without weights."""
-    model = without_weights(config)
+    """The sizes of a model of an unknown family, counted on its modules without weights.
+
+    Raises:
+        ModelError: it cannot be built from its configuration.
+    """
+    try:
+        model = without_weights(config)
+    except Exception as error:  # what a broken configuration raises in transformers can be anything
+        raise ModelError(
+            f"no model can be built from the configuration of this {config.model_type}: {reason_of(error)}",
+            "check config.json of --base_model, or use another base",
+        ) from error
     text = config.get_text_config()
     decoder = model.get_decoder()
     embedding = model.get_input_embeddings().weight.numel()

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.cpu.gated_mlp import fuse_gated
 from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE
-from vlm_sft.model.forward_patch import agrees, exchange_forward, probe_rows
+from vlm_sft.model.forward_patch import agree_at_scales, exchange_forward, probe_rows
 from vlm_sft.model.gpu.aligned_mlp import align_gated
 
 _FEW_ROWS = 32  # beyond it both products take as long
@@ -60,7 +60,9 @@ def fuse_patches(model: torch.nn.Module) -> int:
 
 
 def _is_patch_embedding(module: torch.nn.Module) -> bool:
-    plain = isinstance(module, torch.nn.Conv3d) and module.groups == 1 and module.padding == (0, 0, 0)
+    if type(module) is not torch.nn.Conv3d:  # a class of the family's own may compute more
+        return False
+    plain = module.groups == 1 and module.padding == (0, 0, 0) and module.dilation == (1, 1, 1)
     return plain and module.kernel_size == module.stride
 
 
@@ -74,9 +76,11 @@ def _patch_forward(module: Any, patches: torch.Tensor) -> torch.Tensor | None:
 
 def fuse_head(model: torch.nn.Module) -> int:
     """Let the projection to the vocabulary start from the weights for few rows; returns how many were changed."""
-    find: Any = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    return 0 if head is None else exchange_forward([head], _is_plain_linear, _head_forward)
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except Exception:  # no model of transformers, or one without a head
+        return 0
+    return exchange_forward([head], _is_plain_linear, _head_forward) if isinstance(head, torch.nn.Module) else 0
 
 
 def _is_plain_linear(module: torch.nn.Module) -> bool:
@@ -122,8 +126,12 @@ def _is_rms_norm(offset: float, module: torch.nn.Module) -> bool:
         return False
     if weight.device.type != "cpu" or weight.dtype not in EXACT:
         return False
-    values = probe_rows(weight, len(weight))
-    return agrees(_RMSNorm.apply(values, weight + offset, _epsilon(module)), module(values), TOLERANCE)
+    return agree_at_scales(
+        lambda values: _RMSNorm.apply(values, weight + offset, _epsilon(module)),
+        module,
+        probe_rows(weight, len(weight)),
+        TOLERANCE,
+    )
 
 
 def _norm_forward(offset: float, module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:

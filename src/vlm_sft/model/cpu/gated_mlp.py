@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE, is_frozen, multiply
-from vlm_sft.model.forward_patch import agrees, exchange_forward, probe_rows
+from vlm_sft.model.forward_patch import agree_at_scales, exchange_forward, probe_rows
 
 _BLOCK = 512  # tokens
 _PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -82,7 +82,7 @@ def _is_gated(module: torch.nn.Module) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in EXACT or is_partitioned(weight):
         return False
     rows = probe_rows(weight, weight.shape[1])
-    return agrees(_GatedMLP.apply(rows, *parameters), module(rows), TOLERANCE)
+    return agree_at_scales(lambda values: _GatedMLP.apply(values, *parameters), module, rows, TOLERANCE)
 
 
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:

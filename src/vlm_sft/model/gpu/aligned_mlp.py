@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.cpu.gated_mlp import gated_parameters
-from vlm_sft.model.forward_patch import agrees, exchange_forward, probe_rows
+from vlm_sft.model.forward_patch import agree_at_scales, exchange_forward, probe_rows
 
 HALF = (torch.bfloat16, torch.float16)
 _UNIT = 64  # values, of which tiles of products are multiples
@@ -34,7 +34,7 @@ def _is_unaligned(module: torch.nn.Module) -> bool:
         return False
     assert parameters is not None
     rows = probe_rows(weight, weight.shape[1])
-    return agrees(_gated(rows, parameters), module(rows), _TOLERANCE)
+    return agree_at_scales(lambda values: _gated(values, parameters), module, rows, _TOLERANCE)
 
 
 def _gated(rows: torch.Tensor, parameters: list[torch.Tensor | None]) -> torch.Tensor:

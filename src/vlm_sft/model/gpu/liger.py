@@ -21,8 +21,10 @@ from vlm_sft.model.forward_patch import (
     agrees,
     bare_copy,
     exchange_forward,
+    holds,
     is_exchanged,
     is_plain,
+    plain_settings,
     reason_of,
     values_and_gradients,
 )
@@ -71,16 +73,24 @@ def _problem(example: Any, device: torch.device, part: _Part) -> str | None:
         generator = torch.Generator().manual_seed(0)
         values = torch.randn(1, _ROWS, _WIDTH, generator=generator).to(weights[0])
         expected = values_and_gradients(module.forward, [values], weights)
+        expected += _far_values(module.forward, values)
     except Exception as error:  # an unknown module may raise anything
         return f"{name} is left as it is ({reason_of(error)})"
     try:
         found = values_and_gradients(partial(part.kernel, module), [values], weights)
+        found += _far_values(partial(part.kernel, module), values)
     except Exception as error:  # a compiler and a driver may raise anything
         return f"liger-kernel does not run here ({reason_of(error)})"
     limit = _TOLERANCE[values.dtype]
     if not all(agrees(ours, exact, limit) for ours, exact in zip(found, expected, strict=True)):
         return f"liger-kernel gives other values than {name}"
     return None
+
+
+@torch.no_grad()
+def _far_values(function: Callable[..., torch.Tensor], values: torch.Tensor) -> list[torch.Tensor]:
+    """What a function gives for large values, where a limit shows, and for small ones, where an epsilon does."""
+    return [function(values * scale) for scale in (100.0, 1e-3)]
 
 
 def _is_norm(module: Any) -> bool:
@@ -166,14 +176,20 @@ def fused_parts(model: torch.nn.Module, device: torch.device) -> Iterator[tuple[
         For each kind of part that there is its name, how many were changed, and why others were not.
     """
     for name, part in _PARTS.items():
-        modules = [module for module in model.modules() if part.fits(module)]
+        modules = [module for module in model.modules() if holds(part.fits, module)]
         if modules:
             problem = missing()
             yield (name, 0, problem) if problem else (name, *_exchange(modules, device, part))
 
 
+def _kind(module: Any) -> tuple[Any, ...]:
+    """What modules that compute alike have in common: class, number format, plain settings, kinds of children."""
+    children = tuple((name, type(child)) for name, child in module.named_children())
+    return type(module), _dtype(module), repr(sorted(plain_settings(module).items())), children
+
+
 def _exchange(modules: Sequence[Any], device: torch.device, part: _Part) -> tuple[int, str | None]:
-    examples = {(type(module), _dtype(module)): module for module in modules if not is_exchanged(module)}
+    examples = {_kind(module): module for module in modules if not is_exchanged(module)}
     problems = {key: _problem(example, device, part) for key, example in examples.items()}
-    count = exchange_forward(modules, lambda module: problems[type(module), _dtype(module)] is None, part.fast)
+    count = exchange_forward(modules, lambda module: problems[_kind(module)] is None, part.fast)
     return count, next((problem for problem in problems.values() if problem), None)
