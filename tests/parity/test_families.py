@@ -13,7 +13,7 @@ import torch
 
 import families as bench
 from common import with_block
-from tests import tiny_models, tiny_models_more
+from tests import tiny_models
 from tests.questions import PROMPT, pack, picture, questions, tiny
 from tests.tiny_models import TAKES_FEATURES
 from vlm_sft.common import artifacts
@@ -27,7 +27,7 @@ from vlm_sft.model.load import find_base
 from vlm_sft.model.vision_features import joined_tensors, tower_settings, unwrap
 from vlm_sft.planning.run_setting import shape_of
 
-NEWER = list(tiny_models_more.FAMILIES)
+NEWER = list(tiny_models.LATER)
 SHARING = [family for family in NEWER if not FAMILIES[family].reason]
 
 
@@ -61,7 +61,7 @@ def test_the_page_is_made_from_the_artifact() -> None:
     page = bench.PAGE.read_text(encoding="utf-8")
     assert with_block(page, "families", bench.table(result)) == page
     found = {entry["family"]: entry for entry in result["families"]}
-    assert set(found) == {*tiny_models.FAMILIES, *tiny_models_more.LACKING} == set(FAMILIES)
+    assert set(found) == {*tiny_models.FAMILIES, *tiny_models.LACKING} == set(FAMILIES)
     for name, entry in found.items():
         if "missing" not in entry:
             assert entry["other_tokens"] == 0, name

@@ -13,6 +13,7 @@ from vlm_sft.forecast.flops import adapter_of
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.setting import RankLayout, Setting
 from vlm_sft.forecast.shapes import ModelShape, TextShape, VisionShape, model_shape
+from vlm_sft.model.families import layer_values
 from vlm_sft.model.gpu import liger
 from vlm_sft.model.gpu.flash import gathered_heads
 from vlm_sft.model.layout import without_weights
@@ -36,16 +37,13 @@ def _counted_shape(config: Any) -> ModelShape:
     language = sum(parameter.numel() for parameter in decoder.parameters()) - embedding
     head = model.get_output_embeddings()
     tied = head is None or head.weight is model.get_input_embeddings().weight
-    heads = text.num_attention_heads
-    outside = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in inside and not name.startswith("lm_head")
-    ]
+    heads = _typical(text, "num_attention_heads")
+    inside |= set() if head is None else {id(parameter) for parameter in head.parameters()}
+    outside = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     vision = getattr(config, "vision_config", None)
     width = int(getattr(vision, "hidden_size", 0) or 1)
     layers = int(getattr(vision, "num_hidden_layers", 0) or getattr(vision, "depth", 0) or 1)
-    products = sum(parameter.numel() for _, parameter in outside if parameter.dim() > 1)
+    products = sum(parameter.numel() for parameter in outside if parameter.dim() > 1)
     size = getattr(vision, "patch_size", 14)
     patch = int(size[0] if isinstance(size, list | tuple) else size)
     return ModelShape(
@@ -53,18 +51,24 @@ def _counted_shape(config: Any) -> ModelShape:
         TextShape(
             text.num_hidden_layers,
             text.hidden_size,
-            text.intermediate_size,
+            _typical(text, "intermediate_size"),
             heads,
-            getattr(text, "num_key_value_heads", None) or heads,
-            getattr(text, "head_dim", None) or text.hidden_size // heads,
+            _typical(text, "num_key_value_heads") or heads,
+            _typical(text, "head_dim") or text.hidden_size // heads,
             text.vocab_size,
             language,
             tied,
         ),
         VisionShape(
-            layers, width, products, 0, sum(parameter.numel() for _, parameter in outside), 4, 0, layers, 3 * patch**2
+            layers, width, products, 0, sum(parameter.numel() for parameter in outside), 4, 0, layers, 3 * patch**2
         ),
     )
+
+
+def _typical(text: Any, name: str) -> int:
+    """The mean of a size over the layers of a language model; 0 where its configuration has none."""
+    values = [int(value) for value in layer_values(text, name) if value]
+    return round(sum(values) / len(values)) if values else 0
 
 
 def setting_of(run: TrainingRun, shape: ModelShape, value_bytes: int, rates: Rates, flash: bool) -> Setting:
