@@ -230,13 +230,6 @@ def test_an_unknown_family_with_bidirectional_images_falls_back(monkeypatch: pyt
     assert mode.kind == "separate" and "differ from separate ones" in mode.note
 
 
-def test_an_unknown_family_with_sliding_windows_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = case("gemma3", torch.float32)
-    monkeypatch.setattr(families, "FAMILIES", {})
-    mode = choose_mode(tried.model, tried.encoder)
-    assert mode.kind == "separate" and "layers of sliding_attention" in mode.note
-
-
 def test_a_family_that_cannot_compute_packs_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = case("llava", torch.float32)
     monkeypatch.setattr(families, "FAMILIES", {})

@@ -158,13 +158,6 @@ def test_features_depend_on_weights_of_no_module() -> None:
     assert tower_settings(model)["tower"] != before["tower"]
 
 
-def test_a_mistral_with_sliding_windows_does_not_share() -> None:
-    model, _ = tiny_models.build("mistral3")
-    model.config.text_config.sliding_window = 64
-    mode = declared_mode(model.config, "blockwise")
-    assert mode is not None and not mode.shares and "layers of sliding_attention" in mode.note
-
-
 @pytest.mark.parametrize("family", NEWER)
 def test_the_forecast_counts_their_parameters(family: str, tmp_path: Path) -> None:
     base = find_base(str(tiny_models.save(family, tmp_path)), bf16=False)

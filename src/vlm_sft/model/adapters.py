@@ -67,7 +67,7 @@ def resolve_targets(model: VisionLanguageModel, names: Sequence[str]) -> Targets
     root = language_model_path(model) + "."
     linear = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     inside = [path for path in linear if path.startswith(root)]
-    outside = [path for path in linear if not path.startswith(root) and path != "lm_head"]
+    outside = [path for path, _ in model.named_modules() if not path.startswith(root) and path != "lm_head"]
     available = sorted({path.rsplit(".", 1)[-1] for path in inside})
     if list(names) == [ALL_LINEAR]:
         names = available

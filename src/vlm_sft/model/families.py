@@ -148,7 +148,7 @@ def layer_values(text: Any, name: str) -> list[Any]:
     # transformers' configurations raise where a setting that differs between layers is read from the whole.
     of_layers = name in (getattr(text, "per_layer_attributes", None) or ())
     values = [getattr(part, name, None) for part in (text.per_layer_config if of_layers else [text])]
-    return values[0] if isinstance(values[0], list | tuple) else values
+    return list(values[0]) if isinstance(values[0], list | tuple) else values
 
 
 def layer_kinds(config: Any) -> list[str]:
