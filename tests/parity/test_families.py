@@ -28,6 +28,9 @@ from vlm_sft.model.vision_features import joined_tensors, tower_settings, unwrap
 from vlm_sft.planning.run_setting import shape_of
 
 NEWER = list(tiny_models.LATER)
+# What is new in them is in another family, too.
+SIMILAR = {"aya_vision", "glm4v", "glm_ocr"}
+REPEATING = pytest.mark.slow
 SHARING = [family for family in NEWER if not FAMILIES[family].reason]
 
 
@@ -40,7 +43,7 @@ def little_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
-@pytest.mark.parametrize("family", NEWER)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=REPEATING if name in SIMILAR else ()) for name in NEWER])
 @pytest.mark.usefixtures("little_garbage")
 def test_every_stage(family: str, tmp_path: Path) -> None:
     found = bench.examine(family, tmp_path)

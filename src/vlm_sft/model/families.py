@@ -31,6 +31,7 @@ class Family:
         one_block: all images of a question are one such block, whatever is between them.
         token_types: the model wants the processor's token types in training, whatever mask it is given.
         answer_type: token type of an answer, where it differs from that of a prompt.
+        package: what has to be installed besides transformers.
         projector: paths, below the inner model, of what turns the tower's output into embeddings.
         targets: names of the modules that get LoRA where the user names none.
     """
@@ -41,6 +42,7 @@ class Family:
     one_block: bool = False
     token_types: bool = False
     answer_type: int = 0
+    package: str = ""
     projector: tuple[str, ...] = ("multi_modal_projector",)
     targets: tuple[str, ...] = _ATTENTION
 
@@ -60,7 +62,7 @@ FAMILIES = {
     "lfm2_vl": Family(targets=("q_proj", "v_proj", "out_proj")),
     "molmo2": Family(image_blocks=(FULL,), one_block=True, token_types=True),
     "gemma3": Family(image_blocks=(FULL, SLIDING)),
-    "gemma3n": Family(projector=("embed_vision",)),
+    "gemma3n": Family(package="timm", projector=("embed_vision",)),
     "gemma4": Family(
         image_blocks=(SLIDING,), blocks_where=("use_bidirectional_attention", "vision"), projector=("embed_vision",)
     ),
