@@ -19,6 +19,8 @@ from vlm_sft.model.families import CHUNKED, FULL, SLIDING, PackMode, Reach, decl
 from vlm_sft.model.load import set_attention
 from vlm_sft.model.pack_context import PackLayout, branch_mask
 from vlm_sft.model.sharing_check import choose_mode
+from vlm_sft.model.trainable import PROJECTOR, VISION, saved_modules
+from vlm_sft.model.vision_features import tower_modules
 
 PACK = [Bundle(1, (2, 0)), Bundle(2, (1,)), Bundle(0, (5, 1, 2, 9))]
 
@@ -86,7 +88,7 @@ def test_reaches_are_counted_in_the_separate_sequence() -> None:
     assert plain == [None, None]
 
 
-@pytest.mark.parametrize("family", ["cohere2_vision", "gemma3n", "gemma4"])
+@pytest.mark.parametrize("family", ["cohere2_vision", "gemma4"])
 def test_an_unknown_family_with_windows_is_tried(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, encoder = unknown(family, monkeypatch)
     config = model.config.text_config
@@ -130,3 +132,19 @@ def test_layers_of_an_unknown_kind_are_named(monkeypatch: pytest.MonkeyPatch) ->
     model.config.text_config.layer_types = ["sliding_attention", "indexed_attention", "hybrid"]
     mode = declared_mode(model.config, "blockwise")
     assert mode is not None and "layers of hybrid, indexed_attention" in mode.note
+
+
+@pytest.mark.skipif("gemma3n" not in tiny_models.FAMILIES, reason=tiny_models.LACKING.get("gemma3n", ""))
+def test_a_trained_tower_is_the_one_that_sees() -> None:
+    model, _ = tiny_models.build("gemma3n")
+    assert any(name.startswith("model.vision_tower") for name in saved_modules(model, [VISION]))
+    assert not any("audio" in name for name in saved_modules(model, [VISION, PROJECTOR]))
+    assert saved_modules(model, [PROJECTOR]) == ("model.embed_vision",)
+
+
+def test_a_tower_beside_the_language_model() -> None:
+    """Llama 4 has no inner model that holds both."""
+    model, _ = tiny_models.build("llama4")
+    assert set(tower_modules(model)) == {"vision_model", "multi_modal_projector"}
+    assert saved_modules(model, [PROJECTOR]) == ("multi_modal_projector",)
+    assert "vision_model" in saved_modules(model, [VISION])

@@ -171,5 +171,5 @@ def test_every_command_that_opens_a_base_refuses_it_in_one_line(
 def test_a_known_family_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlm_sft.model.layout.find_spec", lambda name: None)
     config = SimpleNamespace(model_type="gemma3n")
-    with pytest.raises(ModelError, match="models of the family 'gemma3n' need timm\npip install timm"):
+    with pytest.raises(ModelError, match="models of the family 'gemma3n' need timm\n  fix: pip install timm"):
         require_layout(config, "/models/some")  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ from vlm_sft.model.protocols import VisionLanguageModel
 from vlm_sft.model.query_scale import scale_by_index
 from vlm_sft.model.recurrent import share_states
 from vlm_sft.model.transposed_experts import compare_whole_shapes
-from vlm_sft.model.vision_features import tower_modules
+from vlm_sft.model.vision_features import inner_model, tower_modules
 
 POCKET = "pocket"
 BLOCK_4BIT = 64  # weights that share a scale
@@ -321,7 +321,8 @@ def _in_4bit(base: Base) -> dict[str, Any]:
     bitsandbytes 0.50 gives the rows of such weights wrong scales (its kernel for AVX-512 starts a block with each row).
     """
     empty = empty_model(base.path)
-    kept = ["lm_head", *(f"model.{name}" for name in tower_modules(empty))]
+    root = "" if inner_model(empty) is empty else "model."
+    kept = ["lm_head", *(f"{root}{name}" for name in tower_modules(empty))]
     if not torch.cuda.is_available():
         linear = ((name, module) for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear))
         kept += [name for name, module in linear if module.in_features % BLOCK_4BIT]

@@ -194,7 +194,9 @@ def saved_modules(model: VisionLanguageModel, train: Sequence[str]) -> tuple[str
     if PROJECTOR in train:
         found += [part for path in sorted(projector) for part in _wrappable(path, modules[path], ())]
     if VISION in train:
-        towers = {f"{root}{name}": module for name, module in tower_modules(base).items()}
+        # No picture goes through what hears (Gemma 3n and 4).
+        seeing = {name: module for name, module in tower_modules(base).items() if "audio" not in name}
+        towers = {f"{root}{name}": module for name, module in seeing.items()}
         found += [
             part
             for path, module in towers.items()
