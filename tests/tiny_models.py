@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoProcessor,
     Gemma3Config,
@@ -42,7 +43,7 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from tests import tiny_models_more, tiny_models_recurrent
+from tests import tiny_models_more, tiny_models_recurrent, tiny_models_windows
 from tests.tiny_models_parts import (
     LLAVA_TOWER,
     QWEN_TEMPLATE,
@@ -311,6 +312,8 @@ def paligemma() -> tuple[Any, Any]:
     return PaliGemmaForConditionalGeneration(config), processor
 
 
+# Not every mechanism is tried again on these.
+LATER = {**tiny_models_more.FAMILIES, **tiny_models_windows.FAMILIES}
 FAMILIES = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
@@ -320,8 +323,13 @@ FAMILIES = {
     "llava": llava,
     "gemma3": gemma3,
     "paligemma": paligemma,
-    **tiny_models_more.FAMILIES,
+    **LATER,
     **tiny_models_recurrent.FAMILIES,
+}
+# Why a family cannot be built here.
+LACKING = {
+    **dict.fromkeys(tiny_models_more.LACKING, f"transformers {transformers.__version__} lacks it"),
+    **tiny_models_windows.LACKING,
 }
 
 
@@ -333,7 +341,7 @@ def targets(model: Any) -> list[str]:
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:
     """Make a model with seeded random weights large enough to matter, and its processor."""
     torch.manual_seed(seed)
-    model, processor = FAMILIES[family]()
+    model, processor = (FAMILIES | tiny_models_windows.VARIANTS)[family]()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -64,7 +64,7 @@ def undiminished() -> Iterator[None]:
 
     Positions, whole numbers, are float32 then and frequencies may be float64: their product takes the wider one.
     """
-    to, narrow = torch.Tensor.to, torch.Tensor.float
+    to, narrow, sample = torch.Tensor.to, torch.Tensor.float, F.grid_sample
 
     def keep(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if tensor.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values()):
@@ -76,6 +76,7 @@ def undiminished() -> Iterator[None]:
         return torch.matmul(to(one, wider), to(other, wider))
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "grid_sample", lambda values, grid, **how: sample(values, to(grid, values.dtype), **how))
         patch.setattr(torch.Tensor, "to", keep)
         patch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else narrow(self))
         patch.setattr(torch.Tensor, "__matmul__", product)
@@ -227,13 +228,6 @@ def test_an_unknown_family_with_bidirectional_images_falls_back(monkeypatch: pyt
     monkeypatch.setattr(families, "FAMILIES", {})
     mode = choose_mode(model, encoder)
     assert mode.kind == "separate" and "differ from separate ones" in mode.note
-
-
-def test_an_unknown_family_with_sliding_windows_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = case("gemma3", torch.float32)
-    monkeypatch.setattr(families, "FAMILIES", {})
-    mode = choose_mode(tried.model, tried.encoder)
-    assert mode.kind == "separate" and "layers of sliding_attention" in mode.note
 
 
 def test_a_family_that_cannot_compute_packs_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import tiny_models_more
+from tests import tiny_models
 from tests.questions import questions, tiny
 from tests.tiny_models import FAMILIES, TAKES_FEATURES
 from vlm_sft.data.cache.encoded import DataCache
@@ -65,7 +65,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-SEVERAL = [family for family in FAMILIES if family not in tiny_models_more.FAMILIES]  # are enough for several threads
+SEVERAL = [family for family in FAMILIES if family not in tiny_models.LATER]  # are enough for several threads
 
 
 @pytest.mark.parametrize(

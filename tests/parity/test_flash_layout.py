@@ -15,7 +15,7 @@ from tests.questions import pack, questions, tiny
 from vlm_sft.data.packing import Bundle
 from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA, shared_sdpa, shared_windows
-from vlm_sft.model.families import PackMode
+from vlm_sft.model.families import SLIDING, PackMode, Reach
 from vlm_sft.model.gpu import flash
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_windows, kernel_problem, shared_flash
 from vlm_sft.model.load import choose_attention, set_attention
@@ -71,6 +71,15 @@ def reference_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", varlen_reference)
 
 
+def attended(function: Any, states: list[torch.Tensor], branches: list[list[int]], window: int | None) -> torch.Tensor:
+    """Attention over a pack in a layer with a sliding window, or without."""
+    reaches = (Reach(), Reach(SLIDING, window=window))
+    layout = PackLayout(branches[-1][-1], branches, reaches=reaches)
+    marker = layout.marker(reaches[window is not None], states[0].device)
+    with computing(PackContext(layout=layout)):
+        return function(torch.nn.Module(), *states, marker, scaling=0.3)[0]
+
+
 @pytest.mark.parametrize("window", [None, 4, 9, 1000])
 @pytest.mark.parametrize("branches", PATTERNS)
 def test_equal_to_blockwise(reference_kernel: None, branches: list[list[int]], window: int | None) -> None:
@@ -80,8 +89,7 @@ def test_equal_to_blockwise(reference_kernel: None, branches: list[list[int]], w
     results = []
     for function in (shared_sdpa, shared_flash):
         inputs = [x.clone().requires_grad_() for x in (query, key, value)]
-        with computing(PackContext(layout=PackLayout(length, branches))):
-            output, _ = function(torch.nn.Module(), *inputs, None, scaling=0.3, sliding_window=window)
+        output = attended(function, inputs, branches, window)
         assert output.shape == (1, length, 4, 16)
         output.square().sum().backward()
         results.append([output.detach(), *(x.grad for x in inputs)])
@@ -189,10 +197,8 @@ def test_the_real_kernel_takes_what_it_is_given() -> None:
     """PyTorch's own function on tensors without storage: arguments, formats and shapes, forward and backward."""
     shapes = [(1, heads, 23, 64) for heads in (4, 2, 2)]
     states = [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for shape in shapes]
-    layout = PackLayout(23, PATTERNS[0])
     for window in (None, 9):
-        with computing(PackContext(layout=layout)):
-            output, _ = shared_flash(torch.nn.Module(), *states, None, scaling=0.3, sliding_window=window)
+        output = attended(shared_flash, states, PATTERNS[0], window)
         assert output.shape == (1, 23, 4, 64)
         gradients = torch.autograd.grad(output.sum(), states)
         assert [gradient.shape for gradient in gradients] == [state.shape for state in states]

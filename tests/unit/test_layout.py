@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,7 +49,6 @@ REFUSED = {
     "t5gemma2",
     "udop",
     "vision-encoder-decoder",
-    "llama4",
 }
 KNOWN = {"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "gemma3", "internvl", "idefics3", "smolvlm", "mistral3"}
 
@@ -166,3 +166,10 @@ def test_every_command_that_opens_a_base_refuses_it_in_one_line(
         assert told.count("error: ") == 1 and "Traceback" not in told, (line, told)
         assert f"'{make.__name__.replace('blip2', 'blip-2').replace('kosmos2', 'kosmos-2')}' are not supported" in told
         assert not Path(out).exists()
+
+
+def test_a_known_family_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm_sft.model.layout.find_spec", lambda name: None)
+    config = SimpleNamespace(model_type="gemma3n")
+    with pytest.raises(ModelError, match="models of the family 'gemma3n' need timm\n  fix: pip install timm"):
+        require_layout(config, "/models/some")  # type: ignore[arg-type]

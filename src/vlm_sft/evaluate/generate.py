@@ -17,8 +17,9 @@ from transformers import Cache, DynamicCache, DynamicLayer
 
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model import packed_forward
-from vlm_sft.model.families import PackMode, masks_for
+from vlm_sft.model.families import PackMode, Reach, masks_for
 from vlm_sft.model.mixers import State
+from vlm_sft.model.pack_context import within
 from vlm_sft.model.protocols import AnyModel
 
 
@@ -104,7 +105,7 @@ def generate(
     questions = len(batch.sample_ids)
     answers: list[list[int]] = [[] for _ in range(questions)]
     near: set[int] = set()
-    shared = _SharedSteps(model, batch) if mode.shares else None
+    shared = _SharedSteps(model, batch, mode) if mode.shares else None
     alive = fed = torch.arange(questions, device=device)
     stops = torch.tensor(list(stop_ids), device=device)
     for count in range(1, max_new_tokens + 1):
@@ -121,7 +122,7 @@ def generate(
         fed, tokens = (alive, tokens) if len(alive) else (alive.new_zeros(1), stops[:1])
         # Alone, a question needs nothing: positions and mask follow from the cache.
         places = shared.inputs(fed, count) if shared else {}
-        with packed_forward.continued(fed, kept) if shared else nullcontext():
+        with packed_forward.continued(fed, shared.last[fed] + count, kept) if shared else nullcontext():
             output = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, **places)
     return Generated(answers, sorted(near), alive.tolist())
 
@@ -140,9 +141,11 @@ class _SharedSteps:
     Args:
         model: the model.
         batch: the pack whose questions are continued.
+        mode: how it was computed.
     """
 
-    def __init__(self, model: AnyModel, batch: PackedBatch) -> None:
+    def __init__(self, model: AnyModel, batch: PackedBatch, mode: PackMode) -> None:
+        self.mode = mode
         self.config = packed_forward.unwrap(model).config
         group, branch = batch.group[batch.predict], batch.branch[batch.predict]
         own = (batch.branch[None, :] == 0) | (batch.branch[None, :] == branch[:, None])
@@ -159,8 +162,8 @@ class _SharedSteps:
         self.keys = torch.cat([self.keys, now])
         visible = torch.cat([self.rows[fed], self.columns[None, :] == fed[:, None]], dim=1)
 
-        def mask(window: int | None) -> torch.Tensor:
-            near = visible if window is None else visible & (self.keys[None, :] > now[:, None] - window)
-            return near[None, None]
+        def mask(reach: Reach) -> torch.Tensor:
+            return within(visible, reach, now, self.keys)[None, None]
 
-        return {"attention_mask": masks_for(self.config, mask), "position_ids": self.positions[..., fed] + count}
+        masks = masks_for(self.config, self.mode, mask)
+        return {"attention_mask": masks, "position_ids": self.positions[..., fed] + count}

@@ -27,6 +27,7 @@ from vlm_sft.data.sources.registry import load_split
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.model import packed_forward
 from vlm_sft.model.sharing_check import TOLERANCE
+from vlm_sft.model.vision_features import as_weights
 
 ANSWER_TOKENS = 32
 EXAMPLES = 4  # that the report shows
@@ -120,7 +121,7 @@ def folder_answers(
         for sample in samples:
             pictures = [decode_rgb(image.load(), image.source) for image in sample.images]
             inputs = processor(text=[encoder.prompt_text(sample)], images=[pictures], return_tensors="pt")
-            answers.append(_generate(model, dict(inputs.to(model.device)), config))
+            answers.append(_generate(model, as_weights(model, inputs.to(model.device)), config))
             bar.advance()
     return answers
 

@@ -18,9 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vlm_sft.model.families import Reach
 from vlm_sft.model.forward_patch import is_plain
 from vlm_sft.model.pack_context import PackLayout, current_pack
 
+_FULL = Reach()
 SHARED_SDPA = "vlm_sft_sdpa"
 SHARED_WINDOWS = "vlm_sft_flash_windows"  # the name has to contain "flash", see `shared_windows`
 
@@ -41,19 +43,19 @@ def shared_sdpa(
     Args:
         module: the attention layer.
         query: (B, H, L, D); key, value: (B, K, L, D).
-        attention_mask: used outside packs only.
+        attention_mask: inside a pack its layout's `marker`; a mask elsewhere.
         dropout: attention dropout probability.
         scaling: factor on the products; 1 / sqrt(D) when None.
         attended_rows: (S,) int64, the tokens of a pack whose output is needed; None for all.
-        **kwargs: passed to transformers outside packs; `sliding_window` is followed inside them too.
+        **kwargs: passed to transformers outside packs.
 
     Returns:
         (B, L, H, D), zero in the rows of a pack that are not needed, and None, as transformers expects.
     """
     layout = _whole_pack(query, key)
     if layout is not None and getattr(module, "is_causal", True):
-        window = kwargs.get("sliding_window")
-        return pack_sdpa(layout, query, key, value, dropout, scaling, window, attended_rows), None
+        reach = layout.reach_of(attention_mask)
+        return pack_sdpa(layout, query, key, value, dropout, scaling, reach, attended_rows), None
     grouped = query.shape[2] < key.shape[2] and query.shape[1] > key.shape[1]
     if attention_mask is not None and grouped and not is_plain():
         return _continued(query, key, value, attention_mask, dropout, scaling), None
@@ -66,14 +68,18 @@ def _whole_pack(query: torch.Tensor, key: torch.Tensor) -> PackLayout | None:
     return layout if layout is not None and query.shape[2] == key.shape[2] == layout.length else None
 
 
-def causal_pack(query: torch.Tensor, key: torch.Tensor) -> PackLayout | None:
-    """The layout of the current pack, for attention over all of its tokens in which none sees a later one; else None.
+def causal_pack(query: torch.Tensor, key: torch.Tensor, marker: torch.Tensor | None) -> PackLayout | None:
+    """The layout of the current pack, for causal attention over all of its tokens, windowed or not; else None.
 
     Args:
         query, key: (B, H, L, D).
+        marker: of the kind of layers.
     """
     layout = _whole_pack(query, key)
-    return layout if layout is not None and layout.blocks is None else None
+    if layout is None:
+        return None
+    reach = layout.reach_of(marker)
+    return None if reach.chunk is not None or (layout.blocks is not None and reach.blocks) else layout
 
 
 def pack_sdpa(
@@ -83,7 +89,7 @@ def pack_sdpa(
     value: torch.Tensor,
     dropout: float = 0.0,
     scaling: float | None = None,
-    window: int | None = None,
+    reach: Reach = _FULL,
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Scaled dot-product attention over a pack, image by image.
@@ -91,14 +97,14 @@ def pack_sdpa(
     Args:
         layout: of the pack.
         query, key, value, dropout, scaling: as in `shared_sdpa`.
-        window: tokens that a layer with a sliding window looks back, itself included; None for no window.
+        reach: how far tokens look.
         rows: as `attended_rows` there.
 
     Returns:
         (1, L, H, D).
     """
     repeats = query.shape[1] // key.shape[1]
-    masks = layout.masks(query.device, window)
+    masks = layout.masks(query.device, reach)
     # split, not slices: the gradients of slices would each be a tensor of the whole pack, and their sum quadratic.
     sizes = [end - start for start, end in layout.spans]
     keys, values = (repeat_kv(tensor, repeats).split(sizes, dim=2) for tensor in (key, value))

@@ -13,8 +13,9 @@ Kind = Literal["blockwise", "dense", "separate"]
 T = TypeVar("T")
 DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
 # Names in the layer_types of transformers' configurations.
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 STATEFUL = ("linear_attention", "mamba", "conv")
+WINDOW, CHUNK = "sliding_window", "attention_chunk_size"  # settings of the language model
 _ATTENTION = ("q_proj", "v_proj", "o_proj")
 
 
@@ -24,21 +25,24 @@ class Family:
 
     Attributes:
         reason: why its questions cannot share an image; "" where they can.
-        image_blocks: the tokens of an image see each other in both directions (type 1 in the processor's token types).
+        image_blocks: the tokens of an image see each other in both directions (type 1 in the processor's token types),
+            in layers of these kinds.
+        blocks_where: setting of the language model, and its value, without which there are no such blocks.
         one_block: all images of a question are one such block, whatever is between them.
         token_types: the model wants the processor's token types in training, whatever mask it is given.
-        masks_by_layer: the model accepts a mask for each type of layer, so sliding windows can be told apart.
         answer_type: token type of an answer, where it differs from that of a prompt.
+        package: what has to be installed besides transformers.
         projector: paths, below the inner model, of what turns the tower's output into embeddings.
         targets: names of the modules that get LoRA where the user names none.
     """
 
     reason: str = ""
-    image_blocks: bool = False
+    image_blocks: tuple[str, ...] = ()
+    blocks_where: tuple[str, Any] | None = None
     one_block: bool = False
     token_types: bool = False
-    masks_by_layer: bool = False
     answer_type: int = 0
+    package: str = ""
     projector: tuple[str, ...] = ("multi_modal_projector",)
     targets: tuple[str, ...] = _ATTENTION
 
@@ -56,8 +60,18 @@ FAMILIES = {
     "mistral3": Family(),
     "qwen3_5": Family(projector=("visual.merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
     "lfm2_vl": Family(targets=("q_proj", "v_proj", "out_proj")),
-    "molmo2": Family(image_blocks=True, one_block=True, token_types=True),
-    "gemma3": Family(image_blocks=True, masks_by_layer=True),
+    "molmo2": Family(image_blocks=(FULL,), one_block=True, token_types=True),
+    "gemma3": Family(image_blocks=(FULL, SLIDING)),
+    "gemma3n": Family(package="timm", projector=("embed_vision",)),
+    "gemma4": Family(
+        image_blocks=(SLIDING,), blocks_where=("use_bidirectional_attention", "vision"), projector=("embed_vision",)
+    ),
+    "llama4": Family(),
+    "cohere2_vision": Family(),
+    "aya_vision": Family(),
+    "glm4v": Family(projector=("visual.merger",)),
+    "glm46v": Family(projector=("visual.merger",)),
+    "glm_ocr": Family(projector=("visual.merger",)),
     "paligemma": Family(reason="its image tokens read the question", answer_type=1),
 }
 
@@ -76,19 +90,43 @@ PLAIN_LAYERS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Reach:
+    """How far back the tokens of one kind of layers look, counted in the sequence that a question alone would be.
+
+    Attributes:
+        layers: the kind, as in `layer_types`.
+        window: tokens of a sliding window, the looking one included; None for no window.
+        chunk: tokens of a chunk, before whose first one none of its tokens looks; None for no chunks.
+        blocks: whether image blocks, where the family has them, hold in these layers.
+    """
+
+    layers: str = FULL
+    window: int | None = None
+    chunk: int | None = None
+    blocks: bool = True
+
+    def is_plain(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens is too short for the window or the chunks to matter."""
+        return all(limit is None or tokens <= limit for limit in (self.window, self.chunk))
+
+
+@dataclass(frozen=True, slots=True)
 class PackMode:
     """How the packs of one model are computed.
 
     Attributes:
         kind: "blockwise": one small attention problem per image, through our attention functions; "dense": one mask
             over the whole pack, for any attention function; "separate": plain transformers, one question a sequence.
-        image_blocks, one_block: as in `Family`.
+        image_blocks: whether the tokens of an image see each other in both directions.
+        one_block: as in `Family`.
+        reaches: one for each kind of attention layers.
         note: one line for the user where sharing is given up; "" otherwise.
     """
 
     kind: Kind = "blockwise"
     image_blocks: bool = False
     one_block: bool = False
+    reaches: tuple[Reach, ...] = (Reach(),)
     note: str = ""
 
     @property
@@ -102,14 +140,28 @@ def family_of(config: Any) -> Family:
     return FAMILIES.get(config.model_type, Family())
 
 
-def layer_kinds(config: Any) -> set[str]:
-    """The types of attention layers in the language model, in the words of transformers' `layer_types`."""
+def layer_values(text: Any, name: str) -> list[Any]:
+    """A setting of a language model, for each layer where it is one of the layers; a list of one elsewhere.
+
+    Args:
+        text: the configuration of the language model.
+        name: of the setting. A layer that lacks it has None.
+    """
+    # transformers' configurations raise where a setting that differs between layers is read from the whole.
+    of_layers = name in (getattr(text, "per_layer_attributes", None) or ())
+    values = [getattr(part, name, None) for part in (text.per_layer_config if of_layers else [text])]
+    return list(values[0]) if isinstance(values[0], list | tuple) else values
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kinds of layers in the language model, in the words of transformers' `layer_types`; full attention first."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
     if kinds:
-        return set(kinds)
-    windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
-    return {SLIDING if windowed else FULL}
+        return sorted(set(kinds), key=lambda kind: (kind != FULL, kind))
+    if any(layer_values(text, WINDOW)) and getattr(text, "use_sliding_window", True):
+        return [SLIDING]
+    return [CHUNKED if any(layer_values(text, CHUNK)) else FULL]
 
 
 def declared_mode(config: Any, kind: Kind, unshared: str = "") -> PackMode | None:
@@ -121,17 +173,45 @@ def declared_mode(config: Any, kind: Kind, unshared: str = "") -> PackMode | Non
         unshared: kinds of layers that carry a state and compute no packs, from `recurrent.unshared_states`.
 
     Returns:
-        The mode; None for an unknown family whose layers are plain: it has to be checked.
+        The mode; None for an unknown family whose layers have names that are known: it has to be checked.
     """
     family = family_of(config)
-    others = layer_kinds(config) - {FULL, *STATEFUL}
+    others = [name for name in layer_kinds(config) if name not in (FULL, SLIDING, CHUNKED, *STATEFUL)]
     if family.reason:
         return separate_mode(config, family.reason)
     if unshared:
         return separate_mode(config, f"its language model has layers of {unshared}")
-    if others and not (family.masks_by_layer and others == {SLIDING}):
-        return separate_mode(config, f"its language model has layers of {', '.join(sorted(others))}")
-    return PackMode(kind, family.image_blocks, family.one_block) if config.model_type in FAMILIES else None
+    if others:
+        return separate_mode(config, f"its language model has layers of {', '.join(others)}")
+    text = config.get_text_config()
+    if not getattr(text, "is_causal", True):
+        return separate_mode(config, "all of its tokens see each other in both directions")
+    if {WINDOW, CHUNK} & set(getattr(text, "per_layer_attributes", None) or ()):
+        return separate_mode(config, "its layers have windows of different lengths")
+    return sharing_mode(config, kind) if config.model_type in FAMILIES else None
+
+
+def sharing_mode(config: Any, kind: Kind) -> PackMode:
+    """How packs of shared images are computed, whether the family is known or not.
+
+    Args:
+        config: the model's configuration.
+        kind: "blockwise" or "dense".
+    """
+    family, text = family_of(config), config.get_text_config()
+    reaches = tuple(
+        Reach(
+            name,
+            window=getattr(text, WINDOW, None) if name == SLIDING else None,
+            chunk=getattr(text, CHUNK, None) if name == CHUNKED else None,
+            blocks=name in (family.image_blocks or (name,)),
+        )
+        for name in layer_kinds(config)
+        if name not in STATEFUL
+    )
+    named, value = family.blocks_where or ("", None)
+    blocks = bool(family.image_blocks) and (not named or getattr(text, named, None) == value)
+    return PackMode(kind, blocks, family.one_block, reaches)
 
 
 def separate_mode(config: Any, reason: str) -> PackMode:
@@ -140,14 +220,16 @@ def separate_mode(config: Any, reason: str) -> PackMode:
     return PackMode("separate", note=note)
 
 
-def masks_for(config: Any, build: Callable[[int | None], T]) -> T | dict[str, T]:
-    """The `attention_mask` argument: one mask, or one for each type of layer where the family takes them so.
+def masks_for(config: Any, mode: PackMode, build: Callable[[Reach], T]) -> T | dict[str, T | None]:
+    """The `attention_mask` argument: one mask, or one for each kind of layers where there are several.
 
     Args:
         config: the model's configuration.
-        build: makes the mask for a sliding window of so many tokens; None for no window.
+        mode: how packs are computed.
+        build: makes the mask of one kind of layers.
     """
-    if not family_of(config).masks_by_layer:
-        return build(None)
-    window = getattr(config.get_text_config(), "sliding_window", None)
-    return {FULL: build(None), SLIDING: build(window)}
+    masks = {reach.layers: build(reach) for reach in mode.reaches}
+    if len(masks) == 1:
+        return masks[mode.reaches[0].layers]
+    # Layers that carry a state follow the layout of the pack, not a mask.
+    return masks | dict.fromkeys(name for name in layer_kinds(config) if name in STATEFUL)

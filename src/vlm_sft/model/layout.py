@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,7 +23,13 @@ def require_layout(config: PreTrainedConfig, name: str) -> None:
     Raises:
         ModelError: why it cannot be used, or which package its model needs.
     """
-    if config.model_type in FAMILIES:
+    family = FAMILIES.get(config.model_type)
+    if family is not None:
+        if family.package and find_spec(family.package) is None:
+            raise ModelError(
+                f"--base_model {name}: models of the family {quoted(config.model_type)} need {family.package}",
+                f"pip install {family.package}, or use another base",
+            )
         return
     try:
         model = without_weights(config)
@@ -44,21 +51,6 @@ def without_weights(config: PreTrainedConfig) -> Any:
     """The architecture that a configuration describes, on the meta device."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
-
-
-def largest(config: Any, name: str) -> int | None:
-    """A size from a configuration; the largest where its layers differ in it, None where it has none.
-
-    Args:
-        config: of a language model. Families whose layers differ hold a list of sizes, or refuse to be asked for one.
-        name: of the setting.
-    """
-    try:
-        found = getattr(config, name, None)
-    except RuntimeError:  # transformers': the layers have to be asked one by one
-        found = [getattr(layer, name, None) for layer in config.per_layer_config]
-    sizes = found if isinstance(found, list | tuple) else [found]
-    return max((int(size) for size in sizes if size), default=None)
 
 
 def layout_problem(model: VisionLanguageModel) -> str | None:

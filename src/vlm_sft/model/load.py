@@ -26,17 +26,18 @@ from vlm_sft.common.errors import ModelError, RunError, quoted
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS, assign_windows, attention_name
 from vlm_sft.model.cpu.fuse import fuse_modules
-from vlm_sft.model.families import DEFAULT_BASE
+from vlm_sft.model.families import DEFAULT_BASE, layer_values
 from vlm_sft.model.forward_patch import holds, is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.last_layer import trim_last_layer
-from vlm_sft.model.layout import largest, require_layout, without_weights
+from vlm_sft.model.layout import require_layout, without_weights
 from vlm_sft.model.model_folder import require_model
 from vlm_sft.model.pocket import WEIGHTS
 from vlm_sft.model.protocols import VisionLanguageModel
+from vlm_sft.model.query_scale import scale_by_index
 from vlm_sft.model.recurrent import share_states
 from vlm_sft.model.transposed_experts import compare_whole_shapes
-from vlm_sft.model.vision_features import tower_modules
+from vlm_sft.model.vision_features import inner_model, tower_modules
 
 POCKET = "pocket"
 BLOCK_4BIT = 64  # weights that share a scale
@@ -216,7 +217,9 @@ def find_base(
     config = _open(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), name)
     _require_image_text(type(config), config.model_type, name)
     require_layout(config, name)
-    function, notes = choose_attention(flash_attn, dtype, largest(config.get_text_config(), "head_dim"))
+    # Layers with wider heads than the narrowest ones are computed by SDPA where FlashAttention does not take them.
+    widths = [width for width in layer_values(config.get_text_config(), "head_dim") if width]
+    function, notes = choose_attention(flash_attn, dtype, min(widths, default=None))
     notes = [*_bfloat16_notes(bf16), *notes]
     settings = prompt or PromptSettings.find(path) or PromptSettings()
     return Base(
@@ -318,7 +321,8 @@ def _in_4bit(base: Base) -> dict[str, Any]:
     bitsandbytes 0.50 gives the rows of such weights wrong scales (its kernel for AVX-512 starts a block with each row).
     """
     empty = empty_model(base.path)
-    kept = ["lm_head", *(f"model.{name}" for name in tower_modules(empty))]
+    root = "" if inner_model(empty) is empty else "model."
+    kept = ["lm_head", *(f"{root}{name}" for name in tower_modules(empty))]
     if not torch.cuda.is_available():
         linear = ((name, module) for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear))
         kept += [name for name, module in linear if module.in_features % BLOCK_4BIT]
@@ -346,6 +350,7 @@ def set_attention(model: VisionLanguageModel, attention: str) -> None:
     """Let the language model compute packs, attending through one of our functions; a tower with windows, too."""
     parts = dict.fromkeys((name for name in model.config.sub_configs if name != "text_config"), "sdpa")
     model.set_attn_implementation({**parts, "text_config": attention})
+    scale_by_index(model.modules())  # no faster form: sharing needs it
     if is_plain():
         return
     share_states(model)

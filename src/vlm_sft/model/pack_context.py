@@ -15,7 +15,10 @@ from functools import cached_property
 import torch
 
 from vlm_sft.data.collate import moved_to
+from vlm_sft.model.families import Reach
 from vlm_sft.model.state_batches import Recurrence
+
+_FULL = Reach()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +48,15 @@ class PackLayout:
         blocks: (L,) int64, equal numbers for tokens that see each other in both directions, -1 for all others; None
             where all attention is causal.
         rows: how many positions of each image `parts` will be given; None counts them, for which a GPU is waited for.
+        reaches: how far tokens look in each kind of layers.
     """
 
     length: int
     branches: list[list[int]]
     blocks: torch.Tensor | None = None
     rows: list[int] | None = None
-    _masks: dict[int | None, list[torch.Tensor | None]] = field(default_factory=dict)
+    reaches: tuple[Reach, ...] = (_FULL,)
+    _masks: dict[Reach, list[torch.Tensor | None]] = field(default_factory=dict)
     _parts: list[torch.Tensor] | None = None
     _varlen: VarlenIndex | None = None
 
@@ -60,16 +65,27 @@ class PackLayout:
         """For each image (start, end) in tokens."""
         return [(ends[0], ends[-1]) for ends in self.branches]
 
-    def masks(self, device: torch.device, window: int | None = None) -> list[torch.Tensor | None]:
+    def marker(self, reach: Reach, device: torch.device) -> torch.Tensor:
+        """What a layer gets instead of a mask: (1, 1, 1, n) bool, whose width n tells the kind of layers.
+
+        A mask, of any size, keeps transformers from building one of its own; the attention functions follow the layout.
+        """
+        return torch.ones(1, 1, 1, 1 + self.reaches.index(reach), dtype=torch.bool, device=device)
+
+    def reach_of(self, marker: torch.Tensor | None) -> Reach:
+        """How far tokens look in a layer that was given this `marker`; None stands for full attention."""
+        return _FULL if marker is None else self.reaches[marker.shape[-1] - 1]
+
+    def masks(self, device: torch.device, reach: Reach = _FULL) -> list[torch.Tensor | None]:
         """For each image (1, 1, N, N) bool, True where a token may look; None means plain causal (one question).
 
         Args:
             device: where the masks are needed.
-            window: tokens that a layer with a sliding window looks back, itself included; None for no window.
+            reach: how far tokens look.
         """
-        if window not in self._masks:
-            self._masks[window] = [self._mask(ends, device, window) for ends in self.branches]
-        return self._masks[window]
+        if reach not in self._masks:
+            self._masks[reach] = [self._mask(ends, device, reach) for ends in self.branches]
+        return self._masks[reach]
 
     def parts(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Split ascending positions by image: for each one its rows, counted from the start of the image, int64."""
@@ -83,17 +99,15 @@ class PackLayout:
             self._parts = list((rows - moved_to(rows.device, starts)).split(counts))
         return self._parts
 
-    def _mask(self, ends: list[int], device: torch.device, window: int | None) -> torch.Tensor | None:
+    def _mask(self, ends: list[int], device: torch.device, reach: Reach) -> torch.Tensor | None:
         """The mask of one image."""
-        if window is not None and ends[-1] - ends[0] <= window:
-            window = None
-        if len(ends) <= 3 and self.blocks is None and window is None:
+        blocks = self.blocks[ends[0] : ends[-1]] if self.blocks is not None and reach.blocks else None
+        if len(ends) <= 3 and blocks is None and reach.is_plain(ends[-1] - ends[0]):
             return None
         sizes = [end - start for start, end in zip(ends, ends[1:], strict=False)]
         branch = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
         index = torch.cat([torch.arange(sizes[0]), *(sizes[0] + torch.arange(size) for size in sizes[1:])])
-        blocks = None if self.blocks is None else self.blocks[ends[0] : ends[-1]]
-        return branch_mask(moved_to(device, branch), moved_to(device, index), window, blocks)[None, None]
+        return branch_mask(moved_to(device, branch), moved_to(device, index), reach, blocks)[None, None]
 
     def varlen(self, device: torch.device) -> VarlenIndex:
         """The same layout for a variable-length kernel."""
@@ -117,27 +131,40 @@ class PackLayout:
 
 
 def branch_mask(
-    branch: torch.Tensor, index: torch.Tensor, window: int | None = None, blocks: torch.Tensor | None = None
+    branch: torch.Tensor, index: torch.Tensor, reach: Reach = _FULL, blocks: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Which token of one image may look at which.
 
     Args:
         branch: (N,) int64, 0 in the prefix, else the number of the question.
         index: (N,) int64, index of the token in the sequence that its question alone would be.
-        window: tokens of a sliding window; None for no window.
-        blocks: as in `PackLayout`, (N,).
+        reach: how far tokens look.
+        blocks: as in `PackLayout`, (N,); not looked at where `reach` has no blocks.
 
     Returns:
         (N, N) bool, rows are queries: True for the prefix and the own branch, up to the token itself and within its
-        block, and not farther back than the window.
+        block, and not farther back than the reach.
     """
     order = torch.arange(len(branch), device=branch.device)
     own = (branch[None, :] == 0) | (branch[None, :] == branch[:, None])
     mask = own & (order[None, :] <= order[:, None])
-    if blocks is not None:
+    if blocks is not None and reach.blocks:
         mask = mask | ((blocks[None, :] == blocks[:, None]) & (blocks[:, None] >= 0))
-    if window is not None:
-        mask = mask & (index[None, :] > index[:, None] - window)
+    return within(mask, reach, index, index)
+
+
+def within(mask: torch.Tensor, reach: Reach, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Take what is too far back out of a mask.
+
+    Args:
+        mask: (Q, K) bool.
+        reach: how far tokens look.
+        queries, keys: (Q,) and (K,) int64, indexes in the sequence that a question alone would be.
+    """
+    if reach.window is not None:
+        mask = mask & (keys[None, :] > queries[:, None] - reach.window)
+    if reach.chunk is not None:
+        mask = mask & (keys[None, :] // reach.chunk == queries[:, None] // reach.chunk)
     return mask
 
 
@@ -153,6 +180,8 @@ class PackContext:
             for ordinary dropout.
         step: number of the optimizer step, for dropout.
         recurrence: what layers with a state follow; None where they compute whatever they are given as one sequence.
+        index: (L,) int64, index of each token in the sequence that its question alone would be; None where the tokens
+            are one sequence.
     """
 
     tokens: int = 0
@@ -161,6 +190,7 @@ class PackContext:
     keys: torch.Tensor | None = None
     step: int = 0
     recurrence: Recurrence | None = None
+    index: torch.Tensor | None = None
 
     @cached_property
     def _row_keys(self) -> torch.Tensor | None:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model.cpu import cross_entropy
-from vlm_sft.model.families import PackMode, family_of, masks_for
+from vlm_sft.model.families import PackMode, Reach, family_of, masks_for
 from vlm_sft.model.last_layer import is_trimmed
 from vlm_sft.model.mixers import State
-from vlm_sft.model.pack_context import PackContext, PackLayout, branch_mask, computing
+from vlm_sft.model.pack_context import PackContext, PackLayout, branch_mask, computing, current_pack
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.state_batches import Recurrence
@@ -46,12 +46,12 @@ def image_blocks(batch: PackedBatch, mode: PackMode) -> torch.Tensor | None:
 
 def layout_of(batch: PackedBatch, mode: PackMode) -> PackLayout:
     """The attention layout of a pack: the ends of every image's prefix and questions."""
-    return PackLayout(batch.tokens, batch.ends, image_blocks(batch, mode), batch.rows)
+    return PackLayout(batch.tokens, batch.ends, image_blocks(batch, mode), batch.rows, mode.reaches)
 
 
-def dense_mask(batch: PackedBatch, mode: PackMode, window: int | None = None) -> torch.Tensor:
+def dense_mask(batch: PackedBatch, mode: PackMode, reach: Reach) -> torch.Tensor:
     """The same layout as one (1, 1, L, L) bool mask: the general path, for any attention implementation."""
-    mask = branch_mask(batch.branch, batch.index, window, image_blocks(batch, mode))
+    mask = branch_mask(batch.branch, batch.index, reach, image_blocks(batch, mode))
     return (mask & (batch.group[None, :] == batch.group[:, None]))[None, None]
 
 
@@ -70,19 +70,21 @@ def packed(
     layout = layout_of(batch, mode) if mode.kind == "blockwise" else None
     rows = batch.predict if mode.shares else None
     recurrence = Recurrence(batch.ends, kept) if mode.shares else None
-    with computing(PackContext(batch.tokens, layout, rows, batch.keys, dropout_step, recurrence)):
+    index = batch.index if mode.shares else None
+    with computing(PackContext(batch.tokens, layout, rows, batch.keys, dropout_step, recurrence, index)):
         yield
 
 
 @contextmanager
-def continued(fed: torch.Tensor, kept: dict[torch.nn.Module, State]) -> Iterator[None]:
+def continued(fed: torch.Tensor, index: torch.Tensor, kept: dict[torch.nn.Module, State]) -> Iterator[None]:
     """What must hold in a step of generation behind a pack.
 
     Args:
         fed: (F,) int64, the questions that the step's tokens belong to.
+        index: (F,) int64, index of each of these tokens in the sequence that its question alone would be.
         kept: the states of the questions, which the step brings forward.
     """
-    with computing(PackContext(len(fed), recurrence=Recurrence([], kept, fed))):
+    with computing(PackContext(len(fed), recurrence=Recurrence([], kept, fed), index=index)):
         yield
 
 
@@ -111,15 +113,13 @@ def shared_inputs(model: AnyModel, batch: PackedBatch, mode: PackMode) -> dict[s
     base = unwrap(model)
     types = {"mm_token_type_ids": batch.prefix_types[None]} if family_of(base.config).token_types else {}
 
-    def mask(window: int | None) -> torch.Tensor:
-        if mode.kind == "dense":
-            return dense_mask(batch, mode, window)
-        # One row keeps transformers from building a mask of its own; the attention function follows the layout.
-        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.group.device)
+    def mask(reach: Reach) -> torch.Tensor:
+        layout = current_pack().layout
+        return dense_mask(batch, mode, reach) if layout is None else layout.marker(reach, batch.group.device)
 
     return {
         "input_ids": batch.input_ids,
-        "attention_mask": masks_for(base.config, mask),
+        "attention_mask": masks_for(base.config, mode, mask),
         "position_ids": position_ids(model, batch),
         **types,
         **image_inputs(model, batch),

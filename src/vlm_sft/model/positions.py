@@ -14,7 +14,7 @@ import torch
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model.forward_patch import bare_copy
 from vlm_sft.model.protocols import AnyModel
-from vlm_sft.model.vision_features import unwrap
+from vlm_sft.model.vision_features import inner_model
 
 
 class Positions:
@@ -27,7 +27,7 @@ class Positions:
     """
 
     def __init__(self, model: AnyModel) -> None:
-        inner: Any = unwrap(model).model
+        inner = inner_model(model)
         self._bare: Any = None
         if hasattr(inner, "get_rope_index"):
             self._bare = bare_copy(inner)

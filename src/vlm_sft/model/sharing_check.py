@@ -1,7 +1,8 @@
 """Whether the questions of an image may share it on one model: a table, or a self-check.
 
 The self-check runs the real model on questions about tiny random images, once behind shared prefixes and once in
-separate sequences through plain transformers, and compares the logits of the answers.
+separate sequences through plain transformers, and compares the logits of the answers. Sliding windows and chunks that
+are longer than these sequences would prove nothing, so they are shortened while the check runs.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model import packed_forward
-from vlm_sft.model.families import Kind, PackMode, declared_mode, separate_mode
+from vlm_sft.model.families import CHUNK, WINDOW, Kind, PackMode, declared_mode, separate_mode, sharing_mode
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.load import is_blockwise
-from vlm_sft.model.protocols import AnyModel
+from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
 from vlm_sft.model.recurrent import unshared_states
 
 # Root mean square difference of the logits, relative to their spread, that rounding explains.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_SHARE = 3  # a window or chunk is at most this part of the shortest sequence
 _QUESTIONS = ("What is it?", "How many of them are there, and where?", "Why?")
 
 
@@ -50,24 +52,23 @@ def choose_mode(model: AnyModel, encoder: Encoder) -> PackMode:
         return declared
     if is_partitioned(*base.parameters()):
         return separate_mode(base.config, "an unknown family cannot be checked while ZeRO-3 has partitioned it")
-    mode = PackMode(kind)
     try:
-        error = sharing_error(model, encoder, mode)
+        error = sharing_error(model, encoder, kind)
     except Exception as failure:  # an unknown architecture may raise anything
         return separate_mode(base.config, f"shared questions cannot be computed ({reason_of(failure)})")
     if error <= TOLERANCE[dtype]:
-        return mode
+        return sharing_mode(base.config, kind)
     return separate_mode(base.config, f"shared questions differ from separate ones (by {error:.2g} of the logits)")
 
 
 @torch.no_grad()
-def sharing_error(model: AnyModel, encoder: Encoder, mode: PackMode) -> float:
+def sharing_error(model: AnyModel, encoder: Encoder, kind: Kind) -> float:
     """Compare the logits of shared and separate questions about two tiny random images.
 
     Args:
         model: the model; its training flag is kept.
         encoder: encodes questions for it.
-        mode: how the shared pack is computed.
+        kind: how the shared pack is computed, "blockwise" or "dense".
 
     Returns:
         Root mean square difference of the logits that predict answers, divided by their standard deviation.
@@ -75,8 +76,10 @@ def sharing_error(model: AnyModel, encoder: Encoder, mode: PackMode) -> float:
     groups = [encoder.encode(_probe(seed, size)) for seed, size in enumerate(((72, 56), (56, 96)))]
     everything = [Bundle(index, tuple(range(len(group.questions)))) for index, group in enumerate(groups)]
     single = [[Bundle(bundle.group, (number,))] for bundle in everything for number in bundle.questions]
-    with _evaluating(model):
-        shared = _logits(model, everything, groups, mode)
+    shortest = min(len(group.prefix_ids) + question.tokens for group in groups for question in group.questions)
+    base = packed_forward.unwrap(model)
+    with _evaluating(model), _limited(base, shortest // _SHARE):
+        shared = _logits(model, everything, groups, sharing_mode(base.config, kind))
         separate = torch.cat([_logits(model, pack, groups, PackMode("separate")) for pack in single])
     return float((shared - separate).square().mean().sqrt() / separate.std())
 
@@ -109,3 +112,23 @@ def _evaluating(model: AnyModel) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def _limited(base: VisionLanguageModel, tokens: int) -> Iterator[None]:
+    """Make windows and chunks of the language model at most so many tokens long while the block runs."""
+    parts = [(part, getattr(part, "config", None)) for part in base.get_decoder().modules()]
+    holders = [base.config.get_text_config(), *(holder for pair in parts for holder in pair)]
+    longer = [
+        (holder, name, value)
+        for holder in {id(holder): holder for holder in holders}.values()
+        for name in (WINDOW, CHUNK)
+        if isinstance(value := getattr(holder, name, None), int) and value > tokens
+    ]
+    for holder, name, _ in longer:
+        setattr(holder, name, tokens)
+    try:
+        yield
+    finally:
+        for holder, name, value in longer:
+            setattr(holder, name, value)

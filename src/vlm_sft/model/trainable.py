@@ -21,7 +21,7 @@ from vlm_sft.model.adapters import Targets, add_lora, no_targets, parameter_coun
 from vlm_sft.model.families import family_of
 from vlm_sft.model.load import Base, load_model
 from vlm_sft.model.protocols import VisionLanguageModel
-from vlm_sft.model.vision_features import tower_modules, unwrap
+from vlm_sft.model.vision_features import inner_model, tower_modules, unwrap
 from vlm_sft.recipe.schema import Recipe
 
 
@@ -190,9 +190,10 @@ def saved_modules(model: VisionLanguageModel, train: Sequence[str]) -> tuple[str
     if not {PROJECTOR, VISION} & set(train):
         return ()
     base = unwrap(model)
-    inner = _path_of(base, base.model)
+    inner = _path_of(base, inner_model(base))
+    root = f"{inner}." if inner else ""
     modules = dict(base.named_modules())
-    projector = {f"{inner}.{path}" for path in family_of(base.config).projector}
+    projector = {f"{root}{path}" for path in family_of(base.config).projector}
     if not projector <= set(modules):
         raise ModelError(
             f"--train {','.join(train)}: {base.config.model_type} has no {', '.join(sorted(projector - set(modules)))}",
@@ -202,7 +203,9 @@ def saved_modules(model: VisionLanguageModel, train: Sequence[str]) -> tuple[str
     if PROJECTOR in train:
         found += [part for path in sorted(projector) for part in _wrappable(path, modules[path], ())]
     if VISION in train:
-        towers = {f"{inner}.{name}": module for name, module in tower_modules(base).items()}
+        # No picture goes through what hears (Gemma 3n and 4).
+        seeing = {name: module for name, module in tower_modules(base).items() if "audio" not in name}
+        towers = {f"{root}{name}": module for name, module in seeing.items()}
         found += [
             part
             for path, module in towers.items()

@@ -73,11 +73,16 @@ def unwrap(model: AnyModel) -> VisionLanguageModel:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
+def inner_model(model: AnyModel) -> Any:
+    """What holds the vision tower and the language model: everything but the head, or the model itself (Llama 4)."""
+    base = unwrap(model)
+    return getattr(base, "model", base)
+
+
 def tower_modules(model: AnyModel) -> dict[str, torch.nn.Module]:
     """The modules that turn pixels into image embeddings: all of the inner model's children but the language model."""
-    base = unwrap(model)
-    inner = base.model
-    decoder = base.get_decoder()
+    inner = inner_model(model)
+    decoder = unwrap(model).get_decoder()
     return {
         name: module
         for name, module in inner.named_children()
@@ -87,7 +92,7 @@ def tower_modules(model: AnyModel) -> dict[str, torch.nn.Module]:
 
 def loose_parameters(model: AnyModel) -> dict[str, torch.nn.Parameter]:
     """Weights that belong to image features and to no module (LLaVA-OneVision: the end of a row of patches)."""
-    return dict(unwrap(model).model.named_parameters(recurse=False))
+    return dict(inner_model(model).named_parameters(recurse=False))
 
 
 def image_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, Any]:
@@ -101,7 +106,7 @@ def image_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, Any]:
         return {}
     features = [features_of(image) for image in batch.tensors]
     if not any(features):
-        return joined_tensors(batch.tensors)
+        return as_weights(model, joined_tensors(batch.tensors))
     pairs = zip(features, batch.tensors, strict=True)
     features = [found or _features_now(model, image) for found, image in pairs]
     # Where the model finds the positions itself it needs the sizes of the images too.
@@ -110,6 +115,12 @@ def image_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, Any]:
         for image in batch.tensors
     ]
     return {"mm_encoder_outputs": {"image": joined_features(features)}, **joined_tensors(sizes)}
+
+
+def as_weights(model: AnyModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a processor made, in the format of the weights where it is bfloat16 (Llama 4's tower does not see to it)."""
+    dtype = unwrap(model).get_input_embeddings().weight.dtype
+    return {name: value.to(dtype) if value.dtype == torch.bfloat16 else value for name, value in inputs.items()}
 
 
 def _features_now(model: AnyModel, image: Mapping[str, torch.Tensor]) -> Record:
@@ -166,7 +177,8 @@ def _counted_on(values: Sequence[torch.Tensor], pixels: Sequence[torch.Tensor | 
 def joined_features(images: Sequence[Mapping[str, torch.Tensor]]) -> ImageFeatures:
     """Put the features of all images of a pack into the form in which the tower would have returned them."""
     if POOLED in images[0]:
-        return ImageFeatures(pooler_output=torch.cat([image[POOLED] for image in images]))
+        joined = torch.cat([image[POOLED] for image in images])
+        return ImageFeatures(last_hidden_state=joined, pooler_output=joined)
     pooled = [value for image in images for name, value in image.items() if name.startswith(POOLED)]
     layers = sorted({int(name.split(".")[1]) for name in images[0] if name.startswith(DEEPSTACK)})
     deep = [
@@ -190,17 +202,19 @@ def encode_images(model: AnyModel, images: Sequence[Mapping[str, torch.Tensor]])
     base = unwrap(model)
     weight = next(base.get_input_embeddings().parameters())
     device = next(next(iter(tower_modules(model).values())).parameters()).device
-    whole = joined_tensors([unpack_pixels(image) for image in images])
+    whole = as_weights(model, joined_tensors([unpack_pixels(image) for image in images]))
     arguments = {name: value.to(device) for name, value in whole.items()}
-    accepted = inspect.signature(base.model.get_image_features).parameters
+    accepted = inspect.signature(inner_model(model).get_image_features).parameters
     arguments = {name: value for name, value in arguments.items() if name in accepted}
     with torch.autocast(device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16):
-        output = base.model.get_image_features(**arguments, return_dict=True)
+        output = inner_model(model).get_image_features(**arguments, return_dict=True)
 
     def kept(value: torch.Tensor) -> torch.Tensor:
         return value.to("cpu", weight.dtype).contiguous()
 
-    pooled = output.pooler_output
+    # Llama 4 takes what its tower puts out, and projects it itself.
+    pooled = getattr(output, "pooler_output", None)
+    pooled = output.last_hidden_state if pooled is None else pooled
     if isinstance(pooled, torch.Tensor):
         assert len(images) == 1, "a tower that returns one tensor is called image by image"
         return [{POOLED: kept(pooled)}]
@@ -223,7 +237,7 @@ def features_problem(model: AnyModel) -> str:
     if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
         return f"{name} of transformers {version('transformers')} does not take them"
     towers = tower_modules(model)
-    if not towers or not hasattr(base.model, "get_image_features"):
+    if not towers or not hasattr(inner_model(model), "get_image_features"):
         return f"{name} has no separate vision tower"
     if any(parameter.requires_grad for module in towers.values() for parameter in module.parameters()):
         return _trained_part(base, towers)
@@ -236,7 +250,9 @@ def features_problem(model: AnyModel) -> str:
 
 def _trained_part(base: Any, towers: Mapping[str, torch.nn.Module]) -> str:
     """Why features cannot be kept while something behind the pixels is trained: they are the projector's outputs."""
-    projectors = [module for path, module in base.model.named_modules() if path in family_of(base.config).projector]
+    projectors = [
+        module for path, module in inner_model(base).named_modules() if path in family_of(base.config).projector
+    ]
     own = {id(parameter) for module in projectors for parameter in module.parameters()}
     tower = [parameter for module in towers.values() for parameter in module.parameters() if id(parameter) not in own]
     if any(parameter.requires_grad for parameter in tower):

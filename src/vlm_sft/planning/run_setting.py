@@ -14,10 +14,11 @@ from vlm_sft.forecast.flops import adapter_of
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.setting import RankLayout, Setting
 from vlm_sft.forecast.shapes import ModelShape, TextShape, VisionShape, model_shape
+from vlm_sft.model.families import layer_values
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.gpu import liger
 from vlm_sft.model.gpu.flash import gathered_heads
-from vlm_sft.model.layout import largest, without_weights
+from vlm_sft.model.layout import without_weights
 from vlm_sft.model.load import Base
 from vlm_sft.planning.training_run import TrainingRun
 
@@ -48,43 +49,46 @@ def _counted_shape(config: Any) -> ModelShape:
     language = sum(parameter.numel() for parameter in decoder.parameters()) - embedding
     head = model.get_output_embeddings()
     tied = head is None or head.weight is model.get_input_embeddings().weight
-    outside = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in inside and not name.startswith("lm_head")
-    ]
+    inside |= set() if head is None else {id(parameter) for parameter in head.parameters()}
+    outside = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     vision = getattr(config, "vision_config", None)
-    products = sum(parameter.numel() for _, parameter in outside if parameter.dim() > 1)
-    depth = largest(vision, "num_hidden_layers") or largest(vision, "depth") or 1
+    products = sum(parameter.numel() for parameter in outside if parameter.dim() > 1)
+    depth = _typical(vision, "num_hidden_layers") or _typical(vision, "depth") or 1
     tower = VisionShape(
         depth,
-        largest(vision, "hidden_size") or 1,
+        _typical(vision, "hidden_size") or 1,
         products,
         0,
-        sum(parameter.numel() for _, parameter in outside),
+        sum(parameter.numel() for parameter in outside),
         4,
         0,
         depth,
-        3 * (largest(vision, "patch_size") or 14) ** 2,
+        3 * (_typical(vision, "patch_size") or 14) ** 2,
     )
     return ModelShape(config.model_type, _counted_text(text, language, tied), tower)
 
 
 def _counted_text(text: Any, parameters: int, tied: bool) -> TextShape:
-    """The sizes of a language model of an unknown family; those that differ between its layers are the largest."""
-    hidden, heads = largest(text, "hidden_size") or 1, largest(text, "num_attention_heads") or 1
+    """The sizes of a language model of an unknown family; a size that differs between its layers is their mean."""
+    hidden, heads = _typical(text, "hidden_size") or 1, _typical(text, "num_attention_heads") or 1
     return TextShape(
-        largest(text, "num_hidden_layers") or 1,
+        _typical(text, "num_hidden_layers") or 1,
         hidden,
         # Experts alone, or nothing but what mixes tokens: a width that most families have.
-        largest(text, "intermediate_size") or largest(text, "moe_intermediate_size") or 4 * hidden,
+        _typical(text, "intermediate_size") or _typical(text, "moe_intermediate_size") or 4 * hidden,
         heads,
-        largest(text, "num_key_value_heads") or heads,
-        largest(text, "head_dim") or max(1, hidden // heads),
-        largest(text, "vocab_size") or 1,
+        _typical(text, "num_key_value_heads") or heads,
+        _typical(text, "head_dim") or max(1, hidden // heads),
+        _typical(text, "vocab_size") or 1,
         parameters,
         tied,
     )
+
+
+def _typical(config: Any, name: str) -> int | None:
+    """The mean of a size over the layers of a tower or language model; None where its configuration has none."""
+    values = [int(value) for value in layer_values(config, name) if value]
+    return round(sum(values) / len(values)) if values else None
 
 
 def setting_of(run: TrainingRun, shape: ModelShape, value_bytes: int, rates: Rates, flash: bool) -> Setting:

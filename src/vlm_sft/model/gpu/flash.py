@@ -48,15 +48,15 @@ def shared_flash(
 
     A prefix is one sequence. A question is one whose keys are gathered: its prefix, then itself. It has more keys than
     queries, and the causal rule is aligned to the end, so it sees the whole prefix and itself up to each token; a
-    sliding window counts back from there. Tokens that see each other in both directions need a mask, which this kernel
-    does not take; the few rows of a trimmed layer, heads that are too wide and dropout are computed by SDPA too.
-    Arguments and result as `shared_sdpa`.
+    sliding window counts back from there. Chunks, and tokens that see each other in both directions, need a mask, which
+    this kernel does not take; the few rows of a trimmed layer, heads that are too wide and dropout are computed by SDPA
+    too. Arguments and result as `shared_sdpa`.
     """
     query, key, value = autocast_states(query, key, value)
-    layout = causal_pack(query, key)
+    layout = causal_pack(query, key, attention_mask)
     if layout is None or dropout or kwargs.get("attended_rows") is not None or not _fits(query):
         return shared_sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    return pack_flash(layout, query, key, value, scaling, kwargs.get("sliding_window")), None
+    return pack_flash(layout, query, key, value, scaling, layout.reach_of(attention_mask).window), None
 
 
 def pack_flash(

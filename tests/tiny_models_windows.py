@@ -1,0 +1,425 @@
+"""Tiny random models of the families whose layers look back a window or a chunk only, or that mix kinds of layers.
+
+Windows and chunks are shorter than the sequences of the tests. Classes are looked up when a model is built, so an older
+transformers lacks single families, not this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import transformers
+
+from tests.tiny_models_parts import byte_tokenizer, llama_text, siglip, token_ids
+
+Built = tuple[Any, Any]
+GLM_TOKENS = [
+    "<|endoftext|>",
+    "<|user|>",
+    "<|assistant|>",
+    "[gMASK]",
+    "<sop>",
+    "<|image|>",
+    "<|video|>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+]
+GLM_TEMPLATE = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{% for c in m.content %}{% if c.type == 'image' %}"
+    "<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    "{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+COHERE_TURN = "<|START_OF_TURN_TOKEN|><|{{ 'CHATBOT' if m.role == 'assistant' else m.role | upper }}_TOKEN|>"
+COHERE_TEMPLATE = (
+    "<BOS_TOKEN>{% for m in messages %}" + COHERE_TURN + "{% for c in m.content %}{% if c.type == 'image' %}{image}"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}<|END_OF_TURN_TOKEN|>{% endfor %}"
+    "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}"
+)
+COHERE_TOKENS = [
+    "<PAD>",
+    "<BOS_TOKEN>",
+    "<|START_OF_TURN_TOKEN|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|USER_TOKEN|>",
+    "<|CHATBOT_TOKEN|>",
+    "<|START_OF_IMG|>",
+    "<|END_OF_IMG|>",
+    "<|IMG_PATCH|>",
+    "<|IMG_LINE_BREAK|>",
+    "<image>",
+    "TILE_GLOBAL",
+    "TILE",
+]
+LLAMA4_TOKENS = [
+    "<pad>",
+    "<|begin_of_text|>",
+    "<|header_start|>",
+    "<|header_end|>",
+    "<|eot|>",
+    "<|image_start|>",
+    "<|image_end|>",
+    "<|image|>",
+    "<|patch|>",
+    "<|tile_x_separator|>",
+    "<|tile_y_separator|>",
+]
+LLAMA4_TEMPLATE = (
+    "<|begin_of_text|>{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>\n\n{% for c in m.content %}"
+    "{% if c.type == 'image' %}<|image|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>\n\n{% endif %}"
+)
+# Gemma 3n and 4: turns, and the tokens around pictures and sounds.
+GEMMA_NAMES = {
+    "image_token": "<|image|>",
+    "boi_token": "<|image>",
+    "eoi_token": "<image|>",
+    "audio_token": "<|audio|>",
+    "boa_token": "<|audio>",
+    "eoa_token": "<audio|>",
+}
+GEMMA_TEMPLATE = (
+    "<bos>{% for m in messages %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{% for c in m.content %}{% if c.type == 'image' %}<|image|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    "<turn|>\n{% endfor %}{% if add_generation_prompt %}<|turn>model\n{% endif %}"
+)
+
+
+def _glm_text(tokenizer: Any, kind: str) -> dict[str, Any]:
+    text = llama_text(tokenizer) | {"model_type": kind, "head_dim": 16, "max_position_embeddings": 4096}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}
+    return text | {"rope_parameters": rope}
+
+
+def _glm(config: Any, model: Any, processor: str, text: str, images: str = "Glm46VImageProcessor") -> Built:
+    """A GLM: M-RoPE, a tower with an interpolated position embedding and a convolution that merges patches."""
+    tokenizer = byte_tokenizer(GLM_TOKENS, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    size = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 64}
+    made = getattr(transformers, processor)(
+        image_processor=getattr(transformers, images)(size=size, patch_size=14, merge_size=2),
+        tokenizer=tokenizer,
+        video_processor=getattr(transformers, images.replace("Image", "Video"))(size=size),
+        chat_template=GLM_TEMPLATE,
+    )
+    settings = config(
+        text_config=_glm_text(tokenizer, text),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "image_size": 56,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+        },
+        **token_ids(
+            tokenizer,
+            image_token_id="<|image|>",
+            video_token_id="<|video|>",
+            image_start_token_id="<|begin_of_image|>",
+            image_end_token_id="<|end_of_image|>",
+            video_start_token_id="<|begin_of_video|>",
+            video_end_token_id="<|end_of_video|>",
+        ),
+    )
+    return model(settings), made
+
+
+def glm4v() -> Built:
+    """A GLM-4.1V: norms around attention and MLP on both sides."""
+    config, model = transformers.Glm4vConfig, transformers.Glm4vForConditionalGeneration
+    return _glm(config, model, "Glm4vProcessor", "glm4v_text", "Glm4vImageProcessor")
+
+
+def glm46v() -> Built:
+    """A GLM-4.6V: the parts of GLM-4.1V put together by a processor of its own."""
+    config, model = transformers.Glm46VConfig, transformers.Glm46VForConditionalGeneration
+    return _glm(config, model, "Glm46VProcessor", "glm4v_text")
+
+
+def glm_ocr() -> Built:
+    """A GLM-OCR."""
+    config, model = transformers.GlmOcrConfig, transformers.GlmOcrForConditionalGeneration
+    return _glm(config, model, "Glm46VProcessor", "glm_ocr_text")
+
+
+def _cohere_text(tokenizer: Any) -> dict[str, Any]:
+    return llama_text(tokenizer) | {
+        "model_type": "cohere2",
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "logit_scale": 0.5,
+    }
+
+
+def _cohere_tokenizer(names: dict[str, str]) -> Any:
+    return byte_tokenizer(
+        COHERE_TOKENS,
+        eos_token="<|END_OF_TURN_TOKEN|>",
+        pad_token="<PAD>",
+        bos_token="<BOS_TOKEN>",
+        **({"extra_special_tokens": names} if names else {}),
+    )
+
+
+def cohere2_vision() -> Built:
+    """A Command A Vision: attention and MLP side by side, positions in the layers with a window only."""
+    names = {
+        "image_token": "<|IMG_PATCH|>",
+        "boi_token": "<|START_OF_IMG|>",
+        "eoi_token": "<|END_OF_IMG|>",
+        "img_line_break_token": "<|IMG_LINE_BREAK|>",
+    }
+    tokenizer = _cohere_tokenizer(names)
+    size = {"height": 56, "width": 56}
+    # The processor takes the patches of its image processor for the side of a tile in tokens.
+    images = transformers.Cohere2VisionImageProcessor(size=size, max_patches=3, patch_size=2)
+    processor = transformers.Cohere2VisionProcessor(
+        images, tokenizer, chat_template=COHERE_TEMPLATE.replace("{image}", "<|IMG_PATCH|>")
+    )
+    config = transformers.Cohere2VisionConfig(
+        text_config=_cohere_text(tokenizer),
+        vision_config=siglip(56),
+        alignment_intermediate_size=96,
+        **token_ids(tokenizer, image_token_id="<|IMG_PATCH|>"),
+    )
+    return transformers.Cohere2VisionForConditionalGeneration(config), processor
+
+
+def aya_vision() -> Built:
+    """An Aya Vision: numbered tiles and a whole picture, features of an inner layer of the tower."""
+    tokenizer = _cohere_tokenizer({})
+    size = {"height": 56, "width": 56}
+    processor = transformers.AyaVisionProcessor(
+        transformers.GotOcr2ImageProcessor(size=size, max_patches=3, crop_to_patches=True),
+        tokenizer,
+        patch_size=14,
+        img_size=56,
+        downsample_factor=2,
+        chat_template=COHERE_TEMPLATE.replace("{image}", "<image>"),
+    )
+    config = transformers.AyaVisionConfig(
+        text_config=_cohere_text(tokenizer),
+        vision_config=siglip(56),
+        **token_ids(tokenizer, image_token_index="<|IMG_PATCH|>"),
+    )
+    return transformers.AyaVisionForConditionalGeneration(config), processor
+
+
+def llama4() -> Built:
+    """A Llama 4: chunks, layers without positions whose queries grow with their place, experts in every other layer."""
+    tokenizer = byte_tokenizer(LLAMA4_TOKENS, eos_token="<|eot|>", pad_token="<pad>", bos_token="<|begin_of_text|>")
+    processor = transformers.Llama4Processor(
+        transformers.Llama4ImageProcessor(size={"height": 56, "width": 56}, max_patches=3),
+        tokenizer,
+        patch_size=14,
+        pixel_shuffle_ratio=0.5,
+        chat_template=LLAMA4_TEMPLATE,
+    )
+    text = llama_text(tokenizer) | {
+        "model_type": "llama4_text",
+        "head_dim": 16,
+        "num_hidden_layers": 4,
+        "intermediate_size": 48,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 4,
+        "moe_layers": [1, 3],
+        "no_rope_layers": [1, 0, 1, 0],
+        "attention_chunk_size": 20,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8,
+        "attn_scale": 0.3,
+    }
+    config = transformers.Llama4Config(
+        text_config=text,
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 128,
+            "vision_output_dim": 48,
+            "projector_input_dim": 48,
+            "projector_output_dim": 48,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        **token_ids(
+            tokenizer, image_token_index="<|patch|>", boi_token_index="<|image_start|>", eoi_token_index="<|image_end|>"
+        ),
+    )
+    return transformers.Llama4ForConditionalGeneration(config), processor
+
+
+def _gemma_tokenizer() -> Any:
+    tokens = ["<bos>", "<pad>", "<|turn>", "<turn|>", *GEMMA_NAMES.values(), "<|video|>"]
+    return byte_tokenizer(
+        tokens, eos_token="<turn|>", pad_token="<pad>", bos_token="<bos>", extra_special_tokens=GEMMA_NAMES
+    )
+
+
+def _gemma_text(tokenizer: Any, layers: list[str]) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "vocab_size_per_layer_input": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "sliding_window": 24,
+        "layer_types": layers,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _evened(model: Any) -> Any:
+    """Scale queries by their norms as trained models do; the attention does not, and would look at one token only."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("q_norm.weight"):
+                weight.fill_(len(weight) ** -0.5)
+    return model
+
+
+def _gemma4(**text: Any) -> Built:
+    tokenizer = _gemma_tokenizer()
+    pictures = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 3}
+    processor = transformers.Gemma4Processor(
+        transformers.Gemma4AudioFeatureExtractor(),
+        transformers.Gemma4ImageProcessor(**pictures),
+        tokenizer,
+        transformers.Gemma4VideoProcessor(**pictures),
+        chat_template=GEMMA_TEMPLATE,
+        image_seq_length=70,
+    )
+    layers = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = transformers.Gemma4Config(
+        text_config=_gemma_text(tokenizer, layers) | text,
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 4,
+            "pooling_kernel_size": 3,
+            "position_embedding_size": 256,
+            "use_clipped_linears": True,
+            "standardize": True,
+        },
+        audio_config=None,
+        **token_ids(
+            tokenizer,
+            image_token_id="<|image|>",
+            video_token_id="<|video|>",
+            audio_token_id="<|audio|>",
+            boi_token_id="<|image>",
+            eoi_token_id="<image|>",
+        ),
+    )
+    return _evened(transformers.Gemma4ForConditionalGeneration(config)), processor
+
+
+def gemma4() -> Built:
+    """A Gemma 4 with a part of every size: embeddings for each layer, shared keys and values, wider global heads."""
+    return _gemma4(num_kv_shared_layers=2, global_head_dim=32, use_double_wide_mlp=True)
+
+
+def gemma4_larger() -> Built:
+    """A Gemma 4 like the larger ones: pictures seen in both directions, experts, values that are the keys."""
+    return _gemma4(
+        use_bidirectional_attention="vision",
+        hidden_size_per_layer_input=0,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=32,
+        final_logit_softcapping=30.0,
+    )
+
+
+def gemma3n() -> Built:
+    """A Gemma 3n: AltUp, Laurel, embeddings for each layer, shared keys and values, a sparse MLP, a tower of timm."""
+    tokenizer = _gemma_tokenizer()
+    processor = transformers.Gemma3nProcessor(
+        transformers.Gemma3nAudioFeatureExtractor(),
+        transformers.SiglipImageProcessor(size={"height": 64, "width": 64}),
+        tokenizer,
+        chat_template=GEMMA_TEMPLATE,
+        image_seq_length=4,
+    )
+    layers = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    text = _gemma_text(tokenizer, layers) | {
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "intermediate_size": [96] * 4,
+    }
+    config = transformers.Gemma3nConfig(
+        text_config=text,
+        vision_config={
+            "architecture": "test_convnext",
+            "hidden_size": 64,
+            "vocab_size": 8,
+            "vocab_offset": len(tokenizer),
+            "num_classes": 0,
+        },
+        audio_config={
+            "hidden_size": 32,
+            "conf_num_hidden_layers": 1,
+            "conf_num_attention_heads": 2,
+            "sscp_conv_channel_size": [8, 4],
+            "vocab_size": 8,
+            "vocab_offset": len(tokenizer) + 8,
+        },
+        vision_soft_tokens_per_image=4,
+        **token_ids(
+            tokenizer,
+            image_token_id="<|image|>",
+            audio_token_id="<|audio|>",
+            boi_token_id="<|image>",
+            eoi_token_id="<image|>",
+            boa_token_id="<|audio>",
+            eoa_token_id="<audio|>",
+        ),
+    )
+    return _evened(transformers.Gemma3nForConditionalGeneration(config)), processor
+
+
+# Family to the class that a transformers which has it exports, and its builder.
+_BUILDERS: dict[str, tuple[str, Callable[[], Built]]] = {
+    "glm4v": ("Glm4vForConditionalGeneration", glm4v),
+    "glm46v": ("Glm46VForConditionalGeneration", glm46v),
+    "glm_ocr": ("GlmOcrForConditionalGeneration", glm_ocr),
+    "cohere2_vision": ("Cohere2VisionForConditionalGeneration", cohere2_vision),
+    "aya_vision": ("AyaVisionForConditionalGeneration", aya_vision),
+    "llama4": ("Llama4ForConditionalGeneration", llama4),
+    "gemma4": ("Gemma4ForConditionalGeneration", gemma4),
+    "gemma3n": ("Gemma3nForConditionalGeneration", gemma3n),
+}
+VARIANTS = {"gemma4_larger": gemma4_larger}
+_TIMM = ("gemma3n",)  # their towers come from timm
+FAMILIES: dict[str, Callable[[], Built]] = {}
+LACKING: dict[str, str] = {}
+for _name, (_needed, _build) in _BUILDERS.items():
+    if not hasattr(transformers, _needed):
+        LACKING[_name] = f"transformers {transformers.__version__} lacks it"
+    elif _name in _TIMM and find_spec("timm") is None:
+        LACKING[_name] = "its vision tower needs timm"
+    else:
+        FAMILIES[_name] = _build
