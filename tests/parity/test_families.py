@@ -13,7 +13,7 @@ import torch
 
 import families as bench
 from common import with_block
-from tests import tiny_models, tiny_models_more
+from tests import tiny_models, tiny_models_experts, tiny_models_more
 from tests.questions import PROMPT, pack, picture, questions, tiny
 from tests.tiny_models import TAKES_FEATURES
 from vlm_sft.common import artifacts
@@ -28,6 +28,8 @@ from vlm_sft.model.vision_features import joined_tensors, tower_settings, unwrap
 from vlm_sft.planning.run_setting import shape_of
 
 NEWER = list(tiny_models_more.FAMILIES)
+# One mixture of experts is enough each time.
+EXPERTS = [pytest.param(f, marks=pytest.mark.slow) for f in tiny_models_experts.FAMILIES if f != "qwen3_vl_moe"]
 SHARING = [family for family in NEWER if not FAMILIES[family].reason]
 
 
@@ -40,12 +42,12 @@ def little_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
-@pytest.mark.parametrize("family", NEWER)
+@pytest.mark.parametrize("family", [*NEWER, "qwen3_vl_moe", *EXPERTS])
 @pytest.mark.usefixtures("little_garbage")
 def test_every_stage(family: str, tmp_path: Path) -> None:
     found = bench.examine(family, tmp_path)
     assert found["declared"] and (found["questions"], found["other_tokens"]) == (9, 0)
-    assert found["shares"] == (family in SHARING) == found["train"]["shared"]
+    assert found["shares"] == (not FAMILIES[family].reason) == found["train"]["shared"]
     assert not found["shares"] or found["difference"] < 1e-5
     assert found["features"] == "" or not TAKES_FEATURES
     assert (found["train"]["steps"], found["train"]["evaluated"]) == (2, 4)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -15,6 +16,7 @@ DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
 # Names in the layer_types of transformers' configurations.
 FULL, SLIDING = "full_attention", "sliding_attention"
 STATEFUL = ("linear_attention", "mamba", "conv")
+ROUTER_SWITCH = "output_router_logits"  # a setting, and an argument of models that compute a router loss
 _ATTENTION = ("q_proj", "v_proj", "o_proj")
 
 
@@ -48,6 +50,7 @@ FAMILIES = {
     "qwen2_vl": Family(projector=("visual.merger",)),
     "qwen2_5_vl": Family(projector=("visual.merger",)),
     "qwen3_vl": Family(projector=("visual.merger", "visual.deepstack_merger_list")),
+    "qwen3_vl_moe": Family(projector=("visual.merger", "visual.deepstack_merger_list")),
     "smolvlm": Family(projector=("connector",)),
     "idefics3": Family(projector=("connector",)),
     "llava": Family(),
@@ -55,6 +58,7 @@ FAMILIES = {
     "internvl": Family(),
     "mistral3": Family(),
     "qwen3_5": Family(projector=("visual.merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
+    "qwen3_5_moe": Family(projector=("visual.merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
     "lfm2_vl": Family(targets=("q_proj", "v_proj", "out_proj")),
     "molmo2": Family(image_blocks=True, one_block=True, token_types=True),
     "gemma3": Family(image_blocks=True, masks_by_layer=True),
@@ -72,6 +76,8 @@ PLAIN_LAYERS = {
     "qwen3",
     "qwen3_vl_text",
     "qwen3_5_text",
+    "qwen3_vl_moe_text",
+    "qwen3_5_moe_text",
 }
 
 
@@ -151,3 +157,20 @@ def masks_for(config: Any, build: Callable[[int | None], T]) -> T | dict[str, T]
         return build(None)
     window = getattr(config.get_text_config(), "sliding_window", None)
     return {FULL: build(None), SLIDING: build(window)}
+
+
+def router_coefficient(base: Any) -> float:
+    """What the router loss of a model is multiplied by; 0 where its class computes none or its configuration asks not.
+
+    Args:
+        base: the Hugging Face model.
+    """
+    text = base.config.get_text_config()
+    if not (switched_off(base) and getattr(text, ROUTER_SWITCH, False)):
+        return 0.0
+    return float(getattr(text, "router_aux_loss_coef", 0.0) or 0.0)
+
+
+def switched_off(base: Any) -> dict[str, bool]:
+    """The argument that keeps a model from computing a router loss itself, which knows nothing of packs."""
+    return {ROUTER_SWITCH: False} if ROUTER_SWITCH in inspect.signature(base.forward).parameters else {}

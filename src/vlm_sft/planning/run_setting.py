@@ -53,7 +53,7 @@ def _counted_shape(config: Any) -> ModelShape:
         TextShape(
             text.num_hidden_layers,
             text.hidden_size,
-            text.intermediate_size,
+            getattr(text, "intermediate_size", 0) or text.moe_intermediate_size,
             heads,
             getattr(text, "num_key_value_heads", None) or heads,
             getattr(text, "head_dim", None) or text.hidden_size // heads,
