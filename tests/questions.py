@@ -58,6 +58,8 @@ def tiny(family: str, dtype: torch.dtype, attention: str, dropout: float = 0.0) 
     """An adapted tiny model whose language model uses one of our attention functions, and its encoder."""
     model, processor = tiny_models.build(family)
     model = model.to(dtype)
+    if dtype == torch.float64:  # PyTorch's grouped product of matrices has no such format
+        model.set_experts_implementation("eager")
     set_attention(model, attention)
     return adapted(model, dropout=dropout), Encoder(processor, PROMPT)
 

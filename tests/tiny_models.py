@@ -43,7 +43,7 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from tests import tiny_models_more, tiny_models_recurrent, tiny_models_windows
+from tests import tiny_models_experts, tiny_models_more, tiny_models_recurrent, tiny_models_windows
 from tests.tiny_models_parts import (
     LLAVA_TOWER,
     QWEN_TEMPLATE,
@@ -313,7 +313,12 @@ def paligemma() -> tuple[Any, Any]:
 
 
 # Not every mechanism is tried again on these.
-LATER = {**tiny_models_more.FAMILIES, **tiny_models_windows.FAMILIES}
+LATER = {
+    **tiny_models_more.FAMILIES,
+    **tiny_models_windows.FAMILIES,
+    **tiny_models_recurrent.FAMILIES,
+    **tiny_models_experts.FAMILIES,
+}
 FAMILIES = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
@@ -324,7 +329,6 @@ FAMILIES = {
     "gemma3": gemma3,
     "paligemma": paligemma,
     **LATER,
-    **tiny_models_recurrent.FAMILIES,
 }
 # Why a family cannot be built here.
 LACKING = {

@@ -65,6 +65,10 @@ def undiminished() -> Iterator[None]:
     Positions, whole numbers, are float32 then and frequencies may be float64: their product takes the wider one.
     """
     to, narrow, sample = torch.Tensor.to, torch.Tensor.float, F.grid_sample
+    softmax = torch.Tensor.softmax
+
+    def probabilities(tensor: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return softmax(tensor, dim, dtype=None if tensor.dtype == torch.float64 else dtype)
 
     def keep(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if tensor.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values()):
@@ -80,6 +84,8 @@ def undiminished() -> Iterator[None]:
         patch.setattr(torch.Tensor, "to", keep)
         patch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else narrow(self))
         patch.setattr(torch.Tensor, "__matmul__", product)
+        patch.setattr(torch.Tensor, "softmax", probabilities)
+        patch.setattr(torch.Tensor, "type", keep)
         yield
 
 

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, DynamicLayer
 
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model import packed_forward
-from vlm_sft.model.families import PackMode, Reach, masks_for
+from vlm_sft.model.families import PackMode, Reach, masks_for, switched_off
 from vlm_sft.model.mixers import State
 from vlm_sft.model.pack_context import within
 from vlm_sft.model.protocols import AnyModel
@@ -106,6 +106,7 @@ def generate(
     answers: list[list[int]] = [[] for _ in range(questions)]
     near: set[int] = set()
     shared = _SharedSteps(model, batch, mode) if mode.shares else None
+    quiet: dict[str, Any] = switched_off(packed_forward.unwrap(model))
     alive = fed = torch.arange(questions, device=device)
     stops = torch.tensor(list(stop_ids), device=device)
     for count in range(1, max_new_tokens + 1):
@@ -121,7 +122,7 @@ def generate(
         # A rank that is done feeds an end token behind its first question, to keep in step; nobody looks at it.
         fed, tokens = (alive, tokens) if len(alive) else (alive.new_zeros(1), stops[:1])
         # Alone, a question needs nothing: positions and mask follow from the cache.
-        places = shared.inputs(fed, count) if shared else {}
+        places = quiet | shared.inputs(fed, count) if shared else quiet
         with packed_forward.continued(fed, shared.last[fed] + count, kept) if shared else nullcontext():
             output = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, **places)
     return Generated(answers, sorted(near), alive.tolist())

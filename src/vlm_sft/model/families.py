@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -16,6 +17,7 @@ DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 STATEFUL = ("linear_attention", "mamba", "conv")
 WINDOW, CHUNK = "sliding_window", "attention_chunk_size"  # settings of the language model
+ROUTER_SWITCH = "output_router_logits"  # a setting, and an argument of models that compute a router loss
 _ATTENTION = ("q_proj", "v_proj", "o_proj")
 
 
@@ -52,6 +54,7 @@ FAMILIES = {
     "qwen2_vl": Family(projector=("visual.merger",)),
     "qwen2_5_vl": Family(projector=("visual.merger",)),
     "qwen3_vl": Family(projector=("visual.merger", "visual.deepstack_merger_list")),
+    "qwen3_vl_moe": Family(projector=("visual.merger", "visual.deepstack_merger_list")),
     "smolvlm": Family(projector=("connector",)),
     "idefics3": Family(projector=("connector",)),
     "llava": Family(),
@@ -59,7 +62,8 @@ FAMILIES = {
     "internvl": Family(),
     "mistral3": Family(),
     "qwen3_5": Family(projector=("visual.merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
-    "lfm2_vl": Family(targets=("q_proj", "v_proj", "out_proj")),
+    "qwen3_5_moe": Family(projector=("visual.merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
+    "lfm2_vl": Family(targets=("q_proj", "v_proj", "in_proj", "out_proj")),
     "molmo2": Family(image_blocks=(FULL,), one_block=True, token_types=True),
     "gemma3": Family(image_blocks=(FULL, SLIDING)),
     "gemma3n": Family(package="timm", projector=("embed_vision",)),
@@ -86,6 +90,8 @@ PLAIN_LAYERS = {
     "qwen3",
     "qwen3_vl_text",
     "qwen3_5_text",
+    "qwen3_vl_moe_text",
+    "qwen3_5_moe_text",
 }
 
 
@@ -233,3 +239,20 @@ def masks_for(config: Any, mode: PackMode, build: Callable[[Reach], T]) -> T | d
         return masks[mode.reaches[0].layers]
     # Layers that carry a state follow the layout of the pack, not a mask.
     return masks | dict.fromkeys(name for name in layer_kinds(config) if name in STATEFUL)
+
+
+def router_coefficient(base: Any) -> float:
+    """What the router loss of a model is multiplied by; 0 where its class computes none or its configuration asks not.
+
+    Args:
+        base: the Hugging Face model.
+    """
+    text = base.config.get_text_config()
+    if not (switched_off(base) and getattr(text, ROUTER_SWITCH, False)):
+        return 0.0
+    return float(getattr(text, "router_aux_loss_coef", 0.0) or 0.0)
+
+
+def switched_off(base: Any) -> dict[str, bool]:
+    """The argument that keeps a model from computing a router loss itself, which knows nothing of packs."""
+    return {ROUTER_SWITCH: False} if ROUTER_SWITCH in inspect.signature(base.forward).parameters else {}

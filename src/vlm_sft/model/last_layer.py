@@ -13,7 +13,7 @@ import torch
 
 from vlm_sft.common.console import warn
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.families import PLAIN_LAYERS
+from vlm_sft.model.families import PLAIN_LAYERS, router_coefficient
 from vlm_sft.model.forward_patch import agrees, is_exchanged, is_plain, reason_of, replace_forward
 from vlm_sft.model.pack_context import current_pack
 from vlm_sft.model.protocols import VisionLanguageModel
@@ -54,8 +54,8 @@ def is_trimmed(base: VisionLanguageModel) -> bool:
 
 def _last_layer(base: VisionLanguageModel) -> Any:
     """The last decoder layer where it is x + attention(norm(x)), then + mlp(norm(·)); else None."""
-    if base.config.get_text_config().model_type not in PLAIN_LAYERS:
-        return None
+    if base.config.get_text_config().model_type not in PLAIN_LAYERS or router_coefficient(base):
+        return None  # a router loss is one of all tokens
     layers = getattr(base.get_decoder(), "layers", None)
     layer = layers[-1] if layers else None
     if layer is None or {name for name, _ in layer.named_children()} != _PARTS:

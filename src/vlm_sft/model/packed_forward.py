@@ -16,12 +16,13 @@ import torch.nn.functional as F
 
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model.cpu import cross_entropy
-from vlm_sft.model.families import PackMode, Reach, family_of, masks_for
+from vlm_sft.model.families import PackMode, Reach, family_of, masks_for, router_coefficient, switched_off
 from vlm_sft.model.last_layer import is_trimmed
 from vlm_sft.model.mixers import State
 from vlm_sft.model.pack_context import PackContext, PackLayout, branch_mask, computing, current_pack
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.protocols import AnyModel
+from vlm_sft.model.router_loss import question_losses, recorded
 from vlm_sft.model.state_batches import Recurrence
 from vlm_sft.model.vision_features import image_inputs, unwrap
 
@@ -100,7 +101,7 @@ def forward(model: AnyModel, batch: PackedBatch, mode: PackMode, **extra: Any) -
     Returns:
         The model's output; `logits` is (1, S, V), one row for each position of `batch.predict`.
     """
-    extra.setdefault("use_cache", False)
+    extra = {"use_cache": False, **switched_off(unwrap(model)), **extra}
     if not mode.shares:
         return model(logits_to_keep=batch.predict, **separate_inputs(model, batch), **extra)
     # 0 keeps all: a trimmed model has nothing but these rows behind its last layer.
@@ -158,3 +159,25 @@ def token_losses(model: AnyModel, batch: PackedBatch, mode: PackMode) -> torch.T
         hidden = base.model(use_cache=False, **shared_inputs(model, batch, mode))[0]
         return cross_entropy.token_losses(hidden[0], head, batch.targets)
     return cross_entropy.score_losses(forward(model, batch, mode).logits.squeeze(0), batch.targets)
+
+
+def training_losses(model: AnyModel, batch: PackedBatch, mode: PackMode) -> torch.Tensor:
+    """The losses of `token_losses`, and where the model's configuration counts it the router loss of every question.
+
+    Each supervised token of a question carries the question's router loss, so that a step of one question has the loss
+    that plain transformers gives it, and packs and ranks change nothing.
+
+    Args:
+        model, batch, mode: as for `token_losses`.
+
+    Returns:
+        (S,).
+    """
+    base = unwrap(model)
+    coefficient = router_coefficient(base)
+    if not coefficient:
+        return token_losses(model, batch, mode)
+    with recorded(base) as router_logits:
+        losses = token_losses(model, batch, mode)
+    balance = question_losses(router_logits, batch, base.config.get_text_config().num_experts_per_tok)
+    return losses + coefficient * balance[batch.target_branch - 1].to(losses)

@@ -86,7 +86,7 @@ class StepGradients:
             here = pack.to(self.device)
             with packed_forward.packed(here, self.mode, self.step):
                 with self.precision():
-                    token_losses = packed_forward.token_losses(self.model, here, self.mode)
+                    token_losses = packed_forward.training_losses(self.model, here, self.mode)
                     loss = token_losses.sum() * (pack.weight * self.scale)
                 gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         except torch.OutOfMemoryError:

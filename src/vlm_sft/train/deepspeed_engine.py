@@ -281,7 +281,7 @@ class PartitionedGradients:
         try:
             here = pack.to(self.engine.device)
             with packed_forward.packed(here, self.mode, self.step):
-                losses = packed_forward.token_losses(self.engine, here, self.mode)
+                losses = packed_forward.training_losses(self.engine, here, self.mode)
                 loss = losses.sum() * (pack.weight * self.scale)
                 self._total += loss.detach().float()
                 self._tokens.append((pack, losses.detach()))
