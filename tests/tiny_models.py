@@ -42,7 +42,7 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from tests import tiny_models_more, tiny_models_recurrent
+from tests import tiny_models_more, tiny_models_ocr, tiny_models_ocr2, tiny_models_recurrent
 from tests.tiny_models_parts import (
     LLAVA_TOWER,
     QWEN_TEMPLATE,
@@ -322,6 +322,8 @@ FAMILIES = {
     "paligemma": paligemma,
     **tiny_models_more.FAMILIES,
     **tiny_models_recurrent.FAMILIES,
+    **tiny_models_ocr.FAMILIES,
+    **tiny_models_ocr2.FAMILIES,
 }
 
 

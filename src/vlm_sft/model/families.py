@@ -56,6 +56,23 @@ FAMILIES = {
     "mistral3": Family(),
     "qwen3_5": Family(projector=("visual.merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
     "lfm2_vl": Family(targets=("q_proj", "v_proj", "out_proj")),
+    "lfm3_vl": Family(masks_by_layer=True, targets=("q_proj", "v_proj", "o_proj", "out_proj")),
+    "exaone4_5": Family(masks_by_layer=True, projector=("visual.merger",)),
+    "lighton_ocr": Family(projector=("vision_projection",)),
+    "qianfan_ocr": Family(),
+    "ovis2": Family(projector=("visual_embeddings_table",)),
+    "llava_next": Family(),
+    "vipllava": Family(),
+    "video_llama_3": Family(projector=("projector",)),
+    "idefics2": Family(projector=("connector",)),
+    "deepseek_vl": Family(projector=("aligner",)),
+    "glm4v": Family(projector=("visual.merger",)),
+    "minicpmv4_6": Family(projector=("merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
+    "paddleocr_vl": Family(projector=("projector",)),
+    "granite4_vision": Family(projector=("layerwise_projectors", "spatial_projectors")),
+    "granite_docling": Family(projector=("vision_model.connector",)),
+    "fast_vlm": Family(),
+    "perception_lm": Family(),
     "molmo2": Family(image_blocks=True, one_block=True, token_types=True),
     "gemma3": Family(image_blocks=True, masks_by_layer=True),
     "paligemma": Family(reason="its image tokens read the question", answer_type=1),
@@ -140,8 +157,10 @@ def separate_mode(config: Any, reason: str) -> PackMode:
     return PackMode("separate", note=note)
 
 
-def masks_for(config: Any, build: Callable[[int | None], T]) -> T | dict[str, T]:
+def masks_for(config: Any, build: Callable[[int | None], T]) -> T | dict[str, T | None]:
     """The `attention_mask` argument: one mask, or one for each type of layer where the family takes them so.
+
+    Layers with a state need none: what they see follows from their sequences.
 
     Args:
         config: the model's configuration.
@@ -149,5 +168,6 @@ def masks_for(config: Any, build: Callable[[int | None], T]) -> T | dict[str, T]
     """
     if not family_of(config).masks_by_layer:
         return build(None)
-    window = getattr(config.get_text_config(), "sliding_window", None)
-    return {FULL: build(None), SLIDING: build(window)}
+    text = config.get_text_config()
+    stateful = {kind: None for kind in getattr(text, "layer_types", None) or () if kind in STATEFUL}
+    return {FULL: build(None), SLIDING: build(getattr(text, "sliding_window", None)), **stateful}
