@@ -26,7 +26,8 @@ Built = tuple[Any, Any]
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PADDLE_TEMPLATE = (
     "<s>{% for m in messages %}{% if m.role == 'assistant' %}Assistant:\n{% for c in m.content %}"
-    "{{ c.text }}{% endfor %}</s>{% else %}User: {% for c in m.content %}{% if c.type == 'image' %}<|IMAGE_START|><|IMAGE_PLACEHOLDER|>"
+    "{{ c.text }}{% endfor %}</s>{% else %}User: {% for c in m.content %}{% if c.type == 'image' %}"
+    "<|IMAGE_START|><|IMAGE_PLACEHOLDER|>"
     "<|IMAGE_END|>{% else %}{{ c.text }}{% endif %}{% endfor %}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
@@ -39,8 +40,8 @@ GRANITE_TEMPLATE = (
 # Llama 3's turns, with the image in front of the question.
 PERCEPTION_TEMPLATE = (
     "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-    "{% for c in m.content %}{% if c.type == 'image' %}<|image|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}<|image|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
 

@@ -107,7 +107,7 @@ def forward(model: AnyModel, batch: PackedBatch, mode: PackMode, **extra: Any) -
 
 
 def _scored_at(model: AnyModel, rows: torch.Tensor | int, **inputs: Any) -> Any:
-    """Call a model so that its head computes some rows (S,) only, or all for 0; not every class has an argument for it."""
+    """Call a model so that its head computes some rows (S,) only, or all for 0; not every class takes them."""
     base = unwrap(model)
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
         return model(logits_to_keep=rows, **inputs)
