@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from common import RESULTS, ROOT, commit, origin, write_block
-from tests import tiny_models, tiny_models_more
+from tests import tiny_models
 from tests.questions import PROMPT, questions
 from vlm_sft.cli.main import main as command
 from vlm_sft.common import artifacts
@@ -47,7 +46,7 @@ TRAINED, HELD_OUT = 16, 4  # questions
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    every = ",".join([*tiny_models.FAMILIES, *tiny_models_more.LACKING])
+    every = ",".join([*tiny_models.FAMILIES, *tiny_models.LACKING])
     parser.add_argument("--families", default=every, help="which families, with commas (default: all)")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "families", help="of the models and runs")
     parser.add_argument("--tables", action="store_true", help="only write the table from the result file")
@@ -283,14 +282,14 @@ def main() -> None:
         torch.set_num_threads(1)
         found = []
         for family in args.families.split(","):
-            if family in tiny_models_more.LACKING:
-                found.append({"family": family, "missing": f"transformers {transformers.__version__} lacks it"})
+            if family in tiny_models.LACKING:
+                found.append({"family": family, "missing": tiny_models.LACKING[family]})
                 continue
             work = args.work / family
             shutil.rmtree(work, ignore_errors=True)
             found.append(examine(family, work))
             say(row(found[-1]))
-        if set(args.families.split(",")) < {*tiny_models.FAMILIES, *tiny_models_more.LACKING}:
+        if set(args.families.split(",")) < {*tiny_models.FAMILIES, *tiny_models.LACKING}:
             return say("only some families: no result is written")
         artifacts.write_json(RESULT, {**origin(), "families": found})
         say(f"result: {RESULT}")

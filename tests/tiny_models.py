@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoProcessor,
     Gemma3Config,
@@ -324,6 +325,12 @@ FAMILIES = {
     **tiny_models_recurrent.FAMILIES,
     **tiny_models_ocr.FAMILIES,
     **tiny_models_ocr2.FAMILIES,
+}
+# Why a family cannot be built here.
+LACKING = {
+    **dict.fromkeys(tiny_models_more.LACKING, f"transformers {transformers.__version__} lacks it"),
+    **tiny_models_ocr.LACKING,
+    **tiny_models_ocr2.LACKING,
 }
 
 

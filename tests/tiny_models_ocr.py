@@ -294,16 +294,27 @@ def perception_lm() -> Built:
 
 
 # Family to the class that a transformers which has it exports, and its builder.
-_BUILDERS: dict[str, tuple[str, Callable[[], Built]]] = {
+Builders = dict[str, tuple[str, Callable[[], Built]]]
+_BUILDERS: Builders = {
     "paddleocr_vl": ("PaddleOCRVLForConditionalGeneration", paddleocr_vl),
     "minicpmv4_6": ("MiniCPMV4_6ForConditionalGeneration", minicpmv4_6),
     "granite4_vision": ("Granite4VisionForConditionalGeneration", granite4_vision),
     "granite_docling": ("GraniteDoclingForConditionalGeneration", granite_docling),
     "lfm3_vl": ("Lfm3VlForConditionalGeneration", lfm3_vl),
+    "fast_vlm": ("FastVlmForConditionalGeneration", fast_vlm),
+    "perception_lm": ("PerceptionLMForConditionalGeneration", perception_lm),
 }
-if find_spec("timm") is not None:
-    _BUILDERS |= {
-        "fast_vlm": ("FastVlmForConditionalGeneration", fast_vlm),
-        "perception_lm": ("PerceptionLMForConditionalGeneration", perception_lm),
-    }
-FAMILIES = {name: build for name, (needed, build) in _BUILDERS.items() if hasattr(transformers, needed)}
+_TIMM = ("fast_vlm", "perception_lm")  # their towers come from timm
+
+
+def lacking(builders: Builders) -> dict[str, str]:
+    """Why families cannot be built here, by family."""
+    reason = f"transformers {transformers.__version__} lacks it"
+    found = {name: reason for name, (needed, _) in builders.items() if not hasattr(transformers, needed)}
+    if find_spec("timm") is None:
+        found |= {name: "its vision tower needs timm" for name in _TIMM if name in builders}
+    return found
+
+
+LACKING = lacking(_BUILDERS)
+FAMILIES = {name: build for name, (_, build) in _BUILDERS.items() if name not in LACKING}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import transformers
 
-from tests.tiny_models_ocr import CHATML, Built, chatml, named_tokenizer
+from tests.tiny_models_ocr import CHATML, Builders, Built, chatml, lacking, named_tokenizer
 from tests.tiny_models_parts import (
     LLAVA_TEMPLATE,
     LLAVA_TOWER,
@@ -21,25 +20,6 @@ from tests.tiny_models_parts import (
     token_ids,
 )
 
-GLM_TOKENS = [
-    "<|endoftext|>",
-    "[gMASK]",
-    "<sop>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|begin_of_image|>",
-    "<|image|>",
-    "<|end_of_image|>",
-    "<|begin_of_video|>",
-    "<|video|>",
-    "<|end_of_video|>",
-]
-GLM_TEMPLATE = (
-    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{% for c in m.content %}{% if c.type == 'image' %}"
-    "<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
-    "{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 IDEFICS2_TEMPLATE = (
     "{% for m in messages %}{{ m.role | capitalize }}:{% for c in m.content %}{% if c.type == 'image' %}<image>"
     "{% else %} {{ c.text }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
@@ -248,43 +228,8 @@ def deepseek_vl() -> Built:
     return transformers.DeepseekVLForConditionalGeneration(config), processor
 
 
-def glm4v() -> Built:
-    """A GLM-4.1V: M-RoPE over half of every head, norms before and behind attention and MLP."""
-    tokenizer = byte_tokenizer(GLM_TOKENS, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    size = {"shortest_edge": 28 * 28 * 8, "longest_edge": 28 * 28 * 48}
-    processor = transformers.Glm4vProcessor(
-        transformers.Glm4vImageProcessor(size=size),
-        tokenizer,
-        transformers.Glm4vVideoProcessor(size=size),
-        chat_template=GLM_TEMPLATE,
-    )
-    text = {name: value for name, value in llama_text(tokenizer).items() if name != "model_type"}
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
-    config = transformers.Glm4vConfig(
-        text_config=text | {"rope_parameters": rope},
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 96,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "image_size": 56,
-        },
-        **token_ids(
-            tokenizer,
-            image_token_id="<|image|>",
-            video_token_id="<|video|>",
-            image_start_token_id="<|begin_of_image|>",
-            image_end_token_id="<|end_of_image|>",
-            video_start_token_id="<|begin_of_video|>",
-            video_end_token_id="<|end_of_video|>",
-        ),
-    )
-    return transformers.Glm4vForConditionalGeneration(config), processor
-
-
 # Family to the class that a transformers which has it exports, and its builder.
-_BUILDERS: dict[str, tuple[str, Callable[[], Built]]] = {
+_BUILDERS: Builders = {
     "exaone4_5": ("Exaone4_5_ForConditionalGeneration", exaone4_5),
     "lighton_ocr": ("LightOnOcrForConditionalGeneration", lighton_ocr),
     "qianfan_ocr": ("QianfanOCRForConditionalGeneration", qianfan_ocr),
@@ -294,6 +239,6 @@ _BUILDERS: dict[str, tuple[str, Callable[[], Built]]] = {
     "video_llama_3": ("VideoLlama3ForConditionalGeneration", video_llama_3),
     "idefics2": ("Idefics2ForConditionalGeneration", idefics2),
     "deepseek_vl": ("DeepseekVLForConditionalGeneration", deepseek_vl),
-    "glm4v": ("Glm4vForConditionalGeneration", glm4v),
 }
-FAMILIES = {name: build for name, (needed, build) in _BUILDERS.items() if hasattr(transformers, needed)}
+LACKING = lacking(_BUILDERS)
+FAMILIES = {name: build for name, (_, build) in _BUILDERS.items() if name not in LACKING}

@@ -29,6 +29,7 @@ class Family:
         token_types: the model wants the processor's token types in training, whatever mask it is given.
         masks_by_layer: the model accepts a mask for each type of layer, so sliding windows can be told apart.
         answer_type: token type of an answer, where it differs from that of a prompt.
+        package: what has to be installed besides transformers.
         projector: paths, below the inner model, of what turns the tower's output into embeddings.
         targets: names of the modules that get LoRA where the user names none.
     """
@@ -39,6 +40,7 @@ class Family:
     token_types: bool = False
     masks_by_layer: bool = False
     answer_type: int = 0
+    package: str = ""
     projector: tuple[str, ...] = ("multi_modal_projector",)
     targets: tuple[str, ...] = _ATTENTION
 
@@ -66,13 +68,12 @@ FAMILIES = {
     "video_llama_3": Family(projector=("projector",)),
     "idefics2": Family(projector=("connector",)),
     "deepseek_vl": Family(projector=("aligner",)),
-    "glm4v": Family(projector=("visual.merger",)),
     "minicpmv4_6": Family(projector=("merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
     "paddleocr_vl": Family(projector=("projector",)),
     "granite4_vision": Family(projector=("layerwise_projectors", "spatial_projectors")),
     "granite_docling": Family(projector=("vision_model.connector",)),
-    "fast_vlm": Family(),
-    "perception_lm": Family(),
+    "fast_vlm": Family(package="timm"),
+    "perception_lm": Family(package="timm"),
     "molmo2": Family(image_blocks=True, one_block=True, token_types=True),
     "gemma3": Family(image_blocks=True, masks_by_layer=True),
     "paligemma": Family(reason="its image tokens read the question", answer_type=1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,7 +23,13 @@ def require_layout(config: PreTrainedConfig, name: str) -> None:
     Raises:
         ModelError: why it cannot be used, or which package its model needs.
     """
-    if config.model_type in FAMILIES:
+    family = FAMILIES.get(config.model_type)
+    if family is not None:
+        if family.package and find_spec(family.package) is None:
+            raise ModelError(
+                f"--base_model {name}: models of the family {quoted(config.model_type)} need {family.package}",
+                f"pip install {family.package}, or use another base",
+            )
         return
     try:
         model = without_weights(config)
