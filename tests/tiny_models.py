@@ -312,6 +312,7 @@ def paligemma() -> tuple[Any, Any]:
     return PaliGemmaForConditionalGeneration(config), processor
 
 
+LATER = {**tiny_models_more.FAMILIES, **tiny_models_ocr.FAMILIES, **tiny_models_ocr2.FAMILIES}
 FAMILIES = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
@@ -321,10 +322,8 @@ FAMILIES = {
     "llava": llava,
     "gemma3": gemma3,
     "paligemma": paligemma,
-    **tiny_models_more.FAMILIES,
+    **LATER,
     **tiny_models_recurrent.FAMILIES,
-    **tiny_models_ocr.FAMILIES,
-    **tiny_models_ocr2.FAMILIES,
 }
 # Why a family cannot be built here.
 LACKING = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from tests import tiny_models_more
+from tests import tiny_models
 from tests.questions import pack, questions, tiny
 from tests.tiny_models import FAMILIES
 from vlm_sft.data.encode import Encoder
@@ -26,7 +26,7 @@ def kinds(family: str) -> tuple[Kind, ...]:
     """How a family is computed; the later families only as they are by default."""
     if DECLARED[family].reason:
         return ("separate",)
-    return ("blockwise",) if family in tiny_models_more.FAMILIES else ("blockwise", "dense", "separate")
+    return ("blockwise",) if family in tiny_models.LATER else ("blockwise", "dense", "separate")
 
 
 def transformers_answer(model: torch.nn.Module, encoder: Encoder, sample: Sample) -> list[int]:
