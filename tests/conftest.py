@@ -15,12 +15,37 @@ import pytest
 from tests.processes import Warm
 from vlm_sft.data.cache.directory import VARIABLE
 
+# Families in which nothing is new that no other family has: all but one test of exactness is slow.
+REPEATING = {
+    "deepseek_vl",
+    "exaone4_5",
+    "fast_vlm",
+    "granite_docling",
+    "idefics2",
+    "lfm3_vl",
+    "lighton_ocr",
+    "llava_next",
+    "ovis2",
+    "paddleocr_vl",
+    "qianfan_ocr",
+    "video_llama_3",
+    "vipllava",
+}
 _FOLDER = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test is collected, so that every process which is started has it."""
     config.stash[_FOLDER] = os.environ[VARIABLE] = tempfile.mkdtemp(prefix="vlm_sft_tests.")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that repeat for one more family what others have shown."""
+    for item in items:
+        family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
+        if family in REPEATING and item.name != f"test_packs_of_one_to_ten_questions[{family}-blockwise-float32]":
+            item.add_marker("slow")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

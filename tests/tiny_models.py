@@ -43,7 +43,14 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from tests import tiny_models_experts, tiny_models_more, tiny_models_recurrent, tiny_models_windows
+from tests import (
+    tiny_models_experts,
+    tiny_models_more,
+    tiny_models_ocr,
+    tiny_models_ocr2,
+    tiny_models_recurrent,
+    tiny_models_windows,
+)
 from tests.tiny_models_parts import (
     LLAVA_TOWER,
     QWEN_TEMPLATE,
@@ -318,6 +325,8 @@ LATER = {
     **tiny_models_windows.FAMILIES,
     **tiny_models_recurrent.FAMILIES,
     **tiny_models_experts.FAMILIES,
+    **tiny_models_ocr.FAMILIES,
+    **tiny_models_ocr2.FAMILIES,
 }
 FAMILIES = {
     "qwen2_5_vl": qwen2_5_vl,
@@ -334,6 +343,8 @@ FAMILIES = {
 LACKING = {
     **dict.fromkeys(tiny_models_more.LACKING, f"transformers {transformers.__version__} lacks it"),
     **tiny_models_windows.LACKING,
+    **tiny_models_ocr.LACKING,
+    **tiny_models_ocr2.LACKING,
 }
 
 

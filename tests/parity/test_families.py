@@ -31,6 +31,20 @@ NEWER = list(tiny_models.LATER)
 # What is new in them is in another family, too.
 SIMILAR = {"aya_vision", "glm4v", "glm_ocr", "qwen3_5_moe", "ernie4_5_vl_moe", "kimi_k25"}
 REPEATING = pytest.mark.slow
+# What stands for an image in their chat templates, or before it.
+SIGNS = {
+    "mistral3": "[IMG]",
+    "internvl": "<IMG_CONTEXT>",
+    "molmo2": "<|image|>",
+    "paddleocr_vl": "<|IMAGE_START|>",
+    "minicpmv4_6": "<unk_image>",
+    "lfm3_vl": "<|vision_start|>",
+    "perception_lm": "<|image|>",
+    "exaone4_5": "<|vision_start|>",
+    "lighton_ocr": "<|image_pad|>",
+    "video_llama_3": "<|image_pad|>",
+    "deepseek_vl": "<image_placeholder>",
+}
 SHARING = [family for family in NEWER if not FAMILIES[family].reason]
 
 
@@ -100,7 +114,7 @@ def test_what_does_not_work_is_told() -> None:
 def two_pictures(family: str) -> tuple[Any, Any]:
     """A model and the encoded questions of two images each, with a word before every image."""
     model, encoder = tiny(family, torch.float32, SHARED_SDPA)
-    sign = {"mistral3": "[IMG]", "internvl": "<IMG_CONTEXT>", "molmo2": "<|image|>"}.get(family, "<image>")
+    sign = SIGNS.get(family, "<image>")
     encoder.processor.chat_template = encoder.processor.chat_template.replace(sign, f"See: {sign}")
     groups = []
     for seed, size in enumerate(((72, 56), (150, 60))):
@@ -151,6 +165,44 @@ def test_images_of_different_shapes_are_padded_where_they_are_joined() -> None:
     crops = [torch.zeros(2, 9, 8), torch.zeros(1, 9, 8)]
     images = [{"pixel_values": a, "image_token_pooling": b} for a, b in zip(crops, places, strict=True)]
     assert joined_tensors(images)["image_token_pooling"].tolist() == [[0, 1], [3, -1], [18, -1]]
+
+
+def joined_shape(*images: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Shape of the joined pixels of images that a processor gave tensors of these shapes."""
+    made = [{name: torch.ones(shape) for name, shape in image.items()} for image in images]
+    return tuple(joined_tensors(made)["pixel_values"].shape)
+
+
+def test_tiles_are_padded_only_where_the_model_is_told_how_many_there_are() -> None:
+    two, five = {"pixel_values": (1, 2, 3, 8, 8)}, {"pixel_values": (1, 5, 3, 8, 8)}
+    assert joined_shape(two, five) == (1, 7, 3, 8, 8)  # PerceptionLM
+    sized = {"image_sizes": (1, 2)}  # LLaVA-NeXT
+    assert joined_shape(two | sized, five | sized) == (2, 5, 3, 8, 8)
+    tiles = [image | {"pixel_attention_mask": (1, count)} for image, count in ((two, 2), (five, 5))]  # Granite Docling
+    assert joined_shape(*tiles) == (2, 5, 3, 8, 8)
+    pixels = [image | {"pixel_attention_mask": (1, count, 8, 8)} for image, count in ((two, 2), (five, 5))]  # Idefics
+    assert joined_shape(*pixels) == (1, 7, 3, 8, 8)
+    patches = [{"pixel_values": (1, 3, 14, 14 * count), "target_sizes": (1, 2)} for count in (4, 6)]  # MiniCPM-V
+    assert joined_shape(*patches) == (1, 3, 14, 140)
+
+
+@pytest.mark.parametrize("family", ["minicpmv4_6", "granite4_vision"])
+def test_the_head_scores_the_needed_rows_only(family: str) -> None:
+    """One class of the two has no argument for it, the other divides its scores behind the head."""
+    if family not in tiny_models.FAMILIES:
+        pytest.skip(tiny_models.LACKING[family])
+    model, encoder = tiny(family, torch.float32, SHARED_SDPA)
+    group = encoder.encode(questions(0, 2))
+    batch = pack([Bundle(0, (1,))], [group])
+    scored: list[int] = []
+    head = unwrap(model).get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, output: scored.append(output.shape[1]))
+    expected = model(**packed_forward.separate_inputs(model, batch)).logits[0, batch.predict]
+    mode = declared_mode(unwrap(model).config, "dense")
+    assert mode is not None
+    for way in (PackMode("separate"), mode):
+        torch.testing.assert_close(logits(model, [Bundle(0, (1,))], [group], way), expected, rtol=1e-4, atol=1e-5)
+    assert scored == [batch.tokens, len(batch.predict), len(batch.predict)]
 
 
 def test_features_depend_on_weights_of_no_module() -> None:

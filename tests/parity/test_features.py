@@ -21,7 +21,7 @@ from vlm_sft.model import packed_forward
 from vlm_sft.model.feature_precompute import Decision, use_features
 from vlm_sft.model.load import SHARED_SDPA
 from vlm_sft.model.sharing_check import choose_mode
-from vlm_sft.model.vision_features import TowerCounter, features_problem, tower_settings
+from vlm_sft.model.vision_features import TowerCounter, features_problem, start_training, tower_settings
 
 pytestmark = pytest.mark.skipif(not TAKES_FEATURES, reason="this transformers takes no kept features")
 
@@ -35,7 +35,8 @@ def prepared(family: str, root: Path) -> tuple[torch.nn.Module, PreparedData, Da
     model, encoder = tiny(family, torch.float32, SHARED_SDPA)
     cache = DataCache(encoder, root, family)
     samples = [sample for seed, size in enumerate(SIZES) for sample in questions(seed, 2, size)]
-    return model.train(), PreparedData(samples, encoder, "preparing", cache), cache
+    start_training(model)
+    return model, PreparedData(samples, encoder, "preparing", cache), cache
 
 
 def keep(model: torch.nn.Module, data: PreparedData, cache: DataCache, budget: int | str = LARGE) -> Decision:
@@ -63,6 +64,27 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+def test_a_frozen_tower_drops_nothing_in_training() -> None:
+    """Granite 4 Vision's projector has dropout: each look at an image would get other features than the kept ones."""
+    if "granite4_vision" not in FAMILIES:
+        pytest.skip(tiny_models.LACKING["granite4_vision"])
+    model, encoder = tiny("granite4_vision", torch.float32, SHARED_SDPA)
+    inner = model.get_base_model().model
+    tensors = encoder.process_images(questions(0, 1)[0])
+
+    def features() -> torch.Tensor:
+        return inner.get_image_features(**tensors, return_dict=True).deepstack_features[0][1][0]
+
+    model.eval()
+    expected = features()
+    start_training(model)
+    assert torch.equal(features(), expected)
+    assert model.training and inner.language_model.training and not inner.vision_tower.training
+    inner.layerwise_projectors.requires_grad_(True)
+    start_training(model)
+    assert not torch.equal(features(), expected) and not inner.vision_tower.training
 
 
 SEVERAL = [family for family in FAMILIES if family not in tiny_models.LATER]  # are enough for several threads

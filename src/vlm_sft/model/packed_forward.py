@@ -103,10 +103,25 @@ def forward(model: AnyModel, batch: PackedBatch, mode: PackMode, **extra: Any) -
     """
     extra = {"use_cache": False, **switched_off(unwrap(model)), **extra}
     if not mode.shares:
-        return model(logits_to_keep=batch.predict, **separate_inputs(model, batch), **extra)
+        return _scored_at(model, batch.predict, **separate_inputs(model, batch), **extra)
     # 0 keeps all: a trimmed model has nothing but these rows behind its last layer.
     kept = 0 if is_trimmed(unwrap(model)) else batch.predict
-    return model(logits_to_keep=kept, **shared_inputs(model, batch, mode), **extra)
+    return _scored_at(model, kept, **shared_inputs(model, batch, mode), **extra)
+
+
+def _scored_at(model: AnyModel, rows: torch.Tensor | int, **inputs: Any) -> Any:
+    """Call a model so that its head computes some rows (S,) only, or all for 0; not every class takes them."""
+    base = unwrap(model)
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        return model(logits_to_keep=rows, **inputs)
+    if isinstance(rows, int):
+        return model(**inputs)
+    head = base.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0].index_select(1, rows),))
+    try:
+        return model(**inputs)
+    finally:
+        hook.remove()
 
 
 def shared_inputs(model: AnyModel, batch: PackedBatch, mode: PackMode) -> dict[str, Any]:

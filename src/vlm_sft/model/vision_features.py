@@ -30,15 +30,21 @@ from vlm_sft.model.attention import attention_name
 from vlm_sft.model.families import family_of
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
 
-POOLED, DEEPSTACK = "pooled", "deepstack"
+POOLED, DEEPSTACK, INJECTED, INDICATORS = "pooled", "deepstack", "injected", "indicators"
 _POOLED_PATCHES = "image_token_pooling"  # Molmo 2: which patches of which crop make an image token
 
 
 @dataclass
 class ImageFeatures(BaseModelOutputWithPooling):
-    """What a model takes for the output of its vision tower; Qwen3-VL adds features of deeper layers."""
+    """What a model takes for the output of its vision tower.
 
-    deepstack_features: list[list[torch.Tensor]] | None = None
+    Qwen3-VL adds features of deeper layers, one list a layer; Granite 4 Vision has (language layer, features) instead.
+    Ovis 2 adds the embeddings of the tokens around tiles, the same for every image.
+    """
+
+    deepstack_features: list[Any] | None = None
+    visual_indicator_features: torch.Tensor | None = None
+    router_logits: torch.Tensor | None = None  # Granite Docling: of a loss that answers have no part in
 
 
 class TowerCounter:
@@ -88,6 +94,27 @@ def tower_modules(model: AnyModel) -> dict[str, torch.nn.Module]:
         for name, module in inner.named_children()
         if all(part is not decoder for part in module.modules()) and any(True for _ in module.parameters())
     }
+
+
+def start_training(model: AnyModel) -> None:
+    """Switch training mode on, but not in what is frozen of the vision tower.
+
+    Its dropout (Granite 4 Vision's projector, Qianfan-OCR's stochastic depth) would make other features of every look
+    at an image, and others than those that are kept.
+    """
+    model.train()
+    for tower in tower_modules(model).values():
+        _settle_frozen(tower)
+
+
+def _settle_frozen(part: torch.nn.Module) -> None:
+    """Evaluation mode for modules that have weights of which none is trained."""
+    trained = [parameter.requires_grad for parameter in part.parameters()]
+    if any(trained):
+        for child in part.children():
+            _settle_frozen(child)
+    elif trained:
+        part.eval()
 
 
 def loose_parameters(model: AnyModel) -> dict[str, torch.nn.Parameter]:
@@ -140,19 +167,29 @@ def _features_now(model: AnyModel, image: Mapping[str, torch.Tensor]) -> Record:
 def joined_tensors(images: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Concatenate the processor's tensors of all images as one processor call on all of them would.
 
-    Pixels with a mask and the tile dimension second (Idefics3: (1, tiles, 3, h, w)) are joined along it, all others
-    along the first dimension. Where the images differ in another dimension, in the number of their tiles
-    (LLaVA-OneVision) or in their shape (Mistral 3), the smaller ones are padded with zeros, which the models cut off by
-    the sizes that they are given.
+    Tiles that nothing counts (Idefics3, PerceptionLM: (1, tiles, 3, h, w)) are joined along the second dimension, the
+    patches of MiniCPM-V, (1, 3, height, patches x width), along the last one, all others along the first. Where the
+    images differ in another dimension, in the number of their tiles (LLaVA-OneVision) or in their shape (Mistral 3),
+    the smaller ones are padded with zeros, which the models cut off by the sizes that they are given.
     """
     joined = {}
     for name in images[0]:
         values = [image[name] for image in images]
-        tiled = "pixel_attention_mask" in images[0] and name.startswith("pixel_") and values[0].dim() > 3
         if name == _POOLED_PATCHES:
             values = _counted_on(values, [image.get("pixel_values") for image in images])
-        joined[name] = _padded_cat(values, 1 if tiled else 0)
+        joined[name] = _padded_cat(values, _joined_axis(name, images[0]))
     return joined
+
+
+def _joined_axis(name: str, image: Mapping[str, torch.Tensor]) -> int:
+    """Along which dimension a tensor of an image is joined with that of another."""
+    if not is_pixels(name):
+        return 0
+    if "target_sizes" in image:
+        return 3
+    mask = image.get("pixel_attention_mask")
+    told = "image_sizes" in image if mask is None else mask.dim() <= 3  # how many of the tiles are no padding
+    return 1 if image["pixel_values"].dim() == 5 and image[name].dim() > 3 and not told else 0
 
 
 def _padded_cat(values: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
@@ -177,15 +214,20 @@ def _counted_on(values: Sequence[torch.Tensor], pixels: Sequence[torch.Tensor | 
 def joined_features(images: Sequence[Mapping[str, torch.Tensor]]) -> ImageFeatures:
     """Put the features of all images of a pack into the form in which the tower would have returned them."""
     if POOLED in images[0]:
-        joined = torch.cat([image[POOLED] for image in images])
-        return ImageFeatures(last_hidden_state=joined, pooler_output=joined)
-    pooled = [value for image in images for name, value in image.items() if name.startswith(POOLED)]
-    layers = sorted({int(name.split(".")[1]) for name in images[0] if name.startswith(DEEPSTACK)})
-    deep = [
-        [value for image in images for name, value in image.items() if name.startswith(f"{DEEPSTACK}.{layer}.")]
-        for layer in layers
-    ]
-    return ImageFeatures(pooler_output=pooled, deepstack_features=deep or None)  # type: ignore[arg-type]
+        pooled = torch.cat([image[POOLED] for image in images])
+        indicators = images[0].get(INDICATORS)
+        return ImageFeatures(last_hidden_state=pooled, pooler_output=pooled, visual_indicator_features=indicators)
+
+    def values(start: str) -> list[torch.Tensor]:
+        return [value for image in images for name, value in image.items() if name.startswith(start)]
+
+    def layers(kind: str) -> list[int]:
+        return sorted({int(name.split(".")[1]) for name in images[0] if name.startswith(kind)})
+
+    if injected := [(layer, values(f"{INJECTED}.{layer}.")) for layer in layers(INJECTED)]:
+        return ImageFeatures(deepstack_features=injected)
+    deep = [values(f"{DEEPSTACK}.{layer}.") for layer in layers(DEEPSTACK)]
+    return ImageFeatures(pooler_output=values(POOLED), deepstack_features=deep or None)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -214,20 +256,29 @@ def encode_images(model: AnyModel, images: Sequence[Mapping[str, torch.Tensor]])
 
     # Llama 4 takes what its tower puts out, and projects it itself.
     pooled = getattr(output, "pooler_output", None)
-    pooled = output.last_hidden_state if pooled is None else pooled
+    if pooled is None and not getattr(output, "deepstack_features", None):
+        pooled = output.last_hidden_state
     if isinstance(pooled, torch.Tensor):
         assert len(images) == 1, "a tower that returns one tensor is called image by image"
-        return [{POOLED: kept(pooled)}]
+        found = {POOLED: pooled, INDICATORS: getattr(output, "visual_indicator_features", None)}
+        return [{name: kept(value) for name, value in found.items() if value is not None}]
+    parts = _parts(output)
+    entries = len(next(iter(parts.values())))
     records: list[Record] = []
     first = 0
     for image in images:
-        count = len(image["image_grid_thw"]) if "image_grid_thw" in image else len(pooled) // len(images)
-        record = {f"{POOLED}.{index}": kept(pooled[first + index]) for index in range(count)}
-        for layer, values in enumerate(getattr(output, "deepstack_features", None) or ()):
-            record |= {f"{DEEPSTACK}.{layer}.{index}": kept(values[first + index]) for index in range(count)}
-        records.append(record)
+        count = len(image["image_grid_thw"]) if "image_grid_thw" in image else entries // len(images)
+        records.append({f"{name}.{n}": kept(values[first + n]) for n in range(count) for name, values in parts.items()})
         first += count
     return records
+
+
+def _parts(output: Any) -> dict[str, Sequence[torch.Tensor]]:
+    """What a tower returned, by name: for each part one tensor for every image or tile."""
+    deep = getattr(output, "deepstack_features", None) or ()
+    if output.pooler_output is None:
+        return {f"{INJECTED}.{layer}": values for layer, values in deep}
+    return {POOLED: output.pooler_output} | {f"{DEEPSTACK}.{layer}": values for layer, values in enumerate(deep)}
 
 
 def features_problem(model: AnyModel) -> str:

@@ -34,6 +34,7 @@ from vlm_sft.model.load import load_model
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.step_gradients import StepGradients, mixed_precision
 from vlm_sft.model.trainable import checkpoint_layers, tune
+from vlm_sft.model.vision_features import start_training
 from vlm_sft.planning.answering_work import prompt_work
 from vlm_sft.planning.run_plan import Plan
 from vlm_sft.planning.training_run import TrainingRun
@@ -115,7 +116,7 @@ class Probe:
     def _training(self) -> tuple[float, float]:
         """Measured over forecast seconds of training passes, and seconds of an optimizer step."""
         packs = self._chosen(self.planner, self.plan.data)
-        self.model.train()
+        start_training(self.model)
         self._train_pack(packs[0])  # the largest one: memory at its peak, and everything warm
         measured = expected = 0.0
         until = time.perf_counter() + TRAINING_SHARE * self.budget

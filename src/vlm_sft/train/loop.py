@@ -23,6 +23,7 @@ from vlm_sft.distributed.launch import Launch
 from vlm_sft.distributed.signals import StopSignals
 from vlm_sft.evaluate.evaluator import EvaluationStopped
 from vlm_sft.model.families import PackMode
+from vlm_sft.model.vision_features import start_training
 from vlm_sft.planning.training_run import FaultPolicy
 from vlm_sft.recipe.schedule import Schedule
 from vlm_sft.recipe.schema import Recipe
@@ -131,7 +132,7 @@ class TrainingLoop:
                 step = state.global_step + 1
                 self.callbacks.tell("on_step_begin")
                 supervised = batch.supervised + self.health.settle(step, batch.faults, batch.change)
-                self.model.train()
+                start_training(self.model)
                 # Gradients are averaged over ranks; the loss is divided by the whole step's tokens already.
                 gradients = self.optimization.begin(
                     len(batch.packs), step - 1, self.launch.world_size / supervised, self.plan.mode, self.health
