@@ -16,6 +16,7 @@ import torch
 from vlm_sft.data.collate import PackedBatch, moved_to
 from vlm_sft.model.families import ROUTER_SWITCH
 from vlm_sft.model.protocols import VisionLanguageModel
+from vlm_sft.model.vision_features import inner_model
 
 
 @contextmanager
@@ -29,7 +30,8 @@ def recorded(base: VisionLanguageModel) -> Iterator[list[torch.Tensor]]:
     def keep(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found[:] = output.router_logits
 
-    hooks = [base.model.register_forward_pre_hook(ask, with_kwargs=True), base.model.register_forward_hook(keep)]
+    inner: Any = inner_model(base)
+    hooks = [inner.register_forward_pre_hook(ask, with_kwargs=True), inner.register_forward_hook(keep)]
     try:
         yield found
     finally:
