@@ -19,7 +19,7 @@ from vlm_sft.cli.main import main
 from vlm_sft.export import run as export_run
 from vlm_sft.model.load import empty_model, find_base
 from vlm_sft.model.saved_adapter import require_fit
-from vlm_sft.model.vllm_rules import max_lora_rank, not_for_vllm
+from vlm_sft.model.vllm_rules import lora_settings, max_lora_rank, not_for_vllm
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -217,7 +217,9 @@ def test_what_vllm_does_not_load_is_said(
     assert "vllm serve" not in capsys.readouterr().out  # it would not start
 
 
-def test_lora_on_the_vision_tower_is_not_for_vllm(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_lora_on_the_vision_tower_needs_a_flag_of_vllm(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     moved = change(adapter, tmp_path / "moved")
     tensors = load_file(moved / WEIGHTS)
     name = "base_model.model.model.visual.blocks.0.attn.proj.lora_{}.weight"
@@ -228,10 +230,21 @@ def test_lora_on_the_vision_tower_is_not_for_vllm(base: Path, adapter: Path, tmp
     found_base = find_base(str(base))
     contents = require_fit(moved, found_base)
     assert len(contents.layers) == 7 and not contents.silent
-    assert not_for_vllm(config | {"r": 1024}, contents.layers, empty_model(found_base.path)) == (
+    model = empty_model(found_base.path)
+    assert not_for_vllm(config | {"r": 1024}, [*contents.layers, "lm_head"], model) == (
         "rank 1024 is above vLLM's largest, 512",
-        "vLLM adapts the language model only, not 1 layers such as model.visual.blocks.0.attn.proj",
+        "vLLM adapts language model, tower and projector only, not 1 layers such as lm_head",
     )
+    assert not_for_vllm(config, contents.layers, model) == ()
+    tower = {"max_lora_rank": 8, "enable_tower_connector_lora": True}
+    assert lora_settings(config, contents.layers, model) == tower
+    inside = [path for path in contents.layers if "visual" not in path]
+    assert lora_settings(config, inside, model) == {"max_lora_rank": 8}
+    assert export(moved, tmp_path / "out") == 0
+    assert report_of(tmp_path / "out")["vllm"] == {"loads": True, "reasons": [], **tower}
+    said = capsys.readouterr()
+    assert "--enable-lora --enable-tower-connector-lora --max-lora-rank 8" in said.out
+    assert "LoRA on the vision tower or projector" in said.err
 
 
 @pytest.mark.parametrize(

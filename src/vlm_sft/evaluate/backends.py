@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from vlm_sft.common.artifacts import ADAPTER_CONFIG, read_json
+from vlm_sft.common.console import warn
 from vlm_sft.common.errors import ModelError
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import EncodedGroup, Encoder, ImageSource
@@ -23,9 +24,10 @@ from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.evaluate.batching import Pack
 from vlm_sft.evaluate.generate import Generated, alone, generate
 from vlm_sft.model.families import PackMode
-from vlm_sft.model.load import Base
+from vlm_sft.model.load import Base, empty_model
+from vlm_sft.model.saved_adapter import read_contents
 from vlm_sft.model.sharing_check import choose_mode
-from vlm_sft.model.vllm_rules import max_lora_rank
+from vlm_sft.model.vllm_rules import TOWER, TOWER_NOTE, lora_settings
 
 # Rounding differs between packs by about 1e-5 in float32. A question whose two best tokens were nearer than this is
 # asked again alone, and that answer counts: so the budget of a pack never shows in the answers. In bfloat16 rounding
@@ -172,7 +174,7 @@ class VllmBackend:
             seed=0,
             trust_remote_code=False,
             enable_lora=adapter is not None,
-            **({"max_lora_rank": max_lora_rank(read_json(adapter / ADAPTER_CONFIG))} if adapter else {}),
+            **(_lora_settings(base, adapter) if adapter else {}),
             enable_prefix_caching=True,
             mm_processor_kwargs={name: value for name, value in bounds.items() if value is not None},
         )
@@ -193,6 +195,15 @@ class VllmBackend:
                 Reply(sample, output.outputs[0].text.strip(), output.outputs[0].finish_reason == "length")
                 for sample, output in zip(samples, outputs, strict=True)
             ]
+
+
+def _lora_settings(base: Base, adapter: Path) -> dict[str, Any]:
+    """The settings with which vLLM loads all of an adapter."""
+    config = read_json(adapter / ADAPTER_CONFIG)
+    settings = lora_settings(config, read_contents(adapter, config).layers, empty_model(base.path))
+    if TOWER in settings:
+        warn(f"--adapter {adapter}: {TOWER_NOTE}")
+    return settings
 
 
 def vllm_requests(encoder: Encoder, samples: Sequence[Sample]) -> list[dict[str, Any]]:

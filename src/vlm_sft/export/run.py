@@ -42,7 +42,7 @@ from vlm_sft.model.adapters import load_adapter
 from vlm_sft.model.load import empty_model, load_model
 from vlm_sft.model.model_folder import require_utf8
 from vlm_sft.model.saved_adapter import BASE_WEIGHTS, Contents, require_fit
-from vlm_sft.model.vllm_rules import max_lora_rank, not_for_vllm
+from vlm_sft.model.vllm_rules import TOWER, TOWER_NOTE, lora_settings, not_for_vllm
 from vlm_sft.report.card import ADAPTER, MERGED, About, card
 
 QUESTIONS = 8
@@ -116,8 +116,14 @@ def _carry_out(options: ExportOptions) -> Path:
     source = find_source(options.adapter, options.base_model)
     say(f"exporting {options.adapter} on {source.base.name}{', merged' if options.merge else ''}")
     contents = require_fit(source.adapter, source.base, options.allow_other_base)
-    vllm = not_for_vllm(source.config, contents.layers, empty_model(source.base.path))
-    _judge(contents, vllm, options)
+    empty = empty_model(source.base.path)
+    problems = not_for_vllm(source.config, contents.layers, empty)
+    _judge(contents, problems, options)
+    loads = options.merge or not problems
+    settings = {} if options.merge or problems else lora_settings(source.config, contents.layers, empty)
+    if TOWER in settings:
+        warn(f"--adapter {options.adapter}: {TOWER_NOTE}")
+    vllm = {"loads": loads, "reasons": [] if loads else list(problems), **settings}
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -237,14 +243,12 @@ def _report(
     options: ExportOptions,
     source: Source,
     contents: Contents,
-    vllm: tuple[str, ...],
+    vllm: dict[str, Any],
     dtype: torch.dtype,
     check: dict[str, Any],
 ) -> dict[str, Any]:
     """What export.json says; no folder of this machine is in it."""
     weights = (source.adapter / artifacts.ADAPTER_WEIGHTS).read_bytes()
-    vllm = () if options.merge else vllm
-    rank = {} if options.merge or vllm else {"max_lora_rank": max_lora_rank(source.config)}
     return {
         "schema": 1,
         "kind": "merged" if options.merge else "adapter",
@@ -256,7 +260,7 @@ def _report(
         "dtype": str(dtype).removeprefix("torch."),
         "adapted_layers": len(contents.layers),
         "layers_without_effect": len(contents.dead),
-        "vllm": {"loads": not vllm, "reasons": list(vllm), **rank},
+        "vllm": vllm,
         "verification": check,
         "versions": versions(),
     }
@@ -299,7 +303,8 @@ def _report_result(folder: Path, report: dict[str, Any]) -> None:
         say(f'next: vlm-sft ask IMAGE "QUESTION" --base_model {place}, or vllm serve {place}')
     else:
         rank = report["vllm"].get("max_lora_rank")
-        serve = f"vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules tuned={place}, or "
+        more = f" --{TOWER.replace('_', '-')}" if TOWER in report["vllm"] else ""
+        serve = f"vllm serve BASE --enable-lora{more} --max-lora-rank {rank} --lora-modules tuned={place}, or "
         say(
             f'next: vlm-sft ask IMAGE "QUESTION" --adapter {place}, or {serve if rank else ""}PeftModel.from_pretrained'
         )

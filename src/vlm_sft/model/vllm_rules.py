@@ -5,8 +5,9 @@ vLLM silently ignores tensors that it finds no layer for, and the adapter then d
 
 vLLM's rules, from its `lora` package and the `hf_to_vllm_mapper` of its models: names are
 `base_model.model.<path>.lora_A.weight` and `lora_B`, the path is that of transformers since 4.52
-(`model.language_model.…` in the Qwen-VL, LLaVA and Gemma families, `model.text_model.…` in Idefics3), adapters work on
-the language model only, and neither DoRA nor fully trained modules are taken.
+(`model.language_model.…` in the Qwen-VL, LLaVA and Gemma families, `model.text_model.…` in Idefics3), and neither DoRA
+nor fully trained modules are taken. LoRA on tower and projector is loaded with `enable_tower_connector_lora` (vLLM
+pull requests 26674 and 35147), by those of its models that declare so; others pass it over with a warning.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ from typing import Any
 
 from vlm_sft.model.adapters import language_model_path
 from vlm_sft.model.protocols import VisionLanguageModel
+from vlm_sft.model.vision_features import tower_modules
 
 _ROOTS = ("model.language_model", "model.text_model")  # language models that vLLM's mappers know
+TOWER = "enable_tower_connector_lora"  # setting of vLLM, and with dashes its flag
+TOWER_NOTE = (
+    f"it has LoRA on the vision tower or projector, which vLLM serves with --{TOWER.replace('_', '-')}, for those of "
+    "its models that declare it; for others vLLM says in a warning that it leaves these layers out"
+)
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank takes
 
 
@@ -40,10 +47,33 @@ def not_for_vllm(config: Mapping[str, Any], layers: Sequence[str], model: Vision
     root = language_model_path(model)
     if root not in _ROOTS:
         problems.append(f"vLLM's names for the language model {root} are not known here")
-    outside = sorted(path for path in layers if not path.startswith(root + "."))
+    known = (root, *_towers(model))
+    outside = sorted(path for path in layers if not any(path.startswith(f"{place}.") for place in known))
     if outside:
-        problems.append(f"vLLM adapts the language model only, not {len(outside)} layers such as {outside[0]}")
+        problems.append(
+            f"vLLM adapts language model, tower and projector only, not {len(outside)} layers such as {outside[0]}"
+        )
     return tuple(problems)
+
+
+def lora_settings(config: Mapping[str, Any], layers: Sequence[str], model: VisionLanguageModel) -> dict[str, Any]:
+    """What vLLM has to be told besides `enable_lora` to load all of an adapter that it loads.
+
+    Args:
+        config, layers, model: as for `not_for_vllm`.
+
+    Returns:
+        "max_lora_rank", and "enable_tower_connector_lora" where the adapter is not on the language model alone.
+    """
+    towers = tuple(f"{place}." for place in _towers(model))
+    tower = {TOWER: True} if any(path.startswith(towers) for path in layers) else {}
+    return {"max_lora_rank": max_lora_rank(config), **tower}
+
+
+def _towers(model: VisionLanguageModel) -> list[str]:
+    """Paths of tower and projector."""
+    inner = next(path for path, module in model.named_modules() if module is model.model)
+    return [f"{inner}.{name}" for name in tower_modules(model)]
 
 
 def max_lora_rank(config: Mapping[str, Any]) -> int | None:
