@@ -98,6 +98,8 @@ def _is_norm(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.nn.Parameter) or weight.dim() != 1 or len(list(module.parameters())) != 1:
         return False
+    if getattr(weight, "ds_numel", weight.numel()) < 2:  # one number for all channels
+        return False
     return hasattr(module, "variance_epsilon") and not is_partitioned(weight) and weight.dtype in _TOLERANCE
 
 
@@ -117,7 +119,8 @@ def _norm_kernel(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _norm_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
-    return _norm_kernel(module, hidden_states) if _trains(hidden_states, module.weight.dtype) else None
+    whole = hidden_states.shape[-1] == len(module.weight)  # the kernel reads a weight for every channel
+    return _norm_kernel(module, hidden_states) if whole and _trains(hidden_states, module.weight.dtype) else None
 
 
 def _is_mlp(module: Any) -> bool:
