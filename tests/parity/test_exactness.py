@@ -249,7 +249,7 @@ def test_a_family_that_cannot_compute_packs_falls_back(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("kind", ["blockwise", "dense"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "gemma3", "qwen3_5", "lfm2_vl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "gemma3", "qwen3_5", "lfm2_vl", "gemma4", "llama4"])
 def test_a_question_and_a_picture_change_nothing_elsewhere(family: str, kind: families.Kind) -> None:
     model, encoder = tiny(family, torch.float32, SHARED_SDPA if kind == "blockwise" else "sdpa")
     mode = families.declared_mode(model.get_base_model().config, kind)
