@@ -182,9 +182,66 @@ def kimi_k25() -> Built:
     return transformers.Kimi_K25ForConditionalGeneration(config), processor
 
 
+OCR2_TEMPLATE = (
+    "<|begin_of_sentence|>{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>\n"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}{% if m.role == 'user' %}{{ '\n' }}{% else %}<|end_of_sentence|>"
+    "{% endif %}{% endfor %}"
+)
+
+
+def deepseek_ocr2() -> Built:
+    """A DeepSeek-OCR 2: a SAM, then a language model of its own as tower; a dense layer, then layers of experts."""
+    tokenizer = byte_tokenizer(
+        ["<image>", "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|pad|>"],
+        eos_token="<|end_of_sentence|>",
+        pad_token="<|pad|>",
+    )
+    processor = transformers.DeepseekOcr2Processor(
+        image_processor=transformers.DeepseekOcr2ImageProcessor(), tokenizer=tokenizer, chat_template=OCR2_TEMPLATE
+    )
+    tower = {
+        "sam_config": {
+            "hidden_size": 16,
+            "output_channels": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,
+            "global_attn_indexes": [1],
+            "mlp_dim": 24,
+            "downsample_channels": [16, 32],
+        },
+        "encoder_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        },
+    }
+    config = transformers.DeepseekOcr2Config(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "max_position_embeddings": 4096,
+        },
+        vision_config=tower,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return transformers.DeepseekOcr2ForConditionalGeneration(config), processor
+
+
 FAMILIES = {
     "qwen3_vl_moe": qwen3_vl_moe,
     "qwen3_5_moe": qwen3_5_moe,
     "ernie4_5_vl_moe": ernie4_5_vl_moe,
     "kimi_k25": kimi_k25,
+    "deepseek_ocr2": deepseek_ocr2,
 }

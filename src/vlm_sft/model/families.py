@@ -101,6 +101,7 @@ FAMILIES = {
     "kimi_k25": Family(
         projector=("mm_projector",), targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     ),
+    "deepseek_ocr2": Family(),
     "paligemma": Family(reason="its image tokens read the question", answer_type=1),
 }
 
@@ -117,6 +118,8 @@ PLAIN_LAYERS = {
     "qwen3_5_text",
     "qwen3_vl_moe_text",
     "qwen3_5_moe_text",
+    "deepseek_v3",
+    "deepseek_ocr2_text",
 }
 
 
