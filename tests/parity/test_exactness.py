@@ -32,6 +32,7 @@ SHARING = [family for family in FAMILIES if not families.FAMILIES[family].reason
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 # A recurrence amplifies rounding: plain transformers with its two attention functions differs by 1.3e-4 in float32.
 RECURRENT = {torch.float64: 1e-10, torch.float32: 1e-3}
+SINGLE = {"ernie4_5_vl_moe"}  # their routers compute in float32 whatever they are given
 SIZES = ((72, 56), (56, 56), (100, 60))  # pixels of the three pictures
 COUNTS = (10, 4, 2)  # their questions
 
@@ -123,6 +124,8 @@ def alone(model: Any, encoder: Encoder, sample: Sample) -> torch.Tensor:
 
 @functools.cache
 def case(family: str, dtype: torch.dtype) -> Case:
+    if family in SINGLE and dtype == torch.float64:
+        pytest.skip("transformers computes this family's routers in float32")
     model, encoder = tiny(family, dtype, SHARED_SDPA)
     groups, truth = [], Truth({}, {})
     # Eager attention computes its softmax in float32, so it cannot be the measure in float64.

@@ -19,7 +19,7 @@ from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.processor import blamed_on
 
 Message = dict[str, Any]
-TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "labels")
+TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids", "labels")
 _LETTER = "A"
 
 

@@ -15,6 +15,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from vlm_sft.common.errors import ModelError, quoted
 from vlm_sft.model.cpu.lora_linear import fuse_lora
 from vlm_sft.model.dropout import KeyedDropout
+from vlm_sft.model.expert_targets import adapted_path, expert_parameters, require_adaptable
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.protocols import VisionLanguageModel
 from vlm_sft.model.saved_adapter import check_adapter_folder, misfit, require_places
@@ -27,16 +28,18 @@ class Targets:
     """The modules that get a LoRA adapter.
 
     Attributes:
-        paths: full module paths, all inside the language model.
+        paths: full paths of modules, and of weights of experts, all inside the language model.
         peft: what PEFT is given: names where they mean nothing else in the model, full paths elsewhere.
         by_name: how many modules each short name matched.
         saved: paths of the modules that are trained in full and saved with the adapter.
+        experts: those of `paths` that are weights of experts.
     """
 
     paths: tuple[str, ...]
     peft: list[str] | str
     by_name: dict[str, int]
     saved: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
 
 def language_model_path(model: VisionLanguageModel) -> str:
@@ -53,12 +56,12 @@ def language_model_path(model: VisionLanguageModel) -> str:
 
 
 def resolve_targets(model: VisionLanguageModel, names: Sequence[str]) -> Targets:
-    """Find the linear modules of the language model that the names mean.
+    """Find the linear modules of the language model that the names mean; names that match none may mean experts.
 
     Args:
         model: the base model.
-        names: short names ("q_proj"), ends of paths ("self_attn.q_proj"), full paths, or "all-linear". Where a module
-            of another class has the name and holds one linear module, that one is meant.
+        names: short names ("q_proj"), ends of paths ("self_attn.q_proj", "experts.down_proj"), full paths, or
+            "all-linear". Where a module of another class has the name and holds one linear module, that one is meant.
 
     Raises:
         ModelError: a name matches no linear module of the language model; the message says what it matches elsewhere
@@ -68,23 +71,29 @@ def resolve_targets(model: VisionLanguageModel, names: Sequence[str]) -> Targets
     modules = dict(model.named_modules())
     inside = linear_paths(modules, root)
     available = sorted({path.rsplit(".", 1)[-1] for path in inside})
+    experts = expert_parameters(model, root)
     if list(names) == [ALL_LINEAR]:
         names = available
     found: dict[str, list[str]] = {}
     problems = []
     for name in names:
         found[name] = [path for path, carrier in inside.items() if _carries(path, name) or _carries(carrier, name)]
+        found[name] = found[name] or [path for path in experts if _carries(path, name)]
         if found[name]:
             continue
         elsewhere = [path for path in modules if not path.startswith(root) and path != "lm_head"]
         elsewhere = [path for path in elsewhere if _carries(path, name)]
         place = f"; {len(elsewhere)} modules of that name are outside it, e.g. {elsewhere[0]}" if elsewhere else ""
         problems.append(f"--target_modules: {quoted(name)} matches no linear module of the language model{place}")
+    choices = available + sorted({".".join(path.rsplit(".", 2)[-2:]) for path in experts})
     if problems or not names:
-        raise ModelError("\n".join(problems) or "--target_modules is empty", f"choose from {', '.join(available)}")
+        raise ModelError("\n".join(problems) or "--target_modules is empty", f"choose from {', '.join(choices)}")
     paths = tuple(sorted({path for matched in found.values() for path in matched}))
     by_name = {name: len(matched) for name, matched in found.items()}
-    return Targets(paths, _for_peft(paths, names, modules), by_name)
+    adapted = tuple(path for path in paths if path in experts)
+    others = [path for path in paths if path not in experts]
+    names = [name for name in names if not set(found[name]) <= set(adapted)]
+    return Targets(paths, _for_peft(others, names, modules), by_name, experts=adapted)
 
 
 def linear_paths(modules: Mapping[str, torch.nn.Module], root: str) -> dict[str, str]:
@@ -158,11 +167,13 @@ def add_lora(
     Raises:
         ModelError: PEFT wrapped other modules than the resolved ones, or cannot wrap one of them.
     """
+    require_adaptable(model, targets.experts, dropout, use_dora)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets.peft,
+        target_parameters=list(targets.experts) or None,
         modules_to_save=list(targets.saved) or None,
         use_rslora=use_rslora,
         use_dora=use_dora,
@@ -191,7 +202,7 @@ def check_wrapped(wrapped: PeftModel, targets: Targets) -> None:
         ModelError: they differ.
     """
     base = wrapped.get_base_model()
-    lora = {path for path, module in base.named_modules() if isinstance(module, LoraLayer)}
+    lora = {adapted_path(path, module) for path, module in base.named_modules() if isinstance(module, LoraLayer)}
     saved = {path for path, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     for hit, meant in ((lora, set(targets.paths)), (saved, set(targets.saved))):
         if hit != meant:

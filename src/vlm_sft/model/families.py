@@ -34,6 +34,8 @@ class Family:
         token_types: the model wants the processor's token types in training, whatever mask it is given.
         answer_type: token type of an answer, where it differs from that of a prompt.
         package: what has to be installed besides transformers.
+        picture_tokens: settings that name the tokens which the family's experts for pictures compute, as the argument
+            `moe_mm_token_type_ids`; () where experts are for all tokens.
         projector: paths, below the inner model, of what turns the tower's output into embeddings.
         targets: names of the modules that get LoRA where the user names none.
     """
@@ -45,6 +47,7 @@ class Family:
     token_types: bool = False
     answer_type: int = 0
     package: str = ""
+    picture_tokens: tuple[str, ...] = ()
     projector: tuple[str, ...] = ("multi_modal_projector",)
     targets: tuple[str, ...] = _ATTENTION
 
@@ -92,6 +95,13 @@ FAMILIES = {
     "granite_docling": Family(projector=("vision_model.connector",)),
     "fast_vlm": Family(package="timm"),
     "perception_lm": Family(package="timm"),
+    "ernie4_5_vl_moe": Family(
+        picture_tokens=("image_token_id", "image_start_token_id", "image_end_token_id"), projector=("resampler_model",)
+    ),
+    "kimi_k25": Family(
+        projector=("mm_projector",), targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    ),
+    "deepseek_ocr2": Family(),
     "paligemma": Family(reason="its image tokens read the question", answer_type=1),
 }
 
@@ -108,6 +118,8 @@ PLAIN_LAYERS = {
     "qwen3_5_text",
     "qwen3_vl_moe_text",
     "qwen3_5_moe_text",
+    "deepseek_v3",
+    "deepseek_ocr2_text",
 }
 
 

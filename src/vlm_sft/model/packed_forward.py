@@ -138,8 +138,23 @@ def shared_inputs(model: AnyModel, batch: PackedBatch, mode: PackMode) -> dict[s
         "attention_mask": masks_for(base.config, mode, mask),
         "position_ids": position_ids(model, batch),
         **types,
+        **expert_types(base.config, batch.input_ids),
         **image_inputs(model, batch),
     }
+
+
+def expert_types(config: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The argument that says which of some tokens go to experts for pictures, where a family has such experts.
+
+    Args:
+        config: of the model.
+        ids: any shape, int64.
+    """
+    names = family_of(config).picture_tokens
+    if not names:
+        return {}
+    seen = torch.stack([ids == getattr(config, name) for name in names]).any(0)
+    return {"moe_mm_token_type_ids": seen.long()}
 
 
 def separate_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, torch.Tensor]:
@@ -150,6 +165,7 @@ def separate_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, torch.Tens
     types[batch.predict[1:]] = family_of(base.config).answer_type
     accepted = inspect.signature(base.forward).parameters
     named = {name: types[None] for name in ("mm_token_type_ids", "token_type_ids") if name in accepted}
+    named |= expert_types(base.config, batch.input_ids)
     mask = torch.ones_like(batch.input_ids)
     return {"input_ids": batch.input_ids, "attention_mask": mask, **named, **image_inputs(model, batch)}
 

@@ -40,6 +40,8 @@ def not_for_vllm(config: Mapping[str, Any], layers: Sequence[str], model: Vision
     problems = []
     if saved:
         problems.append(f"vLLM loads no fully trained modules ({len(saved)}, e.g. {saved[0]})")
+    if config.get("target_parameters"):
+        problems.append("how vLLM reads adapters of experts' weights is not known here")
     if config.get("use_dora"):
         problems.append("vLLM has no DoRA")
     if max_lora_rank(config) is None:
