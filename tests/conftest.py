@@ -21,6 +21,7 @@ REPEATING = {
     "exaone4_5",
     "fast_vlm",
     "granite_docling",
+    "hunyuan_vl",
     "idefics2",
     "lfm3_vl",
     "lighton_ocr",

@@ -25,6 +25,12 @@ IDEFICS2_TEMPLATE = (
     "{% else %} {{ c.text }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+HUNYUAN_TOKENS = ["<begin>", "<user_end>", "<assistant_end>", "<pad>"]
+HUNYUAN_TEMPLATE = (
+    "<begin>{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}"
+    "<image_start><image_pad><image_end>{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    "{% if m.role == 'assistant' %}<assistant_end>{% else %}<user_end>{% endif %}{% endfor %}"
+)
 OVIS_TOKENS = ["<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
 NAVIT_TOWER = {
     "hidden_size": 32,
@@ -228,6 +234,31 @@ def deepseek_vl() -> Built:
     return transformers.DeepseekVLForConditionalGeneration(config), processor
 
 
+def hunyuan_vl() -> Built:
+    """A HunyuanOCR: positions on four axes, the number of the image among them; a vector at the end of every row."""
+    names = {"image_token": "<image_pad>", "image_start_token": "<image_start>", "image_end_token": "<image_end>"}
+    tokenizer = named_tokenizer(HUNYUAN_TOKENS, names, eos_token="<assistant_end>", pad_token="<pad>")
+    size = {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 24}
+    processor = transformers.HunYuanVLProcessor(
+        transformers.HunYuanVLImageProcessor(size=size), tokenizer, chat_template=HUNYUAN_TEMPLATE
+    )
+    text = {name: value for name, value in llama_text(tokenizer).items() if name != "model_type"}
+    rope = {
+        "rope_type": "dynamic",
+        "rope_theta": 10000.0,
+        "alpha": 1000.0,
+        "factor": 1.0,
+        "mrope_section": [2, 2, 2, 2],
+    }
+    config = transformers.HunYuanVLConfig(
+        text_config=text | {"head_dim": 16, "rope_parameters": rope, "tie_word_embeddings": False},
+        vision_config=NAVIT_TOWER | {"patch_size": 16, "out_hidden_size": 64, "max_image_size": 128},
+        tie_word_embeddings=False,
+        **token_ids(tokenizer, image_token_id="<image_pad>", im_start_id="<image_start>", im_end_id="<image_end>"),
+    )
+    return transformers.HunYuanVLForConditionalGeneration(config), processor
+
+
 # Family to the class that a transformers which has it exports, and its builder.
 _BUILDERS: Builders = {
     "exaone4_5": ("Exaone4_5_ForConditionalGeneration", exaone4_5),
@@ -238,6 +269,7 @@ _BUILDERS: Builders = {
     "vipllava": ("VipLlavaForConditionalGeneration", vipllava),
     "video_llama_3": ("VideoLlama3ForConditionalGeneration", video_llama_3),
     "idefics2": ("Idefics2ForConditionalGeneration", idefics2),
+    "hunyuan_vl": ("HunYuanVLForConditionalGeneration", hunyuan_vl),
     "deepseek_vl": ("DeepseekVLForConditionalGeneration", deepseek_vl),
 }
 LACKING = lacking(_BUILDERS)

@@ -43,6 +43,7 @@ SIGNS = {
     "exaone4_5": "<|vision_start|>",
     "lighton_ocr": "<|image_pad|>",
     "video_llama_3": "<|image_pad|>",
+    "hunyuan_vl": "<image_start>",
     "deepseek_vl": "<image_placeholder>",
 }
 SHARING = [family for family in NEWER if not FAMILIES[family].reason]
@@ -118,7 +119,8 @@ def two_pictures(family: str) -> tuple[Any, Any]:
     encoder.processor.chat_template = encoder.processor.chat_template.replace(sign, f"See: {sign}")
     groups = []
     for seed, size in enumerate(((72, 56), (150, 60))):
-        images = (picture(seed, size), picture(seed + 10, (56, 90)))
+        # transformers' PerceptionLM takes pictures together only where they are cut into as many tiles.
+        images = (picture(seed, size), picture(seed + 10, size if family == "perception_lm" else (56, 90)))
         groups.append(encoder.encode([replace(sample, images=images) for sample in questions(seed, 3, size)]))
     return model.eval(), groups
 
@@ -158,7 +160,8 @@ def test_pictures_of_any_shape_are_the_processors(family: str) -> None:
 
 def test_images_of_different_shapes_are_padded_where_they_are_joined() -> None:
     tiles = [torch.ones(1, count, 3, 4, 4) for count in (2, 5)]
-    joined = joined_tensors([{"pixel_values": part} for part in tiles])["pixel_values"]
+    sizes = torch.ones(1, 2)
+    joined = joined_tensors([{"pixel_values": part, "image_sizes": sizes} for part in tiles])["pixel_values"]
     assert joined.shape == (2, 5, 3, 4, 4)
     assert joined[0, 2:].abs().sum() == 0 and joined[0, :2].min() == joined[1].min() == 1
     places = [torch.tensor([[0, 1], [3, -1]]), torch.tensor([[0, -1]])]
@@ -176,6 +179,7 @@ def joined_shape(*images: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
 def test_tiles_are_padded_only_where_the_model_is_told_how_many_there_are() -> None:
     two, five = {"pixel_values": (1, 2, 3, 8, 8)}, {"pixel_values": (1, 5, 3, 8, 8)}
     assert joined_shape(two, five) == (1, 7, 3, 8, 8)  # PerceptionLM
+    assert joined_shape({"pixel_values": (2, 3, 3, 8, 8)}, five) == (1, 11, 3, 8, 8)  # two pictures of one question
     sized = {"image_sizes": (1, 2)}  # LLaVA-NeXT
     assert joined_shape(two | sized, five | sized) == (2, 5, 3, 8, 8)
     tiles = [image | {"pixel_attention_mask": (1, count)} for image, count in ((two, 2), (five, 5))]  # Granite Docling

@@ -88,6 +88,7 @@ FAMILIES = {
     "vipllava": Family(),
     "video_llama_3": Family(projector=("projector",)),
     "idefics2": Family(projector=("connector",)),
+    "hunyuan_vl": Family(projector=("vision_tower.patch_merger",)),
     "deepseek_vl": Family(projector=("aligner",)),
     "minicpmv4_6": Family(projector=("merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
     "paddleocr_vl": Family(projector=("projector",)),

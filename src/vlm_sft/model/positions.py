@@ -31,6 +31,8 @@ class Positions:
         self._bare: Any = None
         if hasattr(inner, "get_rope_index"):
             self._bare = bare_copy(inner)
+            rope = getattr(inner.config.get_text_config(), "rope_parameters", None) or {}
+            self._axes = len(rope.get("mrope_section", ())) or 3
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Positions of a pack.
@@ -39,12 +41,13 @@ class Positions:
             batch: the pack.
 
         Returns:
-            (3, 1, L) int64 where the model has `get_rope_index` (M-RoPE of the Qwen-VL family): the prefix gets its
-            three rows, and a question starts at the prefix's largest position + 1, the same on all rows. Else (1, L).
+            (3, 1, L) int64 where the model has `get_rope_index` (M-RoPE of the Qwen-VL family; HunyuanOCR has four
+            axes): the prefix gets its rows, and a question starts at the prefix's largest position + 1, the same on
+            all rows. Else (1, L).
         """
         if self._bare is None:
             return batch.index[None]
-        rows = batch.offset.repeat(3, 1)
+        rows = batch.offset.repeat(self._axes, 1)
         starts = torch.zeros(len(batch.ends), dtype=torch.long, device=rows.device)
         accepted = inspect.signature(self._bare.get_rope_index).parameters
         for image, (start, end, *_) in enumerate(batch.ends):
@@ -52,7 +55,7 @@ class Positions:
             if "mm_token_type_ids" in accepted:
                 arguments["mm_token_type_ids"] = batch.prefix_types[None, start:end]
             prefix, _ = self._bare.get_rope_index(input_ids=batch.input_ids[:, start:end], **arguments)
-            rows[:, start:end] = prefix[-3:, 0]
+            rows[:, start:end] = prefix[-self._axes :, 0]
             starts[image] = prefix.max() + 1
         rows = torch.where(batch.branch[None] == 0, rows, rows + starts[batch.group][None])
         return rows[:, None]

@@ -177,7 +177,10 @@ def joined_tensors(images: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, to
         values = [image[name] for image in images]
         if name == _POOLED_PATCHES:
             values = _counted_on(values, [image.get("pixel_values") for image in images])
-        joined[name] = _padded_cat(values, _joined_axis(name, images[0]))
+        axis = _joined_axis(name, images[0])
+        if axis == 1:  # the pictures of one question may be side by side in front: (pictures, tiles, 3, h, w)
+            values = [value.flatten(0, 1)[None] for value in values]
+        joined[name] = _padded_cat(values, axis)
     return joined
 
 
