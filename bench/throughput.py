@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoProcessor
+
 import cases as benchcases
 import shapes as benchshapes
 from common import DATA, README, RESULTS, ROOT, origin, write_block
@@ -31,15 +33,16 @@ from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
 
 SIDES = ("ours", *REQUIREMENTS)
-QUESTIONS = {"tiny": 16, "small": 128, "medium": 48, "7b": 512}
-TRIAL = "tiny"  # tells whether everything works; its numbers say nothing and stay in the work folder
+QUESTIONS = {"tiny": 16, "small": 128, "medium": 48, "7b": 512, "qwen3_5": 128, "qwen3_5_tiny": 16}
+# They tell whether everything works; their numbers say nothing and stay in the work folder.
+TRIALS = ("tiny", "qwen3_5_tiny")
 WARM_UP_QUESTIONS = 4
 # So small that the loss of an epoch does not depend on the order of its rows: all sides must agree.
 LEARNING_RATE = 1e-6
 # Questions of a peer's forward pass. LLaMA-Factory computes the vocabulary at every position: its logits of four
 # questions are 0.7 GB, and it is faster with one.
 MICRO_BATCH = {"ours": 4, "trl": 4, "llamafactory": 1, "msswift": 4}
-LORA = {"rank": 16, "alpha": 32, "targets": ["q_proj", "v_proj", "o_proj"]}
+LORA = {"rank": 16, "alpha": 32}
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -51,7 +54,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         default="chartqa,easy_vqa,k1",
         help="rows; native: ChartQA's images in their own size (default: %(default)s)",
     )
-    parser.add_argument("--shapes", default="small,medium", help="tiny, small, medium, 7b (default: %(default)s)")
+    parser.add_argument("--shapes", default="small,medium", help=f"{', '.join(QUESTIONS)} (default: %(default)s)")
     parser.add_argument(
         "--device",
         default="cpu",
@@ -93,7 +96,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def job(args: argparse.Namespace, side: str, model: Path, rows: Path, max_pixels: int, epochs: int) -> dict[str, Any]:
-    """What one side is asked to train, but for the output folder."""
+    """What one side is asked to train, but for the output folder; `model` is from `shapes.build`."""
+    shape = benchshapes.SHAPES[artifacts.read_json(model / "bench.json")["shape"]]
     return {
         "model": str(model),
         "rows": str(rows),
@@ -103,15 +107,20 @@ def job(args: argparse.Namespace, side: str, model: Path, rows: Path, max_pixels
         "max_pixels": max_pixels,
         "learning_rate": LEARNING_RATE,
         "device": args.device,
+        "family": shape.family,
+        "patch": shape.patch,
+        "targets": shape.targets,
         **LORA,
     }
 
 
-def rows_of(args: argparse.Namespace, name: str, questions: int, processor: Any) -> tuple[Path, dict[str, int]]:
-    """The folder of a case, and the work of one of its epochs as the processor alone tells it."""
+def rows_of(
+    args: argparse.Namespace, name: str, questions: int, processor: Any, family: str
+) -> tuple[Path, dict[str, int]]:
+    """The folder of a case, and the work of one of its epochs as the family's processor alone tells it."""
     folder = args.work_dir / "cases" / f"{name}-{questions}"
     rows = benchcases.write(benchcases.CASES[name], questions, folder, args.data)
-    path = folder / "expected.json"
+    path = folder / f"expected-{family}.json"
     if not path.is_file():
         artifacts.write_json(path, benchcases.expected_work(rows, processor))
     return folder, artifacts.read_json(path)
@@ -170,9 +179,10 @@ def measure(args: argparse.Namespace, case: str, shape: str) -> dict[str, Any]:
     tokenizer = benchshapes.fetch_tokenizer(args.envs / "tokenizer")
     model = args.work_dir / "models" / f"{shape}-{max_pixels}{suffix(args.device)}"
     benchshapes.build(shape, model, tokenizer, max_pixels, args.device)
-    processor = benchshapes.processor(tokenizer, max_pixels)
-    rows, expected = rows_of(args, case, args.questions or QUESTIONS[shape], processor)
-    warm_up, _ = rows_of(args, case, WARM_UP_QUESTIONS, processor)
+    processor = AutoProcessor.from_pretrained(model)  # a family may choose another tokenizer than was saved
+    family = benchshapes.SHAPES[shape].family
+    rows, expected = rows_of(args, case, args.questions or QUESTIONS[shape], processor, family)
+    warm_up, _ = rows_of(args, case, WARM_UP_QUESTIONS, processor, family)
     sizes = artifacts.read_json(model / "bench.json")
     folder = args.work_dir / "results" / f"{case}-{shape}-{expected['questions']}{suffix(args.device)}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +223,7 @@ def main() -> int:
                 say(f"{case} is skipped: {args.data} is not there; pass --data with a folder of ChartQA parquet files")
                 continue
             result = origin() | {"threads": args.threads, "batch": args.batch} | measure(args, case, shape)
-            folder = args.work_dir if shape == TRIAL else RESULTS
+            folder = args.work_dir if shape in TRIALS else RESULTS
             name = f"throughput_{case}_{shape}{suffix(args.device)}.json"
             written.append(artifacts.write_json(folder / name, result))
     write_block("throughput", "Training speed beside other trainers", tables(RESULTS))

@@ -1,7 +1,8 @@
-"""What one training really does and how long it takes: for any program that is built on transformers.Trainer.
+"""What one training really does and how long it takes: for programs built on transformers.Trainer, and for ours.
 
 The classes of transformers are wrapped, so nothing of a side's own code has to be trusted: language tokens are counted
-where the language model runs, patches where the vision tower runs, supervised tokens in the labels.
+where the language model runs, patches where the vision tower runs, supervised tokens in the labels. Our loop is
+followed by a callback, as the Trainer is, and by its loader.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -129,27 +131,48 @@ def now() -> float:
 def install() -> None:
     """Wrap the classes of transformers, once for a process."""
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, Trainer
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
     from transformers.processing_utils import ProcessorMixin
 
     for owner in (AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin):
         _wrap_loading(owner)
-    _before(qwen.Qwen2_5_VisionTransformerPretrainedModel, _count_vision)
-    _before(qwen.Qwen2_5_VLTextModel, _count_language)
-    _before(qwen.Qwen2_5_VLModel, _count_tokens)
-    with suppress(ImportError):  # a head that is no module of its own, in one of the sides
+    for tower, language, whole in counted_classes():
+        _before(tower, _count_vision)
+        _before(language, _count_language)
+        _before(whole, _count_tokens)
+    _around(Trainer, "train", _attach_trainer)
+    if find_spec("vlm_sft"):
         from vlm_sft.model.cpu import cross_entropy
+        from vlm_sft.train.loop import TrainingLoop
 
-        _before(cross_entropy, _count_rows, "token_losses")
-    train = Trainer.train
+        _before(cross_entropy, _count_rows, "token_losses")  # a head that is no module of its own
+        _around(TrainingLoop, "run", _attach_loop)
+
+
+def counted_classes() -> list[tuple[Any, ...]]:
+    """Vision tower, language model and both together, of every family that is measured."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5
+
+    found: list[tuple[Any, ...]] = [
+        (qwen2_5.Qwen2_5_VisionTransformerPretrainedModel, qwen2_5.Qwen2_5_VLTextModel, qwen2_5.Qwen2_5_VLModel)
+    ]
+    if find_spec("transformers.models.qwen3_5"):  # a peer may ask for an older transformers
+        from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
+
+        found.append((qwen3_5.Qwen3_5VisionModel, qwen3_5.Qwen3_5TextModel, qwen3_5.Qwen3_5Model))
+    return found
+
+
+def _around(owner: Any, name: str, attach: Callable[[Any, Meter], None]) -> None:
+    """Let every meter follow what a method of a class is about to train."""
+    train = getattr(owner, name)
 
     @functools.wraps(train)
     def measured(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         for meter in _active:
-            _attach(trainer, meter)
+            attach(trainer, meter)
         return train(trainer, *args, **kwargs)
 
-    Trainer.train = measured  # type: ignore[assignment, method-assign]
+    setattr(owner, name, measured)
 
 
 def _wrap_loading(owner: type) -> None:
@@ -207,8 +230,8 @@ def _count_rows(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     meter.add(head_rows=args[0].shape[:-1].numel())
 
 
-def _attach(trainer: Any, meter: Meter) -> None:
-    """Let a meter follow a trainer: its epochs, its waiting, its losses."""
+def _marks(meter: Meter) -> Any:
+    """A callback that lets a meter follow a training: its epochs, its steps, its logged losses."""
     from transformers import TrainerCallback
 
     class Marks(TrainerCallback):
@@ -235,16 +258,41 @@ def _attach(trainer: Any, meter: Meter) -> None:
             if logs and "loss" in logs:
                 meter.logged.append(float(logs["loss"]))
 
-    trainer.add_callback(Marks())
-    meter.trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    _time_waiting(trainer, meter)
+    return Marks()
+
+
+def _attach_trainer(trainer: Any, meter: Meter) -> None:
+    """Let a meter follow a Trainer: its epochs, its waiting, its losses."""
+    trainer.add_callback(_marks(meter))
+    trainer.get_batch_samples = _timed(trainer.get_batch_samples, meter)
     _watch_loss(trainer, meter)
-    _count_head(trainer.model, meter)
+    _count_model(trainer.model, meter)
 
 
-def _time_waiting(trainer: Any, meter: Meter) -> None:
-    """Time how long the training waits for its batches."""
-    take = trainer.get_batch_samples
+def _attach_loop(loop: Any, meter: Meter) -> None:
+    """Let a meter follow our loop; what is supervised is counted where it is compared with the answers."""
+    loop.callbacks.callbacks.append(_marks(meter))
+    loop.loader = _TimedLoader(loop.loader, meter)
+    _count_model(loop.model, meter)
+
+
+class _TimedLoader:
+    """A loader whose batches are timed; everything else is the loader's own."""
+
+    def __init__(self, loader: Any, meter: Meter) -> None:
+        self._loader, self._meter = loader, meter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = _timed(iter, self._meter)(self._loader)
+        take = _timed(functools.partial(next, batches, None), self._meter)
+        return iter(take, None)
+
+
+def _timed(take: Callable[..., Any], meter: Meter) -> Callable[..., Any]:
+    """Time how long a training waits for what a call gives."""
 
     @functools.wraps(take)
     def timed(*args: Any, **kwargs: Any) -> Any:
@@ -254,7 +302,7 @@ def _time_waiting(trainer: Any, meter: Meter) -> None:
         finally:
             meter.waits[-1] += time.perf_counter() - began
 
-    trainer.get_batch_samples = timed
+    return timed
 
 
 def _watch_loss(trainer: Any, meter: Meter) -> None:
@@ -278,8 +326,9 @@ def _watch_loss(trainer: Any, meter: Meter) -> None:
     trainer.compute_loss = watched
 
 
-def _count_head(model: Any, meter: Meter) -> None:
-    """Count the rows that go through the head."""
+def _count_model(model: Any, meter: Meter) -> None:
+    """Count the trained parameters, and the rows that go through the head."""
+    meter.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     head = model.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(lambda _, args: _count_rows(meter, args, {}))

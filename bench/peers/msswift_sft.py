@@ -12,18 +12,21 @@ def train(job: Job) -> None:
     """Train on the job's rows."""
     # Read when ms-swift patches the image loader it comes with.
     os.environ["MAX_PIXELS"] = str(job.max_pixels)
-    os.environ["IMAGE_MAX_TOKEN_NUM"] = str(job.max_pixels // 28**2)
+    os.environ["IMAGE_MAX_TOKEN_NUM"] = str(job.max_pixels // (2 * job.patch) ** 2)
 
     from swift import SftArguments, sft_main
     from swift.template import TEMPLATE_MAPPING
 
+    # Qwen3.5's own template thinks before it answers and has other numbers of tokens than the benchmark's tokenizer.
+    template = "qwen3_vl" if job.family == "qwen3_5" else job.family
     # The line feed behind the last answer, which no other side trains on.
-    TEMPLATE_MAPPING["qwen2_5_vl"].suffix = ["<|im_end|>"]
+    TEMPLATE_MAPPING[template].suffix = ["<|im_end|>"]
     sft_main(
         SftArguments(
             model=job.model,
-            model_type="qwen2_5_vl",
-            template="qwen2_5_vl",
+            model_type=job.family,
+            template=template,
+            system="You are a helpful assistant.",
             torch_dtype=job.dtype,
             attn_impl="flash_attn" if job.has_flash else "sdpa",
             padding_free=job.has_flash,

@@ -50,6 +50,8 @@ class Job:
         learning_rate: constant.
         rank, alpha, targets: LoRA.
         device: "cpu", in float32, or "cuda", in bfloat16.
+        family: `model_type` of the model.
+        patch: pixels of a side of a patch; four patches make a token.
     """
 
     model: str
@@ -64,6 +66,8 @@ class Job:
     alpha: int
     targets: tuple[str, ...]
     device: str = "cpu"
+    family: str = "qwen2_5_vl"
+    patch: int = 14
 
     @property
     def on_gpu(self) -> bool:

@@ -12,8 +12,10 @@ import jinja2.sandbox
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
@@ -21,16 +23,18 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.processing_utils import ProcessorMixin
 
+import cases
 import throughput
 from cases import Row, choose, expected_work
-from peers import environment, measure
+from peers import environment, measure, ours_sft
 from peers.worker import Job
 from shapes import SHAPES, TEMPLATE, config, parameter_counts
 from tests import tiny_models
 from throughput_results import arithmetic_flops, check, limits, median_row, ratios, saved_by_arithmetic, summary, tables
+from vlm_sft.model.cpu import cross_entropy
+from vlm_sft.train.loop import TrainingLoop
 
 SIZES = {"language": 100, "vision": 10, "embedding": 1000, "total": 1110}
 EXPECTED = {
@@ -123,7 +127,9 @@ def test_the_template_renders_the_published_conversation_without_the_last_line_f
 
 def test_the_shapes_have_the_sizes_that_the_tables_name() -> None:
     with torch.device("meta"):
-        found = {name: parameter_counts(Qwen2_5_VLForConditionalGeneration(config(SHAPES[name]))) for name in SHAPES}
+        found = {
+            name: parameter_counts(AutoModelForImageTextToText.from_config(config(SHAPES[name]))) for name in SHAPES
+        }
     assert round(found["small"]["total"] / 1e6) == 48 and round(found["medium"]["total"] / 1e6) == 219
     assert found["medium"]["embedding"] == 151_936 * 576
     published, wide = found.pop("7b"), found.pop("wide")
@@ -260,9 +266,10 @@ def test_unknown_names_on_the_command_line_are_told(
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The measuring wrappers, taken off again after the test."""
-    for owner in (qwen.Qwen2_5_VisionTransformerPretrainedModel, qwen.Qwen2_5_VLTextModel, qwen.Qwen2_5_VLModel):
+    for owner in (owner for family in measure.counted_classes() for owner in family):
         monkeypatch.setattr(owner, "forward", owner.forward)
-    monkeypatch.setattr(Trainer, "train", Trainer.train)
+    for owner, name in ((Trainer, "train"), (TrainingLoop, "run"), (cross_entropy, "token_losses")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
     for owner in (AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin):
         monkeypatch.setattr(owner, "from_pretrained", owner.__dict__["from_pretrained"])
     measure.install()
@@ -325,6 +332,43 @@ def test_a_meter_counts_what_a_training_really_processes(
         assert epoch["tower_calls"] == 1 and epoch["tower_images"] == 2
         assert epoch["supervised"] == expected["supervised"]
     assert result["epoch_loss"] == pytest.approx(result["logged_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5"])
+def test_our_side_is_followed_through_its_own_loop(counting: None, tmp_path: Path, family: str) -> None:
+    side = 56 if family == "qwen2_5_vl" else 64
+    model = tiny_models.save(family, tmp_path / "base")
+    rows = cases.write(cases.Case("drawn", "drawn"), 8, tmp_path / "rows", tmp_path)
+    processor = AutoProcessor.from_pretrained(model)
+    processor.chat_template = TEMPLATE
+    processor.save_pretrained(model)
+    processor.image_processor.size = {"shortest_edge": 784, "longest_edge": side * side}
+    counted = FlopCounterMode(display=False, custom_mapping=measure.product_flops())
+    meter = measure.Meter(total_flops=counted.get_total_flops)
+    job = Job(
+        model=str(model),
+        rows=str(tmp_path / "rows"),
+        output=str(tmp_path / "out"),
+        epochs=2,
+        batch=4,
+        micro_batch=4,
+        max_pixels=side * side,
+        learning_rate=1e-6,
+        rank=4,
+        alpha=8,
+        targets=("q_proj", "v_proj", "o_proj"),
+    )
+    with counted, measure.measuring(meter):
+        ours_sft.train(job)
+    result = meter.result() | {"peak_memory_bytes": 1, "matrix_peak": 1e9, "versions": {}}
+    sizes = parameter_counts(AutoModelForImageTextToText.from_pretrained(model))
+    row = median_row([summary(result | {"warm_up": result}, expected_work(rows, processor), sizes, 2)])
+    assert check({"ours": row}, expected_work(rows, processor)) == {}
+    assert len(result["epoch_seconds"]) == len(result["epoch_loss"]) == 2 and len(result["logged_loss"]) == 4
+    times = zip(result["data_wait_seconds"], result["epoch_seconds"], strict=True)
+    assert all(0 < waited < took for waited, took in times)
+    assert result["epoch_loss"][0] == pytest.approx(sum(result["logged_loss"][:2]) / 2, rel=0.1)
+    assert row["flops_by_arithmetic"] > 0.2 and row["trainable_parameters"] > 0
 
 
 def expected_answer(processor: Any, row: Row) -> int:

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlm_sft.common.errors import ModelError
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model import packed_forward
-from vlm_sft.model.families import CHUNK, WINDOW, Kind, PackMode, declared_mode, separate_mode, sharing_mode
+from vlm_sft.model.families import CHUNK, FAMILIES, WINDOW, Kind, PackMode, declared_mode, separate_mode, sharing_mode
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.load import is_blockwise
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
@@ -43,22 +44,70 @@ def choose_mode(model: AnyModel, encoder: Encoder) -> PackMode:
     Returns:
         The declared mode of a known family; for an unknown one sharing when the self-check passes, else "separate"
         with a note for the user.
+
+    Raises:
+        ModelError: the model cannot compute a question about an image at all.
     """
     base = packed_forward.unwrap(model)
     dtype = base.get_input_embeddings().weight.dtype
     kind: Kind = "blockwise" if is_blockwise(base) else "dense"
     declared = declared_mode(base.config, kind, unshared_states(base))
     if declared is not None:
+        _require_computable(model, encoder, whole=base.config.model_type not in FAMILIES)
         return declared
     if is_partitioned(*base.parameters()):
         return separate_mode(base.config, "an unknown family cannot be checked while ZeRO-3 has partitioned it")
     try:
         error = sharing_error(model, encoder, kind)
     except Exception as failure:  # an unknown architecture may raise anything
+        _require_computable(model, encoder, whole=True)
         return separate_mode(base.config, f"shared questions cannot be computed ({reason_of(failure)})")
     if error <= TOLERANCE[dtype]:
         return sharing_mode(base.config, kind)
     return separate_mode(base.config, f"shared questions differ from separate ones (by {error:.2g} of the logits)")
+
+
+class _ReachedError(Exception):
+    """The language model is called."""
+
+
+def _require_computable(model: AnyModel, encoder: Encoder, whole: bool) -> None:
+    """Make sure that plain transformers computes a question about a small image.
+
+    A processor that belongs to another model makes pictures or placeholders that the model does not take, and what it
+    raises then can be anything.
+
+    Args:
+        model: the model.
+        encoder: encodes questions for it.
+        whole: compute the language model, too; False for a family that is known: its images alone are tried.
+
+    Raises:
+        ModelError: it does not.
+    """
+    base = packed_forward.unwrap(model)
+    if is_partitioned(*base.parameters()):
+        return
+    group = encoder.encode(_probe(0, (72, 56)))
+
+    def stop(*_: object) -> None:
+        raise _ReachedError
+
+    hook = None if whole else base.get_decoder().register_forward_pre_hook(stop)
+    try:
+        with _evaluating(model), torch.no_grad():
+            _logits(model, [Bundle(0, (0,))], [group], PackMode("separate"))
+    except _ReachedError:
+        pass
+    except Exception as failure:
+        raise ModelError(
+            f"{type(base).__name__} cannot compute a question about an image as its processor "
+            f"({type(encoder.processor).__name__}) prepares it: {reason_of(failure)}",
+            "make sure that processor, configuration and weights in the model's folder are of one model",
+        ) from failure
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 @torch.no_grad()
