@@ -1,4 +1,4 @@
-"""Whether vLLM loads an adapter that fits its base, by vLLM's own rules.
+"""Whether vLLM loads an adapter that fits its base, or a base on several GPUs, by vLLM's own rules.
 
 vLLM silently ignores tensors that it finds no layer for, and the adapter then does less than it should, or nothing
 (vLLM issue 34186).
@@ -44,6 +44,26 @@ def not_for_vllm(config: Mapping[str, Any], layers: Sequence[str], model: Vision
     if outside:
         problems.append(f"vLLM adapts the language model only, not {len(outside)} layers such as {outside[0]}")
     return tuple(problems)
+
+
+def splitting_problem(gpus: int, config: Any) -> str | None:
+    """Why vLLM cannot split a model over so many GPUs (tensor parallelism); None where it can.
+
+    Each GPU computes as many heads of queries as the others. Heads of keys are split in the same way, or, where there
+    are fewer of them than GPUs, each one is kept by equally many GPUs.
+
+    Args:
+        gpus: at least 1.
+        config: of the model, as transformers opens it.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    if heads % gpus:
+        return f"its {heads} attention heads cannot be shared out evenly over {gpus} GPUs"
+    if max(key_heads, gpus) % min(key_heads, gpus):
+        return f"its {key_heads} heads of keys and values cannot be shared out evenly over {gpus} GPUs"
+    return None
 
 
 def max_lora_rank(config: Mapping[str, Any]) -> int | None:
