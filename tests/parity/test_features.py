@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +15,15 @@ import torch
 from tests import tiny_models
 from tests.questions import questions, tiny
 from tests.tiny_models import FAMILIES, TAKES_FEATURES
+from vlm_sft.common.errors import RunError
 from vlm_sft.data.cache.encoded import DataCache
 from vlm_sft.data.cache.feature_names import PREFIX, is_pixels
+from vlm_sft.data.cache.team import Team
 from vlm_sft.data.collate import PackedBatch, collate
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.packing import Bundle
-from vlm_sft.model import packed_forward
-from vlm_sft.model.feature_precompute import Decision, use_features
+from vlm_sft.model import feature_precompute, packed_forward
+from vlm_sft.model.feature_precompute import Decision, _measure, use_features
 from vlm_sft.model.load import SHARED_SDPA
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.vision_features import TowerCounter, features_problem, start_training, tower_settings
@@ -192,6 +197,46 @@ def test_reading_is_measured_from_the_disk(tmp_path: Path) -> None:
     decision = keep(model, data, cache, 1000)
     assert "do not fit" in decision.reason and decision.bytes > 0
     assert from_disk() - before >= decision.bytes  # of the four images that are measured, which are all there are
+
+
+def test_all_ranks_measure_at_the_same_time_and_the_slowest_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data, _ = prepared("qwen2_5_vl", tmp_path)
+    meeting = threading.Barrier(2, timeout=60)
+    boxes: list[Any] = [None, None]
+    together: list[int] = []
+
+    def on_rank(index: int) -> Any:
+        def gather(value: Any) -> list[Any]:
+            boxes[index] = value
+            meeting.wait()
+            found = list(boxes)
+            meeting.wait()
+            return found
+
+        cache = DataCache(data.encoder, tmp_path, "tiny", Team(index, 2, 2, 2, lambda what: meeting.wait(), gather))
+        return _measure(model, cache, data.image_samples(), "cpu")
+
+    def read(folder: Path, count: int, device: str) -> float:
+        meeting.wait()  # passed only where both are here
+        together.append(count)
+        return float(len(together))
+
+    monkeypatch.setattr(feature_precompute, "_read_seconds", read)
+    with ThreadPoolExecutor(2) as ranks:
+        first, second = ranks.map(on_rank, range(2))
+    assert first == second and together == [2, 2], "each on its own half of the four images"
+    assert first.read_seconds == 1.0 and first.tower_seconds > 0
+
+
+def test_what_one_rank_cannot_write_stops_all(tmp_path: Path) -> None:
+    model, data, cache = prepared("qwen2_5_vl", tmp_path)
+    elsewhere = RunError("vision features cannot be kept: no room", "pass another --cache_dir")
+    team = Team(0, 2, 2, 1, gather=lambda value: [value, elsewhere if value is None else value])
+    cache = DataCache(data.encoder, tmp_path, "tiny", team)
+    assert keep(model, data, cache).reason == elsewhere.what
+    assert not list(tmp_path.glob(".probe*"))
 
 
 def test_features_without_prepared_images(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.tiny_models import build
-from vlm_sft.model.gpu import liger
+from vlm_sft.model.gpu import kernels, liger
 from vlm_sft.model.gpu.kernels import choose_kernels
 
 CPU = torch.device("cpu")
@@ -125,8 +125,9 @@ def test_a_kernel_that_differs_is_not_used(
         assert (count == 0, problem is not None) == (name in wrong, name in wrong)
         assert name not in wrong or reason in str(problem)
     monkeypatch.setattr(liger, "fused_parts", lambda *_: [(name, *one) for name, one in found.items()])
-    kernels, notes = choose_kernels(model, torch.device("cuda", 0))
-    assert kernels == {name: "stepwise" if name in wrong else "fused" for name in ("norm", "mlp")}
+    monkeypatch.setattr(kernels, "fused_rotary", lambda *_: [("rotary", 1, None)])
+    used, notes = choose_kernels(model, torch.device("cuda", 0))
+    assert used == {name: "stepwise" if name in wrong else "fused" for name in ("norm", "mlp", "rotary")}
     assert len(notes) == len(wrong) and all(reason in note for note in notes)
 
 
@@ -141,6 +142,6 @@ def test_weights_that_zero3_has_shared_out_are_not_touched(monkeypatch: pytest.M
 
 @pytest.mark.skipif(bool(find_spec("liger_kernel")), reason="it is installed")
 def test_a_gpu_without_liger_kernel_is_told_how_to_get_it() -> None:
-    kernels, notes = choose_kernels(language_model(), torch.device("cuda", 0))
-    assert kernels == {"norm": "stepwise", "mlp": "stepwise"}
+    used, notes = choose_kernels(language_model(), torch.device("cuda", 0))
+    assert used == {"norm": "stepwise", "mlp": "stepwise", "rotary": "stepwise"}
     assert all("liger-kernel is not installed (pip install 'vlm-sft[liger]')" in note for note in notes)

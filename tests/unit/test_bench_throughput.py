@@ -19,7 +19,6 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
-    Qwen2_5_VLForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )

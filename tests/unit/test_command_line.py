@@ -94,6 +94,10 @@ IDLE = [
         "--prepared_cache off",
         "--tokens_per_pack, --prepared_cache have no effect on --backend vllm",
     ),
+    (
+        "eval --base_model pocket --benchmark demo_charts --output_dir o --tensor_parallel_size 2",
+        "--tensor_parallel_size has no effect without --backend vllm",
+    ),
     ("eval --base_model pocket --benchmark demo_charts:2 --output_dir o", "the weight 2 of demo_charts has no effect"),
     ("export --adapter a --output_dir o --dtype bfloat16", "--dtype has no effect without --merge"),
     ("export --adapter a --output_dir o --dtype auto", "--dtype has no effect without --merge"),  # also its default

@@ -49,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="transformers",
         help="what generates; vllm needs a GPU and the optional extra vlm-sft[vllm] (default: %(default)s)",
     )
+    parser.add_argument(
+        "--tensor_parallel_size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs over which vLLM splits the model (default: %(default)s)",
+    )
     add_options(parser, AnswerOptions, only=("shard_weights",))
     add_options(parser, CacheOptions)
     parser.add_argument("--max_left_out", type=float, default=0.01, metavar="SHARE", help="share of unusable questions")
@@ -77,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         refuse_idle(args, ("allow_prompt_mismatch",), "without --adapter", "leave it out: a base has no other prompt")
     if args.backend == "vllm":
         refuse_idle(args, NOT_FOR_VLLM, "on --backend vllm, which reads, packs and keeps images itself", "leave it out")
+    else:
+        refuse_idle(args, ("tensor_parallel_size",), "without --backend vllm", "start several ranks with torchrun")
     caches = read_options(CacheOptions, args)
     names = [name for name in EvalOptions.__dataclass_fields__ if name != "caches"]
     evaluate(EvalOptions(caches=caches, **{name: getattr(args, name) for name in names}))

@@ -24,6 +24,7 @@ from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.evaluate.batching import Pack
 from vlm_sft.evaluate.generate import Generated, alone, generate
 from vlm_sft.model.families import PackMode
+from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.load import Base, empty_model
 from vlm_sft.model.saved_adapter import read_contents
 from vlm_sft.model.sharing_check import choose_mode
@@ -154,12 +155,13 @@ class VllmBackend:
     Args:
         base: where the model, the processor and the prompt come from.
         adapter: folder of a LoRA adapter; None for the base.
+        gpus: how many share out the weights (tensor parallelism); `splitting_problem` says whether they can.
 
     Raises:
-        ModelError: vLLM is not installed.
+        ModelError: vLLM is not installed, or cannot open the model.
     """
 
-    def __init__(self, base: Base, adapter: Path | None) -> None:
+    def __init__(self, base: Base, adapter: Path | None, gpus: int = 1) -> None:
         require_vllm()
         from vllm import LLM
         from vllm.lora.request import LoRARequest
@@ -168,16 +170,24 @@ class VllmBackend:
         self.in_step = False
         bounds = {"min_pixels": base.prompt.min_pixels, "max_pixels": base.prompt.max_pixels}
         self._lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
-        self._model = LLM(
-            model=base.path,
-            dtype=base.dtype_name,
-            seed=0,
-            trust_remote_code=False,
-            enable_lora=adapter is not None,
-            **(_lora_settings(base, adapter) if adapter else {}),
-            enable_prefix_caching=True,
-            mm_processor_kwargs={name: value for name, value in bounds.items() if value is not None},
-        )
+        settings = _lora_settings(base, adapter) if adapter else {}
+        try:
+            self._model = LLM(
+                model=base.path,
+                dtype=base.dtype_name,
+                seed=0,
+                trust_remote_code=False,
+                tensor_parallel_size=gpus,
+                enable_lora=adapter is not None,
+                **settings,
+                enable_prefix_caching=True,
+                mm_processor_kwargs={name: value for name, value in bounds.items() if value is not None},
+            )
+        except Exception as error:  # memory, drivers, architectures: anything may stand in its way
+            raise ModelError(
+                f"--backend vllm: vLLM cannot open {base.name} ({reason_of(error)})",
+                "more GPUs with --tensor_parallel_size, or leave --backend vllm out",
+            ) from error
 
     def answers(self, packs: Sequence[Pack], max_new_tokens: int) -> Iterator[list[Reply]]:
         """Hand over one pack at a time, so that an interruption loses no more than that; see `Backend`."""

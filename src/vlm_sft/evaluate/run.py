@@ -7,6 +7,8 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import is_main_process, say, warn
 from vlm_sft.common.errors import EvaluationError, ModelError
@@ -38,7 +40,7 @@ from vlm_sft.evaluate.tasks import (
 from vlm_sft.model.caches import Caches
 from vlm_sft.model.load import Base, empty_model, find_base
 from vlm_sft.model.saved_adapter import check_adapter_folder, require_fit
-from vlm_sft.model.vllm_rules import not_for_vllm
+from vlm_sft.model.vllm_rules import not_for_vllm, splitting_problem
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class EvalOptions:
         flash_attn: use FlashAttention where it can run.
         load_in_4bit: hold the weights of the language model in 4 bits, as a QLoRA training does.
         backend: "transformers" (shared prefixes) or "vllm".
+        tensor_parallel_size: GPUs over which vLLM splits the model.
         max_left_out: share of questions that may be left out, 0 to 1.
         shard_weights: "true", "false" or "auto": the ranks share out the weights.
         caches: what is kept on disk; it changes no answer.
@@ -84,6 +87,7 @@ class EvalOptions:
     flash_attn: bool = False
     load_in_4bit: bool = False
     backend: str = "transformers"
+    tensor_parallel_size: int = 1
     max_left_out: float = MAX_LEFT_OUT_FRACTION
     shard_weights: str = "auto"
     caches: CacheOptions = field(default_factory=CacheOptions)
@@ -103,7 +107,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, object]]:
     limits = parse_token_limits(options.max_new_tokens, benchmark_names(options.benchmark))
     launch = read_launch(options.local_rank, None)
     if options.backend == "vllm":
-        _check_vllm(launch, options.load_in_4bit)
+        _check_vllm(launch, options)
     # Under the deepspeed launcher too: an evaluation needs no ZeRO, every rank holds the model.
     place = artifacts.OutputFolder(
         options.output_dir, artifacts.RUN, artifacts.LEFT_OUT, f"*/{artifacts.IDENTITY}", f"*/{PART.format('*')}"
@@ -167,19 +171,26 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
     return results
 
 
-def _check_vllm(launch: Launch, four_bit: bool) -> None:
+def _check_vllm(launch: Launch, options: EvalOptions) -> None:
     """Refuse the vLLM backend where it cannot run.
 
     Raises:
         ModelError: vLLM is not installed.
-        EvaluationError: it was started as several ranks, or 4-bit weights are asked for.
+        EvaluationError: it was started as several ranks, 4-bit weights are asked for, or more GPUs than there are.
     """
     require_vllm()
-    if four_bit:
+    if options.load_in_4bit:
         raise EvaluationError("--backend vllm holds weights in their own format", "leave --load_in_4bit out")
     if launch.world_size > 1:
         raise EvaluationError(
-            f"--backend vllm runs as one process, not as {launch.world_size} ranks", "start it with plain vlm-sft eval"
+            f"--backend vllm runs as one process, not as {launch.world_size} ranks",
+            f"start it with plain vlm-sft eval; --tensor_parallel_size {launch.world_size} splits the model over GPUs",
+        )
+    gpus, visible = options.tensor_parallel_size, torch.cuda.device_count()
+    if gpus < 1 or gpus > max(1, visible):
+        raise EvaluationError(
+            f"--tensor_parallel_size {gpus}: this process sees {visible} GPU{'' if visible == 1 else 's'}",
+            f"pass 1 to {visible}" if visible > 1 else "leave it out",
         )
 
 
@@ -197,13 +208,14 @@ def _facts(options: EvalOptions, launch: Launch, base: Base) -> dict[str, object
         "dtype": base.dtype_name,
         "load_in_4bit": base.load_in_4bit,
         "backend": options.backend,
+        **({"tensor_parallel_size": options.tensor_parallel_size} if options.backend == "vllm" else {}),
     }
 
 
 def _backend(options: EvalOptions, base: Base, launch: Launch, tasks: list[Task], record: RunRecord) -> Backend:
     """Load what answers; images and their vision features come from the cache, as in the evaluation of a training."""
     if options.backend == "vllm":
-        return VllmBackend(base, options.adapter)
+        return VllmBackend(base, options.adapter, options.tensor_parallel_size)
     caches = Caches(options.caches, launch, base.name, base.path)
     samples = [sample for task in tasks for sample in task.samples]
     backend, cache = open_backend(base, options.adapter, launch, options.shard_weights, caches, samples)
@@ -231,6 +243,12 @@ def _find_base(options: EvalOptions) -> Base:
         system=options.system,
         load_in_4bit=options.load_in_4bit,
     )
+    gpus = options.tensor_parallel_size
+    problem = splitting_problem(gpus, empty_model(base.path).config) if gpus > 1 else None
+    if problem:
+        raise ModelError(
+            f"--tensor_parallel_size {gpus}: {options.base_model}: {problem}", "pass a number that divides them"
+        )
     if options.adapter:
         contents = require_fit(options.adapter, base, options.allow_other_base)
         problems = not_for_vllm(config, contents.layers, empty_model(base.path)) if options.backend == "vllm" else ()

@@ -6,26 +6,28 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from vlm_sft.common.console import progress
-from vlm_sft.common.errors import DataError, RunError
+from vlm_sft.common.errors import DataError, InterruptedRunError, RunError, VlmSftError
 from vlm_sft.common.formats import size
 from vlm_sft.data.cache.encoded import DataCache, record_key
 from vlm_sft.data.cache.feature_names import AUTO, OFF, feature_record
 from vlm_sft.data.cache.store import CacheFullError, Record, Store, record_bytes
+from vlm_sft.data.cache.team import Team
 from vlm_sft.data.sample import Sample
 from vlm_sft.model.feature_choice import FeatureCost
 from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.vision_features import encode_images, features_problem, tower_settings, whole_tower
 
 BATCH_PATCHES = 8192  # patches of one tower call in the preparation pass
-PROBES = 4  # images that `auto` measures on
+PROBES = 4  # images that each rank measures on
+Result = TypeVar("Result")
 _LOOK = "look at the image; its questions are named if their loss is not finite"
 
 
@@ -84,7 +86,8 @@ def use_features(
         with whole_tower(model, device):
             store = _open(model, cache, samples)
             missing = [sample for key, sample in samples.items() if key not in store]
-            decision = cache.team.agree(lambda: _decide(model, cache, missing, len(samples), looks, budget, device))
+            cost = _measure(model, cache, missing, device)
+            decision = cache.team.agree(lambda: _decide(cost, cache, len(missing), len(samples), looks, budget))
             if not decision.used:
                 return decision
             limit = None if budget == AUTO else int(budget) // cache.team.size
@@ -97,73 +100,115 @@ def use_features(
     return decision
 
 
+def _everywhere(team: Team, work: Callable[[], Result]) -> Result:
+    """Do something on every rank; what one of them raises, all raise."""
+    result: Result | None = None
+    problem: VlmSftError | InterruptedRunError | None = None
+    try:
+        result = work()
+    except (VlmSftError, InterruptedRunError) as error:
+        problem = error
+    except OSError as error:
+        problem = RunError(f"vision features cannot be kept: {error}", "pass another --cache_dir")
+    for found in team.gather(problem):
+        if found is not None:
+            raise found
+    return cast(Result, result)
+
+
 def _open(model: AnyModel, cache: DataCache, samples: Mapping[str, Sample]) -> Store:
     """Map what is there of the features of images.
 
     Raises:
         RunError: a rank cannot write to its folder; every rank raises it.
     """
-    store, problem = None, None
-    try:
-        store = cache.feature_store(tower_settings(model))
-    except RunError as error:
-        problem = error
-    for found in cache.team.gather(problem):
-        if found is not None:
-            raise found
-    assert store is not None
+    store = _everywhere(cache.team, lambda: cache.feature_store(tower_settings(model)))
     store.open(samples)
     return store
 
 
 def _decide(
-    model: AnyModel,
-    cache: DataCache,
-    missing: Sequence[Sample],
-    images: int,
-    looks: float,
-    budget: int | str,
-    device: str,
+    cost: FeatureCost | None, cache: DataCache, missing: int, images: int, looks: float, budget: int | str
 ) -> Decision:
-    """Measure on a few images whether keeping features pays and fits; what is kept already is always used."""
-    if not missing:
+    """Whether keeping features pays and fits; what is kept already is always used.
+
+    Args:
+        cost: of one image; None where nothing is missing.
+        cache, budget: as of `use_features`.
+        missing, images: how many have no features yet, and how many there are.
+        looks: how often an image will be used, over all of them.
+    """
+    if cost is None:
         return Decision(True, f"all {images:,} images have theirs in the cache", images)
-    probes = list(missing[:: max(1, len(missing) // PROBES)])[:PROBES]
-    cost = _measure(model, cache, probes, device)
     facts: dict[str, Any] = asdict(cost) | {"images": images, "bytes": round(cost.bytes * images)}
-    problem = cost.objection(images, len(missing), looks, budget, shutil.disk_usage(cache.root).free)
+    problem = cost.objection(images, missing, looks, budget, shutil.disk_usage(cache.root).free)
     if problem:
         return Decision(False, problem, **facts)
     what = f"{size(cost.bytes * images)} ({cost.summary(looks / images)})"
-    return Decision(True, f"computed once for {len(missing):,} images, {what}", computed=len(missing), **facts)
+    return Decision(True, f"computed once for {missing:,} images, {what}", computed=missing, **facts)
 
 
-def _measure(model: AnyModel, cache: DataCache, probes: Sequence[Sample], device: str) -> FeatureCost:
-    """What one image costs; features are read from the disk to the device."""
+def _measure(model: AnyModel, cache: DataCache, missing: Sequence[Sample], device: str) -> FeatureCost | None:
+    """What one image costs on the slowest rank, while all ranks write and read at the same time, as in a training.
+
+    All ranks must call it.
+
+    Args:
+        model: with its whole tower.
+        cache: whose disk is measured.
+        missing: images without features; each rank measures a few of its own.
+        device: to which features are read.
+
+    Returns:
+        None where no rank misses any.
+
+    Raises:
+        VlmSftError: an image cannot be read or the disk not be written, on this or another rank.
+    """
+    team = cache.team
+    if not any(team.gather(len(missing))):
+        return None
+    own = missing[team.index :: team.size]
+    probes = own[:: max(1, len(own) // PROBES)][:PROBES]
+    with _everywhere(team, lambda: tempfile.TemporaryDirectory(dir=cache.root, prefix=".probe")) as name:
+        folder = Path(name)
+        bytes_, tower, write = _everywhere(team, lambda: _write_probes(model, cache, probes, folder))
+        _forget_pages(folder)  # before it is mapped: mapped pages stay
+        team.wait("write vision features")
+        read = _read_seconds(folder, len(probes), device)
+        team.wait("read vision features")  # nobody's folder is removed while others still read
+    found = [one for one in team.gather((bytes_, len(probes), tower, read, write)) if one[1]]
+    slowest = (max(one[part] / one[1] for one in found) for part in (2, 3, 4))
+    return FeatureCost(sum(one[0] for one in found) / sum(one[1] for one in found), *slowest)
+
+
+def _write_probes(
+    model: AnyModel, cache: DataCache, probes: Sequence[Sample], folder: Path
+) -> tuple[float, float, float]:
+    """Bytes of the features of some images, and the seconds of computing and of writing them."""
+    if not probes:
+        return 0.0, 0.0, 0.0
     images = [cache.pixel_tensors(sample) for sample in probes]
     encode_images(model, images[:1])
     began = time.perf_counter()
     records = [record for image in images for record in encode_images(model, [image])]
     tower = time.perf_counter() - began
-    with tempfile.TemporaryDirectory(dir=cache.root, prefix=".probe") as folder:
-        began = time.perf_counter()
-        try:
-            Store(Path(folder)).publish({str(index): record for index, record in enumerate(records)})
-        except OSError as error:
-            raise RunError(f"vision features cannot be kept: {error}", "pass another --cache_dir") from error
-        write = time.perf_counter() - began
-        _forget_pages(Path(folder))  # before it is mapped: mapped pages stay
-        store = Store(Path(folder))
-        store.open(map(str, range(len(records))))
-        began = time.perf_counter()
-        for index in range(len(records)):
-            for value in (store.get(str(index)) or {}).values():
-                value.to(device, copy=True)
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        read = time.perf_counter() - began
-    count = len(probes)
-    return FeatureCost(sum(map(record_bytes, records)) / count, tower / count, read / count, write / count)
+    began = time.perf_counter()
+    Store(folder).publish({str(index): record for index, record in enumerate(records)})
+    return float(sum(map(record_bytes, records))), tower, time.perf_counter() - began
+
+
+def _read_seconds(folder: Path, count: int, device: str) -> float:
+    """Seconds of reading so many records from the disk to a device."""
+    store = Store(folder)
+    store.open(map(str, range(count)))
+    began = time.perf_counter()
+    for index in range(count):
+        for value in (store.get(str(index)) or {}).values():
+            value.to(device, copy=True)  # on a CPU, too: only a copy reads what is mapped
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
 def _forget_pages(folder: Path) -> None:

@@ -24,7 +24,7 @@ from vlm_sft.model.positions import Positions
 from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.router_loss import question_losses, recorded
 from vlm_sft.model.state_batches import Recurrence
-from vlm_sft.model.vision_features import image_inputs, unwrap
+from vlm_sft.model.vision_features import image_inputs, inner_model, unwrap
 
 _IMAGE_TYPE = 1  # token type of image tokens, in all processors that have token types
 
@@ -187,7 +187,7 @@ def token_losses(model: AnyModel, batch: PackedBatch, mode: PackMode) -> torch.T
     base = unwrap(model)
     head = base.get_output_embeddings()
     if mode.shares and is_trimmed(base) and cross_entropy.is_covered(head):
-        hidden = base.model(use_cache=False, **shared_inputs(model, batch, mode))[0]
+        hidden = inner_model(base)(use_cache=False, **shared_inputs(model, batch, mode))[0]
         return cross_entropy.token_losses(hidden[0], head, batch.targets)
     return cross_entropy.score_losses(forward(model, batch, mode).logits.squeeze(0), batch.targets)
 

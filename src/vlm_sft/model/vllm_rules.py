@@ -1,4 +1,4 @@
-"""Whether vLLM loads an adapter that fits its base, by vLLM's own rules.
+"""Whether vLLM loads an adapter that fits its base, or a base on several GPUs, by vLLM's own rules.
 
 vLLM silently ignores tensors that it finds no layer for, and the adapter then does less than it should, or nothing
 (vLLM issue 34186).
@@ -17,7 +17,7 @@ from typing import Any
 
 from vlm_sft.model.adapters import language_model_path
 from vlm_sft.model.protocols import VisionLanguageModel
-from vlm_sft.model.vision_features import tower_modules
+from vlm_sft.model.vision_features import inner_model, tower_modules
 
 _ROOTS = ("model.language_model", "model.text_model")  # language models that vLLM's mappers know
 TOWER = "enable_tower_connector_lora"  # setting of vLLM, and with dashes its flag
@@ -74,8 +74,28 @@ def lora_settings(config: Mapping[str, Any], layers: Sequence[str], model: Visio
 
 def _towers(model: VisionLanguageModel) -> list[str]:
     """Paths of tower and projector."""
-    inner = next(path for path, module in model.named_modules() if module is model.model)
-    return [f"{inner}.{name}" for name in tower_modules(model)]
+    inner = next(path for path, module in model.named_modules() if module is inner_model(model))
+    return [f"{inner}.{name}".removeprefix(".") for name in tower_modules(model)]
+
+
+def splitting_problem(gpus: int, config: Any) -> str | None:
+    """Why vLLM cannot split a model over so many GPUs (tensor parallelism); None where it can.
+
+    Each GPU computes as many heads of queries as the others. Heads of keys are split in the same way, or, where there
+    are fewer of them than GPUs, each one is kept by equally many GPUs.
+
+    Args:
+        gpus: at least 1.
+        config: of the model, as transformers opens it.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    if heads % gpus:
+        return f"its {heads} attention heads cannot be shared out evenly over {gpus} GPUs"
+    if max(key_heads, gpus) % min(key_heads, gpus):
+        return f"its {key_heads} heads of keys and values cannot be shared out evenly over {gpus} GPUs"
+    return None
 
 
 def max_lora_rank(config: Mapping[str, Any]) -> int | None:

@@ -7,6 +7,7 @@ import torch
 from vlm_sft.model.dropout import KeyedDropout, fused_problem
 from vlm_sft.model.forward_patch import PLAIN, is_plain
 from vlm_sft.model.gpu import liger
+from vlm_sft.model.gpu.rotary import fused_rotary
 from vlm_sft.model.recurrent import recurrence_problem
 
 FUSED, STEPWISE = "fused", "stepwise"
@@ -30,7 +31,7 @@ def choose_kernels(model: torch.nn.Module, device: torch.device) -> tuple[dict[s
         kernels["dropout"] = STEPWISE if problems["dropout"] else FUSED
     if device.type != "cuda":
         return kernels, []
-    for name, count, problem in liger.fused_parts(model, device):
+    for name, count, problem in (*liger.fused_parts(model, device), *fused_rotary(model, device)):
         problems[name] = problem
         kernels[name] = FUSED if count else STEPWISE
     problem = recurrence_problem(model)

@@ -33,7 +33,7 @@ PACKAGE = "liger_kernel"
 INSTALL = "pip install 'vlm-sft[liger]'"
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _ROWS, _WIDTH, _INNER = 5, 96, 160  # of the small modules that are compared
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def _problem(example: Any, device: torch.device, part: _Part) -> str | None:
         found += _far_values(partial(part.kernel, module), values)
     except Exception as error:  # a compiler and a driver may raise anything
         return f"liger-kernel does not run here ({reason_of(error)})"
-    limit = _TOLERANCE[values.dtype]
+    limit = TOLERANCE[values.dtype]
     if not all(agrees(ours, exact, limit) for ours, exact in zip(found, expected, strict=True)):
         return f"liger-kernel gives other values than {name}"
     return None
@@ -100,7 +100,7 @@ def _is_norm(module: Any) -> bool:
         return False
     if getattr(weight, "ds_numel", weight.numel()) < 2:  # one number for all channels
         return False
-    return hasattr(module, "variance_epsilon") and not is_partitioned(weight) and weight.dtype in _TOLERANCE
+    return hasattr(module, "variance_epsilon") and not is_partitioned(weight) and weight.dtype in TOLERANCE
 
 
 def _small_norm(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -129,7 +129,7 @@ def _is_mlp(module: Any) -> bool:
     if not set(_PROJECTIONS) <= set(children):
         return False
     others = [child for name, child in children.items() if name not in _PROJECTIONS]
-    return not any(True for child in others for _ in child.parameters()) and _dtype(module) in _TOLERANCE
+    return not any(True for child in others for _ in child.parameters()) and _dtype(module) in TOLERANCE
 
 
 def _small_mlp(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
