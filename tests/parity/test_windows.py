@@ -14,6 +14,7 @@ from tests.questions import PROMPT
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
 from vlm_sft.model import families
+from vlm_sft.model.adapters import resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import CHUNKED, FULL, SLIDING, PackMode, Reach, declared_mode, sharing_mode
 from vlm_sft.model.load import set_attention
@@ -146,5 +147,6 @@ def test_a_tower_beside_the_language_model() -> None:
     """Llama 4 has no inner model that holds both."""
     model, _ = tiny_models.build("llama4")
     assert set(tower_modules(model)) == {"vision_model", "multi_modal_projector"}
+    assert not any("lm_head" in path for path in resolve_targets(model, ["all-linear"]).paths)
     assert saved_modules(model, [PROJECTOR]) == ("multi_modal_projector",)
     assert "vision_model" in saved_modules(model, [VISION])

@@ -19,6 +19,7 @@ from vlm_sft.model.expert_targets import adapted_path, expert_parameters, requir
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.protocols import VisionLanguageModel
 from vlm_sft.model.saved_adapter import check_adapter_folder, misfit, require_places
+from vlm_sft.model.vision_features import decoder_of
 
 ALL_LINEAR = "all-linear"
 
@@ -48,7 +49,7 @@ def language_model_path(model: VisionLanguageModel) -> str:
     Raises:
         ModelError: the model has no separate language model.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     for path, module in model.named_modules():
         if module is decoder and path:
             return path

@@ -85,6 +85,12 @@ def inner_model(model: AnyModel) -> Any:
     return getattr(base, "model", base)
 
 
+def decoder_of(model: AnyModel) -> Any:
+    """The language model without its head, which Llama 4 takes for a part of it."""
+    decoder = unwrap(model).get_decoder()
+    return decoder.model if hasattr(decoder, "lm_head") else decoder
+
+
 def tower_modules(model: AnyModel) -> dict[str, torch.nn.Module]:
     """The modules that turn pixels into image embeddings: all of the inner model's children but the language model."""
     inner = inner_model(model)

@@ -20,6 +20,7 @@ from vlm_sft.model.gpu import liger
 from vlm_sft.model.gpu.flash import gathered_heads
 from vlm_sft.model.layout import without_weights
 from vlm_sft.model.load import Base
+from vlm_sft.model.vision_features import decoder_of
 from vlm_sft.planning.training_run import TrainingRun
 
 
@@ -43,7 +44,7 @@ def _counted_shape(config: Any) -> ModelShape:
             "check config.json of --base_model, or use another base",
         ) from error
     text = config.get_text_config()
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     embedding = model.get_input_embeddings().weight.numel()
     inside = {id(parameter) for parameter in decoder.parameters()}
     language = sum(parameter.numel() for parameter in decoder.parameters()) - embedding
