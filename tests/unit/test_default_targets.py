@@ -22,7 +22,7 @@ from vlm_sft.common.errors import ModelError
 from vlm_sft.forecast.flops import adapter_of
 from vlm_sft.model.adapters import Targets, add_lora, resolve_targets
 from vlm_sft.model.default_targets import default_targets, mixer_projections
-from vlm_sft.model.layout import largest, without_weights
+from vlm_sft.model.layout import without_weights
 from vlm_sft.model.load import find_base
 from vlm_sft.model.saved_adapter import require_fit
 from vlm_sft.planning.options import TrainOptions
@@ -44,7 +44,7 @@ DEFAULTS = {
     "kimi_k25": LATENT,
     "dots3_note": LATENT,
     "mistral_large4": ("kv_a_proj_with_mqa", "kv_b_proj", "q_proj", "o_proj"),
-    "lfm2_vl": ("q_proj", "v_proj", "out_proj"),
+    "lfm2_vl": ("q_proj", "v_proj", "out_proj"),  # without convolutions
     "lfm3_vl": (*USUAL, "in_proj", "out_proj"),
     "glm5_next": (*LATENT[:-1], *USUAL),
     "fuyu": ("query_key_value", "dense"),
@@ -145,6 +145,14 @@ def test_a_linear_layer_inside_another_class_is_meant_by_that_name() -> None:
     wrapped(model, found)
 
 
+def test_the_head_of_a_language_model_is_not_one_of_its_linear_layers() -> None:
+    if "llama4" not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} lacks it")
+    model = without_weights(shortened(CONFIG_MAPPING["llama4"]()))
+    assert model.get_output_embeddings() is not None
+    assert not [path for path in resolve_targets(model, ["all-linear"]).paths if path.endswith("lm_head")]
+
+
 def test_names_that_mean_nothing_else_stay_names() -> None:
     model, _ = tiny_models.build("qwen2_5_vl")
     assert resolve_targets(model, USUAL).peft == list(USUAL)
@@ -195,19 +203,6 @@ def test_the_forecast_counts_adapters_of_other_names(latent: Path) -> None:
     recipe = load_recipe(None, {"target_modules": ",".join(LATENT)})
     shape = shape_of(find_base(str(latent), bf16=False))
     assert adapter_of(recipe, shape).parameters(shape) > 0
-
-
-def test_the_largest_size_of_layers_that_differ() -> None:
-    class Layered:
-        per_layer_config = (transformers.PreTrainedConfig(head_dim=16), transformers.PreTrainedConfig(head_dim=32))
-
-        @property
-        def head_dim(self) -> int:
-            raise RuntimeError("layers differ")
-
-    assert largest(Layered(), "head_dim") == 32
-    assert largest(transformers.PreTrainedConfig(intermediate_size=[8, 24]), "intermediate_size") == 24
-    assert largest(None, "hidden_size") is None
 
 
 def test_an_adapter_of_a_pattern_still_opens(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.parity.test_liger import provide
-from tests.questions import PROMPT, pack, questions
+from tests.questions import PROMPT, pack, questions, tiny
 from tests.tiny_models import build
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
-from vlm_sft.model import packed_forward
+from vlm_sft.model import families, packed_forward, sharing_check
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.cpu import fuse, gated_mlp
 from vlm_sft.model.forward_patch import is_exchanged
@@ -22,7 +22,7 @@ from vlm_sft.model.gpu import liger
 from vlm_sft.model.load import ready
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.trainable import tune
-from vlm_sft.model.vision_features import TowerCounter
+from vlm_sft.model.vision_features import TowerCounter, encode_images
 from vlm_sft.recipe.load import load_recipe
 
 
@@ -221,3 +221,21 @@ def test_a_model_of_odd_modules_takes_a_step(odd_head: bool) -> None:
     trained = [weight for weight in tuned.parameters() if weight.requires_grad]
     assert trained and all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained)
     counter.close()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_vision_features_of_an_unknown_family_are_checked_before_they_are_kept(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, encoder = tiny(family, torch.float32, SHARED_SDPA)
+    monkeypatch.delitem(families.FAMILIES, family)
+    assert sharing_check.features_error(model, encoder) < 1e-5
+    assert sharing_check.features_doubt(model, encoder) == ""
+
+    def encode(*_: Any) -> Any:
+        return [{name: 2 * value for name, value in record.items()} for record in encode_images(*_)]
+
+    monkeypatch.setattr(sharing_check, "encode_images", encode)
+    assert "answers differ behind them" in sharing_check.features_doubt(model, encoder)
+    monkeypatch.setattr(sharing_check, "encode_images", lambda *_: [])
+    assert "cannot be computed by themselves" in sharing_check.features_doubt(model, encoder)

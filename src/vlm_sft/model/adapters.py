@@ -70,7 +70,8 @@ def resolve_targets(model: VisionLanguageModel, names: Sequence[str]) -> Targets
     """
     root = language_model_path(model) + "."
     modules = dict(model.named_modules())
-    inside = linear_paths(modules, root)
+    head = model.get_output_embeddings()  # in some families a part of the language model; it has no adapter anywhere
+    inside = {path: carrier for path, carrier in linear_paths(modules, root).items() if modules[path] is not head}
     available = sorted({path.rsplit(".", 1)[-1] for path in inside})
     experts = expert_parameters(model, root)
     if list(names) == [ALL_LINEAR]:

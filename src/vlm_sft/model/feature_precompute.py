@@ -23,6 +23,7 @@ from vlm_sft.data.cache.team import Team
 from vlm_sft.data.sample import Sample
 from vlm_sft.model.feature_choice import FeatureCost
 from vlm_sft.model.protocols import AnyModel
+from vlm_sft.model.sharing_check import features_doubt
 from vlm_sft.model.vision_features import encode_images, features_problem, tower_settings, whole_tower
 
 BATCH_PATCHES = 8192  # patches of one tower call in the preparation pass
@@ -77,9 +78,9 @@ def use_features(
         The decision, the same on every rank.
     """
     cache.features = None
-    reason = features_problem(model)
-    if budget == OFF or reason:
-        return Decision(False, reason or "switched off with --feature_cache off")
+    reason = features_problem(model) or ("switched off with --feature_cache off" if budget == OFF else "")
+    if reason or (reason := features_doubt(model, cache.encoder)):
+        return Decision(False, reason)
     samples = {record_key(sample.image_key): sample for part, _ in uses for sample in part}
     looks = sum(len(part) * count for part, count in uses)
     try:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
 from PIL import Image
 
 from vlm_sft.common.errors import ModelError
+from vlm_sft.data.cache.feature_names import feature_record
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.packing import Bundle
@@ -27,10 +29,12 @@ from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.load import is_blockwise
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
 from vlm_sft.model.recurrent import unshared_states
+from vlm_sft.model.vision_features import encode_images
 
 # Root mean square difference of the logits, relative to their spread, that rounding explains.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _SHARE = 3  # a window or chunk is at most this part of the shortest sequence
+_SIZES = ((72, 56), (56, 96))  # of the images, in pixels
 _QUESTIONS = ("What is it?", "How many of them are there, and where?", "Why?")
 
 
@@ -122,7 +126,7 @@ def sharing_error(model: AnyModel, encoder: Encoder, kind: Kind) -> float:
     Returns:
         Root mean square difference of the logits that predict answers, divided by their standard deviation.
     """
-    groups = [encoder.encode(_probe(seed, size)) for seed, size in enumerate(((72, 56), (56, 96)))]
+    groups = [encoder.encode(_probe(seed, size)) for seed, size in enumerate(_SIZES)]
     everything = [Bundle(index, tuple(range(len(group.questions)))) for index, group in enumerate(groups)]
     single = [[Bundle(bundle.group, (number,))] for bundle in everything for number in bundle.questions]
     shortest = min(len(group.prefix_ids) + question.tokens for group in groups for question in group.questions)
@@ -131,6 +135,51 @@ def sharing_error(model: AnyModel, encoder: Encoder, kind: Kind) -> float:
         shared = _logits(model, everything, groups, sharing_mode(base.config, kind))
         separate = torch.cat([_logits(model, pack, groups, PackMode("separate")) for pack in single])
     return float((shared - separate).square().mean().sqrt() / separate.std())
+
+
+def features_doubt(model: AnyModel, encoder: Encoder) -> str:
+    """Why kept vision features may not stand for the pixels; "" for a declared family, and where a check finds none.
+
+    Args:
+        model, encoder: as for `choose_mode`.
+    """
+    base = packed_forward.unwrap(model)
+    if base.config.model_type in FAMILIES:
+        return ""
+    if is_partitioned(*base.parameters()):
+        return "those of an unknown family cannot be checked while ZeRO-3 has partitioned it"
+    try:
+        error = features_error(model, encoder)
+    except Exception as failure:  # an unknown architecture may raise anything
+        return f"they cannot be computed by themselves ({reason_of(failure)})"
+    if error <= TOLERANCE[base.get_input_embeddings().weight.dtype]:
+        return ""
+    return f"answers differ behind them (by {error:.2g} of the logits)"
+
+
+@torch.no_grad()
+def features_error(model: AnyModel, encoder: Encoder) -> float:
+    """Compare the logits of questions behind kept vision features with those behind pixels.
+
+    Args:
+        model, encoder: as for `sharing_error`.
+
+    Returns:
+        As `sharing_error`.
+    """
+    groups = [encoder.encode(_probe(seed, size)[:1]) for seed, size in enumerate(_SIZES)]
+    mode = choose_mode(model, encoder)
+    bundles = [Bundle(index, (0,)) for index in range(len(groups))]
+    packs = [bundles] if mode.shares else [[bundle] for bundle in bundles]
+    with _evaluating(model):
+        features = [encode_images(model, [group.tensors])[0] for group in groups]
+        kept = [
+            replace(group, tensors=feature_record(found, group.tensors))
+            for group, found in zip(groups, features, strict=True)
+        ]
+        expected = torch.cat([_logits(model, pack, groups, mode) for pack in packs])
+        found = torch.cat([_logits(model, pack, kept, mode) for pack in packs])
+    return float((found - expected).square().mean().sqrt() / expected.std())
 
 
 def _logits(model: AnyModel, pack: list[Bundle], groups: list[EncodedGroup], mode: PackMode) -> torch.Tensor:
