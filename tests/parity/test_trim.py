@@ -21,6 +21,8 @@ from vlm_sft.model.load import set_attention
 from vlm_sft.model.pack_context import PackContext, computing
 from vlm_sft.model.vision_features import encode_images
 
+# Of latent attention: head_dim is that of the rotated part, and no head is shared.
+LATENT = {"deepseek_v3": {"num_key_value_heads": 4, "qk_rope_head_dim": 8}}
 TEXT = sorted(name for name in PLAIN_LAYERS if not name.endswith("_text"))
 
 
@@ -33,10 +35,9 @@ def test_declared_text_models_give_the_same_rows_and_gradients(model_type: str) 
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=8,
-        qk_rope_head_dim=8,  # of the part of DeepSeek's heads that is rotated
         pad_token_id=0,
+        **LATENT.get(model_type, {"num_key_value_heads": 2}),
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double()
