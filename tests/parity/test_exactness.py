@@ -27,6 +27,7 @@ from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.load import is_blockwise, set_attention
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.trainable import checkpoint_layers
+from vlm_sft.model.vision_features import start_training
 
 SHARING = [family for family in FAMILIES if not families.FAMILIES[family].reason]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -195,7 +196,7 @@ def test_checkpointed_layers_give_the_same_gradients(family: str) -> None:
     tried = case(family, torch.float32)
     model = tried.model
     checkpoint_layers(model)
-    model.train()
+    start_training(model)
     try:
         check(tried, [Bundle(1, (0, 3)), Bundle(0, (5, 1, 2))], declared(tried, "blockwise"))
     finally:
