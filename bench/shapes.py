@@ -182,7 +182,7 @@ def config(shape: Shape) -> Any:
         "temporal_patch_size": 2,
         **({} if newer else {"window_size": 112, "fullatt_block_indexes": list(shape.full_attention)}),
     }
-    kind = CONFIG_MAPPING[shape.family]
+    kind: Any = CONFIG_MAPPING[shape.family]
     return kind(text_config=text, vision_config=vision, tie_word_embeddings=shape.tied, **SPECIAL)
 
 

@@ -50,7 +50,7 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
     kinds = values.get("layer_types")
     layers = max(LAYERS, len(dict.fromkeys(kinds))) if isinstance(kinds, list) else LAYERS
     deep = next((values[name] for name in ("num_hidden_layers", "depth", "num_layers") if name in values), None)
-    made = {}
+    made: dict[str, Any] = {}
     for name, value in values.items():
         if name == "per_layer_config":  # by numbers of layers, of which few are left
             continue

@@ -95,6 +95,21 @@ def _common_prefix(left: np.ndarray, right: np.ndarray) -> int:
     return int(different[0]) if len(different) else size
 
 
+def _end_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The end token of a tokenizer.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"no token ends an answer: {type(tokenizer).__name__} of the base model has no eos_token, and its "
+            "generation settings name none",
+            "set eos_token_id in generation_config.json, or eos_token in tokenizer_config.json, of the model's folder",
+        )
+    return (int(tokenizer.eos_token_id),)
+
+
 class Encoder:
     """Turns the samples of one image into an `EncodedGroup`.
 
@@ -102,13 +117,16 @@ class Encoder:
         processor: a Hugging Face processor with a chat template.
         prompt: prompt and image settings; pixel bounds are applied to the processor's image processor.
         stop_ids: token ids that end an answer (the generation config's eos ids); the tokenizer's eos when empty.
+
+    Raises:
+        ModelError: nothing says which token ends an answer, or which one stands for an image.
     """
 
     def __init__(self, processor: Any, prompt: PromptSettings, stop_ids: Sequence[int] = ()) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.prompt = prompt
-        self.stop_ids = tuple(stop_ids) or (int(self.tokenizer.eos_token_id),)
+        self.stop_ids = tuple(stop_ids) or _end_ids(self.tokenizer)
         self.chat = Chat(processor, self.stop_ids)
         self.image_token_id = image_token_id(processor)
         self._splice_is_exact: bool | None = None

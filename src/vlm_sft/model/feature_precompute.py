@@ -22,6 +22,7 @@ from vlm_sft.data.cache.store import CacheFullError, Record, Store, record_bytes
 from vlm_sft.data.cache.team import Team
 from vlm_sft.data.sample import Sample
 from vlm_sft.model.feature_choice import FeatureCost
+from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.sharing_check import features_doubt
 from vlm_sft.model.vision_features import encode_images, features_problem, tower_settings, whole_tower
@@ -190,7 +191,13 @@ def _write_probes(
     if not probes:
         return 0.0, 0.0, 0.0
     images = [cache.pixel_tensors(sample) for sample in probes]
-    encode_images(model, images[:1])
+    try:
+        encode_images(model, images[:1])
+    except VlmSftError:
+        raise
+    except Exception as error:  # an unknown tower may raise anything, and none of it may end a run
+        why = f"the vision tower cannot be called by itself ({reason_of(error)})"
+        raise RunError(why, "pass --feature_cache off") from error
     began = time.perf_counter()
     records = [record for image in images for record in encode_images(model, [image])]
     tower = time.perf_counter() - began

@@ -1,0 +1,141 @@
+"""Whole model folders that are unusual all the same: each command works, or says in one line what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.adapters import save_adapter, save_base
+from tests.pictures import png
+from vlm_sft.cli.main import main
+
+Change = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unusual")
+    save_adapter(save_base(folder / "base"), folder / "lora")
+    (folder / "a.png").write_bytes(png())
+    rows = [
+        {"image": "a.png", "question": f"Q{n}?", "answer": "1", "split": split}
+        for n, split in enumerate(("train", "validation", "test"))
+    ]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def commands(place: Path, model: Path, output: Path) -> dict[str, list[str]]:
+    """The commands that compute with a base model."""
+    base, own = ["--base_model", str(model)], str(place / "own.jsonl")
+    short = ["--max_new_tokens", "4"]
+    train = ["--max_steps", "1", "--report_to", "none", "--output_dir", str(output / "train"), *short]
+    export = ["--adapter", str(place / "lora"), "--merge", "--questions", "1", "--output_dir", str(output / "merged")]
+    return {
+        "train": ["train", *base, "--dataset", own, *train],
+        "eval": ["eval", *base, "--benchmark", own, "--output_dir", str(output / "eval"), *short],
+        "ask": ["ask", str(place / "a.png"), "What?", *base],
+        "export": ["export", *base, *export],
+    }
+
+
+def edit(name: str, **changes: object) -> Change:
+    """Set values of a JSON file; None takes a value away."""
+
+    def change(folder: Path) -> None:
+        values = json.loads((folder / name).read_text())
+        values |= changes
+        (folder / name).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+    return change
+
+
+def drop(*names: str) -> Change:
+    return lambda folder: [(folder / name).unlink(missing_ok=True) for name in names] and None
+
+
+def both(*changes: Change) -> Change:
+    return lambda folder: [change(folder) for change in changes] and None
+
+
+def weights(change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | None]) -> Change:
+    """Change each weight, or leave it out."""
+
+    def rewrite(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        made = dict(filter(None, (change(name, value) for name, value in load_file(path).items())))
+        save_file(made, path, {"format": "pt"})
+
+    return rewrite
+
+
+REMOTE = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "modeling_x.XModel"}
+REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
+    "code of its own": (edit("config.json", model_type="x_vl", auto_map=REMOTE, architectures=["XModel"]), ("x_vl",)),
+    "a family of a newer transformers": (
+        edit("config.json", model_type="qwen9_vl", transformers_version="9.1.0"),
+        ("qwen9_vl", "Transformers"),
+    ),
+    "a text model": (edit("config.json", model_type="qwen2"), ("'qwen2' is not an image-text-to-text model",)),
+    "no token that ends an answer": (
+        both(edit("tokenizer_config.json", eos_token=None), drop("generation_config.json")),
+        ("no token ends an answer", "eos_token_id in generation_config.json"),
+    ),
+    "no chat template": (drop("chat_template.jinja"), ("chat template", "chat_template.jinja")),
+    "the weights of the language model alone": (
+        weights(lambda name, value: (name, value) if "visual" not in name else None),
+        ("tensors of the model are not in its weights", "visual"),
+    ),
+    "the processor of another model": (
+        lambda folder: (
+            [
+                shutil.copy(path, folder)
+                for path in save_base(folder / "other", "llava").iterdir()
+                if path.name.startswith(("processor", "token", "chat"))
+            ]
+            and None
+        ),
+        ("as its processor (LlavaProcessor) prepares it", "of one model"),
+    ),
+}
+# An export compares the base and the settings of its pictures with the adapter's before anything else.
+EARLIER = ("the weights of the language model alone", "the processor of another model")
+WORKS: dict[str, Change] = {
+    "no end token in the generation settings": drop("generation_config.json"),
+    "weights in float16": both(weights(lambda name, value: (name, value.half())), edit("config.json", dtype="float16")),
+    "weights in bfloat16": both(
+        weights(lambda name, value: (name, value.bfloat16())), edit("config.json", dtype="bfloat16")
+    ),
+}
+
+
+def model_with(place: Path, folder: Path, change: Change) -> Path:
+    shutil.copytree(place / "base", folder)
+    change(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_it_is_refused_in_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    change, words = REFUSED[kind]
+    model = model_with(place, tmp_path / "model", change)
+    for verb, line in commands(place, model, tmp_path / "out").items():
+        code = main(line)
+        told = capsys.readouterr().err
+        assert code == 2 and told.count("error: ") == 1 and "Traceback" not in told, (verb, told)
+        if verb != "export" or kind not in EARLIER:
+            assert all(word in told for word in words), (verb, told)
+
+
+@pytest.mark.parametrize("kind", WORKS)
+def test_it_works(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    model = model_with(place, tmp_path / "model", WORKS[kind])
+    lines = commands(place, model, tmp_path / "out")
+    for verb in ("train", "eval", "ask"):  # other weights are not the base of the adapter that an export takes
+        assert main(lines[verb]) == 0, (verb, capsys.readouterr().err)
