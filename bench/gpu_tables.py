@@ -129,14 +129,19 @@ def _memory(step: dict[str, Any]) -> Iterator[str]:
     yield "|---:|---|---:|---:|"
     for row in step["rows"]:
         cut = "too large even so" if row["too_large"] else "yes" if row["cut_in_two"] else "no"
+        losses = f"{_number(row['loss'])}, {_number(row['whole_loss'])}"
         yield (
-            f"| {100 * row['share']:.0f} % of what it takes | {cut} | {row['loss']:.4f}, {row['whole_loss']:.4f} "
+            f"| {100 * row['share']:.0f} % of what it takes | {cut} | {losses} "
             f"| {_error(row['largest_gradient_error'])} |"
         )
 
 
 def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _questions(step: dict[str, Any]) -> Iterator[str]:

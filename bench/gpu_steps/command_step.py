@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 import shapes
 import throughput
 from gpu_steps.context import Context
+from peers.environment import ready
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import InterruptedRunError
 
 STEPS, EVERY, BATCH, QUESTIONS = 6, 3, 8, 64
+PEER = "msswift"  # measured beside this package where its environment lies in the work folder
 TAIL = 6  # lines of a log that are kept of a command that failed
 COMMON = [
     "--prompt_template",
@@ -107,8 +109,10 @@ def launches(context: Context) -> None:
 
 
 def questions(context: Context) -> None:
-    """Questions a second of the whole command on the rows in their own size."""
+    """Questions a second of the whole command on the rows in their own size, beside ms-swift where it is at hand."""
     name = "native" if context.data.is_dir() else "drawn"
+    envs = context.work / "envs"
+    sides = ["ours", *(side for side in (PEER,) if ready(side, envs))]
     count = {"cuda": 384, "cpu": 16}[context.device]
     options = [
         "--device",
@@ -118,7 +122,7 @@ def questions(context: Context) -> None:
         "--cases",
         name,
         "--sides",
-        "ours",
+        ",".join(sides),
         "--epochs",
         "2",
         "--questions",
@@ -126,7 +130,7 @@ def questions(context: Context) -> None:
         "--data",
         str(context.data),
         "--envs",
-        str(context.work / "envs"),
+        str(envs),
         "--work_dir",
         str(context.work / "throughput"),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,12 +80,12 @@ class Context:
 
     def note(self, **values: Any) -> None:
         """Add values to the step's result, and write it: a run that is cut off still tells something."""
-        self.values |= values
+        self.values |= _finite(values)
         artifacts.write_json(self.path, self.values)
 
     def row(self, **values: Any) -> None:
         """Add one measurement to the step's result."""
-        self.values["rows"].append(values)
+        self.values["rows"].append(_finite(values))
         self.note()
 
     @cached_property
@@ -145,6 +146,15 @@ class Context:
         """FLOP/s of one large matrix product, measured, and of the data sheet."""
         listed = find_device(torch.cuda.get_device_name()) if self.on_gpu else None
         return {"measured": matrix_peak(self.on_gpu), "data_sheet": listed.flops if listed else None}
+
+
+def _finite(value: Any) -> Any:
+    """The same without numbers that JSON does not have: one of them must not cost the whole step."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def precision(context: Context) -> Any:

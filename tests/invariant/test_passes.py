@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from tests.faults import training
 from tests.faults.harness import make_place
 from vlm_sft.cli.main import main
 from vlm_sft.distributed.launch import Launch, idle_gpus
+from vlm_sft.distributed.zero import release_weights
+from vlm_sft.train import run
 
 LAYER, TOWER = "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"
 
@@ -79,6 +83,39 @@ def test_probe_and_training_compute_alike_and_the_frozen_tower_keeps_nothing(
     assert all(autocast for _, _, autocast, _ in trained)
     assert not any(needs for kind, _, _, needs in calls if kind == TOWER)
     assert any(needs for kind, _, _, needs in trained if kind == LAYER)
+
+
+def test_the_trained_model_is_gone_before_another_is_evaluated(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that just holds a model in training does not hold a second one."""
+    models: list[Any] = []
+    build, evaluate = run.build_training, run.evaluate_run
+
+    def noted(*arguments: Any) -> Any:
+        made = build(*arguments)
+        models.append(weakref.ref(made.loop.model))
+        return made
+
+    def checked(*arguments: Any) -> Any:
+        gc.collect()
+        models.append(models[0]() is None)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(run, "build_training", noted)
+    monkeypatch.setattr(run, "evaluate_run", checked)
+    words = ["--base_model", str(place / "model"), "--dataset", str(place / "data"), "--max_steps", "2"]
+    words += ["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), "--report_to", "none"]
+    assert main(["train", *words, "--eval_benchmarks", "none", "--ignore_forecast"]) == 0
+    assert models[1:] == [True]
+
+
+def test_a_share_of_partitioned_weights_is_freed() -> None:
+    model = torch.nn.Linear(4, 3)
+    cast(Any, model.weight).ds_id, cast(Any, model.weight).ds_tensor = 0, torch.ones(6)
+    release_weights(model)
+    assert not model.weight.numel() and not model.weight.ds_tensor.numel()
+    assert model.bias.numel() == 3, "what is not partitioned is not ours to free"
 
 
 def test_a_process_trains_and_evaluates_the_model_itself(tmp_path: Path) -> None:

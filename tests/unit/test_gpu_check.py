@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import gpu_check
 import gpu_tables
+from gpu_steps.context import Context
 from shapes import SPECIAL, VOCABULARY
 from vlm_sft.common import artifacts
 
@@ -119,6 +120,13 @@ def test_a_step_that_fails_or_takes_too_long_is_told(
     assert code == 1 and steps["installed"]["failed"] == "no time was left for it"
     assert "features" in steps, "steps of an earlier check stay"
     assert "**failed**: no time was left for it" in gpu_tables.tables(tmp_path)
+
+
+def test_a_number_that_is_none_costs_no_step(tmp_path: Path) -> None:
+    context = Context("cpu", tmp_path, tmp_path, tmp_path)
+    with context.writing("memory"):
+        context.row(loss=float("nan"), errors=[1.0, float("inf")])
+    assert artifacts.read_json(tmp_path / "memory.json")["rows"] == [{"loss": None, "errors": [1.0, None]}]
 
 
 def test_a_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

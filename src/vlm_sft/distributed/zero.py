@@ -7,7 +7,7 @@ from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from packaging.version import Version
@@ -106,3 +106,13 @@ def without_compiler() -> None:
 def is_partitioned(*weights: torch.Tensor) -> bool:
     """Whether ZeRO-3 has partitioned any of some weights: DeepSpeed then gives it an id."""
     return any(hasattr(weight, "ds_id") for weight in weights)
+
+
+def release_weights(model: torch.nn.Module) -> None:
+    """Free this rank's share of weights that ZeRO-3 has partitioned, and that nobody needs any more.
+
+    DeepSpeed's hooks keep such a model for the life of the process, also when its engine was destroyed.
+    """
+    for parameter in filter(is_partitioned, model.parameters()):
+        share = cast(Any, parameter).ds_tensor
+        share.data, parameter.data = share.new_empty(0), parameter.new_empty(0)

@@ -17,7 +17,7 @@ from vlm_sft.common.artifacts import read_json
 from vlm_sft.common.errors import NumericalError, RunError
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.launch import Launch
-from vlm_sft.distributed.zero import is_partitioned
+from vlm_sft.distributed.zero import is_partitioned, release_weights
 from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.step_gradients import StepGradients, loss_problem
@@ -222,6 +222,7 @@ class DeepSpeedOptimization:
     def close(self) -> None:
         """As of `Optimization`."""
         self.engine.destroy()
+        release_weights(self.model)
 
 
 def _gathered(parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:

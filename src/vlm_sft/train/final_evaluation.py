@@ -17,6 +17,7 @@ from vlm_sft.common.record import folder_bytes
 from vlm_sft.data.cache.encoded import DataCache
 from vlm_sft.distributed.collectives import barrier
 from vlm_sft.distributed.launch import Launch
+from vlm_sft.distributed.zero import release_weights
 from vlm_sft.evaluate.evaluator import Evaluator, results_table
 from vlm_sft.evaluate.loading import open_backend
 from vlm_sft.evaluate.pictures import save_pictures
@@ -40,9 +41,8 @@ def evaluate_run(run: TrainingRun, plan: Plan, tasks: list[Task]) -> dict[str, A
     """
     if not tasks:
         return {}
-    options, launch = run.options, run.launch
+    options = run.options
     base = plan.base
-    _forget_deepspeed(launch)
     barrier("save the model")
     folder = options.output_dir / artifacts.EVALUATION_FOLDER
     with run.record.timed("evaluate"):
@@ -71,6 +71,7 @@ def _answer(
 ) -> DataCache:
     """Answer the benchmarks with one model, for each side: "base" is the model without its adapter."""
     launch = run.launch
+    _free_memory(launch)
     asked = [sample for task in tasks for sample in task.samples]
     backend, cache = open_backend(base, adapter, launch, run.options.shard_weights, plan.engine, asked)
     model = backend.model
@@ -83,11 +84,15 @@ def _answer(
                 folder = run.options.output_dir / artifacts.EVALUATION_FOLDER / side / task.name
                 identity = identity_of(base, tuned)
                 evaluator.run(task, folder, f"{task.name}: {side}", identity)
+    release_weights(model)
     return cache
 
 
-def _forget_deepspeed(launch: Launch) -> None:
-    """Free the engine, and let models be loaded whole again (ZeRO-3 partitions them while its config is alive)."""
+def _free_memory(launch: Launch) -> None:
+    """Free the models and engines before this one, and let models be loaded whole again.
+
+    ZeRO-3 partitions them while its config is alive.
+    """
     gc.collect()
     if launch.deepspeed is not None:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config

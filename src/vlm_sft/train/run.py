@@ -36,6 +36,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
             with training.running():
                 training.loop.run(training.callbacks, run.checkpoint)
             kept = training.finish()
+            del training  # its weights make room for those that are evaluated
             results = evaluate_run(run, plan, tasks)
             trackers.conclude(run.record.values["steps"])
             run.record.update(bytes=sizes(options.output_dir))

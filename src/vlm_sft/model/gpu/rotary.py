@@ -9,7 +9,6 @@ queries in another way, are told apart by their numbers and left as they are.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
 from types import ModuleType
@@ -51,13 +50,13 @@ def fused_rotary(model: torch.nn.Module, device: torch.device) -> Iterator[tuple
 def _found(model: Any) -> tuple[ModuleType, Any, int] | None:
     """The file of a language model's attention, its embedding, and the width of a head; None where it has none so."""
     embedding = model.rotary_emb
-    file = sys.modules[type(embedding).__module__]
-    if not hasattr(file, FUNCTION):
+    file = inspect.getmodule(type(embedding))
+    if file is None or not hasattr(file, FUNCTION):
         return None
     widths = (
         module.head_dim
         for module in model.modules()
-        if type(module).__module__ == file.__name__ and hasattr(module, "k_proj") and hasattr(module, "head_dim")
+        if hasattr(module, "k_proj") and hasattr(module, "head_dim") and inspect.getmodule(type(module)) is file
     )
     width = next(widths, None)
     return None if width is None else (file, embedding, int(width))
