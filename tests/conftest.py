@@ -28,6 +28,7 @@ REPEATING = {
     "llava_next",
     "ovis2",
     "paddleocr_vl",
+    "perception_lm",
     "qianfan_ocr",
     "video_llama_3",
     "vipllava",
