@@ -19,10 +19,14 @@ from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.packing import Bundle
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.evaluate import generate_rows
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.batching import image_counter, plan_packs
 from vlm_sft.evaluate.generate import generate
+from vlm_sft.evaluate.generate_rows import rows_agree
+from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA
+from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base, find_base, load_model, set_attention
 from vlm_sft.model.sharing_check import choose_mode
 
@@ -71,7 +75,7 @@ def plain_answer(base: Base, model: Any, encoder: Encoder, sample: Sample) -> li
 def packed_tokens(backend: SharedPrefixBackend, budget: int) -> dict[str, list[int]]:
     """Tokens by sample id under one token budget."""
     found: dict[str, list[int]] = {}
-    packs = plan_packs(samples(), image_counter(backend.encoder.processor), budget)
+    packs = plan_packs(samples(), image_counter(backend.encoder.processor), budget, backend.separate)
     for pack in packs:
         groups = [backend.encoder.encode(members, with_answers=False) for members in pack]
         tokens, _ = backend._tokens(groups, torch.device("cpu"), TOKENS)
@@ -79,7 +83,7 @@ def packed_tokens(backend: SharedPrefixBackend, budget: int) -> dict[str, list[i
     return found
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "smolvlm", "pocket"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "smolvlm", "pocket", "paligemma"])
 def test_tokens_are_those_of_plain_generation_for_any_budget(family: str) -> None:
     base, model = tiny_base(family)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
@@ -87,7 +91,7 @@ def test_tokens_are_those_of_plain_generation_for_any_budget(family: str) -> Non
     plain = {sample.id: plain_answer(base, model, encoder, sample) for sample in samples()}
     set_attention(model, SHARED_SDPA)
     backend = SharedPrefixBackend(base, model)
-    assert backend.mode.shares
+    assert backend.mode.shares == (family != "paligemma")
     assert any(plain.values())
     for budget in (1, 150, 100_000):
         assert packed_tokens(backend, budget) == plain, budget
@@ -110,6 +114,47 @@ def test_a_near_tie_is_reported_and_decided_alone() -> None:
     assert everything.tokens == alone
 
 
+@pytest.mark.parametrize("family", ["paligemma", "llava", "qwen3_5"])
+def test_separate_questions_are_answered_together_where_that_is_exact(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, model = tiny_base(family)
+    backend = SharedPrefixBackend(base, model.eval(), PackMode("separate"))
+    groups = [backend.encoder.encode(samples()[3:], with_answers=False)]
+    calls = []
+    forward = packed_forward.separate_inputs
+
+    def counted(*arguments: Any) -> Any:
+        inputs = forward(*arguments)
+        calls.append(len(inputs["input_ids"]))
+        return inputs
+
+    assert backend._in_batches and rows_agree(model, backend.encoder)
+    monkeypatch.setattr(packed_forward, "separate_inputs", counted)
+    together, _ = backend._tokens(groups, torch.device("cpu"), TOKENS)
+    assert calls[0] == 3
+    monkeypatch.setattr(generate_rows, "difference", lambda *_: 1.0)
+    assert not rows_agree(model, backend.encoder)
+    backend._in_batches = False
+    calls.clear()
+    assert backend._tokens(groups, torch.device("cpu"), TOKENS)[0] == together
+    assert calls == [1, 1, 1]
+
+
+def test_near_ties_and_limits_of_a_batch() -> None:
+    base, model = tiny_base("paligemma")
+    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    batch = collate([Bundle(0, (0, 1, 2))], [encoder.encode(samples()[3:], with_answers=False)])
+    model.generation_config.repetition_penalty = 9.0  # of the base's own; plain greedy decoding is asked for
+    whole = generate_rows.generate_rows(model, batch, max_new_tokens=TOKENS, stop_ids=(), near_tie=1e9)
+    assert whole.near_ties == whole.cut == [0, 1, 2] and model.generation_config.repetition_penalty == 9.0
+    stop = whole.tokens[1][2]
+    found = generate_rows.generate_rows(model, batch, max_new_tokens=TOKENS, stop_ids=(stop,))
+    ends = [tokens.index(stop) if stop in tokens else len(tokens) for tokens in whole.tokens]
+    assert found.tokens == [tokens[:end] for tokens, end in zip(whole.tokens, ends, strict=True)]
+    assert found.cut == [number for number, end in enumerate(ends) if end == TOKENS] and found.near_ties == []
+
+
 def test_a_rank_that_is_done_keeps_step_without_changing_its_answers() -> None:
     base, model = tiny_base("qwen2_5_vl")
     backend = SharedPrefixBackend(base, model)
@@ -128,8 +173,8 @@ def test_plan_covers_every_question_once_and_keeps_the_budget() -> None:
     from vlm_sft.evaluate.batching import rounds, share
 
     asked = samples()
-    for budget in (1, 60, 120, 10_000):
-        packs = plan_packs(asked, lambda image: 20, budget)
+    for budget, separate in ((1, False), (60, False), (120, True), (120, False), (10_000, True), (10_000, False)):
+        packs = plan_packs(asked, lambda image: 20, budget, separate)
         ids = [sample.id for pack in packs for members in pack for sample in members]
         assert sorted(ids) == sorted(sample.id for sample in asked)
         assert all(len({sample.image_key for sample in members}) == 1 for pack in packs for members in pack)

@@ -15,7 +15,8 @@ from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.epoch_order import global_batches
 from vlm_sft.data.loader import StepDataset
-from vlm_sft.data.packing import Bundle, EpochPlanner, GroupLengths, Step, bundle_tokens
+from vlm_sft.data.packing import LEAST_SHARE, Bundle, EpochPlanner, GroupLengths, Step, bundle_tokens, row_tokens
+from vlm_sft.forecast.flops import epoch_work
 
 
 @st.composite
@@ -36,6 +37,8 @@ def planners(draw: st.DrawFn) -> EpochPlanner:
         max_questions_per_image=draw(st.none() | st.integers(1, 6)),
         max_questions_per_pack=draw(st.none() | st.integers(1, 6)),
         share_images=draw(st.booleans()),
+        rows=draw(st.sampled_from([None, None, "padded", "equal", "single"])),
+        packing=draw(st.booleans()),
     )
 
 
@@ -73,8 +76,28 @@ def test_packs_keep_their_limits_and_ranks_stay_in_step(planner: EpochPlanner) -
                 assert sum(counts) <= planner.max_questions_per_pack
             if not planner.share_images:
                 assert set(counts) <= {1}
-            if sum(counts) > 1:  # one question that is too long for the budget is a pack of its own
+            rows = sorted(size for b in pack for size in row_tokens(b, planner.lengths[b.group]))
+            if planner.rows == "equal":
+                assert len(set(rows)) <= 1
+            if planner.rows and (planner.rows == "single" or not planner.packing):
+                assert len(rows) <= 1
+            if planner.rows and len(rows) > 1:
+                assert len(rows) * rows[-1] <= planner.tokens_per_pack and rows[0] >= LEAST_SHARE**2 * rows[-1]
+            elif len(rows) > 1 and planner.packing:  # one question that is too long for the budget is a pack of its own
                 assert sum(bundle_tokens(b, planner.lengths[b.group]) for b in pack) <= planner.tokens_per_pack
+
+
+def test_separate_questions_fill_padded_batches_of_similar_length() -> None:
+    short, long = GroupLengths(100, (10,) * 8, (2,) * 8), GroupLengths(300, (12,) * 8, (2,) * 8)
+    planner = EpochPlanner((short, long, short), 24, 1000, 1, 0).computed_as("padded")
+    (step,) = planner.epoch(0)
+    packs = [(sum(len(b.questions) for b in pack), {b.group for b in pack}) for pack in packs_of(step)]
+    # 3 rows of 312 tokens, 9 of 110: no batch mixes them, and no image is cut that fits.
+    assert sorted(packs, key=str) == [(2, {1}), (3, {1}), (3, {1}), (8, {0}), (8, {2})]
+    assert epoch_work(planner, [90, 290, 90]).total.tokens == 8 * 312 + 16 * 110
+    two = EpochPlanner((short, long, short), 24, 10_000, 2, 0).computed_as("padded")
+    (step,) = two.epoch(0)
+    assert [[sum(len(b.questions) for b in pack) for pack in packs] for packs in step.ranks] == [[8], [16]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -178,7 +201,7 @@ def test_no_questions_is_said() -> None:
 def test_a_rank_without_work_keeps_in_step_with_weight_zero() -> None:
     _, processor = build("qwen2_5_vl")
     data = PreparedData(questions(0, 3), Encoder(processor, PROMPT), "encoding")
-    planner = EpochPlanner(data.lengths, 2, 10_000, 2, 0).separate()
+    planner = EpochPlanner(data.lengths, 2, 10_000, 2, 0).computed_as("single")
     weights = []
     for rank in range(2):
         steps = StepDataset(data, planner, rank)

@@ -108,7 +108,10 @@ def test_the_training_moves_the_adapter(reference: tuple[Weights, list[float], P
         {"packing": False},
         {"checkpointing": True},
         {"mode": PackMode("dense")},
-        {"mode": PackMode("separate"), "share_images": False, "max_questions_per_pack": 1},
+        {"mode": PackMode("separate"), "rows": "padded"},
+        {"mode": PackMode("separate"), "rows": "padded", "budget": 300, "share_images": False},
+        {"mode": PackMode("separate"), "rows": "equal"},
+        {"mode": PackMode("separate"), "rows": "padded", "packing": False},
     ],
     ids=lambda how: " ".join(f"{name}={getattr(value, 'kind', value)}" for name, value in how.items()),
 )
@@ -124,9 +127,10 @@ def test_a_resume_within_an_epoch(
     data: PreparedData, reference: tuple[Weights, list[float], Path], tmp_path: Path
 ) -> None:
     checkpoint = reference[2] / "checkpoint-3"
-    weights, losses = train(data, tmp_path, budget=300, resume=checkpoint)
-    assert_same(weights, reference[0])
-    assert losses[-(STEPS - 3) :] == pytest.approx(reference[1][3:], abs=2e-6)
+    for how in ({}, {"mode": PackMode("separate"), "rows": "padded"}):
+        weights, losses = train(data, tmp_path / str(len(how)), budget=300, resume=checkpoint, **how)
+        assert_same(weights, reference[0])
+        assert losses[-(STEPS - 3) :] == pytest.approx(reference[1][3:], abs=2e-6)
 
 
 def test_dropout_is_really_on(data: PreparedData, reference: tuple[Weights, list[float], Path], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -14,6 +16,7 @@ from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import Sample
 from vlm_sft.evaluate.generate import generate
+from vlm_sft.evaluate.generate_rows import generate_rows
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import FAMILIES as DECLARED
 from vlm_sft.model.families import Kind, PackMode, declared_mode
@@ -49,12 +52,15 @@ def test_generated_tokens(family: str, kind: Kind) -> None:
     assert mode is not None
     bundles = [Bundle(0, (0, 1, 2)), Bundle(1, (0, 1))]
     packs = [bundles] if mode.shares else [[Bundle(b.group, (q,))] for b in bundles for q in b.questions]
+    settings: dict[str, Any] = {"max_new_tokens": LENGTH, "stop_ids": encoder.stop_ids}
     with torch.no_grad():
         answers = []
         for part in packs:
-            batch = pack(part, groups)
-            answers += generate(model, batch, mode=mode, max_new_tokens=LENGTH, stop_ids=encoder.stop_ids).tokens
+            answers += generate(model, pack(part, groups), mode=mode, **settings).tokens
+        together = generate_rows(model, pack(bundles, groups), **settings)
         set_attention(model.get_base_model(), "sdpa")
         expected = [transformers_answer(model, encoder, sample) for members in samples for sample in members]
     assert answers == expected
+    assert together.tokens == expected
+    assert together.cut == [number for number, answer in enumerate(expected) if len(answer) == LENGTH]
     assert any(expected)

@@ -58,8 +58,9 @@ def pack_of(model: Any, encoder: Encoder) -> tuple[Any, Any, Work]:
     """A pack, how it is computed, and its work."""
     groups = [encoder.encode(questions(seed, 3)) for seed in range(2)]
     mode = choose_mode(model, encoder)
-    pack = [Bundle(0, (0, 1, 2)), Bundle(1, (0, 1))] if mode.shares else [Bundle(0, (0,))]
-    work = flops.pack_work(pack, [group_lengths(group) for group in groups], [group.image_tokens for group in groups])
+    pack = [Bundle(0, (0, 1, 2)), Bundle(1, (0, 1))]
+    lengths, visual = [group_lengths(group) for group in groups], [group.image_tokens for group in groups]
+    work = flops.pack_work(pack, lengths, visual, not mode.shares)
     return collate(pack, groups), mode, work
 
 
@@ -73,7 +74,9 @@ def test_parameters_and_operations(family: str) -> None:
     trained, total = parameter_counts(model)
     assert (adapter.parameters(shape), shape.parameters) == (trained, total - trained)
     batch, mode, work = pack_of(model.train(), encoder)
-    assert work.tokens == batch.tokens and work.supervised == len(batch.targets)
+    assert work.tokens == (batch.tokens if mode.shares else batch.padded_tokens) and work.supervised == len(
+        batch.targets
+    )
     with sdpa_kernel(SDPBackend.MATH), packed_forward.packed(batch, mode, 0), FlopCounterMode(display=False) as counter:
         loss = packed_forward.token_losses(model, batch, mode).sum()
         forward = counter.get_total_flops()

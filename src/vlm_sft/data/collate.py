@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -73,6 +73,12 @@ class PackedBatch:
     def tokens(self) -> int:
         """Length L of the sequence."""
         return self.input_ids.shape[1]
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens of its questions as a padded batch of separate sequences."""
+        sizes = [bounds[1] - bounds[0] + b - a for bounds in self.ends for a, b in pairwise(bounds[1:])]
+        return len(sizes) * max(sizes)
 
     def to(self, device: torch.device) -> PackedBatch:
         """Copy the tensors to a device, without waiting for it, and decode the pixels there."""

@@ -37,4 +37,8 @@ class EngineOptions(CacheOptions):
     share_images: bool = option(
         True, "compute an image once for all its questions of a step (default: %(default)s)", words=("true", "false")
     )
-    packing: bool = option(True, "put several images into one forward pass (default: %(default)s)", words=("on", "off"))
+    packing: bool = option(
+        True,
+        "put several images, or questions that cannot share one, into one forward pass (default: %(default)s)",
+        words=("on", "off"),
+    )

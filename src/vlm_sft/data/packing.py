@@ -9,10 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 from vlm_sft.common.errors import DataError
 from vlm_sft.data.epoch_order import Bundle, global_batches
+
+# How questions that cannot share an image run together, each with its own copy of the image's tokens: as one batch
+# padded to the longest, as batches of equal length, or one question a forward pass.
+Rows = Literal["padded", "equal", "single"]
+# A question joins a padded batch when it has at least this share of the tokens of the longest one.
+LEAST_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +140,82 @@ def _level(packs: list[list[Bundle]], lengths: Sequence[GroupLengths], most: int
             rows[other].append(given)
 
 
+def pack_rows(
+    bundles: Sequence[Bundle],
+    lengths: Sequence[GroupLengths],
+    world_size: int,
+    tokens_per_pack: int,
+    max_questions_per_pack: int | None = None,
+    rows: Rows = "padded",
+) -> tuple[tuple[tuple[Bundle, ...], ...], ...]:
+    """Cut one global batch into packs of separate sequences of similar length, the same number on every rank.
+
+    A pack takes its number of questions times the tokens of the longest one, padding included. Questions about one
+    image stay together where they fit, so that its vision features are computed once.
+
+    Args:
+        bundles, lengths, world_size, tokens_per_pack, max_questions_per_pack: as in `pack_batch`.
+        rows: what may stand in one pack.
+
+    Returns:
+        For each rank its packs, the longest sequences first; packs may be empty.
+    """
+    most = 1 if rows == "single" else max_questions_per_pack
+    share = 1.0 if rows == "equal" else LEAST_SHARE
+    pieces: list[Bundle] = []
+    for bundle in bundles:
+        own = lengths[bundle.group]
+        asked = sorted(bundle.questions, key=own.questions.__getitem__, reverse=True)
+        sizes = [(own.prefix + own.questions[question], 1) for question in asked]
+        runs = fill_rows(sizes, tokens_per_pack, most, share)
+        pieces += [Bundle(bundle.group, tuple(asked[start:stop])) for start, stop in runs]
+    pieces = _at_least(pieces, world_size)
+    pieces.sort(key=lambda piece: -max(row_tokens(piece, lengths[piece.group])))
+    sized = [(max(row_tokens(piece, lengths[piece.group])), len(piece.questions)) for piece in pieces]
+    rounds = -(-len(fill_rows(sized, tokens_per_pack, most, share)) // world_size)
+    low, high = 1, tokens_per_pack
+    while low < high:  # the smallest largest pack in as many rounds
+        middle = (low + high) // 2
+        if len(fill_rows(sized, middle, most, share)) <= rounds * world_size:
+            high = middle
+        else:
+            low = middle + 1
+    packs = [tuple(pieces[start:stop]) for start, stop in fill_rows(sized, high, most, share)]
+    packs += [()] * (rounds * world_size - len(packs))
+    return tuple(tuple(packs[rank::world_size]) for rank in range(world_size))
+
+
+def fill_rows(
+    sized: Sequence[tuple[int, int]], budget: int, most: int | None = None, share: float = LEAST_SHARE
+) -> list[tuple[int, int]]:
+    """Fill padded batches in order.
+
+    Args:
+        sized: for each piece the tokens of its longest sequence, descending, and its number of sequences.
+        budget: tokens of one batch, padding included; a piece that exceeds it is a batch of its own.
+        most: cap on the sequences of a batch; None for no cap.
+        share: the least share of a batch's longest sequence that a piece's longest must have.
+
+    Returns:
+        For each batch its first piece, and the first one behind it.
+    """
+    cuts = [0]
+    count = 0
+    for index, (size, sequences) in enumerate(sized):
+        longest = sized[cuts[-1]][0]
+        count += sequences
+        full = count * longest > budget or (most is not None and count > most)
+        if index > cuts[-1] and (full or size < share * longest):
+            cuts.append(index)
+            count = sequences
+    return list(pairwise([*cuts, len(sized)])) if sized else []
+
+
+def row_tokens(bundle: Bundle, lengths: GroupLengths) -> list[int]:
+    """Tokens of each question of a bundle as a sequence of its own, with its image."""
+    return [lengths.prefix + lengths.questions[question] for question in bundle.questions]
+
+
 def _one_bundle_a_pack(ranks: tuple[tuple[tuple[Bundle, ...], ...], ...]) -> tuple[tuple[tuple[Bundle, ...], ...], ...]:
     """Take the packs of a plan apart; every rank still has the same number of them, some empty at the end."""
     bundles = [bundle for packs in ranks for pack in packs for bundle in pack]
@@ -205,6 +288,7 @@ class EpochPlanner:
         max_questions_per_pack: cap on the questions of one forward pass; None for no cap.
         share_images: False gives every question its own prefix, as trainers without image sharing do.
         packing: False gives every bundle a forward pass of its own.
+        rows: how questions run that cannot share an image; None where they share it.
     """
 
     lengths: tuple[GroupLengths, ...]
@@ -216,6 +300,7 @@ class EpochPlanner:
     max_questions_per_pack: int | None = None
     share_images: bool = True
     packing: bool = True
+    rows: Rows | None = None
 
     def __post_init__(self) -> None:
         if not self.lengths:
@@ -236,9 +321,9 @@ class EpochPlanner:
         """Number of questions of each image."""
         return [len(group.questions) for group in self.lengths]
 
-    def separate(self) -> EpochPlanner:
-        """The same plan with one question in every pack, for models whose questions cannot share an image."""
-        return replace(self, share_images=False, max_questions_per_pack=1)
+    def computed_as(self, rows: Rows | None) -> EpochPlanner:
+        """The same plan for questions that share their image (None), or with packs of separate sequences."""
+        return replace(self, rows=rows)
 
     def questions_after(self, steps: int) -> int:
         """Questions that the first optimizer steps train on, repetitions in later epochs counted."""
@@ -258,9 +343,12 @@ class EpochPlanner:
         if not self.share_images:
             bundles = [Bundle(bundle.group, (question,)) for bundle in bundles for question in bundle.questions]
         limits = (self.world_size, self.tokens_per_pack, self.max_questions_per_pack)
-        packs = pack_batch(bundles, self.lengths, *limits)
-        if not self.packing:
-            packs = _one_bundle_a_pack(packs)
+        if self.rows is not None:
+            packs = pack_rows(bundles, self.lengths, *limits, self.rows if self.packing else "single")
+        else:
+            packs = pack_batch(bundles, self.lengths, *limits)
+            if not self.packing:
+                packs = _one_bundle_a_pack(packs)
         return Step(
             packs,
             sum(len(bundle.questions) for bundle in bundles),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,11 +24,13 @@ from vlm_sft.distributed.collectives import largest_count
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.evaluate.batching import Pack
 from vlm_sft.evaluate.generate import Generated, alone, generate
-from vlm_sft.model.families import PackMode
+from vlm_sft.evaluate.generate_rows import generate_rows, rows_agree
+from vlm_sft.model.families import PackMode, family_of
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.load import Base, empty_model
 from vlm_sft.model.saved_adapter import read_contents
 from vlm_sft.model.sharing_check import choose_mode
+from vlm_sft.model.vision_features import unwrap
 from vlm_sft.model.vllm_rules import TOWER, TOWER_NOTE, lora_settings
 
 # Rounding differs between packs by about 1e-5 in float32. A question whose two best tokens were nearer than this is
@@ -50,10 +53,12 @@ class Backend(Protocol):
 
     Attributes:
         in_step: every rank computes the same number of packs (ZeRO-3); what is too many is thrown away.
+        separate: every question gets its own copy of its image's tokens.
     """
 
     encoder: Encoder
     in_step: bool
+    separate: bool
 
     def answers(self, packs: Sequence[Pack], max_new_tokens: int) -> Iterator[list[Reply]]:
         """Yield for each pack its questions with their answers.
@@ -76,6 +81,7 @@ class SharedPrefixBackend:
 
     Attributes:
         in_step: every forward pass needs all ranks (ZeRO-3 partitions the weights), so all take the same number.
+        separate: as in `Backend`.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class SharedPrefixBackend:
         self._images = images or self.encoder.process_images
         self.mode = mode or choose_mode(model, self.encoder)
         self.in_step = is_partitioned(*model.parameters())
+        self.separate = not self.mode.shares
         # Decoding and encoding happen at the same time, and a tokenizer is not made for two threads.
         self._tokenizer = copy.deepcopy(self.encoder.tokenizer)
 
@@ -115,7 +122,7 @@ class SharedPrefixBackend:
         tokens: list[list[int]] = [[] for _ in single]
         cut: set[int] = set()
         again = list(range(len(single)))
-        if self.mode.shares:
+        if self.mode.shares or self._in_batches:
             whole = self._generate(everything, groups, device, max_new_tokens)
             tokens, cut = whole.tokens, set(whole.cut)
             again = whole.near_ties if len(single) > 1 else []
@@ -130,16 +137,29 @@ class SharedPrefixBackend:
     def _generate(
         self, bundles: list[Bundle], groups: list[EncodedGroup], device: torch.device, max_new_tokens: int
     ) -> Generated:
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.base.dtype == torch.bfloat16):
-            return generate(
-                self.model,
-                collate(bundles, groups).to(device),
-                mode=self.mode,
-                max_new_tokens=max_new_tokens,
-                stop_ids=self.encoder.stop_ids,
-                near_tie=NEAR_TIES.get(self.base.dtype, 0.0),
-                any_rank_busy=self._any_rank_busy if self.in_step else alone,
-            )
+        batch = collate(bundles, groups).to(device)
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "stop_ids": self.encoder.stop_ids,
+            "near_tie": NEAR_TIES.get(self.base.dtype, 0.0),
+        }
+        with self._precision(device):
+            if len(batch.sample_ids) > 1 and not self.mode.shares:
+                return generate_rows(self.model, batch, **options)
+            busy = self._any_rank_busy if self.in_step else alone
+            return generate(self.model, batch, mode=self.mode, any_rank_busy=busy, **options)
+
+    def _precision(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.base.dtype == torch.bfloat16)
+
+    @cached_property
+    def _in_batches(self) -> bool:
+        """Whether questions that share nothing are answered together: where that gives what they get alone."""
+        if self.in_step or self.mode.rows != "padded":
+            return False
+        base = unwrap(self.model)
+        with self._precision(base.device):
+            return bool(family_of(base.config).reason) or rows_agree(self.model, self.encoder)
 
     def _most(self, count: int) -> int:
         """The largest count over the ranks that have to stay in step."""
@@ -168,6 +188,7 @@ class VllmBackend:
 
         self.encoder = Encoder(base.processor, base.prompt, base.stop_ids)
         self.in_step = False
+        self.separate = False
         bounds = {"min_pixels": base.prompt.min_pixels, "max_pixels": base.prompt.max_pixels}
         self._lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
         settings = _lora_settings(base, adapter) if adapter else {}

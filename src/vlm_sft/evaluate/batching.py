@@ -1,7 +1,7 @@
 """Which questions are answered in one forward pass.
 
-The plan depends on the questions and the token budget only: not on the number of ranks, nor on what an interrupted
-evaluation had answered already. So the same questions always share the same forward passes.
+The plan depends on the questions, the token budget and whether the model shares images: not on the number of ranks, nor
+on what an interrupted evaluation had answered already. So the same questions always share the same forward passes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from vlm_sft.data.encode import group_by_image
-from vlm_sft.data.packing import cut_questions
+from vlm_sft.data.packing import cut_questions, fill_rows
 from vlm_sft.data.processor import visual_tokens
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.data.token_estimate import CAREFUL
@@ -20,7 +20,9 @@ Pack = list[list[Sample]]  # images of one forward pass, each with the questions
 _PIXELS_PER_TOKEN = 784  # 28 x 28: of processors that cannot say themselves
 
 
-def plan_packs(samples: Sequence[Sample], image_tokens: Callable[[ImageRef], int], budget: int) -> list[Pack]:
+def plan_packs(
+    samples: Sequence[Sample], image_tokens: Callable[[ImageRef], int], budget: int, separate: bool = False
+) -> list[Pack]:
     """Sort the images by length and fill packs up to the token budget.
 
     Args:
@@ -28,13 +30,17 @@ def plan_packs(samples: Sequence[Sample], image_tokens: Callable[[ImageRef], int
         image_tokens: estimates the tokens of an image.
         budget: tokens of one forward pass. An image with more questions than fit is cut between questions; a single
             question that exceeds it gets a pack of its own.
+        separate: every question is a sequence of its own, padded to the longest of its pack.
 
     Returns:
         The packs, largest first, so that memory runs out at the start or never. Every question comes once.
     """
+    groups = group_by_image(samples)
+    prefixes = [CAREFUL.prefix + sum(image_tokens(image) for image in group[0].images) for group in groups]
+    if separate:
+        return _separate_packs(groups, prefixes, budget)
     pieces: list[tuple[int, int, list[Sample]]] = []
-    for group in group_by_image(samples):
-        prefix = CAREFUL.prefix + sum(image_tokens(image) for image in group[0].images)
+    for group, prefix in zip(groups, prefixes, strict=True):
         for start, stop, load in cut_questions(prefix, [question_tokens(sample) for sample in group], budget):
             pieces.append((-load, len(pieces), group[start:stop]))
     packs: list[Pack] = []
@@ -46,6 +52,19 @@ def plan_packs(samples: Sequence[Sample], image_tokens: Callable[[ImageRef], int
         packs[-1].append(members)
         room += negative_load
     return packs
+
+
+def _separate_packs(groups: Sequence[list[Sample]], prefixes: Sequence[int], budget: int) -> list[Pack]:
+    """Packs of separate sequences of similar length, the longest first; images stay whole where they fit."""
+    pieces: list[tuple[int, list[Sample]]] = []
+    for group, prefix in zip(groups, prefixes, strict=True):
+        members = sorted(group, key=lambda sample: -question_tokens(sample))
+        sizes = [prefix + question_tokens(sample) for sample in members]
+        for start, stop in fill_rows([(size, 1) for size in sizes], budget):
+            pieces.append((sizes[start], members[start:stop]))
+    pieces.sort(key=lambda piece: -piece[0])
+    runs = fill_rows([(size, len(members)) for size, members in pieces], budget)
+    return [[members for _, members in pieces[start:stop]] for start, stop in runs]
 
 
 def question_tokens(sample: Sample) -> int:

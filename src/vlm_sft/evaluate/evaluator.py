@@ -113,7 +113,7 @@ class Evaluator:
     def _answer(self, task: Task, folder: Path, label: str, done: set[str]) -> None:
         """Answer this rank's packs and write the rows as they come."""
         clusters = dict(zip((one.id for one in task.samples), image_groups(task.samples), strict=True))
-        packs = plan_packs(task.samples, self._image_tokens, self.tokens_per_pack)
+        packs = plan_packs(task.samples, self._image_tokens, self.tokens_per_pack, self.backend.separate)
         own = share(packs, done, self.rank, self.world_size)
         total = sum(len(members) for pack in own for members in pack)
         with (

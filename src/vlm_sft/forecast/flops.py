@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from vlm_sft.data.packing import Bundle, EpochPlanner, GroupLengths, bundle_tokens
+from vlm_sft.data.packing import Bundle, EpochPlanner, GroupLengths, bundle_tokens, row_tokens
 from vlm_sft.forecast.shapes import ModelShape
 from vlm_sft.recipe.schema import Recipe
 
@@ -26,12 +26,13 @@ class Work:
 
     Attributes:
         packs: forward passes.
-        tokens: tokens of the language model.
-        squares: sum over images of the squared tokens of an image with its questions.
+        tokens: tokens of the language model; padding counts.
+        squares: sum over images of the squared tokens of an image with its questions; over questions where each one
+            is a sequence of its own.
         supervised: positions where the vocabulary projection runs.
         questions: questions.
         images: images with their prefix.
-        visual: visual tokens among `tokens`.
+        visual: visual tokens of the images.
         visual_squares: sum over images of their squared visual tokens.
         keys: keys that FlashAttention gathers: of every prefix, and of every question with its prefix.
     """
@@ -58,15 +59,23 @@ NO_WORK = Work()
 Pack = tuple[Bundle, ...]
 
 
-def pack_work(pack: Sequence[Bundle], lengths: Sequence[GroupLengths], visual: Sequence[int]) -> Work:
+def pack_work(
+    pack: Sequence[Bundle], lengths: Sequence[GroupLengths], visual: Sequence[int], separate: bool = False
+) -> Work:
     """Sizes of one forward pass.
 
     Args:
         pack: what it computes; an empty pack is nothing.
         lengths: token counts of every image.
         visual: visual tokens of every image.
+        separate: its questions are a padded batch of separate sequences.
     """
     sizes = [bundle_tokens(bundle, lengths[bundle.group]) for bundle in pack]
+    keys = sum(sizes) + sum(len(bundle.questions) * lengths[bundle.group].prefix for bundle in pack)
+    if separate and pack:
+        rows = [tokens for bundle in pack for tokens in row_tokens(bundle, lengths[bundle.group])]
+        sizes = [max(rows)] * len(rows)
+        keys = sum(sizes)
     seen = [visual[bundle.group] for bundle in pack]
     return Work(
         packs=1 if pack else 0,
@@ -77,7 +86,7 @@ def pack_work(pack: Sequence[Bundle], lengths: Sequence[GroupLengths], visual: S
         images=len(pack),
         visual=sum(seen),
         visual_squares=sum(count * count for count in seen),
-        keys=sum(sizes) + sum(len(bundle.questions) * lengths[bundle.group].prefix for bundle in pack),
+        keys=keys,
     )
 
 
@@ -111,7 +120,7 @@ def epoch_work(planner: EpochPlanner, visual: Sequence[int], epoch: int = 0) -> 
     for step in planner.epoch(epoch):
         rounds = max(rounds, *map(len, step.ranks))
         for packs in zip(*step.ranks, strict=True):
-            works = [pack_work(pack, planner.lengths, visual) for pack in packs]
+            works = [pack_work(pack, planner.lengths, visual, planner.rows is not None) for pack in packs]
             slowest += max(works, key=lambda work: work.tokens)
             for work in works:
                 total += work

@@ -167,16 +167,17 @@ class KeyedDropout(torch.nn.Module):
         self.seed = seed
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Drop values of a (1, L, C) activation and scale the others by 1 / (1 - probability)."""
+        """Drop values of a (1, L, C) or (B, T, C) activation and scale the others by 1 / (1 - probability)."""
         if not self.training or self.p == 0.0:
             return values
         pack = current_pack()
-        keys = pack.keys_for(values.shape[-2])
+        rows = values.flatten(0, -2)
+        keys = pack.keys_for(len(rows))
         if keys is None:
             return torch.nn.functional.dropout(values, self.p)
         fits = values.is_cuda and values.dtype in KERNEL_DTYPES and fused_problem(values.device) is None
         dropout = fused_dropout if fits else stepwise_dropout
-        return dropout(values, keys, self.p, _mix(self.seed * 1_000_003 + pack.step))
+        return dropout(rows, keys, self.p, _mix(self.seed * 1_000_003 + pack.step)).view_as(values)
 
     def extra_repr(self) -> str:
         """Show the probability when the model is printed."""

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from vlm_sft.data.packing import Rows
+
 Kind = Literal["blockwise", "dense", "separate"]
 T = TypeVar("T")
 DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -152,6 +154,7 @@ class PackMode:
     Attributes:
         kind: "blockwise": one small attention problem per image, through our attention functions; "dense": one mask
             over the whole pack, for any attention function; "separate": plain transformers, one question a sequence.
+        rows: how the sequences of "separate" run together.
         image_blocks: whether the tokens of an image see each other in both directions.
         one_block: as in `Family`.
         reaches: one for each kind of attention layers.
@@ -163,6 +166,12 @@ class PackMode:
     one_block: bool = False
     reaches: tuple[Reach, ...] = (Reach(),)
     note: str = ""
+    rows: Rows = "padded"
+
+    @property
+    def separate_rows(self) -> Rows | None:
+        """How separate sequences run together; None where questions share their image."""
+        return None if self.shares else self.rows
 
     @property
     def shares(self) -> bool:

@@ -23,10 +23,11 @@ from transformers import (
 from vlm_sft.common.artifacts import read_json
 from vlm_sft.common.console import warn
 from vlm_sft.common.errors import ModelError, RunError, quoted
+from vlm_sft.data.packing import Rows
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS, assign_windows, attention_name
 from vlm_sft.model.cpu.fuse import fuse_modules
-from vlm_sft.model.families import DEFAULT_BASE, layer_values
+from vlm_sft.model.families import DEFAULT_BASE, declared_mode, layer_values
 from vlm_sft.model.forward_patch import holds, is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.last_layer import trim_last_layer
@@ -57,6 +58,7 @@ class Base:
         dtype: of the weights and the computation.
         notes: what the user should know: a request that could not be met, and what is done instead.
         load_in_4bit: hold the weights of the language model in 4 bits (QLoRA).
+        rows: how its questions run where its configuration says that they cannot share an image; else None.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Base:
     dtype: torch.dtype
     notes: tuple[str, ...]
     load_in_4bit: bool = False
+    rows: Rows | None = None
 
     @property
     def attention(self) -> str:
@@ -222,6 +225,7 @@ def find_base(
     function, notes = choose_attention(flash_attn, dtype, min(widths, default=None))
     notes = [*_bfloat16_notes(bf16), *notes]
     settings = prompt or PromptSettings.find(path) or PromptSettings()
+    declared = declared_mode(config, "blockwise")
     return Base(
         name=name,
         path=path,
@@ -232,6 +236,7 @@ def find_base(
         dtype=dtype,
         notes=tuple(notes),
         load_in_4bit=load_in_4bit,
+        rows=declared.separate_rows if declared else None,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 
 from vlm_sft.data.collate import moved_to
 from vlm_sft.model.families import Reach
+from vlm_sft.model.padded_rows import PaddedRows
 from vlm_sft.model.state_batches import Recurrence
 
 _FULL = Reach()
@@ -182,6 +183,8 @@ class PackContext:
         recurrence: what layers with a state follow; None where they compute whatever they are given as one sequence.
         index: (L,) int64, index of each token in the sequence that its question alone would be; None where the tokens
             are one sequence.
+        padded: the questions as a batch of separate sequences, which plain transformers computes; `rows` and `keys` are
+            those of the flattened batch then. None where they share their image.
     """
 
     tokens: int = 0
@@ -191,6 +194,7 @@ class PackContext:
     step: int = 0
     recurrence: Recurrence | None = None
     index: torch.Tensor | None = None
+    padded: PaddedRows | None = None
 
     @cached_property
     def _row_keys(self) -> torch.Tensor | None:

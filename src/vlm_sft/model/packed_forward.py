@@ -1,7 +1,8 @@
 """The forward pass of a pack: positions, attention layout, images in, logits of supervised positions out.
 
 The mathematics is that of separate sequences: every question sees its own image prefix and itself, its positions
-restart right after the prefix, and the vocabulary projection runs only where a supervised token is predicted.
+restart right after the prefix, and the vocabulary projection runs only where a supervised token is predicted. A model
+whose questions cannot share an image gets them as a padded batch, with nothing but plain transformers around it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from vlm_sft.model.families import PackMode, Reach, family_of, masks_for, router
 from vlm_sft.model.last_layer import is_trimmed
 from vlm_sft.model.mixers import State
 from vlm_sft.model.pack_context import PackContext, PackLayout, branch_mask, computing, current_pack
+from vlm_sft.model.padded_rows import PaddedRows, padded_rows, scored, scoring_rows
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.protocols import AnyModel
+from vlm_sft.model.repeated_images import row_images
 from vlm_sft.model.router_loss import question_losses, recorded
 from vlm_sft.model.state_batches import Recurrence
 from vlm_sft.model.vision_features import image_inputs, inner_model, unwrap
@@ -68,11 +71,17 @@ def packed(
         dropout_step: number of the optimizer step, which dropout masks are made from.
         kept: takes the states behind the questions of the layers that have one, for generation.
     """
-    layout = layout_of(batch, mode) if mode.kind == "blockwise" else None
-    rows = batch.predict if mode.shares else None
-    recurrence = Recurrence(batch.ends, kept) if mode.shares else None
-    index = batch.index if mode.shares else None
-    with computing(PackContext(batch.tokens, layout, rows, batch.keys, dropout_step, recurrence, index)):
+    if not mode.shares:
+        rows = padded_rows(batch)
+        keys = rows.take(batch.keys).flatten()
+        context = PackContext(rows=rows.predict, keys=keys, step=dropout_step, padded=rows)
+    else:
+        layout = layout_of(batch, mode) if mode.kind == "blockwise" else None
+        recurrence = Recurrence(batch.ends, kept)
+        context = PackContext(
+            batch.tokens, layout, batch.predict, batch.keys, dropout_step, recurrence, index=batch.index
+        )
+    with computing(context):
         yield
 
 
@@ -94,7 +103,7 @@ def forward(model: AnyModel, batch: PackedBatch, mode: PackMode, **extra: Any) -
 
     Args:
         model: the model, wrapped or not.
-        batch: the pack, on the model's device; with mode "separate" it holds one question.
+        batch: the pack, on the model's device.
         mode: how the pack is computed, from `sharing.choose_mode`.
         **extra: further arguments of the model, e.g. a key/value cache.
 
@@ -103,7 +112,11 @@ def forward(model: AnyModel, batch: PackedBatch, mode: PackMode, **extra: Any) -
     """
     extra = {"use_cache": False, **switched_off(unwrap(model)), **extra}
     if not mode.shares:
-        return _scored_at(model, batch.predict, **separate_inputs(model, batch), **extra)
+        rows = current_pack().padded or padded_rows(batch)
+        with scoring_rows(unwrap(model).get_output_embeddings(), rows):
+            output = model(**separate_inputs(model, batch, rows), **extra)
+        output.logits = scored(output.logits, rows)
+        return output
     # 0 keeps all: a trimmed model has nothing but these rows behind its last layer.
     kept = 0 if is_trimmed(unwrap(model)) else batch.predict
     return _scored_at(model, kept, **shared_inputs(model, batch, mode), **extra)
@@ -157,17 +170,25 @@ def expert_types(config: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"moe_mm_token_type_ids": seen.long()}
 
 
-def separate_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, torch.Tensor]:
-    """The arguments that plain transformers gets for a pack of one question: positions and masks are its own."""
-    assert len(batch.sample_ids) == 1, f"{len(batch.sample_ids)} questions in a pack that must hold one"
+def separate_inputs(model: AnyModel, batch: PackedBatch, rows: PaddedRows | None = None) -> dict[str, Any]:
+    """The arguments that plain transformers gets for the questions of a pack as separate sequences.
+
+    Args:
+        model: the model, wrapped or not.
+        batch: the pack.
+        rows: its questions as a batch, (B, T); None makes it. Positions and masks are the model's own.
+    """
+    rows = rows or padded_rows(batch)
     base = unwrap(model)
     types = batch.prefix_types.clone()
-    types[batch.predict[1:]] = family_of(base.config).answer_type
+    if len(batch.targets):
+        first = F.pad(batch.target_branch, (1, 0))[:-1] != batch.target_branch  # predicted by the last of a prompt
+        types[batch.predict] = torch.where(first, types[batch.predict], family_of(base.config).answer_type)
     accepted = inspect.signature(base.forward).parameters
-    named = {name: types[None] for name in ("mm_token_type_ids", "token_type_ids") if name in accepted}
-    named |= expert_types(base.config, batch.input_ids)
-    mask = torch.ones_like(batch.input_ids)
-    return {"input_ids": batch.input_ids, "attention_mask": mask, **named, **image_inputs(model, batch)}
+    named = {name: rows.take(types) for name in ("mm_token_type_ids", "token_type_ids") if name in accepted}
+    ids, mask = rows.take(batch.input_ids[0]), rows.valid.long()
+    named |= expert_types(base.config, ids)
+    return {"input_ids": ids, "attention_mask": mask, **named, **row_images(model, batch, rows.images)}
 
 
 def token_losses(model: AnyModel, batch: PackedBatch, mode: PackMode) -> torch.Tensor:
@@ -210,5 +231,6 @@ def training_losses(model: AnyModel, batch: PackedBatch, mode: PackMode) -> torc
         return token_losses(model, batch, mode)
     with recorded(base) as router_logits:
         losses = token_losses(model, batch, mode)
-    balance = question_losses(router_logits, batch, base.config.get_text_config().num_experts_per_tok)
+    chosen = base.config.get_text_config().num_experts_per_tok
+    balance = question_losses(router_logits, batch, chosen, current_pack().padded)
     return losses + coefficient * balance[batch.target_branch - 1].to(losses)

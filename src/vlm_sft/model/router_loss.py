@@ -15,6 +15,7 @@ import torch
 
 from vlm_sft.data.collate import PackedBatch, moved_to
 from vlm_sft.model.families import ROUTER_SWITCH
+from vlm_sft.model.padded_rows import PaddedRows
 from vlm_sft.model.protocols import VisionLanguageModel
 from vlm_sft.model.vision_features import inner_model
 
@@ -39,13 +40,16 @@ def recorded(base: VisionLanguageModel) -> Iterator[list[torch.Tensor]]:
             hook.remove()
 
 
-def question_losses(router_logits: Sequence[torch.Tensor], batch: PackedBatch, chosen: int) -> torch.Tensor:
+def question_losses(
+    router_logits: Sequence[torch.Tensor], batch: PackedBatch, chosen: int, rows: PaddedRows | None = None
+) -> torch.Tensor:
     """The load-balancing loss of each question alone, in all layers together.
 
     Args:
-        router_logits: of each layer with experts, (L, E): one row a token of the pack.
+        router_logits: of each layer with experts, (L, E): one row a token of the pack, or of the padded rows.
         batch: the pack.
         chosen: experts that compute a token.
+        rows: the questions as separate sequences; None where they share their image.
 
     Returns:
         (questions,): E times the sum over experts of their share of tokens times their mean probability.
@@ -56,8 +60,14 @@ def question_losses(router_logits: Sequence[torch.Tensor], batch: PackedBatch, c
         odds = logits.to(probabilities).softmax(dim=-1)
         probabilities = probabilities + odds
         assigned.scatter_add_(1, odds.topk(chosen, dim=-1).indices, torch.ones_like(assigned[:, :chosen]))
-    tokens = _by_question(torch.ones_like(assigned[:, :1]), batch) * len(router_logits)
-    shares = _by_question(assigned, batch) / tokens, _by_question(probabilities, batch) / tokens
+
+    def by_question(values: torch.Tensor) -> torch.Tensor:
+        if rows is None:
+            return _by_question(values, batch)
+        return (values.unflatten(0, rows.valid.shape) * rows.valid[..., None]).sum(dim=1)
+
+    tokens = by_question(torch.ones_like(assigned[:, :1])) * len(router_logits)
+    shares = by_question(assigned) / tokens, by_question(probabilities) / tokens
     return (shares[0] * shares[1]).sum(dim=-1) * assigned.shape[1]
 
 

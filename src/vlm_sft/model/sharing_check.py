@@ -2,7 +2,8 @@
 
 The self-check runs the real model on questions about tiny random images, once behind shared prefixes and once in
 separate sequences through plain transformers, and compares the logits of the answers. Sliding windows and chunks that
-are longer than these sequences would prove nothing, so they are shortened while the check runs.
+are longer than these sequences would prove nothing, so they are shortened while the check runs. Where questions may not
+share, another one finds out whether separate sequences may be padded to one batch.
 """
 
 from __future__ import annotations
@@ -20,11 +21,21 @@ from vlm_sft.common.errors import ModelError
 from vlm_sft.data.cache.feature_names import feature_record
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import EncodedGroup, Encoder
-from vlm_sft.data.packing import Bundle
+from vlm_sft.data.packing import Bundle, Rows
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model import packed_forward
-from vlm_sft.model.families import CHUNK, FAMILIES, WINDOW, Kind, PackMode, declared_mode, separate_mode, sharing_mode
+from vlm_sft.model.families import (
+    CHUNK,
+    FAMILIES,
+    WINDOW,
+    Kind,
+    PackMode,
+    declared_mode,
+    family_of,
+    separate_mode,
+    sharing_mode,
+)
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.load import is_blockwise
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
@@ -47,11 +58,18 @@ def choose_mode(model: AnyModel, encoder: Encoder) -> PackMode:
 
     Returns:
         The declared mode of a known family; for an unknown one sharing when the self-check passes, else "separate"
-        with a note for the user.
+        with a note for the user. A family that is declared not to share is proven to take padded batches.
 
     Raises:
         ModelError: the model cannot compute a question about an image at all.
     """
+    mode = _sharing_mode(model, encoder)
+    declared = family_of(packed_forward.unwrap(model).config).reason
+    return mode if mode.shares or declared else _with_rows(model, encoder, mode)
+
+
+def _sharing_mode(model: AnyModel, encoder: Encoder) -> PackMode:
+    """Whether questions share their image."""
     base = packed_forward.unwrap(model)
     dtype = base.get_input_embeddings().weight.dtype
     kind: Kind = "blockwise" if is_blockwise(base) else "dense"
@@ -69,6 +87,72 @@ def choose_mode(model: AnyModel, encoder: Encoder) -> PackMode:
     if error <= TOLERANCE[dtype]:
         return sharing_mode(base.config, kind)
     return separate_mode(base.config, f"shared questions differ from separate ones (by {error:.2g} of the logits)")
+
+
+def _with_rows(model: AnyModel, encoder: Encoder, mode: PackMode) -> PackMode:
+    """How the separate sequences of an unproven model run together; a note where that is not as one padded batch."""
+    base = packed_forward.unwrap(model)
+    if is_partitioned(*base.parameters()):
+        return replace(mode, rows="single", note=f"{mode.note}; one by one, since ZeRO-3 allows no check of batches")
+    tolerance = TOLERANCE[base.get_input_embeddings().weight.dtype]
+    problem = _rows_problem(model, encoder, "padded", tolerance)
+    if problem is None:
+        return mode
+    if _rows_problem(model, encoder, "equal", tolerance) is None:
+        return replace(mode, rows="equal", note=f"{mode.note}; only questions of one length run together: {problem}")
+    return replace(mode, rows="single", note=f"{mode.note}; one by one: {problem}")
+
+
+def _rows_problem(model: AnyModel, encoder: Encoder, rows: Rows, tolerance: float) -> str | None:
+    """Why separate sequences may not run together so; None where they give what they give alone."""
+    try:
+        error = rows_error(model, encoder, rows)
+    except Exception as failure:  # an unknown architecture may raise anything
+        return f"a batch of them cannot be computed ({reason_of(failure)})"
+    return None if error <= tolerance else f"in a padded batch they differ (by {error:.2g} of the logits)"
+
+
+@torch.no_grad()
+def rows_error(model: AnyModel, encoder: Encoder, rows: Rows) -> float:
+    """Compare the logits of separate sequences in one batch with those of each alone.
+
+    Args:
+        model: the model; its training flag is kept.
+        encoder: encodes questions for it.
+        rows: "padded": questions of several lengths about two images; "equal": a question about one, twice.
+
+    Returns:
+        As `sharing_error`.
+    """
+    groups = probe_groups(encoder)
+    pack = [Bundle(0, (0, 0))] if rows == "equal" else _everything(groups)
+    mode = PackMode("separate")
+    base = packed_forward.unwrap(model)
+    with _evaluating(model), _limited(base, _shortest(groups) // _SHARE):
+        together = _logits(model, pack, groups, mode)
+        alone = torch.cat([_logits(model, one, groups, mode) for one in _alone(pack)])
+    return difference(together, alone)
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square difference of logits, divided by the standard deviation of the expected ones."""
+    return difference(found, expected)
+
+
+def probe_groups(encoder: Encoder, with_answers: bool = True) -> list[EncodedGroup]:
+    """A few questions of different lengths about two tiny images of noise."""
+    probes = [_probe(seed, size) for seed, size in enumerate(((72, 56), (56, 96)))]
+    return [encoder.encode(probe, with_answers=with_answers) for probe in probes]
+
+
+def _everything(groups: list[EncodedGroup]) -> list[Bundle]:
+    """All questions of all images."""
+    return [Bundle(index, tuple(range(len(group.questions)))) for index, group in enumerate(groups)]
+
+
+def _alone(pack: list[Bundle]) -> list[list[Bundle]]:
+    """A pack for each question."""
+    return [[Bundle(bundle.group, (number,))] for bundle in pack for number in bundle.questions]
 
 
 class _ReachedError(Exception):
@@ -126,15 +210,18 @@ def sharing_error(model: AnyModel, encoder: Encoder, kind: Kind) -> float:
     Returns:
         Root mean square difference of the logits that predict answers, divided by their standard deviation.
     """
-    groups = [encoder.encode(_probe(seed, size)) for seed, size in enumerate(_SIZES)]
-    everything = [Bundle(index, tuple(range(len(group.questions)))) for index, group in enumerate(groups)]
-    single = [[Bundle(bundle.group, (number,))] for bundle in everything for number in bundle.questions]
-    shortest = min(len(group.prefix_ids) + question.tokens for group in groups for question in group.questions)
+    groups = probe_groups(encoder)
+    everything = _everything(groups)
     base = packed_forward.unwrap(model)
-    with _evaluating(model), _limited(base, shortest // _SHARE):
+    with _evaluating(model), _limited(base, _shortest(groups) // _SHARE):
         shared = _logits(model, everything, groups, sharing_mode(base.config, kind))
-        separate = torch.cat([_logits(model, pack, groups, PackMode("separate")) for pack in single])
-    return float((shared - separate).square().mean().sqrt() / separate.std())
+        separate = torch.cat([_logits(model, pack, groups, PackMode("separate")) for pack in _alone(everything)])
+    return difference(shared, separate)
+
+
+def _shortest(groups: list[EncodedGroup]) -> int:
+    """Tokens of the shortest question with its image."""
+    return min(len(group.prefix_ids) + question.tokens for group in groups for question in group.questions)
 
 
 def features_doubt(model: AnyModel, encoder: Encoder) -> str:
@@ -170,7 +257,7 @@ def features_error(model: AnyModel, encoder: Encoder) -> float:
     groups = [encoder.encode(_probe(seed, size)[:1]) for seed, size in enumerate(_SIZES)]
     mode = choose_mode(model, encoder)
     bundles = [Bundle(index, (0,)) for index in range(len(groups))]
-    packs = [bundles] if mode.shares else [[bundle] for bundle in bundles]
+    packs = [bundles] if mode.shares else _alone(bundles)
     with _evaluating(model):
         features = [encode_images(model, [group.tensors])[0] for group in groups]
         kept = [
@@ -179,7 +266,7 @@ def features_error(model: AnyModel, encoder: Encoder) -> float:
         ]
         expected = torch.cat([_logits(model, pack, groups, mode) for pack in packs])
         found = torch.cat([_logits(model, pack, kept, mode) for pack in packs])
-    return float((found - expected).square().mean().sqrt() / expected.std())
+    return difference(found, expected)
 
 
 def _logits(model: AnyModel, pack: list[Bundle], groups: list[EncodedGroup], mode: PackMode) -> torch.Tensor:

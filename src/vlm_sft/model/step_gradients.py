@@ -108,7 +108,8 @@ class StepGradients:
             torch.cuda.empty_cache()
         halves = split_pack(pack) if whole else None
         if whole:
-            self.splits.append({"sample_ids": pack.sample_ids, "tokens": pack.tokens})
+            tokens = pack.tokens if self.mode.shares else pack.padded_tokens
+            self.splits.append({"sample_ids": pack.sample_ids, "tokens": tokens})
         if halves is None:
             self.too_large = self.splits[-1]
         for half in halves or ():

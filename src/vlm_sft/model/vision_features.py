@@ -255,14 +255,29 @@ def encode_images(model: AnyModel, images: Sequence[Mapping[str, torch.Tensor]])
     device = next(next(iter(tower_modules(model).values())).parameters()).device
     whole = as_weights(model, joined_tensors([unpack_pixels(image) for image in images]))
     arguments = {name: value.to(device) for name, value in whole.items()}
-    accepted = inspect.signature(inner_model(model).get_image_features).parameters
-    arguments = {name: value for name, value in arguments.items() if name in accepted}
     with torch.autocast(device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16):
-        output = inner_model(model).get_image_features(**arguments, return_dict=True)
+        output = tower_output(model, arguments)
 
     def kept(value: torch.Tensor) -> torch.Tensor:
         return value.to("cpu", weight.dtype).contiguous()
 
+    return [{name: kept(value) for name, value in record.items()} for record in features_by_image(output, images)]
+
+
+def tower_output(model: AnyModel, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Run the vision tower on the processor's tensors as the model itself would."""
+    encode = inner_model(model).get_image_features
+    accepted = inspect.signature(encode).parameters
+    return encode(**{name: value for name, value in tensors.items() if name in accepted}, return_dict=True)
+
+
+def features_by_image(output: Any, images: Sequence[Mapping[str, torch.Tensor]]) -> list[Record]:
+    """What the tower put out for each image of one call.
+
+    Args:
+        output: of the tower.
+        images: the processor's tensors of each image; one image where the tower returns one tensor.
+    """
     # Llama 4 takes what its tower puts out, and projects it itself.
     pooled = getattr(output, "pooler_output", None)
     if pooled is None and not getattr(output, "deepstack_features", None):
@@ -270,14 +285,14 @@ def encode_images(model: AnyModel, images: Sequence[Mapping[str, torch.Tensor]])
     if isinstance(pooled, torch.Tensor):
         assert len(images) == 1, "a tower that returns one tensor is called image by image"
         found = {POOLED: pooled, INDICATORS: getattr(output, "visual_indicator_features", None)}
-        return [{name: kept(value) for name, value in found.items() if value is not None}]
+        return [{name: value for name, value in found.items() if value is not None}]
     parts = _parts(output)
     entries = len(next(iter(parts.values())))
     records: list[Record] = []
     first = 0
     for image in images:
         count = len(image["image_grid_thw"]) if "image_grid_thw" in image else entries // len(images)
-        records.append({f"{name}.{n}": kept(values[first + n]) for n in range(count) for name, values in parts.items()})
+        records.append({f"{name}.{n}": values[first + n] for n in range(count) for name, values in parts.items()})
         first += count
     return records
 

@@ -21,7 +21,7 @@ PICTURE_PROBES = 12  # pictures that are scaled down to see how large they becom
 
 
 def answering_work(
-    task: Task, count: Callable[[ImageRef], int], budget: int, times: int, pictures: bool
+    task: Task, count: Callable[[ImageRef], int], budget: int, times: int, pictures: bool, separate: bool = False
 ) -> AnsweringWork:
     """The work of answering one benchmark.
 
@@ -31,9 +31,10 @@ def answering_work(
         budget: tokens of one forward pass.
         times: how often it is answered.
         pictures: whether pictures are saved for the report.
+        separate: every question is a sequence of its own.
     """
-    packs = plan_packs(task.samples, count, budget)
-    works = [prompt_work(pack, count) for pack in packs]
+    packs = plan_packs(task.samples, count, budget, separate)
+    works = [prompt_work(pack, count, separate) for pack in packs]
     steps = [_generation_steps(pack, task.max_new_tokens) for pack in packs]
     largest = max((work.tokens + work.questions * step for work, step in zip(works, steps, strict=True)), default=0.0)
     texts = sum(
@@ -48,13 +49,16 @@ def answering_work(
     return AnsweringWork(task.name, sum(works, NO_WORK), sum(steps), largest, lines, times, stored, seconds)
 
 
-def prompt_work(pack: Sequence[Sequence[Sample]], count: Callable[[ImageRef], int]) -> Work:
-    """The work of the prompts of one pack of an evaluation."""
+def prompt_work(pack: Sequence[Sequence[Sample]], count: Callable[[ImageRef], int], separate: bool = False) -> Work:
+    """The work of the prompts of one pack of an evaluation; `separate` as in `answering_work`."""
     visual = [sum(count(image) for image in group[0].images) for group in pack]
     sizes = [
         CAREFUL.prefix + tokens + sum(map(question_tokens, group)) for group, tokens in zip(pack, visual, strict=True)
     ]
     questions = sum(len(group) for group in pack)
+    if separate:
+        longest = max(max(map(question_tokens, group)) + seen for group, seen in zip(pack, visual, strict=True))
+        sizes = [CAREFUL.prefix + longest] * questions
     return Work(
         packs=1,
         tokens=sum(sizes),

@@ -217,7 +217,7 @@ def _from_base(run: TrainingRun, base: Base, device: Device | None, counted: dic
         warn(left_out_line(left_out))
     tell_notes(run, questions.train + questions.evaluation, encoder)
     tasks, validation = fit_questions(run, questions.tasks, questions.validation, encoder)
-    planner, eval_planner, schedule = plan_epochs(run, data, evaluation)
+    planner, eval_planner, schedule = plan_epochs(run, base, data, evaluation)
     drawn = Plan(base, schedule, data, evaluation, planner, eval_planner, engine, cache, {})
     planned = _forecast(run, RunData.of_plan(drawn, tasks), validation, tasks, shape_of(base), device)
     if not options.probe:

@@ -85,6 +85,11 @@ class RunData:
             image_seconds(encoder, [*(task.samples[0] for task in tasks), *images[:2]]),
         )
 
+    @property
+    def separate(self) -> bool:
+        """Whether every question is a sequence of its own."""
+        return self.planner.rows is not None
+
     def packed(self, tokens: int) -> RunData:
         """The same with packs of another size."""
         evaluation = replace(self.eval_planner, tokens_per_pack=tokens) if self.eval_planner else None
@@ -147,7 +152,7 @@ def forecast_inputs(
         epoch_work(data.planner, data.visual),
         epoch_work(data.eval_planner, data.eval_visual) if data.eval_planner else None,
         _validation_work(run, data, validation, done_steps),
-        tuple(answering_work(task, data.count, run.tokens_per_pack, 2, True) for task in tasks),
+        tuple(answering_work(task, data.count, run.tokens_per_pack, 2, True, data.separate) for task in tasks),
         max(max(group.questions, default=0) + group.prefix for group in data.planner.lengths),
         done_steps,
     )
@@ -178,7 +183,7 @@ def _validation_work(
     guarded = {guard.name for guard in validation.guards}
     coming = sum(step > done_steps for step in data.schedule.evaluation_steps())
     return tuple(
-        answering_work(task, data.count, run.tokens_per_pack, coming + (task.name in guarded), False)
+        answering_work(task, data.count, run.tokens_per_pack, coming + (task.name in guarded), False, data.separate)
         for task in validation.tasks
     )
 

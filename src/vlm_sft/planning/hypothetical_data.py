@@ -8,7 +8,7 @@ from dataclasses import replace
 from vlm_sft.common.console import say
 from vlm_sft.common.errors import DataError, ModelError
 from vlm_sft.data.encode import group_by_image, picture_sizes
-from vlm_sft.data.packing import GroupLengths
+from vlm_sft.data.packing import GroupLengths, Rows
 from vlm_sft.data.sample import ImageRef, Sample, distinct_images
 from vlm_sft.data.token_estimate import EXPECTED
 from vlm_sft.evaluate.batching import image_counter
@@ -95,7 +95,7 @@ def facts_from_numbers(run: TrainingRun, data: HypotheticalData) -> tuple[RunDat
     if most is not None and most < questions:
         image_count = max(1, min(most, round(image_count * most / questions)))
         questions = most
-    count, shape = _counter_and_shape(run)
+    count, shape, rows = _sizes_of_base(run)
     width, height = data.image_size
     tokens = count(replace(_BLANK, width=width, height=height))
     lengths = []
@@ -108,7 +108,7 @@ def facts_from_numbers(run: TrainingRun, data: HypotheticalData) -> tuple[RunDat
         f"{data.answer_tokens} on {image_count:,} images of {width} x {height} pixels "
         f"({tokens:,} visual tokens each); evaluations are not counted"
     )
-    planner = planner_over(run, tuple(lengths))
+    planner = planner_over(run, tuple(lengths)).computed_as(rows)
     schedule = resolve_schedule(run.recipe, planner.steps_per_epoch)
     images = ImageLoad(image_count, float(tokens * image_count), float(tokens**2 * image_count))
     visual = [tokens] * image_count
@@ -116,12 +116,12 @@ def facts_from_numbers(run: TrainingRun, data: HypotheticalData) -> tuple[RunDat
     return facts, shape
 
 
-def _counter_and_shape(run: TrainingRun) -> tuple[Counter, ModelShape]:
-    """The counter of visual tokens and the sizes of the base, from the table where it is there."""
+def _sizes_of_base(run: TrainingRun) -> tuple[Counter, ModelShape, Rows | None]:
+    """The counter of visual tokens, the sizes of the base, from the table where it is there, and how its packs run."""
     try:
         model = find_published(run.options.base_model)
     except ModelError:
         base = find_run_base(run.options, run.recipe, [])
-        return image_counter(base.processor), shape_of(base)
+        return image_counter(base.processor), shape_of(base), base.rows
     say(f"{model.name}: sizes from the built-in table ({model.source})")
-    return published_counter(model, run.recipe), model.shape
+    return published_counter(model, run.recipe), model.shape, None  # families of the table share

@@ -134,7 +134,7 @@ class Probe:
         return training_seconds(inputs.setting, work) + tower
 
     def _work(self, pack: Pack, data: PreparedData) -> Work:
-        return pack_work(pack, data.lengths, data.visual_tokens)
+        return pack_work(pack, data.lengths, data.visual_tokens, not self.mode.shares)
 
     def _chosen(self, planner: EpochPlanner, data: PreparedData) -> list[Pack]:
         """Packs of this rank's first steps, largest first, spread over all sizes."""
@@ -204,12 +204,12 @@ class Probe:
         until = time.perf_counter() + ANSWER_SHARE * self.budget
         forecast = {one.name: one for one in self.inputs.passes.answering}
         for task in tasks:
-            packs = plan_packs(task.samples, count, self.run.tokens_per_pack)
+            packs = plan_packs(task.samples, count, self.run.tokens_per_pack, backend.separate)
             pack = packs[len(packs) // 2]
             answer = partial(_answer, backend, pack, task.max_new_tokens)
             answer()
             took = self._timed(answer)
-            work = prompt_work(pack, count)
+            work = prompt_work(pack, count, backend.separate)
             steps = forecast[task.name].steps / max(1, len(packs))
             # Images of benchmarks are not prepared yet: here they are processed, and the tower runs along.
             measured += max(took - self.inputs.images.processing_seconds * work.images, 0.1 * took)
@@ -245,9 +245,8 @@ def probe_plan(run: TrainingRun, plan: Plan, inputs: ForecastInputs, tasks: Sequ
     if inputs.setting.checkpointing:
         checkpoint_layers(model)
     mode = choose_mode(model, plan.data.encoder)
-    planners = (plan.planner, plan.eval_planner)
-    if not mode.shares:
-        planners = (plan.planner.separate(), plan.eval_planner.separate() if plan.eval_planner else None)
+    rows = mode.separate_rows
+    planners = (plan.planner.computed_as(rows), plan.eval_planner.computed_as(rows) if plan.eval_planner else None)
     precision = partial(mixed_precision, run.launch.device, plan.base.dtype)
     loading = time.perf_counter() - began + estimate.LOAD_SECONDS
     online = inputs.with_features(False, inputs.images.keep_benchmark_features)

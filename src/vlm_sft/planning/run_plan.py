@@ -226,7 +226,7 @@ def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sa
     notes = tell_notes(run, train_samples + eval_samples, encoder)
     _write_data_facts(options.output_dir, options.dataset, data, evaluation, left_out, notes)
     enforce(left_out, total, options.max_left_out, options.output_dir / artifacts.LEFT_OUT)
-    planner, eval_planner, schedule = plan_epochs(run, data, evaluation)
+    planner, eval_planner, schedule = plan_epochs(run, base, data, evaluation)
     if eval_planner is None and recipe.eval_strategy != "no":
         raise DataError("there is no question to compute the evaluation loss on", "pass --eval_strategy no")
     _tell_plan(run, schedule, data, planner)
@@ -236,10 +236,10 @@ def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sa
 
 
 def plan_epochs(
-    run: TrainingRun, data: PreparedData, evaluation: PreparedData | None
+    run: TrainingRun, base: Base, data: PreparedData, evaluation: PreparedData | None
 ) -> tuple[EpochPlanner, EpochPlanner | None, Schedule]:
     """How the questions of training and evaluation loss are packed, and the steps that follow from it."""
-    planner = planner_over(run, data.lengths)
+    planner = planner_over(run, data.lengths).computed_as(base.rows)
     eval_planner = replace(planner, lengths=evaluation.lengths) if evaluation and len(evaluation) else None
     return planner, eval_planner, resolve_schedule(run.recipe, planner.steps_per_epoch)
 

@@ -295,7 +295,8 @@ class PartitionedGradients:
             if last:
                 self.engine.step()
         except torch.OutOfMemoryError as error:
-            raise memory_error(self.step + 1, torch.distributed.get_rank(), pack.tokens) from error
+            tokens = pack.tokens if self.mode.shares else pack.padded_tokens
+            raise memory_error(self.step + 1, torch.distributed.get_rank(), tokens) from error
 
     def confirmed(self) -> bool:
         """Whether the engine took the step that the ranks agreed on; a gradient that is not finite is known only now.

@@ -133,10 +133,10 @@ def build_training(
         model, optimize = _load(run, plan)
         mode = choose_mode(model, plan.data.encoder)
         _record_model(run, model, mode.shares)
-        planner, eval_planner = plan.planner, plan.eval_planner
-        if not mode.shares:
+        planner = plan.planner.computed_as(mode.separate_rows)
+        eval_planner = plan.eval_planner.computed_as(mode.separate_rows) if plan.eval_planner else None
+        if mode.note:
             say(mode.note)
-            planner, eval_planner = planner.separate(), eval_planner.separate() if eval_planner else None
         forecast.lap(LOAD)
         _keep_features(plan, model, asked)
         if run.data_workers != run.recipe.dataloader_num_workers:
