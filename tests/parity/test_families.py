@@ -164,6 +164,10 @@ def test_images_of_different_shapes_are_padded_where_they_are_joined() -> None:
     joined = joined_tensors([{"pixel_values": part, "image_sizes": sizes} for part in tiles])["pixel_values"]
     assert joined.shape == (2, 5, 3, 4, 4)
     assert joined[0, 2:].abs().sum() == 0 and joined[0, :2].min() == joined[1].min() == 1
+    some = joined_tensors(
+        [{"counts": torch.tensor([0])}, {"counts": torch.tensor([1]), "crops": torch.ones(1, 3, 4, 4)}]
+    )
+    assert some["counts"].tolist() == [0, 1] and some["crops"].shape == (1, 3, 4, 4)
     places = [torch.tensor([[0, 1], [3, -1]]), torch.tensor([[0, -1]])]
     crops = [torch.zeros(2, 9, 8), torch.zeros(1, 9, 8)]
     images = [{"pixel_values": a, "image_token_pooling": b} for a, b in zip(crops, places, strict=True)]

@@ -176,14 +176,16 @@ def joined_tensors(images: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, to
     Tiles that nothing counts (Idefics3, PerceptionLM: (1, tiles, 3, h, w)) are joined along the second dimension, the
     patches of MiniCPM-V, (1, 3, height, patches x width), along the last one, all others along the first. Where the
     images differ in another dimension, in the number of their tiles (LLaVA-OneVision) or in their shape (Mistral 3),
-    the smaller ones are padded with zeros, which the models cut off by the sizes that they are given.
+    the smaller ones are padded with zeros, which the models cut off by the sizes that they are given. Where
+    some images lack a tensor (DeepSeek-OCR 2: the crops of large ones) it is that of the others.
     """
     joined = {}
-    for name in images[0]:
-        values = [image[name] for image in images]
+    for name in dict.fromkeys(name for image in images for name in image):
+        holders = [image for image in images if name in image]
+        values = [image[name] for image in holders]
         if name == _POOLED_PATCHES:
             values = _counted_on(values, [image.get("pixel_values") for image in images])
-        axis = _joined_axis(name, images[0])
+        axis = _joined_axis(name, holders[0])
         if axis == 1:  # the pictures of one question may be side by side in front: (pictures, tiles, 3, h, w)
             values = [value.flatten(0, 1)[None] for value in values]
         joined[name] = _padded_cat(values, axis)
