@@ -383,6 +383,11 @@ def _open(load: Callable[[], Any], name: str) -> Any:
                 f"--base_model {name}: the Hugging Face Hub cannot be reached and the model is not in the local cache",
                 f"pass a folder that holds the model (--base_model /path/to/model), or {POCKET!r} for the embedded one",
             ) from error
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"--base_model {name}: it comes with Python code of its own, which is never run",
+                "use a model of a family that transformers itself has",
+            ) from error
         lines = text.strip().splitlines() or [type(error).__name__]
         first_line = " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
         if not isinstance(error, OSError | ValueError):  # their texts are written for users
