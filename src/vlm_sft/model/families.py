@@ -40,6 +40,7 @@ class Family:
             `moe_mm_token_type_ids`; () where experts are for all tokens.
         projector: paths, below the inner model, of what turns the tower's output into embeddings.
         targets: names of the modules that get LoRA where the user names none.
+        position_axes: rows of its rotary positions, where it finds them by `get_rope_index` (M-RoPE).
     """
 
     reason: str = ""
@@ -52,6 +53,7 @@ class Family:
     picture_tokens: tuple[str, ...] = ()
     projector: tuple[str, ...] = ("multi_modal_projector",)
     targets: tuple[str, ...] = _ATTENTION
+    position_axes: int = 3
 
 
 # By config.model_type; each one is proven in tests/parity against separate sequences in plain transformers.
@@ -90,7 +92,7 @@ FAMILIES = {
     "vipllava": Family(),
     "video_llama_3": Family(projector=("projector",)),
     "idefics2": Family(projector=("connector",)),
-    "hunyuan_vl": Family(projector=("vision_tower.patch_merger",)),
+    "hunyuan_vl": Family(projector=("vision_tower.patch_merger",), position_axes=4),
     "deepseek_vl": Family(projector=("aligner",)),
     "minicpmv4_6": Family(projector=("merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
     "paddleocr_vl": Family(projector=("projector",)),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vlm_sft.data.collate import PackedBatch
+from vlm_sft.model.families import family_of
 from vlm_sft.model.forward_patch import bare_copy
 from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.vision_features import inner_model
@@ -31,8 +32,7 @@ class Positions:
         self._bare: Any = None
         if hasattr(inner, "get_rope_index"):
             self._bare = bare_copy(inner)
-            rope = getattr(inner.config.get_text_config(), "rope_parameters", None) or {}
-            self._axes = len(rope.get("mrope_section", ())) or 3
+            self._axes = family_of(inner.config).position_axes
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Positions of a pack.

@@ -136,7 +136,7 @@ def rows_error(model: AnyModel, encoder: Encoder, rows: Rows) -> float:
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Root mean square difference of logits, divided by the standard deviation of the expected ones."""
-    return difference(found, expected)
+    return float((found - expected).square().mean().sqrt() / expected.std())
 
 
 def probe_groups(encoder: Encoder, with_answers: bool = True) -> list[EncodedGroup]:
