@@ -81,7 +81,13 @@ def test_packs_have_the_loss_and_gradients_of_questions_alone(family: str, dtype
     limit = TOLERANCE[dtype]
     with undiminished():
         expected, slopes = plain(model, groups)
-        for packs, how in ((WHOLE, mode), (PARTS, mode), (ALONE, mode), (ALONE, PackMode("separate"))):
+        for packs, how in (
+            (WHOLE, mode),
+            (PARTS, mode),
+            (ALONE, mode),
+            (ALONE, PackMode("separate")),
+            (WHOLE, PackMode("separate")),
+        ):
             loss, found = packed(model, groups, how, packs)
             assert loss == pytest.approx(expected, rel=limit)
             for name, gradient in found.items():
