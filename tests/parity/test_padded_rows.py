@@ -12,7 +12,7 @@ import torch
 from tests.questions import pack, questions, tiny
 from vlm_sft.data.encode import EncodedGroup
 from vlm_sft.data.packing import Bundle
-from vlm_sft.model import families, packed_forward, sharing_check, vision_features
+from vlm_sft.model import families, packed_forward, repeated_images, sharing_check, vision_features
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.padded_rows import padded_rows
 from vlm_sft.model.sharing_check import choose_mode
@@ -91,9 +91,9 @@ def test_other_ways_to_the_same_losses(missing: str, images: int, monkeypatch: p
     expected, _ = trained(model, [PACK], groups)
     counter = vision_features.TowerCounter(model)
     if missing == "units":
-        monkeypatch.setattr(vision_features, "_units", lambda *_: None)
+        monkeypatch.setattr(repeated_images, "_units", lambda *_: None)
     elif missing == "features":
-        monkeypatch.setattr(vision_features, "_encoded_once", lambda *_: None)
+        monkeypatch.setattr(repeated_images, "_takes_features", lambda *_: False)
     else:
         monkeypatch.setattr(packed_forward, "scoring_rows", lambda *_: nullcontext())
     losses, _ = trained(model, [PACK], groups)

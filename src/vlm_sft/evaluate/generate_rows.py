@@ -21,7 +21,7 @@ from vlm_sft.model import packed_forward
 from vlm_sft.model.families import switched_off
 from vlm_sft.model.padded_rows import padded_rows
 from vlm_sft.model.protocols import AnyModel
-from vlm_sft.model.sharing_check import TOLERANCE, difference, probe_groups
+from vlm_sft.model.sharing_check import TOLERANCE, difference, limited_windows, probe_groups
 
 
 class _Ties(LogitsProcessor):  # type: ignore[misc]
@@ -110,8 +110,9 @@ def rows_agree(model: AnyModel, encoder: Encoder) -> bool:
         return torch.stack(found.logits, dim=1).double()
 
     try:
-        together = scores(everything)
-        alone = torch.cat([scores([Bundle(one.group, (number,))]) for one in everything for number in one.questions])
+        with limited_windows(base, groups):
+            together = scores(everything)
+            alone = torch.cat([scores([Bundle(one.group, (n,))]) for one in everything for n in one.questions])
         same = (together[:, 0].argmax(-1) == alone[:, 0].argmax(-1))[:, None]
         # Where rounding chose another first token, only the first scores can be compared.
         compared = torch.cat([torch.ones_like(same), same], dim=1)

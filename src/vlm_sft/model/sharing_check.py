@@ -128,7 +128,7 @@ def rows_error(model: AnyModel, encoder: Encoder, rows: Rows) -> float:
     pack = [Bundle(0, (0, 0))] if rows == "equal" else _everything(groups)
     mode = PackMode("separate")
     base = packed_forward.unwrap(model)
-    with _evaluating(model), _limited(base, _shortest(groups) // _SHARE):
+    with _evaluating(model), limited_windows(base, groups):
         together = _logits(model, pack, groups, mode)
         alone = torch.cat([_logits(model, one, groups, mode) for one in _alone(pack)])
     return difference(together, alone)
@@ -213,15 +213,10 @@ def sharing_error(model: AnyModel, encoder: Encoder, kind: Kind) -> float:
     groups = probe_groups(encoder)
     everything = _everything(groups)
     base = packed_forward.unwrap(model)
-    with _evaluating(model), _limited(base, _shortest(groups) // _SHARE):
+    with _evaluating(model), limited_windows(base, groups):
         shared = _logits(model, everything, groups, sharing_mode(base.config, kind))
         separate = torch.cat([_logits(model, pack, groups, PackMode("separate")) for pack in _alone(everything)])
     return difference(shared, separate)
-
-
-def _shortest(groups: list[EncodedGroup]) -> int:
-    """Tokens of the shortest question with its image."""
-    return min(len(group.prefix_ids) + question.tokens for group in groups for question in group.questions)
 
 
 def features_doubt(model: AnyModel, encoder: Encoder) -> str:
@@ -300,8 +295,10 @@ def _evaluating(model: AnyModel) -> Iterator[None]:
 
 
 @contextmanager
-def _limited(base: VisionLanguageModel, tokens: int) -> Iterator[None]:
-    """Make windows and chunks of the language model at most so many tokens long while the block runs."""
+def limited_windows(base: VisionLanguageModel, groups: list[EncodedGroup]) -> Iterator[None]:
+    """Make windows and chunks of the language model shorter than the sequences of a check while the block runs."""
+    shortest = min(len(group.prefix_ids) + question.tokens for group in groups for question in group.questions)
+    tokens = shortest // _SHARE
     parts = [(part, getattr(part, "config", None)) for part in base.get_decoder().modules()]
     holders = [base.config.get_text_config(), *(holder for pair in parts for holder in pair)]
     longer = [
