@@ -17,6 +17,7 @@ from vlm_sft.data.cache.directory import VARIABLE
 
 # Families in which nothing is new that no other family has: all but one test of exactness is slow.
 REPEATING = {
+    "deepseek_ocr2",
     "deepseek_vl",
     "exaone4_5",
     "fast_vlm",

@@ -29,7 +29,7 @@ from vlm_sft.planning.run_setting import shape_of
 
 NEWER = list(tiny_models.LATER)
 # What is new in them is in another family, too.
-SIMILAR = {"aya_vision", "glm4v", "glm_ocr", "qwen3_5_moe", "ernie4_5_vl_moe", "kimi_k25"}
+SIMILAR = {"aya_vision", "glm4v", "glm_ocr", "qwen3_5_moe", "ernie4_5_vl_moe", "kimi_k25", "deepseek_ocr2"}
 REPEATING = pytest.mark.slow
 # What stands for an image in their chat templates, or before it.
 SIGNS = {

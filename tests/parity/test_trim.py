@@ -16,6 +16,7 @@ from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS
 from vlm_sft.model.cpu.fuse import fuse_head, fuse_norms, fuse_patches
 from vlm_sft.model.families import PLAIN_LAYERS, PackMode
+from vlm_sft.model.forward_patch import is_exchanged
 from vlm_sft.model.last_layer import is_trimmed, trim_last_layer
 from vlm_sft.model.load import set_attention
 from vlm_sft.model.pack_context import PackContext, computing
@@ -116,8 +117,13 @@ def test_only_frozen_norms_of_the_formula_change() -> None:
     norms = [module for module in model.modules() if hasattr(module, "variance_epsilon")]
     assert fuse_norms(model) == len(norms) > 4
     assert fuse_norms(model) == 0  # once is enough
-    other, _ = build("gemma3")  # its norms multiply by 1 + weight
-    assert fuse_norms(other) == 0
+    other, _ = build("gemma3")
+    norm = other.model.language_model.norm
+    norm.weight.requires_grad_(False).normal_()
+    values = torch.randn(1, 5, len(norm.weight))
+    expected = norm(values)
+    assert fuse_norms(other) > 0 and is_exchanged(norm)  # 1 + weight
+    torch.testing.assert_close(norm(values), expected)
     assert fuse_norms(nn.LayerNorm(8)) == 0
     trained = norms[0]
     values = torch.randn(1, 2, len(trained.weight), requires_grad=True)
