@@ -144,6 +144,7 @@ def test_a_gpu_trains_in_half_precision_and_is_the_only_one_seen(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["throughput.py", "--device", "cuda", "--shapes", "7b", "--cases", "native"])
     args = throughput.parse()
+    (tmp_path / "bench.json").write_text('{"shape": "7b"}')
     asked = throughput.job(args, "ours", tmp_path, tmp_path, 12_845_056, 6)
     job = Job(**asked, output="out")
     assert job.on_gpu and job.dtype == "bfloat16"
