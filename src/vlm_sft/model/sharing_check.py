@@ -187,6 +187,8 @@ def _require_computable(model: AnyModel, encoder: Encoder, whole: bool) -> None:
             _logits(model, [Bundle(0, (0,))], [group], PackMode("separate"))
     except _ReachedError:
         pass
+    except torch.OutOfMemoryError:  # says nothing about the model
+        raise
     except Exception as failure:
         raise ModelError(
             f"{type(base).__name__} cannot compute a question about an image as its processor "
