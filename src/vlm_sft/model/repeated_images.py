@@ -78,8 +78,11 @@ def _encoded_once(model: AnyModel, images: Sequence[Mapping[str, torch.Tensor]],
 
 def _units(images: Sequence[Mapping[str, torch.Tensor]], output: Any) -> list[int] | None:
     """How many of the items that the tower put out belong to each image; None where that is not clear."""
-    parts = [getattr(output, name, None) for name in ("pooler_output", "last_hidden_state")]
-    count = next((len(part) for part in parts if part is not None), 0)
+    found_in = getattr(output, "pooler_output", None)
+    if found_in is None:  # Granite 4 Vision has (layer, features) for each of several layers, Llama 4 hidden states
+        deep = getattr(output, "deepstack_features", None)
+        found_in = deep[0][1] if deep else output.last_hidden_state
+    count = len(found_in)
     for name in _ONE_AN_IMAGE:
         if all(name in image for image in images):
             found = [len(image[name]) for image in images]
