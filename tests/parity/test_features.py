@@ -6,6 +6,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from vlm_sft.data.cache.feature_names import PREFIX, is_pixels
 from vlm_sft.data.cache.team import Team
 from vlm_sft.data.collate import PackedBatch, collate
 from vlm_sft.data.dataset import PreparedData
+from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
 from vlm_sft.model import feature_precompute, packed_forward
+from vlm_sft.model.families import PackMode
 from vlm_sft.model.feature_precompute import Decision, _measure, use_features
 from vlm_sft.model.load import SHARED_SDPA
 from vlm_sft.model.sharing_check import choose_mode
@@ -48,16 +51,22 @@ def keep(model: torch.nn.Module, data: PreparedData, cache: DataCache, budget: i
     return use_features(model, cache, [(data.image_samples(), 6)], budget)
 
 
+@lru_cache(maxsize=1)
+def mode_of(model: torch.nn.Module, encoder: Encoder) -> PackMode:
+    """How a model's packs are computed: decided once, as in a run, because that calls the tower."""
+    return choose_mode(model, encoder)
+
+
 def packs(model: torch.nn.Module, data: PreparedData) -> list[PackedBatch]:
     """The questions in one pack and one by one; only one by one where the family cannot share."""
     alone = [collate([Bundle(group, (0,))], data) for group in range(len(data))]
-    if not choose_mode(model, data.encoder).shares:
+    if not mode_of(model, data.encoder).shares:
         return alone
     return [collate([Bundle(group, (0, 1)) for group in range(len(data))], data), *alone]
 
 
 def logits(model: torch.nn.Module, batch: PackedBatch, data: PreparedData) -> torch.Tensor:
-    mode = choose_mode(model, data.encoder)
+    mode = mode_of(model, data.encoder)
     with torch.no_grad(), packed_forward.packed(batch, mode, 0):
         return packed_forward.forward(model, batch, mode).logits
 
@@ -86,6 +95,7 @@ def test_a_frozen_tower_drops_nothing_in_training() -> None:
     expected = features()
     start_training(model)
     assert torch.equal(features(), expected)
+    choose_mode(model, encoder)  # computes in evaluation mode, and leaves every module as it was
     assert model.training and inner.language_model.training and not inner.vision_tower.training
     inner.layerwise_projectors.requires_grad_(True)
     start_training(model)
@@ -122,11 +132,12 @@ def test_features_are_what_the_tower_computes(family: str, threads: int, tmp_pat
 
 def test_the_online_tower_is_counted(tmp_path: Path) -> None:
     model, data, _ = prepared("qwen2_5_vl", tmp_path)
+    batch = packs(model, data)[0]
     use = TowerCounter(model)
-    logits(model, packs(model, data)[0], data)
+    logits(model, batch, data)
     assert (use.calls, use.images) == (1, len(SIZES))
     use.close()
-    logits(model, packs(model, data)[0], data)
+    logits(model, batch, data)
     assert use.calls == 1
 
 

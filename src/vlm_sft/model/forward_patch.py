@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -166,6 +167,22 @@ def bare_copy(module: torch.nn.Module) -> Any:
 def plain_settings(module: torch.nn.Module) -> dict[str, int | float | str | tuple[Any, ...]]:
     """The attributes of a module that are numbers and texts, by their names."""
     return {name: one for name, one in vars(module).items() if isinstance(one, int | float | str | tuple)}
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Switch dropout off while the block runs; afterwards every module is in the mode that it was in.
+
+    Args:
+        model: or one of its modules. A frozen tower may evaluate while the rest trains.
+    """
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
 
 
 def reason_of(error: Exception) -> str:

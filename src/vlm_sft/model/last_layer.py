@@ -14,7 +14,7 @@ import torch
 from vlm_sft.common.console import warn
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.families import PLAIN_LAYERS, router_coefficient
-from vlm_sft.model.forward_patch import agrees, is_exchanged, is_plain, reason_of, replace_forward
+from vlm_sft.model.forward_patch import agrees, evaluating, is_exchanged, is_plain, reason_of, replace_forward
 from vlm_sft.model.pack_context import current_pack
 from vlm_sft.model.protocols import VisionLanguageModel
 
@@ -66,21 +66,17 @@ def _last_layer(base: VisionLanguageModel) -> Any:
 @torch.no_grad()
 def _problem(decoder: Any, layer: Any) -> str | None:
     """Compare a few rows of random hidden states with those of the whole layer; None where they are the same."""
-    training = {module: module.training for module in layer.modules()}
-    layer.eval()  # no dropout: nothing is drawn from a global random generator
     try:
-        weight = layer.input_layernorm.weight
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(1, _PROBE_TOKENS, len(weight), generator=generator).to(weight)
-        rows = torch.tensor(_PROBE_ROWS, device=weight.device)
-        arguments = _layer_arguments(decoder, hidden)
-        expected = layer(hidden, **arguments).index_select(1, rows)
-        same = agrees(_at_rows(layer, hidden, rows, **arguments), expected, _TOLERANCE[weight.dtype])
+        with evaluating(layer):  # no dropout: nothing is drawn from a global random generator
+            weight = layer.input_layernorm.weight
+            generator = torch.Generator().manual_seed(0)
+            hidden = torch.randn(1, _PROBE_TOKENS, len(weight), generator=generator).to(weight)
+            rows = torch.tensor(_PROBE_ROWS, device=weight.device)
+            arguments = _layer_arguments(decoder, hidden)
+            expected = layer(hidden, **arguments).index_select(1, rows)
+            same = agrees(_at_rows(layer, hidden, rows, **arguments), expected, _TOLERANCE[weight.dtype])
     except Exception as error:  # an unknown layer may raise anything, and none of it may end a run
         return reason_of(error)
-    finally:
-        for module, flag in training.items():
-            module.training = flag
     return None if same else "its rows have other values when they are computed alone"
 
 

@@ -36,7 +36,7 @@ from vlm_sft.model.families import (
     separate_mode,
     sharing_mode,
 )
-from vlm_sft.model.forward_patch import reason_of
+from vlm_sft.model.forward_patch import evaluating, reason_of
 from vlm_sft.model.load import is_blockwise
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
 from vlm_sft.model.recurrent import unshared_states
@@ -128,7 +128,7 @@ def rows_error(model: AnyModel, encoder: Encoder, rows: Rows) -> float:
     pack = [Bundle(0, (0, 0))] if rows == "equal" else _everything(groups)
     mode = PackMode("separate")
     base = packed_forward.unwrap(model)
-    with _evaluating(model), limited_windows(base, groups):
+    with evaluating(model), limited_windows(base, groups):
         together = _logits(model, pack, groups, mode)
         alone = torch.cat([_logits(model, one, groups, mode) for one in _alone(pack)])
     return difference(together, alone)
@@ -183,7 +183,7 @@ def _require_computable(model: AnyModel, encoder: Encoder, whole: bool) -> None:
 
     hook = None if whole else base.get_decoder().register_forward_pre_hook(stop)
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             _logits(model, [Bundle(0, (0,))], [group], PackMode("separate"))
     except _ReachedError:
         pass
@@ -215,7 +215,7 @@ def sharing_error(model: AnyModel, encoder: Encoder, kind: Kind) -> float:
     groups = probe_groups(encoder)
     everything = _everything(groups)
     base = packed_forward.unwrap(model)
-    with _evaluating(model), limited_windows(base, groups):
+    with evaluating(model), limited_windows(base, groups):
         shared = _logits(model, everything, groups, sharing_mode(base.config, kind))
         separate = torch.cat([_logits(model, pack, groups, PackMode("separate")) for pack in _alone(everything)])
     return difference(shared, separate)
@@ -255,7 +255,7 @@ def features_error(model: AnyModel, encoder: Encoder) -> float:
     mode = choose_mode(model, encoder)
     bundles = [Bundle(index, (0,)) for index in range(len(groups))]
     packs = [bundles] if mode.shares else _alone(bundles)
-    with _evaluating(model):
+    with evaluating(model):
         features = [encode_images(model, [group.tensors])[0] for group in groups]
         kept = [
             replace(group, tensors=feature_record(found, group.tensors))
@@ -283,17 +283,6 @@ def _probe(seed: int, size: tuple[int, int]) -> list[Sample]:
     Image.fromarray(noise).save(stream, "PNG")
     image = ImageRef.from_bytes(stream.getvalue(), "self-check")
     return [Sample(f"probe/{text}", "probe", "", (image,), text, "12 34", ("12 34",)) for text in _QUESTIONS]
-
-
-@contextmanager
-def _evaluating(model: AnyModel) -> Iterator[None]:
-    """Switch dropout off while the block runs."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

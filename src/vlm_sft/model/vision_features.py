@@ -28,6 +28,7 @@ from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.attention import attention_name
 from vlm_sft.model.families import family_of
+from vlm_sft.model.forward_patch import evaluating
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
 
 POOLED, DEEPSTACK, INJECTED, INDICATORS = "pooled", "deepstack", "injected", "indicators"
@@ -375,10 +376,5 @@ def whole_tower(model: AnyModel, device: str) -> Iterator[None]:
     else:
         for module in modules.values():
             module.to(device)
-    training = model.training
-    model.eval()
-    try:
-        with gathered:
-            yield
-    finally:
-        model.train(training)
+    with evaluating(model), gathered:
+        yield
