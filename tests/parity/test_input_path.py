@@ -33,7 +33,7 @@ from vlm_sft.model.feature_precompute import use_features
 from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.step_gradients import StepGradients
-from vlm_sft.model.vision_features import encode_images
+from vlm_sft.model.vision_features import encode_images, inner_model
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.recipe.load import load_recipe
@@ -85,7 +85,7 @@ def test_positions_need_no_model(family: str) -> None:
     place = pickle.loads(pickle.dumps(Positions(model)))
     assert not list(place._bare.parameters()) if place._bare is not None else True
     found = place(batch)
-    rope_index = getattr(model.model, "get_rope_index", None)
+    rope_index = getattr(inner_model(model), "get_rope_index", None)
     for image, ends in enumerate(batch.ends):
         begin, end = ends[:2]
         for start, stop in zip(ends[1:], ends[2:], strict=False):

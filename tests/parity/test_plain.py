@@ -80,8 +80,8 @@ def test_the_switch_reaches_the_kernels_of_gpus_and_run_json(monkeypatch: pytest
     model = trained()
     monkeypatch.setenv(PLAIN, "1")
     kernels, notes = choose_kernels(model, torch.device("cuda", 0))
-    assert kernels == {PLAIN: "1", "dropout": "stepwise", "norm": "stepwise", "mlp": "stepwise"}
-    assert len(notes) == 3 and all(f"{PLAIN}=1" in note for note in notes)
+    assert kernels == {PLAIN: "1", "dropout": "stepwise", "norm": "stepwise", "mlp": "stepwise", "rotary": "stepwise"}
+    assert len(notes) == 4 and all(f"{PLAIN}=1" in note for note in notes)
     assert choose_kernels(model, torch.device("cpu"))[0] == {PLAIN: "1", "dropout": "stepwise"}
     assert f"{PLAIN}=1" in str(flash_problem(torch.bfloat16))
     monkeypatch.delenv(PLAIN)

@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizer
 
 from tests import tiny_models
 from tests.questions import PROMPT, ask, picture
+from tests.tiny_models_parts import LLAVA_TEMPLATE
 from tools.pocket.tokenizer import IMAGE_PAD, TURN_END, VISION_START
 from vlm_sft.common.errors import SampleError
 from vlm_sft.data.encode import EncodedGroup, Encoder
@@ -169,7 +170,7 @@ def test_tokenizers_that_put_a_blank_in_front(kind: str, scheme: str) -> None:
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=tiny_models.LLAVA_TEMPLATE,
+        chat_template=LLAVA_TEMPLATE,
     )
     encoder = Encoder(processor, PROMPT)
     ordinary = encoder.answer_ids(ask(picture(0), "How many?", "tags"))

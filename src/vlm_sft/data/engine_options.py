@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from vlm_sft.common.options import option
 from vlm_sft.data.cache.feature_names import AUTO, parse_feature_cache
+
+# How questions that cannot share an image run together, each with its own copy of the image's tokens: as one batch
+# padded to the longest, as batches of equal length, or one question a forward pass.
+Rows = Literal["padded", "equal", "single"]
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 from vlm_sft.common.errors import DataError
+from vlm_sft.data.engine_options import Rows
 from vlm_sft.data.epoch_order import Bundle, global_batches
 
-# How questions that cannot share an image run together, each with its own copy of the image's tokens: as one batch
-# padded to the longest, as batches of equal length, or one question a forward pass.
-Rows = Literal["padded", "equal", "single"]
 # A question joins a padded batch when it has at least this share of the tokens of the longest one.
 LEAST_SHARE = 0.8
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from vlm_sft.data.packing import Rows
+from vlm_sft.data.engine_options import Rows
 
 Kind = Literal["blockwise", "dense", "separate"]
 T = TypeVar("T")

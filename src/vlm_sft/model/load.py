@@ -23,7 +23,7 @@ from transformers import (
 from vlm_sft.common.artifacts import read_json
 from vlm_sft.common.console import warn
 from vlm_sft.common.errors import ModelError, RunError, quoted
-from vlm_sft.data.packing import Rows
+from vlm_sft.data.engine_options import Rows
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS, assign_windows, attention_name
 from vlm_sft.model.cpu.fuse import fuse_modules

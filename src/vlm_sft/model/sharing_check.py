@@ -21,7 +21,8 @@ from vlm_sft.common.errors import ModelError
 from vlm_sft.data.cache.feature_names import feature_record
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import EncodedGroup, Encoder
-from vlm_sft.data.packing import Bundle, Rows
+from vlm_sft.data.engine_options import Rows
+from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model import packed_forward

@@ -8,7 +8,8 @@ from dataclasses import replace
 from vlm_sft.common.console import say
 from vlm_sft.common.errors import DataError, ModelError
 from vlm_sft.data.encode import group_by_image, picture_sizes
-from vlm_sft.data.packing import GroupLengths, Rows
+from vlm_sft.data.engine_options import Rows
+from vlm_sft.data.packing import GroupLengths
 from vlm_sft.data.sample import ImageRef, Sample, distinct_images
 from vlm_sft.data.token_estimate import EXPECTED
 from vlm_sft.evaluate.batching import image_counter
