@@ -55,11 +55,12 @@ class PlainText:
         # Special tokens, by what they do: they vanish from a decoded answer.
         special = {number for number in added if not self.tokenizer.decode([number], skip_special_tokens=True)}
         acting = special | {*stop_ids, *turn_ids, *_named_ids(processor)}
-        # An added token that is a plain word or blank ("user", a run of spaces) does nothing: it is vocabulary.
+        # An added token that is a plain word or blank ("user", a run of spaces) does nothing, unless it vanishes from
+        # answers as Aya's "TILE" does: it is vocabulary.
         self._strings = {
             number: text
             for number, text in added.items()
-            if number in acting and not text.isalnum() and not text.isspace()
+            if number in special or (number in acting and not text.isalnum() and not text.isspace())
         }
         # What a tokenizer makes of characters that it does not know is no sign of a control token.
         known = {*stop_ids, *self._strings} - {self.tokenizer.unk_token_id}
