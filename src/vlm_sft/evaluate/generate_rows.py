@@ -21,7 +21,7 @@ from vlm_sft.model import packed_forward
 from vlm_sft.model.families import switched_off
 from vlm_sft.model.padded_rows import padded_rows
 from vlm_sft.model.protocols import AnyModel
-from vlm_sft.model.sharing_check import TOLERANCE, difference, limited_windows, probe_groups
+from vlm_sft.model.sharing_check import TOLERANCE, all_questions, difference, each_alone, limited_windows, probe_groups
 
 
 class _Ties(LogitsProcessor):  # type: ignore[misc]
@@ -100,7 +100,7 @@ def rows_agree(model: AnyModel, encoder: Encoder) -> bool:
         encoder: encodes questions for it.
     """
     groups = probe_groups(encoder, with_answers=False)
-    everything = [Bundle(index, tuple(range(len(group.questions)))) for index, group in enumerate(groups)]
+    everything = all_questions(groups)
     base = packed_forward.unwrap(model)
     config = GenerationConfig(do_sample=False, max_new_tokens=2, pad_token_id=0)
 
@@ -112,7 +112,7 @@ def rows_agree(model: AnyModel, encoder: Encoder) -> bool:
     try:
         with limited_windows(base, groups):
             together = scores(everything)
-            alone = torch.cat([scores([Bundle(one.group, (n,))]) for one in everything for n in one.questions])
+            alone = torch.cat([scores(one) for one in each_alone(everything)])
         same = (together[:, 0].argmax(-1) == alone[:, 0].argmax(-1))[:, None]
         # Where rounding chose another first token, only the first scores can be compared.
         compared = torch.cat([torch.ones_like(same), same], dim=1)

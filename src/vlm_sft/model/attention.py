@@ -18,11 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vlm_sft.model.families import Reach
+from vlm_sft.model.families import FULL_REACH, Reach
 from vlm_sft.model.forward_patch import is_plain
 from vlm_sft.model.pack_context import PackLayout, current_pack
 
-_FULL = Reach()
 SHARED_SDPA = "vlm_sft_sdpa"
 SHARED_WINDOWS = "vlm_sft_flash_windows"  # the name has to contain "flash", see `shared_windows`
 
@@ -89,7 +88,7 @@ def pack_sdpa(
     value: torch.Tensor,
     dropout: float = 0.0,
     scaling: float | None = None,
-    reach: Reach = _FULL,
+    reach: Reach = FULL_REACH,
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Scaled dot-product attention over a pack, image by image.

@@ -149,6 +149,9 @@ class Reach:
         return all(limit is None or tokens <= limit for limit in (self.window, self.chunk))
 
 
+FULL_REACH = Reach()
+
+
 @dataclass(frozen=True, slots=True)
 class PackMode:
     """How the packs of one model are computed.
@@ -166,7 +169,7 @@ class PackMode:
     kind: Kind = "blockwise"
     image_blocks: bool = False
     one_block: bool = False
-    reaches: tuple[Reach, ...] = (Reach(),)
+    reaches: tuple[Reach, ...] = (FULL_REACH,)
     note: str = ""
     rows: Rows = "padded"
 

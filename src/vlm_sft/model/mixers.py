@@ -27,7 +27,7 @@ class State:
 
     Attributes:
         inputs: (n, K - 1, D), the last inputs of the short convolution, zero before the first token.
-        memory: (n, …), the recurrent state; None for a layer that has none.
+        memory: (n, …), the recurrent state; None before the first token, and for a layer that has none.
     """
 
     inputs: torch.Tensor
@@ -66,8 +66,8 @@ class Mixer(Protocol):
     ) -> tuple[torch.Tensor, State]:
         """Go through n sequences from a state: streams (n, T, …) to outputs (n, T, V), and the state behind them."""
 
-    def begin(self, module: Any, count: int, stream: torch.Tensor) -> State:
-        """The state before the first token of so many sequences, with the format of the first stream."""
+    def convolution(self, module: Any) -> torch.nn.Conv1d:
+        """The short convolution, over the first stream."""
 
     def finish(self, module: Any, mixed: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Outputs (L, V) of all tokens, gated and projected, (1, L, C)."""
@@ -90,9 +90,9 @@ class GatedDeltaNet:
         decay = -module.A_log.float().exp() * step
         return [module.in_proj_qkv(hidden)[0], rate[0], decay[0]], module.in_proj_z(hidden)[0]
 
-    def begin(self, module: Any, count: int, stream: torch.Tensor) -> State:
-        """Zeros."""
-        return State(_no_inputs(module.conv1d, count, stream))
+    def convolution(self, module: Any) -> torch.nn.Conv1d:
+        """Over queries, keys and values."""
+        return module.conv1d
 
     def scan(
         self, module: Any, streams: list[torch.Tensor], lengths: torch.Tensor, valid: torch.Tensor | None, state: State
@@ -150,12 +150,9 @@ class Mamba2:
         gate, inputs, step = module.in_proj(hidden)[0].split(sizes, dim=-1)
         return [inputs, F.softplus(step + module.dt_bias.to(step.dtype)).clamp(*module.time_step_limit)], gate
 
-    def begin(self, module: Any, count: int, stream: torch.Tensor) -> State:
-        """Zeros."""
-        memory = stream.new_zeros(count, module.num_heads, module.head_dim, module.ssm_state_size, dtype=torch.float32)
-        return State(
-            _no_inputs(module.conv1d, count, stream), memory.to(torch.promote_types(stream.dtype, memory.dtype))
-        )
+    def convolution(self, module: Any) -> torch.nn.Conv1d:
+        """Over values, keys and queries."""
+        return module.conv1d
 
     def scan(
         self, module: Any, streams: list[torch.Tensor], lengths: torch.Tensor, valid: torch.Tensor | None, state: State
@@ -201,9 +198,9 @@ class ShortConvolution:
         inner, outer, values = module.in_proj(hidden)[0].chunk(3, dim=-1)
         return [inner * values], outer
 
-    def begin(self, module: Any, count: int, stream: torch.Tensor) -> State:
-        """Zeros."""
-        return State(_no_inputs(module.conv, count, stream))
+    def convolution(self, module: Any) -> torch.nn.Conv1d:
+        """Over gated values."""
+        return module.conv
 
     def scan(
         self, module: Any, streams: list[torch.Tensor], lengths: torch.Tensor, valid: torch.Tensor | None, state: State
@@ -245,9 +242,15 @@ def short_convolution(
     return mixed.transpose(1, 2).to(inputs.dtype), tail
 
 
-def _no_inputs(layer: torch.nn.Conv1d, count: int, stream: torch.Tensor) -> torch.Tensor:
-    """What a convolution saw before the first token of so many sequences: zeros, (count, K - 1, D)."""
-    return stream.new_zeros(count, layer.kernel_size[0] - 1, stream.shape[-1])
+def first_state(layer: torch.nn.Conv1d, count: int, stream: torch.Tensor) -> State:
+    """The state before the first token of so many sequences: no inputs of the convolution, and no memory.
+
+    Args:
+        layer: the short convolution.
+        count: n.
+        stream: its inputs, (…, D).
+    """
+    return State(stream.new_zeros(count, layer.kernel_size[0] - 1, stream.shape[-1]))
 
 
 def _library(module: Any, name: str) -> Any:

@@ -15,11 +15,9 @@ from functools import cached_property
 import torch
 
 from vlm_sft.data.collate import moved_to
-from vlm_sft.model.families import Reach
+from vlm_sft.model.families import FULL_REACH, Reach
 from vlm_sft.model.padded_rows import PaddedRows
 from vlm_sft.model.state_batches import Recurrence
-
-_FULL = Reach()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class PackLayout:
     branches: list[list[int]]
     blocks: torch.Tensor | None = None
     rows: list[int] | None = None
-    reaches: tuple[Reach, ...] = (_FULL,)
+    reaches: tuple[Reach, ...] = (FULL_REACH,)
     _masks: dict[Reach, list[torch.Tensor | None]] = field(default_factory=dict)
     _parts: list[torch.Tensor] | None = None
     _varlen: VarlenIndex | None = None
@@ -75,9 +73,9 @@ class PackLayout:
 
     def reach_of(self, marker: torch.Tensor | None) -> Reach:
         """How far tokens look in a layer that was given this `marker`; None stands for full attention."""
-        return _FULL if marker is None else self.reaches[marker.shape[-1] - 1]
+        return FULL_REACH if marker is None else self.reaches[marker.shape[-1] - 1]
 
-    def masks(self, device: torch.device, reach: Reach = _FULL) -> list[torch.Tensor | None]:
+    def masks(self, device: torch.device, reach: Reach = FULL_REACH) -> list[torch.Tensor | None]:
         """For each image (1, 1, N, N) bool, True where a token may look; None means plain causal (one question).
 
         Args:
@@ -132,7 +130,7 @@ class PackLayout:
 
 
 def branch_mask(
-    branch: torch.Tensor, index: torch.Tensor, reach: Reach = _FULL, blocks: torch.Tensor | None = None
+    branch: torch.Tensor, index: torch.Tensor, reach: Reach = FULL_REACH, blocks: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Which token of one image may look at which.
 

@@ -113,7 +113,7 @@ def forward(model: AnyModel, batch: PackedBatch, mode: PackMode, **extra: Any) -
     extra = {"use_cache": False, **switched_off(unwrap(model)), **extra}
     if not mode.shares:
         rows = current_pack().padded or padded_rows(batch)
-        with scoring_rows(unwrap(model).get_output_embeddings(), rows):
+        with scoring_rows(unwrap(model).get_output_embeddings(), rows.predict, rows.tokens.shape):
             output = model(**separate_inputs(model, batch, rows), **extra)
         output.logits = scored(output.logits, rows)
         return output
@@ -129,12 +129,8 @@ def _scored_at(model: AnyModel, rows: torch.Tensor | int, **inputs: Any) -> Any:
         return model(logits_to_keep=rows, **inputs)
     if isinstance(rows, int):
         return model(**inputs)
-    head = base.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0].index_select(1, rows),))
-    try:
+    with scoring_rows(base.get_output_embeddings(), rows, inputs["input_ids"].shape):
         return model(**inputs)
-    finally:
-        hook.remove()
 
 
 def shared_inputs(model: AnyModel, batch: PackedBatch, mode: PackMode) -> dict[str, Any]:

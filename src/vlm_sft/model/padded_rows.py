@@ -6,7 +6,7 @@ token; the attention mask hides that, and dropout's keys stay those of the quest
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -72,20 +72,21 @@ def padded_rows(batch: PackedBatch, left: bool = False) -> PaddedRows:
 
 
 @contextmanager
-def scoring_rows(head: torch.nn.Module, rows: PaddedRows) -> Iterator[None]:
+def scoring_rows(head: torch.nn.Module, places: torch.Tensor, shape: Sequence[int]) -> Iterator[None]:
     """Let a model's head, and what the model does behind it, see only the positions that predict an answer.
 
-    Hooked for the call only: a model's own `logits_to_keep` takes the same positions of every row.
+    Hooked for the call only: a model's own `logits_to_keep` takes the same positions of every row, if it is there.
 
     Args:
         head: the projection to the vocabulary, wrapped by PEFT or not.
-        rows: the batch; hidden states (B, T, C) become (1, S, C).
+        places: (S,) int64, the positions in the flattened batch; hidden states (B, T, C) become (1, S, C).
+        shape: B and T.
     """
 
     def select(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if not inputs or inputs[0].shape[:2] != rows.tokens.shape:
+        if not inputs or inputs[0].shape[:2] != tuple(shape):
             return None
-        return (inputs[0].flatten(0, 1).index_select(0, rows.predict)[None], *inputs[1:])
+        return (inputs[0].flatten(0, 1).index_select(0, places)[None], *inputs[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:

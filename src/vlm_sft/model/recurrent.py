@@ -7,6 +7,8 @@ forward: only where a numeric probe gave what the module itself gives for separa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,9 +16,9 @@ import torch
 
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.families import STATEFUL
-from vlm_sft.model.forward_patch import agrees, is_exchanged, is_plain, note_left, reason_of, replace_forward
-from vlm_sft.model.mixers import MIXERS, Mixer, State, joined_states
-from vlm_sft.model.pack_context import PackContext, computing, current_pack
+from vlm_sft.model.forward_patch import agrees, holds, is_exchanged, is_plain, replace_forward
+from vlm_sft.model.mixers import MIXERS, Mixer, State, first_state, joined_states
+from vlm_sft.model.pack_context import current_pack
 from vlm_sft.model.protocols import VisionLanguageModel
 from vlm_sft.model.state_batches import Recurrence, StateBatch
 
@@ -35,9 +37,9 @@ def share_states(model: VisionLanguageModel) -> int:
     found = 0
     for module in model.get_decoder().modules():
         mixer = mixer_of(module)
-        if mixer is None or is_exchanged(module) or not _same(mixer, module):
+        if mixer is None or is_exchanged(module) or not holds(partial(_same, mixer), module):
             continue
-        replace_forward(module, _forward)
+        replace_forward(module, _forward_by(mixer))
         found += 1
     return found
 
@@ -72,16 +74,23 @@ def mixer_of(module: torch.nn.Module) -> Mixer | None:
         return None
 
 
-def _forward(module: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Forward of a layer with a state: (1, L, C) to (1, L, C) inside a pack, plain otherwise."""
-    pack = current_pack()
-    if pack.recurrence is None or args or hidden_states.shape[:2] != (1, pack.tokens):
-        return module.forward_stepwise(hidden_states, *args, **kwargs)
-    mixer = mixer_of(module)
-    assert mixer is not None, "an exchanged module is of a known kind"
-    streams, gate = mixer.project(module, hidden_states)
-    compute = _pack if pack.recurrence.fed is None else _step
-    return mixer.finish(module, compute(mixer, module, streams, pack.recurrence), gate)
+def _forward_by(mixer: Mixer) -> Callable[..., torch.Tensor]:
+    """The forward of a layer with a state: (1, L, C) to (1, L, C) inside a pack, plain otherwise."""
+
+    def forward(module: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        pack = current_pack()
+        if pack.recurrence is None or args or hidden_states.shape[:2] != (1, pack.tokens):
+            return module.forward_stepwise(hidden_states, *args, **kwargs)
+        return _mixed(mixer, module, hidden_states, pack.recurrence)
+
+    return forward
+
+
+def _mixed(mixer: Mixer, module: Any, hidden: torch.Tensor, recurrence: Recurrence) -> torch.Tensor:
+    """What a layer gives for the hidden states (1, L, C) of a pack, or of a step of generation behind one."""
+    streams, gate = mixer.project(module, hidden)
+    compute = _pack if recurrence.fed is None else _step
+    return mixer.finish(module, compute(mixer, module, streams, recurrence), gate)
 
 
 def _pack(mixer: Mixer, module: Any, streams: list[torch.Tensor], recurrence: Recurrence) -> torch.Tensor:
@@ -95,8 +104,9 @@ def _pack(mixer: Mixer, module: Any, streams: list[torch.Tensor], recurrence: Re
         outputs.append(output.flatten(0, 1))
         return behind
 
-    empty = (mixer.begin(module, len(batch.lengths), streams[0]) for batch in batches.prefixes)
-    prefixes = joined_states([scan(batch, begin) for batch, begin in zip(batches.prefixes, empty, strict=True)])
+    layer = mixer.convolution(module)
+    first = [scan(batch, first_state(layer, len(batch.lengths), streams[0])) for batch in batches.prefixes]
+    prefixes = joined_states(first)
     behind = [scan(batch, prefixes.rows(batch.parents)) for batch in batches.questions]
     if recurrence.kept is not None:
         recurrence.kept[module] = joined_states(behind).rows(batches.order)
@@ -125,21 +135,15 @@ def _same(mixer: Mixer, module: Any) -> bool:
     """
     if is_partitioned(*module.parameters()):
         return True
-    try:
-        weight = module.out_proj.weight
-        generator = torch.Generator().manual_seed(0)
-        channels = module.out_proj.out_features
-        hidden = torch.randn(1, _PROBE_ENDS[-1][-1], channels, generator=generator).to(weight)
-        expected = torch.empty_like(hidden)
-        for start, prefix, *questions in _PROBE_ENDS:
-            for begin, end in zip([prefix, *questions], questions, strict=False):
-                alone = module(torch.cat([hidden[:, start:prefix], hidden[:, begin:end]], dim=1))
-                expected[:, start:prefix] = alone[:, : prefix - start]
-                expected[:, begin:end] = alone[:, prefix - start :]
-        pack = PackContext(hidden.shape[1], recurrence=Recurrence(_PROBE_ENDS))
-        with computing(pack):
-            found = _forward(module, hidden)
-        return agrees(found, expected, _TOLERANCE[weight.dtype])
-    except Exception as error:  # an unknown module may raise anything, and none of it may end a run
-        note_left(type(module).__name__, reason_of(error))
-        return False
+    weight = module.out_proj.weight
+    generator = torch.Generator().manual_seed(0)
+    channels = module.out_proj.out_features
+    hidden = torch.randn(1, _PROBE_ENDS[-1][-1], channels, generator=generator).to(weight)
+    expected = torch.empty_like(hidden)
+    for start, prefix, *questions in _PROBE_ENDS:
+        for begin, end in zip([prefix, *questions], questions, strict=False):
+            alone = module(torch.cat([hidden[:, start:prefix], hidden[:, begin:end]], dim=1))
+            expected[:, start:prefix] = alone[:, : prefix - start]
+            expected[:, begin:end] = alone[:, prefix - start :]
+    found = _mixed(mixer, module, hidden, Recurrence(_PROBE_ENDS))
+    return agrees(found, expected, _TOLERANCE[weight.dtype])

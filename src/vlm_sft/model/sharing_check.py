@@ -126,12 +126,12 @@ def rows_error(model: AnyModel, encoder: Encoder, rows: Rows) -> float:
         As `sharing_error`.
     """
     groups = probe_groups(encoder)
-    pack = [Bundle(0, (0, 0))] if rows == "equal" else _everything(groups)
+    pack = [Bundle(0, (0, 0))] if rows == "equal" else all_questions(groups)
     mode = PackMode("separate")
     base = packed_forward.unwrap(model)
     with evaluating(model), limited_windows(base, groups):
         together = _logits(model, pack, groups, mode)
-        alone = torch.cat([_logits(model, one, groups, mode) for one in _alone(pack)])
+        alone = torch.cat([_logits(model, one, groups, mode) for one in each_alone(pack)])
     return difference(together, alone)
 
 
@@ -142,16 +142,16 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def probe_groups(encoder: Encoder, with_answers: bool = True) -> list[EncodedGroup]:
     """A few questions of different lengths about two tiny images of noise."""
-    probes = [_probe(seed, size) for seed, size in enumerate(((72, 56), (56, 96)))]
+    probes = [_probe(seed, size) for seed, size in enumerate(_SIZES)]
     return [encoder.encode(probe, with_answers=with_answers) for probe in probes]
 
 
-def _everything(groups: list[EncodedGroup]) -> list[Bundle]:
-    """All questions of all images."""
+def all_questions(groups: list[EncodedGroup]) -> list[Bundle]:
+    """All questions of all images of some `probe_groups`, as one pack."""
     return [Bundle(index, tuple(range(len(group.questions)))) for index, group in enumerate(groups)]
 
 
-def _alone(pack: list[Bundle]) -> list[list[Bundle]]:
+def each_alone(pack: list[Bundle]) -> list[list[Bundle]]:
     """A pack for each question."""
     return [[Bundle(bundle.group, (number,))] for bundle in pack for number in bundle.questions]
 
@@ -177,7 +177,7 @@ def _require_computable(model: AnyModel, encoder: Encoder, whole: bool) -> None:
     base = packed_forward.unwrap(model)
     if is_partitioned(*base.parameters()):
         return
-    group = encoder.encode(_probe(0, (72, 56)))
+    group = encoder.encode(_probe(0, _SIZES[0]))
 
     def stop(*_: object) -> None:
         raise _ReachedError
@@ -214,11 +214,11 @@ def sharing_error(model: AnyModel, encoder: Encoder, kind: Kind) -> float:
         Root mean square difference of the logits that predict answers, divided by their standard deviation.
     """
     groups = probe_groups(encoder)
-    everything = _everything(groups)
+    everything = all_questions(groups)
     base = packed_forward.unwrap(model)
     with evaluating(model), limited_windows(base, groups):
         shared = _logits(model, everything, groups, sharing_mode(base.config, kind))
-        separate = torch.cat([_logits(model, pack, groups, PackMode("separate")) for pack in _alone(everything)])
+        separate = torch.cat([_logits(model, pack, groups, PackMode("separate")) for pack in each_alone(everything)])
     return difference(shared, separate)
 
 
@@ -255,7 +255,7 @@ def features_error(model: AnyModel, encoder: Encoder) -> float:
     groups = [encoder.encode(_probe(seed, size)[:1]) for seed, size in enumerate(_SIZES)]
     mode = choose_mode(model, encoder)
     bundles = [Bundle(index, (0,)) for index in range(len(groups))]
-    packs = [bundles] if mode.shares else _alone(bundles)
+    packs = [bundles] if mode.shares else each_alone(bundles)
     with evaluating(model):
         features = [encode_images(model, [group.tensors])[0] for group in groups]
         kept = [
