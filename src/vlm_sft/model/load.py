@@ -27,6 +27,7 @@ from vlm_sft.data.engine_options import Rows
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS, assign_windows, attention_name
 from vlm_sft.model.cpu.fuse import fuse_modules
+from vlm_sft.model.cpu.narrow import narrow_products
 from vlm_sft.model.families import DEFAULT_BASE, declared_mode, layer_values
 from vlm_sft.model.forward_patch import holds, is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
@@ -297,6 +298,7 @@ def ready(model: Any, function: str) -> Any:
         function: name of the attention function of its language model.
     """
     set_attention(model, function)
+    narrow_products(model)
     trim_last_layer(model)
     fuse_modules(model)
     return model

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE, is_frozen, multiply
+from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE, TOLERANCE_NARROW, is_frozen, multiply, stream_dtype
 from vlm_sft.model.forward_patch import agree_at_scales, exchange_forward, probe_rows
 
 _BLOCK = 512  # tokens
@@ -79,10 +79,12 @@ def _is_gated(module: torch.nn.Module) -> bool:
         return False
     weight = parameters[0]
     assert weight is not None
-    if weight.device.type != "cpu" or weight.dtype not in EXACT or is_partitioned(weight):
+    dtype = stream_dtype(weight)
+    if weight.device.type != "cpu" or dtype not in EXACT or is_partitioned(weight):
         return False
-    rows = probe_rows(weight, weight.shape[1])
-    return agree_at_scales(lambda values: _GatedMLP.apply(values, *parameters), module, rows, TOLERANCE)
+    rows = probe_rows(weight, weight.shape[1]).to(dtype)
+    tolerance = TOLERANCE if weight.dtype == dtype else TOLERANCE_NARROW
+    return agree_at_scales(lambda values: _GatedMLP.apply(values, *parameters), module, rows, tolerance)
 
 
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
