@@ -136,7 +136,7 @@ def _require_image_text(config: type, family: str, name: str) -> None:
 
 
 def default_dtype(bf16: bool | str = "auto") -> torch.dtype:
-    """bfloat16 where a GPU has it, float32 elsewhere (bfloat16 products on CPUs are several times slower)."""
+    """bfloat16 where a GPU has it, float32 elsewhere: whether a CPU's bfloat16 pays, a training measures."""
     if bf16 == "auto":
         bf16 = torch.cuda.is_available() and not emulates_bfloat16()
     return torch.bfloat16 if bf16 else torch.float32
@@ -204,7 +204,7 @@ def find_base(
     Args:
         name: "pocket", a folder, or a Hub id.
         flash_attn: use FlashAttention where it can run.
-        bf16: True, False or "auto" (on GPUs that have it).
+        bf16: True, False or "auto" (on GPUs that have it; a training on a CPU measures, `planning/number_format.py`).
         min_pixels, max_pixels: bounds of the image area in pixels; None keeps the model's own.
         prompt: settings that replace the model's own, e.g. those saved with an adapter.
         template, system: prompt template and system text; None keeps those of the settings.

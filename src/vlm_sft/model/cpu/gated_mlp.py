@@ -55,6 +55,16 @@ class _GatedMLP(torch.autograd.Function):
         return torch.cat(slopes), *[None] * 6
 
 
+def gated_rows(rows: torch.Tensor, parameters: list[torch.Tensor | None]) -> torch.Tensor:
+    """A frozen gated MLP of (T, C) rows.
+
+    Args:
+        rows: (T, C), in float32 or float64.
+        parameters: weight and bias of gate, up and down; weights may be in bfloat16 beside float32 rows.
+    """
+    return _GatedMLP.apply(rows, *parameters)
+
+
 def fuse_gated(model: torch.nn.Module) -> int:
     """Let the gated MLPs of a model compute block by block; returns how many were changed.
 
@@ -84,7 +94,7 @@ def _is_gated(module: torch.nn.Module) -> bool:
         return False
     rows = probe_rows(weight, weight.shape[1]).to(dtype)
     tolerance = TOLERANCE if weight.dtype == dtype else TOLERANCE_NARROW
-    return agree_at_scales(lambda values: _GatedMLP.apply(values, *parameters), module, rows, tolerance)
+    return agree_at_scales(lambda values: gated_rows(values, parameters), module, rows, tolerance)
 
 
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -93,4 +103,4 @@ def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
     if parameters is None or not is_frozen(parameters, hidden_states.dtype):
         return None
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    return _GatedMLP.apply(rows, *parameters).reshape(*hidden_states.shape[:-1], -1)
+    return gated_rows(rows, parameters).reshape(*hidden_states.shape[:-1], -1)
