@@ -17,6 +17,8 @@ from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.cpu.matmul import narrows
 from vlm_sft.model.forward_patch import exchange_forward
 
+_LEAST_SIDE = 16  # of a weight: smaller products gain nothing, and families compute with such weights themselves
+
 
 def narrow_products(model: Any) -> int:
     """Let a model that was loaded in bfloat16 compute in float32 between its products; returns how many do so.
@@ -28,7 +30,11 @@ def narrow_products(model: Any) -> int:
     weight = getattr(embedding, "weight", None)
     if weight is None or weight.dtype != torch.bfloat16 or not narrows(weight.device) or is_partitioned(weight):
         return 0
-    linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    linears = [
+        module
+        for module in model.modules()
+        if type(module) is torch.nn.Linear and min(module.weight.shape) >= _LEAST_SIDE
+    ]
     kept = {id(weight), *(id(module.weight) for module in linears)}
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.dtype == torch.bfloat16 and id(tensor) not in kept:
