@@ -103,7 +103,8 @@ def run_import(args: argparse.Namespace) -> int:
         args.max_left_out,
     )
     report = import_data(request)
-    say(f"{report.records:,} records, {report.conversations:,} of them conversations that became several questions")
+    several = f", {report.conversations:,} of them conversations of several questions" if report.conversations else ""
+    say(f"read {report.records:,} rows{several}")
     _tell(report, args)
     folder = shlex.quote(str(args.output))
     say(f"next: vlm-sft data check {folder}\n      vlm-sft train --dataset {folder} --output_dir outputs/mine")
