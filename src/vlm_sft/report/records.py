@@ -186,6 +186,7 @@ class RunRecord:
     finished: str
     wall_seconds: float | None
     seconds: dict[str, float]
+    output_dir: str
     base_model: str
     datasets: tuple[str, ...]
     device: str
@@ -217,19 +218,11 @@ class RunRecord:
     @property
     def recipe_name(self) -> str:
         """The recipe file named on the command line, without its folder; "" when there was none."""
-        return Path(self._flag("--sft_config")).name
-
-    @property
-    def output_dir(self) -> str:
-        """The folder as the command line named it; "" when it did not."""
-        return self._flag("--output_dir")
-
-    def _flag(self, wanted: str) -> str:
-        """The value of a flag of the command line; "" where it has none."""
         for position, word in enumerate(self.command):
             flag, _, value = word.partition("=")
-            if flag == wanted:
-                return value or "".join(self.command[position + 1 : position + 2])
+            if flag == "--sft_config":
+                following = self.command[position + 1 : position + 2]
+                return Path(value or (following[0] if following else "")).name
         return ""
 
 
