@@ -100,7 +100,7 @@ def part_parameters(model: AnyModel) -> dict[int, str]:
     base = unwrap(model)
     modules = dict(base.named_modules())
     projector, towers = _places(base, (PROJECTOR, VISION))
-    found = {}
+    found: dict[int, str] = {}
     for name, paths in ((VISION, towers), (PROJECTOR, projector)):  # a projector inside the tower is a projector
         found |= {id(parameter): name for path in paths for parameter in modules[path].parameters()}
     return found

@@ -124,6 +124,9 @@ def _batch_cannot_match(v: Mapping[str, Any]) -> bool:
     return bool((device or accumulation or 0) > target)
 
 
+PLACES = {"vision": "vision tower", "projector": "projector"}
+
+
 def _has_lora(v: Mapping[str, Any]) -> bool:
     return bool({"language", "vision_lora", "projector_lora"} & set(v["train"]))
 
@@ -239,19 +242,19 @@ CONTRADICTIONS = (
         Contradiction(
             ("train",),
             lambda v, part=part: {part, f"{part}_lora"} <= set(v["train"]),  # type: ignore[misc]
-            f"{part} in full and with LoRA",
+            f"the {place} in full and with LoRA",
             f"keep {part} or {part}_lora",
         )
-        for part in ("vision", "projector")
+        for part, place in PLACES.items()
     ),
     *(
         Contradiction(
             ("train", f"{part}_lora_rank"),
             lambda v, part=part: v[f"{part}_lora_rank"] is not None and f"{part}_lora" not in v["train"],  # type: ignore[misc]
-            f"a rank for LoRA on the {part}, and no such LoRA",
+            f"a rank for LoRA on the {place}, and no such LoRA",
             f"use train with {part}_lora, or no {part}_lora_rank",
         )
-        for part in ("vision", "projector")
+        for part, place in PLACES.items()
     ),
     *(
         Contradiction(
@@ -259,10 +262,10 @@ CONTRADICTIONS = (
             lambda v, part=part: (  # type: ignore[misc]
                 v[f"{part}_learning_rate"] is not None and not {part, f"{part}_lora", "all"} & set(v["train"])
             ),
-            f"a learning rate for the {part}, which is not trained",
+            f"a learning rate for the {place}, which is not trained",
             f"use train with {part}_lora, {part} or all, or no {part}_learning_rate",
         )
-        for part in ("vision", "projector")
+        for part, place in PLACES.items()
     ),
     Contradiction(
         ("report_to",),
