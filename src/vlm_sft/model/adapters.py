@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -173,13 +174,7 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets.for_peft,
-        rank_pattern={path: part.r for part in targets.parts if part.r != r for path in part.paths},
-        alpha_pattern={
-            path: _same_scale(r, alpha, part.r, use_rslora)
-            for part in targets.parts
-            if part.r != r
-            for path in part.paths
-        },
+        **_patterns(targets, r, alpha, use_rslora),
         target_parameters=list(targets.experts) or None,
         modules_to_save=list(targets.saved) or None,
         use_rslora=use_rslora,
@@ -202,10 +197,12 @@ def add_lora(
     return wrapped
 
 
-def _same_scale(r: int, alpha: int, own: int, use_rslora: bool) -> float:
-    """The alpha with which a layer of another rank has the scale of the others; a whole number where it is one."""
-    value = alpha * ((own / r) ** 0.5 if use_rslora else own / r)
-    return int(value) if value == int(value) else value
+def _patterns(targets: Targets, r: int, alpha: int, use_rslora: bool) -> dict[str, dict[str, Any]]:
+    """PEFT's settings for modules of another rank, whose scale is that of the others."""
+    ranks = {path: part.r for part in targets.parts if part.r != r for path in part.paths}
+    alphas = {path: alpha * ((rank / r) ** 0.5 if use_rslora else rank / r) for path, rank in ranks.items()}
+    whole = {path: int(value) if value == int(value) else value for path, value in alphas.items()}
+    return {"rank_pattern": ranks, "alpha_pattern": whole}
 
 
 def check_wrapped(wrapped: PeftModel, targets: Targets) -> None:
