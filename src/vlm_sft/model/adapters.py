@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,12 +169,14 @@ def add_lora(
         ModelError: PEFT wrapped other modules than the resolved ones, or cannot wrap one of them.
     """
     require_adaptable(model, targets.experts, dropout, use_dora)
+    ranks = {path: part.r for part in targets.parts if part.r != r for path in part.paths}
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets.for_peft,
-        **_patterns(targets, r, alpha, use_rslora),
+        rank_pattern=ranks,
+        alpha_pattern=_same_scale(ranks, r, alpha, use_rslora),
         target_parameters=list(targets.experts) or None,
         modules_to_save=list(targets.saved) or None,
         use_rslora=use_rslora,
@@ -197,12 +199,10 @@ def add_lora(
     return wrapped
 
 
-def _patterns(targets: Targets, r: int, alpha: int, use_rslora: bool) -> dict[str, dict[str, Any]]:
-    """PEFT's settings for modules of another rank, whose scale is that of the others."""
-    ranks = {path: part.r for part in targets.parts if part.r != r for path in part.paths}
+def _same_scale(ranks: Mapping[str, int], r: int, alpha: int, use_rslora: bool) -> dict[str, Any]:
+    """The alphas with which modules of other ranks have the scale of those of rank r; whole numbers where they are."""
     alphas = {path: alpha * ((rank / r) ** 0.5 if use_rslora else rank / r) for path, rank in ranks.items()}
-    whole = {path: int(value) if value == int(value) else value for path, value in alphas.items()}
-    return {"rank_pattern": ranks, "alpha_pattern": whole}
+    return {path: int(value) if value == int(value) else value for path, value in alphas.items()}
 
 
 def check_wrapped(wrapped: PeftModel, targets: Targets) -> None:
