@@ -24,8 +24,8 @@ from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.provenance import identity_of
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.model.load import Base
+from vlm_sft.model.parts import ALL
 from vlm_sft.model.saved_adapter import changes_nothing
-from vlm_sft.model.trainable import ALL
 from vlm_sft.planning.run_plan import Plan
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.report.html import write_report
