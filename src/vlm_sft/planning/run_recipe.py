@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from transformers import AutoConfig
 
+from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.model.default_targets import default_targets
 from vlm_sft.model.load import resolve_path
-from vlm_sft.model.trainable import LANGUAGE
+from vlm_sft.model.parts import LANGUAGE
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.recipe.load import LoadedRecipe, read_recipe
 from vlm_sft.recipe.schema import KEYS
@@ -26,8 +27,11 @@ def read_run_recipe(options: TrainOptions) -> LoadedRecipe:
 
     Raises:
         RecipeError: lists every mistake of the file and the flags.
+        DataError: lists every mistake of the names of data sets.
     """
     loaded = read_recipe(options.sft_config, options.overrides)
+    if options.dataset:
+        parse_datasets(options.dataset)  # a slip in its names is told before the Hub is asked for a configuration
     key, recipe = KEYS["target_modules"], loaded.recipe
     if key.name in loaded.flags or recipe.target_modules != key.default or LANGUAGE not in recipe.train:
         return loaded
