@@ -114,7 +114,12 @@ class Training:
 
 
 def build_training(
-    run: TrainingRun, plan: Plan, asked: ValidationPlan | None, forecast: ForecastTracker, trackers: Trackers
+    run: TrainingRun,
+    plan: Plan,
+    asked: ValidationPlan | None,
+    forecast: ForecastTracker,
+    trackers: Trackers,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Training:
     """Load the weights and put the training together.
 
@@ -123,6 +128,7 @@ def build_training(
         asked: questions of each evaluation; None where the evaluation loss is all.
         forecast: refined by a probe, where one is asked for.
         trackers: get the metrics; they begin here.
+        callbacks: of the caller, told after our own.
 
     Raises:
         VlmSftError: the base cannot be trained as asked.
@@ -162,7 +168,8 @@ def build_training(
             _validation(run, plan, asked),
         )
         forecast.lap(LOAD)
-    return Training(run, plan, loop, _callbacks(run, loop, planner, forecast, trackers), forecast)
+    told = [*_callbacks(run, loop, planner, forecast, trackers), *callbacks]
+    return Training(run, plan, loop, told, forecast)
 
 
 def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
