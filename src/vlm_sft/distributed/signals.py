@@ -127,7 +127,12 @@ class StopSignals:
                 warn("the launcher is gone")
                 os.kill(os.getpid(), signal.SIGTERM)
             since = max(self._first, self._free_since)
-            if self._ends_process and self._first and not self._at_step_end and time.monotonic() - since > STUCK_SECONDS:
+            if (
+                self._ends_process
+                and self._first
+                and not self._at_step_end
+                and time.monotonic() - since > STUCK_SECONDS
+            ):
                 self._on_stuck()
                 os._exit(InterruptedRunError.exit_code)
 

@@ -217,7 +217,10 @@ def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
             "clusters": compared["clusters"],
             "metric": task.benchmark.metric_name,
             "synthetic": task.synthetic,
-            **{side: {key: sides[side][key] for key in ("accuracy", "interval", "seconds", "cut", "secondary")} for side in sides},
+            **{
+                side: {key: sides[side][key] for key in ("accuracy", "interval", "seconds", "cut", "secondary")}
+                for side in sides
+            },
             **{key: sides["tuned"][key] for key in ("max_new_tokens", "answer_tokens")},
             "difference": compared["difference"],
             "difference_interval": compared["interval"],
