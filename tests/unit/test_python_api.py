@@ -30,7 +30,7 @@ import vlm_sft as vs
 from tests.documents import ROOT, blocks
 from vlm_sft.api.rows import dataset_argument
 from vlm_sft.cli.main import main
-from vlm_sft.common.errors import DataError, EvaluationError, RecipeError, RunError
+from vlm_sft.common.errors import DataError, EvaluationError, InterruptedRunError, RecipeError, RunError
 from vlm_sft.data.sources.registry import load_split
 from vlm_sft.data.sources.spec import parse_datasets
 
@@ -173,6 +173,23 @@ def test_a_second_training_equals_the_first(run: vs.Run, folder: Path, told: Eve
     assert vs.open_run(second.folder).record["steps"] == 2
     with pytest.raises(RunError, match="holds another run"):
         vs.finetune(lamps(), output_dir=second.folder, **SHORT)
+
+
+class CtrlC(TrainerCallback):
+    """Interrupts the training in its second step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupted_training_is_resumed(folder: Path, told: Events) -> None:
+    with pytest.raises(InterruptedRunError, match="stopped by SIGINT after step 2") as stopped:
+        vs.finetune(lamps(), output_dir="stopped", callbacks=[CtrlC()], eval_benchmarks="none", **SHORT)
+    assert 'output_dir="stopped", resume="auto"' in str(stopped.value)
+    rest = Events()
+    run = vs.finetune(lamps(), output_dir="stopped", callbacks=[rest], eval_benchmarks="none", resume="auto", **SHORT)
+    assert rest.losses == told.losses[2:] and run.status == "finished"
 
 
 def test_the_run_is_exported(run: vs.Run, folder: Path) -> None:

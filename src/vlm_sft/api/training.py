@@ -70,7 +70,7 @@ def finetune(
         >>> run = vlm_sft.finetune("demo_charts", base_model="pocket", learning_rate=-1)
         Traceback (most recent call last):
         vlm_sft.common.errors.RecipeError: a mistake in the recipe
-          command line: --learning_rate = -1: below its minimum; allowed: a number above 0
+          command line: --learning_rate = -1: out of range; allowed: a number above 0 and at most 1
           fix: correct each line; `vlm-sft train --help` describes every key
     """
     folder = Path(output_dir) if output_dir is not None else free_folder("run")
