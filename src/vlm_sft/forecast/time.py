@@ -9,7 +9,14 @@ bench/results/gpu_check-nvidia_h100_80gb_hbm3.json, kernel group by kernel group
 
 from __future__ import annotations
 
-from vlm_sft.forecast.flops import Work, forward_flops, tower_attention_flops, tower_flops, training_flops
+from vlm_sft.forecast.flops import (
+    Work,
+    forward_flops,
+    tower_attention_flops,
+    tower_backward_flops,
+    tower_flops,
+    training_flops,
+)
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.setting import Setting
 
@@ -46,7 +53,7 @@ def _simple_bytes(setting: Setting, work: Work, dropout: bool) -> float:
     masks = passes * sum(inputs for inputs, _ in modules) if dropout and adapter.dropout else 0
     passes = LOGIT_PASSES if setting.scored else LOGIT_PASSES_BLOCKWISE
     logits = passes * 4 * text.vocabulary * work.supervised
-    return text.layers * work.tokens * (values * setting.value_bytes + masks) + logits
+    return text.layers * work.tokens * (values * setting.stream_bytes + masks) + logits
 
 
 def _launches(setting: Setting, work: Work) -> float:
@@ -91,11 +98,12 @@ def tower_seconds(setting: Setting, work: Work, training: bool = False) -> float
     attention = tower_attention_flops(setting.model, work.visual, work.visual_squares)
     products = tower_flops(setting.model, work.visual, work.visual_squares) - attention
     products = _products(rates, products) + ATTENTION_OVERHEAD * attention / rates.flops
-    if training and not setting.adapter.frozen_tower:
-        products *= 3  # the gradients of weights and inputs too
+    if training:
+        backward = tower_backward_flops(setting.model, work.visual, work.visual_squares, setting.adapter)
+        products += _products(rates, backward)
     patches = work.visual * vision.patches_per_token
     passes = TOWER_PASSES_GPU if rates.gpu else TOWER_PASSES
-    simple = patches * vision.layers * passes * vision.hidden * setting.value_bytes / rates.bandwidth
+    simple = patches * vision.layers * passes * vision.hidden * setting.stream_bytes / rates.bandwidth
     launches = vision.layers * (TOWER_LAUNCHES * work.packs + IMAGE_LAUNCHES * work.images)
     return _pass_seconds(rates, products + simple, launches)
 
