@@ -74,7 +74,7 @@ def plan(
     Example:
         >>> import vlm_sft
         >>> forecast = vlm_sft.plan(questions=1000, base_model="pocket", recipe="1epoch")
-        schedule: ...
+        hypothetical data: ...
         >>> forecast[0]["quantity"], forecast[0]["unit"]
         ('time', 's')
     """
