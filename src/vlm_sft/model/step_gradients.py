@@ -42,6 +42,7 @@ class StepGradients:
         step: optimizer steps done, for dropout.
         scale: what token losses are multiplied by.
         precision: makes the context of the forward pass.
+        objective: what is made small.
 
     Attributes:
         parameters: the trained ones.
@@ -57,8 +58,10 @@ class StepGradients:
         step: int,
         scale: float,
         precision: Callable[[], AbstractContextManager[Any]],
+        objective: packed_forward.Objective = packed_forward.PLAIN,
     ) -> None:
         self.model = model
+        self.objective = objective
         self.mode = mode
         self.step = step
         self.scale = scale
@@ -86,7 +89,7 @@ class StepGradients:
             here = pack.to(self.device)
             with packed_forward.packed(here, self.mode, self.step):
                 with self.precision():
-                    token_losses = packed_forward.training_losses(self.model, here, self.mode)
+                    token_losses = packed_forward.training_losses(self.model, here, self.mode, self.objective)
                     loss = token_losses.sum() * (pack.weight * self.scale)
                 gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         except torch.OutOfMemoryError:
