@@ -21,8 +21,10 @@ from vlm_sft.recipe.schema import FLOORED_SCHEDULERS, KEYS, Key, Recipe
 from vlm_sft.recipe.validation import ALIASES, Mistake, find_contradictions, raise_mistakes, suggestion
 
 COMMAND_LINE = "command line"
-LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
 DECAY_KEYS = ("lr_decay_ratio", "lr_decay_type")
+LORA_KEYS = ("lora_r", "lora_alpha")
+TARGETS = ("lora_dropout", "target_modules")  # of LoRA on the language model alone
+LORA_TRAINED = {"language", "vision_lora", "projector_lora"}
 # What the classic pair means where only one of the two is given.
 CLASSIC_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
@@ -249,7 +251,8 @@ def _note_idle(draft: _Draft) -> None:
         (("early_stopping_threshold",), values["early_stopping_patience"] is None, "early_stopping_patience is null"),
         (("min_lr_ratio",), scheduler not in FLOORED_SCHEDULERS, f"lr_scheduler_type is {scheduler}"),
         (DECAY_KEYS, scheduler != "warmup_stable_decay", f"lr_scheduler_type is {scheduler}"),
-        (LORA_KEYS, "language" not in values["train"], "train does not name language, and LoRA is on nothing else"),
+        (TARGETS, "language" not in values["train"], "train does not name language, whose layers these are"),
+        (LORA_KEYS, not LORA_TRAINED & set(values["train"]), "train names nothing that gets LoRA"),
     ):
         draft.notes += [
             f"{name} ({COMMAND_LINE}) has no effect: {reason}"
