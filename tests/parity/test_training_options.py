@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from safetensors.torch import load_file
+
 from tests.parity.test_exactness import Gradients, gradients, undiminished
 from tests.questions import pack, questions, tiny
+from vlm_sft.cli.main import main
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.data.encode import EncodedGroup
 from vlm_sft.data.packing import Bundle
 from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA
+from vlm_sft.model.cpu import cross_entropy
 from vlm_sft.model.embedding_noise import add_noise
 from vlm_sft.model.families import PackMode, declared_mode
 from vlm_sft.model.last_layer import trim_last_layer
@@ -67,7 +73,7 @@ def plain_loss(scores: torch.Tensor, targets: torch.Tensor, name: str) -> torch.
 
 
 def alone(model: Any, groups: list[EncodedGroup], name: str, noise: dict[int, torch.Tensor]) -> tuple[float, Gradients]:
-    """The same by one plain call of transformers a question; `noise` is added to its embeddings by a hook of its own."""
+    """The same by a plain call of transformers a question; `noise` is added to its embeddings by a hook of its own."""
     set_attention(model.get_base_model(), "sdpa")
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     embedding = model.get_base_model().get_input_embeddings()
@@ -93,6 +99,7 @@ def assert_equal(one: tuple[float, Gradients], other: tuple[float, Gradients]) -
 @pytest.mark.parametrize("trim", [True, False], ids=["answers only", "whole layer"])
 def test_objectives_are_those_of_plain_transformers(name: str, trim: bool) -> None:
     model, groups, mode = prepared("qwen2_5_vl", trim)
+    assert cross_entropy.is_covered(model.get_base_model().get_output_embeddings())  # no scores where it is trimmed
     with undiminished():
         expected, usual = (alone(model, groups, kind, {}) for kind in (name, "nll"))
         assert abs(expected[0] - usual[0]) > 1e-3
@@ -147,3 +154,19 @@ def test_noise_is_uniform_and_as_large_as_the_paper_says() -> None:
         embedding = model.get_base_model().get_input_embeddings()
         other = embedding(batch.input_ids) - embedding.weight[batch.input_ids[0]]
     assert not torch.isclose(other[0], noise).any(1).all()
+
+
+def test_a_resumed_run_draws_the_same_noise(tmp_path: Path) -> None:
+    def train(name: str, *more: str) -> tuple[dict[str, torch.Tensor], float]:
+        command = f"train --base_model pocket --dataset demo_charts --output_dir {tmp_path / name} --max_steps 4 "
+        command += "--max_train 16 --global_batch_size 4 --eval_strategy no --save_steps 2 --logging_steps 1 "
+        command += f"--eval_benchmarks none --report_to none --cache_dir {tmp_path / 'cache'} --loss_type dft"
+        assert main([*command.split(), *more]) == 0
+        first = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        return load_file(tmp_path / name / "adapter_model.safetensors"), first.get("loss", 0.0)
+
+    noisy = ("--neftune_noise_alpha", "5")
+    (whole, loss), (_, quiet) = train("whole", *noisy), train("quiet")
+    resumed, _ = train("resumed", *noisy, "--resume", str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert abs(loss - quiet) > 1e-4

@@ -39,9 +39,8 @@ class EmbeddingNoise:
         # Some models look up single tokens, e.g. that of the image, besides those of the pack.
         if not module.training or pack.keys is None or tokens != len(pack.keys):
             return embedded
-        lengths = pack.lengths().to(embedded.device)
-        size = self.alpha / (lengths.double() * channels).sqrt()
-        noise = uniform_noise(pack.keys, channels, step_seed(self.seed, pack.step)) * size.float()[:, None]
+        size = self.alpha * (pack.lengths(embedded.device) * channels).float().rsqrt()
+        noise = uniform_noise(pack.keys, channels, step_seed(self.seed, pack.step)) * size[:, None]
         return embedded + noise.to(embedded.dtype).view_as(embedded)
 
 

@@ -197,21 +197,24 @@ class PackContext:
     padded: PaddedRows | None = None
     ends: Sequence[Sequence[int]] = ()
 
-    def lengths(self) -> torch.Tensor:
+    def lengths(self, device: torch.device) -> torch.Tensor:
         """For each token the tokens up to the end of its own part: of its prefix, or of prefix and question.
 
         That is a number of the question or image alone, whatever else is in the pack.
 
+        Args:
+            device: where they are needed.
+
         Returns:
-            (L,) int64 on the CPU; of padded questions, those of the flattened batch.
+            (L,) int64; of padded questions, those of the flattened batch.
         """
         parts = []
         for bounds in self.ends:
             prefix = bounds[1] - bounds[0]
             parts.append(torch.full((prefix,), prefix))
             parts += [torch.full((end - start,), prefix + end - start) for start, end in pairwise(bounds[1:])]
-        found = torch.cat(parts)
-        return found if self.padded is None else found[self.padded.tokens.flatten().cpu()]
+        found = moved_to(device, torch.cat(parts))
+        return found if self.padded is None else self.padded.take(found).flatten()
 
     @cached_property
     def _row_keys(self) -> torch.Tensor | None:

@@ -136,7 +136,7 @@ class Recipe:
     lr_decay_type: str = _key("1-sqrt", "how warmup_stable_decay falls", choices=DECAYS)
     loss_type: str = _key(
         "nll",
-        "what training makes small: the cross entropy of the answer tokens, or the same weighted with their probability",
+        "what training makes small: the answer tokens' cross entropy, or the same weighted with their probability",
         choices=LOSSES,
     )
     label_smoothing_factor: float = _key(
