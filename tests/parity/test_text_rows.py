@@ -24,7 +24,11 @@ from vlm_sft.model.vision_features import TowerCounter
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "llava"]
 LIMIT = 1e-10
-TEXTS = [text_row("red bars 2019?", "12", 0), text_row("how many?", "red", 1), text_row("sum of red, how many bars?", "7", 2)]
+TEXTS = [
+    text_row("red bars 2019?", "12", 0),
+    text_row("how many?", "red", 1),
+    text_row("sum of red, how many bars?", "7", 2),
+]
 
 
 def alone_as_text(model: Any, encoder: Encoder, sample: Sample) -> torch.Tensor:

@@ -320,7 +320,7 @@ class Encoder:
         return [message("system", system), *messages] if system else messages
 
     def _splice(self, frame: _Frame | None, plain: np.ndarray, messages: list[Message], sample: Sample) -> np.ndarray:
-        """The processor's sequence for a question about the pictures of a frame (None: none), without processing them."""
+        """The processor's sequence for a question about the pictures of a frame (or none), none processed."""
         if frame is None:
             if self._text_is_exact is None:
                 self._text_is_exact = np.array_equal(plain, self._exact(messages, sample))

@@ -177,7 +177,7 @@ def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str
     Args:
         benchmark: scores the answer.
         reply: the question with its answer.
-        cluster: the questions that it hangs together with through its images; told where it has several of them, or none.
+        cluster: the questions that it hangs together with through its images; told where there is not just one.
     """
     sample, text, cut = reply
     return {

@@ -46,7 +46,9 @@ def schedule_lines(planned: PlannedRun) -> list[str]:
         f"({schedule.steps_per_epoch:,} an epoch), warmup {schedule.warmup_steps}, {len(evaluations):,} evaluations, "
         f"{len(saves):,} checkpoints of which {planned.inputs.output.saving.kept:,} are kept",
         _data_line(data),
-        ("tokens of an image: " + _spread(visual) + "; " if visual else "tokens ") + "of a question with its answer: " + _spread(tokens),
+        ("tokens of an image: " + _spread(visual) + "; " if visual else "tokens ")
+        + "of a question with its answer: "
+        + _spread(tokens),
         f"epoch: {epoch.total.packs:,.0f} packs, {epoch.total.tokens:,.0f} tokens, the largest "
         f"{epoch.largest.tokens:,.0f}",
     ]

@@ -359,7 +359,7 @@ def _tell_plan(run: TrainingRun, schedule: Schedule, data: PreparedData, planner
     say("one sample as the model sees it; only the part in ⟦ ⟧ is supervised:")
     say("  " + data.marked_example().replace("\n", "\n  "))
     say(
-        f"training set: {facts['samples']:,} questions on {facts['images']:,} images; {facts['supervised_tokens']:,} "
+        f"training set: {counted([sample for sample, _, _ in data.samples()])}; {facts['supervised_tokens']:,} "
         f"supervised tokens, {facts['image_tokens']:,} image tokens"
     )
     say(

@@ -85,7 +85,11 @@ def finish_split(
         raise MissingSplitError(f"{origin}: {_why_none_held(samples, plan.part)}", fix)
     description = f"{origin}: {counted(used)}"
     if plan.part == "train":
-        description += f" (images for {' and '.join(held)} are held out)" if held else " (none can be held out)"
+        description += (
+            f" ({'images' if distinct_images(used) else 'openings'} for {' and '.join(held)} are held out)"
+            if held
+            else " (none can be held out)"
+        )
     shared = shared_images(samples, fraction) if plan.part != "all" else set()
     if shared:
         description += f" ({len(shared)} shown beside many others may be in every part)"
