@@ -16,7 +16,8 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
 from vlm_sft.model import packed_forward
 from vlm_sft.model.load import SHARED_SDPA, set_attention
-from vlm_sft.model.trainable import described, saved_modules, tune
+from vlm_sft.model.parts import saved_modules
+from vlm_sft.model.trainable import described, tune
 from vlm_sft.model.vision_features import loose_parameters
 from vlm_sft.recipe.load import load_recipe
 
@@ -27,6 +28,9 @@ VARIANTS = {
     "projector alone": {"train": "projector"},
     "vision": {"train": "language,vision"},
     "all": {"train": "all"},
+    "vision lora": {"train": "language,vision_lora", "vision_lora_rank": 3},
+    "tower and projector lora": {"train": "language,vision_lora,projector_lora", "projector_lora_rank": 8},
+    "projector lora alone": {"train": "projector_lora"},
 }
 
 

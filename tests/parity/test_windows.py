@@ -19,8 +19,8 @@ from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import CHUNKED, FULL, SLIDING, PackMode, Reach, declared_mode, sharing_mode
 from vlm_sft.model.load import set_attention
 from vlm_sft.model.pack_context import PackLayout, branch_mask
+from vlm_sft.model.parts import PROJECTOR, VISION, saved_modules
 from vlm_sft.model.sharing_check import choose_mode
-from vlm_sft.model.trainable import PROJECTOR, VISION, saved_modules
 from vlm_sft.model.vision_features import tower_modules
 
 PACK = [Bundle(1, (2, 0)), Bundle(2, (1,)), Bundle(0, (5, 1, 2, 9))]

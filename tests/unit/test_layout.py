@@ -32,7 +32,7 @@ from vlm_sft.model.adapters import resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.layout import require_layout
 from vlm_sft.model.load import ready
-from vlm_sft.model.trainable import ALL, LANGUAGE, PROJECTOR, VISION, saved_modules
+from vlm_sft.model.parts import ALL, LANGUAGE, PROJECTOR, VISION, saved_modules
 from vlm_sft.model.vision_features import tower_modules
 
 REFUSED = {

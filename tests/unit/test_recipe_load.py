@@ -75,7 +75,7 @@ def test_every_key_has_a_flag_with_default_and_unit_in_its_help() -> None:
     parser = argparse.ArgumentParser(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=4000))
     add_recipe_arguments(parser)
     text = " ".join(parser.format_help().split())
-    assert "--learning_rate NUMBER highest learning rate [per optimizer step] (default: 0.0001) --lr_sch" in text
+    assert "--learning_rate NUMBER highest learning rate [per optimizer step] (default: 0.0001) --vision_l" in text
     for key in KEYS.values():
         unit = f" [{key.unit}]" if key.unit else ""
         assert f"{key.help}{unit} (default: {key.default_text})" in text, key.name

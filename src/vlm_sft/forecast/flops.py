@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from vlm_sft.data.packing import Bundle, EpochPlanner, GroupLengths, bundle_tokens, row_tokens
-from vlm_sft.forecast.shapes import ModelShape
+from vlm_sft.forecast.shapes import Linears, ModelShape
 from vlm_sft.recipe.schema import Recipe
 
 # Products in scaled dot-product attention: two forward; backward four, and a kernel that keeps no scores computes
@@ -142,6 +142,7 @@ class Adapter:
         dropout: whether its input has dropout.
         vision, projector: whether the vision tower, and what joins it to the language model, are trained in full.
         everything: whether all weights are trained, without an adapter.
+        vision_r, projector_r: rank of LoRA on all of their linear modules; 0 for none.
     """
 
     r: int
@@ -150,11 +151,18 @@ class Adapter:
     vision: bool = False
     projector: bool = False
     everything: bool = False
+    vision_r: int = 0
+    projector_r: int = 0
+
+    @property
+    def trained_tower(self) -> bool:
+        """Whether the backward pass goes through the vision tower itself, behind the projector."""
+        return self.vision or self.everything or self.vision_r > 0
 
     @property
     def frozen_tower(self) -> bool:
-        """Whether the outputs of the vision tower never change."""
-        return not (self.vision or self.projector or self.everything)
+        """Whether the outputs of tower and projector never change."""
+        return not (self.trained_tower or self.projector or self.projector_r > 0)
 
     def parameters(self, model: ModelShape) -> int:
         """Trained parameters: r (inputs + outputs) per adapted module and layer, and the parts trained in full."""
@@ -163,12 +171,18 @@ class Adapter:
         lora = model.text.layers * sum(self.r * (inputs + outputs) for inputs, outputs in self.modules(model))
         projector = model.vision.token_weights
         whole = (model.vision.parameters - projector) * self.vision + projector * self.projector
-        return lora + whole
+        seeing = sum(rank * (inputs + outputs) for rank, linears in self.seeing(model) for inputs, outputs in linears)
+        return lora + whole + seeing
+
+    def seeing(self, model: ModelShape) -> tuple[tuple[int, Linears], ...]:
+        """Rank and (inputs, outputs) of the adapted modules of the vision tower, and of the projector."""
+        return (self.vision_r, model.vision.linears), (self.projector_r, model.vision.projector_linears)
 
     def tensors(self, model: ModelShape) -> int:
         """Number of trained tensors, about: two per adapted module, a dozen per layer that is trained in full."""
         whole = 12 * model.vision.layers * (self.vision or self.everything) + 12 * model.text.layers * self.everything
-        return 2 * model.text.layers * len(self.modules(model)) + whole
+        seeing = sum(len(linears) for rank, linears in self.seeing(model) if rank)
+        return 2 * model.text.layers * len(self.modules(model)) + whole + 2 * seeing
 
     def modules(self, model: ModelShape) -> list[tuple[int, int]]:
         """(inputs, outputs) of the adapted modules of one layer."""
@@ -195,6 +209,8 @@ def adapter_of(recipe: Recipe, model: ModelShape) -> Adapter:
         vision="vision" in parts,
         projector="projector" in parts,
         everything=everything,
+        vision_r=(recipe.vision_lora_rank or recipe.lora_r) if "vision_lora" in parts else 0,
+        projector_r=(recipe.projector_lora_rank or recipe.lora_r) if "projector_lora" in parts else 0,
     )
 
 
@@ -252,6 +268,26 @@ def tower_flops(model: ModelShape, visual: float, visual_squares: float) -> floa
     patches = visual * vision.patches_per_token
     products = 2 * vision.patch_weights * patches + 2 * vision.token_weights * visual
     return products + tower_attention_flops(model, visual, visual_squares)
+
+
+def tower_backward_flops(model: ModelShape, visual: float, visual_squares: float, adapter: Adapter) -> float:
+    """Operations of the backward pass of tower and projector: gradients of inputs, and of weights trained in full.
+
+    Args:
+        model, visual, visual_squares: as for `tower_flops`.
+        adapter: what is trained.
+    """
+    vision = model.vision
+    patches = visual * vision.patches_per_token
+    inputs = 2 * vision.patch_weights * patches * adapter.trained_tower
+    weights = 2 * vision.patch_weights * patches * (adapter.vision or adapter.everything)
+    joined = 2 * vision.token_weights * visual
+    joined *= adapter.trained_tower + (adapter.projector or adapter.everything)
+    lora = 0.0
+    for (rank, linears), rows in zip(adapter.seeing(model), (patches, visual), strict=True):
+        lora += 6 * rank * sum(inputs + outputs for inputs, outputs in linears) * rows  # its forward pass too
+    attention = 2 * tower_attention_flops(model, visual, visual_squares) * adapter.trained_tower
+    return inputs + weights + joined + lora + attention
 
 
 def tower_attention_flops(model: ModelShape, visual: float, visual_squares: float) -> float:

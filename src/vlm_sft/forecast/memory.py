@@ -128,7 +128,7 @@ def _tower_values(setting: Setting, work: Work) -> float:
     """Bytes that the tower needs at once for the images of one pack; of a trained one for its backward pass too."""
     vision = setting.model.vision
     hidden = work.visual * vision.patches_per_token * vision.hidden * setting.value_bytes
-    if setting.adapter.frozen_tower:
+    if not setting.adapter.trained_tower:
         return TOWER_VALUES * hidden
     # Checkpointing keeps the input of each block, and what one block needs.
     return (vision.layers + TOWER_VALUES) * hidden if setting.checkpointing else TOWER_VALUES * vision.layers * hidden

@@ -17,6 +17,7 @@ from vlm_sft.common.errors import ModelError
 
 PUBLISHED = Path(__file__).parent / "published" / "models.json"
 Config = Mapping[str, Any]
+Linears = tuple[tuple[int, int], ...]  # (inputs, outputs) of linear modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class VisionShape:
         full_layers: blocks in which all patches of an image see each other.
         patch_values: numbers that the processor makes of one patch.
         extra_features: further feature vectors for every visual token (the deepstack of Qwen3-VL).
+        linears, projector_linears: the linear modules of all blocks, and of what joins them to the language model.
     """
 
     layers: int
@@ -90,6 +92,8 @@ class VisionShape:
     full_layers: int
     patch_values: int
     extra_features: int = 0
+    linears: Linears = ()
+    projector_linears: Linears = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +163,23 @@ def _qwen_patch(vision: Config) -> int:
     return int(channels * vision["temporal_patch_size"] * vision["patch_size"] ** 2)
 
 
+def _block(width: int, inner: int, split: bool = False, gated: bool = False) -> Linears:
+    """The linear modules of one block of a tower.
+
+    Args:
+        width, inner: of the block and of its MLP.
+        split: queries, keys and values have a module each.
+        gated: the MLP has a gate.
+    """
+    attention = ((width, width),) * 3 if split else ((width, 3 * width),)
+    mlp = ((width, inner), (inner, width)) + (((width, inner),) if gated else ())
+    return (*attention, (width, width), *mlp)
+
+
+def _merger(width: int, out: int) -> Linears:
+    return (width, width), (width, out)
+
+
 def _qwen2_vision(vision: Config, text: TextShape) -> VisionShape:
     width, depth, merge = vision["embed_dim"], vision["depth"], vision["spatial_merge_size"] ** 2
     inner = int(width * vision["mlp_ratio"])
@@ -167,7 +188,9 @@ def _qwen2_vision(vision: Config, text: TextShape) -> VisionShape:
     merger = (width * merge) ** 2 + width * merge * vision["hidden_size"]
     biases = depth * (4 * width + inner + width + 4 * width) + 2 * width + width * merge + vision["hidden_size"]
     patches = patch * width + depth * block
-    return VisionShape(depth, width, patches, merger, patches + merger + biases, merge, 0, depth, patch)
+    shape = VisionShape(depth, width, patches, merger, patches + merger + biases, merge, 0, depth, patch)
+    joint = _merger(width * merge, vision["hidden_size"])
+    return replace(shape, linears=depth * _block(width, inner), projector_linears=joint)
 
 
 def _qwen2_5_vision(vision: Config, text: TextShape) -> VisionShape:
@@ -179,7 +202,9 @@ def _qwen2_5_vision(vision: Config, text: TextShape) -> VisionShape:
     patches = patch * width + depth * block
     full = len([index for index in vision["fullatt_block_indexes"] if index < depth])
     window = (vision["window_size"] // vision["patch_size"]) ** 2
-    return VisionShape(depth, width, patches, merger, patches + merger + biases, merge, window, full, patch)
+    shape = VisionShape(depth, width, patches, merger, patches + merger + biases, merge, window, full, patch)
+    joint = _merger(width * merge, vision["out_hidden_size"])
+    return replace(shape, linears=depth * _block(width, inner, gated=True), projector_linears=joint)
 
 
 def _qwen3_vision(vision: Config, text: TextShape) -> VisionShape:
@@ -192,7 +217,9 @@ def _qwen3_vision(vision: Config, text: TextShape) -> VisionShape:
     biases += (1 + deep) * (width * merge + out) + 2 * width + deep * 2 * width * merge
     patches = patch * width + depth * block
     total = patches + merger + biases + vision["num_position_embeddings"] * width
-    return VisionShape(depth, width, patches, merger, total, merge, 0, depth, patch, deep)
+    shape = VisionShape(depth, width, patches, merger, total, merge, 0, depth, patch, deep)
+    joint = (1 + deep) * _merger(width * merge, out)
+    return replace(shape, linears=depth * _block(width, inner), projector_linears=joint)
 
 
 def _transformer_tower(vision: Config) -> tuple[int, int, int]:
@@ -205,18 +232,23 @@ def _transformer_tower(vision: Config) -> tuple[int, int, int]:
     return products, products + others, count
 
 
-def _siglip(vision: Config, patches_per_token: float, token_weights: int, more: int) -> VisionShape:
-    """A SigLIP tower; `more` are its other parameters outside products."""
+def _siglip(
+    vision: Config, patches_per_token: float, token_weights: int, more: int, joint: Linears = ()
+) -> VisionShape:
+    """A SigLIP tower; `more` are its other parameters outside products, `joint` the modules of the projector."""
     products, total, count = _transformer_tower(vision)
     depth, width = vision["num_hidden_layers"], vision["hidden_size"]
     values = vision.get("num_channels", 3) * vision["patch_size"] ** 2
     total += width + more + token_weights  # the bias of the patch embedding
     # Every tile of a picture is a picture of its own to the tower: a window.
-    return VisionShape(depth, width, products, token_weights, total, patches_per_token, count, 0, values)
+    shape = VisionShape(depth, width, products, token_weights, total, patches_per_token, count, 0, values)
+    blocks = depth * _block(width, vision["intermediate_size"], split=True)
+    return replace(shape, linears=blocks, projector_linears=joint)
 
 
 def _idefics3_vision(vision: Config, text: TextShape, scale: int) -> VisionShape:
-    return _siglip(vision, scale**2, vision["hidden_size"] * scale**2 * text.hidden, 0)
+    width = vision["hidden_size"] * scale**2
+    return _siglip(vision, scale**2, width * text.hidden, 0, ((width, text.hidden),))
 
 
 def _gemma3_vision(vision: Config, text: TextShape, tokens: int) -> VisionShape:
@@ -226,7 +258,8 @@ def _gemma3_vision(vision: Config, text: TextShape, tokens: int) -> VisionShape:
 
 
 def _paligemma_vision(vision: Config, text: TextShape) -> VisionShape:
-    return _siglip(vision, 1, vision["hidden_size"] * vision["projection_dim"], vision["projection_dim"])
+    width, out = vision["hidden_size"], vision["projection_dim"]
+    return _siglip(vision, 1, width * out, out, ((width, out),))
 
 
 def _llava_vision(vision: Config, text: TextShape) -> VisionShape:
@@ -236,7 +269,9 @@ def _llava_vision(vision: Config, text: TextShape) -> VisionShape:
     # Class token with its position, and the norm before the blocks; the patch embedding has no bias.
     total += 2 * width + 2 * width + projector + 2 * text.hidden
     values = vision.get("num_channels", 3) * vision["patch_size"] ** 2
-    return VisionShape(depth, width, products, projector, total, 1, count, 0, values)
+    shape = VisionShape(depth, width, products, projector, total, 1, count, 0, values)
+    blocks = depth * _block(width, vision["intermediate_size"], split=True)
+    return replace(shape, linears=blocks, projector_linears=((width, text.hidden), (text.hidden, text.hidden)))
 
 
 _VISION: dict[str, Callable[[Config, TextShape], VisionShape]] = {

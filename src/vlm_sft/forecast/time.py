@@ -9,7 +9,14 @@ bench/results/gpu_check-nvidia_h100_80gb_hbm3.json, kernel group by kernel group
 
 from __future__ import annotations
 
-from vlm_sft.forecast.flops import Work, forward_flops, tower_attention_flops, tower_flops, training_flops
+from vlm_sft.forecast.flops import (
+    Work,
+    forward_flops,
+    tower_attention_flops,
+    tower_backward_flops,
+    tower_flops,
+    training_flops,
+)
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.setting import Setting
 
@@ -91,8 +98,9 @@ def tower_seconds(setting: Setting, work: Work, training: bool = False) -> float
     attention = tower_attention_flops(setting.model, work.visual, work.visual_squares)
     products = tower_flops(setting.model, work.visual, work.visual_squares) - attention
     products = _products(rates, products) + ATTENTION_OVERHEAD * attention / rates.flops
-    if training and not setting.adapter.frozen_tower:
-        products *= 3  # the gradients of weights and inputs too
+    if training:
+        backward = tower_backward_flops(setting.model, work.visual, work.visual_squares, setting.adapter)
+        products += _products(rates, backward)
     patches = work.visual * vision.patches_per_token
     passes = TOWER_PASSES_GPU if rates.gpu else TOWER_PASSES
     simple = patches * vision.layers * passes * vision.hidden * setting.value_bytes / rates.bandwidth

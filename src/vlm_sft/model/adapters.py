@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,6 +18,7 @@ from vlm_sft.model.cpu.lora_linear import fuse_lora
 from vlm_sft.model.dropout import KeyedDropout
 from vlm_sft.model.expert_targets import adapted_path, expert_parameters, require_adaptable
 from vlm_sft.model.forward_patch import reason_of
+from vlm_sft.model.parts import PartLora, linear_paths
 from vlm_sft.model.protocols import VisionLanguageModel
 from vlm_sft.model.saved_adapter import check_adapter_folder, misfit, require_places
 from vlm_sft.model.vision_features import decoder_of
@@ -34,6 +36,7 @@ class Targets:
         by_name: how many modules each short name matched.
         saved: paths of the modules that are trained in full and saved with the adapter.
         experts: those of `paths` that are weights of experts.
+        parts: LoRA on the vision tower and the projector.
     """
 
     paths: tuple[str, ...]
@@ -41,6 +44,18 @@ class Targets:
     by_name: dict[str, int]
     saved: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
+    parts: tuple[PartLora, ...] = ()
+
+    @property
+    def everywhere(self) -> set[str]:
+        """Full paths of all modules that get LoRA, in whatever part of the model."""
+        return {*self.paths, *(path for part in self.parts for path in part.paths)}
+
+    @property
+    def for_peft(self) -> list[str] | str:
+        """PEFT's `target_modules`: those of the language model as `peft` says, others by their full paths."""
+        others = [path for part in self.parts for path in part.paths]
+        return [*(self.peft if self.paths else ()), *others] if others else self.peft
 
 
 def language_model_path(model: VisionLanguageModel) -> str:
@@ -98,24 +113,6 @@ def resolve_targets(model: VisionLanguageModel, names: Sequence[str]) -> Targets
     return Targets(paths, _for_peft(others, names, modules), by_name, experts=adapted)
 
 
-def linear_paths(modules: Mapping[str, torch.nn.Module], root: str) -> dict[str, str]:
-    """The linear modules below a path, each with the path of the module that carries its name.
-
-    The two differ where a class of the family's own wraps a single linear module, e.g. to clip what goes in.
-
-    Args:
-        modules: the model's, by their paths.
-        root: a path with its last dot.
-    """
-    linear = [path for path, module in modules.items() if isinstance(module, torch.nn.Linear) and path.startswith(root)]
-    carriers = {}
-    for path in linear:
-        parent = path.rpartition(".")[0]
-        wrapped = path.endswith(".linear") and len(list(modules[parent].children())) == 1
-        carriers[path] = parent if wrapped else path
-    return carriers
-
-
 def _carries(path: str, name: str) -> bool:
     """Whether a path is a name or ends with it, as PEFT sees it."""
     return path == name or path.endswith("." + name)
@@ -159,8 +156,10 @@ def add_lora(
     Args:
         model: the base model.
         targets: from `resolve_targets`.
-        r, alpha: rank and scale numerator (Hu et al. 2021: the update is scaled by alpha / r).
-        dropout: probability on the adapter's input.
+        r, alpha: rank and scale numerator (Hu et al. 2021: the update is scaled by alpha / r). Parts with a rank of
+            their own keep that scale: vLLM knows one scale for all layers of an adapter.
+        dropout: probability on the adapter's input, in the language model. Tower and projector have none: its keys
+            belong to tokens, and they see patches.
         seed: seeds the initial weights (independent of everything drawn before) and the dropout masks.
         base_name: written into the adapter's config.
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
@@ -170,11 +169,14 @@ def add_lora(
         ModelError: PEFT wrapped other modules than the resolved ones, or cannot wrap one of them.
     """
     require_adaptable(model, targets.experts, dropout, use_dora)
+    ranks = {path: part.r for part in targets.parts if part.r != r for path in part.paths}
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=targets.peft,
+        target_modules=targets.for_peft,
+        rank_pattern=ranks,
+        alpha_pattern=_same_scale(ranks, r, alpha, use_rslora),
         target_parameters=list(targets.experts) or None,
         modules_to_save=list(targets.saved) or None,
         use_rslora=use_rslora,
@@ -192,9 +194,15 @@ def add_lora(
         ) from error
     wrapped.peft_config["default"].base_model_name_or_path = base_name
     check_wrapped(wrapped, targets)
-    use_keyed_dropout(wrapped, dropout, seed)
+    use_keyed_dropout(wrapped, dropout, seed, {path for part in targets.parts for path in part.paths})
     fuse_lora(wrapped)
     return wrapped
+
+
+def _same_scale(ranks: Mapping[str, int], r: int, alpha: int, use_rslora: bool) -> dict[str, Any]:
+    """The alphas with which modules of other ranks have the scale of those of rank r; whole numbers where they are."""
+    alphas = {path: alpha * ((rank / r) ** 0.5 if use_rslora else rank / r) for path, rank in ranks.items()}
+    return {path: int(value) if value == int(value) else value for path, value in alphas.items()}
 
 
 def check_wrapped(wrapped: PeftModel, targets: Targets) -> None:
@@ -206,7 +214,7 @@ def check_wrapped(wrapped: PeftModel, targets: Targets) -> None:
     base = wrapped.get_base_model()
     lora = {adapted_path(path, module) for path, module in base.named_modules() if isinstance(module, LoraLayer)}
     saved = {path for path, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
-    for hit, meant in ((lora, set(targets.paths)), (saved, set(targets.saved))):
+    for hit, meant in ((lora, targets.everywhere), (saved, set(targets.saved))):
         if hit != meant:
             extra, lost = sorted(hit - meant)[:3], sorted(meant - hit)[:3]
             raise ModelError(
@@ -215,11 +223,22 @@ def check_wrapped(wrapped: PeftModel, targets: Targets) -> None:
             )
 
 
-def use_keyed_dropout(wrapped: PeftModel, dropout: float, seed: int) -> None:
-    """Replace the adapter's dropout by one whose masks do not depend on packing or ranks."""
+def use_keyed_dropout(wrapped: PeftModel, dropout: float, seed: int, without: Collection[str] = ()) -> None:
+    """Replace the adapter's dropout by one whose masks do not depend on packing or ranks.
+
+    Args:
+        wrapped: the model.
+        dropout: probability.
+        seed: of the run.
+        without: paths of modules that get no dropout.
+    """
     number = 0
-    for _, module in wrapped.get_base_model().named_modules():
+    for path, module in wrapped.get_base_model().named_modules():
         if not isinstance(module, LoraLayer):
+            continue
+        if path in without:
+            for name in list(module.lora_dropout):
+                module.lora_dropout[name] = torch.nn.Identity()
             continue
         for name in list(module.lora_dropout):
             if dropout > 0:

@@ -5,7 +5,7 @@ Also how such a model is saved, and how it answers as if it had not been trained
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import ModelError
 from vlm_sft.model.adapters import Targets, add_lora, no_targets, parameter_counts, resolve_targets
-from vlm_sft.model.families import family_of
 from vlm_sft.model.load import Base, load_model
-from vlm_sft.model.protocols import VisionLanguageModel
-from vlm_sft.model.vision_features import inner_model, tower_modules, unwrap
+from vlm_sft.model.parts import ALL, LANGUAGE, LORA_PARTS, WHOLE_PARTS, part_loras, saved_modules
 from vlm_sft.recipe.schema import Recipe
 
 
@@ -44,13 +42,15 @@ def tune(weights: Any, recipe: Recipe, base_name: str, master: bool) -> tuple[An
     if ALL in recipe.train:
         train_everything(weights, master)
         model = weights
+        facts |= _rates(recipe)
     else:
         targets = resolve_targets(weights, recipe.target_modules) if LANGUAGE in recipe.train else no_targets()
-        targets = replace(targets, saved=saved_modules(weights, recipe.train))
+        loras = part_loras(weights, recipe)
+        targets = replace(targets, saved=saved_modules(weights, recipe.train), parts=loras)
         model = _with_adapter(weights, targets, recipe, base_name)
         if master:
             widen(model)
-        facts |= _facts(targets, recipe)
+        facts |= _facts(targets, recipe) | _rates(recipe)
     trainable, total = parameter_counts(model)
     return model, facts | {"trainable_parameters": trainable, "total_parameters": total}
 
@@ -94,12 +94,12 @@ def _with_adapter(weights: Any, targets: Targets, recipe: Recipe, base_name: str
 def _facts(targets: Targets, recipe: Recipe) -> dict[str, Any]:
     """What run.json says about an adapter."""
     lora: dict[str, Any] = {}
-    if targets.paths:
+    if targets.paths or targets.parts:
         lora = {
             "r": recipe.lora_r,
             "alpha": recipe.lora_alpha,
             "dropout": recipe.lora_dropout,
-            "target_modules": list(recipe.target_modules),
+            "target_modules": list(recipe.target_modules) if targets.paths else [],
             "matched_modules": len(targets.paths),
             "modules": list(targets.paths),
             "by_name": targets.by_name,
@@ -107,7 +107,19 @@ def _facts(targets: Targets, recipe: Recipe) -> dict[str, Any]:
             "use_dora": recipe.use_dora,
             "load_in_4bit": recipe.load_in_4bit,
         }
+    if targets.parts:
+        lora["parts"] = {
+            part.name: {"r": part.r, "matched_modules": len(part.paths), "modules": list(part.paths)}
+            for part in targets.parts
+        }
     return lora | ({"saved_modules": list(targets.saved)} if targets.saved else {})
+
+
+def _rates(recipe: Recipe) -> dict[str, Any]:
+    """The learning rates of parts that have their own, for run.json."""
+    given = {"vision": recipe.vision_learning_rate, "projector": recipe.projector_learning_rate}
+    rates = {part: rate for part, rate in given.items() if rate is not None}
+    return {"learning_rates": rates} if rates else {}
 
 
 def described(facts: dict[str, Any]) -> str:
@@ -120,12 +132,17 @@ def described(facts: dict[str, Any]) -> str:
     if "modules" in facts:
         kind = "DoRA" if facts["use_dora"] else "rsLoRA" if facts["use_rslora"] else "LoRA"
         names = ", ".join(f"{name} x {count}" for name, count in facts["by_name"].items())
-        parts.append(f"{kind}: {facts['matched_modules']} modules ({names})")
+        if facts["matched_modules"]:
+            parts.append(f"{kind}: {facts['matched_modules']} modules ({names})")
+        for name, part in facts.get("parts", {}).items():
+            where = f"{kind} of rank {part['r']} on the {LORA_PARTS[name]}"
+            parts.append(f"{where}: {part['matched_modules']} modules{', without dropout' if facts['dropout'] else ''}")
     if "saved_modules" in facts:
-        trained = " and ".join(part for part in facts["train"] if part != LANGUAGE)
+        trained = " and ".join(part for part in facts["train"] if part in WHOLE_PARTS)
         parts.append(f"in full: {trained} ({len(facts['saved_modules'])} modules)")
     if ALL in facts["train"]:
         parts.append("in full: all weights")
+    parts += [f"learning rate of the {part}: {rate:g}" for part, rate in facts.get("learning_rates", {}).items()]
     counts = f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} parameters are trained"
     return "; ".join([*parts, counts])
 
@@ -169,67 +186,6 @@ def untuned(model: Any, base: Base) -> Iterator[Any]:
 def in_format(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The same tensors with floating-point values in one number format."""
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in state_dict.items()}
-
-
-LANGUAGE, PROJECTOR, VISION, ALL = "language", "projector", "vision", "all"
-
-
-def saved_modules(model: VisionLanguageModel, train: Sequence[str]) -> tuple[str, ...]:
-    """The modules that are trained in full beside or instead of LoRA.
-
-    Args:
-        model: the base model.
-        train: the recipe's `train`: any of "language", "projector" and "vision".
-
-    Returns:
-        Full module paths, for PEFT's `modules_to_save`; () where neither projector nor tower is trained.
-
-    Raises:
-        ModelError: the family's projector or tower is not where it should be.
-    """
-    if not {PROJECTOR, VISION} & set(train):
-        return ()
-    base = unwrap(model)
-    inner = _path_of(base, inner_model(base))
-    root = f"{inner}." if inner else ""
-    modules = dict(base.named_modules())
-    projector = {f"{root}{path}" for path in family_of(base.config).projector}
-    if not projector <= set(modules):
-        raise ModelError(
-            f"--train {','.join(train)}: {base.config.model_type} has no {', '.join(sorted(projector - set(modules)))}",
-            "where the projector of this family is, is not known: train language or all",
-        )
-    found: list[str] = []
-    if PROJECTOR in train:
-        found += [part for path in sorted(projector) for part in _wrappable(path, modules[path], ())]
-    if VISION in train:
-        # No picture goes through what hears (Gemma 3n and 4).
-        seeing = {name: module for name, module in tower_modules(base).items() if "audio" not in name}
-        towers = {f"{root}{name}": module for name, module in seeing.items()}
-        found += [
-            part
-            for path, module in towers.items()
-            if path not in projector
-            for part in _wrappable(path, module, projector)
-        ]
-    return tuple(found)
-
-
-def _path_of(base: VisionLanguageModel, wanted: object) -> str:
-    return next(path for path, module in base.named_modules() if module is wanted)
-
-
-def _wrappable(path: str, module: torch.nn.Module, without: Collection[str]) -> Iterator[str]:
-    """The largest modules below a path that hold weights, can be wrapped, and hold nothing of `without`."""
-    if path in without or not any(True for _ in module.parameters()):
-        return
-    # A list has no forward pass, so PEFT wraps its members.
-    listed = isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict)
-    if listed or any(other.startswith(path + ".") for other in without):
-        for name, child in module.named_children():
-            yield from _wrappable(f"{path}.{name}", child, without)
-    else:
-        yield path
 
 
 def train_everything(model: torch.nn.Module, master: bool) -> None:

@@ -44,6 +44,8 @@ def not_for_vllm(config: Mapping[str, Any], layers: Sequence[str], model: Vision
         problems.append("how vLLM reads adapters of experts' weights is not known here")
     if config.get("use_dora"):
         problems.append("vLLM has no DoRA")
+    if _scales_differ(config):
+        problems.append("vLLM scales the updates of all layers alike, and here ranks or alphas of some layers differ")
     if max_lora_rank(config) is None:
         problems.append(f"rank {_rank(config)} is above vLLM's largest, {RANKS[-1]}")
     root = language_model_path(model)
@@ -108,6 +110,18 @@ def max_lora_rank(config: Mapping[str, Any]) -> int | None:
         None where the rank is above the largest.
     """
     return next((rank for rank in RANKS if rank >= _rank(config)), None)
+
+
+def _scales_differ(config: Mapping[str, Any]) -> bool:
+    """Whether layers have another scale than r and alpha give: vLLM reads neither rank_pattern nor alpha_pattern."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    power = 0.5 if config.get("use_rslora") else 1.0
+
+    def scale(key: str = "") -> float:
+        rank = ranks.get(key, config.get("r", 0))
+        return float(alphas.get(key, config.get("lora_alpha", 0)) / max(1, rank) ** power)
+
+    return any(abs(scale(key) - scale()) > 1e-9 * scale() for key in {*ranks, *alphas})
 
 
 def _rank(config: Mapping[str, Any]) -> int:

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.model.default_targets import default_targets
 from vlm_sft.model.load import resolve_path
-from vlm_sft.model.trainable import LANGUAGE
+from vlm_sft.model.parts import LANGUAGE
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.recipe.load import LoadedRecipe, read_recipe
 from vlm_sft.recipe.schema import KEYS

@@ -13,13 +13,14 @@ from vlm_sft.forecast.calibration import history_key
 from vlm_sft.forecast.flops import adapter_of
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.setting import RankLayout, Setting
-from vlm_sft.forecast.shapes import ModelShape, TextShape, VisionShape, model_shape
+from vlm_sft.forecast.shapes import Linears, ModelShape, TextShape, VisionShape, model_shape
 from vlm_sft.model.families import layer_values
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.gpu import liger
 from vlm_sft.model.gpu.flash import gathered_heads
 from vlm_sft.model.layout import without_weights
 from vlm_sft.model.load import Base
+from vlm_sft.model.parts import PROJECTOR_LORA, VISION_LORA, part_linears
 from vlm_sft.model.vision_features import decoder_of
 from vlm_sft.planning.training_run import TrainingRun
 
@@ -65,8 +66,19 @@ def _counted_shape(config: Any) -> ModelShape:
         0,
         depth,
         3 * (_typical(vision, "patch_size") or 14) ** 2,
+        linears=_counted_linears(model, VISION_LORA),
+        projector_linears=_counted_linears(model, PROJECTOR_LORA),
     )
     return ModelShape(config.model_type, _counted_text(text, language, tied), tower)
+
+
+def _counted_linears(model: Any, part: str) -> Linears:
+    """(inputs, outputs) of the modules of one part that can have LoRA; () where the part is not found."""
+    try:
+        modules = [model.get_submodule(path) for path in part_linears(model, part)]
+    except ModelError:  # it is told when such a part is to be trained
+        return ()
+    return tuple((module.in_features, module.out_features) for module in modules)
 
 
 def _counted_text(text: Any, parameters: int, tied: bool) -> TextShape:
@@ -117,6 +129,8 @@ def setting_of(run: TrainingRun, shape: ModelShape, value_bytes: int, rates: Rat
 
 def past_runs_key(shape: ModelShape, setting: Setting) -> dict[str, Any]:
     """What a past run on this machine must have in common with a run to be like it."""
+    ranks = setting.adapter.vision_r, setting.adapter.projector_r
+    seeing = ranks if any(ranks) else ()
     changes = {
         "value_bytes": setting.value_bytes,
         "checkpointing": setting.checkpointing,
@@ -124,6 +138,6 @@ def past_runs_key(shape: ModelShape, setting: Setting) -> dict[str, Any]:
         "parallel": setting.ranks.parallel,
         "dropout": setting.adapter.dropout,
         "targets": [setting.adapter.r, *setting.adapter.targets],
-        "train": [setting.adapter.vision, setting.adapter.projector, setting.adapter.everything],
+        "train": [setting.adapter.vision, setting.adapter.projector, setting.adapter.everything, *seeing],
     }
     return history_key(device_name(), torch.get_num_threads(), shape.key, changes)

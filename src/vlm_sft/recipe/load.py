@@ -21,7 +21,9 @@ from vlm_sft.recipe.schema import KEYS, Key, Recipe
 from vlm_sft.recipe.validation import ALIASES, Mistake, find_contradictions, raise_mistakes, suggestion
 
 COMMAND_LINE = "command line"
-LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+LORA_KEYS = ("lora_r", "lora_alpha")
+TARGETS = ("lora_dropout", "target_modules")  # of LoRA on the language model alone
+LORA_TRAINED = {"language", "vision_lora", "projector_lora"}
 # What the classic pair means where only one of the two is given.
 CLASSIC_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
@@ -245,7 +247,8 @@ def _note_idle(draft: _Draft) -> None:
         (("eval_steps",), values["eval_strategy"] != "steps", f"eval_strategy is {values['eval_strategy']}"),
         (("save_steps",), values["save_strategy"] != "steps", f"save_strategy is {values['save_strategy']}"),
         (("save_total_limit",), values["save_strategy"] == "no", "save_strategy is no"),
-        (LORA_KEYS, "language" not in values["train"], "train does not name language, and LoRA is on nothing else"),
+        (TARGETS, "language" not in values["train"], "train does not name language, whose layers these are"),
+        (LORA_KEYS, not LORA_TRAINED & set(values["train"]), "train names nothing that gets LoRA"),
     ):
         draft.notes += [
             f"{name} ({COMMAND_LINE}) has no effect: {reason}"

@@ -51,8 +51,10 @@ def _key(default: Any, help: str, unit: str = "", range: Range | None = None, ch
 
 FRACTION = Range(0, 1, high_open=True)
 COUNT = Range(1)
+RATE = Range(0, 1.0, low_open=True)
+RANK = Range(1, 4096)
 STRATEGIES = ("steps", "epoch", "no")
-PARTS = ("language", "projector", "vision", "all")  # of a model, that can be trained
+PARTS = ("language", "projector", "vision", "projector_lora", "vision_lora", "all")  # of a model, to be trained
 AUTO = ("auto",)
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -102,7 +104,13 @@ class Recipe:
         "optimizer steps",
         Range(1, also=(-1,)),
     )
-    learning_rate: float = _key(1e-4, "highest learning rate", "per optimizer step", Range(0, 1.0, low_open=True))
+    learning_rate: float = _key(1e-4, "highest learning rate", "per optimizer step", RATE)
+    vision_learning_rate: float | None = _key(
+        None, "highest learning rate of the vision tower; null: learning_rate", "per optimizer step", RATE
+    )
+    projector_learning_rate: float | None = _key(
+        None, "highest learning rate of the projector; null: learning_rate", "per optimizer step", RATE
+    )
     lr_scheduler_type: str = _key("linear", "course of the learning rate after the warmup", choices=SCHEDULERS)
     warmup_ratio: float = _key(
         0.03,
@@ -188,13 +196,19 @@ class Recipe:
         None, "at most so many evaluation questions, drawn with the seed; null: all", "question-answer pairs", COUNT
     )
     report_to: tuple[str, ...] = _key(("tensorboard",), "where the metrics go besides metrics.jsonl", choices=TRACKERS)
-    lora_r: int = _key(16, "rank of the LoRA matrices", "dimensions", Range(1, 4096))
+    lora_r: int = _key(16, "rank of the LoRA matrices", "dimensions", RANK)
+    vision_lora_rank: int | None = _key(
+        None, "rank of LoRA on the vision tower (train vision_lora); null: lora_r", "dimensions", RANK
+    )
+    projector_lora_rank: int | None = _key(
+        None, "rank of LoRA on the projector (train projector_lora); null: lora_r", "dimensions", RANK
+    )
     lora_alpha: int = _key(32, "LoRA's update is scaled by lora_alpha / lora_r", "", COUNT)
     lora_dropout: float = _key(0.05, "dropout on the input of the LoRA matrices", "probability", FRACTION)
     target_modules: tuple[str, ...] = _key(("q_proj", "v_proj", "o_proj"), "layers of the language model that get LoRA")
     train: tuple[str, ...] = _key(
         ("language",),
-        "what is trained: LoRA on the language model, projector and vision tower in full, or all weights in full",
+        "what is trained: LoRA on the language model, projector and vision tower in full or with LoRA, or all weights",
         choices=PARTS,
     )
     use_rslora: bool = _key(False, "scale LoRA's update by lora_alpha / sqrt(lora_r) instead of lora_alpha / lora_r")

@@ -124,6 +124,13 @@ def _batch_cannot_match(v: Mapping[str, Any]) -> bool:
     return bool((device or accumulation or 0) > target)
 
 
+PLACES = {"vision": "vision tower", "projector": "projector"}
+
+
+def _has_lora(v: Mapping[str, Any]) -> bool:
+    return bool({"language", "vision_lora", "projector_lora"} & set(v["train"]))
+
+
 def _unsaved_best(v: Mapping[str, Any]) -> bool:
     by_steps = v["eval_strategy"] == v["save_strategy"] == "steps"
     return bool(v["load_best_model_at_end"] and by_steps and v["eval_steps"] != v["save_steps"])
@@ -221,15 +228,44 @@ CONTRADICTIONS = (
     ),
     Contradiction(
         ("train", "use_dora"),
-        lambda v: v["use_dora"] and "language" not in v["train"],
-        "DoRA is a kind of LoRA, and there is no LoRA without the language model",
-        "use train language, or no DoRA",
+        lambda v: v["use_dora"] and not _has_lora(v),
+        "DoRA is a kind of LoRA, and nothing here is trained with LoRA",
+        "use train language, vision_lora or projector_lora, or no DoRA",
     ),
     Contradiction(
         ("train", "use_rslora"),
-        lambda v: v["use_rslora"] and "language" not in v["train"],
-        "rsLoRA is a kind of LoRA, and there is no LoRA without the language model",
-        "use train language, or no rsLoRA",
+        lambda v: v["use_rslora"] and not _has_lora(v),
+        "rsLoRA is a kind of LoRA, and nothing here is trained with LoRA",
+        "use train language, vision_lora or projector_lora, or no rsLoRA",
+    ),
+    *(
+        Contradiction(
+            ("train",),
+            lambda v, part=part: {part, f"{part}_lora"} <= set(v["train"]),  # type: ignore[misc]
+            f"the {place} in full and with LoRA",
+            f"keep {part} or {part}_lora",
+        )
+        for part, place in PLACES.items()
+    ),
+    *(
+        Contradiction(
+            ("train", f"{part}_lora_rank"),
+            lambda v, part=part: v[f"{part}_lora_rank"] is not None and f"{part}_lora" not in v["train"],  # type: ignore[misc]
+            f"a rank for LoRA on the {place}, and no such LoRA",
+            f"use train with {part}_lora, or no {part}_lora_rank",
+        )
+        for part, place in PLACES.items()
+    ),
+    *(
+        Contradiction(
+            ("train", f"{part}_learning_rate"),
+            lambda v, part=part: (  # type: ignore[misc]
+                v[f"{part}_learning_rate"] is not None and not {part, f"{part}_lora", "all"} & set(v["train"])
+            ),
+            f"a learning rate for the {place}, which is not trained",
+            f"use train with {part}_lora, {part} or all, or no {part}_learning_rate",
+        )
+        for part, place in PLACES.items()
     ),
     Contradiction(
         ("report_to",),

@@ -24,7 +24,7 @@ from vlm_sft.model.step_gradients import StepGradients, loss_problem
 from vlm_sft.recipe.schedule import Schedule
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.train.health import Health, memory_error
-from vlm_sft.train.optimization import SCHEDULER, decay_groups, make_optimizer, make_scheduler
+from vlm_sft.train.optimization import SCHEDULER, make_optimizer, make_scheduler, parameter_groups
 
 AUTO = "auto"
 
@@ -242,7 +242,7 @@ def _client_optimizer(model: torch.nn.Module, recipe: Recipe, config: dict[str, 
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam(  # type: ignore[no-any-return]
-        decay_groups(model, recipe.weight_decay),
+        parameter_groups(model, recipe),
         lr=recipe.learning_rate,
         betas=(recipe.adam_beta1, recipe.adam_beta2),
         eps=recipe.adam_epsilon,

@@ -26,6 +26,7 @@ from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.collectives import broadcast
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.model.families import PackMode
+from vlm_sft.model.parts import part_parameters
 from vlm_sft.model.saved_adapter import require_places
 from vlm_sft.model.step_gradients import StepGradients, mixed_precision
 from vlm_sft.recipe.schedule import Schedule, rate_factor
@@ -127,9 +128,31 @@ def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": other, "weight_decay": 0.0}]
 
 
+def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The trained parameters by weight decay, and by learning rate where a part of the model has its own.
+
+    The two groups of `decay_groups` come first, without the parameters of such parts: what is shown as the learning
+    rate is theirs.
+    """
+    groups = decay_groups(model, recipe.weight_decay)
+    given = {"vision": recipe.vision_learning_rate, "projector": recipe.projector_learning_rate}
+    rates = {part: rate for part, rate in given.items() if rate is not None}
+    if not rates:
+        return groups
+    part_of = part_parameters(model)
+    own = []
+    for part, rate in rates.items():
+        for group in groups:
+            here = [parameter for parameter in group["params"] if part_of.get(id(parameter)) == part]
+            own += [{**group, "params": here, "lr": rate}] if here else []
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if part_of.get(id(parameter)) not in rates]
+    return [*groups, *own]
+
+
 def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over the trained parameters."""
-    groups = decay_groups(model, recipe.weight_decay)
+    groups = parameter_groups(model, recipe)
     if recipe.optim == "adafactor":
         return Adafactor(groups, lr=recipe.learning_rate, scale_parameter=False, relative_step=False)
     return torch.optim.AdamW(

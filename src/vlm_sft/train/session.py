@@ -153,6 +153,7 @@ def _facts(options: TrainOptions, specs: list[DatasetSpec], launch: Launch, chec
     """What run.json says from the start."""
     return {
         "resumes": _resumes(options.output_dir, checkpoint),
+        "output_dir": str(options.output_dir),
         "base_model": options.base_model,
         "datasets": [spec.name for spec in specs],
         "dataset": options.dataset,

@@ -26,11 +26,12 @@ from vlm_sft.forecast.estimate import FEATURES, LOAD, SAVES, TRACKERS
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.gpu.kernels import choose_kernels
 from vlm_sft.model.load import Base, load_model
+from vlm_sft.model.parts import ALL
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.step_gradients import mixed_precision
-from vlm_sft.model.trainable import ALL, checkpoint_layers, described, save_tuned, tune
+from vlm_sft.model.trainable import checkpoint_layers, described, save_tuned, tune
 from vlm_sft.planning.probe import Probe
 from vlm_sft.planning.run_forecast import ForecastTracker
 from vlm_sft.planning.run_plan import Plan, image_uses

@@ -1,0 +1,104 @@
+"""`--train language,vision_lora,projector_lora` through the public commands: trained, resumed, asked, exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from tests.adapters import save_base
+from tests.invariant.test_full_training import evaluate, facts, predictions, refused, same, train
+from vlm_sft.cli.main import main
+
+PARTS = ("--train", "language,vision_lora,projector_lora", "--vision_lora_rank", "2", "--projector_lora_rank", "8")
+RATES = ("--vision_learning_rate", "0.002", "--projector_learning_rate", "0.005", "--lora_dropout", "0.2")
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert train(base, folder, *PARTS, *RATES) == 0
+    return folder
+
+
+def test_a_run_says_and_saves_what_it_trained(run: Path) -> None:
+    names = load_file(run / WEIGHTS)
+    parts = {
+        "vision_lora": [name for name in names if ".visual." in name and ".merger." not in name],
+        "projector_lora": [name for name in names if ".merger." in name],
+    }
+    recorded = facts(run)["lora"]
+    for part, rank in (("vision_lora", 2), ("projector_lora", 8)):
+        assert recorded["parts"][part]["r"] == rank
+        assert len(parts[part]) == 2 * recorded["parts"][part]["matched_modules"] > 0
+        assert all(names[name].shape[0] == rank for name in parts[part] if "lora_A" in name)
+        assert all(names[name].abs().max() > 0 for name in parts[part])
+    assert recorded["matched_modules"] == 6 and recorded["learning_rates"] == {"vision": 0.002, "projector": 0.005}
+    assert recorded["trainable_parameters"] == sum(value.numel() for value in names.values())
+    for stage, reason in {"training": "the vision tower is trained", "evaluation": "its own vision tower"}.items():
+        decision = facts(run)["engine"]["feature_cache"][stage]
+        assert decision["used"] is False and reason in decision["reason"]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(base: Path, run: Path, tmp_path: Path) -> None:
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    resumed = ("--resume", str(run / "checkpoint-2"), "--eval_benchmarks", "none")
+    assert train(base, torn, *PARTS, *RATES, *resumed) == 0
+    assert same(run / WEIGHTS, torn / WEIGHTS)
+
+
+def test_another_rate_is_another_training(
+    base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = (*PARTS, *RATES, "--vision_learning_rate", "0.1", "--resume", str(run / "checkpoint-2"))
+    refused(capsys, train(base, tmp_path / "o", *changed), "vision_learning_rate was 0.002 and is 0.1")
+
+
+def test_the_adapter_answers_merged_and_alone(
+    base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = predictions(run / "evaluation" / "tuned" / "demo_charts")
+    assert evaluate(tmp_path / "tuned", "--base_model", str(base), "--adapter", str(run)) == answers
+    command = ["export", "--adapter", str(run), "--questions", "2", "--output_dir"]
+    assert main([*command, str(tmp_path / "merged"), "--merge", "--dtype", "float32"]) == 0
+    assert evaluate(tmp_path / "asked", "--base_model", str(tmp_path / "merged")) == answers
+    plain, merged = (
+        AutoModelForImageTextToText.from_pretrained(folder).model.visual.blocks[0].attn.qkv.weight
+        for folder in (base, tmp_path / "merged")
+    )
+    update = load_file(run / WEIGHTS)
+    layer = "base_model.model.model.visual.blocks.0.attn.qkv"
+    product = update[f"{layer}.lora_B.weight"] @ update[f"{layer}.lora_A.weight"]
+    torch.testing.assert_close(merged - plain, 32 / 4 * product, rtol=1e-4, atol=1e-6)  # the scale of rank 4
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "adapter")]) == 0
+    told = capsys.readouterr()
+    assert "--enable-lora --enable-tower-connector-lora --max-lora-rank 8" in told.out
+    report = json.loads((tmp_path / "adapter" / "export.json").read_text())
+    assert report["vllm"]["loads"] and report["vllm"]["enable_tower_connector_lora"] is True
+
+
+def test_a_projector_alone(base: Path, tmp_path: Path) -> None:
+    assert train(base, tmp_path / "run", "--train", "projector_lora", "--eval_benchmarks", "none") == 0
+    recorded = facts(tmp_path / "run")
+    assert recorded["lora"]["matched_modules"] == 0 and list(recorded["lora"]["parts"]) == ["projector_lora"]
+    assert all(".merger." in name for name in load_file(tmp_path / "run" / WEIGHTS))
+    assert "the projector is trained" in recorded["engine"]["feature_cache"]["training"]["reason"]
+
+
+def test_contradictions(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = train(base, tmp_path / "o", "--train", "vision,vision_lora", "--projector_lora_rank", "4")
+    refused(capsys, code, "2 mistakes", "the vision tower in full and with LoRA", "no such LoRA")
+    code = train(base, tmp_path / "o", "--vision_learning_rate", "0.1")
+    refused(capsys, code, "a learning rate for the vision tower, which is not trained")
