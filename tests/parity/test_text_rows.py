@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from tests.parity.test_exactness import SEPARATE, Gradients, alone, gradients, undiminished
 from tests.questions import pack, questions, tiny
 from tests.text_rows import text_row
-from vlm_sft.data.encode import EncodedGroup, Encoder, group_by_image
+from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.packing import Bundle
-from vlm_sft.data.sample import Sample
+from vlm_sft.data.sample import Sample, group_by_image
 from vlm_sft.model import families, packed_forward
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode

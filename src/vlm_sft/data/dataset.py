@@ -14,9 +14,9 @@ from vlm_sft.common.errors import DataError
 from vlm_sft.data.audit import histogram, refuse_if_all_fail
 from vlm_sft.data.cache.directory import default_cache_dir
 from vlm_sft.data.cache.encoded import DataCache
-from vlm_sft.data.encode import EncodedGroup, Encoder, group_by_image
+from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.packing import Bundle, GroupLengths
-from vlm_sft.data.sample import LeftOut, Sample, distinct_images, questions_per_image, text_rows
+from vlm_sft.data.sample import LeftOut, Sample, distinct_images, group_by_image, questions_per_image, text_rows
 
 
 class PreparedData:

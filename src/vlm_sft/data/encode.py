@@ -388,15 +388,3 @@ def _source(sample: Sample) -> str:
 def picture_sizes(sample: Sample) -> tuple[tuple[int, int], ...]:
     """Width and height of a sample's images in pixels; those that no check has measured are decoded."""
     return tuple((image.width, image.height) if image.width else _picture(image).size for image in sample.images)
-
-
-def group_by_image(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Put the questions of one image together, and text rows of one opening; in the order of their first question.
-
-    A system text stands before the image, so samples with different ones are not put together; a conversation's
-    history stands behind it.
-    """
-    groups: dict[tuple[str, str], list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault((sample.subject, sample.system), []).append(sample)
-    return list(groups.values())

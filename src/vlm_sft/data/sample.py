@@ -154,6 +154,18 @@ def questions_per_image(samples: Iterable[Sample]) -> dict[int, int]:
     return dict(sorted(Counter(shown.values()).items()))
 
 
+def group_by_image(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Put the questions of one image together, and text rows of one opening; in the order of their first question.
+
+    A system text stands before the image, so samples with different ones are not put together; a conversation's
+    history stands behind it.
+    """
+    groups: dict[tuple[str, str], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.subject, sample.system), []).append(sample)
+    return list(groups.values())
+
+
 @dataclass(frozen=True, slots=True)
 class LeftOut:
     """A sample that cannot be used, and why. It is counted and written to left_out.jsonl, never dropped in silence.
