@@ -19,17 +19,6 @@ from vlm_sft.distributed.collectives import sum_ranks
 from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode
 
-
-def mixed_precision(device: str, dtype: torch.dtype) -> torch.autocast:
-    """The context of a forward pass whose base is in bfloat16 and whose trained weights may be in float32.
-
-    Args:
-        device: where it is computed, e.g. "cuda:0".
-        dtype: of the base; in any other format nothing is changed.
-    """
-    return torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
 _BUCKET = 16 * 1024**2  # gradients that are exchanged at once
 
 
@@ -42,6 +31,7 @@ class StepGradients:
         step: optimizer steps done, for dropout.
         scale: what token losses are multiplied by.
         precision: makes the context of the forward pass.
+        objective: what is made small.
 
     Attributes:
         parameters: the trained ones.
@@ -57,8 +47,10 @@ class StepGradients:
         step: int,
         scale: float,
         precision: Callable[[], AbstractContextManager[Any]],
+        objective: packed_forward.Objective = packed_forward.PLAIN,
     ) -> None:
         self.model = model
+        self.objective = objective
         self.mode = mode
         self.step = step
         self.scale = scale
@@ -86,7 +78,7 @@ class StepGradients:
             here = pack.to(self.device)
             with packed_forward.packed(here, self.mode, self.step):
                 with self.precision():
-                    token_losses = packed_forward.training_losses(self.model, here, self.mode)
+                    token_losses = packed_forward.training_losses(self.model, here, self.mode, self.objective)
                     loss = token_losses.sum() * (pack.weight * self.scale)
                 gradients = (
                     torch.autograd.grad(loss, self.parameters, allow_unused=True)

@@ -26,6 +26,7 @@ def summary_rows(run: RunReport) -> Rows:
             ("Data", ", ".join(record.datasets)),
             ("Steps", formats.count(record.steps)),
             ("Best step", f"{best.step:,} ({best.metric} {formats.number(best.value)})" if best else ""),
+            ("Ended early", record.stopped_early),
             ("Started", record.started),
             ("Finished", record.finished),
             (WALL_SO_FAR if run.status == RUNNING else "Wall time", formats.duration(record.wall_seconds)),

@@ -31,13 +31,18 @@ from vlm_sft.recipe.schema import Recipe
 from vlm_sft.trackers.check import check_trackers
 from vlm_sft.trackers.session import Trackers
 from vlm_sft.trackers.tracker import INTERRUPTED
+from vlm_sft.train.caller import Caller
 from vlm_sft.train.checkpoint.directory import choose_resume, tidy
 from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, clear_run, disk_error, holds_work
 
 
 @contextmanager
-def open_run(options: TrainOptions) -> Iterator[tuple[TrainingRun, list[Guard]]]:
+def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRun, list[Guard]]]:
     """Check what was asked for, claim the folder and connect the ranks; all of it is held while the block runs.
+
+    Args:
+        options: what is asked for.
+        caller: who asks: the process of a caller from Python is never ended.
 
     Yields:
         The run, and its guards.
@@ -64,9 +69,10 @@ def open_run(options: TrainOptions) -> Iterator[tuple[TrainingRun, list[Guard]]]
         connected(launch),
     ):
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
-        _announce(options, launch, loaded.notes, checkpoint)
+        _announce(options, launch, loaded.notes, checkpoint, caller.in_process)
         record = RunRecord(options.output_dir, _facts(options, specs, launch, checkpoint))
-        signals = StopSignals(resume_line(sys.argv, launch), lambda: record.finish("interrupted"))
+        again = caller.again or resume_line(sys.argv, launch)
+        signals = StopSignals(again, lambda: record.finish("interrupted"), ends_process=not caller.in_process)
         yield TrainingRun(options, recipe, specs, launch, record, checkpoint, signals), guards
 
 
@@ -132,12 +138,14 @@ def _open_folder(options: TrainOptions, recipe: Recipe, launch: Launch) -> Path 
     return checkpoint
 
 
-def _announce(options: TrainOptions, launch: Launch, notes: list[str], checkpoint: Path | None) -> None:
+def _announce(
+    options: TrainOptions, launch: Launch, notes: list[str], checkpoint: Path | None, in_process: bool
+) -> None:
     """Say what will be done."""
     source = options.sft_config or "the default recipe"
     say(f"training {options.base_model} on {options.dataset} with {source}")
     say(f"launch: {launch.world_size} process(es), {launch.parallel}, {'CPU' if launch.cpu else 'GPU'}")
-    for note in filter(None, [idle_gpus(launch, sys.argv), *notes]):
+    for note in filter(None, ["" if in_process else idle_gpus(launch, sys.argv), *notes]):
         say(note)
     if options.resume is not None:
         say(f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting from the beginning")
