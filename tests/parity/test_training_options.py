@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from safetensors.torch import load_file
 
 from tests.parity.test_exactness import Gradients, gradients, undiminished
