@@ -24,6 +24,7 @@ from vlm_sft.distributed.collectives import agree
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.forecast.estimate import FEATURES, LOAD, SAVES, TRACKERS
 from vlm_sft.model.cpu.matmul import mixed_precision
+from vlm_sft.model.embedding_noise import add_noise
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.gpu.kernels import choose_kernels
 from vlm_sft.model.load import Base, load_model
@@ -109,7 +110,10 @@ class Training:
             steps=state.global_step,
             questions_seen=self.loop.plan.steps.planner.questions_after(state.global_step),
             best=best if state.best_metric is not None else None,
+            stopped_early=self.loop.stopped_early.to_dict() if self.loop.stopped_early else None,
         )
+        if self.loop.stopped_early:
+            say(self.loop.stopped_early.reason)
         if recipe.load_best_model_at_end and state.best_metric is not None:
             say(f"best checkpoint: step {best['step']}, {best['metric']} {best['value']:.4f}; its adapter is kept")
 
@@ -199,6 +203,8 @@ def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
     run.record.update(lora=lora, attention=base.attention, dtype=base.dtype_name)
     if run.checkpointing:
         checkpoint_layers(model)
+    if recipe.neftune_noise_alpha:
+        add_noise(model, recipe.neftune_noise_alpha, recipe.seed)
     return model, optimize
 
 
