@@ -49,6 +49,12 @@ class TrainOptions(AnswerOptions):
         "your own JSONL or parquet; chartqa@stream fetches --max_train rows only (default: %(default)s)",
         "SETS",
     )
+    loss_weights: str | None = option(
+        None,
+        "how much the answers of a set count in the loss, NAME=WEIGHT, comma separated (default: 1 each); a record's "
+        "own weight multiplies it",
+        "WEIGHTS",
+    )
     flash_attn: bool = option(False, "FlashAttention (bfloat16, GPUs from Ampere on)")
     deepspeed: str | None = option(
         None, "zero2, zero3 or a DeepSpeed JSON file (default: zero2 under the deepspeed launcher, else none)", "CONFIG"
