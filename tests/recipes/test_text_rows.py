@@ -65,7 +65,9 @@ def test_weights_of_sets_and_rows_and_a_loss_for_each_set(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     heavy = [{"question": f"Word {number}?", "answer": "yes", "weight": 3} for number in range(20)]
-    heavy.append({"question": "Nothing?", "answer": "no", "weight": 0})
+    heavy += [
+        {"question": f"Nothing {number}?", "answer": "no", "weight": 0} for number in range(9)
+    ]  # some in each part
     (data / "heavy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in heavy))
     sets = f"{data / 'mine.jsonl'},{data / 'heavy.jsonl'}"
     out = tmp_path / "run"
