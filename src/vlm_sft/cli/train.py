@@ -35,13 +35,22 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train_options(args: argparse.Namespace) -> TrainOptions:
     """The options that the flags of `add_run_arguments` and of the recipe mean."""
+    others = {"base_model": _base_of(args)} if args.adapter is not None and "base_model" not in args.given else {}
     return read_options(
         TrainOptions,
         args,
         output_dir=args.output_dir,
         overrides=overrides_from(args),
         engine=read_options(EngineOptions, args),
+        **others,
     )
+
+
+def _base_of(args: argparse.Namespace) -> str:
+    """The base that the adapter names."""
+    from vlm_sft.model.saved_adapter import base_of_adapter
+
+    return base_of_adapter(args.adapter, None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from vlm_sft.cli.parser import refuse_idle
     from vlm_sft.train.run import train
 
+    if args.adapter is None:
+        refuse_idle(args, ("adapter_mode",), "without --adapter", "add --adapter, or leave it out")
     if args.resume is None:
         refuse_idle(args, ("allow_changes",), "without --resume", "add --resume, or leave it out")
     else:

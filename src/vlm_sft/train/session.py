@@ -33,6 +33,7 @@ from vlm_sft.trackers.session import Trackers
 from vlm_sft.trackers.tracker import INTERRUPTED
 from vlm_sft.train.checkpoint.directory import choose_resume, tidy
 from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, clear_run, disk_error, holds_work
+from vlm_sft.train.second_stage import begin_second_stage
 
 
 @contextmanager
@@ -65,7 +66,11 @@ def open_run(options: TrainOptions) -> Iterator[tuple[TrainingRun, list[Guard]]]
     ):
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
         _announce(options, launch, loaded.notes, checkpoint)
-        record = RunRecord(options.output_dir, _facts(options, specs, launch, checkpoint))
+        facts = _facts(options, specs, launch, checkpoint)
+        if options.adapter is not None:
+            options, started = begin_second_stage(options, recipe)
+            facts |= started
+        record = RunRecord(options.output_dir, facts)
         signals = StopSignals(resume_line(sys.argv, launch), lambda: record.finish("interrupted"))
         yield TrainingRun(options, recipe, specs, launch, record, checkpoint, signals), guards
 
