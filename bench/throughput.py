@@ -28,7 +28,7 @@ import cases as benchcases
 import shapes as benchshapes
 from common import DATA, README, RESULTS, ROOT, origin, write_block
 from peers.environment import DEFAULT_FOLDER, REQUIREMENTS, make
-from throughput_results import check, median_row, summary, tables
+from throughput_results import check, median_row, readme_table, summary, tables
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
 
@@ -227,7 +227,8 @@ def main() -> int:
             name = f"throughput_{case}_{shape}{suffix(args.device)}.json"
             written.append(artifacts.write_json(folder / name, result))
     write_block("throughput", "Training speed beside other trainers", tables(RESULTS))
-    say(f"written: {', '.join(map(str, [*written, README]))}")
+    write_block("speed", "Speed", readme_table(RESULTS), ROOT / "README.md")
+    say(f"written: {', '.join(map(str, [*written, README, ROOT / 'README.md']))}")
     return 0
 
 

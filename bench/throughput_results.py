@@ -187,6 +187,39 @@ def tables(folder: Path) -> str:
     return "\n\n".join([_overview(results), *(_detail(result) for result in results)])
 
 
+PEERS = {"msswift": "ms-swift", "llamafactory": "LLaMA-Factory", "trl": "TRL"}
+ROWS = {
+    "easy_vqa": "easy-VQA, {k:.1f} questions an image",
+    "chartqa": "ChartQA, {k:.1f} questions an image",
+    "k1": "ChartQA, one question an image",
+}
+MODELS = {"small": "Qwen2.5-VL of {:.0f} M", "medium": "Qwen2.5-VL of {:.0f} M", "qwen3_5": "Qwen3.5 of {:.0f} M"}
+
+
+def readme_table(folder: Path) -> str:
+    """Questions a second over all epochs beside each peer: what the first page of the project shows."""
+    lines = [
+        f"| rows | model | vlm-sft, questions/s | {' | '.join(PEERS.values())} | beside the fastest |",
+        "|---|---|---:" + "|---:" * (len(PEERS) + 1) + "|",
+    ]
+    devices = set()
+    for case, shape in ((case, shape) for case in ROWS for shape in MODELS):
+        path = folder / f"throughput_{case}_{shape}.json"
+        if not path.is_file():
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))
+        sides, expected = result["sides"], result["expected"]
+        rows = ROWS[case].format(k=expected["questions"] / expected["images"])
+        model = MODELS[shape].format(result["sizes"]["total"] / 1e6)
+        theirs = " | ".join(f"{sides[name]['long']:.2f}" if name in sides else "not run" for name in PEERS)
+        times = min(ratios(sides, "long").values())
+        lines.append(f"| {rows} | {model} | {sides[OURS]['long']:.2f} | {theirs} | **{times:.1f}x** |")
+        devices.add(result["device"])
+    same = "LoRA in float32, the same rows, batches and loss on every side, preparation counted."
+    told = f"{', '.join(sorted(devices))}; {same}"
+    return "\n".join([*lines, "", told])
+
+
 def _overview(results: list[dict[str, Any]]) -> str:
     """Our side against the best peer, a line for each case and shape."""
     lines = [

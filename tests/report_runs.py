@@ -122,6 +122,7 @@ def record(status: str = "finished") -> dict[str, Any]:
         "command": ["vlm-sft", "train", "--sft_config", "configs/sft_config_best.json", "--output_dir", "outputs/a b"],
         "wall_seconds": 245.3,
         "seconds": {"load": 4.1, "train": 117.0, "evaluate": 124.2},
+        "output_dir": "outputs/a b",
         "base_model": "pocket",
         "datasets": ["easy_vqa", "demo_charts"],
         "device": "cpu",

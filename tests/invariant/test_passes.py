@@ -36,7 +36,9 @@ def calls() -> Iterator[list[tuple[str, bool, bool, bool]]]:
         kind = type(module).__name__
         if kind in (LAYER, TOWER):
             first = output[0] if isinstance(output, tuple) else output
-            found.append((kind, module.training, torch.is_autocast_enabled("cpu"), first.requires_grad))
+            weight = next(module.self_attn.q_proj.parameters()).dtype if kind == LAYER else None
+            narrow = (weight, first.dtype, torch.is_autocast_enabled("cpu")) == (torch.bfloat16, torch.float32, False)
+            found.append((kind, module.training, narrow, first.requires_grad))
 
     handle = register_module_forward_hook(note)
     yield found
@@ -81,7 +83,7 @@ def test_probe_and_training_compute_alike_and_the_frozen_tower_keeps_nothing(
     trained = [call for call in calls if call[1]]
     assert {kind for kind, *_ in trained} == {LAYER}  # a frozen tower stays in evaluation mode
     assert {kind for kind, *_ in calls} == {LAYER, TOWER}
-    assert all(autocast for _, _, autocast, _ in trained)
+    assert all(narrow for _, _, narrow, _ in trained), "weights in bfloat16, hidden states in float32"
     assert not any(needs for kind, _, _, needs in calls if kind == TOWER)
     assert any(needs for kind, _, _, needs in trained if kind == LAYER)
 

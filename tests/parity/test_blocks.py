@@ -119,7 +119,8 @@ def test_heads_that_are_trained_or_have_more_than_a_weight_keep_their_scores() -
     assert not cross_entropy.is_covered(nn.Linear(4, 10))
     assert not cross_entropy.is_covered(nn.Sequential(projection))
     assert not cross_entropy.is_covered(None)
-    assert not cross_entropy.is_covered(projection.bfloat16())
+    assert not cross_entropy.is_covered(projection.half())
+    assert cross_entropy.is_covered(projection.bfloat16()), "beside hidden states in float32"
     projection.float().weight.requires_grad_(True)
     assert not cross_entropy.is_covered(projection)
     elsewhere = nn.Linear(4, 10, bias=False, device="meta", dtype=torch.bfloat16)

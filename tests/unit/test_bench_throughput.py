@@ -27,11 +27,22 @@ from transformers.processing_utils import ProcessorMixin
 import cases
 import throughput
 from cases import Row, choose, expected_work
+from common import RESULTS, ROOT, with_block
 from peers import environment, measure, ours_sft
 from peers.worker import Job
 from shapes import SHAPES, TEMPLATE, config, parameter_counts
 from tests import tiny_models
-from throughput_results import arithmetic_flops, check, limits, median_row, ratios, saved_by_arithmetic, summary, tables
+from throughput_results import (
+    arithmetic_flops,
+    check,
+    limits,
+    median_row,
+    ratios,
+    readme_table,
+    saved_by_arithmetic,
+    summary,
+    tables,
+)
 from vlm_sft.model.cpu import cross_entropy
 from vlm_sft.train.loop import TrainingLoop
 
@@ -243,6 +254,14 @@ def test_tables_name_the_best_peer_the_origin_and_who_was_refused(tmp_path: Path
     assert "| chartqa | small, 48 M | 8 / 4 | msswift | 1.5x | 2.2x | 4.0x |" in text
     assert "| msswift | 1 | 1.33 | 2.00 | 1.85 (extrapolated) |" in text and "commit 0123456 (dirty)" in text
     assert "llamafactory is not reported: a loss of 13.0." in text and "| ours | 1 | 2.00 | 8.00 | 4.00 |" in text
+    told = readme_table(tmp_path)
+    assert "| ChartQA, 2.0 questions an image | Qwen2.5-VL of 48 M | 4.00 | 1.85 | not run | 0." in told
+    assert told.splitlines()[2].endswith("| **2.2x** |")
+
+
+def test_the_first_page_shows_the_recorded_speeds() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_block(readme, "speed", readme_table(RESULTS)) == readme
 
 
 def test_an_environment_is_made_again_when_what_it_holds_changes(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from tests.report_runs import make_run
 from vlm_sft.cli.main import main
 from vlm_sft.cli.parser import build_parser
 from vlm_sft.common.errors import RecipeError
@@ -32,17 +34,16 @@ def refused(line: str, capsys: Captured) -> str:
     "line, told",
     [
         ("train --learning_rat 1e-3", "unknown flag --learning_rat; did you mean --learning_rate?"),  # not --output_dir
-        ("train --learning-rate 1e-3 --output_dir o", "did you mean --learning_rate?"),
         ("train --learning_rat=1e-3 --output_dir o", "unknown flag --learning_rat; did you mean --learning_rate?"),
-        ("train --lr 1e-3 --output_dir o", "did you mean --learning_rate?"),
-        ("train --lora_rank 3 --output_dir o", "did you mean --lora_r?"),
         ("train -output_dir o", "did you mean --output_dir?"),
         ("train \N{EN DASH}output_dir o", "did you mean --output_dir?"),
         ("train --output_dirr o --epocs 3", "unknown flag --epocs; did you mean --num_train_epochs?"),
+        ("train --learning-rte 1e-3 --output_dir o", "did you mean --learning_rate?"),
+        ("eval --benchmark demo_charts --output_dir o", "pass --base_model MODEL, --adapter DIR, or both"),
+        ("data import x.txt --output o", "--format is missing"),
         ("plan --gpu_typ L4", "did you mean --gpu_type?"),
         ("eval --bechmark chartqa", "unknown flag --bechmark; did you mean --benchmark?"),
         ("data import x --format csv --output o --colums a=b", "did you mean --columns?"),
-        ("data cache clear --older-than 3", "did you mean --older_than?"),
         ("data check x --columns a=b", "its flags are --split, --output_dir, --base_model, --limit"),
         ("data check x --zzz", "unknown flag --zzz\n"),
         ("--verbose train", "unknown flag --verbose\n  fix: flags stand behind"),
@@ -50,7 +51,7 @@ def refused(line: str, capsys: Captured) -> str:
         ("data chek x", "vlm-sft data does not know 'chek'; did you mean check?"),
         ("data cache cleer", "did you mean clear?"),
         ("", "missing: VERB"),
-        ("train", "missing: --output_dir"),
+        ("eval", "missing: --benchmark, --output_dir"),
         ("train --output_dir", "--output_dir: a value is missing"),
         ("train --output_dir o --on_bad_sample replac", "'replac' is not one of stop, replace; did you mean replace?"),
         ("data check x --split trian", "did you mean train?"),
@@ -74,6 +75,40 @@ def test_the_nearest_word_is_named(
     (tmp_path / "bench.json").write_text("{}")  # a stray file is no answer to the name of a recipe
     assert told in refused(line, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+@pytest.mark.parametrize(
+    "line, name, value",
+    [
+        ("train --output-dir o", "output_dir", Path("o")),
+        ("train --output_dir o --learning-rate=1e-3", "learning_rate", "1e-3"),
+        ("train --output_dir o --lr 1e-3", "learning_rate", "1e-3"),
+        ("train --output_dir o --lora-rank 3", "lora_r", "3"),
+        ("train --output_dir o --model_name_or_path pocket", "base_model", "pocket"),
+        ("eval --output_dir o --benchmark demo --model pocket", "base_model", "pocket"),
+        ("train --output_dir o --system=--lr", "system", "--lr"),
+    ],
+)
+def test_flags_go_with_hyphens_and_by_the_names_of_other_trainers(line: str, name: str, value: object) -> None:
+    words = line.split()
+    args = build_parser(words[0]).parse_args(words)
+    assert getattr(args, name) == value and name in args.given
+
+
+def test_an_image_behind_its_question_is_recognized(tmp_path: Path, capsys: Captured) -> None:
+    Image.new("RGB", (64, 48), "white").save(tmp_path / "a.png")
+    assert main(["ask", "What is shown?", str(tmp_path / "a.png"), "--max_new_tokens", "2"]) == 0
+    told = capsys.readouterr()
+    assert "a.png is taken for the image" in told.err and "What is shown?" in told.out
+
+
+def test_a_folder_of_runs_is_its_runs(tmp_path: Path, capsys: Captured) -> None:
+    make_run(tmp_path / "runs" / "first")
+    make_run(tmp_path / "runs" / "second")
+    (tmp_path / "runs" / "notes").mkdir()
+    assert main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "r.html")]) == 0
+    assert "2 runs in" in capsys.readouterr().out
+    assert "first" in (tmp_path / "r.html").read_text() and "second" in (tmp_path / "r.html").read_text()
 
 
 def test_values_that_look_like_flags_are_values() -> None:

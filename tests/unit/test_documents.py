@@ -32,7 +32,7 @@ def test_every_command_is_one_that_the_parser_takes(page: Path, capsys: pytest.C
 
 
 def test_the_parser_would_notice_a_wrong_flag() -> None:
-    for line in ("vlm-sft train --output_dir a --lora_rank 3", "torchrun -m vlm_sft evaluate", "vlm-sft ask x.png"):
+    for line in ("vlm-sft train --output_dir a --lora_depth 3", "torchrun -m vlm_sft evaluate", "vlm-sft ask x.png"):
         words = arguments_of(line)
         assert words is not None
         with pytest.raises(SystemExit):

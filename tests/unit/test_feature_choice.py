@@ -30,7 +30,7 @@ COST = FeatureCost(1e6, 0.1, 0.01, 0.02)
     ("missing", "uses", "budget", "free", "objection"),
     [
         (10, 20, "auto", 1e9, ""),  # the tower is spared 10 times, which is more than 20 reads and 10 writes
-        (10, 13, "auto", 1e9, "does not pay"),
+        (10, 13, "auto", 1e9, "recomputing is faster"),
         (10, 14, "auto", 1e9, ""),
         (10, 10, 10**8, 1e9, ""),  # a budget of the user's is kept to, whether it pays or not
         (10, 20, "auto", 1e7, "10.0 MB do not fit into 5.00 MB"),

@@ -30,6 +30,7 @@ from vlm_sft.model import packed_forward
 from vlm_sft.model.adapters import add_lora, parameter_counts, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.cpu.gated_mlp import fuse_gated
+from vlm_sft.model.cpu.narrow import narrow_products
 from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.load import set_attention
 from vlm_sft.model.sharing_check import choose_mode
@@ -89,11 +90,12 @@ def test_parameters_and_operations(family: str) -> None:
     assert said == pytest.approx(counter.get_total_flops(), rel=2e-3)
 
 
-@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(("gpu", "narrow"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_activations_are_what_autograd_keeps(dropout: float, gpu: bool) -> None:
-    """On a CPU with the fused modules that run there; what runs on a GPU is the model without them."""
+def test_activations_are_what_autograd_keeps(dropout: float, gpu: bool, narrow: bool) -> None:
+    """On a CPU with the fused modules that run there, in both formats; what runs on a GPU is the model without them."""
     model, encoder = adapted("qwen2_5_vl", dropout)
+    assert not narrow or narrow_products(model.get_base_model().to(torch.bfloat16)) > 0
     assert trim_last_layer(model.get_base_model())
     assert gpu or fuse_gated(model) > 0
     batch, mode, work = pack_of(model.train(), encoder)
@@ -109,7 +111,8 @@ def test_activations_are_what_autograd_keeps(dropout: float, gpu: bool) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), packed_forward.packed(batch, mode, 0):
         packed_forward.token_losses(model, batch, mode).sum()
-    setting = Setting(shape, Adapter(4, TARGETS, dropout > 0), 4, False, replace(RATES, gpu=gpu))
+    setting = Setting(shape, Adapter(4, TARGETS, dropout > 0), 2 if narrow else 4, False, replace(RATES, gpu=gpu))
+    assert memory.weight_bytes(setting) == (2 if narrow else 4) * shape.parameters
     assert (setting.scored, setting.blockwise_mlp) == (gpu, not gpu)
     said = memory.activation_bytes(setting, work) + memory.logit_bytes(setting, work.supervised)
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

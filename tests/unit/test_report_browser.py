@@ -48,22 +48,22 @@ def test_the_predictions_can_be_filtered_and_searched(report: Path) -> None:
     with chromium.Chromium() as browser:
         browser.open(report)
         assert texts(browser, "#filter-count") == ["40 of 40 questions"]
-        assert len(texts(browser, ".card")) == 24
+        assert len(texts(browser, "#cards .card")) == 24
         browser.run("document.getElementById('more').click()")
-        assert len(texts(browser, ".card")) == 40
+        assert len(texts(browser, "#cards .card")) == 40
         choose(browser, "outcome", "01")
         # The made-up run answers every fourth question wrongly before and rightly after.
         assert texts(browser, "#filter-count") == ["10 of 40 questions"]
-        assert set(texts(browser, ".outcome")) == {"wrong → right"}
+        assert set(texts(browser, "#cards .outcome")) == {"wrong → right"}
         choose(browser, "outcome", "changed")
         assert texts(browser, "#filter-count") == ["20 of 40 questions"]
         choose(browser, "benchmark", "demo_charts")
         assert texts(browser, "#filter-count") == ["10 of 40 questions"]
         choose(browser, "outcome", "")
         choose(browser, "text", "BAR 17?")
-        assert texts(browser, ".question") == ["What is the value of bar 17?"]
+        assert texts(browser, "#cards .question") == ["What is the value of bar 17?"]
         choose(browser, "text", "no such words")
-        assert texts(browser, ".card") == [] and texts(browser, "#filter-count") == ["0 of 40 questions"]
+        assert texts(browser, "#cards .card") == [] and texts(browser, "#filter-count") == ["0 of 40 questions"]
         assert browser.messages == []
         assert {one.partition(":")[0] for one in browser.requests} <= {"file", "data"}
 
@@ -72,7 +72,7 @@ def test_hostile_texts_are_texts(report: Path) -> None:
     with chromium.Chromium() as browser:
         browser.open(report)
         choose(browser, "text", "window.hacked")
-        assert texts(browser, ".question") == [HOSTILE] and texts(browser, ".reference bdi") == [HOSTILE]
+        assert texts(browser, "#cards .question") == [HOSTILE] and texts(browser, "#cards .reference bdi") == [HOSTILE]
         assert browser.run("typeof window.hacked") == "undefined"
         assert browser.run("document.querySelectorAll('.card script, .card [onerror]').length") == 0
         # Even a script that got in would not run: the policy names the page's own.
@@ -83,10 +83,10 @@ def test_hostile_texts_are_texts(report: Path) -> None:
         assert browser.run("typeof window.hacked") == "undefined"
         assert any("Content Security Policy" in one for one in browser.messages)
         choose(browser, "text", "הערך")
-        assert browser.run("getComputedStyle(document.querySelector('.card .question')).direction") == "rtl"
+        assert browser.run("getComputedStyle(document.querySelector('#cards .question')).direction") == "rtl"
         assert browser.run("document.documentElement.scrollWidth <= innerWidth")
         choose(browser, "text", "easy_vqa/test/000002")
-        assert texts(browser, ".picture") == ["picture missing: it is not in the run's evaluation/images"]
+        assert texts(browser, "#cards .picture") == ["picture missing: it is not in the run's evaluation/images"]
 
 
 def test_phone_dark_mode_keyboard_and_paper(report: Path, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_tables_of_many_runs_can_be_sorted(tmp_path: Path) -> None:
         assert browser.run("document.querySelector('#comparison .runs th').ariaSort") == "ascending"
         choose(browser, "run", "1")
         choose(browser, "beside", "0")
-        assert texts(browser, ".card .answer .small")[0].startswith("b: ")
+        assert texts(browser, "#cards .card .answer .small")[0].startswith("b: ")
         browser.run("location.hash = 'run2'")
         browser.run("new Promise(done => setTimeout(done, 100))")
         assert browser.run("document.getElementById('run2').open") is True

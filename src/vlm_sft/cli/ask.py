@@ -36,14 +36,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
 
 
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a path
+        return False
+
+
 def run(args: argparse.Namespace) -> int:
     """Ask."""
-    from vlm_sft.common.console import say
+    from vlm_sft.common.console import say, warn
     from vlm_sft.common.errors import DataError, bounded
     from vlm_sft.data.images import check_image
     from vlm_sft.data.sample import ImageRef
     from vlm_sft.evaluate.interactive import open_asker
 
+    swapped = [place for place, text in enumerate(args.questions) if not args.image.exists() and _is_file(text)]
+    if len(swapped) == 1:
+        args.questions[swapped[0]], args.image = str(args.image), Path(args.questions[swapped[0]])
+        warn(f"{args.image} is taken for the image: the image comes first, then the questions")
     try:
         image = check_image(ImageRef.from_path(args.image))
     except OSError as error:

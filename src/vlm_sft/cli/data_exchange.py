@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_sft.common.errors import bounded
+from vlm_sft.common.errors import DataError, bounded
 from vlm_sft.data.exchange.layouts import FORMATS
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def add_exchange_arguments(actions: Any) -> None:
     """Add `data import` and `data export` to the actions of `data`."""
     reader = actions.add_parser("import", help=IMPORT_HELP, description=IMPORT_HELP)
     reader.add_argument("source", type=Path, metavar="FILE", help="the file, or a folder of files (train, val, test)")
-    _add_common(reader)
+    _add_common(reader, "the layout outside (default: csv for a .csv file)")
     reader.add_argument(
         "--images",
         type=Path,
@@ -48,7 +48,7 @@ def add_exchange_arguments(actions: Any) -> None:
     reader.add_argument("--limit", type=int, metavar="N", help="read at most the first N questions")
     writer = actions.add_parser("export", help=EXPORT_HELP, description=EXPORT_HELP)
     writer.add_argument("dataset", metavar="DATASET", help="NAME[@PATH], or your own data, as in vlm-sft train")
-    _add_common(writer)
+    _add_common(writer, "the layout outside")
     writer.add_argument(
         "--style",
         default="sharegpt",
@@ -64,8 +64,8 @@ def add_exchange_arguments(actions: Any) -> None:
     writer.add_argument("--limit", type=int, metavar="N", help="a seeded sample of at most N questions a split")
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", required=True, choices=FORMATS, help="the layout outside")
+def _add_common(parser: argparse.ArgumentParser, layout: str) -> None:
+    parser.add_argument("--format", required="default" not in layout, choices=FORMATS, help=layout)
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder to write to")
     parser.add_argument(
         "--max_left_out",
@@ -74,6 +74,17 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of unusable questions that is no error, 0 to 1 (default: %(default)s)",
     )
+
+
+def _layout_of(source: Path) -> str:
+    """The layout that the name of a file says.
+
+    Raises:
+        DataError: it says none.
+    """
+    if source.suffix.lower() == ".csv":
+        return "csv"
+    raise DataError(f"--format is missing, and the name of {source} says none", f"pass one of {', '.join(FORMATS)}")
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -90,6 +101,7 @@ def run_import(args: argparse.Namespace) -> int:
 
     enforce([], 0, args.max_left_out)
     _check_limit(args.limit)
+    args.format = args.format or _layout_of(args.source)
     say(bounded(f"importing {args.source} as {args.format}"))
     columns = parse_columns(args.columns, args.format)
     request = ImportRequest(
@@ -103,7 +115,8 @@ def run_import(args: argparse.Namespace) -> int:
         args.max_left_out,
     )
     report = import_data(request)
-    say(f"{report.records:,} records, {report.conversations:,} of them conversations that became several questions")
+    several = f", {report.conversations:,} of them conversations of several questions" if report.conversations else ""
+    say(f"read {report.records:,} rows{several}")
     _tell(report, args)
     folder = shlex.quote(str(args.output))
     say(f"next: vlm-sft data check {folder}\n      vlm-sft train --dataset {folder} --output_dir outputs/mine")
@@ -166,8 +179,6 @@ def _split_of(spec: Any, split: str, args: argparse.Namespace) -> tuple[list[Any
 
 
 def _check_limit(limit: int | None) -> None:
-    from vlm_sft.common.errors import DataError
-
     if limit is not None and limit < 1:
         raise DataError(f"--limit {limit} is below 1", "give a number of questions, or leave it out")
 

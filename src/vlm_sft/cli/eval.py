@@ -15,7 +15,9 @@ NOT_FOR_VLLM = ("tokens_per_pack", "flash_attn", "cache_dir", "prepared_cache", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this verb."""
-    parser.add_argument("--base_model", required=True, metavar="MODEL", help="Hub id, folder, or 'pocket'")
+    parser.add_argument(
+        "--base_model", metavar="MODEL", help="Hub id, folder, or 'pocket' (default: the one that the adapter names)"
+    )
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="folder of a LoRA adapter (a run or a checkpoint)")
     parser.add_argument(
         "--benchmark",
@@ -78,14 +80,20 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, note: str) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
     from vlm_sft.cli.parser import refuse_idle
+    from vlm_sft.common.errors import RunError
     from vlm_sft.evaluate.run import EvalOptions, evaluate
+    from vlm_sft.model.saved_adapter import base_of_adapter
 
+    if args.base_model is None and args.adapter is None:
+        raise RunError("nothing is said about which model answers", "pass --base_model MODEL, --adapter DIR, or both")
     if args.adapter is None:
         refuse_idle(args, ("allow_prompt_mismatch",), "without --adapter", "leave it out: a base has no other prompt")
     if args.backend == "vllm":
         refuse_idle(args, NOT_FOR_VLLM, "on --backend vllm, which reads, packs and keeps images itself", "leave it out")
     else:
         refuse_idle(args, ("tensor_parallel_size",), "without --backend vllm", "start several ranks with torchrun")
+    if args.adapter is not None:
+        args.base_model = base_of_adapter(args.adapter, args.base_model)
     caches = read_options(CacheOptions, args)
     names = [name for name in EvalOptions.__dataclass_fields__ if name != "caches"]
     evaluate(EvalOptions(caches=caches, **{name: getattr(args, name) for name in names}))

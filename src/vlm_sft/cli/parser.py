@@ -27,6 +27,8 @@ VERBS = (
     "demo",
     "completion",
 )
+# What other trainers call flags of ours; such a word is taken for ours.
+SAME_FLAGS = ALIASES | dict.fromkeys(("model_name_or_path", "model", "model_id"), "base_model")
 FEW_FLAGS = 20  # so many are listed in a message; of more, the help is named
 DASHES = "-\N{EN DASH}\N{EM DASH}"  # what text programs make of two hyphens
 
@@ -34,7 +36,8 @@ DASHES = "-\N{EN DASH}\N{EM DASH}"  # what text programs make of two hyphens
 class Parser(argparse.ArgumentParser):
     """A parser that tells a mistake in two lines, with the nearest word for one that it does not know.
 
-    Flags cannot be abbreviated. The namespace of a command line has `given`: the names of the flags that stand on it.
+    Flags may be written with hyphens, or as other trainers call them (`--lr`); they cannot be abbreviated. The
+    namespace of a command line has `given`: the names of the flags that stand on it.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -44,11 +47,31 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parse, flags that are not known first: whatever else is missing may follow from them."""
-        words = list(sys.argv[1:] if args is None else args)
+        words = self._in_our_words(list(sys.argv[1:] if args is None else args))
         given = self._given(words)
         found, rest = super().parse_known_args(words, namespace)
         found.given = given | getattr(found, "given", frozenset())
         return found, rest
+
+    def _in_our_words(self, words: list[str]) -> list[str]:
+        """Words with the flags that are ours but for hyphens, and those that other trainers call otherwise, as ours."""
+        ours: list[str] = []
+        for place, word in enumerate(words):
+            if word == "--" or (self._subparsers is not None and word[:1] not in DASHES):
+                return ours + words[place:]
+            flag, equals, value = word.partition("=")
+            if not flag.startswith("--") or " " in flag or flag in self._option_string_actions:
+                ours.append(word)
+                continue
+            name = flag[2:].replace("-", "_")
+            meant = next((f"--{one}" for one in (name, SAME_FLAGS.get(name)) if f"--{one}" in self._flags()), flag)
+            ours.append(f"{meant}{equals}{value}")
+        return ours
+
+    def _flags(self) -> set[str]:
+        """The flags that `--help` shows."""
+        known = self._option_string_actions.items()
+        return {option for option, action in known if option.startswith("--") and action.help != argparse.SUPPRESS}
 
     def _given(self, words: list[str]) -> frozenset[str]:
         """The flags among words by their names, up to a verb with flags of its own; ends where one is not known."""
@@ -69,12 +92,8 @@ class Parser(argparse.ArgumentParser):
 
     def _meant(self, flag: str) -> str:
         """The flag that was probably meant, as the end of a message."""
-        known = {
-            option.lstrip("-"): option
-            for option, action in self._option_string_actions.items()
-            if option.startswith("--") and action.help != argparse.SUPPRESS
-        }
-        others = {name: f"--{key}" for name, key in ALIASES.items() if key in known}
+        known = {option.lstrip("-"): option for option in sorted(self._flags())}
+        others = {name: f"--{key}" for name, key in SAME_FLAGS.items() if key in known}
         word = flag.lstrip(DASHES).replace("-", "_")
         if word in known | others:
             return f"; did you mean {(known | others)[word]}?"

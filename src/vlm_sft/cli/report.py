@@ -10,7 +10,9 @@ HELP = "Render run folders as one HTML file that opens anywhere, as figures and 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output folder of a training run")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", type=Path, help="output folder of a training run, or a folder of such"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -31,6 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, metavar="N", help="port for --watch; 0: any free one (default: 8686)")
 
 
+def _runs_in(folder: Path) -> list[Path]:
+    """The folder itself where it is a run's, or those of the runs in it, which are named."""
+    from vlm_sft.common import artifacts
+    from vlm_sft.common.console import say
+
+    if (folder / artifacts.RUN).exists() or not folder.is_dir():
+        return [folder]
+    runs = sorted(place.parent for place in folder.glob(f"*/{artifacts.RUN}"))
+    if not runs:
+        return [folder]
+    say(f"{len(runs)} runs in {folder}: {', '.join(run.name for run in runs)}")
+    return runs
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the report, or serve it, and say where it is."""
     from vlm_sft.common import artifacts
@@ -45,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         raise RunError("--watch writes no file", "leave out --output and --export, or --watch")
     if args.port is not None and not args.watch:
         raise RunError("--port is only for --watch", "add --watch")
+    args.runs = [run for folder in args.runs for run in _runs_in(folder)]
     if args.watch:
         watch(args.runs, PORT if args.port is None else args.port)
         return 0

@@ -17,7 +17,9 @@ HELP = "fine-tune a vision-language model, evaluate it against its base, and wri
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this verb, and one flag for every recipe key."""
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder of this run")
+    parser.add_argument(
+        "--output_dir", type=Path, metavar="DIR", help="folder of this run (default: outputs/ and the recipe's name)"
+    )
     add_run_arguments(parser)
     add_options(parser, TrainOptions, only=("local_rank",))
     add_recipe_arguments(parser)
@@ -64,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.adapter is None:
         refuse_idle(args, ("adapter_mode",), "without --adapter", "add --adapter, or leave it out")
+    if args.output_dir is None:
+        args.output_dir = Path("outputs", Path(args.sft_config).stem if args.sft_config else "run")
     if args.resume is None:
         refuse_idle(args, ("allow_changes",), "without --resume", "add --resume, or leave it out")
     else:

@@ -71,6 +71,7 @@ CARD = "README.md"  # the model card of an export, of a run's adapter and of its
 REPORT = "report.html"
 COMPARE_JSON = "compare.json"  # the paired comparison of runs: differences, tests, verdicts, items that changed
 COMPARE_MARKDOWN = "compare.md"  # the same as a table to read
+ROWS_FOLDER = "rows"  # rows that a caller from Python held in memory, with their images
 EVALUATION_FOLDER = "evaluation"  # evaluation/base/<benchmark>/…, evaluation/tuned/<benchmark>/…
 
 

@@ -92,6 +92,21 @@ def device_name() -> str:
     return f"CPU ({model}, {torch.get_num_threads()} threads)"
 
 
+def bfloat16_flags() -> tuple[str, ...]:
+    """The instructions of this processor that multiply bfloat16; () where it has none or does not say.
+
+    ONEDNN_MAX_CPU_ISA, which keeps oneDNN from using them (e.g. AVX512_CORE), counts as a processor without them.
+    """
+    info = Path("/proc/cpuinfo")
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    limited = limit not in ("DEFAULT", "ALL") and not any(word in limit for word in ("BF16", "FP16", "AMX", "AVX10"))
+    if limited or not info.is_file():
+        return ()
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    return tuple(flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags)
+
+
 def peak_memory_bytes() -> int:
     """Peak memory of this process: of the allocator on a GPU, resident set on a CPU."""
     if torch.cuda.is_available():

@@ -25,6 +25,7 @@ from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.evaluate.batching import Pack
 from vlm_sft.evaluate.generate import Generated, alone, generate
 from vlm_sft.evaluate.generate_rows import generate_rows, rows_agree
+from vlm_sft.model.cpu.matmul import mixed_precision
 from vlm_sft.model.families import PackMode, family_of
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.load import Base, empty_model
@@ -143,14 +144,11 @@ class SharedPrefixBackend:
             "stop_ids": self.encoder.stop_ids,
             "near_tie": NEAR_TIES.get(self.base.dtype, 0.0),
         }
-        with self._precision(device):
+        with mixed_precision(device, self.base.dtype):
             if len(batch.sample_ids) > 1 and not self.mode.shares:
                 return generate_rows(self.model, batch, **options)
             busy = self._any_rank_busy if self.in_step else alone
             return generate(self.model, batch, mode=self.mode, any_rank_busy=busy, **options)
-
-    def _precision(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.base.dtype == torch.bfloat16)
 
     @cached_property
     def _in_batches(self) -> bool:
@@ -158,7 +156,7 @@ class SharedPrefixBackend:
         if self.in_step or self.mode.rows != "padded":
             return False
         base = unwrap(self.model)
-        with self._precision(base.device):
+        with mixed_precision(base.device, self.base.dtype):
             return bool(family_of(base.config).reason) or rows_agree(self.model, self.encoder)
 
     def _most(self, count: int) -> int:

@@ -156,7 +156,7 @@ class Evaluator:
         timing = {"seconds": round(seconds, 3), "questions_per_second": round(new / max(seconds, 1e-9), 3)}
         if new <= 0 and path.is_file():  # nothing was generated: the earlier figures are the true ones
             timing |= {key: value for key, value in artifacts.read_json(path).items() if key in timing}
-        result = summarise(task.benchmark.name, ordered) | {
+        result = summarise(task.benchmark, ordered) | {
             "schema": 1,
             "benchmark": task.name,
             "synthetic": task.synthetic,
@@ -217,7 +217,10 @@ def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
             "clusters": compared["clusters"],
             "metric": task.benchmark.metric_name,
             "synthetic": task.synthetic,
-            **{side: {key: sides[side][key] for key in ("accuracy", "interval", "seconds", "cut")} for side in sides},
+            **{
+                side: {key: sides[side][key] for key in ("accuracy", "interval", "seconds", "cut", "secondary")}
+                for side in sides
+            },
             **{key: sides["tuned"][key] for key in ("max_new_tokens", "answer_tokens")},
             "difference": compared["difference"],
             "difference_interval": compared["interval"],

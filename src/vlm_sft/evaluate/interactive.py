@@ -18,7 +18,7 @@ from vlm_sft.distributed.launch import quiet_libraries
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.model.adapters import load_adapter
 from vlm_sft.model.load import POCKET, find_base, load_model
-from vlm_sft.model.saved_adapter import base_of_adapter, require_fit
+from vlm_sft.model.saved_adapter import base_of_adapter, recorded_bf16, require_fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,8 @@ def open_asker(
     if adapter is not None:
         base_model = base_of_adapter(adapter, base_model)
         prompt = PromptSettings.find(adapter)
-    base = find_base(base_model or POCKET, flash_attn=flash_attn, prompt=prompt)
+    name = base_model or POCKET
+    base = find_base(name, flash_attn=flash_attn, bf16=recorded_bf16(adapter or Path(name)), prompt=prompt)
     for note in base.notes:
         warn(note)  # standard output holds the answer
     if adapter is not None:

@@ -27,7 +27,7 @@ _VQA_NUMBER_WORDS = {"none": "0"} | {
 _VQA_ARTICLES = frozenset(("a", "an", "the"))
 
 
-def _as_number(text: str) -> float | None:
+def as_number(text: str) -> float | None:
     """Read a number as ChartQA's rule does: a trailing `%` divides by 100, everything else is what `float` accepts."""
     try:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
@@ -55,7 +55,7 @@ def relaxed_correctness(prediction: str, gold: str) -> bool:
         True when the prediction counts as right.
     """
     prediction = prediction.strip()
-    predicted_number, gold_number = _as_number(prediction), _as_number(gold)
+    predicted_number, gold_number = as_number(prediction), as_number(gold)
     if predicted_number is not None and gold_number:
         return abs(predicted_number - gold_number) / abs(gold_number) <= RELATIVE_TOLERANCE
     return prediction.lower() == gold.lower()

@@ -39,7 +39,7 @@ from vlm_sft.evaluate.tasks import (
 )
 from vlm_sft.model.caches import Caches
 from vlm_sft.model.load import Base, empty_model, find_base
-from vlm_sft.model.saved_adapter import check_adapter_folder, require_fit
+from vlm_sft.model.saved_adapter import check_adapter_folder, recorded_bf16, require_fit
 from vlm_sft.model.vllm_rules import not_for_vllm, splitting_problem
 
 
@@ -236,6 +236,7 @@ def _find_base(options: EvalOptions) -> Base:
     base = find_base(
         options.base_model,
         flash_attn=options.flash_attn,
+        bf16=recorded_bf16(options.adapter or Path(options.base_model)),
         prompt=saved,
         min_pixels=options.min_pixels,
         max_pixels=options.max_pixels,

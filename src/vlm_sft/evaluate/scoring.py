@@ -186,11 +186,11 @@ class Scoreboard:
         }
 
 
-def summarise(benchmark: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def summarise(benchmark: str | Benchmark, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Score the rows of a predictions file and add them up.
 
     Args:
-        benchmark: a benchmark's name.
+        benchmark: a benchmark, or its name.
         rows: objects with `id`, `prediction`, `answers`, and where known `image` (a key, the same for all questions of
             an image), `split`, `question_type`. A recorded `score` is not trusted: the rule is applied again.
 
@@ -202,7 +202,7 @@ def summarise(benchmark: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         EvaluationError: the benchmark is unknown, a row cannot be scored, or there is none.
     """
-    board = Scoreboard(get_benchmark(benchmark), by_image=True)
+    board = Scoreboard(get_benchmark(benchmark) if isinstance(benchmark, str) else benchmark, by_image=True)
     for row in rows:
         _require_usable(row, board.benchmark)
         board.add(row)

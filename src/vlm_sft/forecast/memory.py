@@ -48,7 +48,7 @@ def activation_bytes(setting: Setting, work: Work) -> float:
         setting: the model on its device.
         work: of the pack.
     """
-    text, size = setting.model.text, setting.value_bytes
+    text, size = setting.model.text, setting.stream_bytes
     layer = _layer_bytes(setting, work) * work.tokens
     # A CPU's allocator serves the backward pass from what was freed before.
     backward = BACKWARD_VALUES * text.intermediate * work.tokens * size if setting.rates.gpu else 0.0
@@ -66,14 +66,14 @@ def _layer_bytes(setting: Setting, work: Work) -> float:
     gate = GATE_VALUES_TWO if setting.blockwise_mlp or setting.fused else GATE_VALUES
     kept = _norm_values(setting) * text.hidden + _attention_values(setting, work) + gate * text.intermediate
     kept += _input_values(setting, tuple(text.linears) if adapter.everything else adapter.targets)
-    return (kept + adapter.r * len(adapter.modules(setting.model))) * setting.value_bytes
+    return (kept + adapter.r * len(adapter.modules(setting.model))) * setting.stream_bytes
 
 
 def _norm_values(setting: Setting) -> int:
     """Hidden vectors that the norms of one layer keep for one token."""
     if setting.fused:
         return NORM_VALUES_FUSED
-    return NORM_VALUES if setting.value_bytes == 4 else NORM_VALUES_HALF
+    return NORM_VALUES if setting.stream_bytes == 4 else NORM_VALUES_HALF
 
 
 def _attention_values(setting: Setting, work: Work) -> float:
@@ -102,14 +102,14 @@ def _keys_bytes(setting: Setting, work: Work) -> float:
     adapted = [name for name in ("q_proj", "k_proj", "v_proj") if name in adapter.targets or adapter.everything]
     kept = _norm_values(setting) / 2 * text.hidden + _input_values(setting, adapted)
     kept += adapter.r * len(adapted) + _attention_values(setting, work) / 2
-    return kept * setting.value_bytes
+    return kept * setting.stream_bytes
 
 
 def logit_bytes(setting: Setting, supervised: float) -> float:
     """Bytes of the scores of supervised positions with their gradient; without scores, of their hidden states' one."""
     if not setting.scored:
-        return setting.model.text.hidden * supervised * setting.value_bytes
-    return setting.model.text.vocabulary * supervised * (setting.value_bytes + 4 * LOGIT_VALUES)
+        return setting.model.text.hidden * supervised * setting.stream_bytes
+    return setting.model.text.vocabulary * supervised * (setting.stream_bytes + 4 * LOGIT_VALUES)
 
 
 def image_bytes(setting: Setting, work: Work, features: bool) -> float:
@@ -117,7 +117,7 @@ def image_bytes(setting: Setting, work: Work, features: bool) -> float:
     vision, text = setting.model.vision, setting.model.text
     if features:
         return feature_bytes(setting, work.visual)
-    kept = work.visual * text.hidden * setting.value_bytes
+    kept = work.visual * text.hidden * setting.stream_bytes
     pixels = work.visual * vision.patches_per_token * vision.patch_values * 4
     if setting.adapter.frozen_tower and setting.rates.gpu:
         return pixels + kept  # what the tower needs is free again when the language model begins
@@ -127,7 +127,7 @@ def image_bytes(setting: Setting, work: Work, features: bool) -> float:
 def _tower_values(setting: Setting, work: Work) -> float:
     """Bytes that the tower needs at once for the images of one pack; of a trained one for its backward pass too."""
     vision = setting.model.vision
-    hidden = work.visual * vision.patches_per_token * vision.hidden * setting.value_bytes
+    hidden = work.visual * vision.patches_per_token * vision.hidden * setting.stream_bytes
     if not setting.adapter.trained_tower:
         return TOWER_VALUES * hidden
     # Checkpointing keeps the input of each block, and what one block needs.
@@ -136,13 +136,13 @@ def _tower_values(setting: Setting, work: Work) -> float:
 
 def feature_bytes(setting: Setting, visual: float) -> float:
     """Bytes of the vision features of some visual tokens."""
-    return visual * (1 + setting.model.vision.extra_features) * setting.model.text.hidden * setting.value_bytes
+    return visual * (1 + setting.model.vision.extra_features) * setting.model.text.hidden * setting.stream_bytes
 
 
 def cache_bytes(setting: Setting, tokens: float) -> float:
     """Bytes of the keys and values of a generation over some tokens."""
     text = setting.model.text
-    return 2 * text.layers * text.kv_heads * text.head_dim * tokens * setting.value_bytes
+    return 2 * text.layers * text.kv_heads * text.head_dim * tokens * setting.stream_bytes
 
 
 def peak_items(
@@ -195,7 +195,7 @@ def _state_items(setting: Setting) -> dict[str, float]:
         "trained weights": trained * size / ranks.shared_weights,
         "optimizer": trained * (8 + master) / ranks.shared_optimizer,
     }
-    if setting.value_bytes < size:
+    if setting.rates.gpu and setting.value_bytes < size:
         items["copies of trained weights"] = trained * setting.value_bytes
     if setting.rates.gpu and ranks.shared_weights > 1:  # the layer that is gathered, and the next one
         gathered = 2 * setting.model.text.layer_weights + setting.model.text.embedding
@@ -243,9 +243,9 @@ def _exchange_items(setting: Setting) -> dict[str, float]:
 def _forward_bytes(setting: Setting, tokens: float) -> float:
     """Bytes that a forward pass without gradients needs at once."""
     text = setting.model.text
-    return tokens * (4 * text.hidden + 3 * text.intermediate) * setting.value_bytes
+    return tokens * (4 * text.hidden + 3 * text.intermediate) * setting.stream_bytes
 
 
 def _tower_bytes(setting: Setting) -> float:
     vision = setting.model.vision
-    return TOWER_PATCHES * (vision.patch_values * 4 + TOWER_VALUES * vision.hidden * setting.value_bytes)
+    return TOWER_PATCHES * (vision.patch_values * 4 + TOWER_VALUES * vision.hidden * setting.stream_bytes)

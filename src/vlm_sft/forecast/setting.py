@@ -46,7 +46,7 @@ class Setting:
     Attributes:
         model: the base.
         adapter: what is trained.
-        value_bytes: of one number of the computation: 2 in bfloat16, 4 in float32.
+        value_bytes: of one frozen weight: 2 in bfloat16, 4 in float32.
         checkpointing: gradient checkpointing.
         rates: of one device.
         four_bit: the language model's weights are held in 4 bits.
@@ -66,9 +66,14 @@ class Setting:
     ranks: RankLayout = RankLayout()
 
     @property
+    def stream_bytes(self) -> int:
+        """Bytes of one number between the products: on a CPU in float32 in any case (`model/cpu/narrow.py`)."""
+        return self.value_bytes if self.rates.gpu else 4
+
+    @property
     def blockwise(self) -> bool:
-        """Whether frozen gated MLPs are computed in blocks (`model/cpu/gated_mlp.py`): in float32 on a CPU."""
-        return not self.rates.gpu and self.value_bytes == 4 and not self.adapter.everything
+        """Whether frozen gated MLPs are computed in blocks (`model/cpu/gated_mlp.py`): on a CPU."""
+        return not self.rates.gpu and not self.adapter.everything
 
     @property
     def blockwise_mlp(self) -> bool:

@@ -53,7 +53,7 @@ def _simple_bytes(setting: Setting, work: Work, dropout: bool) -> float:
     masks = passes * sum(inputs for inputs, _ in modules) if dropout and adapter.dropout else 0
     passes = LOGIT_PASSES if setting.scored else LOGIT_PASSES_BLOCKWISE
     logits = passes * 4 * text.vocabulary * work.supervised
-    return text.layers * work.tokens * (values * setting.value_bytes + masks) + logits
+    return text.layers * work.tokens * (values * setting.stream_bytes + masks) + logits
 
 
 def _launches(setting: Setting, work: Work) -> float:
@@ -103,7 +103,7 @@ def tower_seconds(setting: Setting, work: Work, training: bool = False) -> float
         products += _products(rates, backward)
     patches = work.visual * vision.patches_per_token
     passes = TOWER_PASSES_GPU if rates.gpu else TOWER_PASSES
-    simple = patches * vision.layers * passes * vision.hidden * setting.value_bytes / rates.bandwidth
+    simple = patches * vision.layers * passes * vision.hidden * setting.stream_bytes / rates.bandwidth
     launches = vision.layers * (TOWER_LAUNCHES * work.packs + IMAGE_LAUNCHES * work.images)
     return _pass_seconds(rates, products + simple, launches)
 

@@ -71,7 +71,7 @@ class Caches:
         """
         decision = use_features(model, cache, uses, self.options.feature_cache, self.launch.device)
         self.facts.setdefault("feature_cache", {})[stage] = decision.to_dict()
-        kept = "kept" if decision.used else "computed anew each time"
+        kept = "cached" if decision.used else "not cached"
         say(f"vision features ({stage}): {kept}: {decision.reason}")
 
     def evaluation_cache(self, model: AnyModel, encoder: Encoder, samples: Sequence[Sample]) -> DataCache:

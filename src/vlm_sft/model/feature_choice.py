@@ -45,7 +45,7 @@ class FeatureCost:
             what = f"{size(self.bytes * missing)} do not fit into {size(room)}"
             return f"{what} (--feature_cache SIZE allows more)"
         saved = (uses - missing) * self.tower_seconds - uses * self.read_seconds - missing * self.write_seconds
-        return f"keeping them does not pay ({self.summary(uses / images)})" if budget == AUTO and saved <= 0 else ""
+        return f"recomputing is faster ({self.summary(uses / images)})" if budget == AUTO and saved <= 0 else ""
 
     def summary(self, uses: float) -> str:
         """The cost of one image that is used so often, for the user."""

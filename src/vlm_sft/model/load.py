@@ -27,6 +27,7 @@ from vlm_sft.data.engine_options import Rows
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS, assign_windows, attention_name
 from vlm_sft.model.cpu.fuse import fuse_modules
+from vlm_sft.model.cpu.narrow import narrow_products
 from vlm_sft.model.families import DEFAULT_BASE, declared_mode, layer_values
 from vlm_sft.model.forward_patch import holds, is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
@@ -135,7 +136,7 @@ def _require_image_text(config: type, family: str, name: str) -> None:
 
 
 def default_dtype(bf16: bool | str = "auto") -> torch.dtype:
-    """bfloat16 where a GPU has it, float32 elsewhere (bfloat16 products on CPUs are several times slower)."""
+    """bfloat16 where a GPU has it, float32 elsewhere: whether a CPU's bfloat16 pays, a training measures."""
     if bf16 == "auto":
         bf16 = torch.cuda.is_available() and not emulates_bfloat16()
     return torch.bfloat16 if bf16 else torch.float32
@@ -203,7 +204,7 @@ def find_base(
     Args:
         name: "pocket", a folder, or a Hub id.
         flash_attn: use FlashAttention where it can run.
-        bf16: True, False or "auto" (on GPUs that have it).
+        bf16: True, False or "auto" (on GPUs that have it; a training on a CPU measures, `planning/number_format.py`).
         min_pixels, max_pixels: bounds of the image area in pixels; None keeps the model's own.
         prompt: settings that replace the model's own, e.g. those saved with an adapter.
         template, system: prompt template and system text; None keeps those of the settings.
@@ -297,6 +298,7 @@ def ready(model: Any, function: str) -> Any:
         function: name of the attention function of its language model.
     """
     set_attention(model, function)
+    narrow_products(model)
     trim_last_layer(model)
     fuse_modules(model)
     return model

@@ -18,10 +18,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 
-from vlm_sft.common.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MANIFEST, holds_full_model, read_json
+from vlm_sft.common.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MANIFEST, RUN, holds_full_model, read_json
 from vlm_sft.common.console import warn
 from vlm_sft.common.errors import ModelError, RunError
 from vlm_sft.common.manifest import folder_problems, read_manifest
+from vlm_sft.common.record import bfloat16_flags
 from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.load import POCKET, Base, empty_model, resolve_path
@@ -125,6 +126,22 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
             f"--adapter {folder} is not a plain LoRA adapter: {'; '.join(problems)}",
             "convert it to LoRA with PEFT, or evaluate it with the program that made it",
         )
+
+
+def recorded_bf16(folder: Path) -> bool | str:
+    """The `bf16` of `find_base` for what a run has trained: on a CPU, what the run computed in.
+
+    Args:
+        folder: an adapter, a checkpoint or a fully trained model; without a run's record, or where this processor has
+            no bfloat16 of its own, "auto".
+    """
+    run = folder.parent if folder.name.startswith("checkpoint-") and not (folder / RUN).is_file() else folder
+    if torch.cuda.is_available() or not bfloat16_flags() or not (run / RUN).is_file():
+        return "auto"
+    try:
+        return read_json(run / RUN).get("dtype") == "bfloat16"
+    except RunError:
+        return "auto"  # a damaged record does not keep whole weights from answering
 
 
 def base_of_adapter(adapter: Path, base_model: str | None) -> str:

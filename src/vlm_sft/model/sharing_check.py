@@ -26,6 +26,7 @@ from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model import packed_forward
+from vlm_sft.model.cpu.matmul import mixed_precision
 from vlm_sft.model.families import (
     CHUNK,
     FAMILIES,
@@ -272,8 +273,8 @@ def _logits(model: AnyModel, pack: list[Bundle], groups: list[EncodedGroup], mod
     base = packed_forward.unwrap(model)
     batch = collate(pack, groups).to(base.device)
     # What is trained in full is held in float32 beside frozen weights in bfloat16.
-    narrow = base.get_input_embeddings().weight.dtype == torch.bfloat16
-    with packed_forward.packed(batch, mode, 0), torch.autocast(batch.group.device.type, torch.bfloat16, enabled=narrow):
+    dtype = base.get_input_embeddings().weight.dtype
+    with packed_forward.packed(batch, mode, 0), mixed_precision(batch.group.device, dtype):
         return packed_forward.forward(model, batch, mode).logits[0].double()
 
 

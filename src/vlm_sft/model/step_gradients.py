@@ -19,17 +19,6 @@ from vlm_sft.distributed.collectives import sum_ranks
 from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode
 
-
-def mixed_precision(device: str, dtype: torch.dtype) -> torch.autocast:
-    """The context of a forward pass whose base is in bfloat16 and whose trained weights may be in float32.
-
-    Args:
-        device: where it is computed, e.g. "cuda:0".
-        dtype: of the base; in any other format nothing is changed.
-    """
-    return torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
 _BUCKET = 16 * 1024**2  # gradients that are exchanged at once
 
 

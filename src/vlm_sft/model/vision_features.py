@@ -27,6 +27,7 @@ from vlm_sft.data.cache.store import Record
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.attention import attention_name
+from vlm_sft.model.cpu.matmul import mixed_precision, stream_dtype
 from vlm_sft.model.families import family_of
 from vlm_sft.model.forward_patch import evaluating
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
@@ -251,18 +252,19 @@ def encode_images(model: AnyModel, images: Sequence[Mapping[str, torch.Tensor]])
         images: the processor's tensors of each image, packed or not.
 
     Returns:
-        For each image its features, on the CPU, in the dtype of the language model.
+        For each image its features, on the CPU, in the number format of the language model's hidden states.
     """
     base = unwrap(model)
     weight = next(base.get_input_embeddings().parameters())
+    dtype = stream_dtype(weight)
     device = next(next(iter(tower_modules(model).values())).parameters()).device
     whole = as_weights(model, joined_tensors([unpack_pixels(image) for image in images]))
     arguments = {name: value.to(device) for name, value in whole.items()}
-    with torch.autocast(device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16):
+    with mixed_precision(device, weight.dtype):
         output = tower_output(model, arguments)
 
     def kept(value: torch.Tensor) -> torch.Tensor:
-        return value.to("cpu", weight.dtype).contiguous()
+        return value.to("cpu", dtype).contiguous()
 
     return [{name: kept(value) for name, value in record.items()} for record in features_by_image(output, images)]
 
@@ -354,7 +356,7 @@ def tower_settings(model: AnyModel) -> dict[str, Any]:
     return {
         "model": type(base).__name__,
         "tower": digest.hexdigest(),
-        "dtype": str(weight.dtype),
+        "dtype": " in ".join(dict.fromkeys((str(weight.dtype), str(stream_dtype(weight))))),
         "attention": attention_name(vision),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,

@@ -12,6 +12,7 @@ import torch
 from vlm_sft.common.record import device_name, memory_bytes
 from vlm_sft.forecast.hardware import Rates, find_device, table_rates
 from vlm_sft.forecast.shapes import ModelShape
+from vlm_sft.model.cpu.matmul import multiply, stream_dtype
 
 ROUND_SECONDS = 0.24  # of one round of measurements
 ROUNDS = (2, 6)  # at least, and at most on a busy machine
@@ -48,13 +49,14 @@ def measured_rates(model: ModelShape, dtype: torch.dtype) -> Rates:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     text = model.text
-    rows = torch.randn(TOKENS, text.hidden, dtype=dtype, device=device)
     weight = torch.randn(text.intermediate, text.hidden, dtype=dtype, device=device)
-    large = torch.randn(TOKENS, max(text.intermediate, 1024), dtype=dtype, device=device)
-    small = torch.randn(16, dtype=dtype, device=device)
+    rest = stream_dtype(weight)
+    rows = torch.randn(TOKENS, text.hidden, dtype=rest, device=device)
+    large = torch.randn(TOKENS, max(text.intermediate, 1024), dtype=rest, device=device)
+    small = torch.randn(16, dtype=rest, device=device)
     result = torch.empty_like(large)
     works: tuple[Callable[[], object], ...] = (
-        lambda: torch.nn.functional.linear(rows, weight),
+        lambda: multiply(rows, weight, few_shapes=False),
         lambda: torch.mul(large, 1.5, out=result),
         lambda: small + small,
     )

@@ -37,6 +37,7 @@ from vlm_sft.model.load import Base, choose_attention, default_dtype
 from vlm_sft.planning.device_rates import rates_here
 from vlm_sft.planning.forecast_inputs import RunData, forecast_inputs, free_space
 from vlm_sft.planning.hypothetical_data import facts_from_numbers, facts_from_table
+from vlm_sft.planning.number_format import decide_format
 from vlm_sft.planning.options import PlanOptions, TrainOptions
 from vlm_sft.planning.pack_choice import decide_passes
 from vlm_sft.planning.plan_report import PlannedRun, schedule_lines
@@ -59,7 +60,6 @@ from vlm_sft.planning.run_setting import past_runs_key, setting_of, shape_of
 from vlm_sft.planning.token_counting import CountingCache
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import ValidationPlan, check_request
-from vlm_sft.recipe.schema import Recipe
 
 
 def plan(options: PlanOptions) -> PlannedRun:
@@ -133,13 +133,15 @@ def _launch(options: PlanOptions, device: Device | None) -> Launch:
     return replace(here, world_size=gpus, parallel=parallel, cpu=here.cpu and device is None)
 
 
-def _value_bytes(recipe: Recipe, device: Device | None) -> int:
+def _value_bytes(run: TrainingRun, shape: ModelShape, device: Device | None) -> int:
     """Bytes of one number of the computation."""
+    recipe = run.recipe
     if device is not None and recipe.bf16 == "auto":
         return 2 if device.bf16 else 4
     if device is not None and recipe.bf16 and not device.bf16:
         warn(f"--bf16 true: {device.name} has no bfloat16 of its own; emulated, it is slower than forecast")
-    return torch.finfo(default_dtype(recipe.bf16)).bits // 8
+    formats = decide_format(shape, recipe, run.launch.deepspeed is not None) if recipe.bf16 == "auto" else None
+    return 2 if formats is not None and formats.pays else default_dtype(recipe.bf16).itemsize
 
 
 def _calibrated(
@@ -161,7 +163,7 @@ def _forecast(
     device: Device | None,
 ) -> PlannedRun:
     """Decide the passes of a run, and forecast it."""
-    size = _value_bytes(run.recipe, device)
+    size = _value_bytes(run, shape, device)
     dtype = torch.bfloat16 if size == 2 else torch.float32
     rates = table_rates(device) if device else rates_here(shape, dtype)
     width = shape.text.head_dim

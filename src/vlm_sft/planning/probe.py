@@ -29,10 +29,11 @@ from vlm_sft.forecast.flops import Pack, Work, pack_work
 from vlm_sft.forecast.inputs import ForecastInputs
 from vlm_sft.forecast.time import answering_seconds, forward_seconds, tower_seconds, training_seconds
 from vlm_sft.model import packed_forward
+from vlm_sft.model.cpu.matmul import mixed_precision
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import load_model
 from vlm_sft.model.sharing_check import choose_mode
-from vlm_sft.model.step_gradients import StepGradients, mixed_precision
+from vlm_sft.model.step_gradients import StepGradients
 from vlm_sft.model.trainable import checkpoint_layers, tune
 from vlm_sft.model.vision_features import start_training
 from vlm_sft.planning.answering_work import prompt_work

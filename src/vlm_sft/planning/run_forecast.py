@@ -217,5 +217,5 @@ def outcome(forecast: RunForecast, actual: dict[str, Any]) -> list[str]:
         expected: float = getattr(forecast, name).value
         real = float(actual[name])
         error = (expected - real) / real if real else None
-        lines.append(f"{label}: {show(expected)} forecast, {show(real)} in fact ({relative(error)})")
+        lines.append(f"{label}: forecast {show(expected)}, actual {show(real)} ({relative(error)})")
     return ["forecast against outcome: " + "; ".join(lines)]

@@ -41,6 +41,7 @@ from vlm_sft.evaluate.tasks import (
 from vlm_sft.model.caches import Engine, one_an_image
 from vlm_sft.model.load import Base, find_base
 from vlm_sft.planning.fingerprint import refuse_changes, run_identity
+from vlm_sft.planning.number_format import settle_format
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import LOSS, ValidationPlan, plan_validation
@@ -210,7 +211,9 @@ def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sa
         VlmSftError: the base cannot be found, or too many samples cannot be used.
     """
     options, recipe, launch = run.options, run.recipe, run.launch
-    base = find_run_base(options, recipe, run.specs)
+    found = find_run_base(options, recipe, run.specs)
+    base, formats = settle_format(found, recipe, launch.deepspeed is not None, run.checkpoint)
+    run.record.update(number_format=formats)
     total = len(train_samples) + len(eval_samples) + len(left_out)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     engine = Engine(options.engine, launch, base.name, base.path)

@@ -15,7 +15,7 @@ from typing import Any
 
 from vlm_sft.common.formats import shorten
 from vlm_sft.report.pictures import Album, thumbnail
-from vlm_sft.report.predictions import Answer, Prediction, choose
+from vlm_sft.report.predictions import NEAR, Answer, Prediction, choose, showcase
 from vlm_sft.report.records import RunReport
 
 ROWS = 20_000  # predictions of one page, shared out between its runs
@@ -43,6 +43,7 @@ class Browser:
         pictures: how many are embedded.
         unpictured: questions that are shown without one, by reason.
         cards: a fixed choice from every outcome and benchmark.
+        highlights: a smaller one with pictures, for the head of a page about one run; empty for several.
     """
 
     data: str
@@ -51,6 +52,7 @@ class Browser:
     pictures: int
     unpictured: dict[str, int]
     cards: list[Card]
+    highlights: list[Card]
 
 
 def browser(runs: Sequence[RunReport]) -> Browser:
@@ -72,9 +74,11 @@ def browser(runs: Sequence[RunReport]) -> Browser:
         ]
         listed.append({"name": run.name, "rows": answers})
     cards = [_card(run.name, one, album) for run, rows in zip(runs, chosen, strict=True) for one in rows]
+    highlights = [_card(runs[0].name, one, album) for one in showcase(runs[0].predictions)]
     reasons = (album.reason(album.number(one.image)).partition(":")[0] for rows in kept for one in rows)
     unpictured = Counter(reason for reason in reasons if reason)
     data = {"runs": listed, "questions": list(questions), "pictures": album.addresses, "unpictured": album.reasons}
+    data["near"] = NEAR
     return Browser(
         as_data(data),
         sum(map(len, kept)),
@@ -82,6 +86,7 @@ def browser(runs: Sequence[RunReport]) -> Browser:
         len(album.addresses),
         dict(unpictured.most_common()),
         cards[:CARDS],
+        [card for card in highlights if card.picture] if len(runs) == 1 else [],
     )
 
 
@@ -124,7 +129,11 @@ def _question(one: Prediction, album: Album) -> tuple[Any, ...]:
 
 
 def _answer(answer: Answer | None) -> list[Any] | None:
-    return None if answer is None else [shorten(answer.text), round(answer.score, 4), *([1] if answer.cut else [])]
+    """Text, score, and where one of them holds: cut, right by a tolerance alone."""
+    if answer is None:
+        return None
+    marks = [int(answer.cut), int(answer.near)] if answer.near else [1] if answer.cut else []
+    return [shorten(answer.text), round(answer.score, 4), *marks]
 
 
 def as_data(value: Any) -> str:

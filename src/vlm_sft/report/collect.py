@@ -138,6 +138,7 @@ def _parse_run(fields: Fields) -> RunRecord:
         finished=fields.text("finished"),
         wall_seconds=fields.number("wall_seconds"),
         seconds=fields.numbers("seconds"),
+        output_dir=fields.text("output_dir"),
         base_model=fields.text("base_model"),
         datasets=fields.texts("datasets"),
         device=fields.text("device"),

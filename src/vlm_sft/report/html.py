@@ -18,7 +18,8 @@ from vlm_sft.common.errors import RunError
 from vlm_sft.report import comparison, facts, figures, quality
 from vlm_sft.report.browser import browser
 from vlm_sft.report.collect import benchmark_names, collect_runs
-from vlm_sft.report.predictions import OUTCOMES, tally
+from vlm_sft.report.outcome import summarize
+from vlm_sft.report.predictions import NEAR, OUTCOMES, tally, tally_near
 from vlm_sft.report.records import Benchmark, RunReport
 from vlm_sft.report.svg import Drawing
 
@@ -80,6 +81,46 @@ def render(runs: Sequence[RunReport], version: str | None = None, changed: float
         The page. It holds no address other than data and anchors; the only scripts that a browser will run in it are
         its own, named by their hash in its content security policy.
     """
+    many = len(runs) > 1
+    names = benchmark_names(runs)
+    choices = quality.choices(runs, names)
+    leading = [one.name for choice in choices for one in choice.candidates if one.on_front and not one.is_base]
+    tallies = [(run.name, name, counts) for run in runs for name, counts in tally(run.predictions).items()]
+    near = {(run.name, name): n for run in runs for name, n in tally_near(run.predictions).items()}
+    scripts = [_script("report.js"), *([_script("watch.js")] if version is not None else [])]
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title=f"{len(runs)} runs" if many else runs[0].name,
+            views=[
+                _view(run, f"run{number}", len(runs), version is not None) for number, run in enumerate(runs, start=1)
+            ],
+            comparison=_comparison(runs, names) if many else {},
+            choices=choices,
+            overlays=comparison.overlays(runs, list(dict.fromkeys(leading))) if many else [],
+            differences=facts.parameter_differences(runs) if many else ([], [], 0),
+            browser=browser(runs),
+            tallies=tallies,
+            near=near,
+            near_label=NEAR,
+            outcome=None if many else summarize(runs[0]),
+            outcomes=[one for one in OUTCOMES if any(one in counts for _, _, counts in tallies)],
+            left_out_shown=LEFT_OUT_SHOWN,
+            runs_with_figures=RUNS_WITH_FIGURES,
+            scripts=scripts,
+            hashes=[_hash(script) for script in scripts],
+            version=version,
+            changed=changed,
+            running=any(run.status == facts.RUNNING for run in runs),
+            so_far=facts.WALL_SO_FAR,
+        )
+    )
+    return _clean(page)
+
+
+def _environment() -> Environment:
+    """The templates, and how they write numbers and texts."""
     environment = Environment(
         loader=PackageLoader("vlm_sft.report"),
         autoescape=True,
@@ -100,32 +141,7 @@ def render(runs: Sequence[RunReport], version: str | None = None, changed: float
         number=formats.number,
         markup=Markup,
     )
-    many = len(runs) > 1
-    names = benchmark_names(runs)
-    choices = quality.choices(runs, names)
-    leading = [one.name for choice in choices for one in choice.candidates if one.on_front and not one.is_base]
-    tallies = [(run.name, name, counts) for run in runs for name, counts in tally(run.predictions).items()]
-    scripts = [_script("report.js"), *([_script("watch.js")] if version is not None else [])]
-    page = environment.get_template("report.html.j2").render(
-        title=f"{len(runs)} runs" if many else runs[0].name,
-        views=[_view(run, f"run{number}", len(runs), version is not None) for number, run in enumerate(runs, start=1)],
-        comparison=_comparison(runs, names) if many else {},
-        choices=choices,
-        overlays=comparison.overlays(runs, list(dict.fromkeys(leading))) if many else [],
-        differences=facts.parameter_differences(runs) if many else ([], [], 0),
-        browser=browser(runs),
-        tallies=tallies,
-        outcomes=[one for one in OUTCOMES if any(one in counts for _, _, counts in tallies)],
-        left_out_shown=LEFT_OUT_SHOWN,
-        runs_with_figures=RUNS_WITH_FIGURES,
-        scripts=scripts,
-        hashes=[_hash(script) for script in scripts],
-        version=version,
-        changed=changed,
-        running=any(run.status == facts.RUNNING for run in runs),
-        so_far=facts.WALL_SO_FAR,
-    )
-    return _clean(page)
+    return environment
 
 
 def _view(run: RunReport, key: str, number_of_runs: int, served: bool) -> RunView:

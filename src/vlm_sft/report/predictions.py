@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import RunError
+from vlm_sft.evaluate.metrics import RELATIVE_TOLERANCE, as_number
 from vlm_sft.report.fields import Fields
 
 SIDES = ("base", "tuned")
+NEAR = f"right within {100 * RELATIVE_TOLERANCE:.0f} %"
 # The most telling first: pictures are chosen in turn from these groups.
 OUTCOMES = (
     "wrong → right",
@@ -28,16 +30,29 @@ OUTCOMES = (
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one model answered, its score between 0 and 1, and whether the limit of tokens ended the answer."""
+    """What one model answered.
+
+    Attributes:
+        text: the answer.
+        score: between 0 and 1.
+        cut: the limit of tokens ended it.
+        near: a number that counts as right by the benchmark's tolerance and equals no reference.
+    """
 
     text: str
     score: float
     cut: bool = False
+    near: bool = False
 
     @property
     def verdict(self) -> str:
         """`right` from half of the score on: partial scores exist in TextVQA."""
         return "right" if self.score >= 0.5 else "wrong"
+
+    @property
+    def label(self) -> str:
+        """The verdict as a reader needs it: 1995 where 1994 was expected is not simply right."""
+        return NEAR if self.near else self.verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +82,11 @@ class Prediction:
             return f"{self.base.verdict} → {self.tuned.verdict}"
         side, answer = ("base", self.base) if self.base else ("tuned", self.tuned)
         return f"{side} only: {answer.verdict if answer else 'wrong'}"
+
+    @property
+    def is_near(self) -> bool:
+        """Whether one of the answers is right by a tolerance alone."""
+        return any(answer is not None and answer.near for answer in (self.base, self.tuned))
 
     @property
     def references(self) -> tuple[tuple[str, int], ...]:
@@ -105,8 +125,8 @@ def _read_benchmark(evaluation: Path, name: str, problems: list[str]) -> Iterabl
             answers=either.texts("answers"),
             split=either.text("split"),
             question_type=either.text("question_type"),
-            base=_answer(base),
-            tuned=_answer(tuned),
+            base=_answer(base, either.texts("answers")),
+            tuned=_answer(tuned, either.texts("answers")),
             cluster=either.text("cluster") or either.text("image"),
         )
 
@@ -127,10 +147,18 @@ def _read_rows(path: Path, problems: list[str]) -> dict[str, Fields]:
     return rows
 
 
-def _answer(row: Fields | None) -> Answer | None:
+def _answer(row: Fields | None, references: Sequence[str]) -> Answer | None:
     if row is None:
         return None
-    return Answer(row.text("prediction"), row.number("score") or 0.0, row.flag("cut") is True)
+    text, score = row.text("prediction"), row.number("score") or 0.0
+    return Answer(text, score, row.flag("cut") is True, score == 1 and _other_number(text, references))
+
+
+def _other_number(text: str, references: Sequence[str]) -> bool:
+    """Whether an answer is a number, and all its references are other numbers: only a tolerance makes it right."""
+    value = as_number(text.strip())
+    expected = [as_number(reference.strip()) for reference in references]
+    return value is not None and bool(expected) and all(one is not None and one != value for one in expected)
 
 
 def _image_path(evaluation: Path, relative: str) -> Path | None:
@@ -149,12 +177,17 @@ def tally(predictions: Iterable[Prediction]) -> dict[str, dict[str, int]]:
     return {name: {key: counts[key] for key in OUTCOMES if counts[key]} for name, counts in counted.items()}
 
 
+def tally_near(predictions: Iterable[Prediction]) -> dict[str, int]:
+    """Count for every benchmark the questions in which a tuned answer is right by a tolerance alone."""
+    return dict(Counter(one.benchmark for one in predictions if one.tuned is not None and one.tuned.near))
+
+
 def choose(predictions: Iterable[Prediction], limit: int = 12) -> list[Prediction]:
     """Choose a mix of outcomes across benchmarks: the same predictions always give the same choice.
 
     Outcomes take turns, and within an outcome the benchmark shown least so far. Within both, the order is that of a
-    hash of the id, which favours no part of a file; predictions whose picture was saved go first, and among them
-    pictures not shown yet.
+    hash of the id, which favours no part of a file; answers that only a tolerance makes right go last, predictions
+    whose picture was saved first, and among them pictures not shown yet.
 
     Args:
         predictions: all predictions of a run.
@@ -186,10 +219,18 @@ def choose(predictions: Iterable[Prediction], limit: int = 12) -> list[Predictio
     return sorted(chosen, key=lambda one: (OUTCOMES.index(one.outcome), one.benchmark))
 
 
-def _rank(one: Prediction) -> tuple[bool, bytes, str]:
+def showcase(predictions: Sequence[Prediction], limit: int = 6) -> list[Prediction]:
+    """Choose what a page begins with: half of it answers that came right, then those that did not."""
+    improved = [one for one in predictions if one.outcome == OUTCOMES[0]]
+    others = [one for one in predictions if one.outcome != OUTCOMES[0] and one.outcome != "both right"]
+    rest = choose(others, limit // 2)
+    return [*choose(improved, limit - len(rest)), *rest]
+
+
+def _rank(one: Prediction) -> tuple[bool, bool, bytes, str]:
     """The order of choice within one outcome and benchmark."""
     pictured = one.image is not None and one.image.is_file()
-    return not pictured, hashlib.sha256(_encoded(one.id)).digest(), one.id
+    return one.is_near, not pictured, hashlib.sha256(_encoded(one.id)).digest(), one.id
 
 
 def _encoded(text: str) -> bytes:

@@ -139,7 +139,7 @@ def _best(best: Candidate, rows: Sequence[tuple[Any, ...]]) -> tuple[Candidate |
     if 0 < clusters < FEWEST_CLUSTERS:
         reason = f"{len(rows):,} questions on {clusters:,} independent images are too few to judge."
         return None, [f"{best.name} answers best ({formats.percent(best.accuracy)}), but {reason}"]
-    rest = "needs no training" if best.is_base else "nothing cheaper comes near enough"
+    rest = "needs no training" if best.is_base else "every cheaper one is significantly worse"
     return best, [f"{best.name} answers best ({formats.percent(best.accuracy)}), and {rest}."]
 
 
@@ -153,7 +153,7 @@ def _good_enough(candidate: Candidate, best: Candidate, result: dict[str, Any]) 
     smallest = result["smallest_detectable_difference"]
     if smallest:
         reasons.append(
-            f"So many questions show differences from about {100 * smallest:.1f} points on; a smaller one may be there."
+            f"With {result['n']:,} questions only differences above about {100 * smallest:.1f} points can be detected."
         )
     return reasons
 

@@ -186,6 +186,7 @@ class RunRecord:
     finished: str
     wall_seconds: float | None
     seconds: dict[str, float]
+    output_dir: str
     base_model: str
     datasets: tuple[str, ...]
     device: str

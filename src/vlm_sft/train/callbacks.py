@@ -44,6 +44,12 @@ class Callbacks:
         self.control = TrainerControl()
         self._context = {"processing_class": None, "train_dataloader": None, "eval_dataloader": None, **context}
 
+    def add(self, callbacks: Sequence[TrainerCallback]) -> None:
+        """Tell further callbacks from now on; the beginning comes first."""
+        earlier, self.callbacks = self.callbacks, list(callbacks)
+        self.tell("on_init_end")
+        self.callbacks = [*earlier, *callbacks]
+
     def tell(self, event: str, **extra: Any) -> None:
         """Tell an event; a callback may return a control that takes the place of the present one.
 

@@ -30,6 +30,7 @@ from vlm_sft.planning.run_plan import Plan
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.report.html import write_report
 from vlm_sft.report.markdown import results_table as format_results
+from vlm_sft.report.predictions import read_predictions, showcase
 from vlm_sft.train.model_card import write_card
 
 
@@ -102,6 +103,14 @@ def _free_memory(launch: Launch) -> None:
         torch.cuda.empty_cache()
 
 
+def _example(folder: Path) -> tuple[str, str]:
+    """A picture of the evaluation and a question about it, as words of a command line."""
+    for one in showcase(read_predictions(folder, [])):
+        if one.image is not None and one.image.is_file():
+            return shlex.quote(str(one.image)), shlex.quote(one.question)
+    return "IMAGE", '"QUESTION"'
+
+
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of what the run left on disk."""
     return {
@@ -131,6 +140,7 @@ def report_run(folder: Path, results: dict[str, Any]) -> None:
         return
     place = shlex.quote(str(folder))
     model = f"--base_model {place}" if full else f"--adapter {place}"
-    say(f'next: open the report; try it: vlm-sft ask IMAGE "QUESTION" {model}')
+    picture, question = _example(folder)
+    say(f"next: open the report; try it: vlm-sft ask {picture} {question} {model}")
     if not full:
         say(f"      one folder for other programs: vlm-sft export {model} --merge --output_dir {place}-merged")

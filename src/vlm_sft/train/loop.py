@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from vlm_sft.common import artifacts
+from vlm_sft.common.errors import RunError
 from vlm_sft.data.loader import StepDataset, StepLoader
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.distributed.signals import StopSignals
@@ -144,6 +145,7 @@ class TrainingLoop:
                 if state.global_step >= state.max_steps or self.callbacks.control.should_training_stop:
                     break
             self.callbacks.tell("on_epoch_end")
+            self._evaluate_and_save()  # what a callback asked for there
         self._end()
 
     @property
@@ -154,7 +156,7 @@ class TrainingLoop:
     def _begin(self, callbacks: Sequence[TrainerCallback], checkpoint: Path | None) -> dict[str, Any] | None:
         """Restore what a checkpoint holds; returns its progress, or None for a new training."""
         self.began = time.monotonic()
-        self.callbacks.callbacks += callbacks
+        self.callbacks.add(callbacks)
         set_seed(self.plan.recipe.seed)
         progress = None
         if checkpoint is not None:
@@ -240,7 +242,8 @@ class TrainingLoop:
     def _evaluate(self) -> dict[str, float]:
         """Mean loss per supervised token over the evaluation set, whatever the packs, and the benchmarks' scores."""
         steps = self.plan.eval_steps
-        assert steps is not None, "a schedule with evaluations has questions for them"
+        if steps is None:  # a schedule with evaluations has questions for them
+            raise RunError("a callback asked for an evaluation, and eval_strategy is no", "pass eval_strategy steps")
         state, began = self.state, time.monotonic()
         loss = evaluation_loss(self.optimization, self.plan.mode, steps, self.health, self.device, state.global_step)
         seconds = time.monotonic() - began

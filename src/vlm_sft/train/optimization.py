@@ -25,10 +25,11 @@ from vlm_sft.common.manifest import naming
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.collectives import broadcast
 from vlm_sft.distributed.launch import Launch
+from vlm_sft.model.cpu.matmul import mixed_precision
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.parts import part_parameters
 from vlm_sft.model.saved_adapter import require_places
-from vlm_sft.model.step_gradients import StepGradients, mixed_precision
+from vlm_sft.model.step_gradients import StepGradients
 from vlm_sft.recipe.schedule import Schedule, rate_factor
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.train.checkpoint.serialization import load_state, save_state

@@ -62,7 +62,8 @@ def trial_flags(run: Path, steps: int) -> list[str]:
     Raises:
         RunError: run.json does not say how the run was started.
     """
-    command = artifacts.read_json(run / artifacts.RUN).get("command")
+    recorded = artifacts.read_json(run / artifacts.RUN)
+    command = recorded.get("command")
     if not isinstance(command, list) or not any(str(word).startswith("--") for word in command):
         raise RunError(f"{run / artifacts.RUN} does not say how the run was started", "pass the folder of a training")
     words = [part for word in command for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -76,6 +77,8 @@ def trial_flags(run: Path, steps: int) -> list[str]:
         flag = name.replace("-", "_").replace("__", "--", 1)
         if flag not in _OWN:
             kept += [name, *values]
+    if recorded.get("number_format"):  # two measurements might choose differently
+        kept += ["--bf16", str(recorded.get("dtype") == "bfloat16").lower()]
     return [
         *kept,
         "--max_steps",

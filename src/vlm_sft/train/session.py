@@ -31,14 +31,19 @@ from vlm_sft.recipe.schema import Recipe
 from vlm_sft.trackers.check import check_trackers
 from vlm_sft.trackers.session import Trackers
 from vlm_sft.trackers.tracker import INTERRUPTED
+from vlm_sft.train.caller import Caller
 from vlm_sft.train.checkpoint.directory import choose_resume, tidy
 from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, clear_run, disk_error, holds_work
 from vlm_sft.train.second_stage import begin_second_stage
 
 
 @contextmanager
-def open_run(options: TrainOptions) -> Iterator[tuple[TrainingRun, list[Guard]]]:
+def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRun, list[Guard]]]:
     """Check what was asked for, claim the folder and connect the ranks; all of it is held while the block runs.
+
+    Args:
+        options: what is asked for.
+        caller: who asks: the process of a caller from Python is never ended.
 
     Yields:
         The run, and its guards.
@@ -65,13 +70,14 @@ def open_run(options: TrainOptions) -> Iterator[tuple[TrainingRun, list[Guard]]]
         connected(launch),
     ):
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
-        _announce(options, launch, loaded.notes, checkpoint)
+        _announce(options, launch, loaded.notes, checkpoint, caller.in_process)
         facts = _facts(options, specs, launch, checkpoint)
         if options.adapter is not None:
             options, started = begin_second_stage(options, recipe)
             facts |= started
         record = RunRecord(options.output_dir, facts)
-        signals = StopSignals(resume_line(sys.argv, launch), lambda: record.finish("interrupted"))
+        again = caller.again or resume_line(sys.argv, launch)
+        signals = StopSignals(again, lambda: record.finish("interrupted"), ends_process=not caller.in_process)
         yield TrainingRun(options, recipe, specs, launch, record, checkpoint, signals), guards
 
 
@@ -137,12 +143,14 @@ def _open_folder(options: TrainOptions, recipe: Recipe, launch: Launch) -> Path 
     return checkpoint
 
 
-def _announce(options: TrainOptions, launch: Launch, notes: list[str], checkpoint: Path | None) -> None:
+def _announce(
+    options: TrainOptions, launch: Launch, notes: list[str], checkpoint: Path | None, in_process: bool
+) -> None:
     """Say what will be done."""
     source = options.sft_config or "the default recipe"
     say(f"training {options.base_model} on {options.dataset} with {source}")
     say(f"launch: {launch.world_size} process(es), {launch.parallel}, {'CPU' if launch.cpu else 'GPU'}")
-    for note in filter(None, [idle_gpus(launch, sys.argv), *notes]):
+    for note in filter(None, ["" if in_process else idle_gpus(launch, sys.argv), *notes]):
         say(note)
     if options.resume is not None:
         say(f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting from the beginning")
@@ -158,6 +166,7 @@ def _facts(options: TrainOptions, specs: list[DatasetSpec], launch: Launch, chec
     """What run.json says from the start."""
     return {
         "resumes": _resumes(options.output_dir, checkpoint),
+        "output_dir": str(options.output_dir),
         "base_model": options.base_model,
         "datasets": [spec.name for spec in specs],
         "dataset": options.dataset,

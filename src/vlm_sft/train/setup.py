@@ -23,6 +23,7 @@ from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.distributed.collectives import agree
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.forecast.estimate import FEATURES, LOAD, SAVES, TRACKERS
+from vlm_sft.model.cpu.matmul import mixed_precision
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.gpu.kernels import choose_kernels
 from vlm_sft.model.load import Base, load_model
@@ -30,7 +31,6 @@ from vlm_sft.model.parts import ALL
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.model.sharing_check import choose_mode
-from vlm_sft.model.step_gradients import mixed_precision
 from vlm_sft.model.trainable import checkpoint_layers, described, save_tuned, tune
 from vlm_sft.planning.options import CONTINUE
 from vlm_sft.planning.probe import Probe
@@ -117,7 +117,12 @@ class Training:
 
 
 def build_training(
-    run: TrainingRun, plan: Plan, asked: ValidationPlan | None, forecast: ForecastTracker, trackers: Trackers
+    run: TrainingRun,
+    plan: Plan,
+    asked: ValidationPlan | None,
+    forecast: ForecastTracker,
+    trackers: Trackers,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Training:
     """Load the weights and put the training together.
 
@@ -126,6 +131,7 @@ def build_training(
         asked: questions of each evaluation; None where the evaluation loss is all.
         forecast: refined by a probe, where one is asked for.
         trackers: get the metrics; they begin here.
+        callbacks: of the caller, told after our own.
 
     Raises:
         VlmSftError: the base cannot be trained as asked.
@@ -165,7 +171,8 @@ def build_training(
             _validation(run, plan, asked),
         )
         forecast.lap(LOAD)
-    return Training(run, plan, loop, _callbacks(run, loop, planner, forecast, trackers), forecast)
+    told = [*_callbacks(run, loop, planner, forecast, trackers), *callbacks]
+    return Training(run, plan, loop, told, forecast)
 
 
 def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:

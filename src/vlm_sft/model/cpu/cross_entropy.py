@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.cpu.matmul import EXACT, is_frozen, multiply
+from vlm_sft.model.cpu.matmul import EXACT, is_frozen, multiply, stream_dtype
 from vlm_sft.model.forward_patch import is_plain
 
 _BLOCK = 2048  # rows of the projection at a time: with their scores they stay in the processor's cache
@@ -125,8 +125,6 @@ def _sweep(
 def is_covered(head: Any) -> bool:
     """Whether `token_losses` computes a model's head: a plain linear layer that is whole and not trained.
 
-    On a CPU in half precision the libraries' product of all rows is faster.
-
     Args:
         head: what `get_output_embeddings` of the model gives.
     """
@@ -134,7 +132,7 @@ def is_covered(head: Any) -> bool:
         return False
     weight = head.weight
     if weight.device.type == "cpu":
-        return is_frozen([weight], weight.dtype)
+        return is_frozen([weight], stream_dtype(weight))
     return weight.is_floating_point() and not weight.requires_grad and not is_partitioned(weight)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE, is_frozen, multiply
+from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE, TOLERANCE_NARROW, is_frozen, multiply, stream_dtype
 from vlm_sft.model.forward_patch import agree_at_scales, exchange_forward, probe_rows
 
 _BLOCK = 512  # tokens
@@ -55,6 +55,16 @@ class _GatedMLP(torch.autograd.Function):
         return torch.cat(slopes), *[None] * 6
 
 
+def gated_rows(rows: torch.Tensor, parameters: list[torch.Tensor | None]) -> torch.Tensor:
+    """A frozen gated MLP of (T, C) rows.
+
+    Args:
+        rows: (T, C), in float32 or float64.
+        parameters: weight and bias of gate, up and down; weights may be in bfloat16 beside float32 rows.
+    """
+    return _GatedMLP.apply(rows, *parameters)
+
+
 def fuse_gated(model: torch.nn.Module) -> int:
     """Let the gated MLPs of a model compute block by block; returns how many were changed.
 
@@ -79,10 +89,12 @@ def _is_gated(module: torch.nn.Module) -> bool:
         return False
     weight = parameters[0]
     assert weight is not None
-    if weight.device.type != "cpu" or weight.dtype not in EXACT or is_partitioned(weight):
+    dtype = stream_dtype(weight)
+    if weight.device.type != "cpu" or dtype not in EXACT or is_partitioned(weight):
         return False
-    rows = probe_rows(weight, weight.shape[1])
-    return agree_at_scales(lambda values: _GatedMLP.apply(values, *parameters), module, rows, TOLERANCE)
+    rows = probe_rows(weight, weight.shape[1]).to(dtype)
+    tolerance = TOLERANCE if weight.dtype == dtype else TOLERANCE_NARROW
+    return agree_at_scales(lambda values: gated_rows(values, parameters), module, rows, tolerance)
 
 
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -91,4 +103,4 @@ def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
     if parameters is None or not is_frozen(parameters, hidden_states.dtype):
         return None
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    return _GatedMLP.apply(rows, *parameters).reshape(*hidden_states.shape[:-1], -1)
+    return gated_rows(rows, parameters).reshape(*hidden_states.shape[:-1], -1)

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.cpu.matmul import TOLERANCE, is_frozen
+from vlm_sft.model.cpu.matmul import TOLERANCE, is_frozen, multiply, stream_dtype
 from vlm_sft.model.forward_patch import agrees, exchange_forward, probe_rows, values_and_gradients
 
 _PROBE_SHAPE = (12, 20)  # of a small linear layer that is compared
@@ -41,7 +41,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.scale, ctx.same = scale, dropped is None
         dropped = rows if dropped is None else dropped
         inner = dropped @ down.T
-        output = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        output = _product(rows, weight, bias)
         torch.addmm(output, inner, up.T, alpha=scale, out=output)
         ctx.save_for_backward(dropped, weight, down, up, inner)
         return output
@@ -55,12 +55,17 @@ class _LoraLinear(torch.autograd.Function):
         of_down, of_up = scaled.T @ dropped, (slope.T @ inner).mul_(ctx.scale)
         of_rows = of_dropped = None
         if ctx.needs_input_grad[0]:
-            of_rows = slope @ weight
+            of_rows = _product(slope, weight.T)
             if ctx.same:
                 torch.addmm(of_rows, scaled, down, out=of_rows)
         if ctx.needs_input_grad[1]:
             of_dropped = scaled @ down
         return of_rows, of_dropped, None, None, of_down, of_up, None
+
+
+def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows · weightᵀ + bias of rows of any number; packs differ in it, so no kernel is kept by it."""
+    return multiply(rows, weight, bias, few_shapes=False)
 
 
 def fuse_lora(model: torch.nn.Module) -> int:
@@ -71,8 +76,8 @@ def fuse_lora(model: torch.nn.Module) -> int:
 def _is_lora_linear(module: Any) -> bool:
     if type(module) is not Linear:
         return False
-    weight = module.base_layer.weight
-    return _peft_agrees(weight.dtype, weight.device)
+    weight: Any = module.base_layer.weight
+    return _peft_agrees(stream_dtype(weight), weight.device)
 
 
 @cache

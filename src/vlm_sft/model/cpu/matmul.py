@@ -14,25 +14,50 @@ from functools import cache
 import torch
 
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.forward_patch import agrees
+from vlm_sft.model.forward_patch import agrees, is_plain
 
 EXACT = (torch.float32, torch.float64)  # half precision rounds in between, where the libraries' modules say
 TOLERANCE = 1e-5  # of a faster form in these formats
+TOLERANCE_NARROW = 1e-2  # of a faster form whose products are taken in bfloat16
 _CHECKED_SIZE = 48
+
+
+def narrows(device: torch.device | str) -> bool:
+    """Whether a model in bfloat16 takes only its products in it there, and all else in float32 (`cpu/narrow.py`)."""
+    return torch.device(device).type == "cpu" and not torch.cuda.is_available() and not is_plain()
+
+
+def mixed_precision(device: torch.device | str, dtype: torch.dtype) -> torch.autocast:
+    """The context of a forward pass whose base is in bfloat16 and whose trained weights may be in float32.
+
+    Args:
+        device: where it is computed, e.g. "cuda:0".
+        dtype: of the base; in any other format, and where its modules see to it themselves, nothing is changed.
+    """
+    enabled = dtype == torch.bfloat16 and not narrows(device)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
+
+
+def stream_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The number format of hidden states between the layers of a model, from one of its frozen weights."""
+    return torch.float32 if weight.dtype == torch.bfloat16 and narrows(weight.device) else weight.dtype
 
 
 def is_frozen(parameters: Iterable[torch.Tensor | None], dtype: torch.dtype) -> bool:
     """Whether parameters stay as they are and can be computed with here: whole, on a CPU, in one exact number format.
 
+    Beside values in float32 they may be in bfloat16: `multiply` rounds the values.
+
     Args:
         parameters: None for one that a module does not have.
         dtype: of the values that they are computed with.
     """
+    formats = (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,)
     return (
         dtype in EXACT
         and not torch.is_autocast_enabled("cpu")
         and all(
-            one.dtype == dtype and one.device.type == "cpu" and not one.requires_grad and not is_partitioned(one)
+            one.dtype in formats and one.device.type == "cpu" and not one.requires_grad and not is_partitioned(one)
             for one in parameters
             if one is not None
         )
@@ -51,8 +76,11 @@ def multiply(
         few_shapes: False for a shape that will hardly come again: oneDNN would keep a kernel for it.
 
     Returns:
-        (R, O).
+        (R, O), in the number format of the rows.
     """
+    if weight.dtype == torch.bfloat16 and rows.dtype == torch.float32:
+        product = torch.mm(rows.to(weight.dtype), weight.T).float()
+        return product if bias is None else product.add_(bias)
     operator = _onednn() if few_shapes and rows.dtype == torch.float32 and rows.device.type == "cpu" else None
     if operator is not None:
         return operator(rows, weight, bias, "none", [], "")

@@ -3,12 +3,12 @@
 (() => {
   const PAGE = 24;
   const BENCHMARK = 0, ID = 1, PICTURE = 2, QUESTION = 3, REFERENCES = 4, MORE_REFERENCES = 5, SPLIT = 6, TYPE = 7;
-  const OUTCOMES = [
-    ["", "all"], ["changed", "changed"], ["01", "wrong → right"], ["10", "right → wrong"], ["00", "both wrong"],
-    ["11", "both right"], ["?1", "tuned right"], ["?0", "tuned wrong"],
-  ];
   const at = (id) => document.getElementById(id);
   const data = JSON.parse(at("data").textContent);
+  const OUTCOMES = [
+    ["", "all"], ["changed", "changed"], ["01", "wrong → right"], ["10", "right → wrong"], ["00", "both wrong"],
+    ["11", "both right"], ["?1", "tuned right"], ["?0", "tuned wrong"], ["near", data.near],
+  ];
   const cards = at("cards"), more = at("more"), count = at("filter-count"), form = at("filters");
   let rows = [], found = [], shown = 0, searched = [];
 
@@ -19,6 +19,7 @@
     return element;
   };
   const right = (answer) => answer !== null && answer[1] >= 0.5;
+  const near = (answer) => answer !== null && answer[3] === 1;
   const verdict = (answer) => (right(answer) ? "right" : "wrong");
 
   const outcome = (row) => {
@@ -37,7 +38,7 @@
       head.append("not evaluated");
       return box;
     }
-    head.append(make("strong", right(answer) ? "good" : "bad", verdict(answer)));
+    head.append(make("strong", right(answer) ? "good" : "bad", near(answer) ? data.near : verdict(answer)));
     if (answer[1] !== 0 && answer[1] !== 1) head.append(` (score ${answer[1]})`);
     if (answer[2]) head.append(", cut at the limit of tokens");
     const text = answer[0].trim() ? make("p", "", answer[0]) : make("p", "quiet", "(empty answer)");
@@ -142,6 +143,7 @@
   const fits = (row, wanted) => {
     if (!wanted) return true;
     const [before, after] = [right(row.left), right(row.right)];
+    if (wanted === "near") return near(row.left) || near(row.right);
     if (wanted === "changed") return row.left !== null && row.right !== null && before !== after;
     if (wanted[0] !== "?" && (row.left === null || before !== (wanted[0] === "1"))) return false;
     return row.right !== null && after === (wanted[1] === "1");

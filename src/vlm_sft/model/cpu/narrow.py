@@ -1,0 +1,57 @@
+"""A model whose frozen products are taken in bfloat16, and all else in float32, on CPUs.
+
+Processors with AVX512-BF16 or AMX multiply bfloat16 two to eight times faster than float32, but add, normalise and
+exponentiate it slower. So the weights of linear layers and the embedding stay in bfloat16, which halves them; a layer
+rounds its input, multiplies, and gives float32 back. Norms, softmax, rotary positions, activations, the residual stream
+and what is trained are in float32: more exact than autocast on a GPU, from the same rounded weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vlm_sft.distributed.zero import is_partitioned
+from vlm_sft.model.cpu.matmul import narrows
+from vlm_sft.model.forward_patch import exchange_forward
+
+_LEAST_SIDE = 16  # of a weight: smaller products gain nothing, and families compute with such weights themselves
+
+
+def narrow_products(model: Any) -> int:
+    """Let a model that was loaded in bfloat16 compute in float32 between its products; returns how many do so.
+
+    Args:
+        model: as transformers made it; changed in place. Any other number format, device or ZeRO-3 leaves it as it is.
+    """
+    embedding = model.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    if weight is None or weight.dtype != torch.bfloat16 or not narrows(weight.device) or is_partitioned(weight):
+        return 0
+    linears = [
+        module
+        for module in model.modules()
+        if type(module) is torch.nn.Linear and min(module.weight.shape) >= _LEAST_SIDE
+    ]
+    kept = {id(weight), *(id(module.weight) for module in linears)}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.dtype == torch.bfloat16 and id(tensor) not in kept:
+            tensor.data = tensor.data.float()
+    exchange_forward([embedding], lambda _: True, _embed)
+    return exchange_forward(linears, lambda module: module.weight.dtype == torch.bfloat16, _multiply)
+
+
+def _embed(module: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Embeddings of tokens in float32."""
+    return module.forward_stepwise(tokens).float()
+
+
+def _multiply(module: Any, rows: torch.Tensor) -> torch.Tensor | None:
+    """A linear layer of (…, I) rows in bfloat16, (…, O) in the number format of the rows; None once it is trained."""
+    weight, bias = module.weight, module.bias
+    if weight.dtype != torch.bfloat16:
+        return None
+    output = F.linear(rows.to(weight.dtype), weight).to(rows.dtype)
+    return output if bias is None else output + bias.to(rows.dtype)

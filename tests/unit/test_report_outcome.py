@@ -1,0 +1,134 @@
+"""The head of a page about one run: its gains, what improved, what comes next; and answers right by a tolerance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report_runs import Page, make_run
+from vlm_sft.common import artifacts
+from vlm_sft.report.collect import collect_runs
+from vlm_sft.report.html import write_report
+from vlm_sft.report.outcome import gain, summarize
+from vlm_sft.report.predictions import NEAR, read_predictions
+
+
+def answered(folder: Path, rows: list[tuple[str, str, str, list[str], float, float]]) -> None:
+    """Write predictions: (question type, base answer, tuned answer, references, base score, tuned score)."""
+    for side in ("base", "tuned"):
+        artifacts.write_jsonl(
+            folder / "evaluation" / side / "charts" / artifacts.PREDICTIONS,
+            [
+                {
+                    "id": f"charts/{number}",
+                    "image": f"images/{number}.png",
+                    "question": f"What is bar {number}?",
+                    "question_type": kind,
+                    "prediction": base if side == "base" else tuned,
+                    "answers": references,
+                    "score": before if side == "base" else after,
+                }
+                for number, (kind, base, tuned, references, before, after) in enumerate(rows)
+            ],
+        )
+
+
+@pytest.mark.parametrize(
+    "answer, references, score, near",
+    [
+        ("1995", ["1994"], 1.0, True),  # right by ChartQA's 5 % rule
+        ("1994", ["1994"], 1.0, False),
+        ("3.0", ["3"], 1.0, False),  # the same number
+        (" 62% ", ["0.62"], 1.0, False),
+        ("Blue", ["blue"], 1.0, False),
+        ("1995", ["1994"], 0.0, False),
+        ("1995", ["1994"], 0.75, False),  # a part of a score is no tolerance
+        ("2", ["two", "2", "3"], 1.0, False),
+    ],
+)
+def test_right_by_a_tolerance_is_not_right(
+    tmp_path: Path, answer: str, references: list[str], score: float, near: bool
+) -> None:
+    answered(tmp_path, [("value", "nothing", answer, references, 0.0, score)])
+    (one,) = read_predictions(tmp_path, [])
+    assert one.tuned is not None and one.base is not None
+    assert one.tuned.near is near and not one.base.near
+    assert one.tuned.label == (NEAR if near else "right" if score >= 0.5 else "wrong")
+
+
+def test_clear_cases_come_first_and_near_ones_have_a_count_and_a_filter(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    rows = [("value", "x", "95", ["94"], 0.0, 1.0) for _ in range(9)] + [("value", "x", "94", ["94"], 0.0, 1.0)]
+    answered(folder, rows)
+    page = page_of(folder, tmp_path)
+    cards = [one for one in page.held["runs"][0]["rows"] if page.held["questions"][one[0]][0] == "charts"]
+    assert cards[0][2] == ["94", 1.0] and cards[1][2] == ["95", 1.0, 0, 1]
+    assert page.held["near"] == NEAR and f"tuned {NEAR}" in page.words
+    assert "9" in page.words[page.words.index(f"tuned {NEAR}") :]
+
+
+def test_the_page_begins_with_its_headline(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path / "run"), tmp_path)
+    told = page.text.index("easy_vqa 61.0 to 76.4 % (+15.4 ± 2.0)")
+    assert (
+        told < page.text.index("1 min 57 s of training, 120 thousand parameters trained") < page.text.index("Results")
+    )
+    assert page.text.index("Outcome") < page.text.index("What to do next")
+    assert len([one for one in page.all("ul") if "highlights" in one.get("class", "")]) == 1
+
+
+def page_of(folder: Path, tmp_path: Path) -> Page:
+    return Page(write_report([folder], tmp_path / "r.html").read_text())
+
+
+def test_question_types_show_what_improved_and_what_did_not(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    rows: list[tuple[str, str, str, list[str], float, float]] = []
+    rows += [("colour", "red", "blue", ["blue"], 0.0, 1.0)] * 30
+    rows += [("shape", "x", "y", ["z"], float(i < 15), float(i < 15)) for i in range(30)]
+    answered(folder, rows)
+    (run,) = collect_runs([folder])
+    summed = summarize(run)
+    colour, shape = summed.types["charts"]
+    assert (colour.name, colour.n, colour.base, colour.tuned, colour.direction) == ("colour", 30, 0, 1, "better")
+    assert (shape.name, shape.base, shape.tuned, shape.direction) == ("shape", 0.5, 0.5, "same")
+    assert "easy_vqa" not in summed.types, "its only type says what the table of results says"
+    weakest = next(line for line in summed.advice if "charts" in line)
+    assert "shape" in weakest and "50.0 %" in weakest
+    text = page_of(folder, tmp_path).text
+    assert "What improved on charts , and what did not" in text and "+100.0" in text
+
+
+@pytest.mark.parametrize(
+    "losses, steps, words",
+    [
+        ([(10, 3.0), (20, 2.0), (80, 1.0)], 80, "still falling"),
+        ([(10, 1.0), (20, 0.5), (80, 0.9)], 80, "lowest at step 20 of 80"),
+        ([(10, 1.0), (20, 0.5), (80, 0.505)], 80, "level from step 20"),
+        ([], 12, "12 optimizer steps"),
+    ],
+)
+def test_the_advice_follows_the_curves(tmp_path: Path, losses: list[tuple[int, float]], steps: int, words: str) -> None:
+    (run,) = collect_runs([make_run(tmp_path / "run")])
+    assert run.record is not None
+    run.record, run.series = replace(run.record, steps=steps), {"eval_loss": losses}
+    assert words in " ".join(summarize(run).advice)
+
+
+def test_commands_name_the_folder_of_the_run_and_wait_for_its_end(tmp_path: Path) -> None:
+    (run,) = collect_runs([make_run(tmp_path / "run")])
+    commands = dict(summarize(run).commands)
+    assert all("'outputs/a b" in line for line in commands.values())
+    assert run.record is not None
+    run.record = replace(run.record, status="running")
+    assert summarize(run).commands == () and summarize(run).advice == ()
+
+
+def test_a_benchmark_without_a_base_has_no_gain(tmp_path: Path) -> None:
+    (run,) = collect_runs([make_run(tmp_path / "run")])
+    changes: dict[str, Any] = {"base": None}
+    assert gain(replace(run.benchmarks[0], **changes)) == ""
+    assert gain(replace(run.benchmarks[0], difference_interval=None)).endswith("(+15.4)")
