@@ -62,7 +62,7 @@ def _draw(samples: list[Sample], count: int, seed: str) -> list[Sample]:
     passes, rest = divmod(count, len(samples))
     groups: dict[str, list[int]] = {}
     for index, sample in enumerate(samples):
-        groups.setdefault(sample.image_key, []).append(index)
+        groups.setdefault(sample.subject, []).append(index)
     order = sorted(groups)  # not the order of appearance: a file that is sorted differently gives the same draw
     random.Random(seed).shuffle(order)
     remainder = sorted([index for key in order for index in groups[key]][:rest])

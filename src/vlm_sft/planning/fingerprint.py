@@ -32,6 +32,8 @@ FREE_KEYS = frozenset(
         "logging_steps",
         "tokens_per_pack",
         "gradient_checkpointing",
+        "early_stopping_patience",
+        "early_stopping_threshold",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "global_batch_size",
@@ -136,6 +138,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         old, new = saved.get(part, {}), now.get(part)
         if new is None:
             continue
+        if part == "recipe" and old:  # a key that is newer than the checkpoint had what is its default
+            old = {key: value for key, value in _defaults().items() if key in new} | old
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 found.append(f"{part}: {key} was {quoted(old.get(key), 300)} and is {quoted(new.get(key), 300)}")
@@ -151,6 +155,12 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if _changed(saved, now, key):
             found.append(f"{what}: images, questions, answers or their order differ")
     return found
+
+
+def _defaults() -> dict[str, Any]:
+    """The default of every key, as JSON holds it."""
+    values: dict[str, Any] = json.loads(json.dumps(Recipe().to_dict()))
+    return values
 
 
 def _changed(saved: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:

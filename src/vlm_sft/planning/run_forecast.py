@@ -146,6 +146,8 @@ class ForecastTracker:
         self._record({**actual, "items": {"time_seconds": rounded}})
         for line in outcome(self.forecast, actual):
             say(line)
+        if self.run.record.values.get("stopped_early"):
+            return  # it did less than was forecast: later forecasts would learn the wrong speed from it
         measured = {**self.seconds, MEMORY: actual["peak_bytes"] - self.inputs.process_bytes}
         try:
             add_past_run(root, estimate.history_row(self.inputs, self.key, measured))

@@ -19,7 +19,7 @@ from vlm_sft.data.mixture import mix, stratified_limit
 from vlm_sft.data.packing import EpochPlanner, GroupLengths
 from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.data.sample import LeftOut, Sample, distinct_images
+from vlm_sft.data.sample import LeftOut, Sample, counted
 from vlm_sft.data.sources.registry import is_synthetic, load_split
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.evaluate.guard import Guard, parse_guards
@@ -176,7 +176,7 @@ def tell_parts(
     say(
         "parts: "
         + "; ".join(
-            f"{name} {len({sample.id for sample in samples}):,} questions on {distinct_images(samples):,} images"
+            f"{name} {counted(list({sample.id: sample for sample in samples}.values()))}"
             for name, samples in parts.items()
             if samples
         )
@@ -363,7 +363,7 @@ def _tell_plan(run: TrainingRun, schedule: Schedule, data: PreparedData, planner
     say("one sample as the model sees it; only the part in ⟦ ⟧ is supervised:")
     say("  " + data.marked_example().replace("\n", "\n  "))
     say(
-        f"training set: {facts['samples']:,} questions on {facts['images']:,} images; {facts['supervised_tokens']:,} "
+        f"training set: {counted([sample for sample, _, _ in data.samples()])}; {facts['supervised_tokens']:,} "
         f"supervised tokens, {facts['image_tokens']:,} image tokens"
     )
     say(

@@ -17,10 +17,11 @@ from typing import Any
 from vlm_sft.common.errors import nearest
 from vlm_sft.recipe.builtin import RECIPES, locate_recipe
 from vlm_sft.recipe.parsing import check_value, parse_text, shown
-from vlm_sft.recipe.schema import KEYS, Key, Recipe
+from vlm_sft.recipe.schema import FLOORED_SCHEDULERS, KEYS, Key, Recipe
 from vlm_sft.recipe.validation import ALIASES, Mistake, find_contradictions, raise_mistakes, suggestion
 
 COMMAND_LINE = "command line"
+DECAY_KEYS = ("lr_decay_ratio", "lr_decay_type")
 LORA_KEYS = ("lora_r", "lora_alpha")
 TARGETS = ("lora_dropout", "target_modules")  # of LoRA on the language model alone
 LORA_TRAINED = {"language", "vision_lora", "projector_lora"}
@@ -242,11 +243,14 @@ def _note_idle(draft: _Draft) -> None:
 
     They are not refused: `vlm-sft verify` changes a launch line by appending flags to it.
     """
-    values = draft.values
+    values, scheduler = draft.values, draft.values["lr_scheduler_type"]
     for names, idle, reason in (
         (("eval_steps",), values["eval_strategy"] != "steps", f"eval_strategy is {values['eval_strategy']}"),
         (("save_steps",), values["save_strategy"] != "steps", f"save_strategy is {values['save_strategy']}"),
         (("save_total_limit",), values["save_strategy"] == "no", "save_strategy is no"),
+        (("early_stopping_threshold",), values["early_stopping_patience"] is None, "early_stopping_patience is null"),
+        (("min_lr_ratio",), scheduler not in FLOORED_SCHEDULERS, f"lr_scheduler_type is {scheduler}"),
+        (DECAY_KEYS, scheduler != "warmup_stable_decay", f"lr_scheduler_type is {scheduler}"),
         (TARGETS, "language" not in values["train"], "train does not name language, whose layers these are"),
         (LORA_KEYS, not LORA_TRAINED & set(values["train"]), "train names nothing that gets LoRA"),
     ):

@@ -30,6 +30,7 @@ from vlm_sft.recipe.schedule import Schedule
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.train.callbacks import Callbacks
 from vlm_sft.train.checkpoint.saver import CheckpointPolicy, CheckpointSaver, WriteModel, restore_random
+from vlm_sft.train.early_stopping import EarlyStop, early_stop
 from vlm_sft.train.evaluation_loss import evaluation_loss
 from vlm_sft.train.event_log import EventLog
 from vlm_sft.train.health import Health
@@ -76,6 +77,7 @@ class TrainingLoop:
     Attributes:
         health: the ranks' vote, and the newest loss.
         callbacks: what is told; its `state` is the progress of the training.
+        stopped_early: why the training ended before its last step; None where it did not.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class TrainingLoop:
         self.validation = validation
         self.saver = CheckpointSaver(folder, optimization, write_model, policy or CheckpointPolicy())
         self.losses = LossMeter()
+        self.stopped_early: EarlyStop | None = None
         self.loader = StepLoader(plan.steps, plan.workers)
         args = callback_arguments(plan.recipe, plan.schedule, launch, folder)
         context = {"model": model, "optimizer": optimization.optimizer, "lr_scheduler": optimization.scheduler}
@@ -175,6 +178,7 @@ class TrainingLoop:
         self.callbacks.tell("on_train_begin")
         if checkpoint is not None:
             self._catch_up()
+            self._stop_early()
         return progress
 
     def _catch_up(self) -> None:
@@ -227,6 +231,7 @@ class TrainingLoop:
         if control.should_evaluate and not self.health.stopping:
             try:
                 self._note_best(self._evaluate())
+                self._stop_early()
             except EvaluationStopped:
                 assert self.health.stopping
         saved = False
@@ -265,8 +270,7 @@ class TrainingLoop:
     def _note_best(self, metrics: dict[str, float]) -> None:
         """Note a new best step; one is never the best after a dropped step, with a lost guard or without a number."""
         recipe, state = self.plan.recipe, self.state
-        name = recipe.metric_for_best_model
-        value = metrics[name if name.startswith("eval_") else f"eval_{name}"]
+        value = metrics[recipe.best_metric_column]
         if not math.isfinite(value) or self.health.bad_step == state.global_step:
             return
         if self.validation is not None and not self.validation.qualifies(state.global_step):
@@ -275,6 +279,16 @@ class TrainingLoop:
         if state.best_metric is None or sign * value > sign * state.best_metric:
             state.best_metric = value
             state.best_global_step = state.global_step if self.plan.schedule.save_steps else None
+
+    def _stop_early(self) -> None:
+        """End the training, with a checkpoint where there are any, once its evaluations get no better."""
+        schedule, state, control = self.plan.schedule, self.state, self.callbacks.control
+        if self.plan.recipe.early_stopping_patience is None or state.global_step >= state.max_steps:
+            return
+        self.stopped_early = early_stop(self.plan.recipe, state.log_history)
+        if self.stopped_early:
+            control.should_training_stop = True
+            control.should_save |= control.should_evaluate and bool(schedule.save_steps)
 
     def _end(self) -> None:
         """Log what the training came to, and take the weights that are to be kept."""

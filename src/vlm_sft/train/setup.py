@@ -111,7 +111,10 @@ class Training:
             steps=state.global_step,
             questions_seen=self.loop.plan.steps.planner.questions_after(state.global_step),
             best=best if state.best_metric is not None else None,
+            stopped_early=self.loop.stopped_early.to_dict() if self.loop.stopped_early else None,
         )
+        if self.loop.stopped_early:
+            say(self.loop.stopped_early.reason)
         if recipe.load_best_model_at_end and state.best_metric is not None:
             say(f"best checkpoint: step {best['step']}, {best['metric']} {best['value']:.4f}; its adapter is kept")
 

@@ -148,7 +148,7 @@ def row_of(question: Question, images: list[str], sample_id: str, split: str) ->
         RowProblem: a plain record cannot say it: its question begins with the image mark as a word.
     """
     row: dict[str, Any] = {"id": sample_id}
-    row |= {"image": images[0]} if len(images) == 1 else {"images": images}
+    row |= {"image": images[0]} if len(images) == 1 else {"images": images} if images else {}
     row |= {"question": question.question, "answer": question.target}
     if question.answers != (question.target,):
         row["answers"] = list(question.answers)

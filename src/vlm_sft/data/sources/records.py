@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_sft.common.errors import quoted
 from vlm_sft.data.sample import Turn
-from vlm_sft.data.sources.locate import RENAMING, keys_of, no_image
+from vlm_sft.data.sources.locate import RENAMING, keys_of, likely_images, no_image
 from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem, clean_text, most_common
 
@@ -104,7 +104,9 @@ def questions_of(record: Any) -> list[Question]:
 
 
 def require_image(record: Mapping[str, Any], read: Callable[[], list[Question]]) -> list[Question]:
-    """The questions of a record; where they see no image, that is told in words that name the record's keys.
+    """The questions of a record; where they see no image though a key looks like one, that is told with the keys.
+
+    A record without any such key is a text row.
 
     Args:
         record: the record as it was read.
@@ -119,17 +121,9 @@ def require_image(record: Mapping[str, Any], read: Callable[[], list[Question]])
         if problem.reason == "more placeholders than images" and problem.detail.endswith(", 0 images"):
             raise no_image(record) from problem
         raise
-    later = any(question.images for question in questions)
-    return [
-        question
-        if question.images or question.problem
-        else replace(question, problem=_too_early(question.turn) if later else no_image(record))
-        for question in questions
-    ]
-
-
-def _too_early(turn: int) -> RowProblem:
-    return RowProblem("no image", f"answer {turn} of the conversation comes before its first image")
+    if any(question.images for question in questions) or not likely_images(record):
+        return questions
+    return [question if question.problem else replace(question, problem=no_image(record)) for question in questions]
 
 
 def _plain(record: dict[str, Any]) -> Question:
