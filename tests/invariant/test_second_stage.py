@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.adapters import save_base
 from tests.invariant.test_full_training import evaluate, facts, predictions, refused, same, train
+from vlm_sft.api.keywords import train_options
 from vlm_sft.cli.main import main
 
 WEIGHTS = "adapter_model.safetensors"
@@ -154,6 +155,11 @@ def test_another_base_is_refused(first: Path, tmp_path: Path, capsys: pytest.Cap
     message = capsys.readouterr().err
     assert code == 2 and "was trained on" in message and "its weights are others" in message
     assert "--allow_other_base" not in message and not (tmp_path / "o").exists()
+
+
+def test_the_python_api_takes_it_too(base: Path, first: Path, tmp_path: Path) -> None:
+    options = train_options(None, "demo_charts", tmp_path, {"adapter": str(first), "adapter_mode": "merge"})
+    assert (options.adapter, options.adapter_mode, options.base_model) == (first, "merge", str(base))
 
 
 def test_a_mode_without_an_adapter_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
