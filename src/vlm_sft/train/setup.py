@@ -24,6 +24,7 @@ from vlm_sft.distributed.collectives import agree
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.forecast.estimate import FEATURES, LOAD, SAVES, TRACKERS
 from vlm_sft.model.cpu.matmul import mixed_precision
+from vlm_sft.model.embedding_noise import add_noise
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.gpu.kernels import choose_kernels
 from vlm_sft.model.load import Base, load_model
@@ -206,6 +207,8 @@ def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
     run.record.update(lora=lora, attention=base.attention, dtype=base.dtype_name)
     if run.checkpointing:
         checkpoint_layers(model)
+    if recipe.neftune_noise_alpha:
+        add_noise(model, recipe.neftune_noise_alpha, recipe.seed)
     return model, optimize
 
 
