@@ -15,6 +15,7 @@ from vlm_sft.recipe.builtin import RECIPES, locate_recipe
 
 MAX_BAD_STEPS = 3
 AUTO = "auto"
+CONTINUE, MERGE = "continue", "merge"  # what a second stage does with the adapter of the first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,19 @@ class TrainOptions(AnswerOptions):
         DEFAULT_BASE,
         "Hub id or folder of the base model, or 'pocket' for the embedded one (default: %(default)s)",
         "MODEL",
+    )
+    adapter: Path | None = option(
+        None,
+        "begin with a trained adapter: the folder of a run, of a checkpoint or of an export (its base is taken where "
+        "--base_model is not given, and its prompt)",
+        "FOLDER",
+        parse=Path,
+    )
+    adapter_mode: str = option(
+        CONTINUE,
+        "train the weights of --adapter on, or merge them into the base (OUTPUT_DIR/merged_base) and train new ones "
+        "(default: %(default)s)",
+        choices=(CONTINUE, MERGE),
     )
     dataset: str = option(
         "chartqa,textvqa",

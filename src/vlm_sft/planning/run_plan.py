@@ -229,7 +229,7 @@ def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sa
     cache = engine.cache(encoder)
     data = PreparedData(train_samples, encoder, "preparing", cache)
     evaluation = PreparedData(eval_samples, encoder, "preparing (evaluation)", cache) if eval_samples else None
-    identity = run_identity(recipe, launch, base, data, evaluation)
+    identity = run_identity(recipe, launch, base, data, evaluation, run.options.adapter)
     for line in refuse_changes(run.checkpoint, identity, options.allow_changes):
         warn(f"changed since the checkpoint: {line}")
         run.record.note(f"changed since the checkpoint: {line}")
@@ -328,6 +328,7 @@ def find_run_base(options: TrainOptions, recipe: Recipe, specs: list[DatasetSpec
         bf16=recipe.bf16,
         min_pixels=recipe.min_pixels,
         max_pixels=recipe.max_pixels,
+        prompt=PromptSettings.find(options.adapter) if options.adapter else None,
         template=options.prompt_template,
         system=options.system,
         load_in_4bit=recipe.load_in_4bit,
