@@ -177,13 +177,13 @@ def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str
     Args:
         benchmark: scores the answer.
         reply: the question with its answer.
-        cluster: the questions that it hangs together with through its images; told where it has several of them.
+        cluster: the questions that it hangs together with through its images; told where there is not just one.
     """
     sample, text, cut = reply
     return {
         "id": sample.id,
         "image": picture_name(sample),
-        **({"cluster": cluster} if len(sample.images) > 1 else {}),
+        **({"cluster": cluster} if len(sample.images) != 1 else {}),
         "image_pixels": sum(image.width * image.height for image in sample.images),
         "question": sample.question,
         "prediction": text,

@@ -17,7 +17,7 @@ from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, no
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.engine_options import CacheOptions
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.data.sample import distinct_images
+from vlm_sft.data.sample import counted
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.distributed.collectives import barrier
 from vlm_sft.distributed.launch import Launch, connected, idle_gpus, pack_tokens, quiet_libraries, read_launch
@@ -136,7 +136,7 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
     who = f"{options.base_model} with {options.adapter}" if options.adapter else options.base_model
     say(
         f"evaluating {who} on {', '.join(task.name for task in tasks)}: "
-        f"{questions:,} questions on {distinct_images(one for task in tasks for one in task.samples):,} images"
+        f"{counted([one for task in tasks for one in task.samples])}"
     )
     if is_main_process():
         artifacts.write_jsonl(options.output_dir / artifacts.LEFT_OUT, map(asdict, left_out))

@@ -76,12 +76,19 @@ def packed(
     if not mode.shares:
         rows = padded_rows(batch)
         keys = rows.take(batch.keys).flatten()
-        context = PackContext(rows=rows.predict, keys=keys, step=dropout_step, padded=rows)
+        context = PackContext(rows=rows.predict, keys=keys, step=dropout_step, padded=rows, ends=batch.ends)
     else:
         layout = layout_of(batch, mode) if mode.kind == "blockwise" else None
         recurrence = Recurrence(batch.ends, kept)
         context = PackContext(
-            batch.tokens, layout, batch.predict, batch.keys, dropout_step, recurrence, index=batch.index
+            batch.tokens,
+            layout,
+            batch.predict,
+            batch.keys,
+            dropout_step,
+            recurrence,
+            index=batch.index,
+            ends=batch.ends,
         )
     with computing(context):
         yield
@@ -196,14 +203,17 @@ class Objective:
     Attributes:
         smoothing: part of a token's probability that is spread evenly over the vocabulary (Szegedy et al. 2016,
             arXiv:1512.00567), as transformers' `label_smoothing_factor`.
+        by_probability: whether a token's loss is weighted with the probability that the model gives the token, a
+            constant for the gradient: dynamic fine-tuning (Wu et al. 2025, arXiv:2508.05629, equation 9).
     """
 
     smoothing: float = 0.0
+    by_probability: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe) -> Objective:
         """That of a recipe."""
-        return cls(recipe.label_smoothing_factor)
+        return cls(recipe.label_smoothing_factor, recipe.loss_type == "dft")
 
 
 PLAIN = Objective()
@@ -260,4 +270,5 @@ def _objective_losses(model: AnyModel, batch: PackedBatch, mode: PackMode, objec
     """The token losses (S,) of an objective."""
     if objective == PLAIN:
         return token_losses(model, batch, mode)
-    return token_losses(model, batch, mode, objective.smoothing)
+    losses = token_losses(model, batch, mode, objective.smoothing)
+    return losses * losses.detach().neg().exp() if objective.by_probability else losses

@@ -79,8 +79,12 @@ class StepGradients:
             with packed_forward.packed(here, self.mode, self.step):
                 with self.precision():
                     token_losses = packed_forward.training_losses(self.model, here, self.mode, self.objective)
-                    loss = token_losses.sum() * (pack.weight * self.scale)
-                gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                    loss = here.weighted_sum(token_losses) * self.scale
+                gradients = (
+                    torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                    if loss.requires_grad  # not where text rows alone meet a model of which only the tower is trained
+                    else [None] * len(self.parameters)
+                )
         except torch.OutOfMemoryError:
             pass  # its frames hold the activations; outside of this block they are gone
         if gradients is None:

@@ -59,6 +59,7 @@ AUTO = ("auto",)
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor")
 FLOORED_SCHEDULERS = ("cosine_with_min_lr", "warmup_stable_decay")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", *FLOORED_SCHEDULERS)
+LOSSES = ("nll", "dft")
 DECAYS = ("1-sqrt", "linear", "cosine")
 # What an evaluation during training writes; a best checkpoint can be chosen by these names only. All but the first are
 # the metrics of the benchmarks (evaluate/metrics.py has their rules), and more of them is better.
@@ -140,11 +141,22 @@ class Recipe:
         Range(0, 1, low_open=True),
     )
     lr_decay_type: str = _key("1-sqrt", "how warmup_stable_decay falls", choices=DECAYS)
+    loss_type: str = _key(
+        "nll",
+        "what training makes small: the answer tokens' cross entropy, or the same weighted with their probability",
+        choices=LOSSES,
+    )
     label_smoothing_factor: float = _key(
         0.0,
         "part of every answer token's probability that training spreads evenly over the vocabulary",
         "probability",
         FRACTION,
+    )
+    neftune_noise_alpha: float = _key(
+        0.0,
+        "noise on the embeddings of text tokens in training, as large as this over the root of their number and width",
+        "",
+        Range(0),
     )
     weight_decay: float = _key(0.0, "decoupled weight decay", "per step and learning rate", Range(0, 1.0))
     max_grad_norm: float = _key(0.3, "the gradient is scaled down to this norm; 0 leaves it alone", "L2 norm", Range(0))

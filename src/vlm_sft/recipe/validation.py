@@ -22,6 +22,7 @@ ALIASES = {
     "optimizer": "optim",
     "label_smoothing": "label_smoothing_factor",
     "min_lr_rate": "min_lr_ratio",
+    "neftune_alpha": "neftune_noise_alpha",
     "gradient_clipping": "max_grad_norm",
     "lora_rank": "lora_r",
     "rslora": "use_rslora",
@@ -190,6 +191,12 @@ CONTRADICTIONS = (
         lambda v: v["early_stopping_patience"] is not None and v["eval_strategy"] == "no",
         "without evaluations nothing says when to stop",
         "use eval_strategy steps or epoch, or early_stopping_patience null",
+    ),
+    Contradiction(
+        ("loss_type", "label_smoothing_factor"),
+        lambda v: v["loss_type"] == "dft" and v["label_smoothing_factor"] > 0,
+        "dft weights the loss of the right token alone, and smoothing spreads it over all others",
+        "use loss_type nll, or label_smoothing_factor 0",
     ),
     Contradiction(
         ("warmup_ratio", "warmup_steps"),

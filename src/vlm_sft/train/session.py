@@ -34,6 +34,7 @@ from vlm_sft.trackers.tracker import INTERRUPTED
 from vlm_sft.train.caller import Caller
 from vlm_sft.train.checkpoint.directory import choose_resume, tidy
 from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, clear_run, disk_error, holds_work
+from vlm_sft.train.second_stage import begin_second_stage
 
 
 @contextmanager
@@ -70,7 +71,11 @@ def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRu
     ):
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
         _announce(options, launch, loaded.notes, checkpoint, caller.in_process)
-        record = RunRecord(options.output_dir, _facts(options, specs, launch, checkpoint))
+        facts = _facts(options, specs, launch, checkpoint)
+        if options.adapter is not None:
+            options, started = begin_second_stage(options, recipe)
+            facts |= started
+        record = RunRecord(options.output_dir, facts)
         again = caller.again or resume_line(sys.argv, launch)
         signals = StopSignals(again, lambda: record.finish("interrupted"), ends_process=not caller.in_process)
         yield TrainingRun(options, recipe, specs, launch, record, checkpoint, signals), guards

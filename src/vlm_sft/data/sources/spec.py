@@ -98,6 +98,40 @@ def parse_datasets(text: str) -> list[DatasetSpec]:
     return _unique_names(specs)
 
 
+def parse_loss_weights(text: str | None, specs: list[DatasetSpec]) -> dict[str, float]:
+    """Read `--loss_weights`, e.g. `chartqa=0.5,chat=2`.
+
+    Args:
+        text: NAME=WEIGHT, comma separated; None for none.
+        specs: the data sets that may be named.
+
+    Returns:
+        Weights by the name of the data set.
+
+    Raises:
+        DataError: a set is not among them, is named twice, or a weight is not a positive number.
+    """
+    known = [spec.name for spec in specs]
+    weights: dict[str, float] = {}
+    for entry in filter(None, (part.strip() for part in (text or "").split(","))):
+        name, _, number = (part.strip() for part in entry.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not (math.isfinite(weight) and weight > 0):
+            raise DataError(
+                f"--loss_weights {quoted(entry)} is not NAME=WEIGHT with a positive number", "e.g. chat=0.5"
+            )
+        if name not in known or name in weights:
+            what = "is named twice" if name in weights else "is no data set of --dataset"
+            raise DataError(
+                f"--loss_weights: {quoted(name)} {what}", f"name each of these at most once: {', '.join(known)}"
+            )
+        weights[name] = weight
+    return weights
+
+
 def refuse_weights(specs: list[DatasetSpec], why: str) -> None:
     """Refuse weights where nothing is drawn by them.
 

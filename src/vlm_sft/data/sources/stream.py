@@ -8,7 +8,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from vlm_sft.data.sample import Sample
-from vlm_sft.data.sources.splits import SplitPlan, dealt
+from vlm_sft.data.sources.splits import SplitPlan, dealt, own_images
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,5 +74,5 @@ def split_stream(plan: SplitPlan, samples: list[Sample], fraction: float) -> tup
     """
     if plan.part == "all":
         return plan, samples
-    kept = [sample for sample in samples if dealt(sample.images[0].key, fraction, plan.held) == plan.part]
+    kept = [sample for sample in samples if dealt(own_images(sample, set())[0], fraction, plan.held) == plan.part]
     return replace(plan, part="all"), kept
