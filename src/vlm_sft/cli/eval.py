@@ -24,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--benchmark",
         required=True,
         metavar="SETS",
-        help=f"comma separated: {', '.join(KNOWN)}, each with an optional @PATH, or "
-        "your own JSONL",
+        help=f"comma separated: {', '.join(KNOWN)}, each with an optional @PATH, or your own JSONL",
     )
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions a benchmark: a seeded sample")
