@@ -1,3 +1,53 @@
-"""vlm-sft: fine-tune vision-language models to answer questions about images."""
+"""vlm-sft: fine-tune vision-language models to answer questions about images.
+
+The names of `__all__` are the Python API (docs/API.md). Each is imported when it is first used, so that
+`import vlm_sft` loads no library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm_sft.api.finished import Run as Run
+    from vlm_sft.api.finished import open_run as open_run
+    from vlm_sft.api.models import ask as ask
+    from vlm_sft.api.planning import plan as plan
+    from vlm_sft.api.scoring import compare as compare
+    from vlm_sft.api.scoring import evaluate_model as evaluate_model
+    from vlm_sft.api.scoring import score as score
+    from vlm_sft.api.training import finetune as finetune
+    from vlm_sft.common.errors import VlmSftError as VlmSftError
+    from vlm_sft.recipe.load import load_recipe as load_recipe
 
 __version__ = "0.1.0"
+
+# Where each name comes from.
+_PLACES = {
+    "finetune": "api.training",
+    "plan": "api.planning",
+    "evaluate_model": "api.scoring",
+    "score": "api.scoring",
+    "compare": "api.scoring",
+    "open_run": "api.finished",
+    "Run": "api.finished",
+    "ask": "api.models",
+    "load_recipe": "recipe.load",
+    "VlmSftError": "common.errors",
+}
+
+__all__ = [*_PLACES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the API when it is first used."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """The API, for completion."""
+    return sorted({*globals(), *_PLACES})

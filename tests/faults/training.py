@@ -198,8 +198,8 @@ def spoil_loss(monkeypatch: Any, when: Callable[[int, list[str]], bool], value: 
         current["step"] = step
         return real(batch, mode, step)
 
-    def token_losses(model: Any, batch: Any, mode: Any) -> torch.Tensor:
-        losses = sound(model, batch, mode)
+    def token_losses(model: Any, batch: Any, mode: Any, *smoothing: float) -> torch.Tensor:
+        losses = sound(model, batch, mode, *smoothing)
         if when(current["step"], batch.sample_ids):
             first = batch.target_branch == 1
             losses = losses + torch.where(first, value, 0.0)

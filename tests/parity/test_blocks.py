@@ -41,6 +41,29 @@ def head(vocabulary_size: int, channels: int, dtype: torch.dtype) -> nn.Linear:
     return made
 
 
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_smoothed_losses_and_gradients_are_those_of_cross_entropy(dtype: torch.dtype, library: str) -> None:
+    projection = head(cross_entropy._BLOCK + 123, 24, dtype)
+    hidden = torch.randn(37, 24, dtype=dtype).requires_grad_()
+    targets = torch.randint(len(projection.weight), (37,))
+    weights = torch.linspace(-1, 2, 37, dtype=dtype)
+    scores = projection(hidden)
+    expected = F.cross_entropy(scores, targets, reduction="none", label_smoothing=0.2)
+    (slope,) = torch.autograd.grad((expected * weights).sum(), hidden, retain_graph=True)
+    shares = torch.full_like(scores, 0.2 / len(projection.weight)).scatter_add_(
+        1, targets[:, None], torch.full_like(scores[:, :1], 0.8)
+    )
+    torch.testing.assert_close(expected, -(shares * scores.log_softmax(1)).sum(1))
+    for found in (
+        cross_entropy.token_losses(hidden, projection, targets, 0.2),
+        cross_entropy.score_losses(scores, targets, 0.2),
+    ):
+        (gradient,) = torch.autograd.grad((found * weights).sum(), hidden, retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=LIMIT[dtype])
+        torch.testing.assert_close(gradient, slope, rtol=0, atol=LIMIT[dtype])
+    assert (expected - F.cross_entropy(scores, targets, reduction="none")).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("scale", [1.0, 60.0], ids=["even", "peaked"])
 @pytest.mark.parametrize("count", [1, 16, 37])
 @pytest.mark.parametrize("dtype", LIMIT)

@@ -58,7 +58,7 @@ def refused(line: str, capsys: Captured) -> str:
         ("score --benchmark chart_qa --predictions x", "did you mean chartqa?"),
         ("train --output_dir o --max_bad_steps ten", "--max_bad_steps: 'ten' is not a whole number"),
         ("train --output_dir o more", "nothing takes 'more'"),
-        ("train --output_dir o --lr_scheduler_type cosin", '"constant_with_warmup"; did you mean cosine?'),
+        ("train --output_dir o --lr_scheduler_type cosin", '"warmup_stable_decay"; did you mean cosine?'),
         ("train --output_dir o --report_to wandbb", "did you mean wandb?"),
         ("train --output_dir o --sft_config bst", "did you mean best?"),
         ("train --output_dir o --dataset chartq", "did you mean chartqa?"),

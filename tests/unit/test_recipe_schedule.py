@@ -7,13 +7,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import get_scheduler
 
 from tests.wording import line_with
 from vlm_sft.recipe.load import load_recipe
 from vlm_sft.recipe.schedule import rate_factor, resolve_schedule
-from vlm_sft.recipe.schema import SCHEDULERS, Recipe
+from vlm_sft.recipe.schema import DECAYS, SCHEDULERS, Recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -117,3 +119,28 @@ def test_schedule_properties(recipe: Recipe, steps_per_epoch: int) -> None:
         assert 1 <= resolved <= min(steps_per_epoch, total)
         if strategy == "steps" and resolved != asked:
             assert schedule.notes
+
+
+@pytest.mark.parametrize("decay_type", DECAYS)
+@pytest.mark.parametrize(("kind", "lowest"), [("cosine_with_min_lr", 0.2), ("warmup_stable_decay", 0.2), ("cosine", 0)])
+def test_schedules_behind_the_warmup_are_those_of_transformers(kind: str, lowest: float, decay_type: str) -> None:
+    total, warmup, fall = 40, 5, 8
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    told = {
+        "cosine": {},
+        "cosine_with_min_lr": {"min_lr_rate": lowest},
+        "warmup_stable_decay": {"num_decay_steps": fall, "min_lr_ratio": lowest, "decay_type": decay_type},
+    }[kind]
+    theirs = get_scheduler(kind, optimizer, warmup, total, told).lr_lambdas[0]
+    how = {"lowest": lowest, "decay_ratio": fall / total, "decay_type": decay_type}
+    for step in range(warmup, total + 1):
+        assert rate_factor(kind, warmup, total, step, **how) == pytest.approx(theirs(step), abs=1e-12)
+    assert rate_factor(kind, warmup, total, 0, **how) == 1 / 6
+
+
+def test_a_stable_phase_falls_only_at_its_end() -> None:
+    how = {"lowest": 0.1, "decay_ratio": 0.25, "decay_type": "linear"}
+    rates = [rate_factor("warmup_stable_decay", 2, 8, step, **how) for step in range(8)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.55])
+    whole = [rate_factor("warmup_stable_decay", 4, 8, step, decay_ratio=1.0, decay_type="linear") for step in range(8)]
+    assert whole[4:] == pytest.approx([1, 0.75, 0.5, 0.25])

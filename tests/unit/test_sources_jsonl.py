@@ -9,7 +9,8 @@ from tests.wording import line_with
 from vlm_sft.cli.main import main
 from vlm_sft.common.artifacts import read_jsonl
 from vlm_sft.common.errors import DataError, InterruptedRunError
-from vlm_sft.data.audit import check_images
+from vlm_sft.data.audit import audit, check_images
+from vlm_sft.data.preview import count_rows
 from vlm_sft.data.sample import Turn
 from vlm_sft.data.sources.registry import load_split, parse_datasets
 
@@ -133,7 +134,8 @@ BAD = [
     ({"image": "a.png", "question": "q", "answers": []}, "empty answer"),
     ({"image": "a.png", "question": "q"}, "missing key"),
     ({"picture": "a.png", "text": "q"}, "missing key"),
-    ({"question": "q", "answer": "a"}, "no image"),
+    ({"picture": "a.png", "question": "q", "answer": "a"}, "no image"),
+    ({"question": "<image>q", "answer": "a"}, "no image"),
     ({"image": "a.png", "question": "q", "answer": True}, "answer is not text"),
     ('{"image": "a.png", "question": "q", "answer": NaN}', "answer is not text"),
     ('{"image": "a.png", "question": "q", "answer": "\\ud800"}', "answer is not valid Unicode"),
@@ -168,14 +170,45 @@ def test_each_bad_line_is_left_out_with_its_place(folder, record, reason):
     loaded.left_out[0].detail.encode("utf-8")
 
 
-def test_a_turn_before_the_first_image_is_left_out_alone(folder):
+def test_a_turn_before_the_first_image_is_a_text_row(folder):
     says = [("user", "Hello"), ("assistant", "hi"), ("user", "<image>What?"), ("assistant", "a")]
     talk = {"images": ["a.png"], "messages": [{"role": role, "content": text} for role, text in says]}
     loaded = load(write(folder / "train.jsonl", [talk]))
-    assert [sample.question for sample in loaded.samples] == ["What?"]
-    (item,) = loaded.left_out
-    assert item.reason == "no image"
-    assert "answer 1 " in item.detail
+    assert [(sample.question, len(sample.images)) for sample in loaded.samples] == [("Hello", 0), ("What?", 1)]
+    assert not loaded.left_out
+
+
+def test_rows_without_an_image_are_text_rows(folder):
+    records = [
+        {"question": "Capital of France?", "answer": "Paris"},
+        {"image": None, "question": "Sum?", "answer": "4"},
+        {"images": [], "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+        {"image": "a.png", "question": "Colour?", "answer": "red"},
+    ]
+    loaded = load(write(folder / "train.jsonl", records))
+    assert [(sample.target, len(sample.images)) for sample in loaded.samples] == [
+        ("Paris", 0),
+        ("4", 0),
+        ("Hello", 0),
+        ("red", 1),
+    ]
+    assert "1 questions on 1 images, 3 text rows" in loaded.description
+    report = audit(loaded.samples)
+    assert (report.samples, report.images, report.text_rows) == (4, 1, 3)
+    assert ("text rows, without an image", "3") in count_rows(report)
+
+
+def test_text_rows_of_one_opening_are_held_out_together(folder):
+    talks = [
+        [("user", f"Topic {topic}"), ("assistant", "yes"), ("user", f"More {more}?"), ("assistant", "no")]
+        for topic in range(20)
+        for more in range(2)
+    ]
+    records = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in talks]
+    path = write(folder / "all.jsonl", records)
+    openings = [{sample.subject for sample in load(path, split).samples} for split in ("train", "validation", "test")]
+    assert [len(part) for part in openings] == [16, 2, 2]
+    assert len(set.union(*openings)) == 20
 
 
 def test_not_utf8_and_byte_order_mark(folder):
@@ -190,7 +223,7 @@ def test_not_utf8_and_byte_order_mark(folder):
 def test_no_usable_line_shows_three_reasons(folder):
     path = write(
         folder / "train.jsonl",
-        ["{", {"question": "q", "answer": "a"}, {"image": "gone.png", "question": "q", "answer": "a"}, "{"],
+        ["{", {"question": "<image>q", "answer": "a"}, {"image": "gone.png", "question": "q", "answer": "a"}, "{"],
     )
     with pytest.raises(DataError) as caught:
         load(path)

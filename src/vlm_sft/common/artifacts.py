@@ -38,6 +38,8 @@ PROMPT = "prompt.json"  # prompt template and image settings: they travel with a
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_PARTIAL = ".adapter.partial"  # the adapter while it is written
+MERGED_BASE = "merged_base"  # the model that a second stage began with: a base with an adapter merged into it
+ORIGIN = "origin.json"  # in it: which adapter on which base
 MANIFEST = "manifest.json"  # of a checkpoint, and of the adapter: every file's size and SHA-256, what it belongs to
 MANIFEST_CHECKSUM = "manifest.sha256"  # the checksum of manifest.json, as sha256sum writes it
 VERIFY = "verify.json"  # what vlm-sft verify found: is a resume exact, which checkpoints are damaged
@@ -69,6 +71,7 @@ CARD = "README.md"  # the model card of an export, of a run's adapter and of its
 REPORT = "report.html"
 COMPARE_JSON = "compare.json"  # the paired comparison of runs: differences, tests, verdicts, items that changed
 COMPARE_MARKDOWN = "compare.md"  # the same as a table to read
+ROWS_FOLDER = "rows"  # rows that a caller from Python held in memory, with their images
 EVALUATION_FOLDER = "evaluation"  # evaluation/base/<benchmark>/…, evaluation/tuned/<benchmark>/…
 
 

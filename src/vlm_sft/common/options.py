@@ -7,12 +7,12 @@ their own (`recipe/schema.py`): they stand in files too, so their values are che
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlm_sft.common.errors import RunError, quoted
+from vlm_sft.common.errors import RunError, nearest, quoted
 
 Options = TypeVar("Options")
 _KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "Path": Path}
@@ -124,3 +124,51 @@ def _value(flag: OptionFlag, value: Any) -> Any:
     if flag.words is not None:
         return _ON[value.lower()]
     return flag.read(value) if flag.read is not None and value is not None else value
+
+
+def checked_options(options: type[Options], values: Mapping[str, Any], **others: Any) -> Options:
+    """Make options of values from Python; texts are read as those of the flags.
+
+    Args:
+        options: the dataclass.
+        values: by name of the field; what is not there, or None, keeps its default.
+        others: fields that have no flag, or need no check.
+
+    Raises:
+        RunError: a value is of another kind, or none of the choices of its option; the first one is named.
+        VlmSftError: a value that the `read` of its flag refuses.
+    """
+    declared = {item.name: item for item in fields(options)}  # type: ignore[arg-type]
+    given = {name: _checked(declared[name], value) for name, value in values.items() if value is not None}
+    return options(**given, **others)
+
+
+def _checked(item: Field[Any], value: Any) -> Any:
+    """The value of one option from Python."""
+    flag: OptionFlag = item.metadata["flag"]
+    kinds = str(item.type).split(" | ")
+    wrong = f"--{item.name} {quoted(value)}"
+    if flag.choices and value not in flag.choices:
+        meant = nearest(str(value), flag.choices)
+        raise RunError(f"{wrong} is not one of {', '.join(flag.choices)}", f"choose one of them{meant}")
+    if "bool" in kinds:
+        if not isinstance(value, bool) and not (flag.words and str(value).lower() in _ON):
+            raise RunError(f"{wrong}: neither on nor off", "pass True or False")
+        return value if isinstance(value, bool) else _ON[str(value).lower()]
+    if isinstance(value, str) and flag.read is not None:
+        return flag.read(value)
+    if isinstance(value, bool) and kinds[0] in ("int", "float"):
+        raise RunError(f"{wrong} is not a number", "pass a number")
+    for kind, called in (("int", "a whole number"), ("float", "a number")):
+        if kinds[0] != kind or len(kinds) > 1 and kinds[1] != "None":
+            continue
+        try:
+            number = _KINDS[kind](value)
+        except (TypeError, ValueError):
+            number = None
+        if number is None or number != float(value):
+            raise RunError(f"{wrong} is not {called}", f"pass {called}")
+        return number
+    if kinds[0] == "Path":
+        return (flag.read or Path)(value)
+    return str(value) if kinds[0] == "str" else value

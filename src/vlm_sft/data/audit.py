@@ -15,7 +15,7 @@ from vlm_sft.common.errors import QUOTED_CHARACTERS, DataError, ModelError, boun
 from vlm_sft.data.duplicates import Repeat
 from vlm_sft.data.images import check_image
 from vlm_sft.data.plain_text import reads_like_control
-from vlm_sft.data.sample import NOTE, OUTSIDE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image
+from vlm_sft.data.sample import NOTE, OUTSIDE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image, text_rows
 from vlm_sft.data.threads import map_images
 
 MAX_LEFT_OUT_FRACTION = 0.01
@@ -32,6 +32,7 @@ class AuditReport:
     Attributes:
         samples: usable questions.
         images: different images among them.
+        text_rows: questions without an image.
         questions_per_image: how many images have k questions, by k.
         datasets, splits: questions by data set, and by "dataset/part" where a set has parts.
         answer_characters: minimum, median and maximum length of the targets, in characters.
@@ -46,6 +47,7 @@ class AuditReport:
 
     samples: int
     images: int
+    text_rows: int
     questions_per_image: dict[int, int]
     datasets: dict[str, int]
     splits: dict[str, int]
@@ -100,6 +102,7 @@ def audit(
     return AuditReport(
         samples=len(samples),
         images=len(refs),
+        text_rows=text_rows(samples),
         questions_per_image=questions_per_image(samples),
         datasets=dict(Counter(sample.dataset for sample in samples)),
         splits=dict(sorted(parts.items())),

@@ -83,7 +83,7 @@ class Chat:
 
         Args:
             messages: the conversation.
-            pictures: its pictures, mode "RGB".
+            pictures: its pictures, mode "RGB"; none for a text row.
             source: where they are, for messages.
 
         Raises:
@@ -93,7 +93,8 @@ class Chat:
         processor = self.processor if ordinary else self.plain.processor
         text = self.render(messages if ordinary else self._marked(messages))
         with blamed_on(source, processor):
-            whole = dict(processor(text=[text], images=[pictures], return_tensors="pt"))
+            shown = {"images": [pictures]} if pictures else {}
+            whole = dict(processor(text=[text], **shown, return_tensors="pt"))
         if ordinary:
             return whole
         marked = whole["input_ids"][0].numpy().astype(np.int32)

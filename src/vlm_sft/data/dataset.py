@@ -14,9 +14,9 @@ from vlm_sft.common.errors import DataError
 from vlm_sft.data.audit import histogram, refuse_if_all_fail
 from vlm_sft.data.cache.directory import default_cache_dir
 from vlm_sft.data.cache.encoded import DataCache
-from vlm_sft.data.encode import EncodedGroup, Encoder, group_by_image
+from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.packing import Bundle, GroupLengths
-from vlm_sft.data.sample import LeftOut, Sample, distinct_images, questions_per_image
+from vlm_sft.data.sample import LeftOut, Sample, distinct_images, group_by_image, questions_per_image, text_rows
 
 
 class PreparedData:
@@ -48,7 +48,7 @@ class PreparedData:
         self.lengths = tuple(group_lengths(group) for group in self._groups)
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Number of images, and of openings of text rows."""
         return len(self._groups)
 
     def __getitem__(self, index: int) -> EncodedGroup:
@@ -57,7 +57,7 @@ class PreparedData:
 
     @property
     def visual_tokens(self) -> tuple[int, ...]:
-        """Image tokens of each image."""
+        """Image tokens of each image; 0 for text rows."""
         return tuple(group.image_tokens for group in self._groups)
 
     def sample_ids(self, bundle: Bundle) -> tuple[str, ...]:
@@ -69,8 +69,8 @@ class PreparedData:
         return [members[0].dataset for members in self._samples]
 
     def image_samples(self) -> list[Sample]:
-        """One sample of each image."""
-        return [members[0] for members in self._samples]
+        """One sample of each group that shows an image."""
+        return [members[0] for members in self._samples if members[0].images]
 
     def samples(self) -> Iterator[tuple[Sample, EncodedGroup, int]]:
         """Yield every sample with its encoded image (without tensors) and its number within it."""
@@ -90,6 +90,7 @@ class PreparedData:
         return {
             "samples": len(questions),
             "images": self.distinct_images,
+            "text_rows": text_rows(samples),
             "supervised_tokens": sum(len(question.answer_ids) for question in questions),
             "image_tokens": sum(group.image_tokens for group in self._groups),
             "prompt_tokens": sum(len(question.prompt_ids) for question in questions),
@@ -97,7 +98,7 @@ class PreparedData:
             "questions_per_image": {str(k): images for k, images in questions_per_image(samples).items()},
             "by_dataset": dict(Counter(sample.dataset for sample in samples)),
             "token_histograms": {
-                "image_tokens": histogram([group.image_tokens for group in self._groups]),
+                "image_tokens": histogram([group.image_tokens for group in self._groups if group.image_tokens]),
                 "question_tokens": histogram([question.tokens for question in questions]),
                 "answer_tokens": histogram([len(question.answer_ids) for question in questions]),
             },
@@ -140,8 +141,10 @@ def usable_samples(encoder: Encoder, samples: Sequence[Sample]) -> tuple[list[Sa
 
 def group_lengths(group: EncodedGroup) -> GroupLengths:
     """Token counts of one encoded image, for the planner."""
+    weights = tuple(question.weight for question in group.questions)
     return GroupLengths(
         len(group.prefix_ids),
         tuple(question.tokens for question in group.questions),
         tuple(len(question.answer_ids) for question in group.questions),
+        weights if any(weight != 1 for weight in weights) else (),
     )

@@ -52,7 +52,7 @@ def find_repeats(samples: Sequence[Sample]) -> list[Repeat]:
     found: list[Repeat] = []
     by_question: dict[tuple[Any, ...], list[Sample]] = {}
     for sample in samples:
-        before = by_question.setdefault((sample.image_key, sample.system, sample.history, _plain(sample.question)), [])
+        before = by_question.setdefault((sample.subject, sample.system, sample.history, _plain(sample.question)), [])
         same = next((one for one in before if _plain(one.target) == _plain(sample.target)), None)
         other = next((one for one in before if _accepted(one).isdisjoint(_accepted(sample))), None)
         if same is not None:

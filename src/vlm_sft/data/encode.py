@@ -1,4 +1,4 @@
-"""Samples to token ids and image tensors, once an image.
+"""Samples to token ids and image tensors, once an image; text rows to token ids alone.
 
 The questions of one image share the beginning of the processor's own token sequences: the prefix, which holds the
 image. Pictures go through the image processor alone, once an image; the placeholder tokens of a picture depend on its
@@ -40,11 +40,13 @@ class EncodedQuestion:
         sample_id: id of the sample.
         prompt_ids: (Q,) int32, the prompt's tokens after the prefix; never empty.
         answer_ids: (A,) int32, the answer and its end token: the supervised part. Empty when only a prompt was asked.
+        weight: of these tokens in the training loss.
     """
 
     sample_id: str
     prompt_ids: np.ndarray
     answer_ids: np.ndarray
+    weight: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -54,15 +56,16 @@ class EncodedQuestion:
 
 @dataclass(frozen=True, slots=True)
 class EncodedGroup:
-    """One image (or several that belong together) with all its questions.
+    """One image (or several that belong together, or none but an opening text) with all its questions.
 
     Attributes:
-        key: key of the images.
+        key: what the questions are about, see `Sample.subject`.
         prefix_ids: (P,) int32, the tokens that all questions share, image tokens included.
         prefix_types: (P,) int32, the processor's token types of the prefix (1 = image), or empty where it has none.
         image_tokens: how many of the prefix tokens are image tokens.
         questions: the questions, in the order of the samples.
-        tensors: what the processor made of the images (pixel_values, image_grid_thw, …), batch dimension kept.
+        tensors: what the processor made of the images (pixel_values, image_grid_thw, …), batch dimension kept; empty
+            for text rows.
     """
 
     key: str
@@ -131,6 +134,7 @@ class Encoder:
         self.image_token_id = image_token_id(processor)
         self._splice_is_exact: bool | None = None
         self._alone_is_exact: bool | None = None
+        self._text_is_exact: bool | None = None
         self._tensor_names: tuple[str, ...] = ()
         self._frames: dict[Any, _Frame] = {}
         self._probes: dict[Any, list[np.ndarray]] = {}
@@ -143,7 +147,7 @@ class Encoder:
         """Encode all questions of one image.
 
         Args:
-            samples: at least one; all with the same images.
+            samples: at least one; all with the same subject and system text.
             with_answers: False leaves the answers out, for generation.
             tensors: what the processor made of the images, where that is at hand; None processes them.
 
@@ -153,7 +157,7 @@ class Encoder:
         """
         first = samples[0]
         tensors = self.process_images(first) if tensors is None else tensors
-        frame = self._frame(first, tensors)
+        frame = self._frame(first, tensors) if first.images else None
         conversations = [self._messages(sample, sample.question) for sample in samples]
         texts, plains = zip(*map(self.chat.prompt, conversations), strict=True)
         sequences = [
@@ -161,16 +165,20 @@ class Encoder:
         ]
         size = self._prefix_length(first, sequences, plains[0])
         prefix = sequences[0][:size]
-        types = np.zeros(size if len(frame.types) else 0, dtype=np.int32)
-        # Behind the images, where a history may differ from the probe, all tokens are text: type 0.
-        known = min(len(types), _common_prefix(frame.ids, prefix))
-        types[:known] = frame.types[:known]
+        types = np.zeros(0, dtype=np.int32)
+        if frame is not None and len(frame.types):
+            types = np.zeros(size, dtype=np.int32)
+            # Behind the images, where a history may differ from the probe, all tokens are text: type 0.
+            known = _common_prefix(frame.ids, prefix)
+            types[:known] = frame.types[:known]
         questions = tuple(
-            EncodedQuestion(sample.id, ids[size:], self.answer_ids(sample, text) if with_answers else ids[:0])
+            EncodedQuestion(
+                sample.id, ids[size:], self.answer_ids(sample, text) if with_answers else ids[:0], sample.weight
+            )
             for sample, ids, text in zip(samples, sequences, texts, strict=True)
         )
         image_tokens = int((prefix == self.image_token_id).sum())
-        return EncodedGroup(first.image_key, prefix, types, image_tokens, questions, tensors)
+        return EncodedGroup(first.subject, prefix, types, image_tokens, questions, tensors)
 
     def problem(self, sample: Sample) -> SampleError | None:
         """Why a sample cannot be encoded, found without decoding its images; None where nothing is known against it.
@@ -224,6 +232,8 @@ class Encoder:
         Raises:
             DataError: an image cannot be read or processed.
         """
+        if not sample.images:
+            return {}
         pictures = _pictures(sample)
         if self._alone_is_exact:
             with blamed_on(_source(sample), self.processor.image_processor):
@@ -313,8 +323,12 @@ class Encoder:
         system = sample.system or self.prompt.system
         return [message("system", system), *messages] if system else messages
 
-    def _splice(self, frame: _Frame, plain: np.ndarray, messages: list[Message], sample: Sample) -> np.ndarray:
-        """The processor's sequence for a question about the pictures of a frame, without processing them."""
+    def _splice(self, frame: _Frame | None, plain: np.ndarray, messages: list[Message], sample: Sample) -> np.ndarray:
+        """The processor's sequence for a question about the pictures of a frame (or none), none processed."""
+        if frame is None:
+            if self._text_is_exact is None:
+                self._text_is_exact = np.array_equal(plain, self._exact(messages, sample))
+            return plain if self._text_is_exact else self._exact(messages, sample)
         if self._splice_is_exact is not False:
             rest = len(frame.plain) - _common_prefix(frame.plain, plain)
             unchanged = _common_prefix(frame.ids[::-1], frame.plain[::-1])
@@ -347,6 +361,7 @@ class Encoder:
         size = min(_common_prefix(*probes), *(_common_prefix(plain, probe) for probe in probes)) + expansion
         size = min([size, *(_common_prefix(sequences[0], other) for other in sequences[1:])])
         size = min(size, min(len(ids) for ids in sequences) - 1)
+        size = max(size, 1)  # a template may begin with a text row's own words, which the group's texts have in common
         if (sequences[0][size:] == self.image_token_id).any():
             raise ModelError(
                 "the chat template puts the image behind the question, so no prefix can be shared",
@@ -377,15 +392,3 @@ def _source(sample: Sample) -> str:
 def picture_sizes(sample: Sample) -> tuple[tuple[int, int], ...]:
     """Width and height of a sample's images in pixels; those that no check has measured are decoded."""
     return tuple((image.width, image.height) if image.width else _picture(image).size for image in sample.images)
-
-
-def group_by_image(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Put the questions of one image together, images in the order of their first question.
-
-    A system text stands before the image, so samples with different ones are not put together; a conversation's
-    history stands behind it.
-    """
-    groups: dict[tuple[str, str], list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault((sample.image_key, sample.system), []).append(sample)
-    return list(groups.values())

@@ -55,7 +55,7 @@ def render_preview(
         histogram=[(k, f"{images:,}", round(images / most, 4)) for k, images in by_k.items()],
         left_out=list(left_out)[:SHOWN_LEFT_OUT],
         more_left_out=max(0, len(left_out) - SHOWN_LEFT_OUT),
-        cards=[_card(sample, questions[sample.image_key]) for sample in choose(samples, SHOWN, seed)],
+        cards=[_card(sample, questions[sample.subject]) for sample in choose(samples, SHOWN, seed)],
     )
 
 
@@ -64,6 +64,7 @@ def count_rows(report: AuditReport) -> list[tuple[str, str]]:
     rows = [
         ("questions", f"{report.samples:,}"),
         ("images", f"{report.images:,}"),
+        *([("text rows, without an image", f"{report.text_rows:,}")] if report.text_rows else []),
         ("questions per image, mean", f"{report.mean_questions_per_image:.2f}"),
     ]
     rows += [(f"questions in {part}", f"{count:,}") for part, count in (report.splits or report.datasets).items()]
@@ -102,7 +103,7 @@ def choose(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
     questions = _questions_per_image(samples)
     groups: dict[tuple[str, str, int], list[Sample]] = {}
     for sample in samples:
-        k = min(4, questions[sample.image_key])  # four and more look alike
+        k = min(4, questions[sample.subject])  # four and more look alike
         groups.setdefault((sample.dataset, sample.split, k), []).append(sample)
     generator = random.Random(seed)
     queues = [groups[key] for key in sorted(groups)]
@@ -117,7 +118,7 @@ def choose(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
 def _questions_per_image(samples: Sequence[Sample]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for sample in samples:
-        counts[sample.image_key] = counts.get(sample.image_key, 0) + 1
+        counts[sample.subject] = counts.get(sample.subject, 0) + 1
     return counts
 
 

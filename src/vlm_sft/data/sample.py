@@ -7,7 +7,7 @@ import functools
 import hashlib
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,19 +81,20 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question about one image (or several), with the answer to learn and the answers to score against.
+    """One question, mostly about one image (or several), with the answer to learn and the answers to score against.
 
     Attributes:
         id: unique and stable within its data set, e.g. "chartqa/train/000017".
         dataset: name of the source, e.g. "chartqa"; it selects the benchmark metric.
         split: the part that results are reported by, e.g. "human" or "augmented"; "" when there is only one.
-        images: the images in the order in which they precede the question.
+        images: the images in the order in which they precede the question; none for a text row.
         question: the text of the user's turn, without any prompt template.
         target: the answer that is supervised, exactly as it should be generated.
         answers: every reference answer (TextVQA: ten), for the metric.
         history: earlier turns of the conversation, given as context and never supervised.
         system: system text of the conversation; "" leaves it to the prompt settings.
         metadata: small JSON values for analysis: "question_type", "answer_type", ….
+        weight: of its answer's tokens in the training loss.
     """
 
     id: str
@@ -106,11 +107,24 @@ class Sample:
     history: tuple[Turn, ...] = ()
     system: str = ""
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
+    weight: float = 1.0
 
     @property
     def image_key(self) -> str:
-        """Key of the images of this sample together; samples with equal keys share one encoded prefix."""
+        """Key of the images of this sample together; "" for a text row."""
         return "+".join(image.key for image in self.images)
+
+    @property
+    def subject(self) -> str:
+        """What this sample is about: its images, or the text that its conversation opens with.
+
+        Samples of one subject share an encoded prefix, are dealt to the same part of a hold-out and are one cluster
+        in statistics.
+        """
+        if self.images:
+            return self.image_key
+        opening = self.history[0].text if self.history else self.question
+        return "text:" + hashlib.sha256(opening.encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -123,10 +137,35 @@ def distinct_images(samples: Iterable[Sample]) -> int:
     return len({image.key for sample in samples for image in sample.images})
 
 
+def text_rows(samples: Iterable[Sample]) -> int:
+    """How many samples show no image."""
+    return sum(not sample.images for sample in samples)
+
+
+def counted(samples: Sequence[Sample]) -> str:
+    """Questions and images in words, with what has no image told apart: "12 questions on 4 images, 3 text rows"."""
+    text = text_rows(samples)
+    seen = f"{len(samples) - text:,} questions on {distinct_images(samples):,} images"
+    rows = f"{text:,} text {'row' if text == 1 else 'rows'}"
+    return seen if not text else f"{seen}, {rows}" if text < len(samples) else rows
+
+
 def questions_per_image(samples: Iterable[Sample]) -> dict[int, int]:
     """How many different images are shown in k questions, by k."""
     shown = Counter(key for sample in samples for key in {image.key for image in sample.images})
     return dict(sorted(Counter(shown.values()).items()))
+
+
+def group_by_image(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Put the questions of one image together, and text rows of one opening; in the order of their first question.
+
+    A system text stands before the image, so samples with different ones are not put together; a conversation's
+    history stands behind it.
+    """
+    groups: dict[tuple[str, str], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.subject, sample.system), []).append(sample)
+    return list(groups.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,15 +37,18 @@ class StopSignals:
     Args:
         again: the command line that goes on with this run.
         on_stuck: called before a process that does not come to an end by itself is ended.
+        ends_process: False where the process belongs to a caller: a repeated signal interrupts it again, and nothing
+            ends it.
 
     Attributes:
         requested: name of the first signal; "" while there was none.
     """
 
-    def __init__(self, again: str, on_stuck: Callable[[], None]) -> None:
+    def __init__(self, again: str, on_stuck: Callable[[], None], ends_process: bool = True) -> None:
         self.again = again
         self.requested = ""
         self._on_stuck = on_stuck
+        self._ends_process = ends_process
         self._first = 0.0
         self._at_step_end = False
         self._free_since = 0.0
@@ -108,7 +111,8 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first = not self.requested
         self.requested = self.requested or signal.Signals(number).name
-        if first and not self._at_step_end:
+        repeated = not first and not self._ends_process and time.monotonic() - self._first > REPEAT_SECONDS
+        if repeated or (first and not self._at_step_end):
             raise self.interruption("")
 
     def _watch(self) -> None:
@@ -123,7 +127,12 @@ class StopSignals:
                 warn("the launcher is gone")
                 os.kill(os.getpid(), signal.SIGTERM)
             since = max(self._first, self._free_since)
-            if self._first and not self._at_step_end and time.monotonic() - since > STUCK_SECONDS:
+            if (
+                self._ends_process
+                and self._first
+                and not self._at_step_end
+                and time.monotonic() - since > STUCK_SECONDS
+            ):
                 self._on_stuck()
                 os._exit(InterruptedRunError.exit_code)
 
@@ -135,7 +144,7 @@ class StopSignals:
             name = signal.Signals(number).name
             todo = "saving after this step" if self._at_step_end else "stopping"
             warn(f"{name}: {todo}; the same signal again after {REPEAT_SECONDS:g} s ends the run at once")
-        elif now - self._first > REPEAT_SECONDS:
+        elif self._ends_process and now - self._first > REPEAT_SECONDS:
             os._exit(128 + number)
 
 

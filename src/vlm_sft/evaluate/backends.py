@@ -245,7 +245,7 @@ def vllm_requests(encoder: Encoder, samples: Sequence[Sample]) -> list[dict[str,
         pictures = [decode_rgb(image.load(), image.source) for image in sample.images]
         text, ids = encoder.prompt_tokens(sample)
         asked = {"prompt": text} if encoder.has_ordinary_prompt(sample) else {"prompt_token_ids": ids.tolist()}
-        requests.append({**asked, "multi_modal_data": {"image": pictures}})
+        requests.append({**asked, **({"multi_modal_data": {"image": pictures}} if pictures else {})})
     return requests
 
 

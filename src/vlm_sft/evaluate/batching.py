@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from vlm_sft.data.encode import group_by_image
 from vlm_sft.data.packing import cut_questions, fill_rows
 from vlm_sft.data.processor import visual_tokens
-from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.data.sample import ImageRef, Sample, group_by_image
 from vlm_sft.data.token_estimate import CAREFUL
 
 Pack = list[list[Sample]]  # images of one forward pass, each with the questions that are asked about it

@@ -49,6 +49,13 @@ def format_markdown(result: dict[str, Any]) -> str:
 
 def format_table(result: dict[str, Any]) -> str:
     """Lay the comparisons out as a table for a person, in points (percent)."""
+    (header, *rows), notes = comparison_cells(result)
+    first = f"baseline: {in_markdown(result['baseline'])}"
+    return "\n".join([first, "", *_table(header, rows), *map(in_markdown, notes)])
+
+
+def comparison_cells(result: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The cells of the table of `format_table`, header first, and the lines below it."""
     header = (
         "benchmark",
         "n",
@@ -91,8 +98,7 @@ def format_table(result: dict[str, Any]) -> str:
         for who, count in (("baseline", c["baseline_cut"]), (c["run"], c["cut"]))
         if count
     ]
-    first = f"baseline: {in_markdown(result['baseline'])}"
-    return "\n".join([first, "", *_table(header, rows), *map(in_markdown, notes)])
+    return [header, *rows], notes
 
 
 def _detectable(comparison: Mapping[str, Any]) -> str:

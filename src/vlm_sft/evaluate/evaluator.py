@@ -156,7 +156,7 @@ class Evaluator:
         timing = {"seconds": round(seconds, 3), "questions_per_second": round(new / max(seconds, 1e-9), 3)}
         if new <= 0 and path.is_file():  # nothing was generated: the earlier figures are the true ones
             timing |= {key: value for key, value in artifacts.read_json(path).items() if key in timing}
-        result = summarise(task.benchmark.name, ordered) | {
+        result = summarise(task.benchmark, ordered) | {
             "schema": 1,
             "benchmark": task.name,
             "synthetic": task.synthetic,
@@ -177,21 +177,22 @@ def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str
     Args:
         benchmark: scores the answer.
         reply: the question with its answer.
-        cluster: the questions that it hangs together with through its images; told where it has several of them.
+        cluster: the questions that it hangs together with through its images; told where there is not just one.
     """
     sample, text, cut = reply
     return {
         "id": sample.id,
         "image": picture_name(sample),
-        **({"cluster": cluster} if len(sample.images) > 1 else {}),
+        **({"cluster": cluster} if len(sample.images) != 1 else {}),
         "image_pixels": sum(image.width * image.height for image in sample.images),
         "question": sample.question,
         "prediction": text,
         "answers": list(sample.answers),
         "split": sample.split,
-        "score": benchmark.metric(text, sample.answers),
+        "score": benchmark.score(text, sample.answers, sample.metadata),
         "cut": cut,
         "question_type": str(sample.metadata.get("question_type", "")),
+        **{key: sample.metadata[key] for key in benchmark.needs if sample.metadata.get(key)},
     }
 
 
@@ -217,7 +218,10 @@ def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
             "clusters": compared["clusters"],
             "metric": task.benchmark.metric_name,
             "synthetic": task.synthetic,
-            **{side: {key: sides[side][key] for key in ("accuracy", "interval", "seconds", "cut")} for side in sides},
+            **{
+                side: {key: sides[side][key] for key in ("accuracy", "interval", "seconds", "cut", "secondary")}
+                for side in sides
+            },
             **{key: sides["tuned"][key] for key in ("max_new_tokens", "answer_tokens")},
             "difference": compared["difference"],
             "difference_interval": compared["interval"],

@@ -120,7 +120,8 @@ def folder_answers(
     with progress(len(samples), label, "questions") as bar:
         for sample in samples:
             pictures = [decode_rgb(image.load(), image.source) for image in sample.images]
-            inputs = processor(text=[encoder.prompt_text(sample)], images=[pictures], return_tensors="pt")
+            shown = {"images": [pictures]} if pictures else {}
+            inputs = processor(text=[encoder.prompt_text(sample)], **shown, return_tensors="pt")
             answers.append(_generate(model, as_weights(model, inputs.to(model.device)), config))
             bar.advance()
     return answers

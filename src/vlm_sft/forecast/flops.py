@@ -83,7 +83,7 @@ def pack_work(
         squares=sum(size * size for size in sizes),
         supervised=sum(lengths[bundle.group].supervised[q] for bundle in pack for q in bundle.questions),
         questions=sum(len(bundle.questions) for bundle in pack),
-        images=len(pack),
+        images=sum(tokens > 0 for tokens in seen),
         visual=sum(seen),
         visual_squares=sum(count * count for count in seen),
         keys=keys,

@@ -133,10 +133,11 @@ def find_team(root: Path, launch: Launch) -> Team:
 
 
 def one_an_image(samples: Sequence[Sample]) -> list[Sample]:
-    """The first sample of each image."""
+    """The first sample of each image; of text rows none."""
     found: dict[str, Sample] = {}
     for sample in samples:
-        found.setdefault(sample.image_key, sample)
+        if sample.images:
+            found.setdefault(sample.image_key, sample)
     return list(found.values())
 
 

@@ -46,6 +46,21 @@ def _threshold(probability: float) -> int:
     return int(probability * 2**32) - 2**31
 
 
+def _bits(keys: torch.Tensor, channels: int, seed: int) -> torch.Tensor:
+    """(L, C) int32, a hash of every token's key and channel."""
+    of_keys, of_channels = _factors(seed)
+    rows = keys * of_keys
+    rows = (rows ^ (rows >> 32)).to(torch.int32)[:, None]
+    columns = torch.arange(channels, device=keys.device, dtype=torch.int64) * of_channels
+    columns = (columns ^ (columns >> 32)).to(torch.int32)[None, :]
+    bits = rows ^ columns
+    for prime, shift in _ROUNDS:
+        # int32 shifts copy the sign, and the sign decides here, so the bits that are shifted in are cleared.
+        bits = bits ^ ((bits >> shift) & ((1 << (32 - shift)) - 1))
+        bits = bits * prime
+    return bits
+
+
 def keep_mask(keys: torch.Tensor, channels: int, probability: float, seed: int) -> torch.Tensor:
     """Decide which values are kept.
 
@@ -58,17 +73,22 @@ def keep_mask(keys: torch.Tensor, channels: int, probability: float, seed: int) 
     Returns:
         (L, C) bool, True where a value is kept.
     """
-    of_keys, of_channels = _factors(seed)
-    rows = keys * of_keys
-    rows = (rows ^ (rows >> 32)).to(torch.int32)[:, None]
-    columns = torch.arange(channels, device=keys.device, dtype=torch.int64) * of_channels
-    columns = (columns ^ (columns >> 32)).to(torch.int32)[None, :]
-    bits = rows ^ columns
-    for prime, shift in _ROUNDS:
-        # int32 shifts copy the sign, and the sign decides here, so the bits that are shifted in are cleared.
-        bits = bits ^ ((bits >> shift) & ((1 << (32 - shift)) - 1))
-        bits = bits * prime
-    return bits >= _threshold(probability)
+    return _bits(keys, channels, seed) >= _threshold(probability)
+
+
+def uniform_noise(keys: torch.Tensor, channels: int, seed: int) -> torch.Tensor:
+    """Numbers between -1 and 1 from the same hash, (L, C) float32; arguments as for `keep_mask`."""
+    return _bits(keys, channels, seed).float() / 2**31
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one module in one step.
+
+    Args:
+        seed: of the module.
+        step: optimizer steps done.
+    """
+    return _mix(seed * 1_000_003 + step)
 
 
 def stepwise_dropout(values: torch.Tensor, keys: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
@@ -177,7 +197,7 @@ class KeyedDropout(torch.nn.Module):
             return torch.nn.functional.dropout(values, self.p)
         fits = values.is_cuda and values.dtype in KERNEL_DTYPES and fused_problem(values.device) is None
         dropout = fused_dropout if fits else stepwise_dropout
-        return dropout(rows, keys, self.p, _mix(self.seed * 1_000_003 + pack.step)).view_as(values)
+        return dropout(rows, keys, self.p, step_seed(self.seed, pack.step)).view_as(values)
 
     def extra_repr(self) -> str:
         """Show the probability when the model is printed."""

@@ -7,10 +7,11 @@ one plain `PackContext` at a time; `packed_forward.packed` enters it and everyth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -183,6 +184,7 @@ class PackContext:
             are one sequence.
         padded: the questions as a batch of separate sequences, which plain transformers computes; `rows` and `keys` are
             those of the flattened batch then. None where they share their image.
+        ends: as of `PackedBatch`; empty where no pack is computed.
     """
 
     tokens: int = 0
@@ -193,6 +195,26 @@ class PackContext:
     recurrence: Recurrence | None = None
     index: torch.Tensor | None = None
     padded: PaddedRows | None = None
+    ends: Sequence[Sequence[int]] = ()
+
+    def lengths(self, device: torch.device) -> torch.Tensor:
+        """For each token the tokens up to the end of its own part: of its prefix, or of prefix and question.
+
+        That is a number of the question or image alone, whatever else is in the pack.
+
+        Args:
+            device: where they are needed.
+
+        Returns:
+            (L,) int64; of padded questions, those of the flattened batch.
+        """
+        parts = []
+        for bounds in self.ends:
+            prefix = bounds[1] - bounds[0]
+            parts.append(torch.full((prefix,), prefix))
+            parts += [torch.full((end - start,), prefix + end - start) for start, end in pairwise(bounds[1:])]
+        found = moved_to(device, torch.cat(parts))
+        return found if self.padded is None else self.padded.take(found).flatten()
 
     @cached_property
     def _row_keys(self) -> torch.Tensor | None:

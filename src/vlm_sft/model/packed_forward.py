@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from vlm_sft.model.repeated_images import row_images
 from vlm_sft.model.router_loss import question_losses, recorded
 from vlm_sft.model.state_batches import Recurrence
 from vlm_sft.model.vision_features import image_inputs, inner_model, unwrap
+from vlm_sft.recipe.schema import Recipe
 
 _IMAGE_TYPE = 1  # token type of image tokens, in all processors that have token types
 
@@ -74,12 +76,19 @@ def packed(
     if not mode.shares:
         rows = padded_rows(batch)
         keys = rows.take(batch.keys).flatten()
-        context = PackContext(rows=rows.predict, keys=keys, step=dropout_step, padded=rows)
+        context = PackContext(rows=rows.predict, keys=keys, step=dropout_step, padded=rows, ends=batch.ends)
     else:
         layout = layout_of(batch, mode) if mode.kind == "blockwise" else None
         recurrence = Recurrence(batch.ends, kept)
         context = PackContext(
-            batch.tokens, layout, batch.predict, batch.keys, dropout_step, recurrence, index=batch.index
+            batch.tokens,
+            layout,
+            batch.predict,
+            batch.keys,
+            dropout_step,
+            recurrence,
+            index=batch.index,
+            ends=batch.ends,
         )
     with computing(context):
         yield
@@ -187,7 +196,30 @@ def separate_inputs(model: AnyModel, batch: PackedBatch, rows: PaddedRows | None
     return {"input_ids": ids, "attention_mask": mask, **named, **row_images(model, batch, rows.images)}
 
 
-def token_losses(model: AnyModel, batch: PackedBatch, mode: PackMode) -> torch.Tensor:
+@dataclass(frozen=True)
+class Objective:
+    """What a training makes small, beside the plain cross entropy; an evaluation looks at that alone.
+
+    Attributes:
+        smoothing: part of a token's probability that is spread evenly over the vocabulary (Szegedy et al. 2016,
+            arXiv:1512.00567), as transformers' `label_smoothing_factor`.
+        by_probability: whether a token's loss is weighted with the probability that the model gives the token, a
+            constant for the gradient: dynamic fine-tuning (Wu et al. 2025, arXiv:2508.05629, equation 9).
+    """
+
+    smoothing: float = 0.0
+    by_probability: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Objective:
+        """That of a recipe."""
+        return cls(recipe.label_smoothing_factor, recipe.loss_type == "dft")
+
+
+PLAIN = Objective()
+
+
+def token_losses(model: AnyModel, batch: PackedBatch, mode: PackMode, smoothing: float = 0.0) -> torch.Tensor:
     """Run the model on one pack, inside `packed(…)`, and compare it with the answers.
 
     Where the model is trimmed and its head is frozen and plain, the losses are computed without the scores; nowhere is
@@ -197,6 +229,7 @@ def token_losses(model: AnyModel, batch: PackedBatch, mode: PackMode) -> torch.T
         model: the model, wrapped or not.
         batch: the pack, with answers, on the model's device.
         mode: as in `forward`.
+        smoothing: as of `Objective`.
 
     Returns:
         (S,), cross entropy of each supervised token in nats, computed in float32 or better.
@@ -205,18 +238,19 @@ def token_losses(model: AnyModel, batch: PackedBatch, mode: PackMode) -> torch.T
     head = base.get_output_embeddings()
     if mode.shares and is_trimmed(base) and cross_entropy.is_covered(head):
         hidden = inner_model(base)(use_cache=False, **shared_inputs(model, batch, mode))[0]
-        return cross_entropy.token_losses(hidden[0], head, batch.targets)
-    return cross_entropy.score_losses(forward(model, batch, mode).logits.squeeze(0), batch.targets)
+        return cross_entropy.token_losses(hidden[0], head, batch.targets, smoothing)
+    return cross_entropy.score_losses(forward(model, batch, mode).logits.squeeze(0), batch.targets, smoothing)
 
 
-def training_losses(model: AnyModel, batch: PackedBatch, mode: PackMode) -> torch.Tensor:
-    """The losses of `token_losses`, and where the model's configuration counts it the router loss of every question.
+def training_losses(model: AnyModel, batch: PackedBatch, mode: PackMode, objective: Objective = PLAIN) -> torch.Tensor:
+    """The losses of an objective, and where the model's configuration counts it the router loss of every question.
 
     Each supervised token of a question carries the question's router loss, so that a step of one question has the loss
     that plain transformers gives it, and packs and ranks change nothing.
 
     Args:
         model, batch, mode: as for `token_losses`.
+        objective: of the training.
 
     Returns:
         (S,).
@@ -224,9 +258,17 @@ def training_losses(model: AnyModel, batch: PackedBatch, mode: PackMode) -> torc
     base = unwrap(model)
     coefficient = router_coefficient(base)
     if not coefficient:
-        return token_losses(model, batch, mode)
+        return _objective_losses(model, batch, mode, objective)
     with recorded(base) as router_logits:
-        losses = token_losses(model, batch, mode)
+        losses = _objective_losses(model, batch, mode, objective)
     chosen = base.config.get_text_config().num_experts_per_tok
     balance = question_losses(router_logits, batch, chosen, current_pack().padded)
     return losses + coefficient * balance[batch.target_branch - 1].to(losses)
+
+
+def _objective_losses(model: AnyModel, batch: PackedBatch, mode: PackMode, objective: Objective) -> torch.Tensor:
+    """The token losses (S,) of an objective."""
+    if objective == PLAIN:
+        return token_losses(model, batch, mode)
+    losses = token_losses(model, batch, mode, objective.smoothing)
+    return losses * losses.detach().neg().exp() if objective.by_probability else losses

@@ -51,6 +51,9 @@ class Positions:
         starts = torch.zeros(len(batch.ends), dtype=torch.long, device=rows.device)
         accepted = inspect.signature(self._bare.get_rope_index).parameters
         for image, (start, end, *_) in enumerate(batch.ends):
+            if not batch.tensors[image]:  # text alone counts up, on all rows alike
+                starts[image] = end - start
+                continue
             arguments = {name: value for name, value in batch.tensors[image].items() if name in accepted}
             if "mm_token_type_ids" in accepted:
                 arguments["mm_token_type_ids"] = batch.prefix_types[None, start:end]

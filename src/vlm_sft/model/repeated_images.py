@@ -35,9 +35,12 @@ def row_images(model: AnyModel, batch: PackedBatch, rows: Sequence[int]) -> dict
 
     Args:
         model: computes features of images that several rows are about; gradients reach its tower.
-        batch: the pack; every image of it has a row.
+        batch: the pack; every image of it has a row, and so has every text row.
         rows: which image each row is about, in order.
     """
+    images = [place for place, image in enumerate(batch.tensors) if image]
+    batch = replace(batch, tensors=[batch.tensors[place] for place in images])
+    rows = [images.index(row) for row in rows if row in images]
     if len(rows) == len(batch.tensors):
         return image_inputs(model, batch)
     repeated = replace(batch, tensors=[batch.tensors[row] for row in rows])

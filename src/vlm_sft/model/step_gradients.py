@@ -31,6 +31,7 @@ class StepGradients:
         step: optimizer steps done, for dropout.
         scale: what token losses are multiplied by.
         precision: makes the context of the forward pass.
+        objective: what is made small.
 
     Attributes:
         parameters: the trained ones.
@@ -46,8 +47,10 @@ class StepGradients:
         step: int,
         scale: float,
         precision: Callable[[], AbstractContextManager[Any]],
+        objective: packed_forward.Objective = packed_forward.PLAIN,
     ) -> None:
         self.model = model
+        self.objective = objective
         self.mode = mode
         self.step = step
         self.scale = scale
@@ -75,9 +78,13 @@ class StepGradients:
             here = pack.to(self.device)
             with packed_forward.packed(here, self.mode, self.step):
                 with self.precision():
-                    token_losses = packed_forward.training_losses(self.model, here, self.mode)
-                    loss = token_losses.sum() * (pack.weight * self.scale)
-                gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                    token_losses = packed_forward.training_losses(self.model, here, self.mode, self.objective)
+                    loss = here.weighted_sum(token_losses) * self.scale
+                gradients = (
+                    torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                    if loss.requires_grad  # not where text rows alone meet a model of which only the tower is trained
+                    else [None] * len(self.parameters)
+                )
         except torch.OutOfMemoryError:
             pass  # its frames hold the activations; outside of this block they are gone
         if gradients is None:

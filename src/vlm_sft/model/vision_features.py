@@ -137,17 +137,18 @@ def image_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, Any]:
         model: computes the features of images whose kept ones turned out to be damaged.
         batch: the pack.
     """
-    if not batch.tensors:
+    images = [image for image in batch.tensors if image]  # a text row has none
+    if not images:
         return {}
-    features = [features_of(image) for image in batch.tensors]
+    features = [features_of(image) for image in images]
     if not any(features):
-        return as_weights(model, joined_tensors(batch.tensors))
-    pairs = zip(features, batch.tensors, strict=True)
+        return as_weights(model, joined_tensors(images))
+    pairs = zip(features, images, strict=True)
     features = [found or _features_now(model, image) for found, image in pairs]
     # Where the model finds the positions itself it needs the sizes of the images too.
     sizes = [
         {name: value for name, value in image.items() if not (name.startswith(PREFIX) or is_pixels(name))}
-        for image in batch.tensors
+        for image in images
     ]
     return {"mm_encoder_outputs": {"image": joined_features(features)}, **joined_tensors(sizes)}
 

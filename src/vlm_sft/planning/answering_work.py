@@ -65,7 +65,7 @@ def prompt_work(pack: Sequence[Sequence[Sample]], count: Callable[[ImageRef], in
         squares=sum(size**2 for size in sizes),
         supervised=questions,
         questions=questions,
-        images=len(pack),
+        images=sum(tokens > 0 for tokens in visual),
         visual=sum(visual),
         visual_squares=sum(tokens**2 for tokens in visual),
     )

@@ -99,7 +99,7 @@ class RunData:
 def _counter(plan: Plan, images: Sequence[Sample]) -> Callable[[ImageRef], int]:
     """A function that gives the visual tokens of an image: as they were counted, else by its size."""
     parts = [part for part in (plan.data, plan.evaluation) if part is not None]
-    tokens = [count for part in parts for count in part.visual_tokens]
+    tokens = [count for part in parts for count in part.visual_tokens if count]
     counted = {sample.image_key: count for sample, count in zip(images, tokens, strict=True)}
     by_size = image_counter(plan.data.encoder.processor)
 
@@ -114,7 +114,7 @@ def _counter(plan: Plan, images: Sequence[Sample]) -> Callable[[ImageRef], int]:
 
 def image_seconds(encoder: Encoder, samples: Sequence[Sample]) -> float:
     """Seconds of processing one image, measured on two."""
-    chosen = list(samples[:3])
+    chosen = [sample for sample in samples if sample.images][:3]
     if not chosen:
         return 0.0
     encoder.process_images(chosen[0])

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from vlm_sft.common.console import say
 from vlm_sft.common.errors import DataError, ModelError
-from vlm_sft.data.encode import group_by_image, picture_sizes
+from vlm_sft.data.encode import picture_sizes
 from vlm_sft.data.engine_options import Rows
 from vlm_sft.data.packing import GroupLengths
-from vlm_sft.data.sample import ImageRef, Sample, distinct_images
+from vlm_sft.data.sample import ImageRef, Sample, distinct_images, group_by_image
 from vlm_sft.data.token_estimate import EXPECTED
 from vlm_sft.evaluate.batching import image_counter
 from vlm_sft.forecast.image_tokens import qwen_grid

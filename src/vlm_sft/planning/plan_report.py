@@ -38,21 +38,31 @@ class PlannedRun:
 def schedule_lines(planned: PlannedRun) -> list[str]:
     """Schedule, questions, images and tokens of a plan."""
     data, schedule = planned.data, planned.data.schedule
-    questions, images = data.planner.questions_per_epoch, data.distinct_images
     evaluations, saves = schedule.evaluation_steps(), schedule.save_steps_list()
-    visual, epoch = sorted(data.visual), planned.inputs.passes.epoch
+    visual, epoch = sorted(filter(None, data.visual)), planned.inputs.passes.epoch
     tokens = sorted(size for group in data.planner.lengths for size in group.questions)
     lines = [
         f"schedule: {schedule.total_steps:,} steps of {data.planner.global_batch_size} questions "
         f"({schedule.steps_per_epoch:,} an epoch), warmup {schedule.warmup_steps}, {len(evaluations):,} evaluations, "
         f"{len(saves):,} checkpoints of which {planned.inputs.output.saving.kept:,} are kept",
-        f"data: {questions:,} questions on {images:,} images ({questions / images:.2f} each)",
-        "tokens of an image: " + _spread(visual) + "; of a question with its answer: " + _spread(tokens),
+        _data_line(data),
+        ("tokens of an image: " + _spread(visual) + "; " if visual else "tokens ")
+        + "of a question with its answer: "
+        + _spread(tokens),
         f"epoch: {epoch.total.packs:,.0f} packs, {epoch.total.tokens:,.0f} tokens, the largest "
         f"{epoch.largest.tokens:,.0f}",
     ]
     few = few_steps(planned.run.recipe, schedule, data.planner)
     return [*lines, *(f"note: {note}" for note in (*schedule.notes, *([few] if few else [])))]
+
+
+def _data_line(data: RunData) -> str:
+    """Questions, images and text rows of an epoch."""
+    groups = list(zip(data.planner.lengths, data.visual, strict=True))
+    text = sum(len(group.questions) for group, visual in groups if not visual)
+    questions, images = data.planner.questions_per_epoch - text, data.distinct_images
+    seen = f"{questions:,} questions on {images:,} images ({questions / images:.2f} each)" if images else ""
+    return "data: " + ", ".join(filter(None, [seen, f"{text:,} text rows" if text else ""]))
 
 
 def _spread(values: Sequence[int]) -> str:
@@ -77,7 +87,7 @@ def plan_facts(planned: PlannedRun) -> dict[str, Any]:
         "questions": data.planner.questions_per_epoch,
         "images": data.distinct_images,
         "histograms": {
-            "image_tokens": histogram(data.visual),
+            "image_tokens": histogram([count for count in data.visual if count]),
             "question_tokens": histogram([size for group in data.planner.lengths for size in group.questions]),
         },
         "passes": planned.run.passes.to_dict() if planned.run.passes else None,

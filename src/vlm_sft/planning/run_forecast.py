@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vlm_sft.common.artifacts import checkpoint_step
+from vlm_sft.common.artifacts import MERGED_BASE, checkpoint_step
 from vlm_sft.common.console import is_main_process, say, warn
 from vlm_sft.common.errors import ForecastError, RunError
 from vlm_sft.common.formats import duration, relative, size
@@ -146,6 +146,8 @@ class ForecastTracker:
         self._record({**actual, "items": {"time_seconds": rounded}})
         for line in outcome(self.forecast, actual):
             say(line)
+        if self.run.record.values.get("stopped_early"):
+            return  # it did less than was forecast: later forecasts would learn the wrong speed from it
         measured = {**self.seconds, MEMORY: actual["peak_bytes"] - self.inputs.process_bytes}
         try:
             add_past_run(root, estimate.history_row(self.inputs, self.key, measured))
@@ -165,6 +167,7 @@ def _calibrated_inputs(
     setting = setting_of(run, shape, width, rates_here(shape, plan.base.dtype), plan.base.flash)
     key = past_runs_key(shape, setting)
     setting = replace(setting, rates=settled_rates(past, key, setting.rates))
+    merged = folder_bytes([run.options.output_dir / MERGED_BASE])  # of a second stage
     inputs = forecast_inputs(
         run,
         RunData.of_plan(plan, tasks),
@@ -173,7 +176,7 @@ def _calibrated_inputs(
         setting,
         prepared_already=True,
         process_bytes=0.0 if setting.rates.gpu else float(resident_bytes()),
-        written_bytes=float(cache_bytes(plan.engine.root) - plan.cache_before),
+        written_bytes=float(cache_bytes(plan.engine.root) - plan.cache_before + merged),
         done_steps=checkpoint_step(run.checkpoint),
     )
     return inputs, from_past_runs(past, key), key

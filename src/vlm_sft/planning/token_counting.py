@@ -44,14 +44,16 @@ class CountingCache(DataCache):
 
 
 def grid_tensors(encoder: Encoder, sample: Sample) -> dict[str, torch.Tensor]:
-    """The grids that the processor would report for a sample's images; {} for a processor whose rule is not known.
+    """The grids that the processor would report for a sample's images.
+
+    {} for a text row, and for a processor whose rule is not known.
 
     Raises:
         SampleError: it refuses one of them.
     """
     images = encoder.processor.image_processor
     size = dict(getattr(images, "size", None) or {})
-    if not hasattr(images, "merge_size") or not {"shortest_edge", "longest_edge"} <= set(size):
+    if not sample.images or not hasattr(images, "merge_size") or not {"shortest_edge", "longest_edge"} <= set(size):
         return {}
     bounds = (images.patch_size, images.merge_size, size["shortest_edge"], size["longest_edge"])
     grids = []

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from vlm_sft.common.errors import RecipeError
-from vlm_sft.recipe.schema import Recipe
+from vlm_sft.recipe.schema import FLOORED_SCHEDULERS, Recipe
 
 FEW_STEPS = 50  # optimizer steps; below, a training can hardly learn
 SMALL_BATCH = 8  # questions; advice goes no lower
@@ -142,26 +142,47 @@ def resolve_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     return Schedule(steps_per_epoch, total, warmup, evaluate, save, notes)
 
 
-def rate_factor(kind: str, warmup: int, total: int, step: int) -> float:
+def rate_factor(
+    kind: str,
+    warmup: int,
+    total: int,
+    step: int,
+    *,
+    lowest: float = 0.0,
+    decay_ratio: float = 0.1,
+    decay_type: str = "1-sqrt",
+) -> float:
     """The learning rate of a step as a share of the highest one; no step of the training has a rate of 0.
 
     The usual schedules begin a warmup at 0, so that their first step changes nothing. Here the warmup rises in
-    `warmup` + 1 equal parts, beginning with one; after it the schedules are the usual ones.
+    `warmup` + 1 equal parts, beginning with one; after it the schedules are the usual ones. Warmup-stable-decay is that
+    of Hu et al. 2024 (arXiv:2404.06395), with the shapes of Hägele et al. 2024 (arXiv:2405.18392).
 
     Args:
         kind: one of SCHEDULERS.
         warmup, total: steps of the warmup and of the training.
         step: optimizer steps done, 0 for the first step.
+        lowest: where the FLOORED_SCHEDULERS end, as a share of the highest rate.
+        decay_ratio: part of all steps in which warmup_stable_decay falls; at most all behind the warmup.
+        decay_type: one of DECAYS, its shape there.
 
     Returns:
-        Above 0 and at most 1 for steps of the training, 0 behind its end (of the schedules that fall).
+        Above 0 and at most 1 for steps of the training; behind its end 0, or `lowest`, of the schedules that fall.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if kind.startswith("constant"):
         return 1.0
-    left = max(0.0, (total - step) / max(1, total - warmup))
-    return left if kind == "linear" else (1 + math.cos(math.pi * (1 - left))) / 2
+    falling, shape = total - warmup, "linear" if kind == "linear" else "cosine"
+    if kind == "warmup_stable_decay":
+        falling, shape = min(falling, math.ceil(round(total * decay_ratio, 6))), decay_type
+    left = min(1.0, max(0.0, (total - step) / max(1, falling)))
+    if shape == "cosine":
+        left = (1 + math.cos(math.pi * (1 - left))) / 2
+    elif shape == "1-sqrt":
+        left = 1 - math.sqrt(1 - left)
+    floor = lowest if kind in FLOORED_SCHEDULERS else 0.0
+    return floor + (1 - floor) * left
 
 
 def few_steps_advice(recipe: Recipe, schedule: Schedule, questions: int, batch: int, world_size: int) -> str:

@@ -57,7 +57,10 @@ STRATEGIES = ("steps", "epoch", "no")
 PARTS = ("language", "projector", "vision", "projector_lora", "vision_lora", "all")  # of a model, to be trained
 AUTO = ("auto",)
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor")
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+FLOORED_SCHEDULERS = ("cosine_with_min_lr", "warmup_stable_decay")
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", *FLOORED_SCHEDULERS)
+LOSSES = ("nll", "dft")
+DECAYS = ("1-sqrt", "linear", "cosine")
 # What an evaluation during training writes; a best checkpoint can be chosen by these names only. All but the first are
 # the metrics of the benchmarks (evaluate/metrics.py has their rules), and more of them is better.
 EVALUATION_METRICS = (
@@ -66,9 +69,16 @@ EVALUATION_METRICS = (
     "textvqa_accuracy",
     "docvqa_anls",
     "infographicvqa_anls",
+    "ocrvqa_accuracy",
+    "chartqapro_relaxed_accuracy",
+    "ai2d_accuracy",
+    "realworldqa_accuracy",
+    "ocrbench_accuracy",
     "easy_vqa_accuracy",
     "demo_charts_relaxed_accuracy",
     "demo_text_accuracy",
+    "multiple_choice_accuracy",
+    "squad_f1",
     "exact_match",
 )
 TRACKERS = (
@@ -121,6 +131,33 @@ class Recipe:
     warmup_steps: int = _key(
         0, "the same as a number of steps; above 0 it replaces warmup_ratio", "optimizer steps", Range(0)
     )
+    min_lr_ratio: float = _key(
+        0.1, "where cosine_with_min_lr and warmup_stable_decay end", "fraction of learning_rate", Range(0, 1)
+    )
+    lr_decay_ratio: float = _key(
+        0.1,
+        "part of all optimizer steps in which warmup_stable_decay falls, at the end",
+        "fraction of the steps",
+        Range(0, 1, low_open=True),
+    )
+    lr_decay_type: str = _key("1-sqrt", "how warmup_stable_decay falls", choices=DECAYS)
+    loss_type: str = _key(
+        "nll",
+        "what training makes small: the answer tokens' cross entropy, or the same weighted with their probability",
+        choices=LOSSES,
+    )
+    label_smoothing_factor: float = _key(
+        0.0,
+        "part of every answer token's probability that training spreads evenly over the vocabulary",
+        "probability",
+        FRACTION,
+    )
+    neftune_noise_alpha: float = _key(
+        0.0,
+        "noise on the embeddings of text tokens in training, as large as this over the root of their number and width",
+        "",
+        Range(0),
+    )
     weight_decay: float = _key(0.0, "decoupled weight decay", "per step and learning rate", Range(0, 1.0))
     max_grad_norm: float = _key(0.3, "the gradient is scaled down to this norm; 0 leaves it alone", "L2 norm", Range(0))
     optim: str = _key("adamw_torch_fused", "optimizer", choices=OPTIMIZERS)
@@ -154,6 +191,15 @@ class Recipe:
     )
     greater_is_better: bool | None = _key(
         None, "whether more of that metric is better; null: no for a name that ends in loss, yes for any other"
+    )
+    early_stopping_patience: int | None = _key(
+        None,
+        "ends the training after so many evaluations in a row without a better metric_for_best_model; null: never",
+        "evaluations",
+        COUNT,
+    )
+    early_stopping_threshold: float = _key(
+        0.0, "a metric is better only if it gains more than this (early_stopping_patience)", "of the metric", Range(0)
     )
     dataloader_num_workers: int | str = _key(
         0,
@@ -227,6 +273,12 @@ class Recipe:
         if self.greater_is_better is not None:
             return self.greater_is_better
         return not self.metric_for_best_model.endswith("loss")
+
+    @property
+    def best_metric_column(self) -> str:
+        """The name under which an evaluation logs `metric_for_best_model`."""
+        name = self.metric_for_best_model
+        return name if name.startswith("eval_") else f"eval_{name}"
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value as JSON holds it, in the order of the schema."""

@@ -20,6 +20,9 @@ ALIASES = {
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
     "optimizer": "optim",
+    "label_smoothing": "label_smoothing_factor",
+    "min_lr_rate": "min_lr_ratio",
+    "neftune_alpha": "neftune_noise_alpha",
     "gradient_clipping": "max_grad_norm",
     "lora_rank": "lora_r",
     "rslora": "use_rslora",
@@ -182,6 +185,18 @@ CONTRADICTIONS = (
         lambda v: v["eval_strategy"] == "no" and not v["metric_for_best_model"].endswith("loss"),
         "without evaluations this metric is never measured",
         "use eval_strategy steps or epoch, or eval_loss",
+    ),
+    Contradiction(
+        ("early_stopping_patience", "eval_strategy"),
+        lambda v: v["early_stopping_patience"] is not None and v["eval_strategy"] == "no",
+        "without evaluations nothing says when to stop",
+        "use eval_strategy steps or epoch, or early_stopping_patience null",
+    ),
+    Contradiction(
+        ("loss_type", "label_smoothing_factor"),
+        lambda v: v["loss_type"] == "dft" and v["label_smoothing_factor"] > 0,
+        "dft weights the loss of the right token alone, and smoothing spreads it over all others",
+        "use loss_type nll, or label_smoothing_factor 0",
     ),
     Contradiction(
         ("warmup_ratio", "warmup_steps"),

@@ -152,6 +152,7 @@ def _parse_run(fields: Fields) -> RunRecord:
         steps=fields.whole("steps"),
         questions_seen=fields.whole("questions_seen"),
         best=None if best_step is None else Best(best_step, best.text("metric"), best.number("value")),
+        stopped_early=fields.inside("stopped_early").text("reason"),
         bytes=fields.numbers("bytes"),
         peak_memory_bytes=fields.whole("peak_memory_bytes"),
         versions=fields.inside("versions").plain(),

@@ -26,6 +26,7 @@ def summary_rows(run: RunReport) -> Rows:
             ("Data", ", ".join(record.datasets)),
             ("Steps", formats.count(record.steps)),
             ("Best step", f"{best.step:,} ({best.metric} {formats.number(best.value)})" if best else ""),
+            ("Ended early", record.stopped_early),
             ("Started", record.started),
             ("Finished", record.finished),
             (WALL_SO_FAR if run.status == RUNNING else "Wall time", formats.duration(record.wall_seconds)),
@@ -168,7 +169,8 @@ def _sharing(part: DataPart) -> str:
     listed = [f"{k:,} on {formats.count(n)}" for k, n in counts[:6]]
     if len(counts) > 6:
         listed.append(f"more on {formats.count(sum(n for _, n in counts[6:]))}")
-    return f"mean {part.samples / part.images:.2f} ({', '.join(listed)})"
+    shown = sum(k * (n or 0) for k, n in counts)
+    return f"mean {shown / part.images:.2f} ({', '.join(listed)})"
 
 
 def _whole(text: str) -> int:

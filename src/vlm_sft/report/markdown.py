@@ -29,6 +29,12 @@ def results_table(results: dict[str, Any]) -> str:
     Returns:
         The table, and such lines, without a final newline.
     """
+    cells, notes = results_cells(results)
+    return "\n\n".join([table(cells), *notes])
+
+
+def results_cells(results: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The cells of the table of `results_table`, header first, and the lines below it."""
     benchmarks = parse_results(results)
     cut = [note for benchmark in benchmarks for note in benchmark.cut_notes]
     rows: list[tuple[str, ...]] = [(*HEADER, CUT) if cut else HEADER]
@@ -36,7 +42,7 @@ def results_table(results: dict[str, Any]) -> str:
         own = _rows(benchmark)
         rows += [(*row, _cut(benchmark) if row is own[0] else "") for row in own] if cut else own
     notes = [in_markdown(line) for benchmark in benchmarks for line in benchmark.cautions]
-    return "\n\n".join([table(rows), *notes, *cut])
+    return rows, [*notes, *cut]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -200,6 +200,7 @@ class RunRecord:
     steps: int | None
     questions_seen: int | None
     best: Best | None
+    stopped_early: str
     bytes: dict[str, float]
     peak_memory_bytes: int | None
     versions: dict[str, str]

@@ -20,6 +20,7 @@ from vlm_sft.distributed.launch import Launch
 from vlm_sft.distributed.zero import is_partitioned, release_weights
 from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode
+from vlm_sft.model.packed_forward import Objective
 from vlm_sft.model.step_gradients import StepGradients, loss_problem
 from vlm_sft.recipe.schedule import Schedule
 from vlm_sft.recipe.schema import Recipe
@@ -131,6 +132,7 @@ class DeepSpeedOptimization:
 
         self.stage = zero_stage(config)
         self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext  # the engine holds bfloat16 itself
+        self._objective = Objective.of(recipe)
         self._loading = loading
         own: dict[str, Any]
         if "optimizer" in config:
@@ -151,8 +153,8 @@ class DeepSpeedOptimization:
     ) -> StepGradients | PartitionedGradients:
         """As of `Optimization`."""
         if self.stage == 3:
-            return PartitionedGradients(self.engine, mode, step, scale, packs, health)
-        return StepGradients(self.engine.module, mode, step, scale, self.precision)
+            return PartitionedGradients(self.engine, mode, step, scale, packs, health, self._objective)
+        return StepGradients(self.engine.module, mode, step, scale, self.precision, self._objective)
 
     def agree(self, step: int, gradients: StepGradients | PartitionedGradients, health: Health) -> bool:
         """As of `Optimization`."""
@@ -259,11 +261,14 @@ class PartitionedGradients:
         mode, step, scale: as of `StepGradients`.
         packs: of the step; the same number on every rank.
         health: the ranks' vote.
+        objective: what is made small.
     """
 
-    def __init__(self, engine: Any, mode: PackMode, step: int, scale: float, packs: int, health: Health) -> None:
+    def __init__(
+        self, engine: Any, mode: PackMode, step: int, scale: float, packs: int, health: Health, objective: Objective
+    ) -> None:
         self.engine, self.mode, self.step, self.scale, self.left = engine, mode, step, scale, packs
-        self.health = health
+        self.health, self.objective = health, objective
         self.sample_ids: list[str] = []
         self._good = True
         self._total = torch.zeros((), device=engine.device)
@@ -282,8 +287,8 @@ class PartitionedGradients:
         try:
             here = pack.to(self.engine.device)
             with packed_forward.packed(here, self.mode, self.step):
-                losses = packed_forward.training_losses(self.engine, here, self.mode)
-                loss = losses.sum() * (pack.weight * self.scale)
+                losses = packed_forward.training_losses(self.engine, here, self.mode, self.objective)
+                loss = here.weighted_sum(losses) * self.scale
                 self._total += loss.detach().float()
                 self._tokens.append((pack, losses.detach()))
                 if last:

@@ -63,6 +63,8 @@ def evaluate_run(run: TrainingRun, plan: Plan, tasks: list[Task]) -> dict[str, A
     results = results_table(tasks, folder)
     for name, found in run.record.values["overlap"].items():
         results["benchmarks"][name] |= found
+    if stopped := run.record.values.get("stopped_early"):
+        results["stopped_early"] = stopped
     artifacts.write_json(options.output_dir / artifacts.RESULTS, results)
     return results
 

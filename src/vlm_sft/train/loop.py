@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from vlm_sft.common import artifacts
+from vlm_sft.common.errors import RunError
 from vlm_sft.data.loader import StepDataset, StepLoader
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.distributed.signals import StopSignals
@@ -29,6 +30,7 @@ from vlm_sft.recipe.schedule import Schedule
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.train.callbacks import Callbacks
 from vlm_sft.train.checkpoint.saver import CheckpointPolicy, CheckpointSaver, WriteModel, restore_random
+from vlm_sft.train.early_stopping import EarlyStop, early_stop
 from vlm_sft.train.evaluation_loss import evaluation_loss
 from vlm_sft.train.event_log import EventLog
 from vlm_sft.train.health import Health
@@ -75,6 +77,7 @@ class TrainingLoop:
     Attributes:
         health: the ranks' vote, and the newest loss.
         callbacks: what is told; its `state` is the progress of the training.
+        stopped_early: why the training ended before its last step; None where it did not.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class TrainingLoop:
         self.validation = validation
         self.saver = CheckpointSaver(folder, optimization, write_model, policy or CheckpointPolicy())
         self.losses = LossMeter()
+        self.stopped_early: EarlyStop | None = None
         self.loader = StepLoader(plan.steps, plan.workers)
         args = callback_arguments(plan.recipe, plan.schedule, launch, folder)
         context = {"model": model, "optimizer": optimization.optimizer, "lr_scheduler": optimization.scheduler}
@@ -144,6 +148,7 @@ class TrainingLoop:
                 if state.global_step >= state.max_steps or self.callbacks.control.should_training_stop:
                     break
             self.callbacks.tell("on_epoch_end")
+            self._evaluate_and_save()  # what a callback asked for there
         self._end()
 
     @property
@@ -154,7 +159,7 @@ class TrainingLoop:
     def _begin(self, callbacks: Sequence[TrainerCallback], checkpoint: Path | None) -> dict[str, Any] | None:
         """Restore what a checkpoint holds; returns its progress, or None for a new training."""
         self.began = time.monotonic()
-        self.callbacks.callbacks += callbacks
+        self.callbacks.add(callbacks)
         set_seed(self.plan.recipe.seed)
         progress = None
         if checkpoint is not None:
@@ -173,6 +178,7 @@ class TrainingLoop:
         self.callbacks.tell("on_train_begin")
         if checkpoint is not None:
             self._catch_up()
+            self._stop_early()
         return progress
 
     def _catch_up(self) -> None:
@@ -225,6 +231,7 @@ class TrainingLoop:
         if control.should_evaluate and not self.health.stopping:
             try:
                 self._note_best(self._evaluate())
+                self._stop_early()
             except EvaluationStopped:
                 assert self.health.stopping
         saved = False
@@ -240,19 +247,22 @@ class TrainingLoop:
     def _evaluate(self) -> dict[str, float]:
         """Mean loss per supervised token over the evaluation set, whatever the packs, and the benchmarks' scores."""
         steps = self.plan.eval_steps
-        assert steps is not None, "a schedule with evaluations has questions for them"
+        if steps is None:  # a schedule with evaluations has questions for them
+            raise RunError("a callback asked for an evaluation, and eval_strategy is no", "pass eval_strategy steps")
         state, began = self.state, time.monotonic()
-        loss = evaluation_loss(self.optimization, self.plan.mode, steps, self.health, self.device, state.global_step)
+        losses = evaluation_loss(self.optimization, self.plan.mode, steps, self.health, self.device, state.global_step)
         seconds = time.monotonic() - began
         questions = steps.planner.questions_per_epoch
         metrics = {
-            "eval_loss": loss,
+            **losses,
             "eval_runtime": round(seconds, 4),
             "eval_samples_per_second": round(questions / max(seconds, 1e-9), 3),
         }
         if self.validation is not None:
             began = time.monotonic()
-            scores = self.validation.measure(self.model, self.plan.mode, state.global_step, loss, self.health)
+            scores = self.validation.measure(
+                self.model, self.plan.mode, state.global_step, losses["eval_loss"], self.health
+            )
             metrics |= {f"eval_{name}": score for name, score in scores.items()}
             metrics["eval_answer_seconds"] = round(time.monotonic() - began, 3)
         self.callbacks.log(dict(metrics))
@@ -262,8 +272,7 @@ class TrainingLoop:
     def _note_best(self, metrics: dict[str, float]) -> None:
         """Note a new best step; one is never the best after a dropped step, with a lost guard or without a number."""
         recipe, state = self.plan.recipe, self.state
-        name = recipe.metric_for_best_model
-        value = metrics[name if name.startswith("eval_") else f"eval_{name}"]
+        value = metrics[recipe.best_metric_column]
         if not math.isfinite(value) or self.health.bad_step == state.global_step:
             return
         if self.validation is not None and not self.validation.qualifies(state.global_step):
@@ -272,6 +281,16 @@ class TrainingLoop:
         if state.best_metric is None or sign * value > sign * state.best_metric:
             state.best_metric = value
             state.best_global_step = state.global_step if self.plan.schedule.save_steps else None
+
+    def _stop_early(self) -> None:
+        """End the training, with a checkpoint where there are any, once its evaluations get no better."""
+        schedule, state, control = self.plan.schedule, self.state, self.callbacks.control
+        if self.plan.recipe.early_stopping_patience is None or state.global_step >= state.max_steps:
+            return
+        self.stopped_early = early_stop(self.plan.recipe, state.log_history)
+        if self.stopped_early:
+            control.should_training_stop = True
+            control.should_save |= control.should_evaluate and bool(schedule.save_steps)
 
     def _end(self) -> None:
         """Log what the training came to, and take the weights that are to be kept."""

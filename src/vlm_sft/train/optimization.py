@@ -27,6 +27,7 @@ from vlm_sft.distributed.collectives import broadcast
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.model.cpu.matmul import mixed_precision
 from vlm_sft.model.families import PackMode
+from vlm_sft.model.packed_forward import Objective
 from vlm_sft.model.parts import part_parameters
 from vlm_sft.model.saved_adapter import require_places
 from vlm_sft.model.step_gradients import StepGradients
@@ -167,7 +168,15 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimi
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, schedule: Schedule) -> LambdaLR:
     """The recipe's course of the learning rate, whose first step is not at 0."""
-    factor = partial(rate_factor, recipe.lr_scheduler_type, schedule.warmup_steps, schedule.total_steps)
+    factor = partial(
+        rate_factor,
+        recipe.lr_scheduler_type,
+        schedule.warmup_steps,
+        schedule.total_steps,
+        lowest=recipe.min_lr_ratio,
+        decay_ratio=recipe.lr_decay_ratio,
+        decay_type=recipe.lr_decay_type,
+    )
     return LambdaLR(optimizer, factor)
 
 
@@ -190,6 +199,7 @@ class TorchOptimization:
         self.optimizer = make_optimizer(model, recipe)
         self.scheduler = make_scheduler(self.optimizer, recipe, schedule)
         self.precision: Callable[[], AbstractContextManager[Any]] = partial(mixed_precision, launch.device, dtype)
+        self._objective = Objective.of(recipe)
         self._max_norm = recipe.max_grad_norm or float("inf")
         self._world_size = launch.world_size
         for parameter in model.parameters():
@@ -198,7 +208,7 @@ class TorchOptimization:
 
     def begin(self, packs: int, step: int, scale: float, mode: PackMode, health: Health) -> StepGradients:
         """As of `Optimization`."""
-        return StepGradients(self.model, mode, step, scale, self.precision)
+        return StepGradients(self.model, mode, step, scale, self.precision, self._objective)
 
     def agree(self, step: int, gradients: StepGradients, health: Health) -> bool:
         """As of `Optimization`."""

@@ -13,13 +13,18 @@ from vlm_sft.distributed.collectives import barrier
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.planning.run_forecast import ForecastTracker
 from vlm_sft.planning.training_plan import plan_training
+from vlm_sft.train.caller import Caller
 from vlm_sft.train.final_evaluation import evaluate_run, report_run, sizes
 from vlm_sft.train.session import open_run, watched
 from vlm_sft.train.setup import build_training
 
 
-def train(options: TrainOptions) -> dict[str, Any]:
+def train(options: TrainOptions, caller: Caller | None = None) -> dict[str, Any]:
     """Carry out one training run.
+
+    Args:
+        options: what is trained, and how.
+        caller: callbacks and metrics of a caller from Python; None for the command line.
 
     Returns:
         The value of results.json, or {} without a final evaluation.
@@ -28,11 +33,13 @@ def train(options: TrainOptions) -> dict[str, Any]:
         VlmSftError: a mistake in the recipe, data, model, folder or launch.
         GuardError: the training is finished, and no checkpoint keeps to the guard.
     """
-    with open_run(options) as (run, guards):
+    caller = caller or Caller()
+    with open_run(options, caller) as (run, guards):
         with watched(run) as trackers:
             run, plan, validation, tasks = plan_training(run, guards)
+            tasks = caller.scored(tasks)
             forecast = ForecastTracker.begin(run, plan, validation, tasks)
-            training = build_training(run, plan, validation, forecast, trackers)
+            training = build_training(run, plan, validation, forecast, trackers, caller.callbacks)
             with training.running():
                 training.loop.run(training.callbacks, run.checkpoint)
             kept = training.finish()

@@ -31,13 +31,19 @@ from vlm_sft.recipe.schema import Recipe
 from vlm_sft.trackers.check import check_trackers
 from vlm_sft.trackers.session import Trackers
 from vlm_sft.trackers.tracker import INTERRUPTED
+from vlm_sft.train.caller import Caller
 from vlm_sft.train.checkpoint.directory import choose_resume, tidy
 from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, clear_run, disk_error, holds_work
+from vlm_sft.train.second_stage import begin_second_stage
 
 
 @contextmanager
-def open_run(options: TrainOptions) -> Iterator[tuple[TrainingRun, list[Guard]]]:
+def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRun, list[Guard]]]:
     """Check what was asked for, claim the folder and connect the ranks; all of it is held while the block runs.
+
+    Args:
+        options: what is asked for.
+        caller: who asks: the process of a caller from Python is never ended.
 
     Yields:
         The run, and its guards.
@@ -65,8 +71,13 @@ def open_run(options: TrainOptions) -> Iterator[tuple[TrainingRun, list[Guard]]]
     ):
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
         _announce(options, launch, loaded.notes, checkpoint)
-        record = RunRecord(options.output_dir, _facts(options, specs, launch, checkpoint))
-        signals = StopSignals(resume_line(sys.argv, launch), lambda: record.finish("interrupted"))
+        facts = _facts(options, specs, launch, checkpoint)
+        if options.adapter is not None:
+            options, started = begin_second_stage(options, recipe)
+            facts |= started
+        record = RunRecord(options.output_dir, facts)
+        again = caller.again or resume_line(sys.argv, launch)
+        signals = StopSignals(again, lambda: record.finish("interrupted"), ends_process=not caller.in_process)
         yield TrainingRun(options, recipe, specs, launch, record, checkpoint, signals), guards
 
 

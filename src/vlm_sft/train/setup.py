@@ -24,6 +24,7 @@ from vlm_sft.distributed.collectives import agree
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.forecast.estimate import FEATURES, LOAD, SAVES, TRACKERS
 from vlm_sft.model.cpu.matmul import mixed_precision
+from vlm_sft.model.embedding_noise import add_noise
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.gpu.kernels import choose_kernels
 from vlm_sft.model.load import Base, load_model
@@ -32,6 +33,7 @@ from vlm_sft.model.positions import Positions
 from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.trainable import checkpoint_layers, described, save_tuned, tune
+from vlm_sft.planning.options import CONTINUE
 from vlm_sft.planning.probe import Probe
 from vlm_sft.planning.run_forecast import ForecastTracker
 from vlm_sft.planning.run_plan import Plan, image_uses
@@ -49,6 +51,7 @@ from vlm_sft.train.deepspeed_engine import (
 from vlm_sft.train.loop import TrainingLoop, TrainingPlan
 from vlm_sft.train.model_card import write_card
 from vlm_sft.train.optimization import TorchOptimization
+from vlm_sft.train.second_stage import take_over
 from vlm_sft.train.validation import Validation
 
 
@@ -109,13 +112,21 @@ class Training:
             steps=state.global_step,
             questions_seen=self.loop.plan.steps.planner.questions_after(state.global_step),
             best=best if state.best_metric is not None else None,
+            stopped_early=self.loop.stopped_early.to_dict() if self.loop.stopped_early else None,
         )
+        if self.loop.stopped_early:
+            say(self.loop.stopped_early.reason)
         if recipe.load_best_model_at_end and state.best_metric is not None:
             say(f"best checkpoint: step {best['step']}, {best['metric']} {best['value']:.4f}; its adapter is kept")
 
 
 def build_training(
-    run: TrainingRun, plan: Plan, asked: ValidationPlan | None, forecast: ForecastTracker, trackers: Trackers
+    run: TrainingRun,
+    plan: Plan,
+    asked: ValidationPlan | None,
+    forecast: ForecastTracker,
+    trackers: Trackers,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Training:
     """Load the weights and put the training together.
 
@@ -124,6 +135,7 @@ def build_training(
         asked: questions of each evaluation; None where the evaluation loss is all.
         forecast: refined by a probe, where one is asked for.
         trackers: get the metrics; they begin here.
+        callbacks: of the caller, told after our own.
 
     Raises:
         VlmSftError: the base cannot be trained as asked.
@@ -163,7 +175,8 @@ def build_training(
             _validation(run, plan, asked),
         )
         forecast.lap(LOAD)
-    return Training(run, plan, loop, _callbacks(run, loop, planner, forecast, trackers), forecast)
+    told = [*_callbacks(run, loop, planner, forecast, trackers), *callbacks]
+    return Training(run, plan, loop, told, forecast)
 
 
 def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
@@ -189,9 +202,13 @@ def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
     loaded = load_model(base, launch.device if whole else "cpu")
     model, lora = tune(loaded, recipe, base.name, master=launch.deepspeed is None)
     say(described(lora))
+    if run.options.adapter is not None and run.options.adapter_mode == CONTINUE:
+        take_over(model, run.options.adapter)
     run.record.update(lora=lora, attention=base.attention, dtype=base.dtype_name)
     if run.checkpointing:
         checkpoint_layers(model)
+    if recipe.neftune_noise_alpha:
+        add_noise(model, recipe.neftune_noise_alpha, recipe.seed)
     return model, optimize
 
 

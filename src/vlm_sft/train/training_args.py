@@ -32,6 +32,8 @@ def callback_arguments(recipe: Recipe, schedule: Schedule, launch: Launch, outpu
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.lr_scheduler_type,
         warmup_steps=schedule.warmup_steps,
+        label_smoothing_factor=recipe.label_smoothing_factor,
+        neftune_noise_alpha=recipe.neftune_noise_alpha or None,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         optim=recipe.optim,

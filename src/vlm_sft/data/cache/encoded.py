@@ -95,6 +95,8 @@ class DataCache:
         Raises:
             DataError: an image cannot be read or processed.
         """
+        if not sample.images:
+            return {}
         features = self.features.get(record_key(sample.image_key)) if self.features is not None else None
         return self.pixel_tensors(sample) if features is None else features
 
@@ -141,12 +143,13 @@ class DataCache:
     def _open(self, groups: Mapping[str, Sequence[Sample]]) -> None:
         """Map what is there of some images and their questions."""
         if self._images is not None and self._tokens is not None:
-            self._images.open(record_key(members[0].image_key) for members in groups.values())
+            firsts = [members[0] for members in groups.values()]
+            self._images.open(record_key(first.image_key) for first in firsts if first.images)
             self._tokens.open(groups)
 
     def _is_mine(self, sample: Sample) -> bool:
         """Whether this rank prepares an image: each one that it shares no folder for, else its share."""
-        return self._images is None or self.team.owns(record_key(sample.image_key))
+        return self._images is None or self.team.owns(record_key(sample.subject))
 
     def _encode(self, groups: Mapping[str, Sequence[Sample]], description: str) -> Iterator[EncodedGroup | DataError]:
         """Encode or read groups, by their keys, on this rank alone."""
@@ -197,6 +200,8 @@ class DataCache:
 
     def _image_or_error(self, sample: Sample) -> tuple[Record | None, Record | None] | DataError:
         """Process an image that is not kept yet; its tensors and how they are stored."""
+        if not sample.images:
+            return {}, None
         if self._images is not None and record_key(sample.image_key) in self._images:
             return None, None
         try:
@@ -243,7 +248,7 @@ class DataCache:
 
 
 def record_key(image_key: str) -> str:
-    """Key of the images of a sample; several images are hashed together."""
+    """Key of the images (or the subject) of a sample; several images are hashed together."""
     return image_key if len(image_key) <= 64 else hashlib.sha256(image_key.encode()).hexdigest()
 
 
@@ -319,8 +324,8 @@ def _read_tokens(record: Record, members: Sequence[Sample]) -> EncodedGroup:
     ends = np.cumsum(arrays["lengths"]).tolist()
     parts = [arrays["tokens"][begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
     questions = tuple(
-        EncodedQuestion(sample.id, prompt, answer)
+        EncodedQuestion(sample.id, prompt, answer, sample.weight)
         for sample, prompt, answer in zip(members, parts[::2], parts[1::2], strict=True)
     )
     count = int(arrays["image_tokens"][0])
-    return EncodedGroup(members[0].image_key, arrays["prefix"], arrays["types"], count, questions, {})
+    return EncodedGroup(members[0].subject, arrays["prefix"], arrays["types"], count, questions, {})

@@ -106,6 +106,11 @@ def _export(request: ExportRequest, splits: dict[str, list[Sample]], gone: list[
     return report
 
 
+def _where(sample: Sample) -> str:
+    """Where a sample comes from, for messages."""
+    return sample.images[0].source if sample.images else str(sample.metadata.get("where", sample.id))
+
+
 def _rows(
     request: ExportRequest, samples: list[Sample], split: str, store: ImageStore, report: ExchangeReport, tick: Any
 ) -> Iterator[dict[str, Any]]:
@@ -118,7 +123,7 @@ def _rows(
         try:
             record = write_record(sample, [store.keep(image) for image in sample.images], request.layout, request.style)
         except RowProblem as problem:
-            report.left_out.append(left_out(sample.id, sample.images[0].source, problem))
+            report.left_out.append(left_out(sample.id, _where(sample), problem))
             continue
         if request.layout == "llamafactory" and sample.history:
             report.changed.setdefault(SUPERVISED_NOTE, []).append(sample.id)

@@ -148,7 +148,7 @@ def row_of(question: Question, images: list[str], sample_id: str, split: str) ->
         RowProblem: a plain record cannot say it: its question begins with the image mark as a word.
     """
     row: dict[str, Any] = {"id": sample_id}
-    row |= {"image": images[0]} if len(images) == 1 else {"images": images}
+    row |= {"image": images[0]} if len(images) == 1 else {"images": images} if images else {}
     row |= {"question": question.question, "answer": question.target}
     if question.answers != (question.target,):
         row["answers"] = list(question.answers)
@@ -156,6 +156,7 @@ def row_of(question: Question, images: list[str], sample_id: str, split: str) ->
         row["history"] = [{"role": turn.role, "content": turn.text} for turn in question.history]
     if PLACEHOLDER in question.question and questions_of(row)[0].question != question.question:
         raise RowProblem(MARK_IN_TEXT, f"the question would be read without {PLACEHOLDER} from a plain record")
+    row |= {} if question.weight == 1 else {"weight": question.weight}
     return row | {key: value for key, value in (("system", question.system), ("split", split)) if value}
 
 

@@ -48,9 +48,14 @@ def keys_of(record: Mapping[str, Any]) -> str:
 
 def no_image(record: Mapping[str, Any]) -> RowProblem:
     """Say that a record shows no image, which keys it has, and which of them looks like one."""
-    likely = [key for key, value in record.items() if _shows_image(key, value)]
+    likely = likely_images(record)
     columns = RENAMING.format(f"image={str(likely[0])[:QUOTED_CHARACTERS] if likely else 'KEY'}")
     return RowProblem("no image", f"the question has no image under image or images; {keys_of(record)}; {columns}")
+
+
+def likely_images(record: Mapping[str, Any]) -> list[Any]:
+    """The keys of a record that look like images under another name than `image` and `images`."""
+    return [key for key, value in record.items() if _shows_image(key, value)]
 
 
 def _shows_image(key: Any, value: Any) -> bool:

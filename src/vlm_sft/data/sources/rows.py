@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_sft.common.artifacts import writable
-from vlm_sft.common.errors import DataError, bounded, without_secrets
-from vlm_sft.data.sample import LeftOut, Sample, distinct_images
+from vlm_sft.common.errors import DataError, bounded, quoted, without_secrets
+from vlm_sft.data.sample import LeftOut, Sample, counted, distinct_images
 from vlm_sft.data.sources.splits import LoadedSplit, MissingSplitError, SplitPlan, apply_plan, shared_images
 
 DETAIL_CHARACTERS = 600  # of one reason, whatever it quotes
@@ -58,6 +58,21 @@ def left_out(sample_id: str, where: str, problem: RowProblem) -> LeftOut:
     return LeftOut(writable(sample_id), problem.reason, writable(f"{where}: {problem.detail}"))
 
 
+def loss_weight(record: Mapping[str, Any], where: str = "the record") -> float:
+    """The weight of a record, or of one answer, in the loss: its key `weight`; 1 where it has none.
+
+    Raises:
+        RowProblem: it is no finite number, or below 0.
+    """
+    value = record.get("weight")
+    if value is None:
+        return 1.0
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    if not number:
+        raise RowProblem("weight is no number", f"{where} has the weight {quoted(value)}; it must be 0 or more")
+    return float(value)
+
+
 def finish_split(
     plan: SplitPlan, samples: list[Sample], left: list[LeftOut], fraction: float, origin: str
 ) -> LoadedSplit:
@@ -83,9 +98,13 @@ def finish_split(
         without = " ".join(WITHOUT[name] for name in plan.held)
         fix = f"add images, or a separate file named {plan.part}; or let vlm-sft train do without: {without}"
         raise MissingSplitError(f"{origin}: {_why_none_held(samples, plan.part)}", fix)
-    description = f"{origin}: {len(used):,} questions on {distinct_images(used):,} images"
+    description = f"{origin}: {counted(used)}"
     if plan.part == "train":
-        description += f" (images for {' and '.join(held)} are held out)" if held else " (none can be held out)"
+        description += (
+            f" ({'images' if distinct_images(used) else 'openings'} for {' and '.join(held)} are held out)"
+            if held
+            else " (none can be held out)"
+        )
     shared = shared_images(samples, fraction) if plan.part != "all" else set()
     if shared:
         description += f" ({len(shared)} shown beside many others may be in every part)"
@@ -94,6 +113,8 @@ def finish_split(
 
 def _why_none_held(samples: Sequence[Sample], part: str) -> str:
     """Why no image can be held out: there is one only, or all are tied together."""
+    if not distinct_images(samples):
+        return f"one text only, so none can be held out for {part}"
     if distinct_images(samples) == 1:
         return f"one image only, so none can be held out for {part}"
     sources = {image.key: image.source for sample in samples for image in sample.images}

@@ -221,8 +221,11 @@ def shared_images(samples: Sequence[Sample], fraction: float = HOLD_OUT_FRACTION
 
 
 def own_images(sample: Sample, shared: set[str]) -> tuple[str, ...]:
-    """Keys of the images that a sample is about: those that are not shared, or all where it has no other."""
-    keys = tuple(dict.fromkeys(image.key for image in sample.images))
+    """Keys of the images that a sample is about: those that are not shared, or all where it has no other.
+
+    A text row is about its opening text.
+    """
+    keys = tuple(dict.fromkeys(image.key for image in sample.images)) or (sample.subject,)
     return tuple(key for key in keys if key not in shared) or keys
 
 

@@ -53,23 +53,24 @@ class _ScoreLosses(torch.autograd.Function):
     """Cross entropies of the rows of scores, a few rows at a time, so that no float32 copy of all of them exists."""
 
     @staticmethod
-    def forward(ctx: Any, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
         """Losses (S,) of (S, V) scores and (S,) targets."""
         ctx.save_for_backward(scores, targets)
-        return torch.cat([_plain_losses(*part) for part in _parts(scores, targets)])
+        ctx.smoothing = smoothing
+        return torch.cat([_plain_losses(*part, smoothing) for part in _parts(scores, targets)])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Gradient of the scores, in their number format."""
         scores, targets = ctx.saved_tensors
         slopes = torch.empty_like(scores)
         for (part, some), (slope, gradient) in zip(_parts(scores, targets), _parts(slopes, gradients[0]), strict=True):
             with torch.enable_grad():
                 wide = _wide(part.detach()).requires_grad_()
-                losses = _plain_losses(wide, some)
+                losses = _plain_losses(wide, some, ctx.smoothing)
             slope.copy_(torch.autograd.grad(losses, wide, gradient)[0])
-        return slopes, None
+        return slopes, None, None
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:
@@ -77,8 +78,14 @@ def _wide(values: torch.Tensor) -> torch.Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _plain_losses(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(_wide(scores), targets, reduction="none")
+def _plain_losses(scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+    return F.cross_entropy(_wide(scores), targets, reduction="none", label_smoothing=smoothing)
+
+
+def _above_mean(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Score of the right token above the mean score of all, (S,): (w - mean of W) · h, with no scores of the others."""
+    mean = weight.mean(0, dtype=_wide(weight[:1]).dtype)
+    return torch.linalg.vecdot(_wide(hidden), weight[targets] - mean)
 
 
 def _parts(scores: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -136,29 +143,39 @@ def is_covered(head: Any) -> bool:
     return weight.is_floating_point() and not weight.requires_grad and not is_partitioned(weight)
 
 
-def token_losses(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+def token_losses(
+    hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, smoothing: float = 0.0
+) -> torch.Tensor:
     """Cross entropy of each supervised token in nats.
+
+    The loss of a token whose label is smoothed by e is (1 - e) times its own and e times the mean of all tokens'. That
+    is its own plus e times what its score is above the mean score, which is one product with the projection's mean row.
 
     Args:
         hidden: (S, C), hidden states behind the last norm.
         head: the projection to the vocabulary, one that `is_covered`.
         targets: (S,) int64, the tokens that follow.
+        smoothing: probability that is spread evenly over the vocabulary.
 
     Returns:
         (S,), float32 or better, with gradients of the hidden states.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return _TokenLosses.apply(hidden, head.weight, targets)
+        losses = _TokenLosses.apply(hidden, head.weight, targets)
+        return losses + smoothing * _above_mean(hidden, head.weight, targets) if smoothing else losses
 
 
-def score_losses(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def score_losses(scores: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """Cross entropy of each supervised token in nats, from its scores.
 
     Args:
         scores: (S, V), in any number format.
         targets: (S,) int64, the right tokens.
+        smoothing: as of `token_losses`.
 
     Returns:
         (S,), float32 or better, with gradients of the scores.
     """
-    return _plain_losses(scores, targets) if is_plain() else _ScoreLosses.apply(scores, targets)
+    if is_plain():
+        return _plain_losses(scores, targets, smoothing)
+    return _ScoreLosses.apply(scores, targets, smoothing)

@@ -1,0 +1,116 @@
+"""A model that is asked and evaluated: the base, and the adapter of a run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm_sft.api.process_state import restored
+from vlm_sft.api.views import Table
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import DataError, bounded, quoted
+from vlm_sft.data.images import check_image
+from vlm_sft.data.sample import ImageRef
+from vlm_sft.evaluate.interactive import Asker, open_asker
+
+IMAGES = "pass a PIL image, a path, bytes of a picture, or a NumPy array of uint8"
+
+
+class Answers(Table):
+    """Answers to questions: rows of `question`, `base`, `tuned`; `tuned` is None where there is no adapter."""
+
+
+def model_of(folder: str | Path) -> tuple[str | None, Path | None]:
+    """The base and the adapter of a run: (None, folder) for an adapter, (folder, None) for a whole model."""
+    whole = artifacts.holds_full_model(Path(folder))
+    return (str(folder), None) if whole else (None, Path(folder))
+
+
+def pairs_of(images: Any, questions: str | Sequence[str]) -> list[tuple[ImageRef, list[str]]]:
+    """Put images and questions together: the questions of each image.
+
+    Args:
+        images: a picture, or a list of as many as there are questions.
+        questions: one text, or several.
+
+    Raises:
+        DataError: an image cannot be read, or they do not pair.
+    """
+    texts = [questions] if isinstance(questions, str) else list(questions)
+    if not texts:
+        raise DataError("there is no question", "pass one or several")
+    if not isinstance(images, list | tuple):
+        return [(_checked(images), texts)]
+    if len(images) != len(texts):
+        raise DataError(
+            f"{len(images)} images and {len(texts)} questions do not pair",
+            "pass one image for all questions, or as many images as questions",
+        )
+    return [(_checked(image), [text]) for image, text in zip(images, texts, strict=True)]
+
+
+def _checked(image: Any) -> ImageRef:
+    """One image, decoded once."""
+    if isinstance(image, str | Path):
+        try:
+            return check_image(ImageRef.from_path(image))
+        except OSError as error:
+            what = f"{bounded(str(image), 200)}: {error.strerror or error}"
+            raise DataError(what, "pass the path of a picture") from error
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "PNG", compress_level=1)
+        image = buffer.getvalue()
+    if not isinstance(image, bytes):
+        raise DataError(f"{quoted(image)} is no image", IMAGES)
+    return check_image(ImageRef.from_bytes(image, "the image"))
+
+
+def answered(asker: Asker, pairs: Sequence[tuple[ImageRef, list[str]]]) -> Answers:
+    """Ask about each image, all its questions from one prefix."""
+    rows = [answer for image, questions in pairs for answer in asker.ask(image, questions)]
+    return Answers([{"question": row.question, "base": row.base, "tuned": row.tuned} for row in rows])
+
+
+def ask(
+    images: Any,
+    questions: str | Sequence[str],
+    base_model: str | None = None,
+    adapter: Any = None,
+    max_new_tokens: int | None = None,
+    allow_other_base: bool = False,
+) -> Answers:
+    """Ask a model, which is loaded for it; `Run.ask` keeps it loaded.
+
+    Args:
+        images: a picture (PIL, path, bytes, NumPy array of uint8), or as many pictures as there are questions.
+        questions: one, or several.
+        base_model: "pocket", a folder or a Hub id; None for the one that the adapter names, or pocket.
+        adapter: a `Run`, or the folder of an adapter; None asks the base alone.
+        max_new_tokens: limit of an answer in tokens; None for that of the adapter or the base.
+        allow_other_base: the base may be another one than the adapter was trained on.
+
+    Raises:
+        DataError: an image cannot be read, or images and questions do not pair.
+        ModelError: base or adapter cannot be found or do not fit.
+
+    Example:
+        >>> import vlm_sft
+        >>> from PIL import Image
+        >>> answers = vlm_sft.ask(Image.new("RGB", (64, 64), "red"), "What color is the picture?", base_model="pocket")
+        >>> answers[0]["question"], answers[0]["tuned"]
+        ('What color is the picture?', None)
+    """
+    pairs = pairs_of(images, questions)
+    folder = Path(adapter) if adapter is not None else None
+    if folder is not None and artifacts.holds_full_model(folder):
+        base_model, folder = str(folder), None
+    with restored():
+        return answered(open_asker(base_model, folder, False, max_new_tokens, allow_other_base), pairs)
