@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlm_sft.forecast.flops import Adapter
-from vlm_sft.forecast.optimizer_state import state_bytes
+from vlm_sft.forecast.optimizer_state import is_in_8_bits, state_bytes
 from vlm_sft.forecast.setting import Setting
 from vlm_sft.forecast.shapes import ModelShape
 
@@ -68,7 +68,7 @@ def adapter_bytes(model: ModelShape, adapter: Adapter) -> float:
 def optimizer_bytes(model: ModelShape, adapter: Adapter, optim: str) -> float:
     """Bytes of the saved optimizer state."""
     each = STATE_TENSORS * STATE_HEADER_BYTES
-    if optim.endswith("8bit"):  # with two scales and two maps of 256 float32 each
+    if is_in_8_bits(model, adapter, optim):  # with two scales and two maps of 256 float32 each
         each = 6 * STATE_HEADER_BYTES + 2 * 1024
     return state_bytes(model, adapter, optim) + each * adapter.tensors(model)
 

@@ -184,8 +184,9 @@ def _state_items(setting: Setting) -> dict[str, float]:
     """Weights and optimizer, which are held all the time.
 
     DeepSpeed holds what is trained in bfloat16 and its partition of it in float32 besides, with Adam's two moments
-    (12 bytes a weight, shared out by stages 2 and 3). Without it what is trained is float32 (4 bytes, and 8 of AdamW's
-    state; `optimizer_state.py` has other optimizers'), and autocast keeps the half-precision copy of a weight from its first use until the pass ends (2 bytes).
+    (12 bytes a weight, shared out by stages 2 and 3). Without it what is trained is float32 (4 bytes, and what
+    `optimizer_state.py` says), and autocast keeps the half-precision copy of a weight from its first use until the pass
+    ends (2 bytes).
     """
     ranks, trained = setting.ranks, setting.adapter.parameters(setting.model)
     size = _trained_bytes(setting)

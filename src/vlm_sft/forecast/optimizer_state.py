@@ -21,10 +21,15 @@ def state_bytes(model: ModelShape, adapter: Adapter, optim: str) -> float:
     trained = adapter.parameters(model)
     if optim == "adafactor":
         return trained * ADAFACTOR
-    if not optim.endswith("8bit") or mean_size(model, adapter) < SMALLEST_IN_8_BITS:
+    if not is_in_8_bits(model, adapter, optim):
         return trained * 8
     wide = model.text.embedding * adapter.everything  # embeddings keep float32
     return wide * 8 + (trained - wide) * 2 * (1 + 4 / BLOCK)
+
+
+def is_in_8_bits(model: ModelShape, adapter: Adapter, optim: str) -> bool:
+    """Whether the state of most tensors has 8 bits; arguments as for `state_bytes`."""
+    return optim.endswith("8bit") and mean_size(model, adapter) >= SMALLEST_IN_8_BITS
 
 
 def is_paged(model: ModelShape, adapter: Adapter, optim: str) -> bool:

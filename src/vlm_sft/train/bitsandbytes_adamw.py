@@ -56,6 +56,7 @@ def make_bitsandbytes_adamw(
     # On a CPU the moments are held as other optimizers hold theirs; the forecast counts them so.
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     manager = optim.GlobalOptimManager.get_instance()
+    manager.initialize()  # it remembers places of parameters, and another training of this process had others
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and module.weight.requires_grad:
             manager.register_module_override(module, "weight", {"optim_bits": 32})
