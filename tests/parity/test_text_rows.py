@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from tests.parity.test_exactness import SEPARATE, Gradients, alone, gradients, undiminished
 from tests.questions import pack, questions, tiny
 from tests.text_rows import text_row
+from vlm_sft.data.collate import PackedBatch, split_pack
+from vlm_sft.data.dataset import group_lengths
 from vlm_sft.data.encode import EncodedGroup, Encoder
-from vlm_sft.data.packing import Bundle
+from vlm_sft.data.packing import Bundle, supervised_tokens
 from vlm_sft.data.sample import Sample, group_by_image
 from vlm_sft.model import families, packed_forward
 from vlm_sft.model.attention import SHARED_SDPA
@@ -99,3 +102,32 @@ def test_text_rows_run_no_tower() -> None:
     check("qwen2_5_vl", [Bundle(1, (0,)), Bundle(0, (0,))], SEPARATE)
     assert (counter.calls, counter.images) == (1, 1)
     counter.close()
+
+
+def test_weights_multiply_the_losses_of_their_answers() -> None:
+    model, _, groups, truth = case("qwen2_5_vl")
+    groups = [
+        replace(
+            group, questions=tuple(replace(one, weight=1 + 0.5 * n + place) for n, one in enumerate(group.questions))
+        )
+        for place, group in enumerate(groups)
+    ]
+    bundles = [Bundle(0, (2, 0)), Bundle(1, (0,)), Bundle(4, (1,))]
+    batch = pack(bundles, groups, torch.float64)
+    asked = [(bundle.group, number) for bundle in bundles for number in bundle.questions]
+    weights = [1 + 0.5 * number + place for place, number in asked]
+    expected = sum(weight * truth[place][n][0].sum() for weight, (place, n) in zip(weights, asked, strict=True))
+
+    def total(part: PackedBatch) -> torch.Tensor:
+        with torch.no_grad(), undiminished(), packed_forward.packed(part, SEPARATE, 0):
+            return part.weighted_sum(packed_forward.token_losses(model, part, SEPARATE))
+
+    set_attention(model.get_base_model(), "sdpa")
+    torch.testing.assert_close(total(batch), expected, rtol=LIMIT, atol=0)
+    halves = split_pack(batch)  # where memory does not suffice
+    assert halves is not None
+    torch.testing.assert_close(total(halves[0]) + total(halves[1]), expected, rtol=LIMIT, atol=0)
+    lengths = [group_lengths(group) for group in groups]
+    tokens = [len(groups[place].questions[number].answer_ids) for place, number in asked]
+    counted = sum(supervised_tokens(bundle, lengths[bundle.group]) for bundle in bundles)
+    assert counted == sum(weight * count for weight, count in zip(weights, tokens, strict=True))

@@ -41,7 +41,7 @@ def test_bash_completes_verbs_flags_and_values(script: str, tmp_path: Path) -> N
         "--cache_dir",
     }
     assert offered(script, tmp_path, "data", "check", "--split", "te") == {"test"}
-    assert "--adapter" not in offered(script, tmp_path, "train", "--a")
+    assert "--benchmark" not in offered(script, tmp_path, "train", "--b")
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")

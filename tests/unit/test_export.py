@@ -150,10 +150,10 @@ def test_an_export_that_answers_otherwise_is_not_published(
 ) -> None:
     genuine = export_run.write_merged
 
-    def spoil(model: Any, source: Any, folder: Path, dtype: torch.dtype) -> None:
+    def spoil(model: Any, base: Any, folder: Path, dtype: torch.dtype) -> None:
         with torch.no_grad():
             model.get_base_model().lm_head.weight.mul_(-1)
-        genuine(model, source, folder, dtype)
+        genuine(model, base, folder, dtype)
 
     monkeypatch.setattr(export_run, "write_merged", spoil)
     refused(export(adapter, tmp_path / "merged", "--merge"), capsys, "does not answer as the adapter does", "0 of 2")

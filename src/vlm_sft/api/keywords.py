@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm_sft.common.options import checked_options
 from vlm_sft.data.engine_options import EngineOptions
+from vlm_sft.model.saved_adapter import base_of_adapter
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.recipe.schema import Recipe
 
@@ -29,6 +30,7 @@ def train_options(recipe: Recipes, dataset: str, output_dir: str | Path, keyword
 
     Raises:
         RunError: an option has another kind of value than it takes.
+        ModelError: the base of `adapter` is not found.
     """
     train = {name: value for name, value in keywords.items() if name in TRAIN_NAMES}
     engine = {name: value for name, value in keywords.items() if name in ENGINE_NAMES}
@@ -40,6 +42,8 @@ def train_options(recipe: Recipes, dataset: str, output_dir: str | Path, keyword
         given = recipe
     else:
         train["sft_config"] = recipe
+    if train.get("adapter") is not None and train.get("base_model") is None:
+        train["base_model"] = base_of_adapter(Path(train["adapter"]), None)
     return checked_options(
         TrainOptions,
         train,

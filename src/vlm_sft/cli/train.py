@@ -37,13 +37,22 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train_options(args: argparse.Namespace) -> TrainOptions:
     """The options that the flags of `add_run_arguments` and of the recipe mean."""
+    others = {"base_model": _base_of(args)} if args.adapter is not None and "base_model" not in args.given else {}
     return read_options(
         TrainOptions,
         args,
         output_dir=args.output_dir,
         overrides=overrides_from(args),
         engine=read_options(EngineOptions, args),
+        **others,
     )
+
+
+def _base_of(args: argparse.Namespace) -> str:
+    """The base that the adapter names."""
+    from vlm_sft.model.saved_adapter import base_of_adapter
+
+    return base_of_adapter(args.adapter, None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from vlm_sft.cli.parser import refuse_idle
     from vlm_sft.train.run import train
 
+    if args.adapter is None:
+        refuse_idle(args, ("adapter_mode",), "without --adapter", "add --adapter, or leave it out")
     if args.output_dir is None:
         args.output_dir = Path("outputs", Path(args.sft_config).stem if args.sft_config else "run")
     if args.resume is None:

@@ -43,6 +43,7 @@ class PackedBatch:
             last token of each question.
         targets: (S,) int64, the supervised tokens.
         target_branch: (S,) int64, branch of each supervised token.
+        weights: (S,) float64, the weight of each supervised token in the loss; None where all are 1.
         weight: 1.0, or 0.0 for a pack that only keeps this rank in step with the others.
         keys: (L,) int64, a number that depends only on the question (or image) and the offset: for dropout masks that
             do not depend on packing.
@@ -67,6 +68,7 @@ class PackedBatch:
     rows: list[int]
     tensors: list[dict[str, torch.Tensor]] = field(repr=False)
     positions: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
     weight: float = 1.0
 
     @property
@@ -79,6 +81,10 @@ class PackedBatch:
         """Tokens of its questions as a padded batch of separate sequences."""
         sizes = [bounds[1] - bounds[0] + b - a for bounds in self.ends for a, b in pairwise(bounds[1:])]
         return len(sizes) * max(sizes)
+
+    def weighted_sum(self, losses: torch.Tensor) -> torch.Tensor:
+        """() sum of token losses (S,), each times its weight and that of the pack."""
+        return self.weight * (losses if self.weights is None else losses * self.weights.to(losses)).sum()
 
     def to(self, device: torch.device) -> PackedBatch:
         """Copy the tensors to a device, without waiting for it, and decode the pixels there."""
@@ -183,7 +189,17 @@ def collate(pack: Sequence[Bundle], groups: Groups) -> PackedBatch:
         sample_ids=sample_ids,
         rows=torch.bincount(images[predicted], minlength=len(ends)).tolist(),
         tensors=[group.tensors for group in encoded],
+        weights=_token_weights(pack, encoded),
     )
+
+
+def _token_weights(pack: Sequence[Bundle], encoded: Sequence[EncodedGroup]) -> torch.Tensor | None:
+    """(S,) float64 weights of the supervised tokens of a pack; None where all are 1."""
+    asked = [group.questions[n] for bundle, group in zip(pack, encoded, strict=True) for n in bundle.questions]
+    if all(question.weight == 1 for question in asked):
+        return None
+    weights = torch.tensor([question.weight for question in asked], dtype=torch.float64)
+    return weights.repeat_interleave(torch.tensor([len(question.answer_ids) for question in asked]))
 
 
 def split_pack(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch] | None:
@@ -243,6 +259,7 @@ def _part(batch: PackedBatch, picks: Sequence[tuple[int, range]]) -> PackedBatch
         sample_ids=[batch.sample_ids[number] for number in questions],
         rows=torch.bincount(images[predict], minlength=len(ends)).tolist(),
         positions=None if batch.positions is None else batch.positions[..., tokens],
+        weights=None if batch.weights is None else batch.weights[kept],
         tensors=[batch.tensors[image] for image, _ in picks],
     )
 

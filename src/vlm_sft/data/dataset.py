@@ -141,8 +141,10 @@ def usable_samples(encoder: Encoder, samples: Sequence[Sample]) -> tuple[list[Sa
 
 def group_lengths(group: EncodedGroup) -> GroupLengths:
     """Token counts of one encoded image, for the planner."""
+    weights = tuple(question.weight for question in group.questions)
     return GroupLengths(
         len(group.prefix_ids),
         tuple(question.tokens for question in group.questions),
         tuple(len(question.answer_ids) for question in group.questions),
+        weights if any(weight != 1 for weight in weights) else (),
     )

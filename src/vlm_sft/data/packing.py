@@ -28,11 +28,13 @@ class GroupLengths:
         prefix: tokens of the shared prefix.
         questions: tokens of each question: prompt after the prefix, answer and end token.
         supervised: supervised tokens of each question.
+        weights: weight of each question in the loss; empty where all are 1.
     """
 
     prefix: int
     questions: tuple[int, ...]
     supervised: tuple[int, ...]
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,12 @@ class Step:
     Attributes:
         ranks: for each rank its packs; every rank has the same number of them; a pack may be empty.
         questions: questions in the step, over all ranks.
-        supervised: supervised tokens in the step, over all ranks: what the loss is divided by.
+        supervised: supervised tokens in the step by their weights, over all ranks: what the loss is divided by.
     """
 
     ranks: tuple[tuple[tuple[Bundle, ...], ...], ...]
     questions: int
-    supervised: int
+    supervised: float
 
 
 def pack_batch(
@@ -272,6 +274,12 @@ def bundle_tokens(bundle: Bundle, lengths: GroupLengths) -> int:
     return lengths.prefix + sum(lengths.questions[question] for question in bundle.questions)
 
 
+def supervised_tokens(bundle: Bundle, lengths: GroupLengths) -> float:
+    """Supervised tokens of a bundle, each counted by the weight of its question in the loss."""
+    weights = lengths.weights or (1,) * len(lengths.supervised)
+    return sum(weights[question] * lengths.supervised[question] for question in bundle.questions)
+
+
 @dataclass(frozen=True)
 class EpochPlanner:
     """Plans epochs over a fixed set of images and questions.
@@ -350,5 +358,5 @@ class EpochPlanner:
         return Step(
             packs,
             sum(len(bundle.questions) for bundle in bundles),
-            sum(self.lengths[bundle.group].supervised[question] for bundle in bundles for question in bundle.questions),
+            sum(supervised_tokens(bundle, self.lengths[bundle.group]) for bundle in bundles),
         )

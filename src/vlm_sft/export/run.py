@@ -26,7 +26,7 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
 from vlm_sft.distributed.launch import quiet_libraries
 from vlm_sft.export.hub import push
-from vlm_sft.export.merge import AUTO, export_dtype, write_adapter, write_merged
+from vlm_sft.export.merge import AUTO, export_dtype, write_adapter
 from vlm_sft.export.source import Source, find_source
 from vlm_sft.export.verify import (
     GreedyAnswer,
@@ -40,6 +40,7 @@ from vlm_sft.export.verify import (
 )
 from vlm_sft.model.adapters import load_adapter
 from vlm_sft.model.load import empty_model, load_model
+from vlm_sft.model.merged import write_merged
 from vlm_sft.model.model_folder import require_utf8
 from vlm_sft.model.saved_adapter import BASE_WEIGHTS, Contents, require_fit
 from vlm_sft.model.vllm_rules import TOWER, TOWER_NOTE, lora_settings, not_for_vllm
@@ -162,7 +163,7 @@ def _write_verified(options: ExportOptions, source: Source, partial: Path) -> tu
         require(check, "the exported adapter")
         return torch.float32, check
     dtype = export_dtype(options.dtype, source.base)
-    write_merged(model.cpu(), source, partial, dtype)
+    write_merged(model.cpu(), source.base, partial, dtype)
     del model
     check = _verify(partial, source, reference, dtype, merged=True)
     if not check["passed"] and options.dtype == AUTO and dtype != torch.float32:
@@ -170,7 +171,7 @@ def _write_verified(options: ExportOptions, source: Source, partial: Path) -> tu
         shutil.rmtree(partial)
         partial.mkdir()
         dtype = torch.float32
-        write_merged(load_adapter(load_model(source.base), source.adapter), source, partial, dtype)
+        write_merged(load_adapter(load_model(source.base), source.adapter), source.base, partial, dtype)
         check = _verify(partial, source, reference, dtype, merged=True)
     require(check, "the merged model")
     return dtype, check

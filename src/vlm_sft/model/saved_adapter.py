@@ -6,6 +6,7 @@ base answers in the adapter's name. So every name and every shape is compared be
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -171,13 +172,14 @@ def base_of_adapter(adapter: Path, base_model: str | None) -> str:
     return name
 
 
-def require_fit(folder: Path, base: Base, allow_other_base: bool = False) -> Contents:
+def require_fit(folder: Path, base: Base, allow_other_base: bool | None = False) -> Contents:
     """Make sure that an adapter fits a base and was trained on it, before any weights are loaded.
 
     Args:
         folder: of the adapter.
         base: what it is to be opened on.
-        allow_other_base: warn instead of refusing where the base is not the one that it was trained on.
+        allow_other_base: warn instead of refusing where the base is not the one that it was trained on; None refuses
+            in a command that has no such flag.
 
     Returns:
         What it holds.
@@ -238,6 +240,15 @@ def read_contents(folder: Path, config: Mapping[str, Any]) -> Contents:
         )
     silent = bool(shapes) and _only_lora(config) and len(dead) == len(layers)
     return Contents(shapes, tuple(layers), tuple(dead), silent)
+
+
+def adapter_sha256(folder: Path) -> str:
+    """SHA-256 over the settings and weights of an adapter."""
+    digest = hashlib.sha256((folder / ADAPTER_CONFIG).read_bytes())
+    with (folder / ADAPTER_WEIGHTS).open("rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def changes_nothing(folder: Path) -> bool:
@@ -307,7 +318,7 @@ def misfit(folder: Path, problems: list[str], base: str = "this base model") -> 
     )
 
 
-def _check_base(folder: Path, config: Mapping[str, Any], base: Base, allowed: bool) -> None:
+def _check_base(folder: Path, config: Mapping[str, Any], base: Base, allowed: bool | None) -> None:
     """Compare the base with the one that the adapter records: by its weights where they are known, else by its name.
 
     Raises:
@@ -324,7 +335,8 @@ def _check_base(folder: Path, config: Mapping[str, Any], base: Base, allowed: bo
     what = f"--adapter {folder} was trained on {name or 'another base'}, and {base.name} is not that base: {reason}"
     if not allowed:
         place = f"--base_model {name}" if name and name != base.name else "--base_model with that base"
-        raise ModelError(what, f"pass {place}, or --allow_other_base to see what it does on this one")
+        other = "" if allowed is None else ", or --allow_other_base to see what it does on this one"
+        raise ModelError(what, f"pass {place}{other}")
     warn(what)
 
 

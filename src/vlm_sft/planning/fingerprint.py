@@ -16,7 +16,7 @@ from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.prompt import PROMPT_KEYS
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.model.load import Base
-from vlm_sft.model.saved_adapter import BASE_WEIGHTS
+from vlm_sft.model.saved_adapter import BASE_WEIGHTS, adapter_sha256
 from vlm_sft.recipe.schedule import effective_global_batch_size
 from vlm_sft.recipe.schema import Recipe
 
@@ -50,9 +50,14 @@ def recipe_identity(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 
 def run_identity(
-    recipe: Recipe, launch: Launch, base: Base, data: PreparedData, evaluation: PreparedData | None
+    recipe: Recipe,
+    launch: Launch,
+    base: Base,
+    data: PreparedData,
+    evaluation: PreparedData | None,
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
-    """All that a training depends on, as JSON values for a manifest."""
+    """All that a training depends on, as JSON values for a manifest; `adapter` is what it began with."""
     values = recipe_identity(recipe, launch.world_size)
     text = json.dumps(values, sort_keys=True)
     prompt = base.prompt.to_dict()
@@ -66,6 +71,7 @@ def run_identity(
         "prompt": {key: prompt[key] for key in PROMPT_KEYS},
         "data_sha256": data_sha256(data),
         "evaluation_data_sha256": data_sha256(evaluation, scored=True) if evaluation is not None else None,
+        "adapter_sha256": adapter_sha256(adapter) if adapter is not None else None,
     }
 
 
@@ -79,7 +85,8 @@ def data_sha256(data: PreparedData, scored: bool = False) -> str:
     digest = hashlib.sha256()
     for sample, _, _ in data.samples():
         turns = [(turn.role, turn.text) for turn in sample.history]
-        row = [sample.image_key, sample.system, turns, sample.question, sample.target]
+        row: list[Any] = [sample.image_key, sample.system, turns, sample.question, sample.target]
+        row += [] if scored or sample.weight == 1 else [sample.weight]
         digest.update(json.dumps([*row, *sample.answers] if scored else row).encode() + b"\n")
     return digest.hexdigest()
 
@@ -143,6 +150,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         found.append(f"base model: its files differ (was {saved.get('base_model')}, is {now['base_model']})")
     if _changed(saved, now, "dtype"):
         found.append(f"precision: was {saved.get('dtype')} and is {now['dtype']}")
+    if _changed(saved, now, "adapter_sha256"):
+        found.append("--adapter: it is another one than the training began with")
     for key, what in (("data_sha256", "training data"), ("evaluation_data_sha256", "evaluation data")):
         if _changed(saved, now, key):
             found.append(f"{what}: images, questions, answers or their order differ")

@@ -15,6 +15,7 @@ from vlm_sft.recipe.builtin import RECIPES, locate_recipe
 
 MAX_BAD_STEPS = 3
 AUTO = "auto"
+CONTINUE, MERGE = "continue", "merge"  # what a second stage does with the adapter of the first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class TrainOptions(AnswerOptions):
     engine: EngineOptions = field(default_factory=EngineOptions)
     sft_config: Path | None = option(
         None,
-        "recipe: a JSON file such as configs/sft_config_best.json, or one of the package by its name: "
+        "recipe: a JSON or YAML file such as configs/sft_config_best.json, or one of the package by its name: "
         + ", ".join(RECIPES.values()),
         "FILE",
         parse=Path,
@@ -43,11 +44,30 @@ class TrainOptions(AnswerOptions):
         "Hub id or folder of the base model, or 'pocket' for the embedded one (default: %(default)s)",
         "MODEL",
     )
+    adapter: Path | None = option(
+        None,
+        "begin with a trained adapter: the folder of a run, of a checkpoint or of an export (its base is taken where "
+        "--base_model is not given, and its prompt)",
+        "FOLDER",
+        parse=Path,
+    )
+    adapter_mode: str = option(
+        CONTINUE,
+        "train the weights of --adapter on, or merge them into the base (OUTPUT_DIR/merged_base) and train new ones "
+        "(default: %(default)s)",
+        choices=(CONTINUE, MERGE),
+    )
     dataset: str = option(
         "chartqa,textvqa",
         "NAME[@PATH][:WEIGHT], comma separated: chartqa, textvqa, easy_vqa, demo, demo_charts, demo_text, or a path to "
         "your own JSONL or parquet; chartqa@stream fetches --max_train rows only (default: %(default)s)",
         "SETS",
+    )
+    loss_weights: str | None = option(
+        None,
+        "how much the answers of a set count in the loss, NAME=WEIGHT, comma separated (default: 1 each); a record's "
+        "own weight multiplies it",
+        "WEIGHTS",
     )
     flash_attn: bool = option(False, "FlashAttention (bfloat16, GPUs from Ampere on)")
     deepspeed: str | None = option(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vlm_sft.common.artifacts import checkpoint_step
+from vlm_sft.common.artifacts import MERGED_BASE, checkpoint_step
 from vlm_sft.common.console import is_main_process, say, warn
 from vlm_sft.common.errors import ForecastError, RunError
 from vlm_sft.common.formats import duration, relative, size
@@ -167,6 +167,7 @@ def _calibrated_inputs(
     setting = setting_of(run, shape, width, rates_here(shape, plan.base.dtype), plan.base.flash)
     key = past_runs_key(shape, setting)
     setting = replace(setting, rates=settled_rates(past, key, setting.rates))
+    merged = folder_bytes([run.options.output_dir / MERGED_BASE])  # of a second stage
     inputs = forecast_inputs(
         run,
         RunData.of_plan(plan, tasks),
@@ -175,7 +176,7 @@ def _calibrated_inputs(
         setting,
         prepared_already=True,
         process_bytes=0.0 if setting.rates.gpu else float(resident_bytes()),
-        written_bytes=float(cache_bytes(plan.engine.root) - plan.cache_before),
+        written_bytes=float(cache_bytes(plan.engine.root) - plan.cache_before + merged),
         done_steps=checkpoint_step(run.checkpoint),
     )
     return inputs, from_past_runs(past, key), key

@@ -43,6 +43,7 @@ START = (
     artifacts.DATA,
     artifacts.LEFT_OUT,
     artifacts.LOCK,
+    artifacts.MERGED_BASE,
     artifacts.TRACKERS,
     *artifacts.TRACKER_FOLDERS,
 )
@@ -96,7 +97,8 @@ def clear_run(folder: Path) -> None:
             path.unlink()
     for path in checkpoints(folder):
         shutil.rmtree(path)
-    for name in (artifacts.EVALUATION_FOLDER, artifacts.VALIDATION_FOLDER, *artifacts.TRACKER_FOLDERS):
+    folders = (artifacts.EVALUATION_FOLDER, artifacts.VALIDATION_FOLDER, artifacts.MERGED_BASE)
+    for name in (*folders, *artifacts.TRACKER_FOLDERS):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (
         artifacts.RUN,

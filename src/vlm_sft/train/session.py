@@ -35,6 +35,7 @@ from vlm_sft.train.bitsandbytes_adamw import require_bitsandbytes
 from vlm_sft.train.caller import Caller
 from vlm_sft.train.checkpoint.directory import choose_resume, tidy
 from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, clear_run, disk_error, holds_work
+from vlm_sft.train.second_stage import begin_second_stage
 
 
 @contextmanager
@@ -71,8 +72,12 @@ def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRu
         connected(launch),
     ):
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
-        _announce(options, launch, loaded.notes, checkpoint, caller.in_process)
-        record = RunRecord(options.output_dir, _facts(options, specs, launch, checkpoint))
+        _announce(options, launch, loaded.notes, checkpoint)
+        facts = _facts(options, specs, launch, checkpoint)
+        if options.adapter is not None:
+            options, started = begin_second_stage(options, recipe)
+            facts |= started
+        record = RunRecord(options.output_dir, facts)
         again = caller.again or resume_line(sys.argv, launch)
         signals = StopSignals(again, lambda: record.finish("interrupted"), ends_process=not caller.in_process)
         yield TrainingRun(options, recipe, specs, launch, record, checkpoint, signals), guards
@@ -140,14 +145,12 @@ def _open_folder(options: TrainOptions, recipe: Recipe, launch: Launch) -> Path 
     return checkpoint
 
 
-def _announce(
-    options: TrainOptions, launch: Launch, notes: list[str], checkpoint: Path | None, in_process: bool
-) -> None:
+def _announce(options: TrainOptions, launch: Launch, notes: list[str], checkpoint: Path | None) -> None:
     """Say what will be done."""
     source = options.sft_config or "the default recipe"
     say(f"training {options.base_model} on {options.dataset} with {source}")
     say(f"launch: {launch.world_size} process(es), {launch.parallel}, {'CPU' if launch.cpu else 'GPU'}")
-    for note in filter(None, ["" if in_process else idle_gpus(launch, sys.argv), *notes]):
+    for note in filter(None, [idle_gpus(launch, sys.argv), *notes]):
         say(note)
     if options.resume is not None:
         say(f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting from the beginning")

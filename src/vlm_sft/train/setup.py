@@ -33,6 +33,7 @@ from vlm_sft.model.positions import Positions
 from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.trainable import checkpoint_layers, described, save_tuned, tune
+from vlm_sft.planning.options import CONTINUE
 from vlm_sft.planning.probe import Probe
 from vlm_sft.planning.run_forecast import ForecastTracker
 from vlm_sft.planning.run_plan import Plan, image_uses
@@ -50,6 +51,7 @@ from vlm_sft.train.deepspeed_engine import (
 from vlm_sft.train.loop import TrainingLoop, TrainingPlan
 from vlm_sft.train.model_card import write_card
 from vlm_sft.train.optimization import TorchOptimization
+from vlm_sft.train.second_stage import take_over
 from vlm_sft.train.validation import Validation
 
 
@@ -200,6 +202,8 @@ def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
     loaded = load_model(base, launch.device if whole else "cpu")
     model, lora = tune(loaded, recipe, base.name, master=launch.deepspeed is None)
     say(described(lora))
+    if run.options.adapter is not None and run.options.adapter_mode == CONTINUE:
+        take_over(model, run.options.adapter)
     run.record.update(lora=lora, attention=base.attention, dtype=base.dtype_name)
     if run.checkpointing:
         checkpoint_layers(model)
