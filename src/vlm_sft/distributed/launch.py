@@ -21,7 +21,7 @@ import torch
 from torch.distributed import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from vlm_sft.common.errors import InterruptedRunError, VlmSftError
+from vlm_sft.common.errors import InterruptedRunError, RunError, VlmSftError
 from vlm_sft.distributed.collectives import close_meetings, open_meetings
 from vlm_sft.distributed.placement import announce, read_place
 from vlm_sft.distributed.zero import (
