@@ -33,7 +33,7 @@ class TrainOptions(AnswerOptions):
     engine: EngineOptions = field(default_factory=EngineOptions)
     sft_config: Path | None = option(
         None,
-        "recipe: a JSON file such as configs/sft_config_best.json, or one of the package by its name: "
+        "recipe: a JSON or YAML file such as configs/sft_config_best.json, or one of the package by its name: "
         + ", ".join(RECIPES.values()),
         "FILE",
         parse=Path,

@@ -17,12 +17,17 @@ from vlm_sft.common.errors import DataError, nearest, quoted
 from vlm_sft.data.sources.foreign import TABLES, refuse_foreign
 from vlm_sft.data.sources.splits import folder_files
 
-KNOWN = ("chartqa", "textvqa", "easy_vqa", "demo_charts", "demo_text", "demo")
-TABLE_SETS = ("chartqa", "textvqa")  # those that also read parquet files given as NAME@PATH
+PUBLISHED = ("docvqa", "infographicvqa", "chartqapro", "ai2d", "realworldqa", "ocrbench")
+KNOWN = ("chartqa", "textvqa", *PUBLISHED, "easy_vqa", "demo_charts", "demo_text", "demo")
+TABLE_SETS = ("chartqa", "textvqa", *PUBLISHED)  # those that also read parquet files given as NAME@PATH
 HUB_NAMES = {
     "huggingfacem4/chartqa": "chartqa",
     "lmms-lab/textvqa": "textvqa",
     "facebook/textvqa": "textvqa",
+    "ahmed-masry/chartqapro": "chartqapro",
+    "lmms-lab/ai2d": "ai2d",
+    "lmms-lab/realworldqa": "realworldqa",
+    "echo840/ocrbench": "ocrbench",
     "easy-vqa": "easy_vqa",
     "demo-charts": "demo_charts",
     "demo-text": "demo_text",
