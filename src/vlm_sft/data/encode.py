@@ -66,6 +66,8 @@ class EncodedGroup:
         questions: the questions, in the order of the samples.
         tensors: what the processor made of the images (pixel_values, image_grid_thw, …), batch dimension kept; empty
             for text rows.
+        follows: for each question the one whose sequence, answer included, its prompt goes on from; -1 for none. Empty
+            where there is no such turn.
     """
 
     key: str
@@ -74,6 +76,7 @@ class EncodedGroup:
     image_tokens: int
     questions: tuple[EncodedQuestion, ...]
     tensors: dict[str, torch.Tensor] = field(repr=False, compare=False)
+    follows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

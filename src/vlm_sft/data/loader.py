@@ -114,7 +114,7 @@ class StepDataset(Dataset[StepPacks]):
             more = supervised_tokens(taken, lengths[taken.group]) - supervised_tokens(bundle, lengths[bundle.group])
             built.change += more if counted else 0
             found.append(taken)
-        batch = collate(found, images)
+        batch = collate(found, images, turns=self.planner.rows is None)
         batch.positions = self.place(batch) if self.place else None
         return batch
 
