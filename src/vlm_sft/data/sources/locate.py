@@ -1,4 +1,4 @@
-"""Finds an image as a record writes it: a path, a data URI, bytes."""
+"""Finds an image as a record writes it: a path, a data URI, base64, bytes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def locate_image(folder: Path, image: Any) -> ImageRef:
 
     Args:
         folder: what paths are relative to; its subfolder "images" is searched too.
-        image: a path, a data URI, `{"bytes": base64}`, `{"path" or "url": text}`, or a `StoredImage`.
+        image: a path, a data URI, a picture as bare base64, `{"bytes": base64}`, `{"path" or "url": text}`, or a
+            `StoredImage`.
 
     Raises:
         RowProblem: there is no such image, it cannot be read, or it is a URL.
@@ -120,7 +121,12 @@ def locate_image(folder: Path, image: Any) -> ImageRef:
         if not header.endswith(";base64"):
             raise RowProblem("image cannot be read", f"a data URI must be base64; this one begins {quoted(header)}")
         return ImageRef.from_bytes(_base64(body), "data URI")
-    return _file(folder, image)
+    try:
+        return _file(folder, image)
+    except RowProblem:
+        if not base64_kind(image):
+            raise
+        return ImageRef.from_bytes(_bare_base64(image), "base64 text")
 
 
 def lies_outside(ref: ImageRef, *roots: Path) -> bool:
@@ -148,14 +154,16 @@ def _file(folder: Path, image: str) -> ImageRef:
 
 
 def _missing(image: str, candidates: list[Path], reason: str = "") -> RowProblem:
-    """Why there is no file of this name: it may be a picture itself."""
-    kind = base64_kind(image)
-    if kind:
-        how = f'write "data:image/{kind};base64,…" or {{"bytes": "…"}}, with the whole text in place of …'
-        return RowProblem("image is bare base64", f"{quoted(image, 40)} is no path but a picture as base64; {how}")
+    """Why there is no file of this name."""
     if reason:
         return RowProblem("image missing", f"{quoted(image)} cannot be opened{reason}")
     return RowProblem("image missing", f"there is no file {' nor '.join(map(str, candidates))}")
+
+
+def _bare_base64(text: str) -> bytes:
+    """The picture that a text is, in the alphabet of base64 or in that for URLs, with or without its padding."""
+    letters = "".join(text.removeprefix("base64,").split()).replace("-", "+").replace("_", "/").rstrip("=")
+    return _base64(letters + "=" * (-len(letters) % 4))
 
 
 def _base64(text: str) -> bytes:
