@@ -121,6 +121,19 @@ class Training:
             say(f"best checkpoint: step {best['step']}, {best['metric']} {best['value']:.4f}; its adapter is kept")
 
 
+def _steps_of(run: TrainingRun, model: Any, mode: PackMode) -> partial[StepDataset]:
+    """What makes the steps of this rank from data and a planner."""
+    tower = [parameter for part in tower_modules(model).values() for parameter in part.parameters()]
+    return partial(
+        StepDataset,
+        rank=run.launch.rank,
+        replace_bad=run.faults.replace_bad,
+        # Plain transformers finds the positions of separate questions itself.
+        place=Positions(model) if mode.shares else None,
+        accompany=is_partitioned(*tower),
+    )
+
+
 def build_training(
     run: TrainingRun,
     plan: Plan,
@@ -158,16 +171,7 @@ def build_training(
         forecast.lap(FEATURES)
         if run.options.probe:
             _probe(run, plan, forecast, model, mode, (planner, eval_planner))
-        # Plain transformers finds the positions of separate questions itself.
-        place = Positions(model) if mode.shares else None
-        tower = [parameter for part in tower_modules(model).values() for parameter in part.parameters()]
-        steps_of = partial(
-            StepDataset,
-            rank=run.launch.rank,
-            replace_bad=run.faults.replace_bad,
-            place=place,
-            accompany=is_partitioned(*tower),
-        )
+        steps_of = _steps_of(run, model, mode)
         steps = steps_of(plan.data, planner)
         eval_steps = steps_of(plan.evaluation, eval_planner) if plan.evaluation and eval_planner else None
         followed = TrainingPlan(run.recipe, plan.schedule, steps, eval_steps, mode, run.data_workers)
