@@ -136,7 +136,8 @@ class DeepSpeedOptimization:
         self._loading = loading
         own: dict[str, Any]
         if "optimizer" in config:
-            own = {"model_parameters": [one for one in model.parameters() if one.requires_grad]}
+            # The configuration's optimizer, with the recipe's groups: weight decay and the learning rates of parts.
+            own = {"model_parameters": [group for group in parameter_groups(model, recipe) if group["params"]]}
         else:
             own = {"optimizer": _client_optimizer(model, recipe, config)}
             config = config | {"zero_allow_untested_optimizer": True}
