@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from vlm_sft.api.finished import Run as Run
     from vlm_sft.api.finished import open_run as open_run
     from vlm_sft.api.models import ask as ask
+    from vlm_sft.api.planning import plan as plan
+    from vlm_sft.api.scoring import compare as compare
+    from vlm_sft.api.scoring import evaluate_model as evaluate_model
+    from vlm_sft.api.scoring import score as score
     from vlm_sft.api.training import finetune as finetune
     from vlm_sft.common.errors import VlmSftError as VlmSftError
     from vlm_sft.recipe.load import load_recipe as load_recipe
@@ -22,6 +26,10 @@ __version__ = "0.1.0"
 # Where each name comes from.
 _PLACES = {
     "finetune": "api.training",
+    "plan": "api.planning",
+    "evaluate_model": "api.scoring",
+    "score": "api.scoring",
+    "compare": "api.scoring",
     "open_run": "api.finished",
     "Run": "api.finished",
     "ask": "api.models",

@@ -13,9 +13,18 @@ from tests.tiny_models import build
 from vlm_sft.common.errors import DataError
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
-from vlm_sft.data.epoch_order import global_batches
+from vlm_sft.data.epoch_order import conversations, global_batches
 from vlm_sft.data.loader import StepDataset
-from vlm_sft.data.packing import LEAST_SHARE, Bundle, EpochPlanner, GroupLengths, Step, bundle_tokens, row_tokens
+from vlm_sft.data.packing import (
+    LEAST_SHARE,
+    Bundle,
+    EpochPlanner,
+    GroupLengths,
+    Step,
+    bundle_tokens,
+    pack_batch,
+    row_tokens,
+)
 from vlm_sft.forecast.flops import epoch_work
 
 
@@ -211,3 +220,18 @@ def test_a_rank_without_work_keeps_in_step_with_weight_zero() -> None:
         assert len(last.packs[0].sample_ids) == 1
         weights.append(last.packs[0].weight)
     assert sorted(weights) == [0.0, 1.0]
+
+
+def test_conversations_stay_whole_and_cost_their_last_turn() -> None:
+    assert conversations((3, 1, 0, 2), (-1, 0, 1, 0)) == [(0, 1, 2), (3,)]
+    assert conversations((2, 0), (-1, 0, 1)) == [(0, 2)]
+    assert conversations((1, 1), ()) == [(1,), (1,)]
+    turns = GroupLengths(10, tuple(20 * n for n in range(1, 9)), (2,) * 8, follows=(-1, 0, 1, 2, 3, 4, 5, 6))
+    lengths = [turns, GroupLengths(30, (15, 15), (2, 2))]
+    whole = Bundle(0, (4, 2, 0, 1, 3, 7, 6, 5))
+    assert bundle_tokens(whole, turns) == 10 + 160
+    (packs,) = pack_batch([whole, Bundle(1, (0, 1))], lengths, 1, 240)
+    assert [sorted(bundle.group for bundle in pack) for pack in packs] == [[0, 1]]
+    (packs,) = pack_batch([whole], lengths, 1, 240, max_questions_per_pack=3)
+    assert sorted(len(bundle.questions) for pack in packs for bundle in pack) == [2, 3, 3]
+    assert sorted(q for pack in packs for bundle in pack for q in bundle.questions) == list(range(8))

@@ -156,3 +156,21 @@ def test_a_resume_is_exact(tmp_path: Path) -> None:
         one.abs().max() > 0 for name, one in whole.items() if "lora_B" in name
     )
     assert all(torch.equal(resumed[name], one) for name, one in whole.items())
+
+
+def test_products_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps a kernel with its memory for each: packs of any length meet at most 19 of them."""
+    weight = torch.randn(32, 48).bfloat16()
+    product, shapes = torch.mm, set()
+
+    def noted(rows: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        shapes.add(tuple(rows.shape))
+        return product(rows, other)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    for count in [*range(70), *range(70, 1700, 19)]:
+        rows = torch.randn(count, 48)
+        exact = F.linear(rows.bfloat16().float(), weight.float())
+        torch.testing.assert_close(multiply(rows, weight), exact, rtol=ROUNDING, atol=ROUNDING)
+    shapes.discard((0, 48))  # no kernel
+    assert len(shapes) <= 19

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from tests.parity.test_exactness import SEPARATE, Gradients, alone, gradients, undiminished
-from tests.questions import pack, questions, tiny
+from tests.questions import pack, picture, questions, tiny
 from tests.text_rows import text_row
+from vlm_sft.data.collate import PackedBatch, split_pack
+from vlm_sft.data.dataset import followed_turns, group_lengths
 from vlm_sft.data.encode import EncodedGroup, Encoder
-from vlm_sft.data.packing import Bundle
-from vlm_sft.data.sample import Sample, group_by_image
+from vlm_sft.data.images import decode_rgb
+from vlm_sft.data.packing import Bundle, bundle_tokens, supervised_tokens
+from vlm_sft.data.prompt import PromptSettings
+from vlm_sft.data.sample import Sample, Turn, group_by_image
 from vlm_sft.model import families, packed_forward
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
@@ -31,18 +36,22 @@ TEXTS = [
 ]
 
 
-def alone_as_text(model: Any, encoder: Encoder, sample: Sample) -> torch.Tensor:
-    """Token losses of a text row: the tokenizer's call on the whole conversation, nothing else given to the model."""
-    processor, tokenizer = encoder.processor, encoder.tokenizer
+def alone_as_talk(model: Any, encoder: Encoder, sample: Sample) -> torch.Tensor:
+    """Token losses of the last answer of a conversation: the processor's call on all of it, nothing else."""
+    processor, eos = encoder.processor, encoder.tokenizer.eos_token_id
+    shown = {"images": [[decode_rgb(ref.load(), ref.source) for ref in sample.images]]} if sample.images else {}
     turns = [(turn.role, turn.text) for turn in sample.history] + [("user", encoder.prompt.fill(sample.question))]
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    messages[0]["content"][:0] = [{"type": "image"} for _ in sample.images]
     answer = {"role": "assistant", "content": [{"type": "text", "text": sample.target}]}
     asked = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     told = processor.apply_chat_template([*messages, answer], tokenize=False, add_generation_prompt=False)
-    ids = tokenizer(told, return_tensors="pt")["input_ids"]
-    start = len(tokenizer(asked)["input_ids"])
-    end = start + (ids[0, start:] == tokenizer.eos_token_id).nonzero()[0].item() + 1
-    logits = model(input_ids=ids, use_cache=False).logits
+    inputs = dict(processor(text=[told], **shown, return_tensors="pt"))
+    ids = inputs["input_ids"]
+    start = processor(text=[asked], **shown, return_tensors="pt")["input_ids"].shape[1]
+    end = start + (ids[0, start:] == eos).nonzero()[0].item() + 1
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    logits = model(**inputs, use_cache=False).logits
     return F.cross_entropy(logits[0, start - 1 : end - 1], ids[0, start:end], reduction="none")
 
 
@@ -57,7 +66,7 @@ def case(family: str) -> tuple[Any, Encoder, list[EncodedGroup], list[list[tuple
         truth.append([])
         for sample in group:
             with undiminished():
-                losses = (alone if sample.images else alone_as_text)(model, encoder, sample)
+                losses = (alone if sample.images else alone_as_talk)(model, encoder, sample)
                 truth[-1].append((losses.detach(), gradients(model, losses.sum())))
     trim_last_layer(model.get_base_model())
     return model, encoder, [encoder.encode(group) for group in members], truth
@@ -99,3 +108,87 @@ def test_text_rows_run_no_tower() -> None:
     check("qwen2_5_vl", [Bundle(1, (0,)), Bundle(0, (0,))], SEPARATE)
     assert (counter.calls, counter.images) == (1, 1)
     counter.close()
+
+
+def test_weights_multiply_the_losses_of_their_answers() -> None:
+    model, _, groups, truth = case("qwen2_5_vl")
+    groups = [
+        replace(
+            group, questions=tuple(replace(one, weight=1 + 0.5 * n + place) for n, one in enumerate(group.questions))
+        )
+        for place, group in enumerate(groups)
+    ]
+    bundles = [Bundle(0, (2, 0)), Bundle(1, (0,)), Bundle(4, (1,))]
+    batch = pack(bundles, groups, torch.float64)
+    asked = [(bundle.group, number) for bundle in bundles for number in bundle.questions]
+    weights = [1 + 0.5 * number + place for place, number in asked]
+    expected = sum(weight * truth[place][n][0].sum() for weight, (place, n) in zip(weights, asked, strict=True))
+
+    def total(part: PackedBatch) -> torch.Tensor:
+        with torch.no_grad(), undiminished(), packed_forward.packed(part, SEPARATE, 0):
+            return part.weighted_sum(packed_forward.token_losses(model, part, SEPARATE))
+
+    set_attention(model.get_base_model(), "sdpa")
+    torch.testing.assert_close(total(batch), expected, rtol=LIMIT, atol=0)
+    halves = split_pack(batch)  # where memory does not suffice
+    assert halves is not None
+    torch.testing.assert_close(total(halves[0]) + total(halves[1]), expected, rtol=LIMIT, atol=0)
+    lengths = [group_lengths(group) for group in groups]
+    tokens = [len(groups[place].questions[number].answer_ids) for place, number in asked]
+    counted = sum(supervised_tokens(bundle, lengths[bundle.group]) for bundle in bundles)
+    assert counted == sum(weight * count for weight, count in zip(weights, tokens, strict=True))
+
+
+def talk_of(first: str, **more: Any) -> list[Sample]:
+    """Three turns of a conversation, each with those before it as its history."""
+    history: tuple[Turn, ...] = ()
+    turns = []
+    for number, (question, answer) in enumerate([(first, "12"), ("how many?", "red bars"), ("sum?", "7")]):
+        turns.append(replace(text_row(question, answer, number, history), **more))
+        history = (*history, Turn("user", question), Turn("assistant", answer))
+    return turns
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_turns_of_a_conversation_are_one_exact_sequence(family: str) -> None:
+    model, encoder = tiny(family, torch.float64, "sdpa")
+    encoder = Encoder(encoder.processor, PromptSettings(template="{question}"))
+    text, seen = talk_of("red 2019?"), talk_of("what bars?", images=(picture(5),))
+    other = replace(text[1], id="other", question="sum of bars?")  # another second turn after the same first one
+    members = group_by_image([*text, other, *seen])
+    groups = [encoder.encode(group) for group in members]
+    groups = [replace(one, follows=followed_turns(of, one)) for of, one in zip(members, groups, strict=True)]
+    assert [group.follows for group in groups] == [(-1, 0, 1, 0), (-1, 0, 1)]
+    bundles = [Bundle(0, (3, 0, 2, 1)), Bundle(1, (0, 2))]
+    batch = pack(bundles, groups, torch.float64)
+    assert [len(ends) - 2 for ends in batch.ends] == [2, 1]
+    lengths = [group_lengths(group) for group in groups]
+    assert batch.tokens == sum(bundle_tokens(bundle, lengths[bundle.group]) for bundle in bundles)
+    mode = families.declared_mode(model.get_base_model().config, "blockwise")
+    assert mode is not None
+    expected, total = [], None
+    for sample in (text[0], text[1], text[2], other, seen[0], seen[2]):
+        with undiminished():
+            losses = alone_as_talk(model, encoder, sample)
+            expected.append(losses.detach())
+            found = gradients(model, losses.sum())
+        total = found if total is None else {name: total[name] + found[name] for name in total}
+    assert total is not None
+    trim_last_layer(model.get_base_model())
+    set_attention(model.get_base_model(), SHARED_SDPA)
+    with undiminished(), packed_forward.packed(batch, mode, 0):
+        losses = packed_forward.token_losses(model, batch, mode)
+        found = gradients(model, losses.sum())
+    torch.testing.assert_close(losses, torch.cat(expected), rtol=LIMIT, atol=LIMIT)
+    for name, gradient in found.items():
+        assert (gradient - total[name]).norm() <= LIMIT * total[name].norm(), name
+    # Dropout draws by the first turn, so a turn that is packed apart has the masks that it has in its conversation.
+    apart = pack([Bundle(0, (1,)), Bundle(1, (2,))], groups)
+    whole, part = (set(zip(one.keys.tolist(), one.input_ids[0].tolist(), strict=True)) for one in (batch, apart))
+    assert part <= whole
+
+
+def test_turns_that_a_template_renders_otherwise_later_stay_separate() -> None:
+    _, encoder, _, _ = case("qwen2_5_vl")
+    turns = talk_of("red 2019?")  # a history lacks the words that the prompt template puts around a question
+    assert followed_turns(turns, encoder.encode(turns)) == ()

@@ -59,3 +59,38 @@ def test_a_set_of_text_rows_alone_is_checked_planned_and_answered(
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 16 and all(row["image"] is None for row in rows)
     assert len({row["cluster"] for row in rows}) == 16
+
+
+def test_weights_of_sets_and_rows_and_a_loss_for_each_set(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heavy = [{"question": f"Word {number}?", "answer": "yes", "weight": 3} for number in range(20)]
+    heavy += [
+        {"question": f"Nothing {number}?", "answer": "no", "weight": 0} for number in range(9)
+    ]  # some in each part
+    (data / "heavy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in heavy))
+    sets = f"{data / 'mine.jsonl'},{data / 'heavy.jsonl'}"
+    out = tmp_path / "run"
+    flags = [*FLAGS, "--eval_strategy", "steps", "--eval_steps", "1", "--eval_benchmarks", "none"]
+    train = [
+        "train",
+        "--base_model",
+        "pocket",
+        "--dataset",
+        sets,
+        "--output_dir",
+        str(out),
+        *flags,
+        "--max_left_out",
+        "1",
+    ]
+    assert main([*train, "--loss_weights", "mine=0.5,chat=2"]) == 2
+    assert "chat" in capsys.readouterr().err
+    assert main([*train, "--loss_weights", "mine=0.5"]) == 0
+    assert "weight of 0" in (out / "left_out.jsonl").read_text()
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if "eval_loss" in row]
+    assert len(measured) == 2
+    for row in measured:
+        both = sorted([row["eval_loss_mine"], row["eval_loss_heavy"]])
+        assert both[0] < row["eval_loss"] < both[1]

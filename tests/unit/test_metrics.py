@@ -191,9 +191,16 @@ def test_registry_knows_each_benchmark_and_its_rule():
         "textvqa": "textvqa_accuracy",
         "docvqa": "docvqa_anls",
         "infographicvqa": "infographicvqa_anls",
+        "ocrvqa": "ocrvqa_accuracy",
+        "chartqapro": "chartqapro_relaxed_accuracy",
+        "ai2d": "ai2d_accuracy",
+        "realworldqa": "realworldqa_accuracy",
+        "ocrbench": "ocrbench_accuracy",
         "easy_vqa": "easy_vqa_accuracy",
         "demo_charts": "demo_charts_relaxed_accuracy",
         "demo_text": "demo_text_accuracy",
+        "multiple_choice": "multiple_choice_accuracy",
+        "squad": "squad_f1",
         "exact_match": "exact_match",
     }
     chartqa = BENCHMARKS["chartqa"]

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_sft.common.errors import DataError
-from vlm_sft.data.mixture import mix, stratified_limit
+from vlm_sft.data.mixture import mix, stratified_limit, weighted
 from vlm_sft.data.sample import ImageRef, Sample
-from vlm_sft.data.sources.spec import DatasetSpec
+from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets, parse_loss_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -138,3 +138,14 @@ def test_no_limit_below_one():
         mix([part("a", 3)], 0, 0)
     with pytest.raises(DataError, match="below 1"):
         stratified_limit(questions("a", 3), -2, 0)
+
+
+def test_loss_weights_are_read_and_multiplied() -> None:
+    specs = parse_datasets("chartqa,textvqa")
+    assert parse_loss_weights(None, specs) == {}
+    weights = parse_loss_weights("textvqa=0.25, chartqa=2", specs)
+    one = Sample("a", "textvqa", "", (), "q", "a", ("a",), weight=4.0)
+    assert [sample.weight for sample in weighted([one], weights)] == [1.0]
+    for wrong in ("textvqa", "textvqa=-1", "textvqa=0", "textvqa=nan", "docvqa=1", "chartqa=1,chartqa=2"):
+        with pytest.raises(DataError, match="--loss_weights"):
+            parse_loss_weights(wrong, specs)

@@ -14,6 +14,7 @@ import time
 import typing
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -30,6 +31,7 @@ import vlm_sft as vs
 from tests.documents import ROOT, blocks
 from vlm_sft.api.rows import dataset_argument
 from vlm_sft.cli.main import main
+from vlm_sft.common.console import in_notebook, progress
 from vlm_sft.common.errors import DataError, EvaluationError, InterruptedRunError, RecipeError, RunError
 from vlm_sft.data.sources.registry import load_split
 from vlm_sft.data.sources.spec import parse_datasets
@@ -183,13 +185,15 @@ class CtrlC(TrainerCallback):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_an_interrupted_training_is_resumed(folder: Path, told: Events) -> None:
+def test_an_interrupted_training_is_resumed(run: vs.Run, told: Events) -> None:
     with pytest.raises(InterruptedRunError, match="stopped by SIGINT after step 2") as stopped:
         vs.finetune(lamps(), output_dir="stopped", callbacks=[CtrlC()], eval_benchmarks="none", **SHORT)
     assert 'output_dir="stopped", resume="auto"' in str(stopped.value)
     rest = Events()
-    run = vs.finetune(lamps(), output_dir="stopped", callbacks=[rest], eval_benchmarks="none", resume="auto", **SHORT)
-    assert rest.losses == told.losses[2:] and run.status == "finished"
+    resumed = vs.finetune(
+        lamps(), output_dir="stopped", callbacks=[rest], eval_benchmarks="none", resume="auto", **SHORT
+    )
+    assert rest.losses == told.losses[2:] and resumed.status == "finished"
 
 
 def test_the_run_is_exported(run: vs.Run, folder: Path) -> None:
@@ -260,6 +264,63 @@ def test_other_data_is_refused(data: Any, tmp_path: Path) -> None:
         dataset_argument(data, tmp_path / "rows")
 
 
+def test_a_plan_is_the_forecast_of_the_training(run: vs.Run) -> None:
+    before = state_of_process()
+    forecast = vs.plan(lamps(), **SHORT)
+    assert [name for name, value in state_of_process().items() if before[name] != value] == []
+    assert forecast.to_dict()["schedule"]["steps"] == 3
+    assert forecast.to_dict()["questions"] == run.record["questions_seen"] + 2  # 20 are trained on, 18 in 3 steps
+    for row in forecast:
+        assert row["low"] <= row["value"] <= row["high"] and row["value"] > 0
+    assert "time" in repr(forecast) and "<table>" in forecast._repr_html_()
+    assert forecast.to_pandas().unit.tolist() == ["s", "B", "B"]
+    for keywords in ({}, {"data": lamps(3), "questions": 5}, {"data": lamps(3), "image_size": "8x8"}):
+        with pytest.raises(RunError, match="questions"):
+            vs.plan(**keywords)
+
+
+def test_an_evaluation_scores_as_the_training_did(run: vs.Run) -> None:
+    rows = run.folder / "rows"
+    scores = vs.evaluate_model(adapter=run, benchmark=rows, metrics={"letters": length})
+    entry = run.results["rows"]["tuned"]
+    (row,) = scores
+    assert row["accuracy"] == entry["accuracy"] and row["letters"] == entry["secondary"]["length"]
+    base = vs.evaluate_model("pocket", benchmark={"test": lamps(6)}, limit=4, output_dir="evaluated")
+    assert base["rows"]["n"] == 4 and "rows" in base._repr_html_()
+    with pytest.raises(RunError, match="did you mean limit"):
+        vs.evaluate_model("pocket", benchmark="demo_charts", limits=4)
+    with pytest.raises(RunError, match="which model answers"):
+        vs.evaluate_model(benchmark="demo_charts")
+
+
+def test_answers_are_scored_by_the_rule_of_a_benchmark(tmp_path: Path) -> None:
+    scores = vs.score("chartqa", ["12", "blue"], ["12.3", ["red"]], metrics=[length])
+    assert scores["chartqa"]["accuracy"] == 0.5 and scores[0]["length"] == 3.0
+    (tmp_path / "p.jsonl").write_text('{"id": 1, "prediction": "12", "answers": ["12.3"]}\n')
+    assert vs.score("chartqa", tmp_path / "p.jsonl")[0]["accuracy"] == 1.0
+    with pytest.raises(EvaluationError, match="2 predictions and 1 answers"):
+        vs.score("chartqa", ["1", "2"], ["1"])
+    with pytest.raises(EvaluationError, match="did you mean 'chartqa'"):
+        vs.score("chartQA", ["1"], ["1"])
+    with pytest.raises(EvaluationError, match="the metric 'broken' gave None"):
+        vs.score("chartqa", ["1"], ["1"], metrics={"broken": lambda prediction, answers: None})  # type: ignore[dict-item]
+
+
+def test_runs_are_compared(run: vs.Run) -> None:
+    (row,) = vs.compare([run])
+    assert row["difference"] == run.results["rows"]["difference"]
+
+
+def test_progress_in_a_notebook_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not in_notebook()
+    shell = SimpleNamespace(get_ipython=lambda: SimpleNamespace(config={"IPKernelApp": {}}))
+    monkeypatch.setitem(sys.modules, "IPython", shell)
+    assert in_notebook()
+    with progress(2, "reading", "images") as bar:
+        bar.advance(2)
+    assert "reading: 100%" in capsys.readouterr().err
+
+
 def test_the_import_loads_no_library() -> None:
     code = (
         "import sys, time; began = time.perf_counter(); import vlm_sft; seconds = time.perf_counter() - began\n"
@@ -281,9 +342,10 @@ def test_the_page_holds_the_whole_api() -> None:
 
 def test_what_the_page_shows_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = [block for block in blocks(ROOT / "docs" / "API.md") if block.mark == "run"]
-    assert shown
+    assert len(shown) > 1
+    names: dict[str, Any] = {"__name__": "__main__"}
     for block in shown:
-        exec(compile(block.text, "API.md", "exec"), {"__name__": "__main__"})
+        exec(compile(block.text, "API.md", "exec"), names)
     assert "base" in capsys.readouterr().out
 
 

@@ -185,3 +185,64 @@ def test_best_is_greatest_is_derived_from_the_name() -> None:
     assert Recipe().best_is_greatest is False
     assert Recipe(metric_for_best_model="eval_accuracy").best_is_greatest is True
     assert Recipe(metric_for_best_model="eval_accuracy", greater_is_better=False).best_is_greatest is False
+
+
+COMMENTED = """{
+  // one pass, gently
+  "learning_rate": 2e-4, /* as in the paper:
+     https://example.org/a */
+  "num_train_epochs": 1,
+  "report_to": "none", // "tensorboard"
+  "target_modules": ["q_proj", "v_proj"]
+}
+"""
+YAML = """# one pass, gently
+learning_rate: 2e-4
+num_train_epochs: 1
+report_to: none   # tensorboard
+target_modules: [q_proj, v_proj]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("r.json", COMMENTED), ("r.jsonc", COMMENTED), ("r.yaml", YAML), ("r.yml", YAML)]
+)
+def test_comments_and_yaml_give_the_recipe_of_plain_json(name: str, text: str, tmp_path: Path, write) -> None:
+    (tmp_path / name).write_text(text)
+    values = {"learning_rate": 2e-4, "num_train_epochs": 1, "report_to": "none", "target_modules": ["q_proj", "v_proj"]}
+    assert load_recipe(tmp_path / name) == load_recipe(write(**values))
+
+
+def test_yaml_means_what_json_means(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("eval_strategy: no\nsave_strategy: no\nload_best_model_at_end: false\nmax_train: null\n")
+    recipe = load_recipe(path)
+    assert (recipe.eval_strategy, recipe.save_strategy, recipe.max_train) == ("no", "no", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("r.yaml", "seed: 1\nseed: 2\n", ["seed = 1 and 2", "given 2 times"]),
+        ("r.yaml", "seed: 1\n  lora_r: 2\n", ["not YAML at line 2 column 9"]),
+        ("r.yaml", "a: &a [1]\nseed: *a\n", ["not YAML at line 2", "alias"]),
+        ("r.yaml", "seed: !!python/object/apply:os.getcwd []\n", ["not YAML at line 1", "python/object"]),
+        ("r.yaml", "learning_rat: 1\n", ["unknown key", "did you mean learning_rate?"]),
+        ("r.yaml", "lora_r: '8'\nbf16: yes\n", ['lora_r = "8"', 'bf16 = "yes"']),
+        ("r.yaml", "- 1\n", ["not an object"]),
+        ("r.json", '{"seed": 1, // here\n "lora_r": }', ["not JSON at line 2 column 12"]),
+        ("r.json", '{"seed": "http://x"}', ['seed = "http://x"']),
+        ("r.json", '{"seed": 1 /* open }', ["not JSON at line 1 column 12"]),
+    ],
+)
+def test_mistakes_in_them_are_told_by_place(name: str, text: str, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError) as told:
+        load_recipe(tmp_path / name)
+    assert all(word in str(told.value) for word in words), told.value
+
+
+def test_a_missing_yaml_file_names_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(YAML)
+    with pytest.raises(RecipeError, match="did you mean .*mine.yaml"):
+        load_recipe(tmp_path / "mime.yaml")

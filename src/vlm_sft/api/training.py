@@ -15,8 +15,9 @@ from vlm_sft.api.process_state import restored
 from vlm_sft.api.rows import dataset_argument, is_named
 from vlm_sft.common import artifacts
 from vlm_sft.evaluate.metrics import Metric
+from vlm_sft.evaluate.own_metrics import named
 from vlm_sft.planning.run_recipe import read_run_recipe
-from vlm_sft.train.caller import Caller, named
+from vlm_sft.train.caller import Caller
 from vlm_sft.train.run import train
 from vlm_sft.train.run_folder import claim_folder
 

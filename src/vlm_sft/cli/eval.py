@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vlm_sft.common.options import add_options, read_options
 from vlm_sft.data.engine_options import CacheOptions
+from vlm_sft.data.sources.spec import KNOWN
 from vlm_sft.evaluate.options import PROMPT, AnswerOptions
 
 HELP = "answer benchmarks with a base model or an adapter and score the answers"
@@ -23,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--benchmark",
         required=True,
         metavar="SETS",
-        help="comma separated: chartqa, textvqa, easy_vqa, demo_charts, demo_text, each with an optional @PATH, or "
-        "your own JSONL",
+        help=f"comma separated: {', '.join(KNOWN)}, each with an optional @PATH, or your own JSONL",
     )
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions a benchmark: a seeded sample")

@@ -167,6 +167,12 @@ def warn(text: str, any_rank: bool = False) -> None:
         LOGGER.warning("%s", bounded(plain(text)))
 
 
+def in_notebook() -> bool:
+    """Whether a notebook shows what is printed: Jupyter, VS Code, Colab, Kaggle."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in getattr(shell, "config", {})
+
+
 class Bar:
     """A progress bar with count, rate and time left; silent on other ranks.
 
@@ -183,8 +189,8 @@ class Bar:
         self._count, self._note = 0, ""
         self._began = self._told = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty() and is_main_process():
-            from tqdm import tqdm
+        if is_main_process() and (sys.stderr.isatty() or in_notebook()):
+            from tqdm.auto import tqdm
 
             self._bar = tqdm(total=total, desc=plain(description), unit=f" {unit}", dynamic_ncols=True)
 

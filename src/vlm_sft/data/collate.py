@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from vlm_sft.data.cache.pixel_codec import stays_on_cpu, unpack_pixels
 from vlm_sft.data.encode import EncodedGroup
+from vlm_sft.data.epoch_order import conversations
 from vlm_sft.data.packing import Bundle
 
 
@@ -29,7 +31,8 @@ IGNORED_TYPE = 0  # token type of text in processors that have token types
 class PackedBatch:
     """One sequence `[prefix 1][q a][q a]…[prefix 2]…` of L tokens, its layout and the images of its prefixes.
 
-    A branch is one question with its answer; branch 0 is a prefix. S is the number of supervised tokens.
+    A branch is one question with its answer, or a conversation of which several answers are supervised; branch 0 is a
+    prefix. S is the number of supervised tokens.
 
     Attributes:
         input_ids: (1, L) int64.
@@ -43,10 +46,11 @@ class PackedBatch:
             last token of each question.
         targets: (S,) int64, the supervised tokens.
         target_branch: (S,) int64, branch of each supervised token.
+        weights: (S,) float64, the weight of each supervised token in the loss; None where all are 1.
         weight: 1.0, or 0.0 for a pack that only keeps this rank in step with the others.
         keys: (L,) int64, a number that depends only on the question (or image) and the offset: for dropout masks that
             do not depend on packing.
-        sample_ids: the questions of the pack, in the order of their branches.
+        sample_ids: the question of each branch, of a conversation its last one.
         rows: how many positions of `predict` each image has.
         tensors: for each image the processor's tensors, or what `pixels.pack_pixels` made of them.
         positions: (1, L) or (3, 1, L) int64, what the model rotates by; None where nobody has computed them yet.
@@ -67,6 +71,7 @@ class PackedBatch:
     rows: list[int]
     tensors: list[dict[str, torch.Tensor]] = field(repr=False)
     positions: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
     weight: float = 1.0
 
     @property
@@ -79,6 +84,10 @@ class PackedBatch:
         """Tokens of its questions as a padded batch of separate sequences."""
         sizes = [bounds[1] - bounds[0] + b - a for bounds in self.ends for a, b in pairwise(bounds[1:])]
         return len(sizes) * max(sizes)
+
+    def weighted_sum(self, losses: torch.Tensor) -> torch.Tensor:
+        """() sum of token losses (S,), each times its weight and that of the pack."""
+        return self.weight * (losses if self.weights is None else losses * self.weights.to(losses)).sum()
 
     def to(self, device: torch.device) -> PackedBatch:
         """Copy the tensors to a device, without waiting for it, and decode the pixels there."""
@@ -130,12 +139,13 @@ class _Sequence:
         return torch.cat(self.columns[name])
 
 
-def collate(pack: Sequence[Bundle], groups: Groups) -> PackedBatch:
+def collate(pack: Sequence[Bundle], groups: Groups, turns: bool = True) -> PackedBatch:
     """Build the sequence of one pack.
 
     Args:
         pack: the bundles; each names an image of `groups` and some of its questions.
         groups: the encoded images.
+        turns: let the turns of a conversation be one branch; False gives every question a branch of its own.
 
     Returns:
         The packed batch; supervised positions are predicted from the token before them in the same branch.
@@ -144,6 +154,7 @@ def collate(pack: Sequence[Bundle], groups: Groups) -> PackedBatch:
     predict: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
     target_branch: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
     ends: list[list[int]] = []
     sample_ids: list[str] = []
     encoded = [groups[bundle.group] for bundle in pack]
@@ -153,18 +164,19 @@ def collate(pack: Sequence[Bundle], groups: Groups) -> PackedBatch:
         types = torch.from_numpy(group.prefix_types).long() if len(group.prefix_types) else torch.zeros_like(prefix)
         sequence.add(prefix, types, index, 0, _key(bundle.group, 0), 0)
         ends[-1].append(sequence.length)
-        for number in bundle.questions:
-            question = group.questions[number]
-            prompt = torch.from_numpy(question.prompt_ids).long()
-            answer = torch.from_numpy(question.answer_ids).long()
+        for talk in conversations(bundle.questions, group.follows if turns else ()):
+            question = group.questions[talk[-1]]
             sample_ids.append(question.sample_id)
             branch = len(sample_ids)
-            predict.append(sequence.length + len(prompt) - 1 + torch.arange(max(1, len(answer))))
-            targets.append(answer)
-            target_branch.append(torch.full_like(answer, branch))
+            for turn in (group.questions[number] for number in talk):
+                answer = torch.from_numpy(turn.answer_ids).long()
+                predict.append(sequence.length + len(turn.prompt_ids) - 1 + torch.arange(max(1, len(answer))))
+                targets.append(answer)
+                target_branch.append(torch.full_like(answer, branch))
+                weights.append(torch.full_like(answer, turn.weight, dtype=torch.float64))
             # The end token predicts nothing, so it is not fed.
-            fed = torch.cat([prompt, answer[:-1]])
-            key = _key(bundle.group, 1 + number)
+            fed = torch.from_numpy(np.concatenate([question.prompt_ids, question.answer_ids[:-1]])).long()
+            key = _key(bundle.group, 1 + _first_turn(talk[0], group.follows))
             sequence.add(fed, torch.full_like(fed, IGNORED_TYPE), index, branch, key, len(prefix))
             ends[-1].append(sequence.length)
     images, predicted = sequence.column("group"), torch.cat(predict)
@@ -183,7 +195,15 @@ def collate(pack: Sequence[Bundle], groups: Groups) -> PackedBatch:
         sample_ids=sample_ids,
         rows=torch.bincount(images[predicted], minlength=len(ends)).tolist(),
         tensors=[group.tensors for group in encoded],
+        weights=None if all((part == 1).all() for part in weights) else torch.cat(weights),
     )
+
+
+def _first_turn(question: int, follows: Sequence[int]) -> int:
+    """The first turn of a question's conversation, whose keys all turns have, in one branch or in several."""
+    while follows and follows[question] >= 0:
+        question = follows[question]
+    return question
 
 
 def split_pack(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch] | None:
@@ -243,6 +263,7 @@ def _part(batch: PackedBatch, picks: Sequence[tuple[int, range]]) -> PackedBatch
         sample_ids=[batch.sample_ids[number] for number in questions],
         rows=torch.bincount(images[predict], minlength=len(ends)).tolist(),
         positions=None if batch.positions is None else batch.positions[..., tokens],
+        weights=None if batch.weights is None else batch.weights[kept],
         tensors=[batch.tensors[image] for image, _ in picks],
     )
 

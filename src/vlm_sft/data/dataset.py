@@ -43,7 +43,7 @@ class PreparedData:
                 self.left_out.extend(LeftOut.because(sample.id, found) for sample in members)
                 continue
             self._samples.append(members)
-            self._groups.append(replace(found, tensors={}))
+            self._groups.append(replace(found, tensors={}, follows=followed_turns(members, found)))
         refuse_if_all_fail(self.left_out, samples)
         self.lengths = tuple(group_lengths(group) for group in self._groups)
 
@@ -141,8 +141,35 @@ def usable_samples(encoder: Encoder, samples: Sequence[Sample]) -> tuple[list[Sa
 
 def group_lengths(group: EncodedGroup) -> GroupLengths:
     """Token counts of one encoded image, for the planner."""
+    weights = tuple(question.weight for question in group.questions)
     return GroupLengths(
         len(group.prefix_ids),
         tuple(question.tokens for question in group.questions),
         tuple(len(question.answer_ids) for question in group.questions),
+        weights if any(weight != 1 for weight in weights) else (),
+        group.follows,
     )
+
+
+def followed_turns(members: Sequence[Sample], group: EncodedGroup) -> tuple[int, ...]:
+    """Which turns of conversations go on from which, token for token; see `EncodedGroup.follows`.
+
+    A turn does not go on from an earlier one where the chat template renders that otherwise now (without its thinking),
+    or where questions have a prompt template, which a history does not have.
+
+    Args:
+        members: the samples of the group.
+        group: their tokens.
+    """
+    if not any(sample.history for sample in members):
+        return ()
+    whole: dict[bytes, int] = {}
+    for number, question in enumerate(group.questions):
+        whole.setdefault(question.prompt_ids.tobytes() + question.answer_ids.tobytes(), number)
+    sizes = sorted({len(tokens) for tokens in whole}, reverse=True)
+    prompts = [question.prompt_ids.tobytes() for question in group.questions]
+    follows = tuple(
+        next((whole[prompt[:size]] for size in sizes if size < len(prompt) and prompt[:size] in whole), -1)
+        for prompt in prompts
+    )
+    return follows if max(follows) >= 0 else ()

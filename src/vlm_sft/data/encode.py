@@ -40,11 +40,13 @@ class EncodedQuestion:
         sample_id: id of the sample.
         prompt_ids: (Q,) int32, the prompt's tokens after the prefix; never empty.
         answer_ids: (A,) int32, the answer and its end token: the supervised part. Empty when only a prompt was asked.
+        weight: of these tokens in the training loss.
     """
 
     sample_id: str
     prompt_ids: np.ndarray
     answer_ids: np.ndarray
+    weight: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -64,6 +66,8 @@ class EncodedGroup:
         questions: the questions, in the order of the samples.
         tensors: what the processor made of the images (pixel_values, image_grid_thw, …), batch dimension kept; empty
             for text rows.
+        follows: for each question the one whose sequence, answer included, its prompt goes on from; -1 for none. Empty
+            where there is no such turn.
     """
 
     key: str
@@ -72,6 +76,7 @@ class EncodedGroup:
     image_tokens: int
     questions: tuple[EncodedQuestion, ...]
     tensors: dict[str, torch.Tensor] = field(repr=False, compare=False)
+    follows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +175,9 @@ class Encoder:
             known = _common_prefix(frame.ids, prefix)
             types[:known] = frame.types[:known]
         questions = tuple(
-            EncodedQuestion(sample.id, ids[size:], self.answer_ids(sample, text) if with_answers else ids[:0])
+            EncodedQuestion(
+                sample.id, ids[size:], self.answer_ids(sample, text) if with_answers else ids[:0], sample.weight
+            )
             for sample, ids, text in zip(samples, sequences, texts, strict=True)
         )
         image_tokens = int((prefix == self.image_token_id).sum())

@@ -29,6 +29,38 @@ class Bundle:
     questions: tuple[int, ...]
 
 
+def conversations(questions: Sequence[int], follows: Sequence[int]) -> list[tuple[int, ...]]:
+    """Put those questions together that are turns of one conversation, and so one sequence with several answers.
+
+    Args:
+        questions: of one image, or of one opening text.
+        follows: as of `EncodedGroup`.
+
+    Returns:
+        Each question once; a question whose sequence the last one of its tuple begins with stands before that.
+    """
+    if not follows:
+        return [(question,) for question in questions]
+
+    def earlier(question: int) -> list[int]:
+        found = []
+        while follows[question] >= 0:
+            question = follows[question]
+            found.append(question)
+        return found
+
+    paths = {question: earlier(question) for question in questions}
+    left = dict.fromkeys(questions)
+    talks = []
+    for question in sorted(questions, key=lambda one: -len(paths[one])):
+        if question in left:
+            talk = [question, *(one for one in paths[question] if one in left)]
+            for one in talk:
+                del left[one]
+            talks.append(tuple(reversed(talk)))
+    return talks
+
+
 def global_batches(
     sizes: Sequence[int], batch_size: int, seed: int, epoch: int, max_questions_per_image: int | None = None
 ) -> Sequence[list[Bundle]]:

@@ -16,7 +16,7 @@ from vlm_sft.data.collate import PackedBatch, collate
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import EncodedGroup
 from vlm_sft.data.image_failures import UNREADABLE, WORKER_HUNG, DataFault, substitutes
-from vlm_sft.data.packing import Bundle, EpochPlanner
+from vlm_sft.data.packing import Bundle, EpochPlanner, supervised_tokens
 from vlm_sft.data.workers import WorkerLost, WorkerPool
 
 
@@ -26,16 +26,16 @@ class StepPacks:
 
     Attributes:
         packs: the packs, the same number on every rank; none where a fault is fatal.
-        supervised: supervised tokens of the whole step over all ranks, by the plan.
+        supervised: supervised tokens of the whole step by their weights, over all ranks, by the plan.
         questions: questions of the whole step over all ranks.
-        change: supervised tokens that this rank has more than planned, where images had to be replaced.
+        change: by how much this rank has more of them than planned, where images had to be replaced.
         faults: what went wrong while the step was read.
     """
 
     packs: list[PackedBatch]
-    supervised: int
+    supervised: float
     questions: int
-    change: int = 0
+    change: float = 0
     faults: list[DataFault] = field(default_factory=list)
 
 
@@ -110,14 +110,13 @@ class StepDataset(Dataset[StepPacks]):
             taken = self._read(bundle, images, built)
             if taken is None:
                 return None
-            built.change += (self._supervised(taken) - self._supervised(bundle)) if counted else 0
+            lengths = self.data.lengths
+            more = supervised_tokens(taken, lengths[taken.group]) - supervised_tokens(bundle, lengths[bundle.group])
+            built.change += more if counted else 0
             found.append(taken)
-        batch = collate(found, images)
+        batch = collate(found, images, turns=self.planner.rows is None)
         batch.positions = self.place(batch) if self.place else None
         return batch
-
-    def _supervised(self, bundle: Bundle) -> int:
-        return sum(self.data.lengths[bundle.group].supervised[question] for question in bundle.questions)
 
     def _read(self, bundle: Bundle, images: dict[int, EncodedGroup], built: StepPacks) -> Bundle | None:
         """Read the image of a bundle into `images`; returns the bundle that can be trained, or None."""

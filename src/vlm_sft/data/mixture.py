@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
 from typing import TypeVar
 
@@ -72,6 +72,22 @@ def _draw(samples: list[Sample], count: int, seed: str) -> list[Sample]:
 
 def _repeated(sample: Sample, earlier: int) -> Sample:
     return dataclasses.replace(sample, id=f"{sample.id}#{earlier + 1}") if earlier else sample
+
+
+def weighted(samples: list[Sample], weights: Mapping[str, float]) -> list[Sample]:
+    """The samples with their weights in the loss multiplied by those of their data sets.
+
+    Args:
+        samples: of several data sets.
+        weights: by the name of the data set; 1 for others.
+    """
+    if not weights:
+        return samples
+    factors = [weights.get(sample.dataset, 1.0) for sample in samples]
+    return [
+        dataclasses.replace(sample, weight=sample.weight * factor)
+        for sample, factor in zip(samples, factors, strict=True)
+    ]
 
 
 def stratified_limit(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm_sft.common.errors import DataError
 from vlm_sft.data.engine_options import Rows
-from vlm_sft.data.epoch_order import Bundle, global_batches
+from vlm_sft.data.epoch_order import Bundle, conversations, global_batches
 
 # A question joins a padded batch when it has at least this share of the tokens of the longest one.
 LEAST_SHARE = 0.8
@@ -28,11 +28,15 @@ class GroupLengths:
         prefix: tokens of the shared prefix.
         questions: tokens of each question: prompt after the prefix, answer and end token.
         supervised: supervised tokens of each question.
+        weights: weight of each question in the loss; empty where all are 1.
+        follows: as of `EncodedGroup`.
     """
 
     prefix: int
     questions: tuple[int, ...]
     supervised: tuple[int, ...]
+    weights: tuple[float, ...] = ()
+    follows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +46,12 @@ class Step:
     Attributes:
         ranks: for each rank its packs; every rank has the same number of them; a pack may be empty.
         questions: questions in the step, over all ranks.
-        supervised: supervised tokens in the step, over all ranks: what the loss is divided by.
+        supervised: supervised tokens in the step by their weights, over all ranks: what the loss is divided by.
     """
 
     ranks: tuple[tuple[tuple[Bundle, ...], ...], ...]
     questions: int
-    supervised: int
+    supervised: float
 
 
 def pack_batch(
@@ -236,12 +240,30 @@ def _at_least(pieces: list[Bundle], count: int) -> list[Bundle]:
 
 
 def _pieces(bundle: Bundle, lengths: GroupLengths, tokens_per_pack: int, most: int) -> list[Bundle]:
-    """Cut a bundle between its questions so that each part fits the limits where that is possible."""
-    sizes = [lengths.questions[question] for question in bundle.questions]
-    return [
-        Bundle(bundle.group, bundle.questions[start:stop])
-        for start, stop, _ in cut_questions(lengths.prefix, sizes, tokens_per_pack, most)
-    ]
+    """Cut a bundle between its conversations so that each part fits the limits where that is possible."""
+    talks = conversations(bundle.questions, lengths.follows)
+    talks = [talk[start : start + most] for talk in talks for start in range(0, len(talk), most)]
+    pieces: list[Bundle] = []
+    for start, stop, _ in cut_questions(
+        lengths.prefix, [lengths.questions[talk[-1]] for talk in talks], tokens_per_pack
+    ):
+        questions = [question for talk in talks[start:stop] for question in talk]
+        if len(questions) <= most:
+            pieces.append(Bundle(bundle.group, tuple(questions)))
+        else:
+            pieces += [Bundle(bundle.group, questions_) for questions_ in _at_most(talks[start:stop], most)]
+    return pieces
+
+
+def _at_most(talks: Sequence[tuple[int, ...]], most: int) -> list[tuple[int, ...]]:
+    """Put conversations of at most `most` questions together, in order, to parts of at most as many."""
+    parts: list[tuple[int, ...]] = []
+    for talk in talks:
+        if parts and len(parts[-1]) + len(talk) <= most:
+            parts[-1] += talk
+        else:
+            parts.append(talk)
+    return parts
 
 
 def cut_questions(
@@ -268,8 +290,16 @@ def cut_questions(
 
 
 def bundle_tokens(bundle: Bundle, lengths: GroupLengths) -> int:
-    """Tokens that a bundle takes in a pack: its prefix once and its questions."""
-    return lengths.prefix + sum(lengths.questions[question] for question in bundle.questions)
+    """Tokens that a bundle takes in a pack: its prefix once and its conversations, each as long as its last turn."""
+    return lengths.prefix + sum(
+        lengths.questions[talk[-1]] for talk in conversations(bundle.questions, lengths.follows)
+    )
+
+
+def supervised_tokens(bundle: Bundle, lengths: GroupLengths) -> float:
+    """Supervised tokens of a bundle, each counted by the weight of its question in the loss."""
+    weights = lengths.weights or (1,) * len(lengths.supervised)
+    return sum(weights[question] * lengths.supervised[question] for question in bundle.questions)
 
 
 @dataclass(frozen=True)
@@ -350,5 +380,5 @@ class EpochPlanner:
         return Step(
             packs,
             sum(len(bundle.questions) for bundle in bundles),
-            sum(self.lengths[bundle.group].supervised[question] for bundle in bundles for question in bundle.questions),
+            sum(supervised_tokens(bundle, self.lengths[bundle.group]) for bundle in bundles),
         )

@@ -94,6 +94,7 @@ class Sample:
         history: earlier turns of the conversation, given as context and never supervised.
         system: system text of the conversation; "" leaves it to the prompt settings.
         metadata: small JSON values for analysis: "question_type", "answer_type", ….
+        weight: of its answer's tokens in the training loss.
     """
 
     id: str
@@ -106,6 +107,7 @@ class Sample:
     history: tuple[Turn, ...] = ()
     system: str = ""
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
+    weight: float = 1.0
 
     @property
     def image_key(self) -> str:

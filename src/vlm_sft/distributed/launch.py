@@ -205,12 +205,15 @@ def idle_gpus(launch: Launch, words: Sequence[str]) -> str:
         words: its command line, `sys.argv`.
     """
     count = torch.cuda.device_count()
-    if launch.cpu or launch.world_size > 1 or count < 2:
+    name = torch.cuda.get_device_name(launch.gpu) if count > 1 and not launch.cpu else ""
+    if not name or launch.world_size > 1:
         return ""
+    used = f"one process uses one GPU: number {launch.gpu} of {count} ({name})"
+    if "ipykernel" in words[0]:
+        return f"{used}; a notebook is one process: start a script with torchrun to use all of them"
     program = [words[0]] if words[0].endswith(".py") and Path(words[0]).name != "__main__.py" else ["-m", "vlm_sft"]
     line = shlex.join(["torchrun", f"--nproc_per_node={count}", *program, *words[1:]])
-    name = torch.cuda.get_device_name(launch.gpu)
-    return f"one process uses one GPU: number {launch.gpu} of {count} ({name}); to use all of them: {line}"
+    return f"{used}; to use all of them: {line}"
 
 
 def quiet_libraries() -> None:

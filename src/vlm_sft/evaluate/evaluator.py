@@ -189,9 +189,10 @@ def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str
         "prediction": text,
         "answers": list(sample.answers),
         "split": sample.split,
-        "score": benchmark.metric(text, sample.answers),
+        "score": benchmark.score(text, sample.answers, sample.metadata),
         "cut": cut,
         "question_type": str(sample.metadata.get("question_type", "")),
+        **{key: sample.metadata[key] for key in benchmark.needs if sample.metadata.get(key)},
     }
 
 

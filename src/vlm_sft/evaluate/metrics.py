@@ -8,10 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
+from typing import Any
 
 from vlm_sft.common.errors import EvaluationError, nearest, quoted
+from vlm_sft.evaluate.answer_rules import (
+    chartqapro,
+    choice_or_word,
+    edit_distance,
+    multiple_choice,
+    ocrbench,
+    squad_exact,
+    squad_f1,
+)
 
-Metric = Callable[[str, Sequence[str]], float]
+Metric = Callable[..., float]  # (prediction, answers), and by name what `Benchmark.needs` says
 
 RELATIVE_TOLERANCE = 0.05
 VQA_ANSWERS = 10  # people who answered each question of VQA and TextVQA
@@ -169,19 +179,6 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return thirtieths / (3 * VQA_ANSWERS)
 
 
-def _edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance: insertions, deletions and substitutions of one character, each costing 1."""
-    if len(first) < len(second):
-        first, second = second, first
-    previous = list(range(len(second) + 1))
-    for row, character in enumerate(first, start=1):
-        current = [row]
-        for column, other in enumerate(second, start=1):
-            current.append(min(previous[column] + 1, current[-1] + 1, previous[column - 1] + (character != other)))
-        previous = current
-    return previous[-1]
-
-
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
     """Score the average normalised Levenshtein similarity (ANLS) of one question.
 
@@ -214,7 +211,7 @@ def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> flo
         if longer == 0:
             best = 1.0
         elif shorter / longer >= max(threshold, best):
-            best = max(best, 1 - _edit_distance(wanted, answer) / longer)
+            best = max(best, 1 - edit_distance(wanted, answer) / longer)
     return best if best >= threshold else 0.0
 
 
@@ -242,6 +239,7 @@ class Benchmark:
         secondary: further scores by name, never used to choose a model.
         max_new_tokens: default limit of a generated answer, in tokens.
         answers_needed: how many answers each question must have; None for any number from one.
+        needs: what else of a question the metric takes, by the name of its key; a question may lack it.
     """
 
     name: str
@@ -251,6 +249,17 @@ class Benchmark:
     secondary: Mapping[str, Metric] = field(default_factory=dict)
     max_new_tokens: int = 32
     answers_needed: int | None = None
+    needs: tuple[str, ...] = ()
+
+    def score(self, prediction: str, answers: Sequence[str], question: Mapping[str, Any]) -> float:
+        """Score one answer, from 0 to 1.
+
+        Args:
+            prediction: the model's answer.
+            answers: the accepted answers.
+            question: what is known of the question, by key.
+        """
+        return self.metric(prediction, answers, **{key: question[key] for key in self.needs if question.get(key)})
 
 
 # ChartQA has one label; should a file give several, the first is the gold.
@@ -289,6 +298,31 @@ BENCHMARKS: dict[str, Benchmark] = {
             {"exact_match": exact_match},
             max_new_tokens=64,
         ),
+        Benchmark("ocrvqa", "ocrvqa_accuracy", exact_match, "OCR-VQA: exact match ignoring case"),
+        Benchmark(
+            "chartqapro",
+            "chartqapro_relaxed_accuracy",
+            chartqapro,
+            "ChartQAPro: numbers within 5 %, years exactly, texts by ANLS, lists part by part",
+            max_new_tokens=64,
+            needs=("year", "question_type"),
+        ),
+        Benchmark(
+            "ai2d",
+            "ai2d_accuracy",
+            multiple_choice,
+            "AI2D: the right option, by its letter or its text",
+            needs=("options",),
+        ),
+        Benchmark("realworldqa", "realworldqa_accuracy", choice_or_word, "RealWorldQA: the right letter or word"),
+        Benchmark(
+            "ocrbench",
+            "ocrbench_accuracy",
+            ocrbench,
+            "OCRBench: the answer contains an expected text",
+            max_new_tokens=128,
+            needs=("dataset",),
+        ),
         Benchmark("easy_vqa", "easy_vqa_accuracy", exact_match, "easy-VQA: exact match ignoring case"),
         Benchmark(
             "demo_charts",
@@ -304,6 +338,14 @@ BENCHMARKS: dict[str, Benchmark] = {
             "synthetic signs of the demo: VQA accuracy over exactly ten answers",
             answers_needed=VQA_ANSWERS,
         ),
+        Benchmark(
+            "multiple_choice",
+            "multiple_choice_accuracy",
+            multiple_choice,
+            "your own multiple choice: the right option, by its letter or its text",
+            needs=("options",),
+        ),
+        Benchmark("squad", "squad_f1", squad_f1, "your own open answers: SQuAD's F1", {"squad_exact": squad_exact}),
         Benchmark(
             "exact_match", "exact_match", exact_match, "your own data: equal to one of the answers, ignoring case"
         ),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +26,8 @@ from vlm_sft.distributed.launch import Launch, connected, idle_gpus, pack_tokens
 from vlm_sft.evaluate.backends import Backend, VllmBackend, require_vllm
 from vlm_sft.evaluate.evaluator import Evaluator
 from vlm_sft.evaluate.loading import open_backend
+from vlm_sft.evaluate.metrics import Metric
+from vlm_sft.evaluate.own_metrics import with_metrics
 from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.provenance import PART, identity_of
 from vlm_sft.evaluate.scoring import format_score
@@ -94,8 +98,12 @@ class EvalOptions:
     local_rank: int | None = None
 
 
-def evaluate(options: EvalOptions) -> dict[str, dict[str, object]]:
+def evaluate(options: EvalOptions, metrics: Mapping[str, Metric] | None = None) -> dict[str, dict[str, Any]]:
     """Carry out one evaluation.
+
+    Args:
+        options: what is evaluated.
+        metrics: further scores by name, of a caller from Python.
 
     Returns:
         For each benchmark the value of its results.json (on rank 0).
@@ -113,7 +121,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, object]]:
         options.output_dir, artifacts.RUN, artifacts.LEFT_OUT, f"*/{artifacts.IDENTITY}", f"*/{PART.format('*')}"
     )
     with place.or_nothing(lambda: _answered(options.output_dir)), connected(launch):
-        return _carry_out(options, launch, limits)
+        return _carry_out(options, launch, limits, metrics or {})
 
 
 def _answered(folder: Path) -> bool:
@@ -122,7 +130,9 @@ def _answered(folder: Path) -> bool:
     return any(path.stat().st_size for path in files)
 
 
-def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> dict[str, dict[str, object]]:
+def _carry_out(
+    options: EvalOptions, launch: Launch, limits: dict[str, int], metrics: Mapping[str, Metric]
+) -> dict[str, dict[str, Any]]:
     """Load, answer, score; returns as `evaluate` does."""
     base = _find_base(options)
     for note in filter(None, [idle_gpus(launch, sys.argv), *base.notes]):
@@ -131,7 +141,7 @@ def _carry_out(options: EvalOptions, launch: Launch, limits: dict[str, int]) -> 
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     tasks, refused = usable_tasks(tasks, encoder)
     left_out += refused
-    tasks = with_limits(tasks, base.prompt, encoder.chat.plain, limits)
+    tasks = with_metrics(with_limits(tasks, base.prompt, encoder.chat.plain, limits), metrics)
     questions = sum(len(task.samples) for task in tasks)
     who = f"{options.base_model} with {options.adapter}" if options.adapter else options.base_model
     say(

@@ -1,7 +1,4 @@
-"""Scores answers item by item and adds them up. No torch.
-
-Imports errors, console, data.answer_limits, metrics and statistics.
-"""
+"""Scores answers item by item and adds them up. No torch."""
 
 from __future__ import annotations
 
@@ -24,6 +21,7 @@ from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, get_benchmark
 
 BAD_LINES_SHOWN = 20
+LISTS = ("year", "options")  # what a rule may need besides the answers: lists of texts; the rest is text
 _LINES_A_STEP = 1000  # between two updates of the progress bar
 
 _JSON_NAMES = {
@@ -62,6 +60,10 @@ def why_unusable(item: Any, benchmark: Benchmark) -> str:
         return f"'prediction' is {_json_name(item['prediction'])}, not text; put it in quotes"
     if not isinstance(item.get("split") or "", str):
         return f"'split' is {_json_name(item['split'])}, not text"
+    for key in benchmark.needs:
+        listed = isinstance(item.get(key), list) and all(isinstance(part, str) for part in item[key])
+        if item.get(key) is not None and not (listed if key in LISTS else isinstance(item[key], str)):
+            return f"{key!r} is {_json_name(item[key])}, not {'a list of texts' if key in LISTS else 'text'}"
     return _why_answers_unusable(item["answers"], benchmark)
 
 
@@ -100,7 +102,7 @@ def score_item(benchmark: str, row: dict[str, Any]) -> float:
     """
     if benchmark in BENCHMARKS:
         _require_usable(row, BENCHMARKS[benchmark])
-        return BENCHMARKS[benchmark].metric(row["prediction"], row["answers"])
+        return BENCHMARKS[benchmark].score(row["prediction"], row["answers"], row)
     score = row.get("score")
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         raise EvaluationError(
@@ -155,7 +157,7 @@ class Scoreboard:
     def add(self, item: dict[str, Any]) -> float:
         """Score a good item (see `why_unusable`), count it, and return its score."""
         prediction, answers = item["prediction"], item["answers"]
-        score = self.benchmark.metric(prediction, answers)
+        score = self.benchmark.score(prediction, answers, item)
         image = statistics.cluster_of(item) if self.by_image else None
         self._overall.add(score, image)
         self._cut += item.get("cut") is True

@@ -79,7 +79,7 @@ class StepGradients:
             with packed_forward.packed(here, self.mode, self.step):
                 with self.precision():
                     token_losses = packed_forward.training_losses(self.model, here, self.mode, self.objective)
-                    loss = token_losses.sum() * (pack.weight * self.scale)
+                    loss = here.weighted_sum(token_losses) * self.scale
                 gradients = (
                     torch.autograd.grad(loss, self.parameters, allow_unused=True)
                     if loss.requires_grad  # not where text rows alone meet a model of which only the tower is trained

@@ -85,7 +85,8 @@ def data_sha256(data: PreparedData, scored: bool = False) -> str:
     digest = hashlib.sha256()
     for sample, _, _ in data.samples():
         turns = [(turn.role, turn.text) for turn in sample.history]
-        row = [sample.image_key, sample.system, turns, sample.question, sample.target]
+        row: list[Any] = [sample.image_key, sample.system, turns, sample.question, sample.target]
+        row += [] if scored or sample.weight == 1 else [sample.weight]
         digest.update(json.dumps([*row, *sample.answers] if scored else row).encode() + b"\n")
     return digest.hexdigest()
 

@@ -33,7 +33,7 @@ class TrainOptions(AnswerOptions):
     engine: EngineOptions = field(default_factory=EngineOptions)
     sft_config: Path | None = option(
         None,
-        "recipe: a JSON file such as configs/sft_config_best.json, or one of the package by its name: "
+        "recipe: a JSON or YAML file such as configs/sft_config_best.json, or one of the package by its name: "
         + ", ".join(RECIPES.values()),
         "FILE",
         parse=Path,
@@ -62,6 +62,12 @@ class TrainOptions(AnswerOptions):
         "NAME[@PATH][:WEIGHT], comma separated: chartqa, textvqa, easy_vqa, demo, demo_charts, demo_text, or a path to "
         "your own JSONL or parquet; chartqa@stream fetches --max_train rows only (default: %(default)s)",
         "SETS",
+    )
+    loss_weights: str | None = option(
+        None,
+        "how much the answers of a set count in the loss, NAME=WEIGHT, comma separated (default: 1 each); a record's "
+        "own weight multiplies it",
+        "WEIGHTS",
     )
     flash_attn: bool = option(False, "FlashAttention (bfloat16, GPUs from Ampere on)")
     deepspeed: str | None = option(

@@ -15,13 +15,13 @@ from vlm_sft.data.cache.directory import cache_bytes
 from vlm_sft.data.cache.encoded import DataCache
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
-from vlm_sft.data.mixture import mix, stratified_limit
+from vlm_sft.data.mixture import mix, stratified_limit, weighted
 from vlm_sft.data.packing import EpochPlanner, GroupLengths
 from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample, counted
 from vlm_sft.data.sources.registry import is_synthetic, load_split
-from vlm_sft.data.sources.spec import DatasetSpec
+from vlm_sft.data.sources.spec import DatasetSpec, parse_loss_weights
 from vlm_sft.evaluate.guard import Guard, parse_guards
 from vlm_sft.evaluate.overlap import cautions, overlaps
 from vlm_sft.evaluate.tasks import (
@@ -77,8 +77,15 @@ class Plan:
     cache_before: int = 0
 
 
-def load_data(specs: list[DatasetSpec], recipe: Recipe) -> tuple[list[Sample], list[Sample], list[LeftOut]]:
+def load_data(
+    specs: list[DatasetSpec], recipe: Recipe, loss_weights: str | None = None
+) -> tuple[list[Sample], list[Sample], list[LeftOut]]:
     """Load, mix and limit the training questions, and the questions of the evaluation loss.
+
+    Args:
+        specs: the data sets.
+        recipe: limits and seed.
+        loss_weights: as of `--loss_weights`.
 
     Returns:
         Training samples, evaluation samples, what was left out of either.
@@ -87,6 +94,7 @@ def load_data(specs: list[DatasetSpec], recipe: Recipe) -> tuple[list[Sample], l
         DataError: a data set cannot be loaded, or is not the same on all ranks.
     """
     parts, evaluation, left_out = [], [], []
+    weights = parse_loss_weights(loss_weights, specs)
     for spec in specs:
         loaded = load_split(spec, "train", recipe.max_train)
         parts.append((spec, loaded.samples))
@@ -97,7 +105,7 @@ def load_data(specs: list[DatasetSpec], recipe: Recipe) -> tuple[list[Sample], l
             left_out += held_out.left_out
         label = " (synthetic)" if loaded.synthetic else ""
         say(f"data: {spec.name}{label}: {loaded.description}")
-    mixed = mix(parts, recipe.max_train, recipe.seed)
+    mixed = weighted(mix(parts, recipe.max_train, recipe.seed), weights)
     evaluation = stratified_limit(evaluation, recipe.max_eval, SAMPLE_SEED)
     require_same_data([*mixed, *evaluation], left_out)
     return mixed, evaluation, left_out

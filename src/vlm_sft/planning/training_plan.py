@@ -34,7 +34,7 @@ def plan_training(run: TrainingRun, guards: list[Guard]) -> tuple[TrainingRun, P
         VlmSftError: data or base model cannot be used.
     """
     with run.record.timed("data"):
-        train_samples, eval_samples, left_out = load_data(run.specs, run.recipe)
+        train_samples, eval_samples, left_out = load_data(run.specs, run.recipe, run.options.loss_weights)
         tasks = final_tasks(run)
         validation = validation_plan(run, guards)
         tell_parts(run, train_samples, eval_samples, validation, tasks)

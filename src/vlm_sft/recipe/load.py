@@ -1,4 +1,4 @@
-"""From a JSON file and the flags of the command line to a checked `Recipe`.
+"""From a JSON or YAML file and the flags of the command line to a checked `Recipe`.
 
 Three layers give the values: the defaults of the schema, the file, the command line. A later layer wins over
 an earlier one, also where two keys set the same thing (warmup_steps and warmup_ratio); two different values in one
@@ -8,8 +8,7 @@ layer are a contradiction. Every mistake of all layers is collected and raised i
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from vlm_sft.common.errors import nearest
 from vlm_sft.recipe.builtin import RECIPES, locate_recipe
 from vlm_sft.recipe.parsing import check_value, parse_text, shown
+from vlm_sft.recipe.reading import SUFFIXES, RecipeObject, parse_recipe
 from vlm_sft.recipe.schema import FLOORED_SCHEDULERS, KEYS, Key, Recipe
 from vlm_sft.recipe.validation import ALIASES, Mistake, find_contradictions, raise_mistakes, suggestion
 
@@ -66,23 +66,12 @@ class _Draft:
         self.values[name] = value
 
 
-class _Object(dict[str, Any]):
-    """A JSON object that remembers the keys it was given more than once, which `dict` would forget."""
-
-    def __init__(self, pairs: Iterable[tuple[str, Any]]) -> None:
-        super().__init__()
-        self.repeated: dict[str, list[Any]] = {}
-        for name, value in pairs:
-            if name in self:
-                self.repeated.setdefault(name, [self[name]]).append(value)
-            self[name] = value
-
-
 def load_recipe(path: str | Path | None, overrides: Mapping[str, object] | None = None) -> Recipe:
     """Read a recipe; `read_recipe` without its notes.
 
     Args:
-        path: a flat JSON object, or the name of a recipe of the package, e.g. "best"; None takes the defaults.
+        path: a flat JSON (comments allowed) or YAML file, or the name of a recipe of the package, e.g. "best"; None
+            takes the defaults.
         overrides: values that win over the file's, by key; texts are parsed as the flags' are.
 
     Returns:
@@ -127,18 +116,20 @@ def _read_object(path: Path, mistakes: list[Mistake]) -> Mapping[str, object]:
         return {}
 
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_Object)
+        value = parse_recipe(path.read_text(encoding="utf-8-sig"), path)
     except FileNotFoundError:
         return failed("the file does not exist", _recipe_meant(path))
     except OSError as error:
-        return failed(f"cannot be read ({error.strerror})", "give a JSON file that you may read")
+        return failed(f"cannot be read ({error.strerror})", "give a file that you may read")
     except UnicodeDecodeError as error:
         return failed(f"not UTF-8 text (byte {error.start})", "save it as UTF-8")
-    except json.JSONDecodeError as error:
-        return failed(f"not JSON at line {error.lineno} column {error.colno} ({error.msg})", "correct it there")
-    except (ValueError, RecursionError) as error:
-        return failed(f"not a recipe ({error})", "give a flat JSON object of keys and short values")
-    if not isinstance(value, _Object):
+    except ValueError as error:
+        if str(error).startswith("not "):
+            return failed(str(error), "correct it there")
+        return failed(f"not a recipe ({error})", "give a flat object of keys and short values")
+    except RecursionError as error:
+        return failed(f"not a recipe ({error})", "give a flat object of keys and short values")
+    if not isinstance(value, RecipeObject):
         return failed(f"holds {shown(value)}, not an object", 'a recipe is {"key": value, …}')
     for name, given in value.repeated.items():
         problem = f"given {len(given)} times"
@@ -156,7 +147,7 @@ def _choice_meant(key: Key, value: object) -> str:
 def _recipe_meant(path: Path) -> str:
     """The recipe of the package, or the file nearby, that a missing path may have meant."""
     stems = {stem: name for stem, name in RECIPES.items()} | {name: name for name in RECIPES.values()}
-    beside = {file.name: str(file) for file in sorted(path.parent.glob("*.json"))}
+    beside = {file.name: str(file) for file in sorted(path.parent.glob("*")) if file.suffix in SUFFIXES}
     known = beside if path.suffix else stems  # a name without an ending is one of the package
     meant = stems.get(path.stem) or known.get(nearest(path.name, known, "{}"))
     names = f"name a recipe of the package: {', '.join(RECIPES.values())}"

@@ -69,9 +69,16 @@ EVALUATION_METRICS = (
     "textvqa_accuracy",
     "docvqa_anls",
     "infographicvqa_anls",
+    "ocrvqa_accuracy",
+    "chartqapro_relaxed_accuracy",
+    "ai2d_accuracy",
+    "realworldqa_accuracy",
+    "ocrbench_accuracy",
     "easy_vqa_accuracy",
     "demo_charts_relaxed_accuracy",
     "demo_text_accuracy",
+    "multiple_choice_accuracy",
+    "squad_f1",
     "exact_match",
 )
 TRACKERS = (

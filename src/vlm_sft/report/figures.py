@@ -125,7 +125,10 @@ def task_metrics(series: Columns) -> Columns:
     return {
         name.removeprefix(METRIC_PREFIX): points
         for name, points in series.items()
-        if name.startswith(METRIC_PREFIX) and name not in NO_METRICS and all(0 <= value <= 1 for _, value in points)
+        if name.startswith(METRIC_PREFIX)
+        and name not in NO_METRICS
+        and not name.startswith("eval_loss")
+        and all(0 <= value <= 1 for _, value in points)
     }
 
 

@@ -24,6 +24,11 @@ _DROPPED = ("train_runtime", "train_samples_per_second", "train_steps_per_second
 _TOLD = ("eval_loss", *(f"eval_{name}" for name in EVALUATION_METRICS))
 
 
+def _is_told(name: str) -> bool:
+    """Whether a number of an evaluation is printed, and not only logged."""
+    return name in _TOLD or name.startswith("eval_loss_")
+
+
 class Callbacks:
     """Tells callbacks of transformers what a training does, as transformers.Trainer tells them.
 
@@ -150,7 +155,7 @@ class Progress(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **arguments: Any) -> None:
         """Tell the result of an evaluation."""
-        values = ", ".join(f"{name} {value:.4f}" for name, value in arguments["metrics"].items() if name in _TOLD)
+        values = ", ".join(f"{name} {value:.4f}" for name, value in arguments["metrics"].items() if _is_told(name))
         say(f"step {state.global_step}: {values}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:

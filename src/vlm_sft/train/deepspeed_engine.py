@@ -289,7 +289,7 @@ class PartitionedGradients:
             here = pack.to(self.engine.device)
             with packed_forward.packed(here, self.mode, self.step):
                 losses = packed_forward.training_losses(self.engine, here, self.mode, self.objective)
-                loss = losses.sum() * (pack.weight * self.scale)
+                loss = here.weighted_sum(losses) * self.scale
                 self._total += loss.detach().float()
                 self._tokens.append((pack, losses.detach()))
                 if last:

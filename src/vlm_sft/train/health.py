@@ -138,13 +138,13 @@ class Health:
         self.stopping = self.sums(float(self._stop_requested()))[0] > 0 or self.stopping
         return self.stopping
 
-    def settle(self, step: int, faults: Sequence[DataFault], change: int) -> int:
+    def settle(self, step: int, faults: Sequence[DataFault], change: float) -> float:
         """Agree on the data of one step before it is computed, and record what went wrong with it.
 
         Args:
             step: the step, 1 for the first.
             faults: of this rank.
-            change: supervised tokens that this rank has more than planned.
+            change: weighted supervised tokens that this rank has more than planned.
 
         Returns:
             The same for all ranks together.
@@ -154,7 +154,7 @@ class Health:
         """
         found, total = self.sums(float(len(faults)), float(change))
         if not found:
-            return int(total)
+            return total
         everyone = [(rank, fault) for rank, part in enumerate(gather(list(faults))) for fault in part]
         for rank, fault in everyone:
             action = "stop" if fault.fatal else "replaced" if fault.replaced_by else "tried again"
@@ -173,7 +173,7 @@ class Health:
                 f"step {step}: {fatal.reason} (samples: {', '.join(fatal.sample_ids[:3]) or 'unknown'})",
                 "look at it, then go on with --resume auto; --on_bad_sample replace trains on another sample instead",
             )
-        return int(total)
+        return total
 
     def agree(
         self,

@@ -250,17 +250,19 @@ class TrainingLoop:
         if steps is None:  # a schedule with evaluations has questions for them
             raise RunError("a callback asked for an evaluation, and eval_strategy is no", "pass eval_strategy steps")
         state, began = self.state, time.monotonic()
-        loss = evaluation_loss(self.optimization, self.plan.mode, steps, self.health, self.device, state.global_step)
+        losses = evaluation_loss(self.optimization, self.plan.mode, steps, self.health, self.device, state.global_step)
         seconds = time.monotonic() - began
         questions = steps.planner.questions_per_epoch
         metrics = {
-            "eval_loss": loss,
+            **losses,
             "eval_runtime": round(seconds, 4),
             "eval_samples_per_second": round(questions / max(seconds, 1e-9), 3),
         }
         if self.validation is not None:
             began = time.monotonic()
-            scores = self.validation.measure(self.model, self.plan.mode, state.global_step, loss, self.health)
+            scores = self.validation.measure(
+                self.model, self.plan.mode, state.global_step, losses["eval_loss"], self.health
+            )
             metrics |= {f"eval_{name}": score for name, score in scores.items()}
             metrics["eval_answer_seconds"] = round(time.monotonic() - began, 3)
         self.callbacks.log(dict(metrics))

@@ -70,7 +70,7 @@ def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRu
         connected(launch),
     ):
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
-        _announce(options, launch, loaded.notes, checkpoint, caller.in_process)
+        _announce(options, launch, loaded.notes, checkpoint)
         facts = _facts(options, specs, launch, checkpoint)
         if options.adapter is not None:
             options, started = begin_second_stage(options, recipe)
@@ -143,14 +143,12 @@ def _open_folder(options: TrainOptions, recipe: Recipe, launch: Launch) -> Path 
     return checkpoint
 
 
-def _announce(
-    options: TrainOptions, launch: Launch, notes: list[str], checkpoint: Path | None, in_process: bool
-) -> None:
+def _announce(options: TrainOptions, launch: Launch, notes: list[str], checkpoint: Path | None) -> None:
     """Say what will be done."""
     source = options.sft_config or "the default recipe"
     say(f"training {options.base_model} on {options.dataset} with {source}")
     say(f"launch: {launch.world_size} process(es), {launch.parallel}, {'CPU' if launch.cpu else 'GPU'}")
-    for note in filter(None, ["" if in_process else idle_gpus(launch, sys.argv), *notes]):
+    for note in filter(None, [idle_gpus(launch, sys.argv), *notes]):
         say(note)
     if options.resume is not None:
         say(f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting from the beginning")

@@ -324,7 +324,7 @@ def _read_tokens(record: Record, members: Sequence[Sample]) -> EncodedGroup:
     ends = np.cumsum(arrays["lengths"]).tolist()
     parts = [arrays["tokens"][begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
     questions = tuple(
-        EncodedQuestion(sample.id, prompt, answer)
+        EncodedQuestion(sample.id, prompt, answer, sample.weight)
         for sample, prompt, answer in zip(members, parts[::2], parts[1::2], strict=True)
     )
     count = int(arrays["image_tokens"][0])

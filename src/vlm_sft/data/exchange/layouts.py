@@ -156,6 +156,7 @@ def row_of(question: Question, images: list[str], sample_id: str, split: str) ->
         row["history"] = [{"role": turn.role, "content": turn.text} for turn in question.history]
     if PLACEHOLDER in question.question and questions_of(row)[0].question != question.question:
         raise RowProblem(MARK_IN_TEXT, f"the question would be read without {PLACEHOLDER} from a plain record")
+    row |= {} if question.weight == 1 else {"weight": question.weight}
     return row | {key: value for key, value in (("system", question.system), ("split", split)) if value}
 
 

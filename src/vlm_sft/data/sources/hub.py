@@ -43,6 +43,7 @@ class TableSource:
         columns: required columns besides "image".
         hold_out_fraction: share of the train images held out where there is no validation split.
         to_sample: (row, image, id) -> Sample; raises RowProblem.
+        config: the configuration on the Hub, where a repository has several.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TableSource:
     columns: tuple[str, ...]
     hold_out_fraction: float
     to_sample: Callable[[dict[str, Any], ImageRef, str], Sample]
+    config: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +186,9 @@ def open_hub(source: TableSource, hub_split: str, rows: int | None = None) -> tu
         try:
             with _offline(not online):
                 table = (
-                    datasets.load_dataset(hub_id, split=hub_split)
+                    datasets.load_dataset(hub_id, source.config, split=hub_split)
                     if rows is None
-                    else first_rows(hub_id, hub_split, rows)
+                    else first_rows(hub_id, source.config, hub_split, rows)
                 )
             _require_columns(table, source, hub_id)
             columns = ["image", *source.columns]

@@ -273,6 +273,7 @@ def _samples(
                 question.history,
                 question.system,
                 metadata,
+                question.weight,
             )
         )
     return samples, left

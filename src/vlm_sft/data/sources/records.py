@@ -15,7 +15,7 @@ from vlm_sft.common.errors import quoted
 from vlm_sft.data.sample import Turn
 from vlm_sft.data.sources.locate import RENAMING, keys_of, likely_images, no_image
 from vlm_sft.data.sources.refusals import refuse
-from vlm_sft.data.sources.rows import RowProblem, clean_text, most_common
+from vlm_sft.data.sources.rows import RowProblem, clean_text, loss_weight, most_common
 
 PLACEHOLDER = "<image>"
 MOVED = "an image stands behind words of its conversation; here images come first"
@@ -38,6 +38,7 @@ class Question:
         turn: number of the assistant turn in its conversation, from 1.
         problem: why this turn cannot be used; None when it can.
         note: what is not exactly as the record has it; "" when everything is.
+        weight: of the answer in the loss.
     """
 
     images: tuple[Any, ...]
@@ -49,6 +50,7 @@ class Question:
     turn: int = 1
     problem: RowProblem | None = None
     note: str = ""
+    weight: float = 1.0
 
 
 @dataclass(slots=True)
@@ -58,7 +60,7 @@ class _Message:
     images: list[Any] = field(default_factory=list)
     marks: int = 0  # placeholders that stand for an image of the record's own list
     behind: bool = False  # an image stands behind words of this message
-    supervised: bool = True  # False for an answer that is context only ("loss": false, or a weight of 0)
+    weight: float = 1.0  # of an answer in the loss; 0 for one that is context only ("loss": false, or a weight of 0)
 
 
 def questions_of(record: Any) -> list[Question]:
@@ -87,7 +89,7 @@ def questions_of(record: Any) -> list[Question]:
             else _messages(prompt, "prompt", not _has_image_parts(prompt))
         )
         for message in messages:
-            message.supervised = False  # the completion alone is learned
+            message.weight = 0  # the completion alone is learned
         messages += (
             _messages(completion, "completion")
             if isinstance(completion, list)
@@ -106,7 +108,7 @@ def questions_of(record: Any) -> list[Question]:
 def require_image(record: Mapping[str, Any], read: Callable[[], list[Question]]) -> list[Question]:
     """The questions of a record; where they see no image though a key looks like one, that is told with the keys.
 
-    A record without any such key is a text row.
+    A record without any such key is a text row. The record's weight in the loss multiplies those of its answers.
 
     Args:
         record: the record as it was read.
@@ -121,6 +123,11 @@ def require_image(record: Mapping[str, Any], read: Callable[[], list[Question]])
         if problem.reason == "more placeholders than images" and problem.detail.endswith(", 0 images"):
             raise no_image(record) from problem
         raise
+    weight = loss_weight(record)
+    if not weight:
+        raise RowProblem("weight of 0", "the record's weight in the loss is 0: it would teach nothing")
+    if weight != 1:
+        questions = [replace(question, weight=weight * question.weight) for question in questions]
     if any(question.images for question in questions) or not likely_images(record):
         return questions
     return [question if question.problem else replace(question, problem=no_image(record)) for question in questions]
@@ -232,14 +239,14 @@ def _message(item: Any, where: str, marked: bool) -> _Message:
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(ROLES)
         raise RowProblem("unknown role", f"{where} has the role {quoted(role)}; known are {known}")
-    supervised = item.get("loss") is not False and item.get("weight", 1) != 0
+    weight = 0.0 if item.get("loss") is False else loss_weight(item, where)
     if content is None or isinstance(content, str):
         message = _text_message(ROLES[role], content or "", marked)
-        message.supervised = supervised
+        message.weight = weight
         return message
     if not isinstance(content, list):
         raise RowProblem("not a message", f"{where} has a content that is neither text nor a list of parts")
-    message = _Message(ROLES[role], "", supervised=supervised)
+    message = _Message(ROLES[role], "", weight=weight)
     texts: list[str] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -302,9 +309,9 @@ def _conversation(messages: list[_Message], listed: list[Any]) -> list[Question]
             question = f"{question}\n{message.text}".strip()
         else:
             number += 1
-            if message.supervised:
+            if message.weight:
                 turn = _turn(tuple(seen), question, message.text, tuple(history), system, number)
-                found.append(replace(turn, note=note))
+                found.append(replace(turn, note=note, weight=message.weight))
             history += [Turn("user", question), Turn("assistant", message.text)]
             question = ""
     if not found:

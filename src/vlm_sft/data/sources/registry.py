@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from vlm_sft.common.errors import DataError
-from vlm_sft.data.sources import chartqa, demo, easy_vqa, jsonl, textvqa
+from vlm_sft.data.sources import chartqa, demo, easy_vqa, jsonl, published, textvqa
 from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
 from vlm_sft.data.sources.splits import SPLITS, LoadedSplit
 
@@ -16,6 +16,7 @@ LOADERS: dict[str, Callable[[DatasetSpec, str], LoadedSplit]] = {
     "chartqa": chartqa.load,
     "textvqa": textvqa.load,
     "easy_vqa": easy_vqa.load,
+    **dict.fromkeys(published.SOURCES, published.load),
 }
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_sft.common.artifacts import writable
-from vlm_sft.common.errors import DataError, bounded, without_secrets
+from vlm_sft.common.errors import DataError, bounded, quoted, without_secrets
 from vlm_sft.data.sample import LeftOut, Sample, counted, distinct_images
 from vlm_sft.data.sources.splits import LoadedSplit, MissingSplitError, SplitPlan, apply_plan, shared_images
 
@@ -56,6 +56,21 @@ def most_common(answers: Sequence[str]) -> str:
 def left_out(sample_id: str, where: str, problem: RowProblem) -> LeftOut:
     """Name one unusable row; texts are made safe to write as UTF-8."""
     return LeftOut(writable(sample_id), problem.reason, writable(f"{where}: {problem.detail}"))
+
+
+def loss_weight(record: Mapping[str, Any], where: str = "the record") -> float:
+    """The weight of a record, or of one answer, in the loss: its key `weight`; 1 where it has none.
+
+    Raises:
+        RowProblem: it is no finite number, or below 0.
+    """
+    value = record.get("weight")
+    if value is None:
+        return 1.0
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    if not number:
+        raise RowProblem("weight is no number", f"{where} has the weight {quoted(value)}; it must be 0 or more")
+    return float(value)
 
 
 def finish_split(

@@ -17,12 +17,17 @@ from vlm_sft.common.errors import DataError, nearest, quoted
 from vlm_sft.data.sources.foreign import TABLES, refuse_foreign
 from vlm_sft.data.sources.splits import folder_files
 
-KNOWN = ("chartqa", "textvqa", "easy_vqa", "demo_charts", "demo_text", "demo")
-TABLE_SETS = ("chartqa", "textvqa")  # those that also read parquet files given as NAME@PATH
+PUBLISHED = ("docvqa", "infographicvqa", "chartqapro", "ai2d", "realworldqa", "ocrbench")
+KNOWN = ("chartqa", "textvqa", *PUBLISHED, "easy_vqa", "demo_charts", "demo_text", "demo")
+TABLE_SETS = ("chartqa", "textvqa", *PUBLISHED)  # those that also read parquet files given as NAME@PATH
 HUB_NAMES = {
     "huggingfacem4/chartqa": "chartqa",
     "lmms-lab/textvqa": "textvqa",
     "facebook/textvqa": "textvqa",
+    "ahmed-masry/chartqapro": "chartqapro",
+    "lmms-lab/ai2d": "ai2d",
+    "lmms-lab/realworldqa": "realworldqa",
+    "echo840/ocrbench": "ocrbench",
     "easy-vqa": "easy_vqa",
     "demo-charts": "demo_charts",
     "demo-text": "demo_text",
@@ -91,6 +96,40 @@ def parse_datasets(text: str) -> list[DatasetSpec]:
         lines = mistakes[0] if len(mistakes) == 1 else "".join(f"\n  - {mistake}" for mistake in mistakes)
         raise DataError(f"dataset argument {quoted(text)}: {lines}", GRAMMAR)
     return _unique_names(specs)
+
+
+def parse_loss_weights(text: str | None, specs: list[DatasetSpec]) -> dict[str, float]:
+    """Read `--loss_weights`, e.g. `chartqa=0.5,chat=2`.
+
+    Args:
+        text: NAME=WEIGHT, comma separated; None for none.
+        specs: the data sets that may be named.
+
+    Returns:
+        Weights by the name of the data set.
+
+    Raises:
+        DataError: a set is not among them, is named twice, or a weight is not a positive number.
+    """
+    known = [spec.name for spec in specs]
+    weights: dict[str, float] = {}
+    for entry in filter(None, (part.strip() for part in (text or "").split(","))):
+        name, _, number = (part.strip() for part in entry.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not (math.isfinite(weight) and weight > 0):
+            raise DataError(
+                f"--loss_weights {quoted(entry)} is not NAME=WEIGHT with a positive number", "e.g. chat=0.5"
+            )
+        if name not in known or name in weights:
+            what = "is named twice" if name in weights else "is no data set of --dataset"
+            raise DataError(
+                f"--loss_weights: {quoted(name)} {what}", f"name each of these at most once: {', '.join(known)}"
+            )
+        weights[name] = weight
+    return weights
 
 
 def refuse_weights(specs: list[DatasetSpec], why: str) -> None:

@@ -17,7 +17,7 @@ BUFFER_ROWS = 1000  # rows are mixed within so many, of shards in a seeded order
 STREAM_SEED = 0
 
 
-def first_rows(hub_id: str, hub_split: str, rows: int) -> Dataset:
+def first_rows(hub_id: str, config: str | None, hub_split: str, rows: int) -> Dataset:
     """Fetch rows of a Hub data set one after the other and keep them in the datasets cache.
 
     The order of the shards and of the rows within a buffer is seeded, so that another run gets the same rows, from the
@@ -25,6 +25,7 @@ def first_rows(hub_id: str, hub_split: str, rows: int) -> Dataset:
 
     Args:
         hub_id: the data set.
+        config: its configuration, where it has several.
         hub_split: its split.
         rows: how many rows at most.
 
@@ -33,23 +34,23 @@ def first_rows(hub_id: str, hub_split: str, rows: int) -> Dataset:
     """
     import datasets
 
-    features = datasets.load_dataset(hub_id, split=hub_split, streaming=True).features
+    features = datasets.load_dataset(hub_id, config, split=hub_split, streaming=True).features
     if features is not None and isinstance(features.get("image"), datasets.Image):
         features["image"] = datasets.Image(decode=False)
     made = datasets.Dataset.from_generator(
         _rows,
         features=features,
-        gen_kwargs={"hub_id": hub_id, "hub_split": hub_split, "rows": rows},
+        gen_kwargs={"hub_id": hub_id, "config": config, "hub_split": hub_split, "rows": rows},
         split=datasets.NamedSplit(hub_split),
     )
     assert isinstance(made, datasets.Dataset)
     return made
 
 
-def _rows(hub_id: str, hub_split: str, rows: int) -> Iterator[dict[str, Any]]:
+def _rows(hub_id: str, config: str | None, hub_split: str, rows: int) -> Iterator[dict[str, Any]]:
     import datasets
 
-    table = datasets.load_dataset(hub_id, split=hub_split, streaming=True)
+    table = datasets.load_dataset(hub_id, config, split=hub_split, streaming=True)
     if table.features is None or "image" in table.features:
         table = table.cast_column("image", datasets.Image(decode=False))
     # Newer versions fill the buffer from several shards at once, which opens more of them than the rows need.

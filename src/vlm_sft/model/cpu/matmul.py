@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.forward_patch import agrees, is_plain
@@ -19,6 +20,8 @@ from vlm_sft.model.forward_patch import agrees, is_plain
 EXACT = (torch.float32, torch.float64)  # half precision rounds in between, where the libraries' modules say
 TOLERANCE = 1e-5  # of a faster form in these formats
 TOLERANCE_NARROW = 1e-2  # of a faster form whose products are taken in bfloat16
+_BLOCK = 512  # rows of a product in bfloat16
+_STEPS = ((8, 1), (64, 16), (_BLOCK, 64))  # up to so many rows, they are filled up to a multiple
 _CHECKED_SIZE = 48
 
 
@@ -79,12 +82,27 @@ def multiply(
         (R, O), in the number format of the rows.
     """
     if weight.dtype == torch.bfloat16 and rows.dtype == torch.float32:
-        product = torch.mm(rows.to(weight.dtype), weight.T).float()
+        product = _in_few_shapes(rows, weight)
         return product if bias is None else product.add_(bias)
     operator = _onednn() if few_shapes and rows.dtype == torch.float32 and rows.device.type == "cpu" else None
     if operator is not None:
         return operator(rows, weight, bias, "none", [], "")
     return torch.mm(rows, weight.T) if bias is None else torch.addmm(bias, rows, weight.T)
+
+
+def _in_few_shapes(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The product rows · weightᵀ of float32 rows (R, I) and a weight (O, I) in bfloat16, as float32 (R, O).
+
+    In blocks, the last one filled up: for each shape that it meets oneDNN builds a kernel and keeps it with its memory.
+    """
+    rounded = rows.to(weight.dtype)
+    output = rows.new_empty(len(rows), len(weight))
+    for block, part in zip(rounded.split(_BLOCK), output.split(_BLOCK), strict=True):
+        count = len(block)
+        step = next(step for most, step in _STEPS if count <= most)
+        filled = F.pad(block, (0, 0, 0, -count % step)) if count % step else block
+        part.copy_(torch.mm(filled, weight.T)[:count])
+    return output
 
 
 @cache

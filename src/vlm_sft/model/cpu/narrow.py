@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.cpu.matmul import narrows
+from vlm_sft.model.cpu.matmul import multiply, narrows
 from vlm_sft.model.forward_patch import exchange_forward
 
 _LEAST_SIDE = 16  # of a weight: smaller products gain nothing, and families compute with such weights themselves
@@ -48,10 +48,29 @@ def _embed(module: Any, tokens: torch.Tensor) -> torch.Tensor:
     return module.forward_stepwise(tokens).float()
 
 
+class _Product(torch.autograd.Function):
+    """The product rows · weightᵀ for float32 rows (R, I) and a frozen weight (O, I) in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Compute (R, O)."""
+        ctx.save_for_backward(weight)
+        return multiply(rows, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Gradient of the rows."""
+        (weight,) = ctx.saved_tensors
+        return multiply(gradients[0], weight.T), None
+
+
 def _multiply(module: Any, rows: torch.Tensor) -> torch.Tensor | None:
     """A linear layer of (…, I) rows in bfloat16, (…, O) in the number format of the rows; None once it is trained."""
     weight, bias = module.weight, module.bias
     if weight.dtype != torch.bfloat16:
         return None
-    output = F.linear(rows.to(weight.dtype), weight).to(rows.dtype)
+    if rows.dtype != torch.float32 or (weight.requires_grad and torch.is_grad_enabled()):
+        output = F.linear(rows.to(weight.dtype), weight).to(rows.dtype)
+    else:
+        output = _Product.apply(rows.reshape(-1, rows.shape[-1]), weight).reshape(*rows.shape[:-1], -1)
     return output if bias is None else output + bias.to(rows.dtype)

@@ -1,0 +1,128 @@
+"""Scores from Python: benchmarks answered by a model, and anyone's answers scored by a benchmark's rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_sft.api.models import model_of
+from vlm_sft.api.process_state import restored
+from vlm_sft.api.rows import dataset_argument
+from vlm_sft.api.training import free_folder
+from vlm_sft.api.views import Comparison, Scores
+from vlm_sft.common import artifacts
+from vlm_sft.common.errors import EvaluationError, RunError, nearest
+from vlm_sft.common.options import checked_options
+from vlm_sft.data.engine_options import CacheOptions
+from vlm_sft.evaluate.compare import compare_runs
+from vlm_sft.evaluate.metrics import Metric, get_benchmark
+from vlm_sft.evaluate.own_metrics import named, with_secondary
+from vlm_sft.evaluate.run import EvalOptions, evaluate
+from vlm_sft.evaluate.scoring import score_file, summarise
+from vlm_sft.model.saved_adapter import base_of_adapter
+
+Metrics = Sequence[Metric] | Mapping[str, Metric]
+_CACHES = tuple(CacheOptions.__dataclass_fields__)
+
+
+def evaluate_model(
+    base_model: str | None = None,
+    *,
+    adapter: Any = None,
+    benchmark: Any,
+    output_dir: str | Path | None = None,
+    metrics: Metrics = (),
+    **keywords: Any,
+) -> Scores:
+    """Answer benchmarks with a base model or an adapter, and score the answers.
+
+    Args:
+        base_model: "pocket", a folder or a Hub id; None for the one that the adapter names.
+        adapter: a `Run`, or the folder of an adapter; None evaluates the base.
+        benchmark: names and paths as of `vlm-sft eval --benchmark`, or rows as of `finetune`.
+        output_dir: folder of the predictions; the next free outputs/eval-N by default. With a folder that holds
+            answers of the same model, only the rest is asked.
+        metrics: further scores, as of `finetune`.
+        **keywords: the options of `vlm-sft eval`, with its names: `limit`, `split`, `max_new_tokens`, `backend`, ….
+
+    Returns:
+        A table of the scores.
+
+    Raises:
+        VlmSftError: a mistake in the data, model, folder, prompt or launch.
+
+    Example:
+        >>> import vlm_sft
+        >>> scores = vlm_sft.evaluate_model("pocket", benchmark="demo_charts", limit=4)
+        evaluating pocket ...
+        >>> scores["demo_charts"]["n"]
+        4
+    """
+    unknown = [name for name in keywords if name not in {*EvalOptions.__dataclass_fields__, *_CACHES}]
+    if unknown:
+        meant = nearest(unknown[0], [*EvalOptions.__dataclass_fields__, *_CACHES])
+        raise RunError(f"unknown option {unknown[0]}{meant}", "`vlm-sft eval --help` describes every option")
+    if base_model is None and adapter is None:
+        raise RunError("nothing is said about which model answers", "pass base_model, adapter, or both")
+    caches = checked_options(CacheOptions, {name: keywords.pop(name) for name in _CACHES if name in keywords})
+    folder = Path(output_dir) if output_dir is not None else free_folder("eval")
+    with restored():
+        whole, place = model_of(adapter) if adapter is not None else (None, None)
+        base = whole or (base_of_adapter(place, base_model) if place is not None else base_model)
+        asked = dataset_argument(benchmark, folder / artifacts.ROWS_FOLDER)
+        options = EvalOptions(str(base), asked, folder, place, caches=caches, **keywords)
+        return Scores(evaluate(options, named(metrics)))
+
+
+def score(
+    benchmark: str,
+    predictions: Sequence[str] | str | Path,
+    answers: Sequence[str | Sequence[str]] | None = None,
+    metrics: Metrics = (),
+) -> Scores:
+    """Score anyone's predictions by the rule of a benchmark.
+
+    Args:
+        benchmark: "chartqa", "textvqa", "docvqa", …; "exact_match" for data of your own.
+        predictions: one text a question; or a JSONL file of `id`, `prediction`, `answers`.
+        answers: the accepted answer of each question, or a list of them (TextVQA: ten); not with a file.
+        metrics: further scores, as of `finetune`; not with a file.
+
+    Returns:
+        A table of the scores; questions count as independent in the interval.
+
+    Raises:
+        EvaluationError: the benchmark is unknown, the lists differ in length, or an item cannot be scored.
+
+    Example:
+        >>> import vlm_sft
+        >>> vlm_sft.score("chartqa", ["12", "blue"], ["12.3", "red"])["chartqa"]["accuracy"]
+        0.5
+    """
+    if isinstance(predictions, str | Path):
+        if answers is not None or metrics:
+            raise EvaluationError(f"{predictions} is a file, which holds its answers", "pass lists, or the file alone")
+        return Scores({benchmark: score_file(benchmark, predictions)})
+    if answers is None or len(answers) != len(predictions):
+        count = "no" if answers is None else f"{len(answers):,}"
+        raise EvaluationError(f"{len(predictions):,} predictions and {count} answers", "pass one answer a prediction")
+    rules = with_secondary(get_benchmark(benchmark), named(metrics))
+    rows = [
+        {"id": number, "prediction": text, "answers": [accepted] if isinstance(accepted, str) else list(accepted)}
+        for number, (text, accepted) in enumerate(zip(predictions, answers, strict=True))
+    ]
+    return Scores({benchmark: summarise(rules, rows)})
+
+
+def compare(runs: Sequence[Any], baseline: Any = None) -> Comparison:
+    """Compare runs on the questions that all of them answered, with tests.
+
+    Args:
+        runs: `Run` objects, run folders, or folders of predictions; one training run alone is compared with its base.
+        baseline: the run to compare with; the first by default.
+
+    Raises:
+        EvaluationError: there is nothing to compare, or the questions differ.
+    """
+    return Comparison(compare_runs([Path(run) for run in runs], None if baseline is None else Path(baseline)))

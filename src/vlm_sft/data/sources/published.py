@@ -1,0 +1,153 @@
+"""Published sets of questions about documents, charts, diagrams and photographs, in the schemas of the Hub."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from vlm_sft.common.errors import quoted
+from vlm_sft.data.sample import ImageRef, Sample, Turn
+from vlm_sft.data.sources.hub import TableSource, load_table
+from vlm_sft.data.sources.rows import RowProblem, clean_text, most_common
+from vlm_sft.data.sources.spec import DatasetSpec
+from vlm_sft.data.sources.splits import LoadedSplit
+
+LETTER = "Answer with the option's letter from the given choices directly."
+HOLD_OUT = 0.05  # of the images, where a set has no part for validation
+
+_Row = Mapping[str, Any]
+
+
+def _answers(row: _Row, key: str) -> tuple[str, ...]:
+    """The answers of a row, at least one.
+
+    Raises:
+        RowProblem: there is none.
+    """
+    listed = row[key] if isinstance(row[key], list) else [row[key]]
+    if not listed:
+        raise RowProblem("empty answer", "the list of answers is empty")
+    return tuple(clean_text(answer, "answer") for answer in listed)
+
+
+def _document(name: str, kinds: str, row: _Row, image: ImageRef, sample_id: str) -> Sample:
+    """A row of DocVQA or InfographicVQA; `kinds` is the column of what a question is about."""
+    answers = _answers(row, "answers")
+    kind = " / ".join(sorted(map(str, row[kinds] or ())))
+    question = clean_text(row["question"], "question")
+    return Sample(
+        sample_id, name, "", (image,), question, most_common(answers), answers, metadata={"question_type": kind}
+    )
+
+
+def _chartqapro(row: _Row, image: ImageRef, sample_id: str) -> Sample:
+    """A row of ChartQAPro: the last of its questions, with the turns before it; its paragraph stands before it."""
+    questions, answers = [_answers(row, key) for key in ("Question", "Answer")]
+    if len(questions) != len(answers):
+        raise RowProblem("no answer to each question", f"{len(questions)} questions, {len(answers)} answers")
+    turns = [(Turn("user", asked), Turn("assistant", told)) for asked, told in zip(questions, answers, strict=True)]
+    paragraph = (row["Paragraph"] or "").strip()
+    question = f"{paragraph}\n{questions[-1]}" if paragraph else questions[-1]
+    kind = clean_text(row["Question Type"], "question type")
+    metadata = {"question_type": kind, "year": [str(flag) for flag in row["Year"] or ()]}
+    history = tuple(turn for pair in turns[:-1] for turn in pair)
+    return Sample(
+        sample_id, "chartqapro", kind, (image,), question, answers[-1], (answers[-1],), history, metadata=metadata
+    )
+
+
+def _ai2d(row: _Row, image: ImageRef, sample_id: str) -> Sample:
+    """A row of AI2D: the options below the question, the letter of the right one to be answered."""
+    options = [clean_text(option, "option") for option in row["options"] or ()]
+    place = str(row["answer"]).strip()
+    if not place.isdigit() or int(place) >= len(options):
+        raise RowProblem("no such option", f"answer is {quoted(row['answer'])}, and there are {len(options)} options")
+    letter = string.ascii_uppercase[int(place)]
+    listed = [f"{name}. {text}" for name, text in zip(string.ascii_uppercase, options, strict=False)]
+    question = "\n".join([clean_text(row["question"], "question"), *listed, LETTER])
+    return Sample(sample_id, "ai2d", "", (image,), question, letter, (letter,), metadata={"options": options})
+
+
+def _plain(name: str, row: _Row, image: ImageRef, sample_id: str) -> Sample:
+    """A row with a question and an answer."""
+    answers = _answers(row, "answer")
+    return Sample(sample_id, name, "", (image,), clean_text(row["question"], "question"), answers[0], answers)
+
+
+def _ocrbench(row: _Row, image: ImageRef, sample_id: str) -> Sample:
+    """A row of OCRBench; it is reported by kind of question."""
+    sample = _plain("ocrbench", row, image, sample_id)
+    sample.metadata.update(question_type=str(row["question_type"]), dataset=str(row["dataset"]))
+    return sample
+
+
+def _source(
+    name: str,
+    title: str,
+    hub_id: str,
+    splits: Mapping[str, str],
+    columns: Sequence[str],
+    to_sample: Callable[[dict[str, Any], ImageRef, str], Sample],
+    config: str | None = None,
+) -> TableSource:
+    """A table; `splits` gives for each split of ours its name on the Hub, which local files have, too."""
+    roles = {official: ours for ours, official in splits.items()}
+    return TableSource(name, title, (hub_id,), splits, roles, tuple(columns), HOLD_OUT, to_sample, config)
+
+
+# Test sets without public answers are not in these tables: where there is no other, scores are those of validation.
+SOURCES = {
+    source.name: source
+    for source in (
+        _source(
+            "docvqa",
+            "DocVQA",
+            "lmms-lab/DocVQA",
+            {"validation": "validation"},
+            ("question", "answers", "question_types"),
+            partial(_document, "docvqa", "question_types"),
+            "DocVQA",
+        ),
+        _source(
+            "infographicvqa",
+            "InfographicVQA",
+            "lmms-lab/DocVQA",
+            {"validation": "validation"},
+            ("question", "answers", "answer_type"),
+            partial(_document, "infographicvqa", "answer_type"),
+            "InfographicVQA",
+        ),
+        _source(
+            "chartqapro",
+            "ChartQAPro",
+            "ahmed-masry/ChartQAPro",
+            {"test": "test"},
+            ("Question", "Answer", "Question Type", "Year", "Paragraph"),
+            _chartqapro,
+        ),
+        _source("ai2d", "AI2D", "lmms-lab/ai2d", {"test": "test"}, ("question", "options", "answer"), _ai2d),
+        _source(
+            "realworldqa",
+            "RealWorldQA",
+            "lmms-lab/RealWorldQA",
+            {"test": "test"},
+            ("question", "answer"),
+            partial(_plain, "realworldqa"),
+        ),
+        _source(
+            "ocrbench",
+            "OCRBench",
+            "echo840/OCRBench",
+            {"test": "test"},
+            ("dataset", "question", "question_type", "answer"),
+            _ocrbench,
+        ),
+    )
+}
+
+
+def load(spec: DatasetSpec, split: str) -> LoadedSplit:
+    """Load one split of one of these sets; see `load_table`."""
+    return load_table(SOURCES[spec.name], spec, split)

@@ -1,0 +1,220 @@
+"""Rules of further benchmarks: ChartQAPro, multiple choice, OCRBench, SQuAD.
+
+A rule takes the prediction, the accepted answers, and by name what else it needs of a question.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+TOLERANCE = 0.05  # relative, of a number in ChartQAPro
+SIMILAR = 0.5  # normalised edit distance from which on a text of ChartQAPro is another one
+HANDWRITTEN_FORMULAS = "HME100k"  # the part of OCRBench in which case counts and spaces do not
+FEWEST_OPTIONS = 5  # A to E, where a question does not say which options it has
+_LAST_WORDS = 5  # an option's letter has to be one of so many last words
+# The pattern by which the reference puts bare words of a list into quotes; what it does to several words is part of
+# published scores.
+_BARE = re.compile(r"(?<!['\w])(\w[^,]*?)(?!['\w])")
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions of one character, each costing 1."""
+    if len(first) < len(second):
+        first, second = second, first
+    previous = list(range(len(second) + 1))
+    for row, character in enumerate(first, start=1):
+        current = [row]
+        for column, other in enumerate(second, start=1):
+            current.append(min(previous[column] + 1, current[-1] + 1, previous[column - 1] + (character != other)))
+        previous = current
+    return previous[-1]
+
+
+def chartqapro(prediction: str, answers: Sequence[str], year: Sequence[str] = (), question_type: str = "") -> float:
+    """Score ChartQAPro's relaxed accuracy: numbers within 5 %, years exactly, other texts by ANLS, lists part by part.
+
+    Source: Masry et al. 2025 (ChartQAPro, arXiv 2504.05506), as in `evaluate_predictions.py` of its repository.
+
+    Rule: the last answer counts. Of both texts, full stops and then line ends are taken off the ends. A text that reads
+    as a Python list is one (in the expected answer also with bare words), anything else a list of one. Parts are
+    compared in order; a part that only one side has scores 0; the score is the mean. A part whose flag is `YES` must be
+    equal but for case and spaces around it. Otherwise `%` and spaces are taken off; two numbers may differ by 5 % of
+    the expected one (0 must be 0); other texts score 1 - normalised edit distance, and 0 from a distance of 0.5 on. The
+    reference means to compare fact checks and choices exactly, computes that, and does not use it; neither does this.
+
+    Args:
+        prediction: the model's answer.
+        answers: the answers of all turns; the last one is asked for.
+        year: a flag `YES` or `NO` an answer, as in the data set; none are all `NO`.
+        question_type: of a `Conversational` question only the last flag counts.
+
+    Returns:
+        A number from 0 to 1.
+    """
+    flags = [flag.upper() == "YES" for flag in (year[-1:] if question_type == "Conversational" else year)] or [False]
+    expected = _parts(_quoted(answers[-1].strip(".").strip("\n")))
+    given = _parts(prediction.strip(".").strip("\n"))
+    if len(flags) < len(expected):
+        flags = flags * len(expected)
+    pairs = list(zip(expected, given, flags, strict=False))
+    scores = [_same_year(gold, text) if flag else _chart_part(gold, text) for gold, text, flag in pairs]
+    return sum(scores) / max(len(expected), len(given))
+
+
+def _quoted(text: str) -> str:
+    """A list of bare words as a list of Python's texts; the text itself where that is none."""
+    found = re.match(r"^\[(.*)\]$", text.strip())
+    if not found:
+        return text
+    try:
+        return str(ast.literal_eval(f"[{_BARE.sub(_in_quotes, found[1])}]"))
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _in_quotes(found: re.Match[str]) -> str:
+    return f"'{found[1]}'"
+
+
+def _parts(text: str) -> list[str]:
+    """The parts of a text that reads as a Python list, else the text alone; an empty list is no list."""
+    try:
+        value = ast.literal_eval(text)
+    except Exception:  # whatever Python makes of a model's answer
+        return [text]
+    return [str(part).strip(" '") for part in value] or [text] if isinstance(value, list) else [text]
+
+
+def _same_year(gold: str, text: str) -> float:
+    return float(gold.strip().lower() == text.strip().lower())
+
+
+def _chart_part(gold: str, text: str) -> float:
+    gold, text = (part.strip().strip("%").strip() for part in (gold, text))
+    numbers = _number(gold), _number(text)
+    if numbers[0] is not None and numbers[1] is not None:
+        if numbers[0] == 0:
+            return float(numbers[1] == 0)
+        return float(abs(numbers[1] - numbers[0]) / abs(numbers[0]) <= TOLERANCE)
+    left, right = (" ".join(part.lower().split()) for part in (text, gold))
+    longer = max(len(left), len(right))
+    distance = edit_distance(left, right) / longer if longer else 0.0
+    return 1 - distance if distance < SIMILAR else 0.0
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.strip().strip("%"))
+    except ValueError:
+        return None
+
+
+def multiple_choice(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
+    """Score whether an answer names the right option, by its letter or by its text.
+
+    Source: the exact matching of VLMEvalKit (`can_infer_option`, then `can_infer_text`), without a model that judges
+    what neither finds: such an answer is wrong. Options keep their order; none are shuffled.
+
+    Rule: the marks `.()[],:;!*#{}` become spaces. If exactly one letter of the options is a word of the answer, and one
+    of the last five, it is chosen. If none is found so, and the answer is at most twice as long as all options
+    together, the option whose text it holds (case ignored) is chosen, where that is exactly one.
+
+    Args:
+        prediction: the model's answer.
+        answers: the letter of the right option first.
+        options: their texts, A first; without them the letters A to E are known, and no texts.
+
+    Returns:
+        1.0 or 0.0.
+    """
+    gold = answers[0].strip().upper()
+    count = len(options) or max(FEWEST_OPTIONS, string.ascii_uppercase.find(gold) + 1)
+    letters = string.ascii_uppercase[:count]
+    return float(chosen_option(prediction, dict(zip(letters, options or [""] * count, strict=True))) == gold)
+
+
+def chosen_option(prediction: str, options: Mapping[str, str]) -> str | None:
+    """The letter of the option that an answer names; None where it names none, or several.
+
+    Args:
+        prediction: the model's answer.
+        options: letter -> text; an empty text is not looked for.
+    """
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", prediction).split()
+    named = [letter for letter in options if letter in words]
+    if len(named) == 1 and words.index(named[0]) > len(words) - _LAST_WORDS:
+        return named[0]
+    text = prediction.lower()
+    if len(text) > 2 * sum(map(len, options.values())):
+        return None
+    held = [letter for letter, option in options.items() if option and option.lower() in text]
+    return held[0] if len(held) == 1 else None
+
+
+def choice_or_word(prediction: str, answers: Sequence[str]) -> float:
+    """Score RealWorldQA: the letter where one is expected, else the word, ignoring case and a full stop at its end.
+
+    Source: xAI 2024 (RealWorldQA); words are compared as lmms-eval does, letters are found as in `multiple_choice`.
+    """
+    gold = answers[0].strip()
+    if len(gold) == 1 and gold in string.ascii_uppercase:
+        return multiple_choice(prediction, [gold])
+    return float(prediction.lower().strip().rstrip(".") == gold.lower())
+
+
+def ocrbench(prediction: str, answers: Sequence[str], dataset: str = "") -> float:
+    """Score whether an answer contains one of the expected texts, as OCRBench does.
+
+    Source: Liu et al. 2024 (OCRBench, arXiv 2305.07895), as in the scripts of its repository.
+
+    Rule: case is ignored, spaces at the ends go, line ends become spaces. In handwritten formulas (HME100k) case counts
+    and all spaces go.
+
+    Args:
+        prediction: the model's answer.
+        answers: the expected texts.
+        dataset: the data set that a question comes from, as OCRBench names it.
+
+    Returns:
+        1.0 or 0.0.
+    """
+
+    def form(text: str) -> str:
+        text = text.strip().replace("\n", " ")
+        return text.replace(" ", "") if dataset == HANDWRITTEN_FORMULAS else text.lower()
+
+    return float(any(form(answer) in form(prediction) for answer in answers))
+
+
+def squad_normalize(text: str) -> str:
+    """Bring an answer into the form in which SQuAD compares answers: no case, punctuation, articles, double spaces."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def squad_exact(prediction: str, answers: Sequence[str]) -> float:
+    """Score SQuAD's exact match: equal to one of the answers in `squad_normalize`'s form."""
+    return float(any(squad_normalize(prediction) == squad_normalize(answer) for answer in answers))
+
+
+def squad_f1(prediction: str, answers: Sequence[str]) -> float:
+    """Score SQuAD's F1: overlap of words in `squad_normalize`'s form, the best over the answers.
+
+    Source: Rajpurkar et al. 2016 and 2018 (SQuAD, SQuAD 2.0), as in the official script of 2.0: where prediction or
+    answer has no words left, they score 1 if both have none.
+    """
+    return max(_overlap(squad_normalize(prediction).split(), squad_normalize(answer).split()) for answer in answers)
+
+
+def _overlap(given: list[str], expected: list[str]) -> float:
+    if not given or not expected:
+        return float(given == expected)
+    same = sum((Counter(given) & Counter(expected)).values())
+    if not same:
+        return 0.0
+    precision, recall = same / len(given), same / len(expected)
+    return 2 * precision * recall / (precision + recall)

@@ -1,0 +1,128 @@
+"""Rules of further benchmarks on cases worked out by hand, and through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlm_sft.cli.main import main
+from vlm_sft.evaluate.answer_rules import (
+    chartqapro,
+    choice_or_word,
+    multiple_choice,
+    ocrbench,
+    squad_exact,
+    squad_f1,
+    squad_normalize,
+)
+
+
+@pytest.mark.parametrize(
+    "prediction, gold, year, score",
+    [
+        ("0.96", "1", ["NO"], 1.0),
+        ("0.95", "1", ["NO"], 0.0),  # 0.05000000000000004 in float64
+        ("0.94", "1", ["NO"], 0.0),
+        ("62", "62%", ["NO"], 1.0),  # unlike in ChartQA, the sign does not count
+        ("0", "0.0", ["NO"], 1.0),
+        ("0.001", "0", ["NO"], 0.0),
+        ("1995", "1994", ["NO"], 1.0),
+        ("1995", "1994", ["YES"], 0.0),
+        ("1994.", "1994", ["yes"], 1.0),
+        ("Blu", "blue", ["NO"], 0.75),
+        ("bl", "blue", ["NO"], 0.0),  # a similarity of one half is not enough here
+        ("[Germany, 12]", "[Germany, 12]", ["NO"], 7 / 13 / 2),  # bare words make no list of a prediction
+        ("['Germany', '12']", "[Germany, 12]", ["NO"], 1.0),
+        ("['Germany', 12.3]", "['Germany', 12]", ["NO"], 1.0),
+        ("['Germany', '12', 'x']", "[Germany, 12]", ["NO"], 2 / 3),
+        ("Germany", "[Germany, 12]", ["NO"], 0.5),
+        ("[2013, 2015]", "[2013, 2014]", ["YES"], 0.5),  # one flag holds for all parts
+        ("[2013, 2015]", "[2013, 2014]", ["YES", "NO"], 1.0),
+        ("anything", "[New York]", [], 0.0),
+    ],
+)
+def test_chartqapro(prediction: str, gold: str, year: list[str], score: float) -> None:
+    assert chartqapro(prediction, [gold], year) == pytest.approx(score)
+
+
+def test_of_a_conversation_the_last_answer_and_flag_count() -> None:
+    answers, flags = ["7", "1994"], ["NO", "YES"]
+    assert chartqapro("1995", answers, flags, "Conversational") == 0.0
+    assert chartqapro("1995", answers, flags, "Factoid") == 1.0  # the first flag is that of the first part
+    assert chartqapro("7", answers) == 0.0
+
+
+@pytest.mark.parametrize(
+    "prediction, score",
+    [
+        ("B", 1.0),
+        ("(B)", 1.0),
+        ("B. a blue car", 1.0),
+        ("The answer is B.", 1.0),
+        ("A", 0.0),
+        ("A or B", 0.0),
+        ("b", 0.0),  # a letter is a capital, as in the reference
+        ("It is a blue car.", 1.0),
+        ("It is a red car, not a blue car.", 0.0),
+        ("B is what I would say here about it", 0.0),  # the letter is too far from the end
+        ("a blue car " * 9, 0.0),  # twice as long as all options together
+        ("", 0.0),
+    ],
+)
+def test_multiple_choice_by_letter_or_text(prediction: str, score: float) -> None:
+    assert multiple_choice(prediction, ["B"], ["a red car", "a blue car", "a bus"]) == score
+
+
+def test_letters_without_options() -> None:
+    assert multiple_choice("F", ["F"]) == 1.0 and multiple_choice("G", ["F"]) == 0.0
+    assert choice_or_word("B)", ["B"]) == 1.0
+    assert choice_or_word("Yes.", ["yes"]) == 1.0 and choice_or_word("Yes, it is", ["Yes"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "prediction, answers, dataset, score",
+    [
+        ("The sign says CENTRE street", ["centre"], "SVT", 1.0),
+        ("two\nlines", ["Two lines"], "", 1.0),
+        ("centr", ["centre"], "", 0.0),
+        ("x ^ { 2 } + Y", ["x^{2}+Y"], "HME100k", 1.0),
+        ("x^{2}+y", ["x^{2}+Y"], "HME100k", 0.0),
+        ("x^{2}+y", ["x^{2}+Y"], "other", 1.0),
+        ("b", ["a", "b"], "", 1.0),
+    ],
+)
+def test_ocrbench_contains(prediction: str, answers: list[str], dataset: str, score: float) -> None:
+    assert ocrbench(prediction, answers, dataset) == score
+
+
+def test_squad() -> None:
+    assert squad_normalize(" The  U.S., an ally ") == "us ally"
+    assert squad_exact("the cat", ["Cat!"]) == 1.0 and squad_exact("cats", ["cat"]) == 0.0
+    assert squad_f1("a black cat", ["the cat", "dog"]) == pytest.approx(2 / 3)
+    assert squad_f1("cat cat", ["cat"]) == pytest.approx(2 / 3)  # a word counts as often as both have it
+    assert squad_f1("the", [""]) == 1.0 and squad_f1("cat", ["the"]) == 0.0 and squad_f1("dog", ["cat"]) == 0.0
+
+
+def scored(tmp_path: Path, benchmark: str, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> Any:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps({"id": number, **row}) + "\n" for number, row in enumerate(rows)))
+    code = main(["score", "--benchmark", benchmark, "--predictions", str(path), "--json"])
+    told = capsys.readouterr()
+    return json.loads(told.out) if code == 0 else told.err
+
+
+def test_what_a_rule_needs_stands_in_the_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"prediction": "1995", "answers": ["1994"]}
+    result = scored(tmp_path, "chartqapro", [row, row | {"year": ["YES"]}], capsys)
+    assert result["accuracy"] == 0.5 and result["metric"] == "chartqapro_relaxed_accuracy"
+    row = {"prediction": "a bus", "answers": ["B"], "options": ["a car", "a bus"]}
+    assert scored(tmp_path, "multiple_choice", [row], capsys)["accuracy"] == 1.0
+    result = scored(tmp_path, "squad", [{"prediction": "black cat", "answers": ["cat"]}], capsys)
+    assert result["accuracy"] == pytest.approx(2 / 3) and result["secondary"] == {"squad_exact": 0.0}
+    told = scored(tmp_path, "ai2d", [row | {"options": "a car"}], capsys)
+    assert "'options' is text, not a list of texts" in told
+    told = scored(tmp_path, "ocrbench", [row | {"dataset": 3}], capsys)
+    assert "'dataset' is a number, not text" in told
