@@ -77,17 +77,27 @@ def test_your_own_data_ends_with_a_model_that_plain_transformers_opens(folder: P
     assert int(done.stdout) > 1_000_000
 
 
-def test_the_notebook_runs_from_data_to_report(folder: Path) -> None:
-    notebook: dict[str, Any] = json.loads((ROOT / "notebooks" / "first_run.ipynb").read_text(encoding="utf-8"))
+def carry_out_notebook(name: str) -> dict[str, Any]:
+    """Run the cells of a notebook; returns its names."""
+    notebook: dict[str, Any] = json.loads((ROOT / "notebooks" / name).read_text(encoding="utf-8"))
     names: dict[str, Any] = {"__name__": "__main__"}
     for cell in notebook["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        source = "".join(cell["source"])
-        if source.startswith("!"):
-            run_shell(source.replace("\n!", "\n").removeprefix("!"))
-        else:
-            exec(compile(source, "cell", "exec"), names)
-    learned(folder / "outputs" / "notebook", "lamps")
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), name, "exec"), names)
+    return names
+
+
+def test_the_notebook_runs_from_data_to_report(folder: Path) -> None:
+    names = carry_out_notebook("first_run.ipynb")
+    learned(folder / "outputs" / "notebook", "rows")
     assert (folder / "outputs" / "notebook" / "report.html").is_file()
-    assert names["data"]["samples"] == 120 and names["first"]["prediction"]
+    assert [row["tuned"] for row in names["answers"]] == ["stop", "go"]
+    assert names["forecast"].to_dict()["schedule"]["steps"] == 60
+
+
+def test_the_notebook_of_own_data_ends_with_a_model(folder: Path) -> None:
+    names = carry_out_notebook("own_data.ipynb")
+    learned(folder / "outputs" / "parts", "rows")
+    assert names["answers"][0]["tuned"] == "valve"
+    assert names["run"].results["rows"]["tuned"]["secondary"]["first_letter"] > 0.8
+    assert (names["merged"] / "model.safetensors").is_file()

@@ -84,8 +84,10 @@ def test_the_figure_is_the_one_that_the_script_draws(tmp_path: Path) -> None:
     assert draw_image_sharing.render(tmp_path / "again.svg").read_text(encoding="utf-8") == committed
 
 
-def test_the_notebook_is_clean() -> None:
-    notebook = json.loads((ROOT / "notebooks" / "first_run.ipynb").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+def test_the_notebooks_are_clean_and_install_first(path: Path) -> None:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4
-    for cell in notebook["cells"]:
-        assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert '"pip", "install"' in "".join(code[0]["source"])
+    assert all((cell["outputs"], cell["execution_count"]) == ([], None) for cell in code)
