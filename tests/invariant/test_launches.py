@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 from tests.processes import ROOT, SCRIPT, free_port
 from tests.questions import questions
+from vlm_sft.common.errors import RunError
+from vlm_sft.distributed.launch import read_launch
 from vlm_sft.forecast.disk import RUN_BYTES
 from vlm_sft.model.pocket import WEIGHTS
 
@@ -129,6 +131,28 @@ def test_torchrun_gives_the_same_adapter(line: list[str], alone: dict[str, torch
     assert_same(launch(command, tmp_path / "run", [*line, "--probe"]), alone)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (facts["parallel"], facts["forecast"]["basis"]) == ("ddp", "probe")
+
+
+def test_accelerate_gives_the_same_adapter(line: list[str], alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    start = [
+        str(BIN / "accelerate"),
+        "launch",
+        "--multi_gpu",
+        "--num_processes=2",
+        f"--main_process_port={free_port()}",
+    ]
+    assert_same(launch([*start, str(SCRIPT)], tmp_path / "run", line), alone)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["parallel"], facts["world_size"]) == ("ddp", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("FSDP", "FSDP is not offered here"), ("DEEPSPEED", "configuration of accelerate")]
+)
+def test_an_engine_of_accelerate_is_not_passed_over(name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(RunError, match=told):
+        read_launch(None, None)
 
 
 @needs_deepspeed

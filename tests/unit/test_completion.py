@@ -31,7 +31,7 @@ def offered(script: str, folder: Path, *words: str) -> set[str]:
 def test_bash_completes_verbs_flags_and_values(script: str, tmp_path: Path) -> None:
     assert offered(script, tmp_path, "") == set(VERBS)
     assert offered(script, tmp_path, "train", "--lora_") == {"--lora_r", "--lora_alpha", "--lora_dropout"}
-    assert offered(script, tmp_path, "train", "--optim", "adamw") == {"adamw_torch_fused", "adamw_torch"}
+    assert offered(script, tmp_path, "train", "--optim", "adamw") == {"adamw_torch_fused", "adamw_torch", "adamw_8bit"}
     assert offered(script, tmp_path, "train", "--bf16", "") == {"auto", "true", "false"}
     assert offered(script, tmp_path, "data", "cache", "") == {"list", "clear"}
     assert offered(script, tmp_path, "data", "cache", "clear", "--") == {

@@ -39,6 +39,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, rates: FormatRates) -> list[int]:
     for module in (number_format, saved_adapter):
         monkeypatch.setattr(module, "bfloat16_flags", lambda: FLAGS)
     monkeypatch.setattr(number_format, "measure_formats", measure)
+    monkeypatch.setattr(number_format, "NARROWEST", 1)  # tiny models stand for large ones
     return calls
 
 
@@ -72,6 +73,9 @@ def test_what_is_not_measured(base: Base, monkeypatch: pytest.MonkeyPatch, capsy
         assert settle_format(base, recipe, engine=False, checkpoint=None) == (base, {})
     assert settle_format(base, Recipe(), engine=True, checkpoint=None) == (base, {})
     assert decide_format(replace(shape_of(base), kind="later"), Recipe(), engine=False) is None
+    with monkeypatch.context() as narrow:
+        narrow.setattr(number_format, "NARROWEST", 256)
+        assert settle_format(base, Recipe(), engine=False, checkpoint=None) == (base, {})
     monkeypatch.setattr(number_format, "bfloat16_flags", lambda: ())
     assert settle_format(base, Recipe(), engine=False, checkpoint=None) == (base, {})
     monkeypatch.setenv("VLM_SFT_PLAIN", "1")

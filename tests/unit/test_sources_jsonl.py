@@ -170,6 +170,29 @@ def test_each_bad_line_is_left_out_with_its_place(folder, record, reason):
     loaded.left_out[0].detail.encode("utf-8")
 
 
+VQA_ANSWERS = [
+    {"answer": text, "answer_confidence": sure, "answer_id": number}
+    for number, (text, sure) in enumerate([("2", "maybe"), ("3", "yes"), ("3", "yes"), (4, "no")], start=1)
+]
+
+
+def test_answer_objects_as_vqav2_and_vizwiz_write_them(folder, capsys):
+    asked = {"image": "a.png", "question": "Count?"}
+    path = write(
+        folder / "train.jsonl",
+        [asked | {"answers": VQA_ANSWERS}, asked | {"answer": VQA_ANSWERS[0]}, asked | {"answer": VQA_ANSWERS}],
+    )
+    samples = load(path).samples
+    assert [sample.answers for sample in samples] == [("2", "3", "3", "4"), ("2",), ("2", "3", "3", "4")]
+    assert [sample.target for sample in samples] == ["3", "2", "3"]
+    write(path, [asked | {"answers": [{"text": "2"}]}, asked | {"answers": [{"answer": " "}]}, asked | {"answer": "2"}])
+    loaded = load(path)
+    assert [item.reason for item in loaded.left_out] == ["answer is not text", "empty answer"]
+    write(path, [asked | {"answers": VQA_ANSWERS}])
+    assert main(["data", "check", str(path), "--split", "train"]) == 0
+    assert "1 questions on 1 images" in "".join(capsys.readouterr())
+
+
 def test_a_turn_before_the_first_image_is_a_text_row(folder):
     says = [("user", "Hello"), ("assistant", "hi"), ("user", "<image>What?"), ("assistant", "a")]
     talk = {"images": ["a.png"], "messages": [{"role": role, "content": text} for role, text in says]}

@@ -21,7 +21,7 @@ import torch
 from torch.distributed import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from vlm_sft.common.errors import InterruptedRunError, VlmSftError
+from vlm_sft.common.errors import InterruptedRunError, RunError, VlmSftError
 from vlm_sft.distributed.collectives import close_meetings, open_meetings
 from vlm_sft.distributed.placement import announce, read_place
 from vlm_sft.distributed.zero import (
@@ -76,8 +76,10 @@ def read_launch(local_rank: int | None, deepspeed: str | None) -> Launch:
         deepspeed: "zero2", "zero3", a configuration file, or None (zero2 under the deepspeed launcher).
 
     Raises:
-        RunError: DeepSpeed is asked for and is not installed or too old, or its configuration cannot be read.
+        RunError: DeepSpeed is asked for and is not installed or too old, or its configuration cannot be read; or
+            `accelerate launch` was given an engine that would not be used.
     """
+    _refuse_engines(deepspeed)
     place = rank, world_size, own_rank, local_size = read_place(local_rank)
     if world_size > 1 or "RANK" in os.environ:
         announce(place)
@@ -102,6 +104,20 @@ def read_launch(local_rank: int | None, deepspeed: str | None) -> Launch:
     config = deepspeed_config(deepspeed, cpu)
     parallel = deepspeed if deepspeed in ZERO_STAGES else "deepspeed"
     return Launch(rank, own_rank, world_size, cpu, config, parallel, local_size)
+
+
+def _refuse_engines(deepspeed: str | None) -> None:
+    """Refuse what `accelerate launch` asks for in the environment and this program would pass over."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise RunError(
+            "accelerate launch --use_fsdp: FSDP is not offered here",
+            "use accelerate launch --multi_gpu, with --deepspeed zero3 after the program where the model does not fit",
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and deepspeed is None:
+        raise RunError(
+            "accelerate launch --use_deepspeed: the configuration of accelerate is not looked at",
+            "use accelerate launch --multi_gpu, and --deepspeed zero2, zero3 or FILE after the program",
+        )
 
 
 def expand_segments(launch: Launch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlm_sft.forecast.flops import Adapter
+from vlm_sft.forecast.optimizer_state import is_in_8_bits, state_bytes
 from vlm_sft.forecast.setting import Setting
 from vlm_sft.forecast.shapes import ModelShape
 
@@ -66,9 +67,10 @@ def adapter_bytes(model: ModelShape, adapter: Adapter) -> float:
 
 def optimizer_bytes(model: ModelShape, adapter: Adapter, optim: str) -> float:
     """Bytes of the saved optimizer state."""
-    moments = 0.02 if optim == "adafactor" else 2
-    tensors = STATE_TENSORS * adapter.tensors(model)
-    return adapter.parameters(model) * 4 * moments + tensors * STATE_HEADER_BYTES
+    each = STATE_TENSORS * STATE_HEADER_BYTES
+    if is_in_8_bits(model, adapter, optim):  # with two scales and two maps of 256 float32 each
+        each = 6 * STATE_HEADER_BYTES + 2 * 1024
+    return state_bytes(model, adapter, optim) + each * adapter.tensors(model)
 
 
 def engine_bytes(setting: Setting) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlm_sft.forecast.flops import Work
+from vlm_sft.forecast.optimizer_state import is_paged, state_bytes
 from vlm_sft.forecast.setting import Setting
 
 NORM_VALUES = 4  # hidden vectors per token and layer: the input of two norms, and their normalised values
@@ -183,17 +184,21 @@ def _state_items(setting: Setting) -> dict[str, float]:
     """Weights and optimizer, which are held all the time.
 
     DeepSpeed holds what is trained in bfloat16 and its partition of it in float32 besides, with Adam's two moments
-    (12 bytes a weight, shared out by stages 2 and 3). Without it what is trained is float32 (4 + 8 bytes), and autocast
-    keeps the half-precision copy of a weight from its first use until the pass ends (2 bytes).
+    (12 bytes a weight, shared out by stages 2 and 3). Without it what is trained is float32 (4 bytes, and what
+    `optimizer_state.py` says), and autocast keeps the half-precision copy of a weight from its first use until the pass
+    ends (2 bytes).
     """
     ranks, trained = setting.ranks, setting.adapter.parameters(setting.model)
     size = _trained_bytes(setting)
     master = 4 if size == 2 else 0
+    # What is paged is not the device's: it makes room there.
+    paged = setting.rates.gpu and is_paged(setting.model, setting.adapter, setting.optim)
+    alone = 0.0 if paged else state_bytes(setting.model, setting.adapter, setting.optim)
     frozen = weight_bytes(setting) - trained * setting.value_bytes * setting.adapter.everything
     items = {
         "weights": frozen / ranks.shared_weights,
         "trained weights": trained * size / ranks.shared_weights,
-        "optimizer": trained * (8 + master) / ranks.shared_optimizer,
+        "optimizer": trained * (8 + master) / ranks.shared_optimizer if ranks.engine else alone,
     }
     if setting.rates.gpu and setting.value_bytes < size:
         items["copies of trained weights"] = trained * setting.value_bytes

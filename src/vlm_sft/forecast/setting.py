@@ -53,6 +53,7 @@ class Setting:
         fused: norms and MLPs are computed by liger-kernel (`model/gpu/liger.py`).
         flash_heads: heads of the keys that FlashAttention gathers; 0 where SDPA computes the attention.
         ranks: how the run is spread over processes.
+        optim: the optimizer, as in the recipe.
     """
 
     model: ModelShape
@@ -64,6 +65,7 @@ class Setting:
     fused: bool = False
     flash_heads: int = 0
     ranks: RankLayout = RankLayout()
+    optim: str = "adamw_torch_fused"
 
     @property
     def stream_bytes(self) -> int:

@@ -25,6 +25,7 @@ from vlm_sft.recipe.schema import Recipe
 
 PRODUCTS_PAY = 1.5  # products in bfloat16 must be this many times faster
 LAYERS_PAY = 1.2  # and a gated MLP, forward and backward, with what is rounded and activated in between
+NARROWEST = 256  # channels; in narrower models (pocket: 192) the work between the products hides what they gain
 SECONDS = 0.35  # of all measurements together
 _ROWS = 512
 _WIDEST = 1024  # wider products have the same rate and take longer
@@ -90,15 +91,16 @@ def settle_format(base: Base, recipe: Recipe, engine: bool, checkpoint: Path | N
 def decide_format(model: ModelShape, recipe: Recipe, engine: bool) -> FormatRates | None:
     """Measure on rank 0 and say what is chosen; None where float32 is computed without a measurement.
 
-    That is so where the processor has no bfloat16, in families whose products were not compared in it, and where no
-    weight is frozen. DeepSpeed's engine would compute all in bfloat16, norms and activations too, which are slower.
+    That is so where the processor has no bfloat16, in narrow models, in families whose products were not compared in
+    it, and where no weight is frozen. DeepSpeed's engine would compute all in bfloat16, norms and activations too,
+    which are slower.
 
     Args:
         model: its sizes.
         recipe: of the run, with `bf16` at "auto".
         engine: whether DeepSpeed computes.
     """
-    held = "all" in recipe.train or engine or recipe.load_in_4bit
+    held = "all" in recipe.train or engine or recipe.load_in_4bit or model.text.hidden < NARROWEST
     if held or not bfloat16_flags() or model.kind not in FAMILIES or not narrows("cpu"):
         return None
     rates = agree(lambda: measure_formats(model))

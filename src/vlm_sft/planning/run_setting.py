@@ -124,6 +124,7 @@ def setting_of(run: TrainingRun, shape: ModelShape, value_bytes: int, rates: Rat
         fused=rates.gpu and liger.missing() is None,
         flash_heads=gathered_heads(shape.text.heads, shape.text.kv_heads) if flash else 0,
         ranks=RankLayout(run.launch.world_size, run.launch.parallel),
+        optim=run.recipe.optim,
     )
 
 

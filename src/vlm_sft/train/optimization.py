@@ -32,7 +32,8 @@ from vlm_sft.model.parts import part_parameters
 from vlm_sft.model.saved_adapter import require_places
 from vlm_sft.model.step_gradients import StepGradients
 from vlm_sft.recipe.schedule import Schedule, rate_factor
-from vlm_sft.recipe.schema import Recipe
+from vlm_sft.recipe.schema import BITSANDBYTES, Recipe
+from vlm_sft.train.bitsandbytes_adamw import make_bitsandbytes_adamw, page_moments
 from vlm_sft.train.checkpoint.serialization import load_state, save_state
 from vlm_sft.train.health import Health
 
@@ -157,6 +158,8 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimi
     groups = parameter_groups(model, recipe)
     if recipe.optim == "adafactor":
         return Adafactor(groups, lr=recipe.learning_rate, scale_parameter=False, relative_step=False)
+    if recipe.optim in BITSANDBYTES:
+        return make_bitsandbytes_adamw(model, groups, recipe)
     return torch.optim.AdamW(
         groups,
         lr=recipe.learning_rate,
@@ -200,6 +203,7 @@ class TorchOptimization:
         self.scheduler = make_scheduler(self.optimizer, recipe, schedule)
         self.precision: Callable[[], AbstractContextManager[Any]] = partial(mixed_precision, launch.device, dtype)
         self._objective = Objective.of(recipe)
+        self._paged = recipe.optim.startswith("paged")
         self._max_norm = recipe.max_grad_norm or float("inf")
         self._world_size = launch.world_size
         for parameter in model.parameters():
@@ -250,6 +254,8 @@ class TorchOptimization:
         """As of `Optimization`."""
         self.load_weights(folder)
         self.optimizer.load_state_dict(load_state(folder / OPTIMIZER))
+        if self._paged:
+            page_moments(self.optimizer)
         self.scheduler.load_state_dict(read_json(folder / SCHEDULER))
 
     def load_weights(self, folder: Path) -> None:

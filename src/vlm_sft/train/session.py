@@ -31,6 +31,7 @@ from vlm_sft.recipe.schema import Recipe
 from vlm_sft.trackers.check import check_trackers
 from vlm_sft.trackers.session import Trackers
 from vlm_sft.trackers.tracker import INTERRUPTED
+from vlm_sft.train.bitsandbytes_adamw import require_bitsandbytes
 from vlm_sft.train.caller import Caller
 from vlm_sft.train.checkpoint.directory import choose_resume, tidy
 from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, clear_run, disk_error, holds_work
@@ -59,6 +60,7 @@ def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRu
     token_limits(options, specs)
     check_trackers(recipe.report_to)
     launch = read_launch(options.local_rank, options.deepspeed)
+    require_bitsandbytes(recipe, launch)
     expand_segments(launch)
     resolve_path(options.base_model)  # before the long reading of data
     require_utf8(options.output_dir, "--output_dir")

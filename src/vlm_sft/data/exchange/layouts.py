@@ -14,7 +14,7 @@ from typing import Any
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.records import PLACEHOLDER, Question, questions_of
 from vlm_sft.data.sources.refusals import refuse
-from vlm_sft.data.sources.rows import RowProblem, clean_text
+from vlm_sft.data.sources.rows import RowProblem, reference_answers
 
 FORMATS = ("trl", "llamafactory", "msswift", "csv", "jsonl")
 MARK_IN_TEXT = "text holds the image mark"
@@ -59,7 +59,7 @@ def read_record(record: Any, layout: str, names: Names) -> list[Question]:
     questions = questions_of(record)
     answers = record.get("answers")
     if "question" not in record and len(questions) == 1 and isinstance(answers, list) and answers:
-        questions = [replace(questions[0], answers=tuple(clean_text(answer, "answer") for answer in answers))]
+        questions = [replace(questions[0], answers=reference_answers(answers))]
     return questions
 
 

@@ -15,7 +15,7 @@ from vlm_sft.common.errors import quoted
 from vlm_sft.data.sample import Turn
 from vlm_sft.data.sources.locate import RENAMING, keys_of, likely_images, no_image
 from vlm_sft.data.sources.refusals import refuse
-from vlm_sft.data.sources.rows import RowProblem, clean_text, loss_weight, most_common
+from vlm_sft.data.sources.rows import RowProblem, clean_text, loss_weight, most_common, reference_answers
 
 PLACEHOLDER = "<image>"
 MOVED = "an image stands behind words of its conversation; here images come first"
@@ -145,11 +145,8 @@ def _plain(record: dict[str, Any]) -> Question:
     listed = record.get("answers")
     if listed is None:
         listed = record.get("answer")
-    listed = listed if isinstance(listed, list) else [listed]
-    answers = tuple(clean_text(answer, "answer") for answer in listed)
+    answers = reference_answers(listed)
     target = clean_text(record["answer"], "answer") if isinstance(record.get("answer"), (str, int, float)) else ""
-    if not answers:
-        raise RowProblem("empty answer", "the list of answers is empty")
     system = clean_text(record["system"], "system text") if record.get("system") else ""
     return Question(
         tuple(images),

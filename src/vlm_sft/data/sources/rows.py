@@ -53,6 +53,25 @@ def most_common(answers: Sequence[str]) -> str:
     return Counter(answers).most_common(1)[0][0]
 
 
+def reference_answers(value: Any) -> tuple[str, ...]:
+    """The reference answers of a record, in their order.
+
+    Args:
+        value: one answer or a list of them; an answer is text, a number, or an object that holds it under "answer", as
+            VQAv2, VizWiz and TextVQA write theirs: `{"answer": "net", "answer_confidence": "yes", "answer_id": 1}`
+            (https://visualqa.org/download.html).
+
+    Raises:
+        RowProblem: the list is empty, or one of its answers is no text.
+    """
+    listed = value if isinstance(value, list) else [value]
+    if not listed:
+        raise RowProblem("empty answer", "the list of answers is empty")
+    return tuple(
+        clean_text(one["answer"] if isinstance(one, Mapping) and "answer" in one else one, "answer") for one in listed
+    )
+
+
 def left_out(sample_id: str, where: str, problem: RowProblem) -> LeftOut:
     """Name one unusable row; texts are made safe to write as UTF-8."""
     return LeftOut(writable(sample_id), problem.reason, writable(f"{where}: {problem.detail}"))
