@@ -20,41 +20,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("tiny") / "base")
 
 
+def train_flags(base: Path, output: Path, *flags: str) -> list[str]:
+    """The flags of a short training; later ones win."""
+    fixed = ["--base_model", str(base), "--dataset", "demo_charts", "--max_train", "16", "--max_eval", "6"]
+    fixed += ["--global_batch_size", "4", "--max_steps", "4", "--eval_steps", "2", "--save_steps", "2"]
+    fixed += ["--learning_rate", "0.01", "--lora_r", "4", "--max_pixels", "15680", "--report_to", "none"]
+    return [*fixed, "--cache_dir", str(output.parent / "cache"), "--output_dir", str(output), *flags]
+
+
 def train(base: Path, output: Path, *flags: str) -> int:
-    return main(
-        [
-            "train",
-            "--base_model",
-            str(base),
-            "--dataset",
-            "demo_charts",
-            "--max_train",
-            "16",
-            "--max_eval",
-            "6",
-            "--global_batch_size",
-            "4",
-            "--max_steps",
-            "4",
-            "--eval_steps",
-            "2",
-            "--save_steps",
-            "2",
-            "--learning_rate",
-            "0.01",
-            "--lora_r",
-            "4",
-            "--max_pixels",
-            "15680",
-            "--report_to",
-            "none",
-            "--cache_dir",
-            str(output.parent / "cache"),
-            "--output_dir",
-            str(output),
-            *flags,
-        ]
-    )
+    return main(["train", *train_flags(base, output, *flags)])
 
 
 def predictions(folder: Path) -> list[str]:

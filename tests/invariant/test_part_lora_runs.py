@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from tests.adapters import save_base
-from tests.invariant.test_full_training import evaluate, facts, predictions, refused, same, train
+from tests.invariant.test_full_training import evaluate, facts, predictions, refused, same, train, train_flags
+from tests.processes import Warm
 from vlm_sft.cli.main import main
 
 PARTS = ("--train", "language,vision_lora,projector_lora", "--vision_lora_rank", "2", "--projector_lora_rank", "8")
@@ -102,3 +104,17 @@ def test_contradictions(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     refused(capsys, code, "2 mistakes", "the vision tower in full and with LoRA", "no such LoRA")
     code = train(base, tmp_path / "o", "--vision_learning_rate", "0.1")
     refused(capsys, code, "a learning rate for the vision tower, which is not trained")
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_deepspeed_keeps_the_parts_learning_rates(
+    base: Path, run: Path, tmp_path: Path, warm: Warm, stage: str
+) -> None:
+    flags = train_flags(base, tmp_path / "run", *PARTS, *RATES, "--eval_benchmarks", "none", "--deepspeed", stage)
+    started = warm.start_both(flags, tmp_path / "log")
+    assert started.wait(300) == 0, (tmp_path / "log").read_text()
+    alone, shared = load_file(run / WEIGHTS), load_file(tmp_path / "run" / WEIGHTS)
+    assert alone.keys() == shared.keys()
+    for name, tensor in alone.items():
+        assert (shared[name] - tensor).norm() <= 1e-4 * tensor.norm(), name

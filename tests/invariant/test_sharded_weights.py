@@ -130,3 +130,21 @@ def test_a_model_that_was_read_onto_its_device_is_an_ordinary_one(place: Path) -
     assert not hasattr(placed, "hf_device_map") and not hasattr(placed, "_hf_hook")
     weights = placed.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
+
+
+@needs_deepspeed
+@pytest.mark.timeout(300)
+def test_a_rank_whose_pack_has_no_image_does_not_wait_for_the_tower(place: Path, warm: Warm) -> None:
+    rows = [{"image": f"{number}.png", "question": "Say.", "answer": "x"} for number in range(2)]
+    rows += [{"question": f"What is {number}?", "answer": "y"} for number in range(6)]
+    (place / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    on_two_ranks(
+        warm,
+        place / "mixed.log",
+        *("train", "--base_model", str(place / "base"), "--dataset", str(place / "mixed.jsonl")),
+        *("--output_dir", str(place / "mixed"), "--max_steps", "4", "--global_batch_size", "2", "--train", "vision"),
+        *("--deepspeed", "zero3", "--eval_strategy", "no", "--eval_benchmarks", "none", "--report_to", "none"),
+        *("--save_strategy", "no", "--logging_steps", "1"),
+    )
+    logged = [json.loads(line) for line in (place / "mixed" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged if "loss" in row] == [1, 2, 3, 4]

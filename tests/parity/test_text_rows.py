@@ -14,10 +14,11 @@ from tests.parity.test_exactness import SEPARATE, Gradients, alone, gradients, u
 from tests.questions import pack, picture, questions, tiny
 from tests.text_rows import text_row
 from vlm_sft.data.collate import PackedBatch, split_pack
-from vlm_sft.data.dataset import followed_turns, group_lengths
+from vlm_sft.data.dataset import PreparedData, followed_turns, group_lengths
 from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.images import decode_rgb
-from vlm_sft.data.packing import Bundle, bundle_tokens, supervised_tokens
+from vlm_sft.data.loader import StepDataset
+from vlm_sft.data.packing import Bundle, EpochPlanner, bundle_tokens, supervised_tokens
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import Sample, Turn, group_by_image
 from vlm_sft.model import families, packed_forward
@@ -192,3 +193,31 @@ def test_turns_that_a_template_renders_otherwise_later_stay_separate() -> None:
     _, encoder, _, _ = case("qwen2_5_vl")
     turns = talk_of("red 2019?")  # a history lacks the words that the prompt template puts around a question
     assert followed_turns(turns, encoder.encode(turns)) == ()
+
+
+def test_where_every_rank_has_to_run_the_tower_packs_without_an_image_get_one_that_counts_nothing() -> None:
+    model, encoder, _, _ = case("qwen2_5_vl")
+    data = PreparedData([*questions(0, 2), *TEXTS, *questions(1, 1, (100, 60))], encoder, "encoding")
+    planner = EpochPlanner(data.lengths, 6, 60, 2, 0)  # tokens for one text row a pack
+    set_attention(model.get_base_model(), "sdpa")
+
+    def read(accompany: bool) -> tuple[float, torch.Tensor, list[int]]:
+        total, seen, counter = torch.zeros((), dtype=torch.float64), [], TowerCounter(model)
+        for rank in range(2):
+            step = StepDataset(data, planner, rank, accompany=accompany)[0, 0]
+            for batch in step.packs:
+                batch.tensors = [
+                    {name: value.double() if value.is_floating_point() else value for name, value in image.items()}
+                    for image in batch.tensors
+                ]
+                before = counter.calls
+                with torch.no_grad(), packed_forward.packed(batch, SEPARATE, 0):
+                    total += batch.weighted_sum(packed_forward.token_losses(model, batch, SEPARATE))
+                seen.append(counter.calls - before)
+        counter.close()
+        return step.supervised, total, seen
+
+    plain, accompanied = read(False), read(True)
+    assert 0 in plain[2] and set(accompanied[2]) == {1}
+    assert plain[0] == accompanied[0]
+    torch.testing.assert_close(plain[1], accompanied[1], rtol=1e-7, atol=0)

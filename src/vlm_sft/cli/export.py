@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export."""
     from vlm_sft.cli.parser import refuse_idle
-    from vlm_sft.common.errors import RunError
     from vlm_sft.export.run import ExportOptions, export
 
     if not args.merge:
@@ -51,8 +50,6 @@ def run(args: argparse.Namespace) -> int:
         refuse_idle(args, ("peft_only",), "on a merged model, which vLLM loads", "leave it out")
     if args.push_to_hub is None:
         refuse_idle(args, ("public",), "without --push_to_hub", "add --push_to_hub, or leave it out")
-    if args.questions < 1:
-        raise RunError(f"--questions {args.questions}: an export is compared on at least one", "pass 1 or more")
     export(
         ExportOptions(
             adapter=args.adapter,

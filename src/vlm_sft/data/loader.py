@@ -49,6 +49,8 @@ class StepDataset(Dataset[StepPacks]):
         replace_bad: train another image of the same data set in place of one that cannot be read; otherwise the step
             comes back without packs and with a fatal fault.
         place: computes the positions of a pack; None leaves that to the model.
+        accompany: add a question about a small image, with a weight of 0, to packs without an image: every rank then
+            runs the vision tower in every pass, which it has to where ZeRO-3 has partitioned it.
 
     Attributes:
         slot, at, bad: as in `workers.Steps`.
@@ -61,12 +63,14 @@ class StepDataset(Dataset[StepPacks]):
         rank: int,
         replace_bad: bool = False,
         place: Callable[[PackedBatch], torch.Tensor] | None = None,
+        accompany: bool = False,
     ) -> None:
         self.data = data
         self.planner = planner
         self.rank = rank
         self.replace_bad = replace_bad
         self.place = place
+        self.accompany = accompany
         self.slot = 0
         self.at = torch.full((1, 2), -1.0, dtype=torch.float64)
         self.bad: dict[int, str] = {}
@@ -114,9 +118,32 @@ class StepDataset(Dataset[StepPacks]):
             more = supervised_tokens(taken, lengths[taken.group]) - supervised_tokens(bundle, lengths[bundle.group])
             built.change += more if counted else 0
             found.append(taken)
+        companion = self._companion(found)
+        if companion is not None:
+            if self._read(companion, images, built) != companion:
+                return None
+            group = images[companion.group]
+            images[companion.group] = replace(group, questions=tuple(replace(q, weight=0.0) for q in group.questions))
+            found.append(companion)
         batch = collate(found, images, turns=self.planner.rows is None)
         batch.positions = self.place(batch) if self.place else None
         return batch
+
+    def _companion(self, pack: Sequence[Bundle]) -> Bundle | None:
+        """What a pack has to compute beside its own questions; None where nothing.
+
+        Kept features run no tower, so there no rank waits for another one there.
+        """
+        visual = self.data.visual_tokens if self.accompany and self.data.cache.features is None else ()
+        if not any(visual) or any(visual[bundle.group] for bundle in pack):
+            return None
+        lengths = self.data.lengths
+        seen = (group for group, tokens in enumerate(visual) if tokens and group not in self.bad)
+        group = min(seen, key=lambda one: lengths[one].prefix + min(lengths[one].questions), default=None)
+        if group is None:
+            return None
+        asked = lengths[group].questions
+        return Bundle(group, (asked.index(min(asked)),))
 
     def _read(self, bundle: Bundle, images: dict[int, EncodedGroup], built: StepPacks) -> Bundle | None:
         """Read the image of a bundle into `images`; returns the bundle that can be trained, or None."""

@@ -101,6 +101,8 @@ def export(options: ExportOptions) -> Path:
             or the export does not answer as the adapter does.
     """
     quiet_libraries()
+    if options.questions < 1:
+        raise RunError(f"--questions {options.questions}: an export is compared on at least one", "pass 1 or more")
     require_utf8(options.output_dir, "--output_dir")
     _require_free(options.output_dir)
     with artifacts.OutputFolder(options.output_dir).or_nothing():

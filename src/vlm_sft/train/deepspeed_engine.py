@@ -136,7 +136,10 @@ class DeepSpeedOptimization:
         self._loading = loading
         own: dict[str, Any]
         if "optimizer" in config:
-            own = {"model_parameters": [one for one in model.parameters() if one.requires_grad]}
+            trained: list[Any] = [one for one in model.parameters() if one.requires_grad]
+            if recipe.vision_learning_rate is not None or recipe.projector_learning_rate is not None:
+                trained = [group for group in parameter_groups(model, recipe) if group["params"]]
+            own = {"model_parameters": trained}
         else:
             own = {"optimizer": _client_optimizer(model, recipe, config)}
             config = config | {"zero_allow_untested_optimizer": True}

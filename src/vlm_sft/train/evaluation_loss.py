@@ -52,6 +52,8 @@ def evaluation_loss(
                 pack.target_branch - 1
             ]
             counted = torch.stack([losses.double(), torch.ones_like(losses, dtype=torch.float64)], 1) * pack.weight
+            if batch.weights is not None:  # what only keeps the ranks in step
+                counted = counted * (batch.weights > 0)[:, None]
             sums.index_add_(0, moved_to(device, sets), counted)
     total = sum_ranks(sums).cpu()
     found = {"eval_loss": float(total[:, 0].sum() / total[:, 1].sum())}

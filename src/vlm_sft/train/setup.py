@@ -33,6 +33,7 @@ from vlm_sft.model.positions import Positions
 from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.trainable import checkpoint_layers, described, save_tuned, tune
+from vlm_sft.model.vision_features import tower_modules
 from vlm_sft.planning.options import CONTINUE
 from vlm_sft.planning.probe import Probe
 from vlm_sft.planning.run_forecast import ForecastTracker
@@ -120,6 +121,19 @@ class Training:
             say(f"best checkpoint: step {best['step']}, {best['metric']} {best['value']:.4f}; its adapter is kept")
 
 
+def _steps_of(run: TrainingRun, model: Any, mode: PackMode) -> partial[StepDataset]:
+    """What makes the steps of this rank from data and a planner."""
+    tower = [parameter for part in tower_modules(model).values() for parameter in part.parameters()]
+    return partial(
+        StepDataset,
+        rank=run.launch.rank,
+        replace_bad=run.faults.replace_bad,
+        # Plain transformers finds the positions of separate questions itself.
+        place=Positions(model) if mode.shares else None,
+        accompany=is_partitioned(*tower),
+    )
+
+
 def build_training(
     run: TrainingRun,
     plan: Plan,
@@ -157,9 +171,7 @@ def build_training(
         forecast.lap(FEATURES)
         if run.options.probe:
             _probe(run, plan, forecast, model, mode, (planner, eval_planner))
-        # Plain transformers finds the positions of separate questions itself.
-        place = Positions(model) if mode.shares else None
-        steps_of = partial(StepDataset, rank=run.launch.rank, replace_bad=run.faults.replace_bad, place=place)
+        steps_of = _steps_of(run, model, mode)
         steps = steps_of(plan.data, planner)
         eval_steps = steps_of(plan.evaluation, eval_planner) if plan.evaluation and eval_planner else None
         followed = TrainingPlan(run.recipe, plan.schedule, steps, eval_steps, mode, run.data_workers)
