@@ -122,8 +122,9 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         # The norm, not the largest element: Adam divides a gradient by its own size, so an element whose gradient is
-        # all rounding moves by up to a learning rate in a direction that rounding chooses.
-        assert (found[name] - tensor).norm() <= 2e-5 * tensor.norm(), name
+        # all rounding moves by up to a learning rate in a direction that rounding chooses. How far depends on the
+        # processor's kernels: 2.1e-5 on AMD Zen 4, below 1e-5 on Zen 5.
+        assert (found[name] - tensor).norm() <= 4e-5 * tensor.norm(), name
 
 
 def test_torchrun_gives_the_same_adapter(line: list[str], alone: dict[str, torch.Tensor], tmp_path: Path) -> None:

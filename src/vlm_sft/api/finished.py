@@ -192,7 +192,7 @@ def open_run(folder: str | Path) -> Run:
     Raises:
         RunError: the folder holds no run.
 
-    Example:
+    Examples:
         >>> import vlm_sft
         >>> vlm_sft.open_run("outputs/none")
         Traceback (most recent call last):

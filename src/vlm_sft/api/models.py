@@ -101,7 +101,7 @@ def ask(
         DataError: an image cannot be read, or images and questions do not pair.
         ModelError: base or adapter cannot be found or do not fit.
 
-    Example:
+    Examples:
         >>> import vlm_sft
         >>> from PIL import Image
         >>> answers = vlm_sft.ask(Image.new("RGB", (64, 64), "red"), "What color is the picture?", base_model="pocket")

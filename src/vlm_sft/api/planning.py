@@ -71,7 +71,7 @@ def plan(
         ForecastError: memory or disk surely do not suffice.
         VlmSftError: a mistake in recipe, data, model or options.
 
-    Example:
+    Examples:
         >>> import vlm_sft
         >>> forecast = vlm_sft.plan(questions=1000, base_model="pocket", recipe="1epoch")
         hypothetical data: ...

@@ -52,7 +52,7 @@ def evaluate_model(
     Raises:
         VlmSftError: a mistake in the data, model, folder, prompt or launch.
 
-    Example:
+    Examples:
         >>> import vlm_sft
         >>> scores = vlm_sft.evaluate_model("pocket", benchmark="demo_charts", limit=4)
         evaluating pocket ...
@@ -95,7 +95,7 @@ def score(
     Raises:
         EvaluationError: the benchmark is unknown, the lists differ in length, or an item cannot be scored.
 
-    Example:
+    Examples:
         >>> import vlm_sft
         >>> vlm_sft.score("chartqa", ["12", "blue"], ["12.3", "red"])["chartqa"]["accuracy"]
         0.5

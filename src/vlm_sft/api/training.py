@@ -66,7 +66,7 @@ def finetune(
         GuardError: the training is finished, and no checkpoint keeps to the guard; `open_run` opens it.
         InterruptedRunError: a signal (Ctrl-C, the notebook's stop button) ended the training after a checkpoint.
 
-    Example:
+    Examples:
         >>> import vlm_sft
         >>> run = vlm_sft.finetune("demo_charts", base_model="pocket", learning_rate=-1)
         Traceback (most recent call last):
