@@ -118,7 +118,7 @@ def test_the_table_of_few_pictures_says_what_it_cannot_say(
     page = (run / artifacts.REPORT).read_text()
     for text in (printed, page):
         assert few in text and used in text
-    assert "Nothing can be recommended on" in page and 'class="main good"' not in page
+    assert "ecommended on" not in page and 'class="main good"' not in page
     assert main(["compare", str(run)]) == 0
     compared = capsys.readouterr().out
     assert "| too few to judge " in compared

@@ -158,7 +158,7 @@ def test_never_best(data: PreparedData, tmp_path: Path, monkeypatch: pytest.Monk
         save_steps=1,
         load_best_model_at_end=True,
     )
-    results = iter([float("nan"), 3.0, 1.0, 2.0])
+    results = iter([{"eval_loss": loss} for loss in (float("nan"), 3.0, 1.0, 2.0)])
     monkeypatch.setattr(loop, "evaluation_loss", lambda *_: next(results))
     made.run()
     assert (made.state.best_global_step, made.state.best_metric) == (4, 2.0)
