@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from tests import tiny_models
 from vlm_sft.cli.main import main
+from vlm_sft.data.cache.feature_names import AUTO
+from vlm_sft.model.feature_choice import FeatureCost
 from vlm_sft.model.padded_rows import PaddedRows, padded_rows
 
 RECIPE = (
@@ -54,5 +56,12 @@ def test_packs_and_a_resume_change_nothing(tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
     (tmp_path / "resumed" / "adapter_model.safetensors").unlink()
+    # A tower rounds otherwise beside other images: a resume keeps features, or does not, as the run did.
+    kept = json.loads((tmp_path / "whole" / "run.json").read_text())["engine"]["feature_cache"]["training"]["used"]
+    monkeypatch.setattr(FeatureCost, "objection", lambda *given: "not now" if kept and AUTO in given else "")
     again, _ = train(tmp_path, "resumed", "--resume", "auto")
+    assert (
+        json.loads((tmp_path / "resumed" / "run.json").read_text())["engine"]["feature_cache"]["training"]["used"]
+        is kept
+    )
     assert all(torch.equal(again[name], adapter[name]) for name in adapter)

@@ -5,10 +5,11 @@ Training and evaluation share them. Every switch changes speed, disk and memory 
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from vlm_sft.common.console import say
 from vlm_sft.data.cache.directory import default_cache_dir
 from vlm_sft.data.cache.encoded import DataCache
+from vlm_sft.data.cache.feature_names import AUTO, OFF
 from vlm_sft.data.cache.team import ALONE, Team
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.engine_options import CacheOptions, EngineOptions
@@ -59,7 +61,12 @@ class Caches:
         return find_team(self.root, self.launch)
 
     def keep_features(
-        self, model: AnyModel, cache: DataCache, uses: Sequence[tuple[Sequence[Sample], float]], stage: str
+        self,
+        model: AnyModel,
+        cache: DataCache,
+        uses: Sequence[tuple[Sequence[Sample], float]],
+        stage: str,
+        before: bool | None = None,
     ) -> None:
         """Decide on vision features for images, compute what is missing, and say so.
 
@@ -68,8 +75,14 @@ class Caches:
             cache: gives the images from here on.
             uses: samples, one per image, and how often each image will be used.
             stage: "training" or "evaluation", for the line and for run.json.
+            before: what `auto` decided before a resume; None lets it decide.
         """
-        decision = use_features(model, cache, uses, self.options.feature_cache, self.launch.device)
+        budget = self.options.feature_cache
+        if budget == AUTO and before is not None:
+            budget = sys.maxsize if before else OFF
+        decision = use_features(model, cache, uses, budget, self.launch.device)
+        if budget == OFF and before is False and self.options.feature_cache == AUTO:
+            decision = replace(decision, reason="as before the resume")
         self.facts.setdefault("feature_cache", {})[stage] = decision.to_dict()
         kept = "cached" if decision.used else "not cached"
         say(f"vision features ({stage}): {kept}: {decision.reason}")

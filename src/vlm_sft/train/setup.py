@@ -17,6 +17,7 @@ from vlm_sft.common import artifacts
 from vlm_sft.common.artifacts import checkpoint_step
 from vlm_sft.common.console import is_main_process, say, warn
 from vlm_sft.common.errors import ModelError
+from vlm_sft.common.manifest import read_manifest
 from vlm_sft.common.record import versions
 from vlm_sft.data.loader import StepDataset
 from vlm_sft.data.packing import EpochPlanner
@@ -54,6 +55,8 @@ from vlm_sft.train.model_card import write_card
 from vlm_sft.train.optimization import TorchOptimization
 from vlm_sft.train.second_stage import take_over
 from vlm_sft.train.validation import Validation
+
+FEATURES_CACHED = "features_cached"  # key of a checkpoint's manifest: whether vision features were kept
 
 
 @dataclass
@@ -165,7 +168,7 @@ def build_training(
         if mode.note:
             say(mode.note)
         forecast.lap(LOAD)
-        _keep_features(plan, model, asked)
+        _keep_features(run, plan, model, asked)
         if run.data_workers != run.recipe.dataloader_num_workers:
             say(f"batches: {run.data_workers} processes prepare them (--dataloader_num_workers chooses another number)")
         forecast.lap(FEATURES)
@@ -292,15 +295,25 @@ def _probe(
 
 def _policy(run: TrainingRun, plan: Plan) -> CheckpointPolicy:
     """How checkpoints are kept, and what their manifests say."""
-    facts = {"parallel": run.launch.parallel, "identity": plan.identity, "versions": versions()}
+    cached = plan.cache.features is not None
+    facts = {
+        "parallel": run.launch.parallel,
+        "identity": plan.identity,
+        "versions": versions(),
+        FEATURES_CACHED: cached,
+    }
     return CheckpointPolicy(run.recipe.save_total_limit, run.options.on_save_error, facts, run.record.note)
 
 
-def _keep_features(plan: Plan, model: Any, asked: ValidationPlan | None) -> None:
-    """Let the vision tower run once an image, where that pays."""
+def _keep_features(run: TrainingRun, plan: Plan, model: Any, asked: ValidationPlan | None) -> None:
+    """Let the vision tower run once an image, where that pays; a resume goes on as the run was.
+
+    A tower that sees other images beside an image rounds otherwise, so the choice is part of a run's bits.
+    """
+    before = read_manifest(run.checkpoint).get(FEATURES_CACHED) if run.checkpoint is not None else None
     evaluation = plan.evaluation.image_samples() if plan.evaluation is not None else []
     uses = image_uses(plan.schedule, plan.data.image_samples(), evaluation, asked)
-    plan.engine.keep_features(model, plan.cache, uses, "training")
+    plan.engine.keep_features(model, plan.cache, uses, "training", before)
 
 
 def _tell_silent(run: TrainingRun) -> None:
