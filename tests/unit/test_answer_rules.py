@@ -70,6 +70,11 @@ def test_of_a_conversation_the_last_answer_and_flag_count() -> None:
         ("B is what I would say here about it", 0.0),  # the letter is too far from the end
         ("a blue car " * 9, 0.0),  # twice as long as all options together
         ("", 0.0),
+        ("The correct answer is **B**. Here is why: it has the colour of the sky.", 1.0),
+        ("The answer is bright", 1.0),  # the reference reads a letter there, whatever word it begins
+        ("The answer is a blue car", 0.0),
+        ("Cannot determine the answer: B", 0.0),
+        ("Z a blue car", 0.0),
     ],
 )
 def test_multiple_choice_by_letter_or_text(prediction: str, score: float) -> None:
@@ -92,6 +97,7 @@ def test_letters_without_options() -> None:
         ("x^{2}+y", ["x^{2}+Y"], "HME100k", 0.0),
         ("x^{2}+y", ["x^{2}+Y"], "other", 1.0),
         ("b", ["a", "b"], "", 1.0),
+        ("two  words", ["two words"], "", 0.0),  # spaces within a text count
     ],
 )
 def test_ocrbench_contains(prediction: str, answers: list[str], dataset: str, score: float) -> None:
@@ -104,6 +110,7 @@ def test_squad() -> None:
     assert squad_f1("a black cat", ["the cat", "dog"]) == pytest.approx(2 / 3)
     assert squad_f1("cat cat", ["cat"]) == pytest.approx(2 / 3)  # a word counts as often as both have it
     assert squad_f1("the", [""]) == 1.0 and squad_f1("cat", ["the"]) == 0.0 and squad_f1("dog", ["cat"]) == 0.0
+    assert squad_f1("the", ["cat", "a"]) == squad_exact("the", ["cat", "a"]) == 0.0  # an answer without words is none
 
 
 def scored(tmp_path: Path, benchmark: str, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> Any:

@@ -14,8 +14,17 @@ from collections.abc import Mapping, Sequence
 TOLERANCE = 0.05  # relative, of a number in ChartQAPro
 SIMILAR = 0.5  # normalised edit distance from which on a text of ChartQAPro is another one
 HANDWRITTEN_FORMULAS = "HME100k"  # the part of OCRBench in which case counts and spaces do not
+FORMULA_QUESTION = "Handwritten Mathematical Expression Recognition"  # its type of question
 FEWEST_OPTIONS = 5  # A to E, where a question does not say which options it has
 _LAST_WORDS = 5  # an option's letter has to be one of so many last words
+_NO_CHOICE = "Z"  # an answer that refuses, or says so, chooses nothing
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+_STATED = re.compile(r"(?i)answer\s+is\s+\**([ABCD])")
 # The pattern by which the reference puts bare words of a list into quotes; what it does to several words is part of
 # published scores.
 _BARE = re.compile(r"(?<!['\w])(\w[^,]*?)(?!['\w])")
@@ -56,12 +65,14 @@ def chartqapro(prediction: str, answers: Sequence[str], year: Sequence[str] = ()
         A number from 0 to 1.
     """
     flags = [flag.upper() == "YES" for flag in (year[-1:] if question_type == "Conversational" else year)] or [False]
-    expected = _parts(_quoted(answers[-1].strip(".").strip("\n")))
-    given = _parts(prediction.strip(".").strip("\n"))
+    gold = answers[-1].strip(".").strip("\n")
+    expected = _parts(_quoted(gold), gold)
+    text = prediction.strip(".").strip("\n")
+    given = _parts(text, text)
     if len(flags) < len(expected):
         flags = flags * len(expected)
     pairs = list(zip(expected, given, flags, strict=False))
-    scores = [_same_year(gold, text) if flag else _chart_part(gold, text) for gold, text, flag in pairs]
+    scores = [_same_year(right, part) if flag else _chart_part(right, part) for right, part, flag in pairs]
     return sum(scores) / max(len(expected), len(given))
 
 
@@ -80,13 +91,13 @@ def _in_quotes(found: re.Match[str]) -> str:
     return f"'{found[1]}'"
 
 
-def _parts(text: str) -> list[str]:
-    """The parts of a text that reads as a Python list, else the text alone; an empty list is no list."""
+def _parts(text: str, alone: str) -> list[str]:
+    """The parts of a text that reads as a Python list with something in it, else `alone`."""
     try:
         value = ast.literal_eval(text)
     except Exception:  # whatever Python makes of a model's answer
-        return [text]
-    return [str(part).strip(" '") for part in value] or [text] if isinstance(value, list) else [text]
+        return [alone]
+    return [str(part).strip(" '") for part in value] or [alone] if isinstance(value, list) else [alone]
 
 
 def _same_year(gold: str, text: str) -> float:
@@ -116,12 +127,16 @@ def _number(text: str) -> float | None:
 def multiple_choice(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
     """Score whether an answer names the right option, by its letter or by its text.
 
-    Source: the exact matching of VLMEvalKit (`can_infer_option`, then `can_infer_text`), without a model that judges
-    what neither finds: such an answer is wrong. Options keep their order; none are shuffled.
+    Source: the exact matching of VLMEvalKit (`vlmeval/utils/matching_util.py`: `can_infer_option`, then
+    `can_infer_text`), without a model that judges what neither finds: such an answer is wrong. Options keep their
+    order; none are shuffled.
 
-    Rule: the marks `.()[],:;!*#{}` become spaces. If exactly one letter of the options is a word of the answer, and one
-    of the last five, it is chosen. If none is found so, and the answer is at most twice as long as all options
-    together, the option whose text it holds (case ignored) is chosen, where that is exactly one.
+    Rule: an answer that holds one of four refusals is wrong. The marks `.()[],:;!*#{}` become spaces. If exactly one
+    letter of the options is a word of the answer, and one of the last five, it is chosen; if none is, and `Z` is, the
+    answer is wrong. Next, the letter A to D behind the first `answer is` that one follows is chosen; case is ignored
+    there and the letter may begin a word, so `the answer is a bus` chooses A, as in the reference. If nothing is
+    chosen so, and the answer is at most twice as long as all options together, the option whose text it holds (case
+    ignored) is chosen, where that is exactly one.
 
     Args:
         prediction: the model's answer.
@@ -144,10 +159,17 @@ def chosen_option(prediction: str, options: Mapping[str, str]) -> str | None:
         prediction: the model's answer.
         options: letter -> text; an empty text is not looked for.
     """
+    if any(refusal in prediction for refusal in _REFUSALS):
+        return None
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", prediction).split()
     named = [letter for letter in options if letter in words]
     if len(named) == 1 and words.index(named[0]) > len(words) - _LAST_WORDS:
         return named[0]
+    if not named and _NO_CHOICE in words:
+        return None
+    stated = _STATED.search(prediction)
+    if stated and stated[1].upper() in options:
+        return stated[1].upper()
     text = prediction.lower()
     if len(text) > 2 * sum(map(len, options.values())):
         return None
@@ -155,21 +177,23 @@ def chosen_option(prediction: str, options: Mapping[str, str]) -> str | None:
     return held[0] if len(held) == 1 else None
 
 
-def choice_or_word(prediction: str, answers: Sequence[str]) -> float:
-    """Score RealWorldQA: the letter where one is expected, else the word, ignoring case and a full stop at its end.
+def choice_or_word(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
+    """Score RealWorldQA: the option where a letter is expected, else the word, ignoring case and a full stop behind it.
 
-    Source: xAI 2024 (RealWorldQA); words are compared as lmms-eval does, letters are found as in `multiple_choice`.
+    Source: xAI 2024 (RealWorldQA), which comes without a rule; options are told as in `multiple_choice`, by letter or
+    text, and words are compared as lmms-eval does (`tasks/realworldqa/utils.py`).
     """
     gold = answers[0].strip()
     if len(gold) == 1 and gold in string.ascii_uppercase:
-        return multiple_choice(prediction, [gold])
+        return multiple_choice(prediction, [gold], options)
     return float(prediction.lower().strip().rstrip(".") == gold.lower())
 
 
-def ocrbench(prediction: str, answers: Sequence[str], dataset: str = "") -> float:
+def ocrbench(prediction: str, answers: Sequence[str], dataset: str = "", question_type: str = "") -> float:
     """Score whether an answer contains one of the expected texts, as OCRBench does.
 
-    Source: Liu et al. 2024 (OCRBench, arXiv 2305.07895), as in the scripts of its repository.
+    Source: Liu et al. 2024 (OCRBench, arXiv 2305.07895), as in the scripts of its repository (`OCRBench/example.py`);
+    VLMEvalKit tells formulas by the type of question, which is the same set of questions.
 
     Rule: case is ignored, spaces at the ends go, line ends become spaces. In handwritten formulas (HME100k) case counts
     and all spaces go.
@@ -178,14 +202,17 @@ def ocrbench(prediction: str, answers: Sequence[str], dataset: str = "") -> floa
         prediction: the model's answer.
         answers: the expected texts.
         dataset: the data set that a question comes from, as OCRBench names it.
+        question_type: its type, as OCRBench names it.
 
     Returns:
         1.0 or 0.0.
     """
+    formula = dataset == HANDWRITTEN_FORMULAS or question_type == FORMULA_QUESTION
 
     def form(text: str) -> str:
+        text = text if formula else text.lower()
         text = text.strip().replace("\n", " ")
-        return text.replace(" ", "") if dataset == HANDWRITTEN_FORMULAS else text.lower()
+        return text.replace(" ", "") if formula else text
 
     return float(any(form(answer) in form(prediction) for answer in answers))
 
@@ -197,17 +224,25 @@ def squad_normalize(text: str) -> str:
 
 
 def squad_exact(prediction: str, answers: Sequence[str]) -> float:
-    """Score SQuAD's exact match: equal to one of the answers in `squad_normalize`'s form."""
-    return float(any(squad_normalize(prediction) == squad_normalize(answer) for answer in answers))
+    """Score SQuAD's exact match: equal to one of the answers in `squad_normalize`'s form.
+
+    Source: as of `squad_f1`.
+    """
+    return float(squad_normalize(prediction) in _squad_expected(answers))
 
 
 def squad_f1(prediction: str, answers: Sequence[str]) -> float:
     """Score SQuAD's F1: overlap of words in `squad_normalize`'s form, the best over the answers.
 
-    Source: Rajpurkar et al. 2016 and 2018 (SQuAD, SQuAD 2.0), as in the official script of 2.0: where prediction or
-    answer has no words left, they score 1 if both have none.
+    Source: Rajpurkar et al. 2016 and 2018 (SQuAD, SQuAD 2.0), as in the official script of 2.0: answers without words
+    in that form are left aside; where none has any, the question has no answer: a prediction without words is right.
     """
-    return max(_overlap(squad_normalize(prediction).split(), squad_normalize(answer).split()) for answer in answers)
+    return max(_overlap(squad_normalize(prediction).split(), answer.split()) for answer in _squad_expected(answers))
+
+
+def _squad_expected(answers: Sequence[str]) -> list[str]:
+    """The answers in `squad_normalize`'s form; one empty text where a question has no answer."""
+    return [form for form in map(squad_normalize, answers) if form] or [""]
 
 
 def _overlap(given: list[str], expected: list[str]) -> float:

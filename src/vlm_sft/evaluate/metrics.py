@@ -321,7 +321,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             ocrbench,
             "OCRBench: the answer contains an expected text",
             max_new_tokens=128,
-            needs=("dataset",),
+            needs=("dataset", "question_type"),
         ),
         Benchmark("easy_vqa", "easy_vqa_accuracy", exact_match, "easy-VQA: exact match ignoring case"),
         Benchmark(
