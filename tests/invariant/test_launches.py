@@ -118,13 +118,12 @@ def alone(line: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return weights
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = 2e-5) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         # The norm, not the largest element: Adam divides a gradient by its own size, so an element whose gradient is
-        # all rounding moves by up to a learning rate in a direction that rounding chooses. How far depends on the
-        # processor's kernels: 2.1e-5 on AMD Zen 4, below 1e-5 on Zen 5.
-        assert (found[name] - tensor).norm() <= 4e-5 * tensor.norm(), name
+        # all rounding moves by up to a learning rate in a direction that rounding chooses.
+        assert (found[name] - tensor).norm() <= bound * tensor.norm(), name
 
 
 def test_torchrun_gives_the_same_adapter(line: list[str], alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -165,7 +164,9 @@ def test_deepspeed_gives_the_same_adapter(
     assert launcher is not None
     command = [launcher, "--num_gpus=2", f"--master_port={free_port()}", str(SCRIPT)]
     choice = ["--deepspeed", stage] if stage != "zero2" else []  # the default under this launcher
-    assert_same(launch(command, tmp_path / "run", [*line, *choice, "--probe"]), alone)
+    # ZeRO-3: 2.1e-5 on an AMD Zen 4; the others 2.6e-6 there.
+    bound = 3e-5 if stage == "zero3" else 2e-5
+    assert_same(launch(command, tmp_path / "run", [*line, *choice, "--probe"]), alone, bound)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (facts["parallel"], facts["world_size"], facts["attention"]) == (stage, 2, "sdpa")
     # Under ZeRO-3 no rank has a whole model to probe.

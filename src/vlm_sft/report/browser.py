@@ -74,7 +74,8 @@ def browser(runs: Sequence[RunReport]) -> Browser:
         ]
         listed.append({"name": run.name, "rows": answers})
     cards = [_card(run.name, one, album) for run, rows in zip(runs, chosen, strict=True) for one in rows]
-    highlights = [_card(runs[0].name, one, album) for one in showcase(runs[0].predictions)]
+    first = showcase(runs[0].predictions) if len(runs) == 1 else []
+    highlights = [_card(runs[0].name, one, album) for one in first]
     reasons = (album.reason(album.number(one.image)).partition(":")[0] for rows in kept for one in rows)
     unpictured = Counter(reason for reason in reasons if reason)
     data = {"runs": listed, "questions": list(questions), "pictures": album.addresses, "unpictured": album.reasons}
@@ -86,7 +87,7 @@ def browser(runs: Sequence[RunReport]) -> Browser:
         len(album.addresses),
         dict(unpictured.most_common()),
         cards[:CARDS],
-        [card for card in highlights if card.picture] if len(runs) == 1 else [],
+        [card for card in highlights if card.picture],
     )
 
 

@@ -83,7 +83,7 @@ def render(runs: Sequence[RunReport], version: str | None = None, changed: float
     """
     many = len(runs) > 1
     names = benchmark_names(runs)
-    choices = quality.choices(runs, names)
+    choices = quality.choices(runs, names) if many else []
     leading = [one.name for choice in choices for one in choice.candidates if one.on_front and not one.is_base]
     tallies = [(run.name, name, counts) for run in runs for name, counts in tally(run.predictions).items()]
     near = {(run.name, name): n for run in runs for name, n in tally_near(run.predictions).items()}
