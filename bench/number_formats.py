@@ -104,7 +104,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['seeds']} seeds of each format, {result['device']}, commit {commit(result)}.",
         "",
-        "| model | benchmark, questions | base | float32 (sd) | bfloat16 (sd) | difference, 95 % over questions | over seeds |",
+        "| model | benchmark, questions | base | float32 (sd) | bfloat16 (sd) | difference [95 % over questions] "
+        "| 95 % over seeds |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
