@@ -12,7 +12,8 @@ ENDINGS = (
     ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .ogv".split()  # as they stand in names of files
 )
 _BEGINNINGS = re.compile(
-    rb"(?s).{4}ftyp(?!hei|hev|mif1|msf1|avi[fs])|.{4}(moov|mdat|wide)|\x1a\x45\xdf\xa3|RIFF.{4}AVI |FLV\x01|\x00\x00\x01\xba"
+    rb"(?s).{4}ftyp(?!hei|hev|mif1|msf1|avi[fs])|.{4}(moov|mdat|wide)"
+    rb"|\x1a\x45\xdf\xa3|RIFF.{4}AVI |FLV\x01|\x00\x00\x01\xba"
 )
 
 
