@@ -82,6 +82,8 @@ EVALUATION_METRICS = (
     "squad_f1",
     "exact_match",
 )
+LOSS = "eval_loss"
+SET_LOSS = f"{LOSS}_NAME"  # of one data set among several; a choice that ends in NAME stands for any name
 TRACKERS = (
     "none",
     "tensorboard",
@@ -186,12 +188,12 @@ class Recipe:
     load_best_model_at_end: bool = _key(False, "end with the checkpoint of the best evaluation instead of the last one")
     metric_for_best_model: str = _key(
         "eval_loss",
-        "what says which checkpoint is best: the evaluation loss, or a benchmark's metric on questions "
-        "that are answered at each evaluation",
-        choices=EVALUATION_METRICS,
+        "what says which checkpoint is best: the evaluation loss, that of the data set NAME alone, or a benchmark's "
+        "metric on questions that are answered at each evaluation",
+        choices=(*EVALUATION_METRICS, SET_LOSS),
     )
     greater_is_better: bool | None = _key(
-        None, "whether more of that metric is better; null: no for a name that ends in loss, yes for any other"
+        None, "whether more of that metric is better; null: no for a loss, yes for any other"
     )
     early_stopping_patience: int | None = _key(
         None,
@@ -273,7 +275,7 @@ class Recipe:
         """Whether the best checkpoint has the greatest value of `metric_for_best_model`, null resolved."""
         if self.greater_is_better is not None:
             return self.greater_is_better
-        return not self.metric_for_best_model.endswith("loss")
+        return not is_loss(self.metric_for_best_model)
 
     @property
     def best_metric_column(self) -> str:
@@ -285,6 +287,17 @@ class Recipe:
         """Every key with its value as JSON holds it, in the order of the schema."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def is_loss(metric: str) -> bool:
+    """Whether a metric is an evaluation loss: over everything, or of one data set."""
+    return metric == LOSS or bool(loss_set(metric))
+
+
+def loss_set(metric: str) -> str:
+    """The data set whose evaluation loss a metric is; "" for any other metric."""
+    start = SET_LOSS.removesuffix("NAME")
+    return metric.removeprefix(start) if metric.startswith(start) else ""
 
 
 _KINDS: dict[Any, str] = {
@@ -359,6 +372,11 @@ class Key:
         if self.range is not None:
             text += f" {self.range}"
         return text + (", or null" if self.optional else "")
+
+    def is_choice(self, text: str) -> bool:
+        """Whether a text is one of the choices; one that ends in NAME is any text with that beginning."""
+        stems = [choice.removesuffix("NAME") for choice in self.choices if choice.endswith("_NAME")]
+        return text in self.choices or any(text.startswith(stem) and text != stem for stem in stems)
 
     @property
     def default_text(self) -> str:
