@@ -16,7 +16,7 @@ from vlm_sft.evaluate.metrics import BENCHMARKS
 from vlm_sft.evaluate.tasks import benchmark_names, dataset_text, load_tasks, parse_token_limits, too_short, with_limits
 from vlm_sft.model.load import find_base
 from vlm_sft.recipe.load import load_recipe
-from vlm_sft.recipe.schema import EVALUATION_METRICS
+from vlm_sft.recipe.metric_names import EVALUATION_METRICS
 
 
 def test_metric_names_of_recipes_are_those_of_the_benchmarks() -> None:

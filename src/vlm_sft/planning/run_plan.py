@@ -45,8 +45,9 @@ from vlm_sft.planning.number_format import settle_format
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import ValidationPlan, of_metric, plan_validation
+from vlm_sft.recipe.metric_names import is_loss
 from vlm_sft.recipe.schedule import Schedule, effective_global_batch_size, few_steps_advice, resolve_schedule
-from vlm_sft.recipe.schema import Recipe, is_loss
+from vlm_sft.recipe.schema import Recipe
 
 NO_BENCHMARKS = "none"
 

@@ -10,7 +10,8 @@ from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.evaluate.guard import Guard, parse_guards
 from vlm_sft.evaluate.tasks import Task, dataset_text, load_tasks, names_of, rules_of
-from vlm_sft.recipe.schema import LOSS, Recipe, is_loss, loss_set
+from vlm_sft.recipe.metric_names import LOSS, is_loss, loss_set
+from vlm_sft.recipe.schema import Recipe
 
 EVAL_SAMPLES = 200  # questions per benchmark at each evaluation
 

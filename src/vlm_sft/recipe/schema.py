@@ -10,6 +10,8 @@ import typing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from vlm_sft.recipe.metric_names import EVALUATION_METRICS, SET_LOSS, is_loss
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -62,28 +64,6 @@ FLOORED_SCHEDULERS = ("cosine_with_min_lr", "warmup_stable_decay")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", *FLOORED_SCHEDULERS)
 LOSSES = ("nll", "dft")
 DECAYS = ("1-sqrt", "linear", "cosine")
-# What an evaluation during training writes; a best checkpoint can be chosen by these names only. All but the first are
-# the metrics of the benchmarks (evaluate/metrics.py has their rules), and more of them is better.
-EVALUATION_METRICS = (
-    "eval_loss",
-    "chartqa_relaxed_accuracy",
-    "textvqa_accuracy",
-    "docvqa_anls",
-    "infographicvqa_anls",
-    "ocrvqa_accuracy",
-    "chartqapro_relaxed_accuracy",
-    "ai2d_accuracy",
-    "realworldqa_accuracy",
-    "ocrbench_accuracy",
-    "easy_vqa_accuracy",
-    "demo_charts_relaxed_accuracy",
-    "demo_text_accuracy",
-    "multiple_choice_accuracy",
-    "squad_f1",
-    "exact_match",
-)
-LOSS = "eval_loss"
-SET_LOSS = f"{LOSS}_NAME"  # of one data set among several; a choice that ends in NAME stands for any name
 TRACKERS = (
     "none",
     "tensorboard",
@@ -287,17 +267,6 @@ class Recipe:
         """Every key with its value as JSON holds it, in the order of the schema."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def is_loss(metric: str) -> bool:
-    """Whether a metric is an evaluation loss: over everything, or of one data set."""
-    return metric == LOSS or bool(loss_set(metric))
-
-
-def loss_set(metric: str) -> str:
-    """The data set whose evaluation loss a metric is; "" for any other metric."""
-    start = SET_LOSS.removesuffix("NAME")
-    return metric.removeprefix(start) if metric.startswith(start) else ""
 
 
 _KINDS: dict[Any, str] = {

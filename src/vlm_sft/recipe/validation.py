@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_sft.common.errors import RecipeError, nearest
+from vlm_sft.recipe.metric_names import LOSS, is_loss
 from vlm_sft.recipe.parsing import shown
-from vlm_sft.recipe.schema import KEYS, LOSS, is_loss
+from vlm_sft.recipe.schema import KEYS
 
 ALIASES = {
     "evaluation_strategy": "eval_strategy",

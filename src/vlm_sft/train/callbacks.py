@@ -16,7 +16,7 @@ from vlm_sft.common.console import Bar, say
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.forecast import estimate as forecasts
 from vlm_sft.planning.run_forecast import ForecastTracker
-from vlm_sft.recipe.schema import EVALUATION_METRICS, is_loss
+from vlm_sft.recipe.metric_names import EVALUATION_METRICS, is_loss
 from vlm_sft.train.event_log import PatientLines
 
 _RENAMED = {"eval_runtime": "eval_seconds", "eval_samples_per_second": "eval_questions_per_second"}

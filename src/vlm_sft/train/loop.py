@@ -26,8 +26,9 @@ from vlm_sft.evaluate.evaluator import EvaluationStopped
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.vision_features import start_training
 from vlm_sft.planning.training_run import FaultPolicy
+from vlm_sft.recipe.metric_names import LOSS, is_loss
 from vlm_sft.recipe.schedule import Schedule
-from vlm_sft.recipe.schema import LOSS, Recipe, is_loss
+from vlm_sft.recipe.schema import Recipe
 from vlm_sft.train.callbacks import Callbacks
 from vlm_sft.train.checkpoint.saver import CheckpointPolicy, CheckpointSaver, WriteModel, restore_random
 from vlm_sft.train.early_stopping import EarlyStop, early_stop
