@@ -47,7 +47,7 @@ def test_one_step_trains_at_its_rate_and_says_what_would_be_more(
     told = capsys.readouterr()
     before = told.out.partition("step 1: ")[0]
     log = (run / "log.txt").read_text()
-    assert len(before.splitlines()) <= 9 and line_with(before, "forecast", "on disk (") and line_with(before, "LoRA:")
+    assert len(before.splitlines()) <= 11 and line_with(before, "forecast", "on disk (") and line_with(before, "LoRA:")
     for folded in ("one sample as the model sees it", "schedule: 1 steps", "launch: ", "  memory: ", "vision features"):
         assert folded in log and folded not in told.out, folded
     assert rates(run) == [pytest.approx(2e-4)]
