@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft.common import artifacts
-from vlm_sft.common.console import is_main_process, say, warn
+from vlm_sft.common.console import detail, is_main_process, say, warn
 from vlm_sft.common.errors import DataError
 from vlm_sft.data.audit import enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.cache.directory import cache_bytes
@@ -105,7 +105,7 @@ def load_data(
             evaluation += held_out.samples
             left_out += held_out.left_out
         label = " (synthetic)" if loaded.synthetic else ""
-        say(f"data: {spec.name}{label}: {loaded.description}")
+        detail(f"{spec.name}{label}: {loaded.description}")
     mixed = weighted(mix(parts, recipe.max_train, recipe.seed), weights)
     evaluation = stratified_limit(evaluation, recipe.max_eval, SAMPLE_SEED)
     require_same_data([*mixed, *evaluation], left_out)
@@ -166,9 +166,9 @@ def validation_plan(run: TrainingRun, guards: list[Guard]) -> ValidationPlan | N
         return None
     _enforce_tasks(run, validation.tasks, left_out)
     counts = ", ".join(f"{task.name} ({len(task.samples):,})" for task in validation.tasks)
-    say(f"answered at each evaluation: {counts}; the best checkpoint is chosen by {validation.metric}")
+    detail(f"answered at each evaluation: {counts}; the best checkpoint is chosen by {validation.metric}")
     for guard in guards:
-        say(f"guard: a checkpoint that loses more than {100 * guard.allowed:g} points on {guard.name} is not kept")
+        detail(f"guard: a checkpoint that loses more than {100 * guard.allowed:g} points on {guard.name} is not kept")
     return validation
 
 
@@ -182,8 +182,9 @@ def tell_parts(
     """Print how many questions and images each part of the data has; print and record which of them overlap."""
     validated = evaluation + (validation.samples if validation else [])
     parts = {"training": train, "validation": validated} | {f"table ({task.name})": task.samples for task in tasks}
+    sets = ", ".join(spec.name + (" (synthetic)" if is_synthetic(spec.name) else "") for spec in run.specs)
     say(
-        "parts: "
+        f"data: {sets}: "
         + "; ".join(
             f"{name} {counted(list({sample.id: sample for sample in samples}.values()))}"
             for name, samples in parts.items()
@@ -373,13 +374,13 @@ def _write_data_facts(
 def _tell_plan(run: TrainingRun, schedule: Schedule, data: PreparedData, planner: EpochPlanner) -> None:
     """Print one supervised sample, the counts, and the schedule."""
     facts = data.summary()
-    say("one sample as the model sees it; only the part in ⟦ ⟧ is supervised:")
-    say("  " + data.marked_example().replace("\n", "\n  "))
-    say(
+    detail("one sample as the model sees it; only the part in ⟦ ⟧ is supervised:")
+    detail("  " + data.marked_example().replace("\n", "\n  "))
+    detail(
         f"training set: {counted([sample for sample, _, _ in data.samples()])}; {facts['supervised_tokens']:,} "
         f"supervised tokens, {facts['image_tokens']:,} image tokens"
     )
-    say(
+    detail(
         f"schedule: {schedule.total_steps:,} steps of {planner.global_batch_size} questions "
         f"({schedule.steps_per_epoch:,} an epoch), warmup {schedule.warmup_steps}, evaluation every "
         f"{schedule.eval_steps or '-'}, checkpoint every {schedule.save_steps or '-'} steps"
