@@ -3,9 +3,10 @@
     python bench/number_formats.py [--models pocket,small] [--seeds 5]
     python bench/number_formats.py --tables     writes the table into docs/HYPERPARAMETER_GUIDE.md from the result file
 
-Every training and its evaluation is a run of the command line with `--bf16 true` or `--bf16 false`. The embedded base
-trains as the quickstart does; the small shape of the throughput benchmark, whose weights are random, trains LoRA on all
-parts. Finished runs are kept in the work folder, so an interrupted benchmark goes on.
+Every training and its evaluation is a run of the command line with `--bf16 true` or `--bf16 false`. `pocket` is the
+embedded base. `small` is the shape of the throughput benchmark: its random weights are first all trained in float32, on
+the same questions, so that LoRA has something to tune. Finished runs are kept in the work folder,
+so an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
@@ -33,15 +34,7 @@ PAGE = ROOT / "docs" / "HYPERPARAMETER_GUIDE.md"
 FORMATS = {"float32": "false", "bfloat16": "true"}
 COMMON = ["--sft_config", str(ROOT / "configs" / "sft_config_1epoch.json"), "--learning_rate", "2e-3"]
 MAX_PIXELS = 64 * 28 * 28
-# The flags of each model. Random weights need more of everything: all parts, higher ranks, smaller steps' batches.
-TRAININGS = {
-    "pocket": ["--dataset", "easy_vqa,demo_charts:9", "--max_train", "14000"],
-    "small": [
-        *("--dataset", "easy_vqa,demo_charts:1", "--max_train", "6000", "--global_batch_size", "16"),
-        *("--train", "language,projector,vision_lora", "--lora_r", "64", "--lora_alpha", "128"),
-        *("--target_modules", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
-    ],
-}
+TRAINING = ["--dataset", "easy_vqa,demo_charts:1", "--max_train", "4000", "--global_batch_size", "32"]
 
 
 def parse() -> argparse.Namespace:
@@ -49,33 +42,42 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="pocket,small", help="models to train (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="trainings of each format (default: %(default)s)")
-    parser.add_argument("--max_eval", type=int, default=2000, help="held-out questions per benchmark")
+    parser.add_argument("--max_eval", type=int, default=1500, help="held-out questions per benchmark")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "number_formats", help="folder of the runs")
     parser.add_argument("--note", metavar="TEXT", help="what a reader has to know")
     parser.add_argument("--tables", action="store_true", help="only write the table from the result file")
     return parser.parse_args()
 
 
-def train(args: argparse.Namespace, model: str, name: str, seed: int) -> Path:
-    """The folder of one finished run."""
-    folder: Path = args.work / f"{model}-{name}-seed-{seed}"
+def run(flags: list[str], folder: Path) -> Path:
+    """The folder of a finished training; one that is there is not repeated."""
     if (folder / artifacts.RESULTS).is_file():
         return folder
-    base = model
-    if model != "pocket":
-        base = str(build(model, args.work / model, fetch_tokenizer(args.work / "tokenizer"), MAX_PIXELS))
-    flags = ["--base_model", base, *COMMON, *TRAININGS[model], "--seed", str(seed), "--bf16", FORMATS[name]]
-    flags += ["--max_eval", str(args.max_eval), "--eval_strategy", "no", "--save_strategy", "no"]
-    flags += ["--load_best_model_at_end", "false", "--output_dir", str(folder), "--cache_dir", str(args.work / "cache")]
+    flags = [*COMMON, *TRAINING, *flags, "--eval_strategy", "no", "--save_strategy", "no", "--report_to", "none"]
+    flags += ["--load_best_model_at_end", "false", "--output_dir", str(folder), "--overwrite_output_dir"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
-        [sys.executable, "-m", "vlm_sft", "train", *flags, "--overwrite_output_dir", "--report_to", "none"],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "vlm_sft", "train", *flags], env=environment, capture_output=True, text=True
     )
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     return folder
+
+
+def base_of(args: argparse.Namespace, model: str) -> str:
+    """What `--base_model` takes: the embedded base, or the folder of a shape whose weights have all been trained."""
+    if model == "pocket":
+        return model
+    random = build(model, args.work / model, fetch_tokenizer(args.work / "tokenizer"), MAX_PIXELS)
+    flags = ["--base_model", str(random), "--train", "all", "--bf16", "false", "--seed", "0", "--max_eval", "100"]
+    return str(run([*flags, "--learning_rate", "5e-4"], args.work / f"{model}-trained"))
+
+
+def train(args: argparse.Namespace, model: str, name: str, seed: int) -> Path:
+    """The folder of one finished run."""
+    flags = ["--base_model", base_of(args, model), "--seed", str(seed), "--bf16", FORMATS[name]]
+    flags += ["--max_eval", str(args.max_eval), "--cache_dir", str(args.work / "cache")]
+    return run(flags, args.work / f"{model}-{name}-seed-{seed}")
 
 
 def compared(folders: dict[str, list[Path]], benchmark: str) -> dict[str, Any]:
@@ -132,7 +134,12 @@ def main() -> None:
                     scores = {key: round(100 * value["tuned"]["accuracy"], 1) for key, value in results.items()}
                     say(f"{model}, {name}, seed {seed}: {scores}")
             rows += [{"model": model, **compared(folders, benchmark)} for benchmark in results]
-        settings = {"seeds": args.seeds, "max_eval": args.max_eval, "trainings": TRAININGS, "note": args.note}
+        settings = {
+            "seeds": args.seeds,
+            "max_eval": args.max_eval,
+            "training": [*COMMON[2:], *TRAINING],
+            "note": args.note,
+        }
         artifacts.write_json(RESULT, {**origin(), **settings, "rows": rows})
         say(f"result: {RESULT}")
     write_block("number_formats", "", table(json.loads(RESULT.read_text(encoding="utf-8"))), PAGE)
