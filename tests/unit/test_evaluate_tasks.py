@@ -13,14 +13,16 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.evaluate.guard import Guard, judge, parse_guards, tradeoff
 from vlm_sft.evaluate.metrics import BENCHMARKS
+from vlm_sft.evaluate.own_metrics import RULES
 from vlm_sft.evaluate.tasks import benchmark_names, dataset_text, load_tasks, parse_token_limits, too_short, with_limits
 from vlm_sft.model.load import find_base
 from vlm_sft.recipe.load import load_recipe
-from vlm_sft.recipe.schema import EVALUATION_METRICS
+from vlm_sft.recipe.metric_names import EVALUATION_METRICS
 
 
 def test_metric_names_of_recipes_are_those_of_the_benchmarks() -> None:
-    assert EVALUATION_METRICS == ("eval_loss", *(benchmark.metric_name for benchmark in BENCHMARKS.values()))
+    published = [benchmark.metric_name for benchmark in BENCHMARKS.values()]
+    assert EVALUATION_METRICS == ("eval_loss", *dict.fromkeys([*published, *RULES]))
 
 
 @pytest.mark.parametrize("name", ["easy_vqa", "demo_charts", "demo_text"])
@@ -143,8 +145,10 @@ def test_a_large_loss_disqualifies_and_a_small_or_unsure_one_does_not() -> None:
 def test_requests_that_cannot_be_met(
     changes: dict[str, object], guard: str | None, samples: int | None, expected: str
 ) -> None:
+    from vlm_sft.planning.options import TrainOptions
     from vlm_sft.planning.validation_plan import check_request
 
     recipe = load_recipe(None, changes)
+    options = TrainOptions(output_dir=Path("unused"), guard=guard, eval_samples=samples)
     with pytest.raises(RecipeError, match=expected):
-        check_request(recipe, parse_datasets("demo_charts"), guard, samples)
+        check_request(recipe, parse_datasets("demo_charts"), options)

@@ -199,7 +199,7 @@ def test_registry_knows_each_benchmark_and_its_rule():
         "easy_vqa": "easy_vqa_accuracy",
         "demo_charts": "demo_charts_relaxed_accuracy",
         "demo_text": "demo_text_accuracy",
-        "multiple_choice": "multiple_choice_accuracy",
+        "multiple_choice": "multiple_choice",
         "squad": "squad_f1",
         "exact_match": "exact_match",
     }

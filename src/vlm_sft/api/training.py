@@ -15,13 +15,14 @@ from vlm_sft.api.process_state import restored
 from vlm_sft.api.rows import dataset_argument, is_named
 from vlm_sft.common import artifacts
 from vlm_sft.evaluate.metrics import Metric
-from vlm_sft.evaluate.own_metrics import named
+from vlm_sft.evaluate.own_metrics import metric_text, named
 from vlm_sft.planning.run_recipe import read_run_recipe
 from vlm_sft.train.caller import Caller
 from vlm_sft.train.run import train
 from vlm_sft.train.run_folder import claim_folder
 
 OUTPUTS = Path("outputs")
+METRIC_KEY = "metric_for_best_model"
 
 
 def free_folder(stem: str) -> Path:
@@ -53,10 +54,13 @@ def finetune(
         base_model: "pocket", a folder or a Hub id.
         output_dir: folder of the run; the next free outputs/run-N by default.
         callbacks: transformers' TrainerCallbacks, told of every step, log, evaluation and checkpoint.
-        metrics: further scores of the final evaluation: functions of (prediction, answers) that return a number, each
-            under its own name, or a dict of names and functions. They do not choose the checkpoint.
+        metrics: further scores of the final evaluation: functions of (prediction, answers), or of these and the row of
+            the predictions, that return a number, each under its own name, or a dict of names and functions. They do
+            not choose the checkpoint.
         **keywords: keys of the recipe, and the options of `TrainOptions` and `EngineOptions`, with the names and checks
             of the flags of `vlm-sft train`: `learning_rate=2e-4`, `eval_benchmarks="none"`, `resume="auto"`, ….
+            `metric` and `metric_for_best_model` take a function too: one that scores answers to own data, from 0 to 1,
+            defined at the top of a module or notebook.
 
     Returns:
         The run.
@@ -76,6 +80,7 @@ def finetune(
     """
     folder = Path(output_dir) if output_dir is not None else free_folder("run")
     given = keywords | ({"base_model": base_model} if base_model else {})
+    given |= {name: metric_text(given[name]) for name in ("metric", METRIC_KEY) if callable(given.get(name))}
     options = train_options(recipe, "", folder, given)
     caller = Caller(callbacks, named(metrics), f'vlm_sft.finetune(…, output_dir="{folder}", resume="auto")')
     with restored():

@@ -6,20 +6,26 @@ import argparse
 import json
 
 from vlm_sft.evaluate.metrics import BENCHMARKS
+from vlm_sft.evaluate.own_metrics import RULES, SIGNATURE, rule_of
 
 HELP = "Score a file of predictions by the rules of a benchmark."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument(
+    rules = parser.add_mutually_exclusive_group(required=True)
+    rules.add_argument(
         "--benchmark",
-        required=True,
         choices=list(BENCHMARKS),
         help="whose rules to apply: "
         + "; ".join(f"{benchmark.name} = {benchmark.description}" for benchmark in BENCHMARKS.values()).replace(
             "%", "%%"
         ),
+    )
+    rules.add_argument(
+        "--metric",
+        metavar="RULE",
+        help=f"the rule alone: {', '.join(RULES)}, or your own module:function ({SIGNATURE})",
     )
     parser.add_argument(
         "--predictions",
@@ -39,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm_sft.common import console
     from vlm_sft.evaluate import scoring
 
-    result = scoring.score_file(args.benchmark, args.predictions, args.per_item, args.skip_bad_lines)
+    rules = rule_of(args.metric) if args.metric else args.benchmark
+    result = scoring.score_file(rules, args.predictions, args.per_item, args.skip_bad_lines)
     console.say(json.dumps(result, indent=2, allow_nan=False) if args.json else scoring.format_score(result))
     return 0

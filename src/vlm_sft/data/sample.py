@@ -20,6 +20,7 @@ UNPROCESSABLE = "image cannot be processed"
 CONTROL_TEXT = "text cannot be told from a control token"
 NOTE = "note"  # key of a sample's metadata: what is not exactly as its record has it
 OUTSIDE = "outside"  # key of a sample's metadata: paths of its images that lie outside of the data's folder
+RECORD = "record"  # key of a sample's metadata: what the user's record holds besides, for a metric
 MAX_FILE_BYTES = 1024**3  # no picture within the limit of pixels is stored in more
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import EvaluationError, quoted
+from vlm_sft.data.sources.spec import is_own
 from vlm_sft.evaluate import statistics
-from vlm_sft.evaluate.metrics import BENCHMARKS
+from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
+from vlm_sft.evaluate.own_metrics import parse_metrics
 from vlm_sft.evaluate.scoring import score_item
 
 TOO_FEW = "too few to judge"
@@ -45,11 +47,11 @@ def locate_predictions(run: str | Path) -> dict[str, Path]:
     )
 
 
-def load_scored(benchmark: str, path: Path) -> Rows:
+def load_scored(benchmark: str | Benchmark, path: Path) -> Rows:
     """Read a predictions file and score each row by the benchmark's rule.
 
     Args:
-        benchmark: its name; for an unknown one the recorded scores are taken.
+        benchmark: it, or its name; for the name of own data the recorded scores are taken.
         path: a `predictions.jsonl`.
 
     Returns:
@@ -190,15 +192,38 @@ def _cut(rows: Rows) -> int:
     return sum(row.get("cut") is True for row in rows.values())
 
 
-def _comparison(benchmark: str, run: str, base: Rows, tuned: Rows) -> dict[str, Any]:
+def _rules_of(names: Iterable[str], metric: str | None) -> dict[str, Benchmark]:
+    """The rules that score answers anew: those of published benchmarks, and of own data where `metric` says one."""
+    rules = {name: BENCHMARKS[name] for name in names if name in BENCHMARKS and not is_own(name)}
+    return rules | parse_metrics(metric, [name for name in names if name not in rules])
+
+
+def _metric_of(rules: Benchmark | None, predictions: Path) -> tuple[str, str]:
+    """The metric of some scores, and the fingerprint of the user's; "score" and "" where nothing tells."""
+    if rules is not None:
+        return rules.metric_name, rules.source
+    path = predictions.with_name(artifacts.RESULTS)
+    results = artifacts.read_json(path) if path.is_file() else {}
+    return str(results.get("metric", "score")), str(results.get("metric_sha256", ""))
+
+
+def _why_other_metric(first: tuple[str, str], second: tuple[str, str]) -> str:
+    """Say why the recorded scores of two runs cannot be compared; "" where they can."""
+    if first == second or "score" in (first[0], second[0]):
+        return ""
+    if first[0] == second[0]:
+        return f"scores of {first[0]} by different versions of its source"
+    return f"scores of different metrics: {first[0]} and {second[0]}"
+
+
+def _comparison(benchmark: str, metric: str, run: str, base: Rows, tuned: Rows) -> dict[str, Any]:
     """One line of the table, before the correction for several comparisons."""
     result = compare_rows(base.values(), tuned.values())
     before, before_interval = _accuracy(base)
     after, after_interval = _accuracy(tuned)
-    known = BENCHMARKS.get(benchmark)
     return {
         "benchmark": benchmark,
-        "metric": known.metric_name if known else "score",
+        "metric": metric,
         "run": run,
         "baseline_accuracy": before,
         "baseline_interval": before_interval,
@@ -230,12 +255,15 @@ def _choose_baseline(runs: Sequence[Path], baseline: Path | None) -> tuple[Path,
     return baseline, others
 
 
-def compare_runs(runs: Sequence[str | Path], baseline: str | Path | None = None) -> dict[str, Any]:
+def compare_runs(
+    runs: Sequence[str | Path], baseline: str | Path | None = None, metric: str | None = None
+) -> dict[str, Any]:
     """Compare runs with a baseline on every benchmark they share, corrected for the number of comparisons.
 
     Args:
         runs: folders as `locate_predictions` takes them. A single training run is compared with its own base model.
         baseline: the run to compare with; the first of `runs` by default.
+        metric: as of `parse_metrics`: scores the answers to own data anew; None takes the recorded scores.
 
     Returns:
         The content of `compare.json`: `baseline`, `confidence`, `correction`, `comparisons` (what `compare_rows`
@@ -244,12 +272,14 @@ def compare_runs(runs: Sequence[str | Path], baseline: str | Path | None = None)
         evaluated).
 
     Raises:
-        EvaluationError: nothing to compare, or different items; all such pairs are named together.
+        EvaluationError: nothing to compare, different items, or scores of different metrics or versions of one; all
+            such pairs are named together.
         RunError: a file is damaged.
     """
     first, others = _choose_baseline([Path(run) for run in runs], Path(baseline) if baseline is not None else None)
     base_files = locate_predictions(first)
-    base_rows = {name: load_scored(name, path) for name, path in base_files.items()}
+    rules = _rules_of(base_files, metric)
+    base_rows = {name: load_scored(rules.get(name, name), path) for name, path in base_files.items()}
     comparisons, not_compared, mistakes = [], [], []
     for run in others:
         files = locate_predictions(run)
@@ -257,16 +287,18 @@ def compare_runs(runs: Sequence[str | Path], baseline: str | Path | None = None)
             if name not in files or name not in base_files:
                 not_compared.append({"benchmark": name, "missing_in": str(first if name in files else run)})
                 continue
-            rows = load_scored(name, files[name])
-            reason = _why_unpaired(base_rows[name], rows)
+            rows = load_scored(rules.get(name, name), files[name])
+            metrics = [_metric_of(rules.get(name), path) for path in (base_files[name], files[name])]
+            reason = _why_unpaired(base_rows[name], rows) or _why_other_metric(*metrics)
             if reason:
                 mistakes.append(f"  {name}: {first} and {run} hold {reason}")
             else:
-                comparisons.append(_comparison(name, str(run), base_rows[name], rows))
+                comparisons.append(_comparison(name, metrics[0][0], str(run), base_rows[name], rows))
     if mistakes:
         raise EvaluationError(
-            "\n".join(["different items cannot be compared", *mistakes]),
-            "evaluate the runs on the same items: same data, same --limit, same seed",
+            "\n".join(["different items or metrics cannot be compared", *mistakes]),
+            "evaluate the runs on the same items: same data, same --limit, same seed; --metric RULE scores answers to "
+            "your own data anew",
         )
     if not comparisons:
         raise EvaluationError(f"the other runs evaluated no benchmark of {first}", "evaluate the same benchmarks")

@@ -25,7 +25,7 @@ from vlm_sft.evaluate.metrics import Benchmark
 from vlm_sft.evaluate.pictures import picture_name
 from vlm_sft.evaluate.provenance import PART, claim, mend_parts, part_files, read_rows
 from vlm_sft.evaluate.scoring import summarise
-from vlm_sft.evaluate.tasks import Task
+from vlm_sft.evaluate.tasks import Task, facts_of
 
 
 class EvaluationStopped(Exception):
@@ -148,7 +148,12 @@ class Evaluator:
         missing = [sample.id for sample in task.samples if sample.id not in rows]
         if missing:
             raise EvaluationError(f"{len(missing)} questions have no prediction, e.g. {missing[0]}", "run it again")
-        ordered = [rows[sample.id] for sample in task.samples]
+        clusters = image_groups(task.samples)
+        # Scored anew: the folder may hold answers that another rule has scored.
+        ordered = [
+            prediction_row(task.benchmark, Reply(sample, row["prediction"], row.get("cut", False)), cluster)
+            for sample, cluster, row in zip(task.samples, clusters, (rows[one.id] for one in task.samples), strict=True)
+        ]
         artifacts.write_jsonl(folder / artifacts.PREDICTIONS, ordered)
         for path in part_files(folder):
             path.unlink()
@@ -180,7 +185,7 @@ def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str
         cluster: the questions that it hangs together with through its images; told where there is not just one.
     """
     sample, text, cut = reply
-    return {
+    row = {
         "id": sample.id,
         "image": picture_name(sample),
         **({"cluster": cluster} if len(sample.images) != 1 else {}),
@@ -189,11 +194,13 @@ def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str
         "prediction": text,
         "answers": list(sample.answers),
         "split": sample.split,
-        "score": benchmark.score(text, sample.answers, sample.metadata),
+        "score": 0.0,
         "cut": cut,
         "question_type": str(sample.metadata.get("question_type", "")),
-        **{key: sample.metadata[key] for key in benchmark.needs if sample.metadata.get(key)},
     }
+    facts = facts_of(sample, benchmark)
+    row |= {key: value for key, value in facts.items() if key not in row or key in benchmark.needs}
+    return row | {"score": benchmark.score(text, sample.answers, row)}
 
 
 def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:

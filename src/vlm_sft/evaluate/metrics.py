@@ -240,6 +240,7 @@ class Benchmark:
         max_new_tokens: default limit of a generated answer, in tokens.
         answers_needed: how many answers each question must have; None for any number from one.
         needs: what else of a question the metric takes, by the name of its key; a question may lack it.
+        source: SHA-256 of the source of the user's own metric; "" for a rule of ours.
     """
 
     name: str
@@ -250,6 +251,7 @@ class Benchmark:
     max_new_tokens: int = 32
     answers_needed: int | None = None
     needs: tuple[str, ...] = ()
+    source: str = ""
 
     def score(self, prediction: str, answers: Sequence[str], question: Mapping[str, Any]) -> float:
         """Score one answer, from 0 to 1.
@@ -259,7 +261,14 @@ class Benchmark:
             answers: the accepted answers.
             question: what is known of the question, by key.
         """
+        if self.source:
+            return scored(self.metric, prediction, answers, question)
         return self.metric(prediction, answers, **{key: question[key] for key in self.needs if question.get(key)})
+
+
+def scored(metric: Metric, prediction: str, answers: Sequence[str], row: Mapping[str, Any]) -> float:
+    """Score one answer; a metric of the user's gets all that is known of the question besides."""
+    return metric(prediction, answers, row) if getattr(metric, "takes_row", False) else metric(prediction, answers)
 
 
 # ChartQA has one label; should a file give several, the first is the gold.
@@ -340,7 +349,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
         Benchmark(
             "multiple_choice",
-            "multiple_choice_accuracy",
+            "multiple_choice",
             multiple_choice,
             "your own multiple choice: the right option, by its letter or its text",
             needs=("options",),

@@ -26,6 +26,13 @@ class AnswerOptions:
         "benchmark's; for your own data what its longest answer needs)",
         "N",
     )
+    metric: str | None = option(
+        None,
+        "how answers to your own data are scored: exact_match (default), relaxed_accuracy, vqa_accuracy, anls, "
+        "multiple_choice, squad_f1, contains, relaxed_anls, or your own function module:function; several data sets: "
+        "NAME=RULE,...",
+        "RULE",
+    )
     shard_weights: str = option(
         "auto",
         "several ranks share out the weights while they answer (ZeRO-3): auto does so where a whole model does not fit "

@@ -26,8 +26,8 @@ from vlm_sft.distributed.launch import Launch, connected, idle_gpus, pack_tokens
 from vlm_sft.evaluate.backends import Backend, VllmBackend, require_vllm
 from vlm_sft.evaluate.evaluator import Evaluator
 from vlm_sft.evaluate.loading import open_backend
-from vlm_sft.evaluate.metrics import Metric
-from vlm_sft.evaluate.own_metrics import with_metrics
+from vlm_sft.evaluate.metrics import Benchmark, Metric
+from vlm_sft.evaluate.own_metrics import parse_metrics, with_metrics
 from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.provenance import PART, identity_of
 from vlm_sft.evaluate.scoring import format_score
@@ -36,6 +36,7 @@ from vlm_sft.evaluate.tasks import (
     benchmark_names,
     fit_prompt,
     load_tasks,
+    own_names,
     parse_token_limits,
     too_short,
     usable_tasks,
@@ -60,6 +61,7 @@ class EvalOptions:
         split: instead of the benchmark's own split.
         max_new_tokens: limit of an answer in tokens, a number or `BENCHMARK=NUMBER,…`; None for the benchmarks' own,
             and for own data for that of the adapter, or what its longest answer needs.
+        metric: the rule of own data, as of `parse_metrics`; None for exact match.
         prompt_template, system, min_pixels, max_pixels: instead of what travels with the adapter or the base.
         allow_prompt_mismatch: these may differ from what the adapter was trained with.
         allow_other_base: the base may be another one than the adapter was trained on.
@@ -81,6 +83,7 @@ class EvalOptions:
     limit: int | None = None
     split: str | None = None
     max_new_tokens: str | None = None
+    metric: str | None = None
     prompt_template: str | None = None
     system: str | None = None
     min_pixels: int | None = None
@@ -113,6 +116,7 @@ def evaluate(options: EvalOptions, metrics: Mapping[str, Metric] | None = None) 
     """
     quiet_libraries()
     limits = parse_token_limits(options.max_new_tokens, benchmark_names(options.benchmark))
+    rules = parse_metrics(options.metric, own_names(options.benchmark))
     launch = read_launch(options.local_rank, None)
     if options.backend == "vllm":
         _check_vllm(launch, options)
@@ -121,7 +125,7 @@ def evaluate(options: EvalOptions, metrics: Mapping[str, Metric] | None = None) 
         options.output_dir, artifacts.RUN, artifacts.LEFT_OUT, f"*/{artifacts.IDENTITY}", f"*/{PART.format('*')}"
     )
     with place.or_nothing(lambda: _answered(options.output_dir)), connected(launch):
-        return _carry_out(options, launch, limits, metrics or {})
+        return _carry_out(options, launch, limits, rules, metrics or {})
 
 
 def _answered(folder: Path) -> bool:
@@ -131,13 +135,17 @@ def _answered(folder: Path) -> bool:
 
 
 def _carry_out(
-    options: EvalOptions, launch: Launch, limits: dict[str, int], metrics: Mapping[str, Metric]
+    options: EvalOptions,
+    launch: Launch,
+    limits: dict[str, int],
+    rules: Mapping[str, Benchmark],
+    metrics: Mapping[str, Metric],
 ) -> dict[str, dict[str, Any]]:
     """Load, answer, score; returns as `evaluate` does."""
     base = _find_base(options)
     for note in filter(None, [idle_gpus(launch, sys.argv), *base.notes]):
         say(note)
-    tasks, left_out = load_tasks(options.benchmark, options.limit, options.split)
+    tasks, left_out = load_tasks(options.benchmark, options.limit, options.split, rules)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     tasks, refused = usable_tasks(tasks, encoder)
     left_out += refused

@@ -17,81 +17,20 @@ from typing import IO, Any, BinaryIO, cast
 from vlm_sft.common import artifacts, console
 from vlm_sft.common.errors import EvaluationError, RunError, quoted
 from vlm_sft.data.answer_limits import room_for
+from vlm_sft.data.sources.spec import is_own
 from vlm_sft.evaluate import statistics
-from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, get_benchmark
+from vlm_sft.evaluate.items import require_usable, why_unusable
+from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, get_benchmark, scored
 
 BAD_LINES_SHOWN = 20
-LISTS = ("year", "options")  # what a rule may need besides the answers: lists of texts; the rest is text
 _LINES_A_STEP = 1000  # between two updates of the progress bar
 
-_JSON_NAMES = {
-    type(None): "null",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "an object",
-}
 
-
-def _json_name(value: Any) -> str:
-    return _JSON_NAMES[type(value)]
-
-
-def why_unusable(item: Any, benchmark: Benchmark) -> str:
-    """Say why an item cannot be scored.
-
-    Args:
-        item: one decoded JSON line: an object with `id`, `prediction`, `answers` and perhaps `split`.
-        benchmark: whose rule will score it.
-
-    Returns:
-        The reason in a few words, or "" when the item is good.
-    """
-    if not isinstance(item, dict):
-        return f"is {_json_name(item)}, not a JSON object"
-    missing = [key for key in ("id", "prediction", "answers") if key not in item]
-    if missing:
-        return f"has no {' and no '.join(repr(key) for key in missing)}"
-    if isinstance(item["id"], bool) or not isinstance(item["id"], int | str):
-        return f"'id' is {_json_name(item['id'])}, not text or an integer"
-    if not isinstance(item["prediction"], str):
-        return f"'prediction' is {_json_name(item['prediction'])}, not text; put it in quotes"
-    if not isinstance(item.get("split") or "", str):
-        return f"'split' is {_json_name(item['split'])}, not text"
-    for key in benchmark.needs:
-        listed = isinstance(item.get(key), list) and all(isinstance(part, str) for part in item[key])
-        if item.get(key) is not None and not (listed if key in LISTS else isinstance(item[key], str)):
-            return f"{key!r} is {_json_name(item[key])}, not {'a list of texts' if key in LISTS else 'text'}"
-    return _why_answers_unusable(item["answers"], benchmark)
-
-
-def _why_answers_unusable(answers: Any, benchmark: Benchmark) -> str:
-    if not isinstance(answers, list):
-        return f"'answers' is {_json_name(answers)}, not a list of texts; put even a single answer in [ ]"
-    for number, answer in enumerate(answers, start=1):
-        if not isinstance(answer, str):
-            return f"answer {number} of 'answers' is {_json_name(answer)}, not text; put it in quotes"
-    if not answers:
-        return "'answers' is empty"
-    if benchmark.answers_needed not in (None, len(answers)):
-        return f"'answers' holds {len(answers)}, but {benchmark.name} needs exactly {benchmark.answers_needed}"
-    return ""
-
-
-def _require_usable(row: Any, benchmark: Benchmark) -> None:
-    reason = why_unusable(row, benchmark)
-    if reason:
-        name = row.get("id") if isinstance(row, dict) else row
-        raise EvaluationError(f"{benchmark.name}: item {quoted(name)} {reason}", "write the predictions again")
-
-
-def score_item(benchmark: str, row: dict[str, Any]) -> float:
+def score_item(benchmark: str | Benchmark, row: dict[str, Any]) -> float:
     """Score one row of a predictions file.
 
     Args:
-        benchmark: a benchmark's name. For a name that is not known, the score recorded in the row is taken.
+        benchmark: a benchmark, or its name. For the name of own data, the score recorded in the row is taken.
         row: an object with `id`, `prediction`, `answers`, or with `id` and `score`.
 
     Returns:
@@ -100,14 +39,16 @@ def score_item(benchmark: str, row: dict[str, Any]) -> float:
     Raises:
         EvaluationError: the row cannot be scored; the message names its id.
     """
-    if benchmark in BENCHMARKS:
-        _require_usable(row, BENCHMARKS[benchmark])
-        return BENCHMARKS[benchmark].score(row["prediction"], row["answers"], row)
+    if isinstance(benchmark, str) and benchmark in BENCHMARKS and not is_own(benchmark):
+        benchmark = BENCHMARKS[benchmark]
+    if isinstance(benchmark, Benchmark):
+        require_usable(row, benchmark)
+        return benchmark.score(row["prediction"], row["answers"], row)
     score = row.get("score")
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         raise EvaluationError(
             f"{benchmark}: item {quoted(row.get('id'))} has no 'score'",
-            f"use a known benchmark ({', '.join(BENCHMARKS)}) or write a score with each row",
+            "use a known benchmark, pass --metric RULE, or write a score with each row",
         )
     return float(score)
 
@@ -165,7 +106,7 @@ class Scoreboard:
             if key and isinstance(key, str):
                 groups.setdefault(key, _Group()).add(score, image)
         for name, metric in self.benchmark.secondary.items():
-            self._secondary[name] += metric(prediction, answers)
+            self._secondary[name] += scored(metric, prediction, answers, item)
         return score
 
     def result(self) -> dict[str, Any]:
@@ -180,6 +121,7 @@ class Scoreboard:
         return {
             "benchmark": self.benchmark.name,
             "metric": self.benchmark.metric_name,
+            **({"metric_sha256": self.benchmark.source} if self.benchmark.source else {}),
             **self._overall.result(),
             "cut": self._cut,
             "splits": {name: group.result() for name, group in sorted(self._splits.items())},
@@ -197,16 +139,16 @@ def summarise(benchmark: str | Benchmark, rows: Iterable[dict[str, Any]]) -> dic
             an image), `split`, `question_type`. A recorded `score` is not trusted: the rule is applied again.
 
     Returns:
-        `benchmark`, `metric`, `n`, `accuracy` (0 to 1), `interval` ([low, high], 95 %, clustered by image), `cut`
-        (answers that the limit of tokens ended), `splits` and `by_question_type` ({name: {n,
-        accuracy, interval}}), `secondary` ({name: mean}).
+        `benchmark`, `metric` (with `metric_sha256` where it is the user's), `n`, `accuracy` (0 to 1), `interval`
+        ([low, high], 95 %, clustered by image), `cut` (answers that the limit of tokens ended), `splits` and
+        `by_question_type` ({name: {n, accuracy, interval}}), `secondary` ({name: mean}).
 
     Raises:
         EvaluationError: the benchmark is unknown, a row cannot be scored, or there is none.
     """
     board = Scoreboard(get_benchmark(benchmark) if isinstance(benchmark, str) else benchmark, by_image=True)
     for row in rows:
-        _require_usable(row, board.benchmark)
+        require_usable(row, board.benchmark)
         board.add(row)
     return board.result()
 
@@ -309,12 +251,15 @@ def _per_item_writer(path: Path | None, predictions: Path) -> Iterator[IO[str] |
 
 
 def score_file(
-    benchmark: str, predictions: str | Path, per_item: str | Path | None = None, skip_bad_lines: bool = False
+    benchmark: str | Benchmark,
+    predictions: str | Path,
+    per_item: str | Path | None = None,
+    skip_bad_lines: bool = False,
 ) -> dict[str, Any]:
     """Score a predictions file of any length; memory does not grow with its lines but for 8 bytes each.
 
     Args:
-        benchmark: a benchmark's name.
+        benchmark: a benchmark, or its name.
         predictions: JSON lines, each `{"id", "prediction", "answers": [...], "split"?}`.
         per_item: where to write one `{"id", "score"}` a scored line, in order; None writes none.
         skip_bad_lines: score the rest when some lines are bad; otherwise one bad line is an error.
@@ -328,7 +273,7 @@ def score_file(
             their numbers). Nothing is written then.
         RunError: `per_item` cannot be written.
     """
-    board = Scoreboard(get_benchmark(benchmark), by_image=False)
+    board = Scoreboard(get_benchmark(benchmark) if isinstance(benchmark, str) else benchmark, by_image=False)
     source = Path(predictions)
     bad = _BadLines(source)
     hashes = array("q")

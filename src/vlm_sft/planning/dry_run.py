@@ -193,7 +193,7 @@ class _Questions:
 
 def _questions(run: TrainingRun, encoder: Encoder | None) -> _Questions:
     """Load the questions of a run; `encoder` counts the tokens of answers, None estimates them."""
-    guards = check_request(run.recipe, run.specs, run.options.guard, run.options.eval_samples)
+    guards = check_request(run.recipe, run.specs, run.options)
     train, evaluation, left_out = load_data(run.specs, run.recipe, run.options.loss_weights)
     tasks, validation = final_tasks(run), validation_plan(run, guards)
     tell_parts(run, train, evaluation, validation, tasks)

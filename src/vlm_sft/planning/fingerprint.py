@@ -39,6 +39,7 @@ FREE_KEYS = frozenset(
         "global_batch_size",
     }
 )
+METRICS = "metrics"  # the user's functions that score answers: name -> SHA-256 of its source
 _SETTINGS_FILES = (".json", ".jinja", ".txt", ".model")
 
 
@@ -152,10 +153,17 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         found.append(f"precision: was {saved.get('dtype')} and is {now['dtype']}")
     if _changed(saved, now, "adapter_sha256"):
         found.append("--adapter: it is another one than the training began with")
+    found += _other_sources(saved.get(METRICS, {}), now.get(METRICS, {}))
     for key, what in (("data_sha256", "training data"), ("evaluation_data_sha256", "evaluation data")):
         if _changed(saved, now, key):
             found.append(f"{what}: images, questions, answers or their order differ")
     return found
+
+
+def _other_sources(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The user's metrics whose source has changed."""
+    changed = [name for name, source in now.items() if saved.get(name, source) != source]
+    return [f"--metric {name}: its source is another one" for name in changed]
 
 
 def _defaults() -> dict[str, Any]:

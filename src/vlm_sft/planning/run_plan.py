@@ -24,6 +24,7 @@ from vlm_sft.data.sources.registry import is_synthetic, load_split
 from vlm_sft.data.sources.spec import DatasetSpec, parse_loss_weights
 from vlm_sft.evaluate.guard import Guard, parse_guards
 from vlm_sft.evaluate.overlap import cautions, overlaps
+from vlm_sft.evaluate.own_metrics import recorded_sources
 from vlm_sft.evaluate.tasks import (
     SAMPLE_SEED,
     Task,
@@ -40,15 +41,13 @@ from vlm_sft.evaluate.tasks import (
 )
 from vlm_sft.model.caches import Engine, one_an_image
 from vlm_sft.model.load import Base, find_base
-from vlm_sft.planning.fingerprint import refuse_changes, run_identity
+from vlm_sft.planning.fingerprint import METRICS, refuse_changes, run_identity
 from vlm_sft.planning.number_format import settle_format
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.planning.training_run import TrainingRun
-from vlm_sft.planning.validation_plan import LOSS, ValidationPlan, plan_validation
+from vlm_sft.planning.validation_plan import LOSS, NO_BENCHMARKS, ValidationPlan, own_rules, plan_validation
 from vlm_sft.recipe.schedule import Schedule, effective_global_batch_size, few_steps_advice, resolve_schedule
 from vlm_sft.recipe.schema import Recipe
-
-NO_BENCHMARKS = "none"
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def final_tasks(run: TrainingRun) -> list[Task]:
     if options.eval_benchmarks == NO_BENCHMARKS:
         return []
     text = options.eval_benchmarks or dataset_text(run.specs)
-    tasks, left_out = load_tasks(text, run.recipe.max_eval)
+    tasks, left_out = load_tasks(text, run.recipe.max_eval, own_rules=own_rules(options, run.specs))
     _enforce_tasks(run, tasks, left_out)
     return tasks
 
@@ -160,7 +159,7 @@ def tell_notes(run: TrainingRun, samples: list[Sample], encoder: Encoder) -> dic
 
 def validation_plan(run: TrainingRun, guards: list[Guard]) -> ValidationPlan | None:
     """Load the questions that are answered at each evaluation, before the training too."""
-    validation, left_out = plan_validation(run.recipe, run.specs, guards, run.options.eval_samples)
+    validation, left_out = plan_validation(run.recipe, run.specs, guards, run.options)
     if validation is None:
         return None
     _enforce_tasks(run, validation.tasks, left_out)
@@ -230,6 +229,7 @@ def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sa
     data = PreparedData(train_samples, encoder, "preparing", cache)
     evaluation = PreparedData(eval_samples, encoder, "preparing (evaluation)", cache) if eval_samples else None
     identity = run_identity(recipe, launch, base, data, evaluation, run.options.adapter)
+    identity[METRICS] = recorded_sources(own_rules(options, run.specs).values())
     for line in refuse_changes(run.checkpoint, identity, options.allow_changes):
         warn(f"changed since the checkpoint: {line}")
         run.record.note(f"changed since the checkpoint: {line}")

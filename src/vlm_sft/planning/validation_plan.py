@@ -8,11 +8,15 @@ from vlm_sft.common.errors import RecipeError
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.evaluate.guard import Guard, parse_guards
-from vlm_sft.evaluate.tasks import Task, dataset_text, load_tasks, names_of, rules_of
+from vlm_sft.evaluate.metrics import Benchmark
+from vlm_sft.evaluate.own_metrics import parse_metrics
+from vlm_sft.evaluate.tasks import Task, dataset_text, load_tasks, names_of, own_names, rules_of
+from vlm_sft.planning.options import TrainOptions
 from vlm_sft.recipe.schema import Recipe
 
 EVAL_SAMPLES = 200  # questions per benchmark at each evaluation
 LOSS = "eval_loss"
+NO_BENCHMARKS = "none"
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,25 @@ class ValidationPlan:
         return [sample for task in self.tasks for sample in task.samples]
 
 
-def check_request(recipe: Recipe, specs: list[DatasetSpec], guard: str | None, samples: int | None) -> list[Guard]:
+def own_rules(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, Benchmark]:
+    """The rules that `--metric` gives to the own data that a run answers.
+
+    Raises:
+        EvaluationError, DataError: it has mistakes, or names what this run does not answer.
+    """
+    texts = [dataset_text(specs), *(guard.source for guard in (parse_guards(options.guard) if options.guard else ()))]
+    if options.eval_benchmarks not in (None, NO_BENCHMARKS):
+        texts.append(str(options.eval_benchmarks))
+    return parse_metrics(options.metric, [name for text in texts for name in own_names(text)])
+
+
+def check_request(recipe: Recipe, specs: list[DatasetSpec], options: TrainOptions) -> list[Guard]:
     """Check metric, guards and number of samples before anything is loaded.
 
     Args:
         recipe: says which metric chooses the best checkpoint.
         specs: the training data.
-        guard: the value of `--guard`, or None.
-        samples: the value of `--eval_samples`, or None.
+        options: has the guards, the number of samples and the metric of own data.
 
     Returns:
         The guards.
@@ -50,15 +65,16 @@ def check_request(recipe: Recipe, specs: list[DatasetSpec], guard: str | None, s
     Raises:
         RecipeError: the metric belongs to no benchmark of the data, a guard has nothing to choose from, or the number
             of samples is below 1.
-        EvaluationError, DataError: the guard argument has mistakes.
+        EvaluationError, DataError: the argument of guards or metrics has mistakes.
     """
-    known = {name: rules_of(name).metric_name for name in names_of(specs)}
+    guard, samples, rules = options.guard, options.eval_samples, own_rules(options, specs)
+    known = {name: rules_of(name, rules).metric_name for name in names_of(specs)}
     metric = recipe.metric_for_best_model
     if metric != LOSS and metric not in known.values():
         have = ", ".join(dict.fromkeys([LOSS, *known.values()]))
         raise RecipeError(
             f"metric_for_best_model {metric} is of no benchmark in --dataset {dataset_text(specs)}",
-            f"choose from {have}",
+            f"choose from {have}" + ("; --metric gives your own data another" if any(s.own for s in specs) else ""),
         )
     if samples is not None and samples < 1:
         raise RecipeError(f"--eval_samples {samples} is below 1", "give a number of questions per benchmark")
@@ -74,24 +90,25 @@ def check_request(recipe: Recipe, specs: list[DatasetSpec], guard: str | None, s
 
 
 def plan_validation(
-    recipe: Recipe, specs: list[DatasetSpec], guards: list[Guard], samples: int | None
+    recipe: Recipe, specs: list[DatasetSpec], guards: list[Guard], options: TrainOptions
 ) -> tuple[ValidationPlan | None, list[LeftOut]]:
     """Load the questions that are answered at each evaluation.
 
     Args:
-        recipe, specs, samples: as in `check_request`.
+        recipe, specs, options: as in `check_request`.
         guards: what it returned.
 
     Returns:
         The plan, or None where neither a metric nor a guard nor a number of samples asks for one; what was left out.
     """
+    samples, rules = options.eval_samples, own_rules(options, specs)
     if recipe.metric_for_best_model == LOSS and not guards and samples is None:
         return None, []
     limit = samples or EVAL_SAMPLES
-    tasks, left_out = load_tasks(dataset_text(specs), limit, "validation")
+    tasks, left_out = load_tasks(dataset_text(specs), limit, "validation", rules)
     have = {task.name for task in tasks}
     for source in dict.fromkeys(guard.source for guard in guards if guard.name not in have):
-        more, broken = load_tasks(source, limit, "validation")
+        more, broken = load_tasks(source, limit, "validation", rules)
         tasks += [task for task in more if task.name not in have]
         left_out += broken
     return ValidationPlan(tasks, guards, recipe.metric_for_best_model), left_out

@@ -6,9 +6,12 @@ The command-line flags, the checks and the tables of the guides are all made fro
 from __future__ import annotations
 
 import json
+import re
 import typing
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from vlm_sft.recipe.metric_names import EVALUATION_METRICS, OWN_METRIC
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,9 @@ class Range:
         return " and ".join(parts) + "".join(f", or {value}" for value in self.also)
 
 
-def _key(default: Any, help: str, unit: str = "", range: Range | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """Declare one key of the recipe."""
-    return field(default=default, metadata={"help": help, "unit": unit, "range": range, "choices": choices})
+def _key(default: Any, help: str, unit: str = "", range: Range | None = None, **more: Any) -> Any:
+    """Declare one key of the recipe; the other arguments are those of `Key`."""
+    return field(default=default, metadata={"help": help, "unit": unit, "range": range, **more})
 
 
 FRACTION = Range(0, 1, high_open=True)
@@ -62,26 +65,6 @@ FLOORED_SCHEDULERS = ("cosine_with_min_lr", "warmup_stable_decay")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", *FLOORED_SCHEDULERS)
 LOSSES = ("nll", "dft")
 DECAYS = ("1-sqrt", "linear", "cosine")
-# What an evaluation during training writes; a best checkpoint can be chosen by these names only. All but the first are
-# the metrics of the benchmarks (evaluate/metrics.py has their rules), and more of them is better.
-EVALUATION_METRICS = (
-    "eval_loss",
-    "chartqa_relaxed_accuracy",
-    "textvqa_accuracy",
-    "docvqa_anls",
-    "infographicvqa_anls",
-    "ocrvqa_accuracy",
-    "chartqapro_relaxed_accuracy",
-    "ai2d_accuracy",
-    "realworldqa_accuracy",
-    "ocrbench_accuracy",
-    "easy_vqa_accuracy",
-    "demo_charts_relaxed_accuracy",
-    "demo_text_accuracy",
-    "multiple_choice_accuracy",
-    "squad_f1",
-    "exact_match",
-)
 TRACKERS = (
     "none",
     "tensorboard",
@@ -186,9 +169,11 @@ class Recipe:
     load_best_model_at_end: bool = _key(False, "end with the checkpoint of the best evaluation instead of the last one")
     metric_for_best_model: str = _key(
         "eval_loss",
-        "what says which checkpoint is best: the evaluation loss, or a benchmark's metric on questions "
-        "that are answered at each evaluation",
+        "what says which checkpoint is best: the evaluation loss, or a benchmark's metric (for own data that of "
+        "--metric) on questions that are answered at each evaluation",
         choices=EVALUATION_METRICS,
+        pattern=OWN_METRIC,
+        called="module:function",
     )
     greater_is_better: bool | None = _key(
         None, "whether more of that metric is better; null: no for a name that ends in loss, yes for any other"
@@ -208,7 +193,7 @@ class Recipe:
         "what the device needs",
         "processes per device",
         Range(0, 256),
-        AUTO,
+        choices=AUTO,
     )
     seed: int = _key(42, "seed of the data order, the adapter's first weights and dropout", "", Range(0, 2**32 - 1))
     global_batch_size: int | None = _key(
@@ -320,6 +305,8 @@ class Key:
         unit: unit of the number; "" where it has none.
         range: allowed numbers; None where all are.
         choices: allowed texts; empty where all are.
+        pattern: of further texts that are allowed.
+        called: what these are called.
     """
 
     name: str
@@ -329,7 +316,13 @@ class Key:
     help: str
     unit: str
     range: Range | None
-    choices: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+    pattern: re.Pattern[str] | None = None
+    called: str = ""
+
+    def chooses(self, text: str) -> bool:
+        """Whether a text is one of those that are allowed."""
+        return not self.choices or text in self.choices or bool(self.pattern and self.pattern.fullmatch(text))
 
     @property
     def flag(self) -> str:
@@ -353,7 +346,8 @@ class Key:
             "auto number": '"auto" or a whole number',
             "switch": "true or false",
             "auto switch": '"auto", true or false',
-            "text": f"one of {choices}" if len(self.choices) > 1 else choices or "a text",
+            "text": (f"one of {choices}" if len(self.choices) > 1 else choices or "a text")
+            + (f", or {self.called}" if self.called else ""),
             "names": "a list of names or one text with commas" + (f", of {choices}" if choices else ""),
         }[self.kind]
         if self.range is not None:

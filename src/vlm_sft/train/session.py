@@ -56,7 +56,7 @@ def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRu
     loaded = read_run_recipe(options)
     recipe = loaded.recipe
     specs = parse_datasets(options.dataset)
-    guards = check_request(recipe, specs, options.guard, options.eval_samples)
+    guards = check_request(recipe, specs, options)
     token_limits(options, specs)
     check_trackers(recipe.report_to)
     launch = read_launch(options.local_rank, options.deepspeed)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from typing import Any
 from vlm_sft.common.artifacts import parse_json, writable
 from vlm_sft.common.errors import DataError
 from vlm_sft.data.images import check_image
-from vlm_sft.data.sample import NOTE, OUTSIDE, UNREADABLE, ImageRef, LeftOut, Sample
+from vlm_sft.data.sample import NOTE, OUTSIDE, RECORD, UNREADABLE, ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.foreign import refuse_compressed
 from vlm_sft.data.sources.locate import StoredImage, lies_outside, locate_image
 from vlm_sft.data.sources.records import Question, questions_of, require_image
-from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, left_out
+from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, left_out, other_values
 from vlm_sft.data.sources.shards import parquet_records
 from vlm_sft.data.sources.spec import JSON_SUFFIXES, DatasetSpec
 from vlm_sft.data.sources.splits import (
@@ -43,6 +43,7 @@ class Line:
         folder: the folder that image paths are relative to.
         part: the split for reporting, or a word like "train" that assigns the line to a split.
         question: the parsed question.
+        record: what else its record holds; empty in training data.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Line:
     folder: Path
     part: str
     question: Question
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load(spec: DatasetSpec, split: str) -> LoadedSplit:
@@ -72,7 +74,7 @@ def load(spec: DatasetSpec, split: str) -> LoadedSplit:
     left: dict[str, list[LeftOut]] = {}
     for file_split, paths in files.items():
         for path in paths:
-            _read_file(spec, path, file_split, lines, left)
+            _read_file(spec, path, file_split, lines, left, split != "train")
     available = [name for name in {*lines, *left} if lines.get(name) or name in files]
     plan = plan_split(available, split, str(spec.path))
     chosen = lines.get(plan.source, [])
@@ -96,7 +98,7 @@ def answer_texts(spec: DatasetSpec) -> tuple[list[str], set[str]]:
     lines: dict[str, list[Line]] = {}
     for split, paths in _split_files(spec.path).items():
         for path in paths:
-            _read_file(spec, path, split, lines, {})
+            _read_file(spec, path, split, lines, {}, False)
     questions = [line.question for part in lines.values() for line in part]
     accepted = {answer for question in questions for answer in (question.target, *question.answers)}
     return [question.target for question in questions], accepted
@@ -119,7 +121,12 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
 
 
 def _read_file(
-    spec: DatasetSpec, path: Path, file_split: str, lines: dict[str, list[Line]], left: dict[str, list[LeftOut]]
+    spec: DatasetSpec,
+    path: Path,
+    file_split: str,
+    lines: dict[str, list[Line]],
+    left: dict[str, list[LeftOut]],
+    keep_record: bool,
 ) -> None:
     """Parse one file into `lines` and `left`, by split."""
     used: Counter[str] = Counter()
@@ -138,12 +145,13 @@ def _read_file(
             left.setdefault(file_split, []).append(left_out(base, where, problem))
             continue
         split = SPLIT_WORDS.get(part.lower(), file_split)
+        rest = other_values(record) if keep_record else {}
         for question in questions:
             turn_id = base if len(questions) == 1 else f"{base}/turn{question.turn}"
             if question.problem:
                 left.setdefault(split, []).append(left_out(turn_id, where, question.problem))
             else:
-                lines.setdefault(split, []).append(Line(turn_id, where, path.parent, part, question))
+                lines.setdefault(split, []).append(Line(turn_id, where, path.parent, part, question, rest))
 
 
 def records_of_file(path: Path, pictures: Sequence[str] = ()) -> Iterator[tuple[int, str, Any]]:
@@ -259,6 +267,8 @@ def _samples(
             continue
         part = "" if line.part.lower() in SPLIT_WORDS else line.part
         metadata: dict[str, Any] = {"where": line.where} | ({NOTE: question.note} if question.note else {})
+        if line.record:
+            metadata[RECORD] = line.record
         if outside and (away := [ref.source for ref in refs if ref.source in outside]):
             metadata[OUTSIDE] = away
         samples.append(
