@@ -137,6 +137,7 @@ def test_a_large_loss_disqualifies_and_a_small_or_unsure_one_does_not() -> None:
     ("changes", "guard", "samples", "expected"),
     [
         ({"metric_for_best_model": "textvqa_accuracy"}, None, None, "is of no benchmark in --dataset demo_charts"),
+        ({"metric_for_best_model": "eval_loss_demo_charts"}, None, None, "of no data set beside others"),
         ({}, "textvqa:1", None, "load_best_model_at_end is false"),
         ({"eval_strategy": "no"}, None, 5, "--eval_samples needs evaluations"),
         ({}, None, 0, "--eval_samples 0 is below 1"),

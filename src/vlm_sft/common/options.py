@@ -7,6 +7,7 @@ their own (`recipe/schema.py`): they stand in files too, so their values are che
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -15,8 +16,14 @@ from typing import Any, TypeVar
 from vlm_sft.common.errors import RunError, nearest, quoted
 
 Options = TypeVar("Options")
+_FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
 _KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "Path": Path}
 _ON = {"on": True, "true": True, "off": False, "false": False}
+
+
+def is_function(text: str) -> bool:
+    """Whether a text names a function of Python, as module:function."""
+    return bool(_FUNCTION.fullmatch(text))
 
 
 @dataclass(frozen=True, slots=True)

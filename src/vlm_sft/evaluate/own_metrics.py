@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import inspect
 import math
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlm_sft.common.errors import EvaluationError, nearest, quoted
+from vlm_sft.common.options import is_function
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, Metric
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ RULES = {
     "relaxed_anls": "chartqapro",
 }
 SIGNATURE = "def metric(prediction: str, answers: list[str], row: dict | None) -> float"
-_FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
 _loaded: dict[str, str] = {}  # modules of the user -> the source that they were loaded from
 _SHAPE = "a metric takes (prediction, answers), a text and a list of texts, and returns a finite number"
 
@@ -149,7 +148,7 @@ def metric_text(metric: str | Callable[..., Any]) -> str:
         return metric
     text = f"{getattr(metric, '__module__', '')}:{_name(metric)}"
     module = sys.modules.get(text.partition(":")[0])
-    if not _FUNCTION.fullmatch(text) or getattr(module, _name(metric), None) is not metric:
+    if not is_function(text) or getattr(module, _name(metric), None) is not metric:
         raise EvaluationError(
             f"the metric {quoted(metric)} has no name in a module, so its version could not be recorded",
             f"define it at the top of a module or notebook: {SIGNATURE}",
@@ -201,12 +200,10 @@ def rule_of(rule: str, name: str | None = None) -> Benchmark:
     name = rule if name is None else name
     if rule in RULES:
         return replace(BENCHMARKS[RULES[rule]], name=name, metric_name=rule)
-    if not _FUNCTION.fullmatch(rule):
+    if not is_function(rule):
         guess = nearest(rule, RULES, "did you mean {}? ")
         known = f"known are {', '.join(RULES)}; your own is module:function, e.g. my_rules:score for my_rules.py here"
         raise EvaluationError(f"--metric: there is no rule {quoted(rule)}", guess + known)
-    if rule.endswith("loss"):
-        raise EvaluationError(f"--metric {rule}: a metric says how right an answer is, not a loss", "name it otherwise")
     function, source = _load(rule)
     shape = f"it should be `{SIGNATURE}`, a number from 0 to 1"
     metric = OwnMetric(rule, function, shape, 1.0)

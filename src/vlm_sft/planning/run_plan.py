@@ -45,7 +45,8 @@ from vlm_sft.planning.fingerprint import METRICS, refuse_changes, run_identity
 from vlm_sft.planning.number_format import settle_format
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.planning.training_run import TrainingRun
-from vlm_sft.planning.validation_plan import LOSS, NO_BENCHMARKS, ValidationPlan, own_rules, plan_validation
+from vlm_sft.planning.validation_plan import NO_BENCHMARKS, ValidationPlan, of_metric, own_rules, plan_validation
+from vlm_sft.recipe.metric_names import is_loss
 from vlm_sft.recipe.schedule import Schedule, effective_global_batch_size, few_steps_advice, resolve_schedule
 from vlm_sft.recipe.schema import Recipe
 
@@ -206,9 +207,9 @@ def _choosing(recipe: Recipe, evaluation: list[Sample], validation: ValidationPl
     """The questions whose loss or answers decide which checkpoint is kept."""
     if not recipe.load_best_model_at_end or recipe.eval_strategy == "no":
         return []
-    answered = validation is not None and (validation.metric != LOSS or bool(validation.guards))
+    answered = validation is not None and (not is_loss(validation.metric) or bool(validation.guards))
     by_answers = validation.samples if validation and answered else []
-    return by_answers + (evaluation if recipe.metric_for_best_model == LOSS else [])
+    return by_answers + of_metric(recipe.metric_for_best_model, evaluation)
 
 
 def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sample], left_out: list[LeftOut]) -> Plan:
@@ -252,6 +253,10 @@ def plan_epochs(
     """How the questions of training and evaluation loss are packed, and the steps that follow from it."""
     planner = planner_over(run, data.lengths).computed_as(base.rows)
     eval_planner = replace(planner, lengths=evaluation.lengths) if evaluation and len(evaluation) else None
+    if run.recipe.eval_strategy != "no":
+        of_metric(
+            run.recipe.metric_for_best_model, [sample for sample, _, _ in evaluation.samples()] if evaluation else []
+        )
     return planner, eval_planner, resolve_schedule(run.recipe, planner.steps_per_epoch)
 
 

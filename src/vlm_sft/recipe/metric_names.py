@@ -1,13 +1,14 @@
-"""The names of the metrics that an evaluation during training writes; a best checkpoint is chosen by these only."""
+"""What an evaluation during a training measures, by name."""
 
 from __future__ import annotations
 
-import re
-
+LOSS = "eval_loss"
+SET_LOSS = f"{LOSS}_NAME"  # of one data set among several; a choice that ends in NAME stands for any name
+OWN_FUNCTION = "module:function"  # stands for any function of the user's
 # All but the first are the metrics of the benchmarks (evaluate/metrics.py has their rules) and of own data
 # (evaluate/own_metrics.py: RULES), and more of them is better.
 EVALUATION_METRICS = (
-    "eval_loss",
+    LOSS,
     "chartqa_relaxed_accuracy",
     "textvqa_accuracy",
     "docvqa_anls",
@@ -30,4 +31,13 @@ EVALUATION_METRICS = (
     "relaxed_anls",
 )
 
-OWN_METRIC = re.compile(r"\w+(\.\w+)*:\w+")  # a function of the user's, module:function, measures by this name too
+
+def is_loss(metric: str) -> bool:
+    """Whether a metric is an evaluation loss: over everything, or of one data set."""
+    return metric == LOSS or bool(loss_set(metric))
+
+
+def loss_set(metric: str) -> str:
+    """The data set whose evaluation loss a metric is; "" for any other metric."""
+    start = SET_LOSS.removesuffix("NAME")
+    return metric.removeprefix(start) if metric.startswith(start) else ""

@@ -6,12 +6,12 @@ The command-line flags, the checks and the tables of the guides are all made fro
 from __future__ import annotations
 
 import json
-import re
 import typing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from vlm_sft.recipe.metric_names import EVALUATION_METRICS, OWN_METRIC
+from vlm_sft.common.options import is_function
+from vlm_sft.recipe.metric_names import EVALUATION_METRICS, OWN_FUNCTION, SET_LOSS, is_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ class Range:
         return " and ".join(parts) + "".join(f", or {value}" for value in self.also)
 
 
-def _key(default: Any, help: str, unit: str = "", range: Range | None = None, **more: Any) -> Any:
-    """Declare one key of the recipe; the other arguments are those of `Key`."""
-    return field(default=default, metadata={"help": help, "unit": unit, "range": range, **more})
+def _key(default: Any, help: str, unit: str = "", range: Range | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """Declare one key of the recipe."""
+    return field(default=default, metadata={"help": help, "unit": unit, "range": range, "choices": choices})
 
 
 FRACTION = Range(0, 1, high_open=True)
@@ -169,14 +169,12 @@ class Recipe:
     load_best_model_at_end: bool = _key(False, "end with the checkpoint of the best evaluation instead of the last one")
     metric_for_best_model: str = _key(
         "eval_loss",
-        "what says which checkpoint is best: the evaluation loss, or a benchmark's metric (for own data that of "
-        "--metric) on questions that are answered at each evaluation",
-        choices=EVALUATION_METRICS,
-        pattern=OWN_METRIC,
-        called="module:function",
+        "what says which checkpoint is best: the evaluation loss, that of the data set NAME alone, or a benchmark's "
+        "metric (for own data that of --metric) on questions that are answered at each evaluation",
+        choices=(*EVALUATION_METRICS, SET_LOSS, OWN_FUNCTION),
     )
     greater_is_better: bool | None = _key(
-        None, "whether more of that metric is better; null: no for a name that ends in loss, yes for any other"
+        None, "whether more of that metric is better; null: no for a loss, yes for any other"
     )
     early_stopping_patience: int | None = _key(
         None,
@@ -193,7 +191,7 @@ class Recipe:
         "what the device needs",
         "processes per device",
         Range(0, 256),
-        choices=AUTO,
+        AUTO,
     )
     seed: int = _key(42, "seed of the data order, the adapter's first weights and dropout", "", Range(0, 2**32 - 1))
     global_batch_size: int | None = _key(
@@ -258,7 +256,7 @@ class Recipe:
         """Whether the best checkpoint has the greatest value of `metric_for_best_model`, null resolved."""
         if self.greater_is_better is not None:
             return self.greater_is_better
-        return not self.metric_for_best_model.endswith("loss")
+        return not is_loss(self.metric_for_best_model)
 
     @property
     def best_metric_column(self) -> str:
@@ -305,8 +303,6 @@ class Key:
         unit: unit of the number; "" where it has none.
         range: allowed numbers; None where all are.
         choices: allowed texts; empty where all are.
-        pattern: of further texts that are allowed.
-        called: what these are called.
     """
 
     name: str
@@ -316,13 +312,7 @@ class Key:
     help: str
     unit: str
     range: Range | None
-    choices: tuple[str, ...] = ()
-    pattern: re.Pattern[str] | None = None
-    called: str = ""
-
-    def chooses(self, text: str) -> bool:
-        """Whether a text is one of those that are allowed."""
-        return not self.choices or text in self.choices or bool(self.pattern and self.pattern.fullmatch(text))
+    choices: tuple[str, ...]
 
     @property
     def flag(self) -> str:
@@ -346,13 +336,22 @@ class Key:
             "auto number": '"auto" or a whole number',
             "switch": "true or false",
             "auto switch": '"auto", true or false',
-            "text": (f"one of {choices}" if len(self.choices) > 1 else choices or "a text")
-            + (f", or {self.called}" if self.called else ""),
+            "text": f"one of {choices}" if len(self.choices) > 1 else choices or "a text",
             "names": "a list of names or one text with commas" + (f", of {choices}" if choices else ""),
         }[self.kind]
         if self.range is not None:
             text += f" {self.range}"
         return text + (", or null" if self.optional else "")
+
+    def is_choice(self, text: str) -> bool:
+        """Whether a text is one of the choices; one that ends in NAME is any text with that beginning.
+
+        That of a function of the user's is any module and function.
+        """
+        if OWN_FUNCTION in self.choices and is_function(text):
+            return True
+        stems = [choice.removesuffix("NAME") for choice in self.choices if choice.endswith("_NAME")]
+        return text in self.choices or any(text.startswith(stem) and text != stem for stem in stems)
 
     @property
     def default_text(self) -> str:
