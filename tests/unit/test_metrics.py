@@ -196,6 +196,7 @@ def test_registry_knows_each_benchmark_and_its_rule():
         "ai2d": "ai2d_accuracy",
         "realworldqa": "realworldqa_accuracy",
         "ocrbench": "ocrbench_accuracy",
+        "mmmu": "mmmu_accuracy",
         "easy_vqa": "easy_vqa_accuracy",
         "demo_charts": "demo_charts_relaxed_accuracy",
         "demo_text": "demo_text_accuracy",

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pictures import png
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.sample import Turn
 from vlm_sft.data.sources.published import LETTER, SOURCES
 from vlm_sft.data.sources.registry import LOADERS, load_split
@@ -24,6 +25,17 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def encoded_table(path: Path, columns: dict[str, Any]) -> None:
+    """A parquet file in the layout of the Hub; columns of bytes are images."""
+    pictures = {name: values for name, values in columns.items() if any(isinstance(one, bytes) for one in values)}
+    held = {
+        name: pa.array([one and {"bytes": one, "path": None} for one in values], IMAGE)
+        for name, values in pictures.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns | held), path)
 
 
 def table(folder: Path, split: str, rows: list[dict[str, Any]], binary: bool = False) -> Path:
@@ -95,3 +107,56 @@ def test_realworldqa_and_ocrbench(tmp_path: Path) -> None:
     (sample,) = task.samples
     assert task.benchmark.score("it is x ^ 2", sample.answers, sample.metadata) == 1.0
     assert sample.metadata["question_type"] == "Formula"
+
+
+def test_ocrvqa_asks_every_question_of_a_cover(tmp_path: Path) -> None:
+    row = {"questions": ["Who wrote it?", " ", "Genre?"], "answers": ["Ann Lee", "x", "Art"]}
+    folder = table(tmp_path / "ocrvqa", "test", [row, row | {"answers": ["one"]}])
+    (task,), left = load_tasks(f"ocrvqa@{folder}", None)
+    first, second = task.samples
+    assert (first.id, first.question, first.answers) == ("ocrvqa/test/000000/0", "Who wrote it?", ("Ann Lee",))
+    assert second.id == "ocrvqa/test/000000/2" and first.image_key == second.image_key
+    assert task.benchmark.score("ann lee", first.answers, {}) == 1.0
+    assert [(one.id, one.reason) for one in left] == [
+        ("ocrvqa/test/000000/1", "empty question"),
+        ("ocrvqa/test/000001", "no answer to each question"),
+    ]
+
+
+def mmmu_row(number: int, **more: Any) -> dict[str, Any]:
+    empty = dict.fromkeys((f"image_{one}" for one in range(1, 8)), None)
+    pictures = {"image_1": png((number, 1, 1)), "image_2": png((number, 2, 2))}
+    row = {"id": f"validation_Art_Theory_{number}", "question": "See <image 1>. Which?", "options": "[]", "answer": "B"}
+    return empty | pictures | row | {"question_type": "multiple-choice"} | more
+
+
+def test_mmmu(tmp_path: Path) -> None:
+    rows = [
+        mmmu_row(1, options="['<image 2>', \"it's blue\", 'red']", answer="B"),
+        mmmu_row(2, question="How much in <image 2>?", answer="['3.5', '7/2']", question_type="open"),
+        mmmu_row(3, question="<image 5>?", options="['a', 'b']"),
+        mmmu_row(4, options="['a', 'b']", answer="C"),
+    ]
+    for subject, split, some in (("Art_Theory", "validation", rows), ("Art_Theory", "dev", rows[:1])):
+        columns = {name: [row[name] for row in some] for name in rows[0]}
+        columns |= {f"image_{one}": pa.nulls(len(some), IMAGE) for one in range(3, 8)}
+        encoded_table(tmp_path / "mmmu" / subject / f"{split}-00000-of-00001.parquet", columns)
+    (task,), left = load_tasks(f"mmmu@{tmp_path / 'mmmu'}", None)
+    choice, opened = task.samples
+    assert choice.question == f"See <image 1>. Which?\nA. <image 2>\nB. it's blue\nC. red\n{LETTER}"
+    assert (choice.target, choice.split, len(choice.images)) == ("B", "Art and Design", 2)
+    assert choice.metadata["options"][1] == "it's blue"
+    replies = ("B", "I would choose (B)", "the answer to this question is clearly it's blue", "no idea", "A")
+    assert [task.benchmark.score(text, choice.answers, choice.metadata) for text in replies] == [1, 1, 1, 0, 0]
+    assert opened.answers == ("3.5", "7/2") and len(opened.images) == 1 and opened.metadata["question_type"] == "open"
+    replies = ("It is 3.50.", "so x = 7/2", "4")
+    assert [task.benchmark.score(text, opened.answers, opened.metadata) for text in replies] == [1, 1, 0]
+    assert [(one.id, one.reason) for one in left] == [
+        ("mmmu/validation/000002", "image missing"),
+        ("mmmu/validation/000003", "no such option"),
+    ]
+
+
+def test_mmmu_is_not_streamed() -> None:
+    with pytest.raises(DataError, match="mmmu@stream: it has 30 parts"):
+        load_tasks("mmmu@stream", 5)

@@ -20,6 +20,7 @@ from vlm_sft.evaluate.answer_rules import (
     squad_exact,
     squad_f1,
 )
+from vlm_sft.evaluate.mmmu_rule import mmmu
 
 Metric = Callable[..., float]  # (prediction, answers), and by name what `Benchmark.needs` says
 
@@ -331,6 +332,14 @@ BENCHMARKS: dict[str, Benchmark] = {
             "OCRBench: the answer contains an expected text",
             max_new_tokens=128,
             needs=("dataset", "question_type"),
+        ),
+        Benchmark(
+            "mmmu",
+            "mmmu_accuracy",
+            mmmu,
+            "MMMU: the option that is named, or an open answer that holds the right text or number",
+            max_new_tokens=128,
+            needs=("options", "question_type"),
         ),
         Benchmark("easy_vqa", "easy_vqa_accuracy", exact_match, "easy-VQA: exact match ignoring case"),
         Benchmark(

@@ -18,6 +18,7 @@ EVALUATION_METRICS = (
     "ai2d_accuracy",
     "realworldqa_accuracy",
     "ocrbench_accuracy",
+    "mmmu_accuracy",
     "easy_vqa_accuracy",
     "demo_charts_relaxed_accuracy",
     "demo_text_accuracy",

@@ -17,7 +17,7 @@ from vlm_sft.common.errors import DataError, nearest, quoted
 from vlm_sft.data.sources.foreign import TABLES, refuse_foreign
 from vlm_sft.data.sources.splits import folder_files
 
-PUBLISHED = ("docvqa", "infographicvqa", "chartqapro", "ai2d", "realworldqa", "ocrbench")
+PUBLISHED = ("docvqa", "infographicvqa", "chartqapro", "ai2d", "realworldqa", "ocrbench", "ocrvqa", "mmmu")
 KNOWN = ("chartqa", "textvqa", *PUBLISHED, "easy_vqa", "demo_charts", "demo_text", "demo")
 TABLE_SETS = ("chartqa", "textvqa", *PUBLISHED)  # those that also read parquet files given as NAME@PATH
 HUB_NAMES = {
@@ -28,6 +28,8 @@ HUB_NAMES = {
     "lmms-lab/ai2d": "ai2d",
     "lmms-lab/realworldqa": "realworldqa",
     "echo840/ocrbench": "ocrbench",
+    "howard-hou/ocr-vqa": "ocrvqa",
+    "mmmu/mmmu": "mmmu",
     "easy-vqa": "easy_vqa",
     "demo-charts": "demo_charts",
     "demo-text": "demo_text",
