@@ -13,7 +13,7 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.evaluate.guard import Guard, judge, parse_guards, tradeoff
 from vlm_sft.evaluate.metrics import BENCHMARKS
-from vlm_sft.evaluate.own_metrics import RULES
+from vlm_sft.evaluate.own_metrics import RULE_NAMES
 from vlm_sft.evaluate.tasks import benchmark_names, dataset_text, load_tasks, parse_token_limits, too_short, with_limits
 from vlm_sft.model.load import find_base
 from vlm_sft.recipe.load import load_recipe
@@ -22,7 +22,7 @@ from vlm_sft.recipe.metric_names import EVALUATION_METRICS
 
 def test_metric_names_of_recipes_are_those_of_the_benchmarks() -> None:
     published = [benchmark.metric_name for benchmark in BENCHMARKS.values()]
-    assert EVALUATION_METRICS == ("eval_loss", *dict.fromkeys([*published, *RULES]))
+    assert EVALUATION_METRICS == ("eval_loss", *dict.fromkeys([*published, *RULE_NAMES]))
 
 
 @pytest.mark.parametrize("name", ["easy_vqa", "demo_charts", "demo_text"])

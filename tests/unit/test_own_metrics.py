@@ -183,6 +183,9 @@ def test_a_rule_that_cannot_score_the_data_is_refused_before_a_question_is_asked
     assert main(["eval", *flags, "--metric", "vqa_accuracy"]) == 2
     told = capsys.readouterr().err
     assert "mine.jsonl line 4: 'answers' holds 1, but mine needs exactly 10" in told
+    assert main(["eval", *flags, "--metric", f"{place[1]}:broken"]) == 2
+    told = capsys.readouterr().err
+    assert "on 'mine/3'" in told and "KeyError: 'white'" in told
     assert not Path("out/mine").exists()
 
 

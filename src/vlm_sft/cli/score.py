@@ -6,7 +6,7 @@ import argparse
 import json
 
 from vlm_sft.evaluate.metrics import BENCHMARKS
-from vlm_sft.evaluate.own_metrics import RULES, SIGNATURE, rule_of
+from vlm_sft.evaluate.own_metrics import RULE_NAMES, SIGNATURE, rule_of
 
 HELP = "Score a file of predictions by the rules of a benchmark."
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rules.add_argument(
         "--metric",
         metavar="RULE",
-        help=f"the rule alone: {', '.join(RULES)}, or your own module:function ({SIGNATURE})",
+        help=f"the rule alone: {', '.join(RULE_NAMES)}, or your own module:function ({SIGNATURE})",
     )
     parser.add_argument(
         "--predictions",

@@ -13,7 +13,7 @@ from vlm_sft.data.sources.spec import is_own
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
 from vlm_sft.evaluate.own_metrics import parse_metrics
-from vlm_sft.evaluate.scoring import score_item
+from vlm_sft.evaluate.scoring import score_item, score_rows
 
 TOO_FEW = "too few to judge"
 NO_DIFFERENCE = "no significant difference"
@@ -68,11 +68,14 @@ def load_scored(benchmark: str | Benchmark, path: Path) -> Rows:
                 raise EvaluationError(f"{path}: a row has no id", "write the predictions again")
             if row["id"] in rows:
                 raise EvaluationError(f"{path}: id {quoted(row['id'])} comes twice", "write the predictions again")
-            rows[row["id"]] = row | {"score": score_item(benchmark, row)}
+            rows[row["id"]] = row if isinstance(benchmark, Benchmark) else row | {"score": score_item(benchmark, row)}
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"cannot read {path}: {error}", "write the predictions again") from error
     if not rows:
         raise EvaluationError(f"{path} is empty", "finish the evaluation first")
+    if isinstance(benchmark, Benchmark):
+        scores = score_rows(benchmark, list(rows.values()))
+        return {key: rows[key] | {"score": score} for key, score in zip(rows, scores, strict=True)}
     return rows
 
 

@@ -24,7 +24,7 @@ from vlm_sft.evaluate.compare import compare_rows
 from vlm_sft.evaluate.metrics import Benchmark
 from vlm_sft.evaluate.pictures import picture_name
 from vlm_sft.evaluate.provenance import PART, claim, mend_parts, part_files, read_rows
-from vlm_sft.evaluate.scoring import summarise
+from vlm_sft.evaluate.scoring import score_rows, summarise
 from vlm_sft.evaluate.tasks import Task, facts_of
 
 
@@ -154,6 +154,8 @@ class Evaluator:
             prediction_row(task.benchmark, Reply(sample, row["prediction"], row.get("cut", False)), cluster)
             for sample, cluster, row in zip(task.samples, clusters, (rows[one.id] for one in task.samples), strict=True)
         ]
+        scores = score_rows(task.benchmark, ordered)
+        ordered = [row | {"score": score} for row, score in zip(ordered, scores, strict=True)]
         artifacts.write_jsonl(folder / artifacts.PREDICTIONS, ordered)
         for path in part_files(folder):
             path.unlink()
@@ -161,7 +163,7 @@ class Evaluator:
         timing = {"seconds": round(seconds, 3), "questions_per_second": round(new / max(seconds, 1e-9), 3)}
         if new <= 0 and path.is_file():  # nothing was generated: the earlier figures are the true ones
             timing |= {key: value for key, value in artifacts.read_json(path).items() if key in timing}
-        result = summarise(task.benchmark, ordered) | {
+        result = summarise(task.benchmark, ordered, scores) | {
             "schema": 1,
             "benchmark": task.name,
             "synthetic": task.synthetic,
@@ -177,10 +179,10 @@ class Evaluator:
 
 
 def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str, Any]:
-    """One line of predictions.jsonl.
+    """One line of predictions.jsonl; its score is set once all are answered.
 
     Args:
-        benchmark: scores the answer.
+        benchmark: says what it needs of the question.
         reply: the question with its answer.
         cluster: the questions that it hangs together with through its images; told where there is not just one.
     """
@@ -194,13 +196,12 @@ def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str
         "prediction": text,
         "answers": list(sample.answers),
         "split": sample.split,
-        "score": 0.0,
+        "score": None,
         "cut": cut,
         "question_type": str(sample.metadata.get("question_type", "")),
     }
     facts = facts_of(sample, benchmark)
-    row |= {key: value for key, value in facts.items() if key not in row or key in benchmark.needs}
-    return row | {"score": benchmark.score(text, sample.answers, row)}
+    return row | {key: value for key, value in facts.items() if key not in row or key in benchmark.needs}
 
 
 def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:

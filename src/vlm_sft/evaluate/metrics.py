@@ -229,6 +229,19 @@ def _exact_first(prediction: str, answers: Sequence[str]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Together:
+    """How items are scored that cannot be scored one by one.
+
+    Attributes:
+        scores: (rows of predictions) -> one score a row.
+        corpus: scores of all rows together by name: (rows) -> `n`, `accuracy`, `interval`.
+    """
+
+    scores: Callable[[Sequence[Mapping[str, Any]]], list[float]]
+    corpus: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Benchmark:
     """How the answers to one set of questions are scored.
 
@@ -242,6 +255,7 @@ class Benchmark:
         answers_needed: how many answers each question must have; None for any number from one.
         needs: what else of a question the metric takes, by the name of its key; a question may lack it.
         source: SHA-256 of the source of the user's own metric; "" for a rule of ours.
+        together: scores all items at once, in place of `metric`.
     """
 
     name: str
@@ -253,6 +267,7 @@ class Benchmark:
     answers_needed: int | None = None
     needs: tuple[str, ...] = ()
     source: str = ""
+    together: Together | None = None
 
     def score(self, prediction: str, answers: Sequence[str], question: Mapping[str, Any]) -> float:
         """Score one answer, from 0 to 1.

@@ -29,8 +29,8 @@ class AnswerOptions:
     metric: str | None = option(
         None,
         "how answers to your own data are scored: exact_match (default), relaxed_accuracy, vqa_accuracy, anls, "
-        "multiple_choice, squad_f1, contains, relaxed_anls, or your own function module:function; several data sets: "
-        "NAME=RULE,...",
+        "multiple_choice, squad_f1, contains, relaxed_anls, cider, bleu4, rouge_l, or your own function "
+        "module:function; several data sets: NAME=RULE,...",
         "RULE",
     )
     shard_weights: str = option(

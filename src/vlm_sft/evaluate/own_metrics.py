@@ -11,12 +11,14 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlm_sft.common.errors import EvaluationError, nearest, quoted
 from vlm_sft.common.options import is_function
-from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, Metric
+from vlm_sft.evaluate.captions import CAPTION_RULES, caption_scores, corpus_bleu, require_captions
+from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, Metric, Together
 
 if TYPE_CHECKING:
     from vlm_sft.evaluate.tasks import Task
@@ -32,6 +34,7 @@ RULES = {
     "contains": "ocrbench",
     "relaxed_anls": "chartqapro",
 }
+RULE_NAMES = (*RULES, *CAPTION_RULES)
 SIGNATURE = "def metric(prediction: str, answers: list[str], row: dict | None) -> float"
 _loaded: dict[str, str] = {}  # modules of the user -> the source that they were loaded from
 _SHAPE = "a metric takes (prediction, answers), a text and a list of texts, and returns a finite number"
@@ -160,7 +163,7 @@ def parse_metrics(text: str | None, own: Sequence[str]) -> dict[str, Benchmark]:
     """Read `--metric`: one rule for all own data, or `NAME=RULE,…`.
 
     Args:
-        text: the flag; a rule is a name of `RULES`, or `module:function` of the user's own; None for none.
+        text: the flag; a rule is one of `RULE_NAMES`, or `module:function` of the user's own; None for none.
         own: the names of the own data sets that are scored.
 
     Returns:
@@ -191,18 +194,25 @@ def rule_of(rule: str, name: str | None = None) -> Benchmark:
     """The rules of own data.
 
     Args:
-        rule: a name of `RULES`, or `module:function`; the module is looked for in the working directory first.
+        rule: one of `RULE_NAMES`, or `module:function`; the module is looked for in the working directory first.
         name: of the data; that of the rule by default.
 
     Raises:
-        EvaluationError: there is no such rule, or the function cannot be used.
+        EvaluationError: there is no such rule, or the function or library cannot be used.
     """
     name = rule if name is None else name
+    if rule in CAPTION_RULES:
+        require_captions()
+        corpus = {"corpus_bleu4": corpus_bleu} if rule == "bleu4" else {}
+        together = Together(partial(caption_scores, rule), corpus)
+        return replace(BENCHMARKS["exact_match"], name=name, metric_name=rule, together=together)
     if rule in RULES:
         return replace(BENCHMARKS[RULES[rule]], name=name, metric_name=rule)
     if not is_function(rule):
-        guess = nearest(rule, RULES, "did you mean {}? ")
-        known = f"known are {', '.join(RULES)}; your own is module:function, e.g. my_rules:score for my_rules.py here"
+        guess = nearest(rule, RULE_NAMES, "did you mean {}? ")
+        known = (
+            f"known are {', '.join(RULE_NAMES)}; your own is module:function, e.g. my_rules:score for my_rules.py here"
+        )
         raise EvaluationError(f"--metric: there is no rule {quoted(rule)}", guess + known)
     function, source = _load(rule)
     shape = f"it should be `{SIGNATURE}`, a number from 0 to 1"

@@ -8,7 +8,7 @@ import os
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,19 @@ def score_item(benchmark: str | Benchmark, row: dict[str, Any]) -> float:
     return float(score)
 
 
+def score_rows(benchmark: Benchmark, rows: Sequence[dict[str, Any]]) -> list[float]:
+    """Score the rows of a predictions file, one by one or together.
+
+    Raises:
+        EvaluationError: a row cannot be scored; the message names its id.
+    """
+    for row in rows:
+        require_usable(row, benchmark)
+    if benchmark.together is not None:
+        return benchmark.together.scores(rows)
+    return [benchmark.score(row["prediction"], row["answers"], row) for row in rows]
+
+
 @dataclass(slots=True)
 class _Group:
     """The scores of one part of a benchmark: counts of each score, and the items one by one where images matter."""
@@ -95,10 +108,9 @@ class Scoreboard:
         self._secondary = dict.fromkeys(benchmark.secondary, 0.0)
         self._cut = 0
 
-    def add(self, item: dict[str, Any]) -> float:
-        """Score a good item (see `why_unusable`), count it, and return its score."""
+    def add(self, item: dict[str, Any], score: float) -> None:
+        """Count a good item (see `why_unusable`) with its score."""
         prediction, answers = item["prediction"], item["answers"]
-        score = self.benchmark.score(prediction, answers, item)
         image = statistics.cluster_of(item) if self.by_image else None
         self._overall.add(score, image)
         self._cut += item.get("cut") is True
@@ -107,7 +119,6 @@ class Scoreboard:
                 groups.setdefault(key, _Group()).add(score, image)
         for name, metric in self.benchmark.secondary.items():
             self._secondary[name] += scored(metric, prediction, answers, item)
-        return score
 
     def result(self) -> dict[str, Any]:
         """Return n, accuracy, interval, cut, splits, by_question_type and secondary; JSON values only.
@@ -130,27 +141,37 @@ class Scoreboard:
         }
 
 
-def summarise(benchmark: str | Benchmark, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def summarise(
+    benchmark: str | Benchmark, rows: Iterable[dict[str, Any]], scores: Sequence[float] | None = None
+) -> dict[str, Any]:
     """Score the rows of a predictions file and add them up.
 
     Args:
         benchmark: a benchmark, or its name.
         rows: objects with `id`, `prediction`, `answers`, and where known `image` (a key, the same for all questions of
             an image), `split`, `question_type`. A recorded `score` is not trusted: the rule is applied again.
+        scores: of the rows, from `score_rows`; None applies the rule here.
 
     Returns:
         `benchmark`, `metric` (with `metric_sha256` where it is the user's), `n`, `accuracy` (0 to 1), `interval`
         ([low, high], 95 %, clustered by image), `cut` (answers that the limit of tokens ended), `splits` and
-        `by_question_type` ({name: {n, accuracy, interval}}), `secondary` ({name: mean}).
+        `by_question_type` ({name: {n, accuracy, interval}}), `secondary` ({name: mean}), and
+        where there are some `corpus` ({name: {n, accuracy, interval}}, of all rows together).
 
     Raises:
         EvaluationError: the benchmark is unknown, a row cannot be scored, or there is none.
     """
     board = Scoreboard(get_benchmark(benchmark) if isinstance(benchmark, str) else benchmark, by_image=True)
-    for row in rows:
-        require_usable(row, board.benchmark)
-        board.add(row)
-    return board.result()
+    listed = list(rows)
+    for row, score in zip(listed, score_rows(board.benchmark, listed) if scores is None else scores, strict=True):
+        board.add(row, score)
+    return board.result() | _corpus(board.benchmark, listed)
+
+
+def _corpus(benchmark: Benchmark, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The scores of all rows together, under their key; nothing where there are none."""
+    corpus = benchmark.together.corpus if benchmark.together else {}
+    return {"corpus": {name: score(rows) for name, score in corpus.items()}} if corpus else {}
 
 
 @dataclass(slots=True)
@@ -277,9 +298,18 @@ def score_file(
     source = Path(predictions)
     bad = _BadLines(source)
     hashes = array("q")
+    corpus: dict[str, Any] = {}
     with _open_predictions(source) as stream, _per_item_writer(Path(per_item) if per_item else None, source) as out:
-        for item in _items(stream, board.benchmark, bad):
-            score = board.add(item)
+        items = _items(stream, board.benchmark, bad)
+        if board.benchmark.together is not None:  # these have to be in memory
+            listed = list(items)
+            scores = score_rows(board.benchmark, listed) if listed else []
+            scored_items: Iterable[tuple[dict[str, Any], float]] = zip(listed, scores, strict=True)
+            corpus = _corpus(board.benchmark, listed) if listed else {}
+        else:
+            scored_items = ((item, score_item(board.benchmark, item)) for item in items)
+        for item, score in scored_items:
+            board.add(item, score)
             hashes.append(hash(repr(item["id"])))
             if out is not None:
                 out.write(json.dumps({"id": item["id"], "score": score}) + "\n")
@@ -288,7 +318,7 @@ def score_file(
         if not hashes:
             reason = bad.message() if bad.total else f"{source} is empty"
             raise EvaluationError(reason, "pass one JSON object a line: id, prediction, answers")
-        result = board.result()
+        result = board.result() | corpus
     if bad.total:
         console.warn(f"{bad.message()}\nskipped, as --skip_bad_lines asks")
     result |= {"skipped": bad.total, "duplicate_ids": _count_duplicates(hashes)}
@@ -312,6 +342,7 @@ def format_score(result: dict[str, Any]) -> str:
 
     lines = [f"{result['metric']:<24} {'n':>9}   {'mean':<6}   95 % interval", line("all", result)]
     lines += [line(f"split {name}", part) for name, part in result["splits"].items()]
+    lines += [line(name, part) for name, part in result.get("corpus", {}).items()]
     lines += [f"{name:<24} {result['n']:>9,}   {value:.4f}" for name, value in result["secondary"].items()]
     if result.get("cut"):
         lines.append(f"{'cut by the limit':<24} {result['cut']:>9,}")

@@ -154,6 +154,10 @@ def _require_scorable(rules: Benchmark, samples: Sequence[Sample]) -> None:
         if reason := why_unusable(row, rules):
             what = f"{sample.metadata.get('where', sample.id)}: {reason}"
             raise EvaluationError(f"--metric {rules.metric_name} cannot score {rules.name}: {what}", "mend the record")
+    if rules.source:  # a mistake in the user's function shows on the first reference, not after all answers
+        first = samples[0]
+        row = {"id": first.id, "question": first.question, "split": first.split, "prediction": first.target}
+        rules.score(first.target, first.answers, row | {"answers": list(first.answers), **facts_of(first, rules)})
 
 
 def facts_of(sample: Sample, rules: Benchmark) -> dict[str, Any]:

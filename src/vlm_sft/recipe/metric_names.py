@@ -30,6 +30,9 @@ EVALUATION_METRICS = (
     "anls",
     "contains",
     "relaxed_anls",
+    "cider",
+    "bleu4",
+    "rouge_l",
 )
 
 
