@@ -194,6 +194,8 @@ def test_registry_knows_each_benchmark_and_its_rule():
         "ocrvqa": "ocrvqa_accuracy",
         "chartqapro": "chartqapro_relaxed_accuracy",
         "ai2d": "ai2d_accuracy",
+        "charxiv": "charxiv_judged",
+        "chartmuseum": "chartmuseum_judged",
         "realworldqa": "realworldqa_accuracy",
         "ocrbench": "ocrbench_accuracy",
         "mmmu": "mmmu_accuracy",

@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pictures import png
-from vlm_sft.common.errors import DataError
+from vlm_sft.common.errors import DataError, EvaluationError
 from vlm_sft.data.sample import Turn
 from vlm_sft.data.sources.published import LETTER, SOURCES
 from vlm_sft.data.sources.registry import LOADERS, load_split
 from vlm_sft.data.sources.spec import KNOWN, PUBLISHED, TABLE_SETS, parse_datasets
 from vlm_sft.evaluate.metrics import BENCHMARKS
+from vlm_sft.evaluate.own_metrics import chosen_rules
 from vlm_sft.evaluate.tasks import load_tasks
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -160,3 +161,39 @@ def test_mmmu(tmp_path: Path) -> None:
 def test_mmmu_is_not_streamed() -> None:
     with pytest.raises(DataError, match="mmmu@stream: it has 30 parts"):
         load_tasks("mmmu@stream", 5)
+
+
+def test_charxiv_says_what_form_its_answer_has(tmp_path: Path) -> None:
+    rows = [
+        {"reasoning_q": "Which curve?", "reasoning_a": "P-101", "reasoning_a_type": 1},
+        {"reasoning_q": "How much more?", "reasoning_a": "0.25", "reasoning_a_type": 4},
+        {"reasoning_q": "How many?", "reasoning_a": "3", "reasoning_a_type": 4},
+        {"reasoning_q": "How many?", "reasoning_a": "3", "reasoning_a_type": 7},
+    ]
+    loaded = load_split(parse_datasets(f"charxiv@{table(tmp_path / 'charxiv', 'val', rows)}")[0], "test")
+    assert [sample.question.partition("\n")[2] for sample in loaded.samples][1:] == [
+        "Answer with a number with 2 decimal places.",
+        "Answer with a whole number.",
+    ]
+    assert [sample.metadata["question_type"] for sample in loaded.samples] == [
+        "text in chart",
+        *2 * ["number in general"],
+    ]
+    assert [one.reason for one in loaded.left_out] == ["unknown kind of answer"]
+    with pytest.raises(EvaluationError, match="charxiv: answers are graded by a judge"):
+        chosen_rules(["charxiv", "chartqa"], None)
+
+
+def test_chartmuseum_finds_the_pictures_beside_its_tables(tmp_path: Path) -> None:
+    (tmp_path / "museum" / "images").mkdir(parents=True)
+    (tmp_path / "museum" / "images" / "a.png").write_bytes(png("red"))
+    row = {"image": ["images/a.png"], "question": ["Tallest?"], "answer": ["B"], "reasoning_type": ["visual"]}
+    for name in ("dev", "test"):
+        path = tmp_path / "museum" / "data" / f"{name}-00000-of-00001.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table(row), path)
+    for split, official in (("test", "test"), ("validation", "validation")):
+        loaded = load_split(parse_datasets(f"chartmuseum@{tmp_path / 'museum'}")[0], split)
+        (sample,) = loaded.samples
+        assert sample.id == f"chartmuseum/{official}/000000" and sample.images[0].load() == png("red")
+        assert sample.metadata["question_type"] == "visual" and sample.answers == ("B",)

@@ -16,8 +16,9 @@ from vlm_sft.common.errors import EvaluationError, RunError, nearest
 from vlm_sft.common.options import checked_options
 from vlm_sft.data.engine_options import CacheOptions
 from vlm_sft.evaluate.compare import compare_runs
+from vlm_sft.evaluate.judge import parse_judge
 from vlm_sft.evaluate.metrics import Metric, get_benchmark
-from vlm_sft.evaluate.own_metrics import metric_text, named, rule_of, with_secondary
+from vlm_sft.evaluate.own_metrics import judged_by, metric_text, named, rule_of, with_secondary
 from vlm_sft.evaluate.run import EvalOptions, evaluate
 from vlm_sft.evaluate.scoring import score_file, summarise
 from vlm_sft.model.saved_adapter import base_of_adapter
@@ -85,6 +86,8 @@ def score(
     answers: Sequence[str | Sequence[str]] | None = None,
     metrics: Metrics = (),
     metric: Rule | None = None,
+    judge: str | None = None,
+    judge_model: str | None = None,
 ) -> Scores:
     """Score anyone's predictions by the rule of a benchmark, or by one alone.
 
@@ -94,6 +97,7 @@ def score(
         answers: the accepted answer of each question, or a list of them (TextVQA: ten); not with a file.
         metrics: further scores, as of `finetune`; not with a file.
         metric: the rule alone: "anls", "relaxed_accuracy", "squad_f1", …, your own "module:function", or the function.
+        judge, judge_model: who grades what a judge has to, as of `vlm-sft score`; with a file, which has the questions.
 
     Returns:
         A table of the scores; questions count as independent in the interval.
@@ -109,6 +113,7 @@ def score(
     if (benchmark is None) == (metric is None):
         raise EvaluationError("it takes either a benchmark or a metric", "pass one of them; the benchmark may be None")
     rules = get_benchmark(str(benchmark)) if metric is None else rule_of(metric_text(metric))
+    (rules,) = judged_by(parse_judge(judge, judge_model), {rules.name: rules}).values()
     if isinstance(predictions, str | Path):
         if answers is not None or metrics:
             raise EvaluationError(f"{predictions} is a file, which holds its answers", "pass lists, or the file alone")

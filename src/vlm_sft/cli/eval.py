@@ -74,7 +74,7 @@ def add_other_base_argument(parser: argparse.ArgumentParser) -> None:
 def add_prompt_arguments(parser: argparse.ArgumentParser, note: str) -> None:
     """Add the flags that say how a question is put to the model; training has them too."""
     add_options(parser, AnswerOptions, only=PROMPT, note=note)
-    add_options(parser, AnswerOptions, only=("max_new_tokens", "metric"))
+    add_options(parser, AnswerOptions, only=("max_new_tokens", "metric", "judge", "judge_model"))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
-from vlm_sft.evaluate.metrics import BENCHMARKS
-from vlm_sft.evaluate.own_metrics import RULE_NAMES, SIGNATURE, rule_of
+from vlm_sft.common.options import add_options
+from vlm_sft.evaluate.judge import parse_judge
+from vlm_sft.evaluate.metrics import BENCHMARKS, get_benchmark
+from vlm_sft.evaluate.options import AnswerOptions
+from vlm_sft.evaluate.own_metrics import RULE_NAMES, SIGNATURE, judged_by, rule_of
 
 HELP = "Score a file of predictions by the rules of a benchmark."
 
@@ -27,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RULE",
         help=f"the rule alone: {', '.join(RULE_NAMES)}, or your own module:function ({SIGNATURE})",
     )
+    add_options(parser, AnswerOptions, only=("judge", "judge_model"))
     parser.add_argument(
         "--predictions",
         required=True,
@@ -45,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from vlm_sft.common import console
     from vlm_sft.evaluate import scoring
 
-    rules = rule_of(args.metric) if args.metric else args.benchmark
+    rules = rule_of(args.metric) if args.metric else get_benchmark(args.benchmark)
+    (rules,) = judged_by(parse_judge(args.judge, args.judge_model), {rules.name: rules}).values()
     result = scoring.score_file(rules, args.predictions, args.per_item, args.skip_bad_lines)
     console.say(json.dumps(result, indent=2, allow_nan=False) if args.json else scoring.format_score(result))
     return 0

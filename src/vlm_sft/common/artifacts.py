@@ -31,6 +31,7 @@ ANOMALIES = "anomalies.jsonl"  # one line an event of the training that should n
 RESULTS = "results.json"  # the table: benchmark, n, base, tuned, difference
 PICTURES = "pictures.json"  # which pictures an evaluation did not keep
 PREDICTIONS = "predictions.jsonl"  # one line an evaluated question
+JUDGE = "judge.jsonl"  # the verdicts of a judge on the predictions beside it, so that none is asked for twice
 IDENTITY = "identity.json"  # what made the predictions beside it: model, adapter, prompt, limit of an answer
 VALIDATION_FOLDER = "validation"  # validation/step-<N>/<benchmark>/…: the benchmarks' questions asked during training
 GUARD = "guard.json"  # what each evaluated step of a guarded training lost elsewhere, and which steps qualify

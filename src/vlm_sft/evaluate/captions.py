@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def words(text: str) -> str:
     return " ".join(_WORD.findall(text.lower().replace("\u2019", "'")))
 
 
-def caption_scores(rule: str, rows: Sequence[_Row]) -> list[float]:
+def caption_scores(rule: str, rows: Sequence[_Row], verdicts: Path | None = None) -> list[float]:
     """Score captions by one of `CAPTION_RULES`; the words are those of `words`.
 
     Source: Vedantam et al. 2015 (CIDEr, arXiv 1411.5726), with the clipping and length penalty of CIDEr-D; Papineni et
@@ -42,6 +43,7 @@ def caption_scores(rule: str, rows: Sequence[_Row]) -> list[float]:
     Args:
         rule: "cider", whose weights of n-grams come from the references of all rows; "bleu4" or "rouge_l".
         rows: each with `prediction` and `answers`, the references.
+        verdicts: nothing is kept there.
 
     Returns:
         One score a row.

@@ -12,7 +12,7 @@ from vlm_sft.common.errors import EvaluationError, quoted
 from vlm_sft.data.sources.spec import is_own
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
-from vlm_sft.evaluate.own_metrics import parse_metrics
+from vlm_sft.evaluate.own_metrics import judged_by, parse_metrics
 from vlm_sft.evaluate.scoring import score_item, score_rows
 
 TOO_FEW = "too few to judge"
@@ -197,8 +197,9 @@ def _cut(rows: Rows) -> int:
 
 def _rules_of(names: Iterable[str], metric: str | None) -> dict[str, Benchmark]:
     """The rules that score answers anew: those of published benchmarks, and of own data where `metric` says one."""
-    rules = {name: BENCHMARKS[name] for name in names if name in BENCHMARKS and not is_own(name)}
-    return rules | parse_metrics(metric, [name for name in names if name not in rules])
+    published = {name: BENCHMARKS[name] for name in names if name in BENCHMARKS and not is_own(name)}
+    anew = {name: rules for name, rules in published.items() if rules.grading is None}
+    return anew | judged_by(None, parse_metrics(metric, [name for name in names if name not in published]))
 
 
 def _metric_of(rules: Benchmark | None, predictions: Path) -> tuple[str, str]:

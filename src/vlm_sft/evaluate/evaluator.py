@@ -154,7 +154,7 @@ class Evaluator:
             prediction_row(task.benchmark, Reply(sample, row["prediction"], row.get("cut", False)), cluster)
             for sample, cluster, row in zip(task.samples, clusters, (rows[one.id] for one in task.samples), strict=True)
         ]
-        scores = score_rows(task.benchmark, ordered)
+        scores = score_rows(task.benchmark, ordered, folder / artifacts.JUDGE)
         ordered = [row | {"score": score} for row, score in zip(ordered, scores, strict=True)]
         artifacts.write_jsonl(folder / artifacts.PREDICTIONS, ordered)
         for path in part_files(folder):

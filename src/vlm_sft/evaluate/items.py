@@ -43,6 +43,8 @@ def why_unusable(item: Any, benchmark: Benchmark) -> str:
         return f"'id' is {_json_name(item['id'])}, not text or an integer"
     if not isinstance(item["prediction"], str):
         return f"'prediction' is {_json_name(item['prediction'])}, not text; put it in quotes"
+    if benchmark.grading is not None and not isinstance(item.get("question"), str):
+        return "has no 'question', which a judge reads"
     if not isinstance(item.get("split") or "", str):
         return f"'split' is {_json_name(item['split'])}, not text"
     for key in benchmark.needs:

@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlm_sft.common.errors import EvaluationError, nearest, quoted
 from vlm_sft.common.options import is_function
+from vlm_sft.data.sources.spec import is_own
+from vlm_sft.evaluate import grading
 from vlm_sft.evaluate.captions import CAPTION_RULES, caption_scores, corpus_bleu, require_captions
+from vlm_sft.evaluate.grading import general_grading
+from vlm_sft.evaluate.judge import HOW_TO_JUDGE, Judge, judged_scores, parse_judge
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, Metric, Together
 
 if TYPE_CHECKING:
@@ -34,7 +38,8 @@ RULES = {
     "contains": "ocrbench",
     "relaxed_anls": "chartqapro",
 }
-RULE_NAMES = (*RULES, *CAPTION_RULES)
+JUDGE = "judge"  # the rule of own data that a judge grades
+RULE_NAMES = (*RULES, *CAPTION_RULES, JUDGE)
 SIGNATURE = "def metric(prediction: str, answers: list[str], row: dict | None) -> float"
 _loaded: dict[str, str] = {}  # modules of the user -> the source that they were loaded from
 _SHAPE = "a metric takes (prediction, answers), a text and a list of texts, and returns a finite number"
@@ -190,6 +195,50 @@ def parse_metrics(text: str | None, own: Sequence[str]) -> dict[str, Benchmark]:
     return found
 
 
+def chosen_rules(
+    names: Sequence[str], metric: str | None, judge: str | None = None, judge_model: str | None = None
+) -> dict[str, Benchmark]:
+    """The rules that the flags choose for some benchmarks: those of own data, and those that a judge grades.
+
+    Args:
+        names: of the benchmarks.
+        metric, judge, judge_model: as of the flags.
+
+    Returns:
+        By name; benchmarks that are not in it keep the rule of their authors, own data exact match.
+
+    Raises:
+        EvaluationError: a flag has mistakes, a benchmark needs a judge, or nothing is there to be judged.
+    """
+    grader = parse_judge(judge, judge_model)
+    rules = parse_metrics(metric, [name for name in names if is_own(name)])
+    published = {name: BENCHMARKS[name] for name in names if name in BENCHMARKS and not is_own(name)}
+    return judged_by(grader, rules | {name: one for name, one in published.items() if one.grading is not None})
+
+
+def judged_by(grader: Judge | None, rules: Mapping[str, Benchmark]) -> dict[str, Benchmark]:
+    """Let a judge grade those benchmarks that need one.
+
+    Raises:
+        EvaluationError: one needs a judge and there is none, or there is one and none needs it.
+    """
+    judged = [name for name, benchmark in rules.items() if benchmark.grading is not None]
+    if judged and grader is None:
+        raise EvaluationError(f"{', '.join(judged)}: answers are graded by a judge, and there is none", HOW_TO_JUDGE)
+    if grader is not None and not judged:
+        raise EvaluationError(
+            "--judge: nothing here is judged", "pass --metric judge for your own data, or leave it out"
+        )
+    return {name: _graded(grader, rule) if name in judged and grader else rule for name, rule in rules.items()}
+
+
+def _graded(grader: Judge, rules: Benchmark) -> Benchmark:
+    prompt_of = rules.grading
+    assert prompt_of is not None
+    together = Together(lambda rows, verdicts: judged_scores(grader, prompt_of, rows, verdicts))
+    return replace(rules, together=together, source=grader.fingerprint(inspect.getsource(grading)))
+
+
 def rule_of(rule: str, name: str | None = None) -> Benchmark:
     """The rules of own data.
 
@@ -206,6 +255,8 @@ def rule_of(rule: str, name: str | None = None) -> Benchmark:
         corpus = {"corpus_bleu4": corpus_bleu} if rule == "bleu4" else {}
         together = Together(partial(caption_scores, rule), corpus)
         return replace(BENCHMARKS["exact_match"], name=name, metric_name=rule, together=together)
+    if rule == JUDGE:
+        return replace(BENCHMARKS["exact_match"], name=name, metric_name=rule, grading=general_grading)
     if rule in RULES:
         return replace(BENCHMARKS[RULES[rule]], name=name, metric_name=rule)
     if not is_function(rule):

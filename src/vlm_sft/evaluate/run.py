@@ -27,7 +27,7 @@ from vlm_sft.evaluate.backends import Backend, VllmBackend, require_vllm
 from vlm_sft.evaluate.evaluator import Evaluator
 from vlm_sft.evaluate.loading import open_backend
 from vlm_sft.evaluate.metrics import Benchmark, Metric
-from vlm_sft.evaluate.own_metrics import parse_metrics, with_metrics
+from vlm_sft.evaluate.own_metrics import chosen_rules, with_metrics
 from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.provenance import PART, identity_of
 from vlm_sft.evaluate.scoring import format_score
@@ -36,7 +36,6 @@ from vlm_sft.evaluate.tasks import (
     benchmark_names,
     fit_prompt,
     load_tasks,
-    own_names,
     parse_token_limits,
     too_short,
     usable_tasks,
@@ -62,6 +61,7 @@ class EvalOptions:
         max_new_tokens: limit of an answer in tokens, a number or `BENCHMARK=NUMBER,…`; None for the benchmarks' own,
             and for own data for that of the adapter, or what its longest answer needs.
         metric: the rule of own data, as of `parse_metrics`; None for exact match.
+        judge, judge_model: who grades the answers where the rule says so, as of `parse_judge`.
         prompt_template, system, min_pixels, max_pixels: instead of what travels with the adapter or the base.
         allow_prompt_mismatch: these may differ from what the adapter was trained with.
         allow_other_base: the base may be another one than the adapter was trained on.
@@ -84,6 +84,8 @@ class EvalOptions:
     split: str | None = None
     max_new_tokens: str | None = None
     metric: str | None = None
+    judge: str | None = None
+    judge_model: str | None = None
     prompt_template: str | None = None
     system: str | None = None
     min_pixels: int | None = None
@@ -116,7 +118,7 @@ def evaluate(options: EvalOptions, metrics: Mapping[str, Metric] | None = None) 
     """
     quiet_libraries()
     limits = parse_token_limits(options.max_new_tokens, benchmark_names(options.benchmark))
-    rules = parse_metrics(options.metric, own_names(options.benchmark))
+    rules = chosen_rules(benchmark_names(options.benchmark), options.metric, options.judge, options.judge_model)
     launch = read_launch(options.local_rank, None)
     if options.backend == "vllm":
         _check_vllm(launch, options)

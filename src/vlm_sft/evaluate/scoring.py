@@ -20,9 +20,11 @@ from vlm_sft.data.answer_limits import room_for
 from vlm_sft.data.sources.spec import is_own
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.items import require_usable, why_unusable
+from vlm_sft.evaluate.judge import HOW_TO_JUDGE
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, get_benchmark, scored
 
 BAD_LINES_SHOWN = 20
+VERDICTS = ".judge.jsonl"  # behind the name of a file of predictions: the verdicts of a judge on it
 _LINES_A_STEP = 1000  # between two updates of the progress bar
 
 
@@ -39,8 +41,9 @@ def score_item(benchmark: str | Benchmark, row: dict[str, Any]) -> float:
     Raises:
         EvaluationError: the row cannot be scored; the message names its id.
     """
-    if isinstance(benchmark, str) and benchmark in BENCHMARKS and not is_own(benchmark):
-        benchmark = BENCHMARKS[benchmark]
+    published = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) and not is_own(benchmark) else None
+    if published is not None and published.grading is None:
+        benchmark = published
     if isinstance(benchmark, Benchmark):
         require_usable(row, benchmark)
         return benchmark.score(row["prediction"], row["answers"], row)
@@ -53,8 +56,13 @@ def score_item(benchmark: str | Benchmark, row: dict[str, Any]) -> float:
     return float(score)
 
 
-def score_rows(benchmark: Benchmark, rows: Sequence[dict[str, Any]]) -> list[float]:
+def score_rows(benchmark: Benchmark, rows: Sequence[dict[str, Any]], verdicts: Path | None = None) -> list[float]:
     """Score the rows of a predictions file, one by one or together.
+
+    Args:
+        benchmark: whose rule scores them.
+        rows: one that a judge gave no score gets 0, and `unjudged` in the row says so.
+        verdicts: where a judge's verdicts are kept; None keeps none.
 
     Raises:
         EvaluationError: a row cannot be scored; the message names its id.
@@ -62,7 +70,13 @@ def score_rows(benchmark: Benchmark, rows: Sequence[dict[str, Any]]) -> list[flo
     for row in rows:
         require_usable(row, benchmark)
     if benchmark.together is not None:
-        return benchmark.together.scores(rows)
+        scores = benchmark.together.scores(rows, verdicts)
+        for row, score in zip(rows, scores, strict=True):
+            row.pop("unjudged", None)
+            row.update({"unjudged": True} if math.isnan(score) else {})
+        return [0.0 if math.isnan(score) else score for score in scores]
+    if benchmark.grading is not None:
+        raise EvaluationError(f"{benchmark.name} is scored by a judge", HOW_TO_JUDGE)
     return [benchmark.score(row["prediction"], row["answers"], row) for row in rows]
 
 
@@ -106,7 +120,7 @@ class Scoreboard:
         self._splits: dict[str, _Group] = {}
         self._types: dict[str, _Group] = {}
         self._secondary = dict.fromkeys(benchmark.secondary, 0.0)
-        self._cut = 0
+        self._cut = self._unjudged = 0
 
     def add(self, item: dict[str, Any], score: float) -> None:
         """Count a good item (see `why_unusable`) with its score."""
@@ -114,6 +128,7 @@ class Scoreboard:
         image = statistics.cluster_of(item) if self.by_image else None
         self._overall.add(score, image)
         self._cut += item.get("cut") is True
+        self._unjudged += item.get("unjudged") is True
         for groups, key in ((self._splits, item.get("split")), (self._types, item.get("question_type"))):
             if key and isinstance(key, str):
                 groups.setdefault(key, _Group()).add(score, image)
@@ -135,6 +150,7 @@ class Scoreboard:
             **({"metric_sha256": self.benchmark.source} if self.benchmark.source else {}),
             **self._overall.result(),
             "cut": self._cut,
+            **({"unjudged": self._unjudged} if self._unjudged else {}),
             "splits": {name: group.result() for name, group in sorted(self._splits.items())},
             "secondary": {name: total / n for name, total in self._secondary.items()},
             "by_question_type": {name: group.result() for name, group in sorted(self._types.items())},
@@ -301,9 +317,9 @@ def score_file(
     corpus: dict[str, Any] = {}
     with _open_predictions(source) as stream, _per_item_writer(Path(per_item) if per_item else None, source) as out:
         items = _items(stream, board.benchmark, bad)
-        if board.benchmark.together is not None:  # these have to be in memory
+        if board.benchmark.together is not None or board.benchmark.grading is not None:  # these have to be in memory
             listed = list(items)
-            scores = score_rows(board.benchmark, listed) if listed else []
+            scores = score_rows(board.benchmark, listed, source.with_name(source.name + VERDICTS)) if listed else []
             scored_items: Iterable[tuple[dict[str, Any], float]] = zip(listed, scores, strict=True)
             corpus = _corpus(board.benchmark, listed) if listed else {}
         else:
@@ -344,6 +360,8 @@ def format_score(result: dict[str, Any]) -> str:
     lines += [line(f"split {name}", part) for name, part in result["splits"].items()]
     lines += [line(name, part) for name, part in result.get("corpus", {}).items()]
     lines += [f"{name:<24} {result['n']:>9,}   {value:.4f}" for name, value in result["secondary"].items()]
+    if result.get("unjudged"):
+        lines.append(f"{'unjudged, count as wrong':<24} {result['unjudged']:>9,}")
     if result.get("cut"):
         lines.append(f"{'cut by the limit':<24} {result['cut']:>9,}")
         lines.append(why_cut(result["cut"], result["n"], result.get("max_new_tokens"), result.get("answer_tokens")))

@@ -84,11 +84,6 @@ def names_of(specs: Iterable[DatasetSpec]) -> list[str]:
     return [name for spec in specs for name in _parts(spec)]
 
 
-def own_names(text: str) -> list[str]:
-    """The names of the user's own data sets among `text`, as of `benchmark_names`."""
-    return [spec.name for spec in parse_datasets(text) if spec.own]
-
-
 def rules_of(name: str, own: Mapping[str, Benchmark] | None = None) -> Benchmark:
     """The rules of a benchmark.
 
@@ -150,11 +145,12 @@ def _require_scorable(rules: Benchmark, samples: Sequence[Sample]) -> None:
         EvaluationError: it cannot; the first one is named with its place.
     """
     for sample in samples:
-        row = {"id": sample.id, "prediction": "", "answers": list(sample.answers), **facts_of(sample, rules)}
+        row = {"id": sample.id, "question": sample.question, "prediction": "", "answers": list(sample.answers)}
+        row |= facts_of(sample, rules)
         if reason := why_unusable(row, rules):
             what = f"{sample.metadata.get('where', sample.id)}: {reason}"
             raise EvaluationError(f"--metric {rules.metric_name} cannot score {rules.name}: {what}", "mend the record")
-    if rules.source:  # a mistake in the user's function shows on the first reference, not after all answers
+    if rules.own_function:  # a mistake in the user's function shows on the first reference, not after all answers
         first = samples[0]
         row = {"id": first.id, "question": first.question, "split": first.split, "prediction": first.target}
         rules.score(first.target, first.answers, row | {"answers": list(first.answers), **facts_of(first, rules)})
@@ -163,7 +159,7 @@ def _require_scorable(rules: Benchmark, samples: Sequence[Sample]) -> None:
 def facts_of(sample: Sample, rules: Benchmark) -> dict[str, Any]:
     """What a rule needs of a question besides its answers, as predictions hold it; a user's own gets all there is."""
     known = {**sample.metadata.get(RECORD, {}), **sample.metadata}
-    own = sample.metadata.get(RECORD, {}) if rules.source else {}
+    own = sample.metadata.get(RECORD, {}) if rules.own_function else {}
     return own | {key: known[key] for key in rules.needs if known.get(key)}
 
 

@@ -10,8 +10,8 @@ from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.evaluate.guard import Guard, parse_guards
 from vlm_sft.evaluate.metrics import Benchmark
-from vlm_sft.evaluate.own_metrics import parse_metrics
-from vlm_sft.evaluate.tasks import Task, dataset_text, load_tasks, names_of, own_names, rules_of
+from vlm_sft.evaluate.own_metrics import chosen_rules
+from vlm_sft.evaluate.tasks import Task, benchmark_names, dataset_text, load_tasks, names_of, rules_of
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.recipe.metric_names import LOSS, is_loss, loss_set
 from vlm_sft.recipe.schema import Recipe
@@ -41,7 +41,7 @@ class ValidationPlan:
 
 
 def own_rules(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, Benchmark]:
-    """The rules that `--metric` gives to the own data that a run answers.
+    """The rules that `--metric` and `--judge` give to what a run answers.
 
     Raises:
         EvaluationError, DataError: it has mistakes, or names what this run does not answer.
@@ -49,7 +49,8 @@ def own_rules(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, Benc
     texts = [dataset_text(specs), *(guard.source for guard in (parse_guards(options.guard) if options.guard else ()))]
     if options.eval_benchmarks not in (None, NO_BENCHMARKS):
         texts.append(str(options.eval_benchmarks))
-    return parse_metrics(options.metric, [name for text in texts for name in own_names(text)])
+    names = list(dict.fromkeys(name for text in texts for name in benchmark_names(text)))
+    return chosen_rules(names, options.metric, options.judge, options.judge_model)
 
 
 def check_request(recipe: Recipe, specs: list[DatasetSpec], options: TrainOptions) -> list[Guard]:

@@ -16,6 +16,8 @@ EVALUATION_METRICS = (
     "ocrvqa_accuracy",
     "chartqapro_relaxed_accuracy",
     "ai2d_accuracy",
+    "charxiv_judged",
+    "chartmuseum_judged",
     "realworldqa_accuracy",
     "ocrbench_accuracy",
     "mmmu_accuracy",
@@ -33,6 +35,7 @@ EVALUATION_METRICS = (
     "cider",
     "bleu4",
     "rouge_l",
+    "judge",
 )
 
 

@@ -95,7 +95,9 @@ class RowBytes:
             return bytes(image["bytes"])
         if not image["path"] or self.folder is None:
             raise FileNotFoundError("the row has no image")
-        return (self.folder / image["path"]).read_bytes()
+        # A table may stand in data/ beside the folder that its paths begin with.
+        near = self.folder / image["path"]
+        return (near if near.is_file() else self.folder.parent / image["path"]).read_bytes()
 
 
 def load_table(source: TableSource, spec: DatasetSpec, split: str) -> LoadedSplit:

@@ -102,6 +102,34 @@ def _ocrvqa(row: _Row, images: tuple[ImageRef, ...], sample_id: str) -> list[Sam
     return samples
 
 
+CHARXIV_KINDS = {1: "text in chart", 2: "text in general", 3: "number in chart", 4: "number in general"}
+_CHARXIV_FORMS = {
+    1: "Answer with text that is written in the chart; separate several terms with commas.",
+    2: "Answer with one of the options if the question has some, else with a short phrase.",
+    3: "Answer with a number that is written in the chart.",
+}
+
+
+def _charxiv(row: _Row, image: ImageRef, sample_id: str) -> Sample:
+    """A reasoning question of CharXiv, with the form of its answer behind it, in words of ours."""
+    (answer,) = _answers(row, "reasoning_a")
+    kind = row["reasoning_a_type"]
+    if kind not in CHARXIV_KINDS:
+        raise RowProblem("unknown kind of answer", f"reasoning_a_type is {quoted(kind)}, not 1 to 4")
+    places = len(answer.partition(".")[2])
+    number = f"Answer with a number with {places} decimal places." if places else "Answer with a whole number."
+    question = f"{clean_text(row['reasoning_q'], 'question')}\n{_CHARXIV_FORMS.get(kind, number)}"
+    metadata = {"question_type": CHARXIV_KINDS[kind]}
+    return Sample(sample_id, "charxiv", "", (image,), question, answer, (answer,), metadata=metadata)
+
+
+def _chartmuseum(row: _Row, image: ImageRef, sample_id: str) -> Sample:
+    """A row of ChartMuseum; it is reported by kind of reasoning."""
+    sample = _plain("chartmuseum", row, image, sample_id)
+    sample.metadata["question_type"] = str(row["reasoning_type"])
+    return sample
+
+
 def _source(
     name: str,
     title: str,
@@ -111,8 +139,8 @@ def _source(
     to_samples: ToSamples,
     config: str | None = None,
 ) -> TableSource:
-    """A table; `splits` gives for each split of ours its name on the Hub, which local files have, too."""
-    roles = {official: ours for ours, official in splits.items()}
+    """A table; `splits` gives for each split of ours its name on the Hub."""
+    roles = {ours: ours for ours in splits}
     return TableSource(name, title, (hub_id,), splits, roles, tuple(columns), HOLD_OUT, to_samples, config)
 
 
@@ -174,6 +202,22 @@ SOURCES = {
             _ocrvqa,
         ),
         mmmu.SOURCE,
+        _source(
+            "charxiv",
+            "CharXiv",
+            "princeton-nlp/CharXiv",
+            {"validation": "validation"},
+            ("reasoning_q", "reasoning_a", "reasoning_a_type"),
+            one_question(_charxiv),
+        ),
+        _source(
+            "chartmuseum",
+            "ChartMuseum",
+            "lytang/ChartMuseum",
+            {"validation": "dev", "test": "test"},
+            ("question", "answer", "reasoning_type"),
+            one_question(_chartmuseum),
+        ),
     )
 }
 

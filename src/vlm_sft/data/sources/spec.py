@@ -17,7 +17,18 @@ from vlm_sft.common.errors import DataError, nearest, quoted
 from vlm_sft.data.sources.foreign import TABLES, refuse_foreign
 from vlm_sft.data.sources.splits import folder_files
 
-PUBLISHED = ("docvqa", "infographicvqa", "chartqapro", "ai2d", "realworldqa", "ocrbench", "ocrvqa", "mmmu")
+PUBLISHED = (
+    "docvqa",
+    "infographicvqa",
+    "chartqapro",
+    "ai2d",
+    "realworldqa",
+    "ocrbench",
+    "ocrvqa",
+    "mmmu",
+    "charxiv",
+    "chartmuseum",
+)
 KNOWN = ("chartqa", "textvqa", *PUBLISHED, "easy_vqa", "demo_charts", "demo_text", "demo")
 TABLE_SETS = ("chartqa", "textvqa", *PUBLISHED)  # those that also read parquet files given as NAME@PATH
 HUB_NAMES = {
@@ -30,6 +41,8 @@ HUB_NAMES = {
     "echo840/ocrbench": "ocrbench",
     "howard-hou/ocr-vqa": "ocrvqa",
     "mmmu/mmmu": "mmmu",
+    "princeton-nlp/charxiv": "charxiv",
+    "lytang/chartmuseum": "chartmuseum",
     "easy-vqa": "easy_vqa",
     "demo-charts": "demo_charts",
     "demo-text": "demo_text",
