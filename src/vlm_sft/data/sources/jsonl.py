@@ -14,7 +14,7 @@ from typing import Any
 from vlm_sft.common.artifacts import parse_json, writable
 from vlm_sft.common.errors import DataError
 from vlm_sft.data.images import check_image
-from vlm_sft.data.sample import NOTE, OUTSIDE, UNREADABLE, ImageRef, LeftOut, Sample
+from vlm_sft.data.sample import OUTSIDE, UNREADABLE, ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.foreign import refuse_compressed
 from vlm_sft.data.sources.locate import StoredImage, lies_outside, locate_image
 from vlm_sft.data.sources.records import Question, questions_of, require_image
@@ -258,7 +258,7 @@ def _samples(
             left.append(left_out(line.id, line.where, problem))
             continue
         part = "" if line.part.lower() in SPLIT_WORDS else line.part
-        metadata: dict[str, Any] = {"where": line.where} | ({NOTE: question.note} if question.note else {})
+        metadata: dict[str, Any] = {"where": line.where}
         if outside and (away := [ref.source for ref in refs if ref.source in outside]):
             metadata[OUTSIDE] = away
         samples.append(
@@ -274,6 +274,7 @@ def _samples(
                 question.system,
                 metadata,
                 question.weight,
+                question.places,
             )
         )
     return samples, left
