@@ -6,7 +6,7 @@ Formats: `messages` (+ `images`), LLaVA/ShareGPT `conversations`, `prompt` + `co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from vlm_sft.data.sample import Place, Turn
 from vlm_sft.data.sources.locate import RENAMING, keys_of, likely_images, no_image
 from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem, clean_text, loss_weight, most_common, reference_answers
-from vlm_sft.data.sources.turns import LISTED, Message, plain_question, refuse_more_marks, text_message
+from vlm_sft.data.sources.turns import LISTED, Message, plain_question, refuse_more_marks, text_message, unusual
 
 IMAGE_PARTS = ("image", "image_url")
 ROLES = {
@@ -138,32 +138,16 @@ def _plain(record: dict[str, Any]) -> Question:
             f"{keys_of(record)}; {RENAMING.format('answer=KEY')}",
         )
     images = _image_list(record)
-    message = plain_question(clean_text(record["question"], "question"), len(images))
-    clean_text(message.text, "question")
+    history = _history(record)
+    question, places = plain_question(clean_text(record["question"], "question"), len(images), history)
+    clean_text(question, "question")
     listed = record.get("answers")
     if listed is None:
         listed = record.get("answer")
     answers = reference_answers(listed)
     target = clean_text(record["answer"], "answer") if isinstance(record.get("answer"), (str, int, float)) else ""
     system = clean_text(record["system"], "system text") if record.get("system") else ""
-    history = _history(record)
-    first = next((number for number, turn in enumerate(history) if turn.role == "user"), len(history))
-    before = [Place(first, 0)] * (len(images) - message.marks)
-    places = [*before, *(Place(len(history), at) for at in message.at)]
-    return Question(
-        tuple(images),
-        message.text,
-        target or most_common(answers),
-        answers,
-        history,
-        system,
-        places=_unusual(places, first),
-    )
-
-
-def _unusual(places: Sequence[Place], first: int) -> tuple[Place, ...]:
-    """Places as in `Sample`: none where every image stands before the words of the first user's turn."""
-    return () if all(place == (first, 0) for place in places) else tuple(places)
+    return Question(tuple(images), question, target or most_common(answers), answers, history, system, places=places)
 
 
 def _history(record: dict[str, Any]) -> tuple[Turn, ...]:
@@ -306,5 +290,5 @@ def _turn(
         _refuse_image(answer, "an answer")
     except RowProblem as found:
         problem = found
-    images, places = [image for image, _ in shown], _unusual([place for _, place in shown], 0)
+    images, places = [image for image, _ in shown], unusual([place for _, place in shown], 0)
     return Question(tuple(images), question, target, (target,), history, system, number, problem, places=places)

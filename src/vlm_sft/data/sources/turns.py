@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_sft.data.sample import IMAGE_MARK
+from vlm_sft.data.sample import IMAGE_MARK, Place, Turn
 from vlm_sft.data.sources.rows import RowProblem
 
 LISTED = object()  # an image of a turn: the next one of the record's own list
@@ -88,22 +89,31 @@ def text_message(role: str, text: str, marked: bool = True) -> Message:
     return message.ended()
 
 
-def plain_question(text: str, images: int) -> Message:
-    """The question of a plain record.
+def plain_question(text: str, images: int, history: Sequence[Turn] = ()) -> tuple[str, tuple[Place, ...]]:
+    """The question of a plain record, without marks, and where its images stand, as in `Sample.places`.
 
     Beside one image, `<image>` between words is a word like any other; before all words, or alone in a line, it is a
-    mark. Beside several images each one is a mark.
+    mark. Beside several images each one is a mark. Images without a mark stand before all words.
 
     Args:
         text: as written.
         images: how many images the record has.
+        history: the turns before the question.
 
     Raises:
-        RowProblem: `<image>` stands there more often.
+        RowProblem: `<image>` stands there more often than there are images.
     """
     refuse_more_marks(text.count(IMAGE_MARK), images)
     is_mark = images != 1 or _LEADING_MARK.match(text) or _LONE_MARK.search(text)
-    return text_message("user", text, marked=bool(is_mark))
+    message = text_message("user", text, marked=bool(is_mark))
+    first = next((number for number, turn in enumerate(history) if turn.role == "user"), len(history))
+    before = [Place(first, 0)] * (images - message.marks)
+    return message.text, unusual([*before, *(Place(len(history), at) for at in message.at)], first)
+
+
+def unusual(places: Sequence[Place], first: int) -> tuple[Place, ...]:
+    """Places as in `Sample`: none where every image stands before the words of the first user's turn."""
+    return () if all(place == (first, 0) for place in places) else tuple(places)
 
 
 def refuse_more_marks(marks: int, images: int) -> None:
