@@ -206,9 +206,9 @@ def test_multiple_choice_of_own_records_finds_its_options(place: tuple[Path, str
     folder, _ = place
     row = {"image": "0.png", "question": "Which?\nA. red\nB. blue", "answer": "B", "options": ["red", "blue"]}
     Path("quiz.jsonl").write_text(json.dumps(row | {"split": "test"}) + "\n")
-    (task,), _ = load_tasks("quiz.jsonl", None, own_rules=parse_metrics("multiple_choice", ["quiz"]))
+    (task,), _ = load_tasks(parse_datasets("quiz.jsonl"), None, own_rules=parse_metrics("multiple_choice", ["quiz"]))
     sample = task.samples[0]
     assert task.benchmark.score("blue", sample.answers, sample.metadata["record"]) == 1.0
     Path("quiz.jsonl").write_text(json.dumps(row | {"split": "test", "options": "red, blue"}) + "\n")
     with pytest.raises(EvaluationError, match="quiz.jsonl line 1: 'options' is text, not a list of texts"):
-        load_tasks("quiz.jsonl", None, own_rules=parse_metrics("multiple_choice", ["quiz"]))
+        load_tasks(parse_datasets("quiz.jsonl"), None, own_rules=parse_metrics("multiple_choice", ["quiz"]))

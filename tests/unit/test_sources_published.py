@@ -12,7 +12,7 @@ import pytest
 
 from tests.pictures import png
 from vlm_sft.common.errors import DataError, EvaluationError
-from vlm_sft.data.sample import Turn
+from vlm_sft.data.sample import Place, Turn
 from vlm_sft.data.sources.published import LETTER, SOURCES
 from vlm_sft.data.sources.registry import LOADERS, load_split
 from vlm_sft.data.sources.spec import KNOWN, PUBLISHED, TABLE_SETS, parse_datasets
@@ -77,7 +77,7 @@ def test_chartqapro(tmp_path: Path) -> None:
     }
     single = row | {"Question": ["Sum?"], "Answer": ["[A, B]"], "Year": ["NO"], "Question Type": "Factoid"}
     folder = table(tmp_path / "pro", "test", [row, single | {"Paragraph": ""}, row | {"Answer": ["7"]}], binary=True)
-    (task,), left = load_tasks(f"chartqapro@{folder}", None)
+    (task,), left = load_tasks(parse_datasets(f"chartqapro@{folder}"), None)
     first, second = task.samples
     assert (
         first.question == "About a chart.\nAnd then?" and first.answers == ("1994",) and first.split == "Conversational"
@@ -91,7 +91,7 @@ def test_chartqapro(tmp_path: Path) -> None:
 def test_ai2d_asks_for_the_letter(tmp_path: Path) -> None:
     row = {"question": "What eats grass?", "options": ["a fox", "a hare"], "answer": "1"}
     folder = table(tmp_path / "ai2d", "test", [row, row | {"answer": "2"}])
-    (task,), left = load_tasks(f"ai2d@{folder}", None)
+    (task,), left = load_tasks(parse_datasets(f"ai2d@{folder}"), None)
     (sample,) = task.samples
     assert sample.question == f"What eats grass?\nA. a fox\nB. a hare\n{LETTER}" and sample.target == "B"
     scores = [task.benchmark.score(text, sample.answers, sample.metadata) for text in ("B", "a hare", "a fox", "A")]
@@ -100,11 +100,11 @@ def test_ai2d_asks_for_the_letter(tmp_path: Path) -> None:
 
 def test_realworldqa_and_ocrbench(tmp_path: Path) -> None:
     folder = table(tmp_path / "real", "test", [{"question": "Left?\nA. Yes\nB. No", "answer": "B"}])
-    (task,), _ = load_tasks(f"realworldqa@{folder}", None)
+    (task,), _ = load_tasks(parse_datasets(f"realworldqa@{folder}"), None)
     assert task.benchmark.score("B.", task.samples[0].answers, task.samples[0].metadata) == 1.0
     row = {"dataset": "HME100k", "question": "Formula?", "question_type": "Formula", "answer": ["x^2"]}
     folder = table(tmp_path / "ocr", "test", [row])
-    (task,), _ = load_tasks(f"ocrbench@{folder}", None)
+    (task,), _ = load_tasks(parse_datasets(f"ocrbench@{folder}"), None)
     (sample,) = task.samples
     assert task.benchmark.score("it is x ^ 2", sample.answers, sample.metadata) == 1.0
     assert sample.metadata["question_type"] == "Formula"
@@ -113,7 +113,7 @@ def test_realworldqa_and_ocrbench(tmp_path: Path) -> None:
 def test_ocrvqa_asks_every_question_of_a_cover(tmp_path: Path) -> None:
     row = {"questions": ["Who wrote it?", " ", "Genre?"], "answers": ["Ann Lee", "x", "Art"]}
     folder = table(tmp_path / "ocrvqa", "test", [row, row | {"answers": ["one"]}])
-    (task,), left = load_tasks(f"ocrvqa@{folder}", None)
+    (task,), left = load_tasks(parse_datasets(f"ocrvqa@{folder}"), None)
     first, second = task.samples
     assert (first.id, first.question, first.answers) == ("ocrvqa/test/000000/0", "Who wrote it?", ("Ann Lee",))
     assert second.id == "ocrvqa/test/000000/2" and first.image_key == second.image_key
@@ -133,7 +133,7 @@ def mmmu_row(number: int, **more: Any) -> dict[str, Any]:
 
 def test_mmmu(tmp_path: Path) -> None:
     rows = [
-        mmmu_row(1, options="['<image 2>', \"it's blue\", 'red']", answer="B"),
+        mmmu_row(1, options="['<image 2>', \"it's blue, unlike <image 1>\", 'red']", answer="B"),
         mmmu_row(2, question="How much in <image 2>?", answer="['3.5', '7/2']", question_type="open"),
         mmmu_row(3, question="<image 5>?", options="['a', 'b']"),
         mmmu_row(4, options="['a', 'b']", answer="C"),
@@ -142,12 +142,13 @@ def test_mmmu(tmp_path: Path) -> None:
         columns = {name: [row[name] for row in some] for name in rows[0]}
         columns |= {f"image_{one}": pa.nulls(len(some), IMAGE) for one in range(3, 8)}
         encoded_table(tmp_path / "mmmu" / subject / f"{split}-00000-of-00001.parquet", columns)
-    (task,), left = load_tasks(f"mmmu@{tmp_path / 'mmmu'}", None)
+    (task,), left = load_tasks(parse_datasets(f"mmmu@{tmp_path / 'mmmu'}"), None)
     choice, opened = task.samples
-    assert choice.question == f"See <image 1>. Which?\nA. <image 2>\nB. it's blue\nC. red\n{LETTER}"
+    assert choice.question == f"See . Which?\nA. \nB. it's blue, unlike <image 1>\nC. red\n{LETTER}"
+    assert choice.places == (Place(0, 4), Place(0, 16)) and choice.images[0].load() == png((1, 1, 1))
     assert (choice.target, choice.split, len(choice.images)) == ("B", "Art and Design", 2)
-    assert choice.metadata["options"][1] == "it's blue"
-    replies = ("B", "I would choose (B)", "the answer to this question is clearly it's blue", "no idea", "A")
+    assert choice.metadata["options"][1] == "it's blue, unlike <image 1>"
+    replies = ("B", "I would choose (B)", "the answer is clearly it's blue, unlike <image 1>", "no idea", "A")
     assert [task.benchmark.score(text, choice.answers, choice.metadata) for text in replies] == [1, 1, 1, 0, 0]
     assert opened.answers == ("3.5", "7/2") and len(opened.images) == 1 and opened.metadata["question_type"] == "open"
     replies = ("It is 3.50.", "so x = 7/2", "4")
@@ -160,7 +161,7 @@ def test_mmmu(tmp_path: Path) -> None:
 
 def test_mmmu_is_not_streamed() -> None:
     with pytest.raises(DataError, match="mmmu@stream: it has 30 parts"):
-        load_tasks("mmmu@stream", 5)
+        load_tasks(parse_datasets("mmmu@stream"), 5)
 
 
 def test_charxiv_says_what_form_its_answer_has(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.api.keywords import columns_text
 from vlm_sft.api.models import model_of
 from vlm_sft.api.process_state import restored
 from vlm_sft.api.rows import dataset_argument
@@ -76,6 +77,7 @@ def evaluate_model(
         base = whole or (base_of_adapter(place, base_model) if place is not None else base_model)
         asked = dataset_argument(benchmark, folder / artifacts.ROWS_FOLDER)
         rule = None if metric is None else metric_text(metric)
+        keywords |= columns_text(keywords)
         options = EvalOptions(str(base), asked, folder, place, metric=rule, caches=caches, **keywords)
         return Scores(evaluate(options, named(metrics)))
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from vlm_sft.common.errors import DataError, RecipeError
 from vlm_sft.data.sample import LeftOut, Sample
-from vlm_sft.data.sources.spec import DatasetSpec
+from vlm_sft.data.sources.spec import DatasetSpec, parse_beside
 from vlm_sft.evaluate.guard import Guard, parse_guards
 from vlm_sft.evaluate.metrics import Benchmark
 from vlm_sft.evaluate.own_metrics import chosen_rules
-from vlm_sft.evaluate.tasks import Task, benchmark_names, dataset_text, load_tasks, names_of, rules_of
+from vlm_sft.evaluate.tasks import Task, dataset_text, load_tasks, names_of, rules_of
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.recipe.metric_names import LOSS, is_loss, loss_set
 from vlm_sft.recipe.schema import Recipe
@@ -40,17 +40,26 @@ class ValidationPlan:
         return [sample for task in self.tasks for sample in task.samples]
 
 
+def answered_names(options: TrainOptions, specs: list[DatasetSpec]) -> list[str]:
+    """The benchmarks that a run answers, at its evaluations or at its end.
+
+    Raises:
+        EvaluationError, DataError: they are written with mistakes.
+    """
+    names = names_of(specs)
+    if options.eval_benchmarks not in (None, NO_BENCHMARKS):
+        names += names_of(parse_beside(str(options.eval_benchmarks), specs))
+    names += [guard.name for guard in parse_guards(options.guard, specs)] if options.guard else []
+    return list(dict.fromkeys(names))
+
+
 def own_rules(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, Benchmark]:
     """The rules that `--metric` and `--judge` give to what a run answers.
 
     Raises:
         EvaluationError, DataError: it has mistakes, or names what this run does not answer.
     """
-    texts = [dataset_text(specs), *(guard.source for guard in (parse_guards(options.guard) if options.guard else ()))]
-    if options.eval_benchmarks not in (None, NO_BENCHMARKS):
-        texts.append(str(options.eval_benchmarks))
-    names = list(dict.fromkeys(name for text in texts for name in benchmark_names(text)))
-    return chosen_rules(names, options.metric, options.judge, options.judge_model)
+    return chosen_rules(answered_names(options, specs), options.metric, options.judge, options.judge_model)
 
 
 def check_request(recipe: Recipe, specs: list[DatasetSpec], options: TrainOptions) -> list[Guard]:
@@ -90,7 +99,7 @@ def check_request(recipe: Recipe, specs: list[DatasetSpec], options: TrainOption
             "--guard decides which checkpoint is kept, and load_best_model_at_end is false",
             "pass --load_best_model_at_end true with save_steps equal to eval_steps",
         )
-    return parse_guards(guard) if guard else []
+    return parse_guards(guard, specs) if guard else []
 
 
 def of_metric(metric: str, evaluation: Sequence[Sample]) -> list[Sample]:
@@ -125,10 +134,10 @@ def plan_validation(
     if is_loss(recipe.metric_for_best_model) and not guards and samples is None:
         return None, []
     limit = samples or EVAL_SAMPLES
-    tasks, left_out = load_tasks(dataset_text(specs), limit, "validation", rules)
+    tasks, left_out = load_tasks(specs, limit, "validation", rules)
     have = {task.name for task in tasks}
     for source in dict.fromkeys(guard.source for guard in guards if guard.name not in have):
-        more, broken = load_tasks(source, limit, "validation", rules)
+        more, broken = load_tasks(parse_beside(source, specs), limit, "validation", rules)
         tasks += [task for task in more if task.name not in have]
         left_out += broken
     return ValidationPlan(tasks, guards, recipe.metric_for_best_model), left_out

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_sft.common.errors import quoted
-from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.data.sample import ImageRef, Place, Sample
 from vlm_sft.data.sources.hub import TableSource
 from vlm_sft.data.sources.rows import RowProblem, clean_text
 
@@ -45,13 +45,26 @@ def _listed(value: Any) -> list[str]:
 
 
 def image_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The columns of the images that a question or its options name; the first one where they name none."""
+    """The columns of the images that a question and its options name, in their order; the first without any."""
     text = "\n".join([str(row["question"]), *_listed(row["options"])])
-    return tuple(f"image_{number}" for number in sorted(set(_MARK.findall(text)))) or ("image_1",)
+    return tuple(f"image_{number}" for number in dict.fromkeys(_MARK.findall(text))) or ("image_1",)
+
+
+def _placed(text: str) -> tuple[str, tuple[Place, ...]]:
+    """A text without the first mark of each image, and where these stood; a mark that comes again stays a word."""
+    kept, end, seen, places = "", 0, set(), []
+    for mark in _MARK.finditer(text):
+        kept, end = kept + text[end : mark.start()], mark.end()
+        if mark[1] in seen:
+            kept += mark[0]
+        else:
+            seen.add(mark[1])
+            places.append(Place(0, len(kept)))
+    return kept + text[end:], tuple(places)
 
 
 def to_samples(row: Mapping[str, Any], images: tuple[ImageRef, ...], sample_id: str) -> list[Sample | RowProblem]:
-    """Turn one row into a sample, reported by discipline; its images come first, and its texts call them `<image 1>`.
+    """Turn one row into a sample, reported by discipline; its images stand where its texts name them.
 
     Raises:
         RowProblem: no question or answer, or a multiple choice without its options or the right letter.
@@ -72,7 +85,12 @@ def to_samples(row: Mapping[str, Any], images: tuple[ImageRef, ...], sample_id: 
     named = _ID.fullmatch(str(row["id"]))
     discipline = SUBJECTS.get(named[1], "") if named else ""
     metadata = {"question_type": kind} | ({"options": options} if kind == MULTIPLE_CHOICE else {})
-    return [Sample(sample_id, "mmmu", discipline, images, question, answers[0], answers, metadata=metadata)]
+    question, places = _placed(question)
+    if places and len(places) != len(images):
+        raise RowProblem("image without a place", f"{len(images)} images are named, {len(places)} in what is asked")
+    return [
+        Sample(sample_id, "mmmu", discipline, images, question, answers[0], answers, metadata=metadata, places=places)
+    ]
 
 
 SOURCE = TableSource(
