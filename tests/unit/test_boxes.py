@@ -15,7 +15,7 @@ from tests.questions import PROMPT, picture
 from vlm_sft.cli.main import main
 from vlm_sft.common.errors import ModelError
 from vlm_sft.data.boxes import in_convention, in_pixels, widest
-from vlm_sft.data.dataset import usable_samples
+from vlm_sft.data.dataset import PreparedData, usable_samples
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.images import check_image
 from vlm_sft.data.sample import Place, Sample, Turn
@@ -55,6 +55,8 @@ def test_thousandths_and_pixels_of_the_resized_image() -> None:
     answer = encoder.encode([found]).questions[0].answer_ids
     assert encoder.tokenizer.decode(answer, skip_special_tokens=True).strip() == found.target
     assert usable_samples(encoder, [found])[0] == [found]
+    ((trained, _, _),) = PreparedData([sample], encoder, "encoding").samples()
+    assert trained == found
 
 
 def test_answers_are_in_pixels_again() -> None:
@@ -129,14 +131,12 @@ def test_a_round_trip_keeps_the_declaration(layout: str, own: Path, tmp_path: Pa
     assert kept == [(one.question, one.target, one.boxes) for one in loaded(own)]
 
 
-def test_a_benchmark_of_boxes_is_scored_in_pixels(
-    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """pocket is of the family qwen2_5_vl: it learns pixels of the resized image; the tables hold those of the file."""
-    run = tmp_path / "run"
-    flags = ["--sft_config", "smoketest", "--output_dir", str(run), "--prepared_cache", "off"]
-    assert main(["train", "--base_model", "pocket", "--dataset", str(own), *flags, "--eval_strategy", "no"]) == 0
-    rows = [json.loads(line) for line in next(run.rglob("tuned/**/predictions.jsonl")).read_text().splitlines()]
+def test_a_benchmark_of_boxes_is_scored_in_pixels(own: Path, tmp_path: Path) -> None:
+    """pocket is of the family qwen2_5_vl: it sees pixels of the resized image, the tables hold those of the file."""
+    folder = tmp_path / "eval"
+    flags = ["--output_dir", str(folder), "--prepared_cache", "off"]
+    assert main(["eval", "--base_model", "pocket", "--benchmark", str(own), *flags]) == 0
+    rows = [json.loads(line) for line in (folder / own.name / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 6
     for number, row in enumerate(rows, start=1):
         (answer,) = row["answers"]
