@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm_sft.common.errors import DataError, bounded
     from vlm_sft.data.images import check_image
     from vlm_sft.data.sample import ImageRef
+    from vlm_sft.data.video import VIDEO, VIDEO_FIX, is_video_name
     from vlm_sft.evaluate.interactive import open_asker
 
     swapped = [place for place, text in enumerate(args.questions) if not args.image.exists() and _is_file(text)]
@@ -66,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         warn(f"{args.image} is taken for the image: the image comes first, then the questions")
     images = []
     for path in (args.image, *args.others):
+        if is_video_name(path.name):
+            raise DataError(f"{bounded(str(path), 200)}: {VIDEO}", VIDEO_FIX)
         try:
             images.append(check_image(ImageRef.from_path(path)))
         except OSError as error:

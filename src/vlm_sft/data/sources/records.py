@@ -13,7 +13,8 @@ from typing import Any
 from vlm_sft.common.errors import quoted
 from vlm_sft.data.boxes import ABSOLUTE
 from vlm_sft.data.sample import Place, Turn
-from vlm_sft.data.sources.locate import RENAMING, keys_of, likely_images, no_image
+from vlm_sft.data.sources.columns import flag_for
+from vlm_sft.data.sources.locate import keys_of, likely_images, no_image
 from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem, clean_text, loss_weight, most_common, reference_answers
 from vlm_sft.data.sources.turns import LISTED, Message, plain_question, refuse_more_marks, text_message, unusual
@@ -122,7 +123,7 @@ def _cut(record: dict[str, Any]) -> list[Question]:
     raise RowProblem(
         "missing key",
         "a record needs messages, conversations, prompt and completion, or image, question "
-        f"and answer; {keys_of(record)}; {RENAMING.format('question=KEY,answer=KEY')}",
+        f"and answer; {keys_of(record)}; name them: {flag_for(('question', 'answer'), record)}",
     )
 
 
@@ -159,7 +160,7 @@ def _plain(record: dict[str, Any]) -> Question:
         raise RowProblem(
             "missing key",
             "the record has a question, but neither answer nor answers; "
-            f"{keys_of(record)}; {RENAMING.format('answer=KEY')}",
+            f"{keys_of(record)}; name it: {flag_for(('answer',), record)}",
         )
     images = _image_list(record)
     history = _history(record)
