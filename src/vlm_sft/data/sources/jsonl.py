@@ -221,7 +221,7 @@ def _read_image(folder: Path, image: Any) -> ImageRef | RowProblem:
         return RowProblem(UNREADABLE, error.what)
 
 
-def _box_size(question: Question, images: Sequence[ImageRef]) -> tuple[int, int] | None:
+def _box_size(question: Question, images: list[ImageRef]) -> tuple[int, int] | None:
     """Width and height in pixels that the boxes of a question are within; None where it declares none.
 
     Raises:
