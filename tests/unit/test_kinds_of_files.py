@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import tarfile
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pictures import png
+from tests.shards import shard
 from tests.wording import line_with
 from vlm_sft.api.rows import dataset_argument
 from vlm_sft.cli.main import main
@@ -179,16 +179,6 @@ def test_a_folder_of_images_with_its_table(kind: str, folder: Path, capsys: Capt
     Path("alone/a.png").write_bytes(png("red"))
     assert main(["data", "check", "alone", "--output_dir", "c"]) == 2
     assert "add metadata.csv" in capsys.readouterr().err
-
-
-def shard(name: str, members: list[tuple[str, bytes]], change: Callable[[TAR], None] = lambda info: None) -> str:
-    with tarfile.open(name, "w") as archive:
-        for member, data in members:
-            info = tarfile.TarInfo(member)
-            info.size = len(data)
-            change(info)
-            archive.addfile(info, io.BytesIO(data) if info.isreg() else None)
-    return name
 
 
 def asked(color: str, **more: Any) -> bytes:
