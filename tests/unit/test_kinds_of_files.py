@@ -28,6 +28,7 @@ from vlm_sft.data.sources.registry import SPLITS, load_split, parse_datasets
 from vlm_sft.data.video import VIDEO
 
 Captured = pytest.CaptureFixture[str]
+PARTS = {"train": slice(4), "validation": slice(4, None)}
 COLORS = ("red", "green", "blue", "black", "white", "gray")
 TAR = tarfile.TarInfo
 
@@ -159,21 +160,33 @@ def test_classes_are_their_names_and_images_in_lists_are_found(folder: Path) -> 
             assert found == {answer: wanted[answer] for answer in asked["answer"][1 : len(images)]}, name
 
 
+def write_table(kind: str, place: str, rows: list[dict[str, str]]) -> None:
+    """The table of a folder of images."""
+    if kind == "jsonl":
+        Path(place, "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "csv":
+        text = "file_name,question,answer\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+        Path(place, "metadata.csv").write_text(text)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), Path(place, "metadata.parquet"))
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_a_folder_of_images_with_its_table(kind: str, folder: Path, capsys: Captured) -> None:
     rows = [{"file_name": f"{color}.png", "question": "Which?", "answer": color} for color in COLORS]
-    for place, part in (("set/train", rows[:4]), ("set/validation", rows[4:])):
+    for place, part in ((f"set/{name}", rows[some]) for name, some in PARTS.items()):
         Path(place).mkdir(parents=True)
         for row in part:
             Path(row["file_name"]).rename(Path(place, row["file_name"]))
-        if kind == "jsonl":
-            Path(place, "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-        elif kind == "csv":
-            text = "file_name,question,answer\n" + "".join(",".join(row.values()) + "\n" for row in part)
-            Path(place, "metadata.csv").write_text(text)
-        else:
-            pq.write_table(pa.Table.from_pylist(part), Path(place, "metadata.parquet"))
+        write_table(kind, place, part)
     assert learned("set") == EXPECTED
+    (spec,) = parse_datasets("set")
+    assert [s.target for s in load_split(spec, "validation").samples] == list(COLORS[4:])
+    both = [row | {"file_name": f"{part}/{row['file_name']}"} for part, some in PARTS.items() for row in rows[some]]
+    write_table(kind, "set", both)  # one table for all
+    for part in PARTS:
+        Path("set", part, f"metadata.{kind}").unlink()
+    assert [s.target for s in load_split(spec, "validation").samples] == list(COLORS[4:])
     assert main(["data", "import", "set", "--output", "out"]) == 0 and learned("out") == EXPECTED
     Path("alone").mkdir()
     Path("alone/a.png").write_bytes(png("red"))

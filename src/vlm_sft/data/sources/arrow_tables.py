@@ -80,7 +80,7 @@ def _column(file: Path, group: int, column: str) -> Any:
     key = (table, group, column)
     if getattr(_opened, "key", None) == key:
         return _opened.value
-    if file.suffix == ARROW:
+    if file.suffix.lower() == ARROW:
         if getattr(_opened, "table", None) != table:
             import pyarrow
 
@@ -111,7 +111,7 @@ def _readable(path: Path) -> Iterator[None]:
     """
     import pyarrow
 
-    kind = "an Arrow file" if path.suffix == ARROW else "parquet"
+    kind = "an Arrow file" if path.suffix.lower() == ARROW else "parquet"
     try:
         yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
@@ -128,7 +128,7 @@ def table_schema(path: Path) -> pyarrow.Schema:
     import pyarrow.parquet
 
     with _readable(path), native_file(path) as stream:
-        schema = _batches(stream).schema if path.suffix == ARROW else pyarrow.parquet.read_schema(stream)
+        schema = _batches(stream).schema if path.suffix.lower() == ARROW else pyarrow.parquet.read_schema(stream)
         names = Counter(schema.names)
     if len(names) < len(schema):
         double = next(name for name, count in names.items() if count > 1)
@@ -196,7 +196,7 @@ def _groups(path: Path, texts: list[str], holding: list[str]) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
-    if path.suffix == ARROW:
+    if path.suffix.lower() == ARROW:
         for batch in _each_batch(_batches(pyarrow.memory_map(os.fsencode(path)))):
             batch.validate(full=True)  # offsets of a damaged file lead out of it
             yield batch
