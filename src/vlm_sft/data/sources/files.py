@@ -111,11 +111,10 @@ def data_files(path: Path, kinds: Sequence[str] = KINDS) -> dict[str, list[Path]
         return _with_siblings(path)
     there = {kind_of(file) for file in folder_files(path)}
     first = next((kind for kind in kinds if kind in there), "")
-    others = sorted(kind for kind in there & {".jsonl", ".parquet", ".tar"} - {first})
+    taken = tuple(kinds) if not first else TABLES if first in TABLES else (first,)
+    others = sorted(there - {"", ".json", *taken})  # JSON beside others is mostly settings
     if first and others:
         _warn_once(path.resolve(), f"{path}: its {first} files are read, those of {', '.join(others)} are not")
-    # A .jsonl beside .json: what is JSON and not lines is mostly settings.
-    taken = tuple(kinds) if not first else TABLES if first in TABLES else (first,)
     return files_by_split(path, taken)
 
 
