@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import progress
 from vlm_sft.common.errors import EvaluationError
+from vlm_sft.data.boxes import in_pixels
+from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.splits import image_groups
 from vlm_sft.distributed.collectives import barrier
 from vlm_sft.evaluate.analysis import analyse
@@ -26,6 +28,9 @@ from vlm_sft.evaluate.pictures import picture_name
 from vlm_sft.evaluate.provenance import PART, claim, mend_parts, part_files, read_rows
 from vlm_sft.evaluate.scoring import score_rows, summarise
 from vlm_sft.evaluate.tasks import Task, facts_of
+
+# Of every line of predictions; what a benchmark needs besides follows them.
+ROW_KEYS = frozenset("id image cluster image_pixels question prediction answers split score cut question_type".split())
 
 
 class EvaluationStopped(Exception):
@@ -148,12 +153,8 @@ class Evaluator:
         missing = [sample.id for sample in task.samples if sample.id not in rows]
         if missing:
             raise EvaluationError(f"{len(missing)} questions have no prediction, e.g. {missing[0]}", "run it again")
-        clusters = image_groups(task.samples)
         # Scored anew: the folder may hold answers that another rule has scored.
-        ordered = [
-            prediction_row(task.benchmark, Reply(sample, row["prediction"], row.get("cut", False)), cluster)
-            for sample, cluster, row in zip(task.samples, clusters, (rows[one.id] for one in task.samples), strict=True)
-        ]
+        ordered = [_with_facts(rows[sample.id], sample, task.benchmark) for sample in task.samples]
         scores = score_rows(task.benchmark, ordered, folder / artifacts.JUDGE)
         ordered = [row | {"score": score} for row, score in zip(ordered, scores, strict=True)]
         artifacts.write_jsonl(folder / artifacts.PREDICTIONS, ordered)
@@ -187,19 +188,26 @@ def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str
         cluster: the questions that it hangs together with through its images; told where there is not just one.
     """
     sample, text, cut = reply
+    prediction, answers = in_pixels(sample, text), [in_pixels(sample, answer) for answer in sample.answers]
     row = {
         "id": sample.id,
         "image": picture_name(sample),
         **({"cluster": cluster} if len(sample.images) != 1 else {}),
         "image_pixels": sum(image.width * image.height for image in sample.images),
-        "question": sample.shown_question,
-        "prediction": text,
-        "answers": list(sample.answers),
+        "question": in_pixels(sample, sample.shown_question),
+        "prediction": prediction,
+        "answers": answers,
         "split": sample.split,
         "score": None,
         "cut": cut,
         "question_type": str(sample.metadata.get("question_type", "")),
     }
+    return _with_facts(row, sample, benchmark)
+
+
+def _with_facts(row: dict[str, Any], sample: Sample, benchmark: Benchmark) -> dict[str, Any]:
+    """A row of predictions with what its benchmark needs of the question, and nothing that another one needed."""
+    row = {key: value for key, value in row.items() if key in ROW_KEYS}
     facts = facts_of(sample, benchmark)
     return row | {key: value for key, value in facts.items() if key not in row or key in benchmark.needs}
 
