@@ -16,8 +16,8 @@ from vlm_sft.forecast.estimate import Estimate
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.search.judgement import Measured, judge, paired_by_seed
 from vlm_sft.search.median import too_poor
-from vlm_sft.search.options import SweepOptions, SweepSetting, duration_seconds, grid_values, read_grid, settings_of
 from vlm_sft.search.outlook import Outlook, within_budget
+from vlm_sft.search.request import SweepOptions, SweepSetting, duration_seconds, grid_values, read_grid, settings_of
 
 METRIC = "demo_charts_relaxed_accuracy"
 

@@ -11,14 +11,14 @@ from vlm_sft.common.options import add_options, read_options
 from vlm_sft.recipe.load import add_recipe_arguments
 
 if TYPE_CHECKING:
-    from vlm_sft.search.options import SweepOptions
+    from vlm_sft.search.request import SweepOptions
 
 HELP = "train settings of a recipe side by side on your data, forecast first, and say which one to take"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this verb; those of training say what all trials share."""
-    from vlm_sft.search.options import SweepOptions
+    from vlm_sft.search.request import SweepOptions
 
     parser.add_argument(
         "--output_dir",
@@ -55,7 +55,7 @@ def sweep_options(args: argparse.Namespace) -> SweepOptions:
         RunError: a flag that the sweep decides for its trials, or values that cannot be varied.
     """
     from vlm_sft.cli.parser import refuse_idle
-    from vlm_sft.search.options import DECIDED, SweepOptions, grid_values, read_grid
+    from vlm_sft.search.request import DECIDED, SweepOptions, grid_values, read_grid
 
     refuse_idle(args, DECIDED, "here", "leave it out: the sweep decides it for its trials; --metric names the metric")
     grid = {key: grid_values(text) for key, text in read_grid(args.grid, "grid").items()}
@@ -64,6 +64,6 @@ def sweep_options(args: argparse.Namespace) -> SweepOptions:
 
 def run(args: argparse.Namespace) -> int:
     """Sweep; 1 when a trial failed and the others were compared."""
-    from vlm_sft.search.run import sweep
+    from vlm_sft.search.sweep import sweep
 
     return int(bool(sweep(sweep_options(args)).values.get("failed")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -209,7 +209,7 @@ def _by_questions(ordered: Sequence[Measured], answers: Sequence[_Answers]) -> l
                 "p_holm": entry["p_holm"],
                 "verdict": verdict,
             }
-        found.append(Standing(**(standing.__dict__ | fields)))
+        found.append(replace(standing, **fields))
     return found
 
 
@@ -222,8 +222,13 @@ def _by_seeds(ordered: Sequence[Measured]) -> list[Standing]:
         verdict = TOO_FEW if len(one.values) < 2 else WORSE if corrected < LEVEL else NO_DIFFERENCE
         standing = _standing(one, _over_seeds(one.values))
         interval = (low, high) if math.isfinite(low) else None
-        more = {"difference": difference, "difference_interval": interval, "p_value": p, "p_holm": corrected}
-        found.append(Standing(**(standing.__dict__ | more | {"verdict": verdict})))
+        more: dict[str, Any] = {
+            "difference": difference,
+            "difference_interval": interval,
+            "p_value": p,
+            "p_holm": corrected,
+        }
+        found.append(replace(standing, **more, verdict=verdict))
     return found
 
 
@@ -259,7 +264,12 @@ def _expected(ordered: Sequence[Measured], answers: Sequence[_Answers], greater:
         found = score_of_chosen([answer.steps for answer in answers], clusters)
         if found is None:
             return None
-        return {**found._asdict(), "method": "bootstrap of the choice over images"}
+        return {
+            "value": found.value,
+            "low": found.low,
+            "high": found.high,
+            "method": "bootstrap of the choice over images",
+        }
     if len(ordered[0].values) < 2:
         return None
     held_out = [_held_out(ordered, seed, greater) for seed in range(len(ordered[0].values))]

@@ -9,7 +9,7 @@ from typing import Any
 from vlm_sft.common.errors import RunError, quoted
 from vlm_sft.planning.options import TrainOptions, flag_text
 from vlm_sft.recipe.schema import KEYS
-from vlm_sft.search.options import SweepOptions, SweepSetting, checked_setting
+from vlm_sft.search.request import SweepOptions, SweepSetting, checked_setting
 
 JOURNAL = "optuna.log"
 

@@ -17,7 +17,7 @@ from vlm_sft.planning.forecast_inputs import free_space
 from vlm_sft.planning.options import PlanOptions, TrainOptions
 from vlm_sft.planning.plan_report import PlannedRun
 from vlm_sft.planning.run_forecast import refuse_or_warn
-from vlm_sft.search.options import SweepSetting
+from vlm_sft.search.request import SweepSetting
 
 SHARED_TIME = (DATA, FEATURES)  # what the first trial on some data does for all of them
 SHARED_DISK = (CACHED_IMAGES, FEATURES)

@@ -9,7 +9,7 @@ from typing import Any
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import RunError
 from vlm_sft.common.record import command_line, now
-from vlm_sft.search.options import SweepSetting
+from vlm_sft.search.request import SweepSetting
 from vlm_sft.search.trials import FAILED, PRUNED, WAITING, SweepTrial
 
 SCHEMA = 1

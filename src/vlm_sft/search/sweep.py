@@ -25,10 +25,10 @@ from vlm_sft.recipe.schema import Recipe
 from vlm_sft.report.markdown import table
 from vlm_sft.search.judgement import Judgement, Measured, judge
 from vlm_sft.search.median import too_poor
-from vlm_sft.search.options import DATASET, MEDIAN, OPTUNA, SweepOptions, SweepSetting, settings_of
 from vlm_sft.search.optuna_search import OptunaSearch, corners
 from vlm_sft.search.outlook import Forecaster, Outlook, check_disk, forecast_facts, outlook_cells, within_budget
 from vlm_sft.search.page import standing_cells, write_page
+from vlm_sft.search.request import DATASET, MEDIAN, OPTUNA, SweepOptions, SweepSetting, settings_of
 from vlm_sft.search.state import SweepState
 from vlm_sft.search.trials import FAILED, FINISHED, PRUNED, WAITING, Curve, SweepTrial, read_curve, run_trial, settle
 from vlm_sft.train.run_folder import RunLock
