@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +211,15 @@ def _metric_of(rules: Benchmark | None, predictions: Path) -> tuple[str, str]:
     return str(results.get("metric", "score")), str(results.get("metric_sha256", ""))
 
 
+def _metric_among(
+    scored_by: Mapping[str, Mapping[str, tuple[str, str]]] | None, run: str, benchmark: str
+) -> tuple[str, str]:
+    """The metric of a run's scores, as of `_metric_of`; by the benchmark alone where `scored_by` is None."""
+    if scored_by is not None:
+        return scored_by[run][benchmark]
+    return (BENCHMARKS[benchmark].metric_name if benchmark in BENCHMARKS else "score"), ""
+
+
 def _why_other_metric(first: tuple[str, str], second: tuple[str, str]) -> str:
     """Say why the recorded scores of two runs cannot be compared; "" where they can."""
     if first == second or "score" in (first[0], second[0]):
@@ -281,23 +290,46 @@ def compare_runs(
         RunError: a file is damaged.
     """
     first, others = _choose_baseline([Path(run) for run in runs], Path(baseline) if baseline is not None else None)
-    base_files = locate_predictions(first)
-    rules = _rules_of(base_files, metric)
-    base_rows = {name: load_scored(rules.get(name, name), path) for name, path in base_files.items()}
+    files = {str(run): locate_predictions(run) for run in (first, *others)}
+    rules = _rules_of(files[str(first)], metric)
+    loaded = {
+        run: {name: load_scored(rules.get(name, name), path) for name, path in found.items()}
+        for run, found in files.items()
+    }
+    scored_by = {
+        run: {name: _metric_of(rules.get(name), path) for name, path in found.items()} for run, found in files.items()
+    }
+    return compare_loaded(loaded, str(first), scored_by)
+
+
+def compare_loaded(
+    runs: Mapping[str, Mapping[str, Rows]],
+    first: str,
+    scored_by: Mapping[str, Mapping[str, tuple[str, str]]] | None = None,
+) -> dict[str, Any]:
+    """Compare scored answers with those of a baseline; `compare_runs` without its reading.
+
+    Args:
+        runs: by name of the run: for each benchmark its rows by id, as `load_scored` returns them.
+        first: the baseline's name.
+        scored_by: in the same order the metric and the fingerprint of its source; None where all are scored alike.
+
+    Raises:
+        EvaluationError: as of `compare_runs`.
+    """
+    base_rows = runs[first]
     comparisons, not_compared, mistakes = [], [], []
-    for run in others:
-        files = locate_predictions(run)
-        for name in sorted(base_files.keys() | files.keys()):
-            if name not in files or name not in base_files:
-                not_compared.append({"benchmark": name, "missing_in": str(first if name in files else run)})
+    for run, found in runs.items():
+        for name in sorted(base_rows.keys() | found.keys()) if run != first else ():
+            if name not in found or name not in base_rows:
+                not_compared.append({"benchmark": name, "missing_in": first if name in found else run})
                 continue
-            rows = load_scored(rules.get(name, name), files[name])
-            metrics = [_metric_of(rules.get(name), path) for path in (base_files[name], files[name])]
-            reason = _why_unpaired(base_rows[name], rows) or _why_other_metric(*metrics)
+            metrics = [_metric_among(scored_by, one, name) for one in (first, run)]
+            reason = _why_unpaired(base_rows[name], found[name]) or _why_other_metric(*metrics)
             if reason:
                 mistakes.append(f"  {name}: {first} and {run} hold {reason}")
             else:
-                comparisons.append(_comparison(name, metrics[0][0], str(run), base_rows[name], rows))
+                comparisons.append(_comparison(name, metrics[0][0], run, base_rows[name], found[name]))
     if mistakes:
         raise EvaluationError(
             "\n".join(["different items or metrics cannot be compared", *mistakes]),
@@ -312,7 +344,7 @@ def compare_runs(
         if significant and adjusted >= statistics.LEVEL:
             entry["verdict"] = NO_DIFFERENCE
     return {
-        "baseline": str(first),
+        "baseline": first,
         "confidence": 1 - statistics.LEVEL,
         "correction": "Holm",
         "comparisons": comparisons,
