@@ -47,10 +47,15 @@ def require_layout(config: PreTrainedConfig, name: str) -> None:
         )
 
 
-def without_weights(config: PreTrainedConfig) -> Any:
-    """The architecture that a configuration describes, on the meta device."""
+def without_weights(config: PreTrainedConfig, **settings: Any) -> Any:
+    """The architecture that a configuration describes, on the meta device.
+
+    Args:
+        config: the configuration.
+        **settings: further arguments of transformers' `from_config`.
+    """
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
+        return AutoModelForImageTextToText.from_config(config, **settings)
 
 
 def layout_problem(model: VisionLanguageModel) -> str | None:

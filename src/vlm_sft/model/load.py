@@ -263,6 +263,11 @@ def load_model(base: Base, device: str = "cpu") -> Any:
     Raises:
         ModelError: the weights cannot be opened.
     """
+    return ready(read_model(base, device), base.function)
+
+
+def read_model(base: Base, device: str = "cpu") -> Any:
+    """As `load_model`, without what this package exchanges in it."""
     compare_whole_shapes(base.path)
     model, found = _open(
         lambda: AutoModelForImageTextToText.from_pretrained(
@@ -287,7 +292,7 @@ def load_model(base: Base, device: str = "cpu") -> Any:
         _keep_scales(model)
     else:
         vars(model).pop("hf_device_map", None)  # trainers would think that the model is spread over several devices
-    return ready(model, base.function)
+    return model
 
 
 def ready(model: Any, function: str) -> Any:
