@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from vlm_sft.distributed.collectives import agree, broadcast
@@ -113,14 +113,21 @@ def _share(place: torch.Tensor, source: torch.Tensor | None, device: torch.devic
         return whole
     rows = -(-whole.shape[0] // torch.distributed.get_world_size())
     start = min(torch.distributed.get_rank() * rows, whole.shape[0])
-    local = whole[start : start + rows].clone()
-    return like(local, place)
+    return like(whole[start : start + rows].clone(), place)
 
 
-def like(local: torch.Tensor, place: DTensor) -> DTensor:
-    """A tensor that is divided as another one, from the part of this rank."""
+def like(own: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """A tensor that is divided as another one, if that is divided.
+
+    Args:
+        own: the part of this rank.
+        place: the other one.
+    """
+    if not isinstance(place, DTensor):
+        return own
+    mesh = place.device_mesh
     return DTensor.from_local(
-        local, place.device_mesh, place.placements, run_check=False, shape=place.shape, stride=place.stride()
+        own.to(mesh.device_type), mesh, place.placements, run_check=False, shape=place.shape, stride=place.stride()
     )
 
 
@@ -141,6 +148,16 @@ def whole_on_first(tensor: torch.Tensor) -> torch.Tensor | None:
     """A tensor, divided or not, whole and in the memory of rank 0, a copy; None elsewhere. All ranks must call it."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.to("cpu", copy=True) if torch.distributed.get_rank() == 0 else None
+
+
+def number(tensor: torch.Tensor) -> float:
+    """The value of a tensor () that may be divided; all ranks must call it."""
+    return float(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+
+
+def is_divided(model: torch.nn.Module) -> bool:
+    """Whether `divide` has divided the weights of a model."""
+    return isinstance(model, FSDPModule)
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ def read_launch(local_rank: int | None, deepspeed: str | None, fsdp: bool = Fals
         os.environ["DS_ACCELERATOR"] = "cpu"
         _share_cores(local_size)
     if fsdp:
-        _require_fsdp_alone(deepspeed, world_size)
+        require_fsdp_alone(deepspeed, world_size)
     elif deepspeed is None and local_rank is not None:
         deepspeed = "zero2"
     if deepspeed is None:
@@ -136,13 +136,17 @@ def _heed_accelerate(deepspeed: str | None) -> bool:
     return fsdp
 
 
-def _require_fsdp_alone(deepspeed: str | None, ranks: int) -> None:
-    """Refuse FSDP where something else divides the weights, or where there is nobody to divide them with."""
+def require_fsdp_alone(deepspeed: str | None, ranks: int) -> None:
+    """Refuse FSDP where something else divides the weights, or where there is nobody to divide them with.
+
+    Raises:
+        RunError: it is so.
+    """
     if deepspeed is not None:
-        raise RunError(f"--fsdp true beside --deepspeed {deepspeed}: one of them divides the weights", "leave one out")
+        raise RunError(f"--fsdp beside --deepspeed {deepspeed}: one of them divides the weights", "leave one out")
     if ranks < 2:
         raise RunError(
-            "--fsdp true: there is one rank, and nobody to divide the weights with",
+            "--fsdp: there is one rank, and nobody to divide the weights with",
             "start several: torchrun --nproc_per_node=N -m vlm_sft train …",
         )
 

@@ -28,7 +28,8 @@ from vlm_sft.evaluate.generate_rows import generate_rows, rows_agree
 from vlm_sft.model.cpu.matmul import mixed_precision
 from vlm_sft.model.families import PackMode, family_of
 from vlm_sft.model.forward_patch import reason_of
-from vlm_sft.model.load import Base, empty_model
+from vlm_sft.model.layout import empty_model
+from vlm_sft.model.load import Base
 from vlm_sft.model.saved_adapter import read_contents
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.vision_features import unwrap

@@ -32,7 +32,7 @@ from vlm_sft.model.families import DEFAULT_BASE, declared_mode, layer_values
 from vlm_sft.model.forward_patch import holds, is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.last_layer import trim_last_layer
-from vlm_sft.model.layout import require_layout, without_weights
+from vlm_sft.model.layout import empty_model, require_layout
 from vlm_sft.model.model_folder import require_model
 from vlm_sft.model.pocket import WEIGHTS
 from vlm_sft.model.protocols import VisionLanguageModel
@@ -307,11 +307,6 @@ def ready(model: Any, function: str) -> Any:
     trim_last_layer(model)
     fuse_modules(model)
     return model
-
-
-def empty_model(path: str) -> Any:
-    """The architecture of a base model without weights, on the meta device."""
-    return without_weights(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
 def _keep_scales(model: VisionLanguageModel) -> None:

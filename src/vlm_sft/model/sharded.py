@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from vlm_sft.common.errors import ModelError
 from vlm_sft.distributed.collectives import agree
 from vlm_sft.distributed.fsdp import divide, mark
 from vlm_sft.model.adapters import load_adapter
-from vlm_sft.model.layout import without_weights
-from vlm_sft.model.load import Base, empty_model, read_model, ready
+from vlm_sft.model.layout import empty_model
+from vlm_sft.model.load import Base, read_model, ready
 from vlm_sft.model.vision_features import decoder_of, loose_parameters, tower_modules
 
 # What answering needs beside the weights: keys, values and activations of a pack, the allocator's fragments.
@@ -68,8 +67,7 @@ def load_to_divide(base: Base) -> Any:
     read: list[Any] = []
     agree(lambda: read.append(read_model(base)))
     if not read:
-        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
-        read.append(without_weights(config, dtype=base.dtype, attn_implementation="sdpa").eval())
+        read.append(empty_model(base.path, dtype=base.dtype, attn_implementation="sdpa").eval())
     model = read[0]
     mark(model)
     return ready(model, base.function)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import ModelError
+from vlm_sft.distributed.fsdp import is_divided
 from vlm_sft.model.adapters import Targets, add_lora, no_targets, parameter_counts, resolve_targets
 from vlm_sft.model.load import Base, load_model
 from vlm_sft.model.parts import ALL, LANGUAGE, LORA_PARTS, WHOLE_PARTS, part_loras, saved_modules
@@ -183,7 +183,7 @@ def untuned(model: Any, base: Base) -> Iterator[Any]:
             yield model
     else:
         device = str(next(model.parameters()).device)
-        yield load_divided(base, None, device) if isinstance(model, FSDPModule) else load_model(base, device)
+        yield load_divided(base, None, device) if is_divided(model) else load_model(base, device)
 
 
 def in_format(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

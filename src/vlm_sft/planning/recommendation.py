@@ -159,7 +159,7 @@ def launch_line(options: PlanOptions, file: Path) -> str:
         "--output_dir",
         f"outputs/{file.stem}",
     ]
-    extra = ["--deepspeed", train.deepspeed] if train.deepspeed else []
+    extra = ["--fsdp"] if train.fsdp else ["--deepspeed", train.deepspeed] if train.deepspeed else []
     keys = [word for key, value in train.overrides.items() for word in (f"--{key}", _flag(value))]
     return shlex.join([*start, *flags, *extra, *keys])
 

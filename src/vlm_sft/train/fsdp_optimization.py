@@ -13,7 +13,6 @@ import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vlm_sft.common.artifacts import ADAPTER_WEIGHTS, read_json
@@ -21,7 +20,7 @@ from vlm_sft.common.errors import RecipeError, RunError
 from vlm_sft.common.manifest import naming
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.collectives import agree
-from vlm_sft.distributed.fsdp import like, overwrite, own_part, whole_on_first
+from vlm_sft.distributed.fsdp import like, number, overwrite, own_part, whole_on_first
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.model import packed_forward
 from vlm_sft.model.families import PackMode
@@ -78,7 +77,7 @@ class DividedOptimization(TorchOptimization):
         bad = loss_problem(gradients.tokens, loss)
         if not health.agree(step, loss, bad, gradients.sample_ids):
             return False
-        if math.isfinite(float(own_whole(gradients.norm(self._trained)))):
+        if math.isfinite(number(gradients.norm(self._trained))):
             return True
         event = {"detail": "the gradient is not finite", "sample_ids": gradients.sample_ids, "source": "gradient"}
         return health.agree(step, loss, event, gradients.sample_ids)
@@ -90,7 +89,7 @@ class DividedOptimization(TorchOptimization):
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
-        return float(own_whole(norm))
+        return number(norm)
 
     def weights(self) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """As of `Optimization`."""
@@ -133,11 +132,11 @@ class DividedOptimization(TorchOptimization):
         ranks = torch.distributed.get_world_size()
         state = load_state(folder / f"optimizer-{self._rank}-of-{ranks}.safetensors")
         parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
-        for number, one in state["state"].items():
-            place = parameters[number]
+        for index, one in state["state"].items():
+            place = parameters[index]
             for name, value in one.items():
-                if isinstance(value, torch.Tensor) and value.dim() and isinstance(place, DTensor):
-                    one[name] = like(value.to(own_part(place).device), place)
+                if isinstance(value, torch.Tensor) and value.dim():  # not the number of the step
+                    one[name] = like(value, place)
         self.optimizer.load_state_dict(state)
         self.scheduler.load_state_dict(read_json(folder / SCHEDULER))
 
@@ -181,11 +180,6 @@ def _files_of(folder: Path, wanted: Any, adapter: bool) -> dict[str, list[str]]:
         if unknown := sorted(set(found[str(file)]) - set(wanted)):
             raise RunError(f"{file}: the model has no {', '.join(unknown[:3])}", "resume another checkpoint")
     return found
-
-
-def own_whole(norm: torch.Tensor) -> torch.Tensor:
-    """() the value of a number that may be divided over the ranks; all ranks must call it."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class DividedGradients:

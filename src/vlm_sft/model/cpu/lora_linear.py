@@ -74,10 +74,10 @@ def fuse_lora(model: torch.nn.Module) -> int:
 
 
 def _is_lora_linear(module: Any) -> bool:
-    if type(module) is not Linear or is_partitioned(module.base_layer.weight):
+    if type(module) is not Linear:
         return False
     weight: Any = module.base_layer.weight
-    return _peft_agrees(stream_dtype(weight), weight.device)
+    return not is_partitioned(weight) and _peft_agrees(stream_dtype(weight), weight.device)
 
 
 @cache
