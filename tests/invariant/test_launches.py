@@ -181,8 +181,8 @@ def test_deepspeed_gives_the_same_adapter(
     assert launcher is not None
     command = [launcher, "--num_gpus=2", f"--master_port={free_port()}", str(SCRIPT)]
     choice = ["--deepspeed", stage] if stage != "zero2" else []  # the default under this launcher
-    # Divided weights are computed by plain kernels, which alone makes 1.6e-5 on one process (VLM_SFT_PLAIN=1). On an AMD
-    # Zen 4 ZeRO-3 is off by 2.1e-5, FSDP by 1.2e-5 (2.3e-6 from plain kernels), ZeRO-2 and DDP by 2.6e-6.
+    # Divided weights are computed by plain kernels, which alone makes 1.6e-5 on one process (VLM_SFT_PLAIN=1). On an
+    # AMD Zen 4 ZeRO-3 is off by 2.1e-5, FSDP by 1.2e-5 (2.3e-6 from plain kernels), ZeRO-2 and DDP by 2.6e-6.
     bound = 3e-5 if stage == "zero3" else 2e-5
     assert_same(launch(command, tmp_path / "run", [*line, *choice, "--probe"]), alone, bound)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())

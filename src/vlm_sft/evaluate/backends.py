@@ -54,7 +54,7 @@ class Backend(Protocol):
     """Answers packs of questions, in order.
 
     Attributes:
-        in_step: every rank computes the same number of packs (ZeRO-3); what is too many is thrown away.
+        in_step: every rank computes the same number of packs (divided weights); what is too many is thrown away.
         separate: every question gets its own copy of its image's tokens.
     """
 
@@ -82,7 +82,7 @@ class SharedPrefixBackend:
         images: gives the tensors of a question's images; None processes them.
 
     Attributes:
-        in_step: every forward pass needs all ranks (ZeRO-3 partitions the weights), so all take the same number.
+        in_step: every forward pass needs all ranks (weights are divided), so all take the same number.
         separate: as in `Backend`.
     """
 
