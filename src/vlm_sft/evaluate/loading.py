@@ -8,13 +8,13 @@ from pathlib import Path
 from vlm_sft.common.console import say
 from vlm_sft.common.record import memory_bytes
 from vlm_sft.data.cache.encoded import DataCache
-from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
 from vlm_sft.distributed.collectives import agree
 from vlm_sft.distributed.launch import Launch
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.model.adapters import load_adapter
 from vlm_sft.model.caches import Caches
+from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.load import Base, load_model
 from vlm_sft.model.sharded import load_divided, shards_weights
 
@@ -44,5 +44,5 @@ def open_backend(
         # Frozen features are kept of a frozen tower only.
         model = load_model(base, launch.device).requires_grad_(False)
         model = load_adapter(model, adapter) if adapter is not None else model
-    cache = caches.evaluation_cache(model, Encoder(base.processor, base.prompt, base.stop_ids), samples)
+    cache = caches.evaluation_cache(model, encoder_of(base), samples)
     return SharedPrefixBackend(base, model, images=cache.image_tensors), cache
