@@ -74,6 +74,20 @@ def test_a_set_of_the_hub_is_own_data(folder: Path, capsys: Captured) -> None:
     assert len(Path("out/train.jsonl").read_text().splitlines()) == 40
 
 
+def test_a_set_of_the_hub_that_names_files_of_this_machine_is_told(folder: Path, capsys: Captured) -> None:
+    Path("here").mkdir()
+    Path("other/paths").mkdir(parents=True)
+    Path("other/paths/inside.png").write_bytes(png("blue"))
+    Path("here/secret.png").write_bytes(png("red"))
+    names = [str(folder / "here/secret.png"), str(folder / "other/paths/inside.png")]
+    images = pa.array([{"bytes": None, "path": name} for name in names], IMAGE)
+    pq.write_table(
+        pa.table({"image": images, "question": ["a", "b"], "answer": ["c", "d"]}), "other/paths/train.parquet"
+    )
+    assert main(["data", "check", "hub:other/paths", "--split", "all", "--output_dir", "c"]) == 0
+    assert "outside of the data's folder, by their path or a link: 1; the first:" in capsys.readouterr().err
+
+
 def test_a_set_of_the_hub_is_streamed(folder: Path) -> None:
     (spec,) = parse_datasets("hub:some/pictures@stream", COLUMNS)
     with pytest.raises(DataError, match="pass --max_train"):
