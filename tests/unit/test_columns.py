@@ -144,6 +144,23 @@ def test_a_missing_column_names_those_there_and_the_flag(folder: Path, capsys: C
     )
 
 
+def test_conversations_however_a_set_stores_them(folder: Path, capsys: Captured) -> None:
+    """Pairs of user and assistant, as the_cauldron and FineVision have them, and a mapping of lists."""
+    pairs = [{"user": "First?", "assistant": "1", "source": "s"}, {"user": "Second?", "assistant": "2", "source": "s"}]
+    talk = [{"from": "human", "value": "First?"}, {"from": "gpt", "value": "1"}]
+    talk += [{"from": "human", "value": "Second?"}, {"from": "gpt", "value": "2"}]
+    lists = {key: [message[key] for message in talk] for key in ("from", "value")}
+    images = pa.array([[{"bytes": png((n, 0, 0)), "path": None}] for n in range(2)], pa.list_(IMAGE))
+    for name, cell in (("texts", pairs), ("talk", talk), ("turns", lists)):
+        pq.write_table(pa.table({"images": images, name: [cell, cell]}), "set.parquet")
+        assert main(["data", "check", "set.parquet", "--output_dir", "c"]) == 2
+        assert f"--columns messages={name}" in capsys.readouterr().err
+        (spec,) = parse_datasets("set.parquet", f"messages={name}")
+        found = {sample.id: sample for split in SPLITS for sample in load_split(spec, split).samples}
+        asked = [(s.question, s.target, [turn.text for turn in s.history]) for s in found.values()]
+        assert asked == [("First?", "1", []), ("Second?", "2", ["First?", "1"])] * 2, name
+
+
 def test_named_columns_stand_in_for_what_is_there() -> None:
     record = {"image": "a", "images": ["b"], "answers": ["c"], "messages": [], "img": "d", "q": "e", "a": "f"}
     found = renamed(record, {"image": "img", "question": "q", "answer": "a", "id": "gone"})
