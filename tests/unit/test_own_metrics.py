@@ -212,3 +212,17 @@ def test_multiple_choice_of_own_records_finds_its_options(place: tuple[Path, str
     Path("quiz.jsonl").write_text(json.dumps(row | {"split": "test", "options": "red, blue"}) + "\n")
     with pytest.raises(EvaluationError, match="quiz.jsonl line 1: 'options' is text, not a list of texts"):
         load_tasks(parse_datasets("quiz.jsonl"), None, own_rules=parse_metrics("multiple_choice", ["quiz"]))
+
+
+def test_a_sweep_compares_by_a_rule_of_own_data_and_scores_by_it(place: tuple[Path, str]) -> None:
+    from vlm_sft.cli.parser import build_parser
+    from vlm_sft.cli.sweep import sweep_options
+    from vlm_sft.search.sweep import Sweep
+    from vlm_sft.search.trials import WAITING, SweepTrial
+
+    base = ["sweep", "--dataset", "mine.jsonl", "--grid", "lora_r=4,8"]
+    for metric, scored_by in (("anls", "anls"), ("eval_loss", None)):
+        swept = Sweep(sweep_options(build_parser().parse_args([*base, "--metric", metric])))
+        words = swept.words(swept.settings[0], SweepTrial("one", "one", 1, WAITING))
+        flags = dict(zip(words, words[1:], strict=False))
+        assert flags["--metric_for_best_model"] == metric and flags.get("--metric") == scored_by

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 from vlm_sft.common.options import add_options, read_options
@@ -72,10 +73,10 @@ def add_other_base_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_prompt_arguments(parser: argparse.ArgumentParser, note: str) -> None:
-    """Add the flags that say how a question is put to the model; training has them too."""
+def add_prompt_arguments(parser: argparse.ArgumentParser, note: str, but: Collection[str] = ()) -> None:
+    """Add the flags that say how a question is put to the model and scored, `but` some; training has them too."""
     add_options(parser, AnswerOptions, only=PROMPT, note=note)
-    add_options(parser, AnswerOptions, only=("max_new_tokens", "metric", "judge", "judge_model"))
+    add_options(parser, AnswerOptions, only=("max_new_tokens", "metric", "judge", "judge_model"), but=but)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="numbers that --search optuna chooses from; once a key",
     )
     add_options(group, SweepOptions)
-    add_run_arguments(parser)
+    add_run_arguments(parser, but=("metric",))
     add_recipe_arguments(parser)
 
 
@@ -58,8 +59,9 @@ def sweep_options(args: argparse.Namespace) -> SweepOptions:
     from vlm_sft.search.request import DECIDED, SweepOptions, grid_values, read_grid
 
     refuse_idle(args, DECIDED, "here", "leave it out: the sweep decides it for its trials; --metric names the metric")
+    train = replace(train_options(args), metric=None)  # --metric is the sweep's
     grid = {key: grid_values(text) for key, text in read_grid(args.grid, "grid").items()}
-    return read_options(SweepOptions, args, train=train_options(args), grid=grid, ranges=read_grid(args.range, "range"))
+    return read_options(SweepOptions, args, train=train, grid=grid, ranges=read_grid(args.range, "range"))
 
 
 def run(args: argparse.Namespace) -> int:

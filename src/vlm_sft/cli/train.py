@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 from vlm_sft.cli.eval import add_prompt_arguments
@@ -25,10 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what is trained and how, the recipe's keys aside; `vlm-sft plan` takes them too."""
+def add_run_arguments(parser: argparse.ArgumentParser, but: Collection[str] = ()) -> None:
+    """Add the flags that say what is trained and how, the recipe's keys aside; `vlm-sft plan` takes them too.
+
+    Args:
+        parser: gets them.
+        but: names of options whose flag has another meaning there.
+    """
     add_options(parser, TrainOptions, but=(*AnswerOptions.__dataclass_fields__, "local_rank"))
-    add_prompt_arguments(parser, "instead of what the base comes with; saved with the adapter")
+    add_prompt_arguments(parser, "instead of what the base comes with; saved with the adapter", but)
     group = parser.add_argument_group("engine", "these change speed, disk and memory; the loss stays the same")
     add_options(group, CacheOptions)
     add_options(group, AnswerOptions, only=("shard_weights",))

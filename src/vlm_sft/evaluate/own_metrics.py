@@ -239,6 +239,11 @@ def _graded(grader: Judge, rules: Benchmark) -> Benchmark:
     return replace(rules, together=together, source=grader.fingerprint(inspect.getsource(grading)))
 
 
+def is_rule(text: str) -> bool:
+    """Whether a text is a rule of own data, rather than another metric: one of `RULE_NAMES`, or module:function."""
+    return text in RULE_NAMES or is_function(text)
+
+
 def rule_of(rule: str, name: str | None = None) -> Benchmark:
     """The rules of own data.
 

@@ -64,7 +64,8 @@ class SweepOptions:
     metric: str | None = option(
         None,
         "what is compared, as metric_for_best_model takes it: eval_loss or a benchmark's metric, measured on "
-        "validation questions (default: the metric of the first set of --dataset)",
+        "validation questions; a rule of own data, or module:function, scores it too (default: the metric of the first "
+        "set of --dataset)",
         "NAME",
     )
     prune: str = option(

@@ -16,6 +16,7 @@ from vlm_sft.common.formats import duration, number, percent
 from vlm_sft.common.record import now
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.distributed.launch import launch_words
+from vlm_sft.evaluate.own_metrics import is_rule
 from vlm_sft.evaluate.tasks import names_of, rules_of
 from vlm_sft.planning.options import TrainOptions, launch_line, train_words
 from vlm_sft.planning.run_plan import NO_BENCHMARKS
@@ -52,7 +53,8 @@ class Sweep:
         dataset = self.settings[0].applied(options.train).dataset
         self.metric = (options.metric or rules_of(names_of(parse_datasets(dataset))[0]).metric_name).replace("/", "_")
         named = {"metric_for_best_model": self.metric}
-        self.given = replace(options.train, overrides={**options.train.overrides, **named})
+        own = options.metric if options.metric and is_rule(options.metric) else options.train.metric
+        self.given = replace(options.train, metric=own, overrides={**options.train.overrides, **named})
         # The test split is left alone: what chooses must not have seen it.
         trained = replace(self.given, eval_benchmarks=self.given.eval_benchmarks or NO_BENCHMARKS)
         self.options = replace(options, train=trained)
