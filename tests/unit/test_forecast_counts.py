@@ -17,12 +17,12 @@ from tests.questions import questions
 from vlm_sft.data.collate import collate
 from vlm_sft.data.dataset import group_lengths
 from vlm_sft.data.encode import Encoder
+from vlm_sft.data.image_tokens import qwen_grid
 from vlm_sft.data.packing import Bundle, EpochPlanner
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.forecast import disk, flops, memory
 from vlm_sft.forecast.flops import Adapter, Work
 from vlm_sft.forecast.hardware import Rates
-from vlm_sft.forecast.image_tokens import qwen_grid
 from vlm_sft.forecast.setting import RankLayout, Setting
 from vlm_sft.forecast.shapes import FAMILIES as SIZED
 from vlm_sft.forecast.shapes import find_published, model_shape, published_models

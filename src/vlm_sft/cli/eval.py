@@ -33,6 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
     parser.add_argument("--max_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
     parser.add_argument(
+        "--max_length",
+        type=int,
+        metavar="N",
+        help="tokens of a question with its images and its expected answer (default: what the model's positions reach)",
+    )
+    parser.add_argument(
+        "--oversized",
+        choices=("keep", "leave_out", "scale"),
+        default="keep",
+        help="what is done with longer questions: asked as they are, left out, or asked with their images scaled down "
+        "until they fit (default: %(default)s)",
+    )
+    parser.add_argument(
         "--allow_prompt_mismatch",
         action="store_true",
         help="prompt and image settings may differ from those of the adapter's training",

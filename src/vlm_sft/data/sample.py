@@ -18,6 +18,8 @@ from vlm_sft.common.errors import DataError, SampleError
 UNREADABLE = "image cannot be read"
 UNPROCESSABLE = "image cannot be processed"
 CONTROL_TEXT = "text cannot be told from a control token"
+OVERSIZED = "longer than the limit, and oversized is leave_out"  # no mistake: it was asked for
+UNSCALABLE = "longer than the limit however small its images are"
 NOTE = "note"  # key of a sample's metadata: what is not exactly as its record has it
 OUTSIDE = "outside"  # key of a sample's metadata: paths of its images that lie outside of the data's folder
 MAX_FILE_BYTES = 1024**3  # no picture within the limit of pixels is stored in more
