@@ -114,7 +114,7 @@ def fit(samples: Sequence[Sample], encoder: Encoder, rule: LengthRule, part: str
     left_out: list[LeftOut] = []
     if rule.policy != KEEP:
         checked, left_out = check_images(samples)
-    counter = _Counter(encoder)
+    counter = _Counter(encoder, thorough=rule.policy != KEEP or rule.max_length is not None)
     long = {sample.id: tokens for sample in checked if (tokens := counter.longer(sample, limit))}
     fits = _scaled(checked, long, counter, limit) if rule.policy == SCALE else {}
     kept, found = [], []
@@ -150,13 +150,14 @@ def oversized(lengths: Iterable[tuple[Sample, int]], rule: LengthRule, part: str
     ]
 
 
-def lines(found: Sequence[Oversized], rule: LengthRule, total: int, file: str = "") -> list[str]:
+def lines(found: Sequence[Oversized], rule: LengthRule, total: int, part: str, file: str = "") -> list[str]:
     """What to warn of, a line for each thing that was done.
 
     Args:
         found: the samples that are too long.
         rule: that they do not keep to.
         total: how many samples there are.
+        part: of the data, in words.
         file: which names them; "" where there is none.
     """
     said = {
@@ -174,8 +175,8 @@ def lines(found: Sequence[Oversized], rule: LengthRule, total: int, file: str = 
         beyond = rule.context is not None and done == "kept" and longest.tokens > rule.context
         reach = f"; the model's positions reach {rule.context:,}" if beyond and rule.max_length is not None else ""
         told.append(
-            f"{len(rows):,} of {total:,} samples are longer than {rule.name} and {what}: {_named(rows)}; the longest "
-            f"has {longest.tokens:,} tokens{reach}{named}"
+            f"{part}: {len(rows):,} of {total:,} samples are longer than {rule.name} and {what}: {_named(rows)}; "
+            f"the longest has {longest.tokens:,} tokens{reach}{named}"
         )
     return told
 
@@ -213,10 +214,12 @@ class _Counter:
 
     Args:
         encoder: of the model.
+        thorough: encode a sample whose images no arithmetic counts, which takes long for many.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, thorough: bool) -> None:
         self.encoder = encoder
+        self.thorough = thorough
         self._visual = functools.cache(lambda width, height: visual_tokens(encoder.processor, width, height))
 
     def longer(self, sample: Sample, limit: int) -> int | None:
@@ -231,6 +234,8 @@ class _Counter:
             return None
         try:
             visual = self._visual_of(sample)
+            if visual is None and not self.thorough:
+                return None
             # A processor may put words and marks around the parts of an image.
             if visual is not None and visual + visual // 4 + text + _TEMPLATE_TOKENS <= limit:
                 return None

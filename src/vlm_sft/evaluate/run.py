@@ -169,7 +169,10 @@ def _carry_out(
         say(line)
     if too_long and is_main_process():
         artifacts.write_jsonl(options.output_dir / artifacts.OVERSIZED, map(to_json, too_long))
-    for line in [*too_short(tasks), *lines(too_long, rule, total, str(options.output_dir / artifacts.OVERSIZED))]:
+    for line in [
+        *too_short(tasks),
+        *lines(too_long, rule, total, "benchmarks", str(options.output_dir / artifacts.OVERSIZED)),
+    ]:
         warn(line)
     identity = identity_of(base, options.adapter) | rule.identity
     record = RunRecord(options.output_dir, _facts(options, launch, base))

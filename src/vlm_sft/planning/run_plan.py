@@ -137,13 +137,14 @@ def fit_questions(
         ModelError: the processor fails on every image.
     """
 
-    def usable(asked: list[Task]) -> list[Task]:
+    def usable(asked: list[Task], part: str) -> list[Task]:
         fitting, left_out, found = usable_tasks(asked, encoder, rule)
-        tell(run, found, rule, sum(len(task.samples) for task in asked))
+        tell(run, found, rule, sum(len(task.samples) for task in asked), part)
         _enforce_tasks(run, fitting, left_out)
         return fitting
 
-    return usable(tasks), replace(validation, tasks=usable(validation.tasks)) if validation else None
+    checked = replace(validation, tasks=usable(validation.tasks, "validation")) if validation else None
+    return usable(tasks, "benchmarks"), checked
 
 
 def tell_notes(run: TrainingRun, samples: list[Sample], encoder: Encoder) -> dict[str, int]:

@@ -38,11 +38,11 @@ def prepared(
     fitted = fit(samples, encoder, rule, part) if rule.policy != KEEP else Fitted(list(samples))
     data = PreparedData(fitted.samples, encoder, f"preparing ({part})", cache)
     data.left_out = [*fitted.left_out, *data.left_out]
-    tell(run, [*fitted.found, *oversized(data.sample_lengths(), rule, part)], rule, len(samples))
+    tell(run, [*fitted.found, *oversized(data.sample_lengths(), rule, part)], rule, len(samples), part)
     return data
 
 
-def tell(run: TrainingRun, found: Sequence[Oversized], rule: LengthRule, total: int) -> None:
+def tell(run: TrainingRun, found: Sequence[Oversized], rule: LengthRule, total: int, part: str) -> None:
     """Warn of samples that are too long, note it in run.json and name each in oversized.jsonl.
 
     Args:
@@ -50,9 +50,10 @@ def tell(run: TrainingRun, found: Sequence[Oversized], rule: LengthRule, total: 
         found: the samples.
         rule: that they do not keep to.
         total: how many samples were looked at.
+        part: of the data, in words.
     """
     path = run.options.output_dir / artifacts.OVERSIZED
-    for line in lines(found, rule, total, str(path)):
+    for line in lines(found, rule, total, part, str(path)):
         warn(line)
         run.record.note(line)
     if found and is_main_process():
