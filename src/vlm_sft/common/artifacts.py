@@ -25,6 +25,7 @@ RECIPE = "recipe.json"  # the resolved recipe with every default
 DATA = "data.json"  # counts of samples, images, tokens; what was left out and why
 OVERSIZED = "oversized.jsonl"  # one line a sample that is longer than a limit: id, part, tokens, limit, done
 LEFT_OUT = "left_out.jsonl"  # one line a sample that was left out: id, reason
+LOG = "log.txt"  # what the training told, line by line, with what the terminal folds
 METRICS = "metrics.jsonl"  # one line a log event of the training
 TRACKERS = "trackers.json"  # where TensorBoard, W&B, MLflow and Trackio have this run, for a resume to go on with it
 TRACKER_FOLDERS = ("runs", "wandb", "mlruns", "trackio")  # what they write where they are not sent elsewhere

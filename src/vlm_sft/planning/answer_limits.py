@@ -7,9 +7,9 @@ from dataclasses import replace
 from vlm_sft.common.console import warn
 from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.data.sources.spec import DatasetSpec
+from vlm_sft.data.sources.spec import DatasetSpec, parse_beside
 from vlm_sft.evaluate.guard import parse_guards
-from vlm_sft.evaluate.tasks import Task, benchmark_names, names_of, parse_token_limits, too_short, with_limits
+from vlm_sft.evaluate.tasks import Task, names_of, parse_token_limits, too_short, with_limits
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import ValidationPlan
@@ -25,8 +25,8 @@ def token_limits(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, i
     """
     names = names_of(specs)
     if options.eval_benchmarks not in (None, NO_BENCHMARKS):
-        names += benchmark_names(str(options.eval_benchmarks))
-    names += [guard.name for guard in parse_guards(options.guard)] if options.guard else []
+        names += names_of(parse_beside(str(options.eval_benchmarks), specs))
+    names += [guard.name for guard in parse_guards(options.guard, specs)] if options.guard else []
     return parse_token_limits(options.max_new_tokens, list(dict.fromkeys(names)))
 
 

@@ -75,7 +75,7 @@ def advise(
         configs: folder of the recipes; None for `configs`, or the package's own where there is none.
     """
     files = recipe_files(configs)
-    names = [spec.name for spec in parse_datasets(options.train.dataset)]
+    names = [spec.name for spec in parse_datasets(options.train.dataset, options.train.columns)]
     found, source = qualities(runs, options.train.base_model, names)
     say(source)
     candidates, planned = [], {}
@@ -160,6 +160,7 @@ def launch_line(options: PlanOptions, file: Path) -> str:
         f"outputs/{file.stem}",
     ]
     extra = ["--deepspeed", train.deepspeed] if train.deepspeed else []
+    extra += ["--columns", train.columns] if train.columns else []
     keys = [word for key, value in train.overrides.items() for word in (f"--{key}", _flag(value))]
     return shlex.join([*start, *flags, *extra, *keys])
 

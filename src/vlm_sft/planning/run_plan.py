@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft.common import artifacts
-from vlm_sft.common.console import is_main_process, say, warn
+from vlm_sft.common.console import detail, is_main_process, say, warn
 from vlm_sft.common.errors import DataError
 from vlm_sft.data.audit import enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.cache.directory import cache_bytes
@@ -21,19 +21,12 @@ from vlm_sft.data.packing import EpochPlanner, GroupLengths
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample, counted
 from vlm_sft.data.sources.registry import is_synthetic, load_split
-from vlm_sft.data.sources.spec import DatasetSpec, parse_loss_weights
+from vlm_sft.data.sources.spec import DatasetSpec, parse_beside, parse_loss_weights, refuse_weights
 from vlm_sft.evaluate.guard import Guard
 from vlm_sft.evaluate.overlap import cautions, overlaps
-from vlm_sft.evaluate.tasks import (
-    SAMPLE_SEED,
-    Task,
-    dataset_text,
-    fit_prompt,
-    load_tasks,
-    require_same_data,
-    usable_tasks,
-)
+from vlm_sft.evaluate.tasks import SAMPLE_SEED, Task, fit_prompt, load_tasks, require_same_data, usable_tasks
 from vlm_sft.model.caches import Engine, one_an_image
+from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.load import Base, find_base
 from vlm_sft.planning.answer_limits import NO_BENCHMARKS, token_limits
 from vlm_sft.planning.fingerprint import refuse_changes, run_identity
@@ -100,7 +93,7 @@ def load_data(
             evaluation += held_out.samples
             left_out += held_out.left_out
         label = " (synthetic)" if loaded.synthetic else ""
-        say(f"data: {spec.name}{label}: {loaded.description}")
+        detail(f"{spec.name}{label}: {loaded.description}")
     mixed = weighted(mix(parts, recipe.max_train, recipe.seed), weights)
     evaluation = stratified_limit(evaluation, recipe.max_eval, SAMPLE_SEED)
     require_same_data([*mixed, *evaluation], left_out)
@@ -112,8 +105,10 @@ def final_tasks(run: TrainingRun) -> list[Task]:
     options = run.options
     if options.eval_benchmarks == NO_BENCHMARKS:
         return []
-    text = options.eval_benchmarks or dataset_text(run.specs)
-    tasks, left_out = load_tasks(text, run.recipe.max_eval)
+    asked = parse_beside(options.eval_benchmarks, run.specs) if options.eval_benchmarks else run.specs
+    if options.eval_benchmarks:
+        refuse_weights(asked, "every benchmark is scored for itself")
+    tasks, left_out = load_tasks(asked, run.recipe.max_eval)
     _enforce_tasks(run, tasks, left_out)
     return tasks
 
@@ -163,9 +158,9 @@ def validation_plan(run: TrainingRun, guards: list[Guard]) -> ValidationPlan | N
         return None
     _enforce_tasks(run, validation.tasks, left_out)
     counts = ", ".join(f"{task.name} ({len(task.samples):,})" for task in validation.tasks)
-    say(f"answered at each evaluation: {counts}; the best checkpoint is chosen by {validation.metric}")
+    detail(f"answered at each evaluation: {counts}; the best checkpoint is chosen by {validation.metric}")
     for guard in guards:
-        say(f"guard: a checkpoint that loses more than {100 * guard.allowed:g} points on {guard.name} is not kept")
+        detail(f"guard: a checkpoint that loses more than {100 * guard.allowed:g} points on {guard.name} is not kept")
     return validation
 
 
@@ -179,8 +174,9 @@ def tell_parts(
     """Print how many questions and images each part of the data has; print and record which of them overlap."""
     validated = evaluation + (validation.samples if validation else [])
     parts = {"training": train, "validation": validated} | {f"table ({task.name})": task.samples for task in tasks}
+    sets = ", ".join(spec.name + (" (synthetic)" if is_synthetic(spec.name) else "") for spec in run.specs)
     say(
-        "parts: "
+        f"data: {sets}: "
         + "; ".join(
             f"{name} {counted(list({sample.id: sample for sample in samples}.values()))}"
             for name, samples in parts.items()
@@ -221,7 +217,7 @@ def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sa
     base, formats = settle_format(found, recipe, launch.deepspeed is not None, run.checkpoint)
     run.record.update(number_format=formats)
     total = len(train_samples) + len(eval_samples) + len(left_out)
-    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    encoder = encoder_of(base)
     engine = Engine(options.engine, launch, base.name, base.path)
     cache_before = cache_bytes(engine.root)
     cache = engine.cache(encoder)
@@ -342,13 +338,13 @@ def _write_data_facts(
 def _tell_plan(run: TrainingRun, schedule: Schedule, data: PreparedData, planner: EpochPlanner) -> None:
     """Print one supervised sample, the counts, and the schedule."""
     facts = data.summary()
-    say("one sample as the model sees it; only the part in ⟦ ⟧ is supervised:")
-    say("  " + data.marked_example().replace("\n", "\n  "))
-    say(
+    detail("one sample as the model sees it; only the part in ⟦ ⟧ is supervised:")
+    detail("  " + data.marked_example().replace("\n", "\n  "))
+    detail(
         f"training set: {counted([sample for sample, _, _ in data.samples()])}; {facts['supervised_tokens']:,} "
         f"supervised tokens, {facts['image_tokens']:,} image tokens"
     )
-    say(
+    detail(
         f"schedule: {schedule.total_steps:,} steps of {planner.global_batch_size} questions "
         f"({schedule.steps_per_epoch:,} an epoch), warmup {schedule.warmup_steps}, evaluation every "
         f"{schedule.eval_steps or '-'}, checkpoint every {schedule.save_steps or '-'} steps"
