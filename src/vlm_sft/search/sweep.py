@@ -19,8 +19,7 @@ from vlm_sft.distributed.launch import launch_words
 from vlm_sft.evaluate.own_metrics import is_rule
 from vlm_sft.evaluate.tasks import names_of, rules_of
 from vlm_sft.planning.options import TrainOptions, launch_line, train_words
-from vlm_sft.planning.run_plan import NO_BENCHMARKS
-from vlm_sft.planning.validation_plan import LOSS
+from vlm_sft.planning.validation_plan import LOSS, NO_BENCHMARKS
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.report.markdown import table
