@@ -19,6 +19,8 @@ UNREADABLE = "image cannot be read"
 UNPROCESSABLE = "image cannot be processed"
 UNPLACEABLE = "image cannot stand between words"
 CONTROL_TEXT = "text cannot be told from a control token"
+OVERSIZED = "longer than the limit, and oversized is leave_out"  # no mistake: it was asked for
+UNSCALABLE = "longer than the limit however small its images are"
 IMAGE_MARK = "<image>"  # stands for an image in a text that people read or write
 OUTSIDE = "outside"  # key of a sample's metadata: paths of its images that lie outside of the data's folder
 MAX_FILE_BYTES = 1024**3  # no picture within the limit of pixels is stored in more
@@ -141,8 +143,8 @@ class Sample:
         metadata: small JSON values for analysis: "question_type", "answer_type", ….
         weight: of its answer's tokens in the training loss.
         places: where each image stands, ascending; empty where all stand before the first user's words.
-        boxes: width and height of what coordinates of boxes in its texts are within: its only image, or the grid of a
-            model's convention; None where it declares no boxes.
+        boxes: width and height in pixels of its only image as it is stored, where its texts hold boxes in such pixels;
+            None where it declares no boxes.
     """
 
     id: str
