@@ -73,7 +73,7 @@ def test_training_names_and_counts_them_and_goes_on(
     assert f"note: {MOVED}: 2 questions" in told.out
     notes = read(run / "run.json")["notes"]
     assert f"note: {MOVED}: 2 questions" in notes
-    assert any(note.startswith("benchmarks: 1 samples are left out") and "test-long" in note for note in notes)
+    assert any(note.startswith("benchmarks: 1 sample left out") and "test-long" in note for note in notes)
     assert read(run / "results.json")["benchmarks"][data.name]["n"] == 5
 
 
@@ -87,7 +87,7 @@ def test_evaluation_and_plan_do_the_same(data: Path, tmp_path: Path, capsys: pyt
     assert [row["question"] for row in rows][1] == "What does the <image> tag do?"
     assert main(["plan", *POCKET, "--dataset", str(data), "--sft_config", "smoketest"]) == 0
     told = capsys.readouterr()
-    assert "samples are left out (image cannot be processed: 2" in told.err and REFUSED in told.err
+    assert "samples left out (image cannot be processed: 2" in told.err and REFUSED in told.err
     assert f"note: {MOVED}: 2 questions" in told.out and "data: 5 questions on 5 images" in told.out
 
 

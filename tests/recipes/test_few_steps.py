@@ -53,14 +53,14 @@ def test_one_step_trains_at_its_rate_and_says_what_would_be_more(
     assert json.loads((tmp_path / "one-merged" / "export.json").read_text())["dtype"] == "float32"
     (advice,) = [note for note in json.loads((run / "run.json").read_text())["notes"] if "optimizer step" in note]
     assert advice in told.err
-    found = re.search(r"(--global_batch_size \d+ --num_train_epochs \d+) makes (\d+) steps", advice)
+    found = re.search(r"(--global_batch_size \d+ --num_train_epochs \d+) gives (\d+) steps", advice)
     assert found is not None
     flags, steps = found[1].split(), int(found[2])
     assert steps >= 50
     capsys.readouterr()
     assert main(["plan", "--base_model", "pocket", "--dataset", str(data), "--sft_config", "1epoch", *flags]) == 0
     told = capsys.readouterr()
-    assert f"schedule: {steps} steps" in told.out and "hardly teach" not in told.out
+    assert f"schedule: {steps} steps" in told.out and "hardly learn" not in told.out
     assert main(["plan", "--base_model", "pocket", "--dataset", str(data), "--sft_config", "1epoch"]) == 0
     assert advice in capsys.readouterr().out
 

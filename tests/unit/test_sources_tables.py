@@ -110,7 +110,7 @@ def test_a_hub_repository_is_read_like_a_local_folder(tmp_path, monkeypatch):
         ("chartqa/train/000001", "2", "augmented"),
     ]
     assert loaded.samples[0].images[0].load() == png("red")
-    assert f"from {folder.parent} train: 2 questions on 1 images" in loaded.description
+    assert f"from {folder.parent} train: 2 questions on 1 image" in loaded.description
     wrong = dataclasses.replace(source, hub_ids=(str(folder.parent),), columns=("query", "answer"))
     monkeypatch.setattr(hub, "hub_reachable", lambda: True)
     with pytest.raises(DataError, match="no column 'answer' .it has: image, query"):

@@ -10,6 +10,7 @@ from typing import Any
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import is_main_process, say, warn
 from vlm_sft.common.errors import DataError
+from vlm_sft.common.formats import plural
 from vlm_sft.data.audit import enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.cache.directory import cache_bytes
 from vlm_sft.data.cache.encoded import DataCache
@@ -362,7 +363,7 @@ def _write_data_facts(
     artifacts.write_jsonl(folder / artifacts.LEFT_OUT, map(asdict, left_out))
     if left_out:
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-        warn(f"{len(left_out)} samples are left out ({counts}); they are named in {folder / artifacts.LEFT_OUT}")
+        warn(f"{plural(len(left_out), 'sample')} left out ({counts}); see {folder / artifacts.LEFT_OUT}")
 
 
 def _tell_plan(run: TrainingRun, schedule: Schedule, data: PreparedData, planner: EpochPlanner) -> None:
@@ -375,8 +376,8 @@ def _tell_plan(run: TrainingRun, schedule: Schedule, data: PreparedData, planner
         f"supervised tokens, {facts['image_tokens']:,} image tokens"
     )
     say(
-        f"schedule: {schedule.total_steps:,} steps of {planner.global_batch_size} questions "
-        f"({schedule.steps_per_epoch:,} an epoch), warmup {schedule.warmup_steps}, evaluation every "
+        f"schedule: {plural(schedule.total_steps, 'step')} of {planner.global_batch_size} questions "
+        f"({schedule.steps_per_epoch:,} per epoch), warmup {schedule.warmup_steps}, evaluation every "
         f"{schedule.eval_steps or '-'}, checkpoint every {schedule.save_steps or '-'} steps"
     )
     for note in schedule.notes:
