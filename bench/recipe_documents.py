@@ -150,7 +150,7 @@ def _scores(row: Result, name: str) -> list[str]:
 
 
 def short_table(result: Result) -> str:
-    """What each recipe is for, what it gained on the first benchmark, and its cost, at the rate that suits the model."""
+    """What each recipe is for, its gain on the first benchmark, and its cost, at the rate that suits the model."""
     name = result["settings"]["benchmarks"][0]
     rows = {row["recipe"]: row for row in result["rows"] if row["arm"] == "recipe" and name in row["benchmarks"]}
     shown = []
