@@ -254,3 +254,32 @@ def test_exit_code_3_when_no_checkpoint_qualifies(place: Path, capsys: pytest.Ca
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
     for name in ("adapter_model.safetensors", "report.html", f"checkpoint-{LAST}/adapter_model.safetensors"):
         assert (run / name).is_file(), name
+
+
+def test_the_loss_of_one_data_set_chooses_the_checkpoint(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for split in SPLITS[:2]:  # what the model learns from the first set makes these answers ever less likely
+        rows = [question(index, f"Number {index}?", f"{COLOURS[index]} it is") for index in range(len(COLOURS))]
+        write(other / f"{split}.jsonl", [row | {"image": str(place / row["image"])} for row in rows])
+    both = f"{place / 'own'}:9,{other}:0.05"
+    flags = ("--dataset", both, "--metric_for_best_model", "eval_loss_other", "--early_stopping_patience", "2")
+    code, run = train(place, "by_set", *flags, "--guard", f"{place / 'remember'}:100", "--eval_samples", "3")
+    assert code == 0
+    seen = evaluations(run)
+    best = min(seen, key=lambda step: seen[step]["eval_loss_other"])
+    record = json.loads((run / "run.json").read_text())
+    assert record["best"] == {"step": best, "metric": "eval_loss_other", "value": seen[best]["eval_loss_other"]}
+    assert max(seen) == best + 2 < LAST and record["stopped_early"]["metric"] == "eval_loss_other"
+    assert min(seen, key=lambda step: seen[step]["eval_loss"]) > best
+    guard = json.loads((run / "guard.json").read_text())
+    assert [entry["value"] for entry in guard["evaluations"]] == [row["eval_loss_other"] for row in seen.values()]
+    for flags, told in (
+        (("--dataset", both, "--metric_for_best_model", "eval_loss_nobody"), "eval_loss_own, eval_loss_other"),
+        (("--dataset", both, "--metric_for_best_model", "eval_loss_other", "--max_eval", "1"), "no question of"),
+        (("--guard", "eval_loss_other:1"), "is no benchmark"),
+    ):
+        assert train(place, "refused", *flags)[0] == 2
+        assert told in capsys.readouterr().err

@@ -45,6 +45,11 @@ def test_one_step_trains_at_its_rate_and_says_what_would_be_more(
     run = tmp_path / "one"
     assert train(data, run, "--sft_config", "1epoch") == 0
     told = capsys.readouterr()
+    before = told.out.partition("step 1: ")[0]
+    log = (run / "log.txt").read_text()
+    assert len(before.splitlines()) <= 11 and line_with(before, "forecast", "on disk (") and line_with(before, "LoRA:")
+    for folded in ("one sample as the model sees it", "schedule: 1 steps", "launch: ", "  memory: ", "vision features"):
+        assert folded in log and folded not in told.out, folded
     assert rates(run) == [pytest.approx(2e-4)]
     assert "changes nothing" not in told.out
     proposed = re.search(r"vlm-sft (export --adapter .+)", told.out)
@@ -127,8 +132,9 @@ def test_an_adapter_that_is_still_zero_is_told_and_not_proposed_for_export(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "zero"
-    assert train(data, run, "--max_steps", "2", "--learning_rate", "1e-60") == 0
+    assert train(data, run, "--max_steps", "2", "--learning_rate", "1e-60", "--verbose") == 0
     told = capsys.readouterr()
+    assert "schedule: 2 steps" in told.out and "vision features" in told.out
     assert line_with(told.err, "warning: ", "changed nothing", "lora_B")
     assert "vlm-sft export" not in told.out and "next: train again" in told.out
     assert any("changed nothing" in note for note in json.loads((run / "run.json").read_text())["notes"])

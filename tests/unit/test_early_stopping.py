@@ -44,6 +44,7 @@ def stopped(recipe: Recipe, values: list[float]) -> EarlyStop | None:
         (LOSS, [2, math.nan, math.inf], (2, 10, 2)),
         (LOSS, [math.nan, math.nan], (None, None, 2)),
         (LOSS, [-math.inf, 1, 0.5], None),
+        (replace(LOSS, metric_for_best_model="eval_loss_mine"), [3, 2, 2, 2.5], (2, 20, 2)),
         (SCORE, [0.1, 0.2, 0.3], None),
         (SCORE, [0.3, 0.2, 0.1], (0.3, 10, 2)),
     ],

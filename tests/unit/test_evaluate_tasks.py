@@ -16,7 +16,7 @@ from vlm_sft.evaluate.metrics import BENCHMARKS
 from vlm_sft.evaluate.tasks import benchmark_names, dataset_text, load_tasks, parse_token_limits, too_short, with_limits
 from vlm_sft.model.load import find_base
 from vlm_sft.recipe.load import load_recipe
-from vlm_sft.recipe.schema import EVALUATION_METRICS
+from vlm_sft.recipe.metric_names import EVALUATION_METRICS
 
 
 def test_metric_names_of_recipes_are_those_of_the_benchmarks() -> None:
@@ -135,6 +135,7 @@ def test_a_large_loss_disqualifies_and_a_small_or_unsure_one_does_not() -> None:
     ("changes", "guard", "samples", "expected"),
     [
         ({"metric_for_best_model": "textvqa_accuracy"}, None, None, "is of no benchmark in --dataset demo_charts"),
+        ({"metric_for_best_model": "eval_loss_demo_charts"}, None, None, "of no data set beside others"),
         ({}, "textvqa:1", None, "load_best_model_at_end is false"),
         ({"eval_strategy": "no"}, None, 5, "--eval_samples needs evaluations"),
         ({}, None, 0, "--eval_samples 0 is below 1"),

@@ -17,7 +17,7 @@ from vlm_sft.data.sources.registry import LOADERS, load_split
 from vlm_sft.data.sources.spec import KNOWN, PUBLISHED, TABLE_SETS, parse_datasets
 from vlm_sft.evaluate.metrics import BENCHMARKS
 from vlm_sft.evaluate.tasks import load_tasks
-from vlm_sft.recipe.schema import EVALUATION_METRICS
+from vlm_sft.recipe.metric_names import EVALUATION_METRICS
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

@@ -29,10 +29,10 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print the table, write both files; 0 whatever the verdicts."""
     from vlm_sft.common import console
     from vlm_sft.evaluate.compare import compare_runs
-    from vlm_sft.evaluate.comparison_table import format_table, write_comparison
+    from vlm_sft.evaluate.comparison_table import comparison_tones, format_table, write_comparison
 
     result = compare_runs(args.runs, args.baseline)
     files = write_comparison(result, args.output_dir)
-    console.say(format_table(result))
+    console.say(format_table(result), comparison_tones(result))
     console.say("written: " + ", ".join(str(path) for path in files))
     return 0

@@ -24,6 +24,7 @@ RUN = "run.json"  # what ran, where, with which versions; its status; seconds an
 RECIPE = "recipe.json"  # the resolved recipe with every default
 DATA = "data.json"  # counts of samples, images, tokens; what was left out and why
 LEFT_OUT = "left_out.jsonl"  # one line a sample that was left out: id, reason
+LOG = "log.txt"  # what the training told, line by line, with what the terminal folds
 METRICS = "metrics.jsonl"  # one line a log event of the training
 TRACKERS = "trackers.json"  # where TensorBoard, W&B, MLflow and Trackio have this run, for a resume to go on with it
 TRACKER_FOLDERS = ("runs", "wandb", "mlruns", "trackio")  # what they write where they are not sent elsewhere

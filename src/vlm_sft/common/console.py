@@ -14,8 +14,9 @@ import select
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from vlm_sft.common.errors import bounded, plain
@@ -118,6 +119,21 @@ def lost_streams() -> dict[str, OSError]:
     return dict(_lost)
 
 
+@dataclass(frozen=True, slots=True)
+class Tone:
+    """A cell of a table that a terminal shows in green (better) or red (worse); its sign says the same.
+
+    Attributes:
+        line: of the text, from 0.
+        cell: its text, the last such in the line.
+        better: whether it is good news.
+    """
+
+    line: int
+    cell: str
+    better: bool
+
+
 class _Terminal(logging.Handler):
     """Shows a record on the standard stream of the moment: warnings on standard error, the rest on standard output."""
 
@@ -125,6 +141,8 @@ class _Terminal(logging.Handler):
         """Write one line, or several where the text has several."""
         text = record.getMessage()
         stream = sys.stdout
+        if shows_colours(stream):
+            text = _coloured(text, getattr(record, "tones", ()))
         if record.levelno >= logging.WARNING:
             stream = sys.stderr
             rank = "" if is_main_process() else f" (rank {os.environ['RANK']})"
@@ -133,11 +151,27 @@ class _Terminal(logging.Handler):
         stream.flush()
 
 
-# What `say` and `warn` pass on: whoever embeds the package can set its level or its handlers.
+def shows_colours(stream: Any) -> bool:
+    """Whether a stream is a terminal that shows colours, and the user has not asked for none (no-color.org)."""
+    plain_ones = ("", "dumb", "unknown")
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM", "") not in plain_ones and bool(stream.isatty())
+
+
+def _coloured(text: str, tones: Sequence[Tone]) -> str:
+    """A text with some of its cells in colour."""
+    lines = text.split("\n")
+    for tone in tones:
+        start, cell, end = lines[tone.line].rpartition(tone.cell)
+        lines[tone.line] = f"{start}\x1b[{32 if tone.better else 31}m{cell}\x1b[0m{end}"
+    return "\n".join(lines)
+
+
+# What `say`, `detail` and `warn` pass on: whoever embeds the package can set its level or its handlers.
 LOGGER = logging.getLogger("vlm_sft")
-LOGGER.setLevel(logging.INFO)
+LOGGER.setLevel(logging.DEBUG)
 LOGGER.propagate = False  # a root handler would show every line twice
-LOGGER.addHandler(_Terminal())
+_TERMINAL = _Terminal()
+LOGGER.addHandler(_TERMINAL)
 
 
 @contextmanager
@@ -151,10 +185,32 @@ def muted(wanted: bool = True) -> Iterator[None]:
         LOGGER.setLevel(before)
 
 
-def say(text: str) -> None:
-    """Tell the user one thing, on standard output, from rank 0 only."""
+@contextmanager
+def folded(wanted: bool = True) -> Iterator[None]:
+    """Keep what `detail` tells off the terminal while the block runs; the log of a run gets it all the same."""
+    before = _TERMINAL.level
+    _TERMINAL.setLevel(logging.INFO if wanted else before)
+    try:
+        yield
+    finally:
+        _TERMINAL.setLevel(before)
+
+
+def detail(text: str) -> None:
+    """Tell what few readers look for, as `say` does; `folded` keeps it off the terminal."""
     if is_main_process():
-        LOGGER.info("%s", plain(text))
+        LOGGER.debug("%s", plain(text))
+
+
+def say(text: str, tones: Sequence[Tone] = ()) -> None:
+    """Tell the user one thing, on standard output, from rank 0 only.
+
+    Args:
+        text: what is told.
+        tones: its cells that are good or bad news.
+    """
+    if is_main_process():
+        LOGGER.info("%s", plain(text), extra={"tones": tones})
 
 
 def warn(text: str, any_rank: bool = False) -> None:

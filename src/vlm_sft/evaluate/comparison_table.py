@@ -8,6 +8,7 @@ from typing import Any
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.artifacts import in_markdown
+from vlm_sft.common.console import Tone
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.compare import TOO_FEW, Row, few_line
 from vlm_sft.evaluate.scoring import why_cut
@@ -52,6 +53,12 @@ def format_table(result: dict[str, Any]) -> str:
     (header, *rows), notes = comparison_cells(result)
     first = f"baseline: {in_markdown(result['baseline'])}"
     return "\n".join([first, "", *_table(header, rows), *map(in_markdown, notes)])
+
+
+def comparison_tones(result: dict[str, Any]) -> list[Tone]:
+    """The verdicts of `format_table` that are good or bad news."""
+    verdicts = enumerate((c["verdict"] for c in result["comparisons"]), start=4)  # below the baseline and the header
+    return [Tone(line, verdict, verdict == "better") for line, verdict in verdicts if verdict in ("better", "worse")]
 
 
 def comparison_cells(result: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:

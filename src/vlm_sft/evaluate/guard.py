@@ -53,6 +53,11 @@ def parse_guards(text: str) -> list[Guard]:
         if not 0 <= allowed <= 1:
             mistakes.append(f"{quoted(entry)} does not say how many points may be lost (0 to 100)")
             continue
+        if source.startswith("eval_"):
+            mistakes.append(
+                f"{quoted(source)} is no benchmark: a guard tests answers; a loss goes to metric_for_best_model"
+            )
+            continue
         guards += [Guard(name, source if name in source else name, allowed) for name in benchmark_names(source)]
     names = [guard.name for guard in guards]
     mistakes += [f"{quoted(name)} is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.common.console import say
+from vlm_sft.common.console import detail
 from vlm_sft.data.cache.directory import default_cache_dir
 from vlm_sft.data.cache.encoded import DataCache
 from vlm_sft.data.cache.feature_names import AUTO, OFF
@@ -85,7 +85,7 @@ class Caches:
             decision = replace(decision, reason="as before the resume")
         self.facts.setdefault("feature_cache", {})[stage] = decision.to_dict()
         kept = "cached" if decision.used else "not cached"
-        say(f"vision features ({stage}): {kept}: {decision.reason}")
+        detail(f"vision features ({stage}): {kept}: {decision.reason}")
 
     def evaluation_cache(self, model: AnyModel, encoder: Encoder, samples: Sequence[Sample]) -> DataCache:
         """Prepare the images of benchmarks, and keep their vision features where that pays.

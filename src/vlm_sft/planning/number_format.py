@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vlm_sft.common.console import say
+from vlm_sft.common.console import detail
 from vlm_sft.common.manifest import read_manifest
 from vlm_sft.common.record import bfloat16_flags
 from vlm_sft.distributed.collectives import agree
@@ -104,7 +104,7 @@ def decide_format(model: ModelShape, recipe: Recipe, engine: bool) -> FormatRate
     if held or not bfloat16_flags() or model.kind not in FAMILIES or not narrows("cpu"):
         return None
     rates = agree(lambda: measure_formats(model))
-    say(rates.line())
+    detail(rates.line())
     return rates
 
 

@@ -122,6 +122,9 @@ class TrainOptions(AnswerOptions):
         "with commas; exit code 3 when none is left",
         "BENCHMARK:POINTS",
     )
+    verbose: bool = option(
+        False, "print all that log.txt of the run gets: counts, launch, caches, kernels, what the forecast is made of"
+    )
     probe: bool = option(False, "run a few passes first, a minute at most, to forecast time and memory from them")
     ignore_forecast: bool = option(
         False, "start although memory or disk surely do not suffice (without it: exit code 4)"

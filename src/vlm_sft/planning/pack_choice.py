@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from vlm_sft.common.console import say
+from vlm_sft.common.console import detail
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.distributed.collectives import agree
 from vlm_sft.forecast.pack_size import PACK_TOKENS, Passes, choose_passes
@@ -34,7 +34,7 @@ def decide_passes(
     """
     passes = agree(lambda: _passes(run, setting, planner, visual))
     if passes.reason:
-        say(f"passes: {passes.reason}")
+        detail(f"passes: {passes.reason}")
     run.record.update(passes=passes.to_dict())
     return replace(run, passes=passes)
 

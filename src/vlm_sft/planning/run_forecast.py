@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vlm_sft.common.artifacts import MERGED_BASE, checkpoint_step
-from vlm_sft.common.console import is_main_process, say, warn
+from vlm_sft.common.console import detail, is_main_process, say, warn
 from vlm_sft.common.errors import ForecastError, RunError
 from vlm_sft.common.formats import duration, relative, size
 from vlm_sft.common.record import folder_bytes, peak_memory_bytes, resident_bytes
@@ -124,8 +124,10 @@ class ForecastTracker:
 
     def _publish(self, root: Path) -> None:
         """Print and record the forecast, warn of what may not fit, and refuse what surely does not."""
-        for line in describe(self.forecast, self.inputs):
-            say(line)
+        first, *rest = describe(self.forecast, self.inputs)
+        say(first)
+        for line in rest:
+            detail(line)
         self._record(None)
         free = free_space(self.run.options.output_dir, root)
         found = agree(lambda: shortages(self.inputs, self.forecast, self.calibration, *free))
@@ -202,7 +204,8 @@ def describe(forecast: RunForecast, inputs: ForecastInputs) -> list[str]:
     lines = [
         f"forecast ({forecast.basis}): {duration(spent.value)} ({duration(spent.low)} to {duration(spent.high)}), "
         f"{size(held.value)} of memory per process ({size(held.low)} to {size(held.high)}), "
-        f"{size(stored.value)} on disk ({size(forecast.peak_disk_bytes)} at the peak)"
+        f"{size(stored.value)} on disk ({size(stored.low)} to {size(stored.high)}; "
+        f"{size(forecast.peak_disk_bytes)} at the peak)"
     ]
     for name, show in (("time_seconds", duration), ("peak_bytes", size), ("disk_bytes", size)):
         items = sorted(forecast.items[name].items(), key=lambda item: -item[1])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft.common import artifacts
-from vlm_sft.common.console import is_main_process, say, warn
+from vlm_sft.common.console import detail, is_main_process, say, warn
 from vlm_sft.common.errors import DataError
 from vlm_sft.common.formats import plural
 from vlm_sft.data.audit import enforce, left_out_line, note_lines, notes_of
@@ -45,7 +45,8 @@ from vlm_sft.planning.fingerprint import refuse_changes, run_identity
 from vlm_sft.planning.number_format import settle_format
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.planning.training_run import TrainingRun
-from vlm_sft.planning.validation_plan import LOSS, ValidationPlan, plan_validation
+from vlm_sft.planning.validation_plan import ValidationPlan, of_metric, plan_validation
+from vlm_sft.recipe.metric_names import is_loss
 from vlm_sft.recipe.schedule import Schedule, effective_global_batch_size, few_steps_advice, resolve_schedule
 from vlm_sft.recipe.schema import Recipe
 
@@ -105,7 +106,7 @@ def load_data(
             evaluation += held_out.samples
             left_out += held_out.left_out
         label = " (synthetic)" if loaded.synthetic else ""
-        say(f"data: {spec.name}{label}: {loaded.description}")
+        detail(f"{spec.name}{label}: {loaded.description}")
     mixed = weighted(mix(parts, recipe.max_train, recipe.seed), weights)
     evaluation = stratified_limit(evaluation, recipe.max_eval, SAMPLE_SEED)
     require_same_data([*mixed, *evaluation], left_out)
@@ -166,9 +167,9 @@ def validation_plan(run: TrainingRun, guards: list[Guard]) -> ValidationPlan | N
         return None
     _enforce_tasks(run, validation.tasks, left_out)
     counts = ", ".join(f"{task.name} ({len(task.samples):,})" for task in validation.tasks)
-    say(f"answered at each evaluation: {counts}; the best checkpoint is chosen by {validation.metric}")
+    detail(f"answered at each evaluation: {counts}; the best checkpoint is chosen by {validation.metric}")
     for guard in guards:
-        say(f"guard: a checkpoint that loses more than {100 * guard.allowed:g} points on {guard.name} is not kept")
+        detail(f"guard: a checkpoint that loses more than {100 * guard.allowed:g} points on {guard.name} is not kept")
     return validation
 
 
@@ -182,8 +183,9 @@ def tell_parts(
     """Print how many questions and images each part of the data has; print and record which of them overlap."""
     validated = evaluation + (validation.samples if validation else [])
     parts = {"training": train, "validation": validated} | {f"table ({task.name})": task.samples for task in tasks}
+    sets = ", ".join(spec.name + (" (synthetic)" if is_synthetic(spec.name) else "") for spec in run.specs)
     say(
-        "parts: "
+        f"data: {sets}: "
         + "; ".join(
             f"{name} {counted(list({sample.id: sample for sample in samples}.values()))}"
             for name, samples in parts.items()
@@ -208,9 +210,9 @@ def _choosing(recipe: Recipe, evaluation: list[Sample], validation: ValidationPl
     """The questions whose loss or answers decide which checkpoint is kept."""
     if not recipe.load_best_model_at_end or recipe.eval_strategy == "no":
         return []
-    answered = validation is not None and (validation.metric != LOSS or bool(validation.guards))
+    answered = validation is not None and (not is_loss(validation.metric) or bool(validation.guards))
     by_answers = validation.samples if validation and answered else []
-    return by_answers + (evaluation if recipe.metric_for_best_model == LOSS else [])
+    return by_answers + of_metric(recipe.metric_for_best_model, evaluation)
 
 
 def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sample], left_out: list[LeftOut]) -> Plan:
@@ -253,6 +255,10 @@ def plan_epochs(
     """How the questions of training and evaluation loss are packed, and the steps that follow from it."""
     planner = planner_over(run, data.lengths).computed_as(base.rows)
     eval_planner = replace(planner, lengths=evaluation.lengths) if evaluation and len(evaluation) else None
+    if run.recipe.eval_strategy != "no":
+        of_metric(
+            run.recipe.metric_for_best_model, [sample for sample, _, _ in evaluation.samples()] if evaluation else []
+        )
     return planner, eval_planner, resolve_schedule(run.recipe, planner.steps_per_epoch)
 
 
@@ -369,13 +375,13 @@ def _write_data_facts(
 def _tell_plan(run: TrainingRun, schedule: Schedule, data: PreparedData, planner: EpochPlanner) -> None:
     """Print one supervised sample, the counts, and the schedule."""
     facts = data.summary()
-    say("one sample as the model sees it; only the part in ⟦ ⟧ is supervised:")
-    say("  " + data.marked_example().replace("\n", "\n  "))
-    say(
+    detail("one sample as the model sees it; only the part in ⟦ ⟧ is supervised:")
+    detail("  " + data.marked_example().replace("\n", "\n  "))
+    detail(
         f"training set: {counted([sample for sample, _, _ in data.samples()])}; {facts['supervised_tokens']:,} "
         f"supervised tokens, {facts['image_tokens']:,} image tokens"
     )
-    say(
+    detail(
         f"schedule: {plural(schedule.total_steps, 'step')} of {planner.global_batch_size} questions "
         f"({schedule.steps_per_epoch:,} per epoch), warmup {schedule.warmup_steps}, evaluation every "
         f"{schedule.eval_steps or '-'}, checkpoint every {schedule.save_steps or '-'} steps"

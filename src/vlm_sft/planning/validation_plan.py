@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlm_sft.common.errors import RecipeError
+from vlm_sft.common.errors import DataError, RecipeError
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.evaluate.guard import Guard, parse_guards
 from vlm_sft.evaluate.tasks import Task, dataset_text, load_tasks, names_of, rules_of
+from vlm_sft.recipe.metric_names import LOSS, is_loss, loss_set
 from vlm_sft.recipe.schema import Recipe
 
 EVAL_SAMPLES = 200  # questions per benchmark at each evaluation
-LOSS = "eval_loss"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class ValidationPlan:
     Attributes:
         tasks: the questions; those of the training data first.
         guards: what may be lost on which of them.
-        metric: what chooses the best checkpoint, a name of EVALUATION_METRICS.
+        metric: what chooses the best checkpoint, as of `metric_for_best_model`.
     """
 
     tasks: list[Task]
@@ -54,11 +55,12 @@ def check_request(recipe: Recipe, specs: list[DatasetSpec], guard: str | None, s
     """
     known = {name: rules_of(name).metric_name for name in names_of(specs)}
     metric = recipe.metric_for_best_model
-    if metric != LOSS and metric not in known.values():
-        have = ", ".join(dict.fromkeys([LOSS, *known.values()]))
+    losses = [f"{LOSS}_{name}" for name in known] if len(known) > 1 else []
+    if metric not in (have := [LOSS, *losses, *known.values()]):
+        kind = "data set beside others" if is_loss(metric) else "benchmark"
         raise RecipeError(
-            f"metric_for_best_model {metric} is of no benchmark in --dataset {dataset_text(specs)}",
-            f"choose from {have}",
+            f"metric_for_best_model {metric} is of no {kind} in --dataset {dataset_text(specs)}",
+            f"choose from {', '.join(dict.fromkeys(have))}",
         )
     if samples is not None and samples < 1:
         raise RecipeError(f"--eval_samples {samples} is below 1", "give a number of questions per benchmark")
@@ -73,6 +75,22 @@ def check_request(recipe: Recipe, specs: list[DatasetSpec], guard: str | None, s
     return parse_guards(guard) if guard else []
 
 
+def of_metric(metric: str, evaluation: Sequence[Sample]) -> list[Sample]:
+    """The questions of the evaluation loss that a metric looks at.
+
+    Raises:
+        DataError: the metric is the loss of a data set, and no question is that set's.
+    """
+    name = loss_set(metric)
+    found = [sample for sample in evaluation if is_loss(metric) and name in ("", sample.dataset)]
+    if name and not found:
+        raise DataError(
+            f"metric_for_best_model {metric}: no question of the evaluation loss is of {name}",
+            "let --max_eval draw more questions, give the set a validation split, or choose another metric",
+        )
+    return found
+
+
 def plan_validation(
     recipe: Recipe, specs: list[DatasetSpec], guards: list[Guard], samples: int | None
 ) -> tuple[ValidationPlan | None, list[LeftOut]]:
@@ -85,7 +103,7 @@ def plan_validation(
     Returns:
         The plan, or None where neither a metric nor a guard nor a number of samples asks for one; what was left out.
     """
-    if recipe.metric_for_best_model == LOSS and not guards and samples is None:
+    if is_loss(recipe.metric_for_best_model) and not guards and samples is None:
         return None, []
     limit = samples or EVAL_SAMPLES
     tasks, left_out = load_tasks(dataset_text(specs), limit, "validation")

@@ -100,7 +100,7 @@ def _check_switch(key: Key, value: Any) -> tuple[Any, str]:
 def _check_text(key: Key, value: Any) -> tuple[Any, str]:
     if not isinstance(value, str):
         return value, _wrong_type(value)
-    return value, "" if not key.choices or value in key.choices else "not one of the choices"
+    return value, "" if not key.choices or key.is_choice(value) else "not one of the choices"
 
 
 def _check_names(key: Key, value: Any) -> tuple[Any, str]:

@@ -10,6 +10,8 @@ import typing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from vlm_sft.recipe.metric_names import EVALUATION_METRICS, SET_LOSS, is_loss
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -62,26 +64,6 @@ FLOORED_SCHEDULERS = ("cosine_with_min_lr", "warmup_stable_decay")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", *FLOORED_SCHEDULERS)
 LOSSES = ("nll", "dft")
 DECAYS = ("1-sqrt", "linear", "cosine")
-# What an evaluation during training writes; a best checkpoint can be chosen by these names only. All but the first are
-# the metrics of the benchmarks (evaluate/metrics.py has their rules), and more of them is better.
-EVALUATION_METRICS = (
-    "eval_loss",
-    "chartqa_relaxed_accuracy",
-    "textvqa_accuracy",
-    "docvqa_anls",
-    "infographicvqa_anls",
-    "ocrvqa_accuracy",
-    "chartqapro_relaxed_accuracy",
-    "ai2d_accuracy",
-    "realworldqa_accuracy",
-    "ocrbench_accuracy",
-    "easy_vqa_accuracy",
-    "demo_charts_relaxed_accuracy",
-    "demo_text_accuracy",
-    "multiple_choice_accuracy",
-    "squad_f1",
-    "exact_match",
-)
 TRACKERS = (
     "none",
     "tensorboard",
@@ -186,12 +168,12 @@ class Recipe:
     load_best_model_at_end: bool = _key(False, "end with the checkpoint of the best evaluation instead of the last one")
     metric_for_best_model: str = _key(
         "eval_loss",
-        "what says which checkpoint is best: the evaluation loss, or a benchmark's metric on questions "
-        "that are answered at each evaluation",
-        choices=EVALUATION_METRICS,
+        "what says which checkpoint is best: the evaluation loss, that of the data set NAME alone, or a benchmark's "
+        "metric on questions that are answered at each evaluation",
+        choices=(*EVALUATION_METRICS, SET_LOSS),
     )
     greater_is_better: bool | None = _key(
-        None, "whether more of that metric is better; null: no for a name that ends in loss, yes for any other"
+        None, "whether more of that metric is better; null: no for a loss, yes for any other"
     )
     early_stopping_patience: int | None = _key(
         None,
@@ -273,7 +255,7 @@ class Recipe:
         """Whether the best checkpoint has the greatest value of `metric_for_best_model`, null resolved."""
         if self.greater_is_better is not None:
             return self.greater_is_better
-        return not self.metric_for_best_model.endswith("loss")
+        return not is_loss(self.metric_for_best_model)
 
     @property
     def best_metric_column(self) -> str:
@@ -359,6 +341,11 @@ class Key:
         if self.range is not None:
             text += f" {self.range}"
         return text + (", or null" if self.optional else "")
+
+    def is_choice(self, text: str) -> bool:
+        """Whether a text is one of the choices; one that ends in NAME is any text with that beginning."""
+        stems = [choice.removesuffix("NAME") for choice in self.choices if choice.endswith("_NAME")]
+        return text in self.choices or any(text.startswith(stem) and text != stem for stem in stems)
 
     @property
     def default_text(self) -> str:

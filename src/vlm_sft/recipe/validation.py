@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_sft.common.errors import RecipeError, nearest
+from vlm_sft.recipe.metric_names import LOSS, is_loss
 from vlm_sft.recipe.parsing import shown
 from vlm_sft.recipe.schema import KEYS
 
@@ -170,19 +171,19 @@ CONTRADICTIONS = (
     ),
     Contradiction(
         ("metric_for_best_model", "greater_is_better"),
-        lambda v: v["greater_is_better"] is True and v["metric_for_best_model"].endswith("loss"),
+        lambda v: v["greater_is_better"] is True and is_loss(v["metric_for_best_model"]),
         "the checkpoint with the highest loss would be the best",
         "use null or false",
     ),
     Contradiction(
         ("metric_for_best_model", "greater_is_better"),
-        lambda v: v["greater_is_better"] is False and not v["metric_for_best_model"].endswith("loss"),
+        lambda v: v["greater_is_better"] is False and not is_loss(v["metric_for_best_model"]),
         "the checkpoint that answers worst would be the best",
         "use null or true",
     ),
     Contradiction(
         ("metric_for_best_model", "eval_strategy"),
-        lambda v: v["eval_strategy"] == "no" and not v["metric_for_best_model"].endswith("loss"),
+        lambda v: v["eval_strategy"] == "no" and v["metric_for_best_model"] != LOSS,
         "without evaluations this metric is never measured",
         "use eval_strategy steps or epoch, or eval_loss",
     ),

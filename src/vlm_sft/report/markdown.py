@@ -7,11 +7,13 @@ from typing import Any
 
 from vlm_sft.common import formats
 from vlm_sft.common.artifacts import in_markdown
+from vlm_sft.common.console import Tone
 from vlm_sft.evaluate.compare import TOO_FEW
 from vlm_sft.report.collect import parse_results
 from vlm_sft.report.records import Benchmark, Score
 
 HEADER = ("benchmark", "n", "base", "tuned", "difference", "time")
+DIFFERENCE = HEADER.index("difference")
 CUT = "cut (base, tuned)"
 
 
@@ -43,6 +45,17 @@ def results_cells(results: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[
         rows += [(*row, _cut(benchmark) if row is own[0] else "") for row in own] if cut else own
     notes = [in_markdown(line) for benchmark in benchmarks for line in benchmark.cautions]
     return rows, [*notes, *cut]
+
+
+def results_tones(results: dict[str, Any]) -> list[Tone]:
+    """The differences of `results_table` that are good or bad news: significant ones."""
+    tones, line = [], 2  # below the header and its rule
+    for benchmark in parse_results(results):
+        own = _rows(benchmark)
+        if benchmark.direction != "same":
+            tones.append(Tone(line, own[0][DIFFERENCE], benchmark.direction == "better"))
+        line += len(own)
+    return tones
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vlm_sft.common import artifacts
-from vlm_sft.common.console import is_main_process, say, warn
+from vlm_sft.common.console import detail, is_main_process, say, warn
 from vlm_sft.common.errors import RunError
 from vlm_sft.trackers.content import Outcome
 from vlm_sft.trackers.tracker import FAILED, FINISHED, INTERRUPTED, About, Tracker
@@ -87,7 +87,7 @@ class Trackers:
                 fix = f"{remedy}; or take it out of --report_to"
                 raise RunError(f"report_to {name}: {reason}", fix) from error
             runs[name] = {"run": known, "place": tracker.place}
-            say(f"{tracker.label}: {tracker.place}")
+            (say if "://" in str(tracker.place) else detail)(f"{tracker.label}: {tracker.place}")
         artifacts.write_json(self.folder / artifacts.TRACKERS, {"schema": 1, "name": called, "runs": runs})
 
     def callbacks(self) -> list[TrainerCallback]:

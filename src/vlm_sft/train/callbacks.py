@@ -16,17 +16,16 @@ from vlm_sft.common.console import Bar, say
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.forecast import estimate as forecasts
 from vlm_sft.planning.run_forecast import ForecastTracker
-from vlm_sft.recipe.schema import EVALUATION_METRICS
+from vlm_sft.recipe.metric_names import EVALUATION_METRICS, is_loss
 from vlm_sft.train.event_log import PatientLines
 
 _RENAMED = {"eval_runtime": "eval_seconds", "eval_samples_per_second": "eval_questions_per_second"}
 _DROPPED = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
-_TOLD = ("eval_loss", *(f"eval_{name}" for name in EVALUATION_METRICS))
 
 
 def _is_told(name: str) -> bool:
     """Whether a number of an evaluation is printed, and not only logged."""
-    return name in _TOLD or name.startswith("eval_loss_")
+    return is_loss(name) or name.removeprefix("eval_") in EVALUATION_METRICS
 
 
 class Callbacks:

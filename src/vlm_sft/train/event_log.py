@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.artifacts import UNENCODABLE
-from vlm_sft.common.console import is_main_process, warn
+from vlm_sft.common.console import LOGGER, is_main_process, warn
+from vlm_sft.common.errors import VlmSftError, plain
 
 
 class PatientLines:
@@ -50,6 +53,46 @@ class PatientLines:
                 warn(f"{self.path} cannot be written ({error.strerror}); its lines are kept until it can")
             return
         self._waiting = ""
+
+
+class _RunLog(logging.Handler):
+    """log.txt: every line with its time in UTC; warnings say so. A resumed run goes on with it.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._lines = PatientLines(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append a record; a text of several lines has one time."""
+        moment = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        self._lines.append(f"{moment} {mark}{record.getMessage()}")
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Keep what rank 0 tells while the block runs, details too, and the error that ends it.
+
+    Args:
+        path: the file; lines are appended.
+    """
+    if not is_main_process():
+        yield
+        return
+    handler = _RunLog(path)
+    LOGGER.addHandler(handler)
+    try:
+        yield
+    except VlmSftError as error:
+        record = LOGGER.makeRecord(LOGGER.name, logging.ERROR, path.name, 0, "%s", (plain(str(error)),), None)
+        handler.emit(record)
+        raise
+    finally:
+        LOGGER.removeHandler(handler)
 
 
 _NAMED = 64  # sample ids of one event that are written out

@@ -30,6 +30,7 @@ from vlm_sft.planning.run_plan import Plan
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.report.html import write_report
 from vlm_sft.report.markdown import results_table as format_results
+from vlm_sft.report.markdown import results_tones
 from vlm_sft.report.predictions import read_predictions, showcase
 from vlm_sft.train.model_card import write_card
 
@@ -130,7 +131,7 @@ def report_run(folder: Path, results: dict[str, Any]) -> None:
         return
     if results:
         say("")
-        say(format_results(results))
+        say(format_results(results), results_tones(results))
     write_card(folder, folder)
     report = write_report([folder], folder / artifacts.REPORT)
     say("")
@@ -144,5 +145,6 @@ def report_run(folder: Path, results: dict[str, Any]) -> None:
     model = f"--base_model {place}" if full else f"--adapter {place}"
     picture, question = _example(folder)
     say(f"next: open the report; try it: vlm-sft ask {picture} {question} {model}")
+    say(f"      in a browser, on your pictures: vlm-sft demo {model}")
     if not full:
         say(f"      one folder for other programs: vlm-sft export {model} --merge --output_dir {place}-merged")

@@ -26,6 +26,7 @@ from vlm_sft.evaluate.evaluator import EvaluationStopped
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.vision_features import start_training
 from vlm_sft.planning.training_run import FaultPolicy
+from vlm_sft.recipe.metric_names import LOSS, is_loss
 from vlm_sft.recipe.schedule import Schedule
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.train.callbacks import Callbacks
@@ -251,6 +252,9 @@ class TrainingLoop:
             raise RunError("a callback asked for an evaluation, and eval_strategy is no", "pass eval_strategy steps")
         state, began = self.state, time.monotonic()
         losses = evaluation_loss(self.optimization, self.plan.mode, steps, self.health, self.device, state.global_step)
+        chosen = self.plan.recipe.best_metric_column
+        if is_loss(chosen):
+            losses.setdefault(chosen, losses[LOSS])  # of the only data set with questions for it
         seconds = time.monotonic() - began
         questions = steps.planner.questions_per_epoch
         metrics = {
@@ -260,9 +264,8 @@ class TrainingLoop:
         }
         if self.validation is not None:
             began = time.monotonic()
-            scores = self.validation.measure(
-                self.model, self.plan.mode, state.global_step, losses["eval_loss"], self.health
-            )
+            loss = losses.get(chosen, losses[LOSS])
+            scores = self.validation.measure(self.model, self.plan.mode, state.global_step, loss, self.health)
             metrics |= {f"eval_{name}": score for name, score in scores.items()}
             metrics["eval_answer_seconds"] = round(time.monotonic() - began, 3)
         self.callbacks.log(dict(metrics))

@@ -45,6 +45,7 @@ START = (
     artifacts.LOCK,
     artifacts.MERGED_BASE,
     artifacts.TRACKERS,
+    artifacts.LOG,
     *artifacts.TRACKER_FOLDERS,
 )
 _WORK = (
@@ -115,6 +116,7 @@ def clear_run(folder: Path) -> None:
         artifacts.MANIFEST,
         artifacts.MANIFEST_CHECKSUM,
         artifacts.TRACKERS,
+        artifacts.LOG,
     ):
         (folder / name).unlink(missing_ok=True)
     if may_write(folder / artifacts.CARD):

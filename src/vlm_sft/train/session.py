@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.artifacts import checkpoint_step
-from vlm_sft.common.console import is_main_process, say
+from vlm_sft.common.console import detail, folded, is_main_process, say
 from vlm_sft.common.errors import InterruptedRunError, RunError
 from vlm_sft.common.record import RunRecord, device_name, now
 from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
@@ -34,6 +35,7 @@ from vlm_sft.trackers.tracker import INTERRUPTED
 from vlm_sft.train.bitsandbytes_adamw import require_bitsandbytes
 from vlm_sft.train.caller import Caller
 from vlm_sft.train.checkpoint.directory import choose_resume, tidy
+from vlm_sft.train.event_log import logged
 from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, clear_run, disk_error, holds_work
 from vlm_sft.train.second_stage import begin_second_stage
 
@@ -70,8 +72,11 @@ def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRu
         RunLock(options.output_dir, wanted=is_main_process()),
         place.or_nothing(lambda: holds_work(options.output_dir)),
         connected(launch),
+        folded(not options.verbose),
+        ExitStack() as stack,
     ):
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
+        stack.enter_context(logged(options.output_dir / artifacts.LOG))
         _announce(options, launch, loaded.notes, checkpoint)
         facts = _facts(options, specs, launch, checkpoint)
         if options.adapter is not None:
@@ -149,7 +154,11 @@ def _announce(options: TrainOptions, launch: Launch, notes: list[str], checkpoin
     """Say what will be done."""
     source = options.sft_config or "the default recipe"
     say(f"training {options.base_model} on {options.dataset} with {source}")
-    say(f"launch: {launch.world_size} process(es), {launch.parallel}, {'CPU' if launch.cpu else 'GPU'}")
+    detail(f"launch: {launch.world_size} process(es), {launch.parallel}, {'CPU' if launch.cpu else 'GPU'}")
+    place = shlex.quote(str(options.output_dir))
+    say(f"follow it in a browser: vlm-sft report {place} --watch")
+    if not options.verbose:
+        say(f"every detail: {place}/{artifacts.LOG}, or here with --verbose")
     for note in filter(None, [idle_gpus(launch, sys.argv), *notes]):
         say(note)
     if options.resume is not None:

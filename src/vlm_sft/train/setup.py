@@ -15,7 +15,7 @@ from transformers import AutoConfig, TrainerCallback
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.artifacts import checkpoint_step
-from vlm_sft.common.console import is_main_process, say, warn
+from vlm_sft.common.console import detail, is_main_process, say, warn
 from vlm_sft.common.errors import ModelError
 from vlm_sft.common.manifest import read_manifest
 from vlm_sft.common.record import versions
@@ -170,7 +170,8 @@ def build_training(
         forecast.lap(LOAD)
         _keep_features(run, plan, model, asked)
         if run.data_workers != run.recipe.dataloader_num_workers:
-            say(f"batches: {run.data_workers} processes prepare them (--dataloader_num_workers chooses another number)")
+            line = f"{run.data_workers} processes prepare them (--dataloader_num_workers chooses another number)"
+            detail(f"batches: {line}")
         forecast.lap(FEATURES)
         if run.options.probe:
             _probe(run, plan, forecast, model, mode, (planner, eval_planner))
@@ -216,7 +217,7 @@ def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
     whole = launch.parallel in ("single", "ddp", "zero2")
     loaded = load_model(base, launch.device if whole else "cpu")
     model, lora = tune(loaded, recipe, base.name, master=launch.deepspeed is None)
-    say(described(lora))
+    say(f"{described(lora)}, in {plan.schedule.total_steps:,} steps of {plan.planner.global_batch_size} questions")
     if run.options.adapter is not None and run.options.adapter_mode == CONTINUE:
         take_over(model, run.options.adapter)
     run.record.update(lora=lora, attention=base.attention, dtype=base.dtype_name)

@@ -76,7 +76,7 @@ class Validation:
             model: the model in training, unwrapped.
             mode: how its packs are computed.
             step: optimizer steps done.
-            loss: the evaluation loss of this step.
+            loss: the evaluation loss of this step, of the data set that the metric is of where it is of one.
             stop: looked at while questions are answered; None where nothing asks for a stop.
 
         Returns:
