@@ -18,7 +18,7 @@ from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import UNPROCESSABLE, ImageRef
 
-MOVED = "an image stands behind words of its conversation; here images come first"
+MOVED = "an image follows words of its conversation; here images come first"
 REFUSED = "Processor cannot process the image: ValueError: absolute aspect ratio"  # of the family, or of its images
 POCKET = ("--base_model", "pocket", "--max_left_out", "0.3")
 
@@ -95,8 +95,8 @@ def test_check_finds_what_a_model_refuses(data: Path, tmp_path: Path, capsys: py
     check = ["data", "check", str(data), "--output_dir", str(tmp_path)]
     assert main(check) == 0
     told = capsys.readouterr()
-    assert "as long as wide, which some models cannot take (all of Qwen's): 1, e.g. " in told.err
-    assert "long.png (3,000 x 10 pixels); --base_model MODEL asks the model's processor" in told.err
+    assert "as long as wide, which some models reject (all Qwen models): 1, e.g. " in told.err
+    assert "long.png (3,000 x 10 pixels); --base_model MODEL checks with the model's processor" in told.err
     assert main([*check, "--base_model", "pocket"]) == 2
     told = capsys.readouterr()
     assert "cannot be used" in told.err and REFUSED in told.err

@@ -132,8 +132,8 @@ def test_all_weights_after_an_adapter(first: Path, tmp_path: Path) -> None:
         (("--use_dora", "true"), ("use_dora is False there and True here", "--use_dora false")),
         (("--target_modules", "q_proj,k_proj"), ("in the adapter only: o_proj, v_proj", "in the recipe only: k_proj")),
         (("--train", "language,vision_lora"), ("in the recipe only:", "qkv", "the same --train")),
-        (("--train", "language,projector"), ("cannot go on under this recipe", "missing", "merger")),
-        (("--train", "all"), ("there is no adapter whose weights could go on", "--adapter_mode merge")),
+        (("--train", "language,projector"), ("cannot be continued under this recipe", "missing", "merger")),
+        (("--train", "all"), ("there is no adapter to continue from", "--adapter_mode merge")),
     ],
     ids=["rank", "dora", "targets", "tower", "projector", "all"],
 )

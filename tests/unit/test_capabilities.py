@@ -45,7 +45,7 @@ def test_auto_takes_bfloat16_where_the_gpu_itself_has_it(
     assert torch.cuda.is_bf16_supported()  # what was asked before
     base = find_base("pocket")
     assert base.dtype is default_dtype() is dtype
-    note = f"{name} has no bfloat16 of its own, and emulating it is slower than float32: computing in float32"
+    note = f"{name} does not support bfloat16, and emulating it is slower than float32: computing in float32"
     assert base.notes == ((note,) if dtype is torch.float32 else ())
     assert find_base("pocket", bf16=False).notes == () and find_base("pocket", bf16=True).dtype is torch.bfloat16
     warned = f"warning: --bf16 true: {name} has no bfloat16 of its own" in capsys.readouterr().err

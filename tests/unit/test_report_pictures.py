@@ -97,7 +97,7 @@ def test_what_was_not_kept_is_told(task: Task, tmp_path: Path, monkeypatch: pyte
     total = sum(path.stat().st_size for path in (folder / "evaluation" / "images").iterdir())
     assert 90_000 < total < 150_000
     page, told = shown(folder)
-    reason = "picture not kept: an evaluation keeps 100 kB of pictures a benchmark"
+    reason = "picture not stored: an evaluation stores 100 kB of pictures a benchmark"
     assert set(told) == {"", reason} and told[""] >= 5
     assert f"{told[reason]} questions: picture not kept" in page.text
 

@@ -74,7 +74,7 @@ def test_chartqa_rows(tmp_path):
 
     test = load_split(parse_datasets(f"chartqa@{tmp_path}")[0], benchmark_split("chartqa"))
     assert [s.id for s in test.samples] == ["chartqa/validation/000000"]
-    assert "validation split stands in" in test.description
+    assert "validation split is used instead" in test.description
 
 
 def test_images_beside_the_table(tmp_path):

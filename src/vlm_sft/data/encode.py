@@ -367,7 +367,7 @@ class Encoder:
         size = max(size, 1)  # a template may begin with a text row's own words, which the group's texts have in common
         if (sequences[0][size:] == self.image_token_id).any():
             raise ModelError(
-                "the chat template puts the image behind the question, so no prefix can be shared",
+                "the chat template puts the image after the question, so no prefix can be shared",
                 "move the image before the text in the chat template",
             )
         return size

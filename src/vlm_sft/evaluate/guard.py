@@ -55,7 +55,7 @@ def parse_guards(text: str) -> list[Guard]:
             continue
         if source.startswith("eval_"):
             mistakes.append(
-                f"{quoted(source)} is no benchmark: a guard tests answers; a loss goes to metric_for_best_model"
+                f"{quoted(source)} is not a benchmark: a guard tests answers; a loss goes to metric_for_best_model"
             )
             continue
         guards += [Guard(name, source if name in source else name, allowed) for name in benchmark_names(source)]

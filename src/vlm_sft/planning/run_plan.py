@@ -169,7 +169,7 @@ def validation_plan(run: TrainingRun, guards: list[Guard]) -> ValidationPlan | N
     counts = ", ".join(f"{task.name} ({len(task.samples):,})" for task in validation.tasks)
     detail(f"answered at each evaluation: {counts}; the best checkpoint is chosen by {validation.metric}")
     for guard in guards:
-        detail(f"guard: a checkpoint that loses more than {100 * guard.allowed:g} points on {guard.name} is not kept")
+        detail(f"guard: a checkpoint that loses over {100 * guard.allowed:g} points on {guard.name} cannot be the best")
     return validation
 
 
@@ -242,7 +242,7 @@ def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sa
     enforce(left_out, total, options.max_left_out, options.output_dir / artifacts.LEFT_OUT)
     planner, eval_planner, schedule = plan_epochs(run, base, data, evaluation)
     if eval_planner is None and recipe.eval_strategy != "no":
-        raise DataError("there is no question to compute the evaluation loss on", "pass --eval_strategy no")
+        raise DataError("there are no questions for the evaluation loss", "pass --eval_strategy no")
     _tell_plan(run, schedule, data, planner)
     if is_main_process():
         artifacts.write_json(options.output_dir / artifacts.RECIPE, recipe.to_dict())

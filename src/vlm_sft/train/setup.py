@@ -284,7 +284,7 @@ def _probe(
 ) -> None:
     """Measure a few passes and forecast again."""
     if is_partitioned(*model.parameters()):
-        say("--probe: under ZeRO-3 no rank has the whole model for a pass of its own; the forecast stays as it is")
+        say("--probe: no effect under ZeRO-3, where no rank holds the whole model")
         return
     precision = partial(mixed_precision, run.launch.device, plan.base.dtype)
     kept = forecast.inputs.images.keep_benchmark_features

@@ -18,7 +18,7 @@ from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem, clean_text, loss_weight, most_common, reference_answers
 
 PLACEHOLDER = "<image>"
-MOVED = "an image stands behind words of its conversation; here images come first"
+MOVED = "an image follows words of its conversation; here images come first"
 IMAGE_PARTS = ("image", "image_url")
 _LEADING_MARKS = re.compile(rf"(\s*{PLACEHOLDER})+\s*")
 ROLES = {
@@ -270,7 +270,7 @@ def _message(item: Any, where: str, marked: bool) -> _Message:
 def _unknown_part(where: str, part: Any) -> RowProblem:
     """Why a part of a content cannot be read."""
     if not isinstance(part, dict):
-        return RowProblem("unknown part", f"{where} has a part that is no object: {quoted(part)}")
+        return RowProblem("unknown part", f"{where} has a part that is not an object: {quoted(part)}")
     if "type" not in part:
         return RowProblem("unknown part", f"{where} has a part without a type; {keys_of(part)}")
     if part["type"] != "text":
