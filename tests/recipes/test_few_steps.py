@@ -48,7 +48,7 @@ def test_one_step_trains_at_its_rate_and_says_what_would_be_more(
     before = told.out.partition("step 1: ")[0]
     log = (run / "log.txt").read_text()
     assert len(before.splitlines()) <= 11 and line_with(before, "forecast", "on disk (") and line_with(before, "LoRA:")
-    for folded in ("one sample as the model sees it", "schedule: 1 steps", "launch: ", "  memory: ", "vision features"):
+    for folded in ("one sample as the model sees it", "schedule: 1 step", "launch: ", "  memory: ", "vision features"):
         assert folded in log and folded not in told.out, folded
     assert rates(run) == [pytest.approx(2e-4)]
     assert "changes nothing" not in told.out
@@ -123,7 +123,7 @@ def test_a_warmup_of_more_steps_than_there_are_takes_half(
         )
         == 0
     )
-    assert line_with(capsys.readouterr().out, "warmup of 500 steps", "6", "3")
+    assert line_with(capsys.readouterr().out, "warmup", "500", "6", "3")
     found = rates(run)
     assert len(found) == 6 and min(found) > 0 and max(found) == found[3] == pytest.approx(1e-4)
 
