@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_sft.common.errors import DataError, bounded
 from vlm_sft.data.exchange.layouts import FORMATS
+from vlm_sft.data.sources.spec import COLUMNS_HELP
 
 if TYPE_CHECKING:
     from vlm_sft.data.exchange.report import ExchangeReport
 
-IMPORT_HELP = "read a data set of TRL, LLaMA-Factory, ms-swift, or a CSV with a folder of images"
+IMPORT_HELP = "read a data set of TRL, LLaMA-Factory, ms-swift, datasets, WebDataset, or a CSV with a folder of images"
 EXPORT_HELP = "write a data set for TRL, LLaMA-Factory, ms-swift, or as CSV"
 NEXT = {
     "trl": "datasets.load_dataset('parquet', data_dir={plain!r})  # then trl.SFTTrainer",
@@ -28,18 +29,14 @@ def add_exchange_arguments(actions: Any) -> None:
     """Add `data import` and `data export` to the actions of `data`."""
     reader = actions.add_parser("import", help=IMPORT_HELP, description=IMPORT_HELP)
     reader.add_argument("source", type=Path, metavar="FILE", help="the file, or a folder of files (train, val, test)")
-    _add_common(reader, "the layout outside (default: csv for a .csv file)")
+    _add_common(reader, "the layout outside (default: what the files say: CSV, WebDataset, save_to_disk, imagefolder)")
     reader.add_argument(
         "--images",
         type=Path,
         metavar="DIR",
         help="folder that image paths are relative to (default: that of each file)",
     )
-    reader.add_argument(
-        "--columns",
-        metavar="NAME=COLUMN,…",
-        help="what columns are called, e.g. image=picture,question=frage,answer=antwort",
-    )
+    reader.add_argument("--columns", metavar="NAME=COLUMN,…", help=COLUMNS_HELP)
     reader.add_argument(
         "--allow_image_urls",
         action="store_true",
@@ -48,6 +45,7 @@ def add_exchange_arguments(actions: Any) -> None:
     reader.add_argument("--limit", type=int, metavar="N", help="read at most the first N questions")
     writer = actions.add_parser("export", help=EXPORT_HELP, description=EXPORT_HELP)
     writer.add_argument("dataset", metavar="DATASET", help="NAME[@PATH], or your own data, as in vlm-sft train")
+    writer.add_argument("--columns", metavar="NAME=COLUMN,…", help=COLUMNS_HELP)
     _add_common(writer, "the layout outside")
     writer.add_argument(
         "--style",
@@ -77,13 +75,24 @@ def _add_common(parser: argparse.ArgumentParser, layout: str) -> None:
 
 
 def _layout_of(source: Path) -> str:
-    """The layout that the name of a file says.
+    """The layout that the name of a file says, or that it has as the kind of data that it is.
 
     Raises:
-        DataError: it says none.
+        DataError: neither.
     """
-    if source.suffix.lower() == ".csv":
+    from vlm_sft.data.sources.files import TABLES, data_files, is_pattern, kind_of, saved_folder
+
+    if kind_of(source) in TABLES:
         return "csv"
+    if saved_folder(source) or kind_of(source) in (".tar", ".arrow"):
+        return "jsonl"
+    if source.is_dir() or is_pattern(str(source)):
+        files = [file for paths in data_files(source).values() for file in paths]
+        kinds = {kind_of(file) for file in files}
+        if kinds <= {".tar"} or all(file.name.startswith("metadata.") for file in files):
+            return "jsonl"
+        if kinds <= set(TABLES):
+            return "csv"
     raise DataError(f"--format is missing, and the name of {source} says none", f"pass one of {', '.join(FORMATS)}")
 
 
@@ -97,13 +106,13 @@ def run_import(args: argparse.Namespace) -> int:
     from vlm_sft.common.console import say
     from vlm_sft.data.audit import enforce
     from vlm_sft.data.exchange.importer import ImportRequest, import_data
-    from vlm_sft.data.exchange.tables import parse_columns
+    from vlm_sft.data.exchange.tables import parse_layout_columns
 
     enforce([], 0, args.max_left_out)
     _check_limit(args.limit)
     args.format = args.format or _layout_of(args.source)
     say(bounded(f"importing {args.source} as {args.format}"))
-    columns = parse_columns(args.columns, args.format)
+    columns = parse_layout_columns(args.columns, args.format)
     request = ImportRequest(
         args.source,
         args.format,
@@ -142,7 +151,7 @@ def run_export(args: argparse.Namespace) -> int:
         refuse_idle(args, ("style",), f"on --format {args.format}", "leave it out: LLaMA-Factory alone has two styles")
     enforce([], 0, args.max_left_out)
     _check_limit(args.limit)
-    specs = parse_datasets(args.dataset)
+    specs = parse_datasets(args.dataset, args.columns)
     refuse_weights(specs, "an export holds every question once")
     say(bounded(f"exporting {args.dataset} as {args.format}"))
     splits: dict[str, list[Any]] = {}

@@ -13,6 +13,7 @@ from vlm_sft.recipe.load import add_recipe_arguments
 HYPOTHETICAL = ("images", "image_size", "question_tokens", "answer_tokens")
 READ_DATA = (
     "dataset",
+    "columns",
     "loss_weights",
     "eval_benchmarks",
     "eval_samples",

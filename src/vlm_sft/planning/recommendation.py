@@ -75,7 +75,7 @@ def advise(
         configs: folder of the recipes; None for `configs`, or the package's own where there is none.
     """
     files = recipe_files(configs)
-    names = [spec.name for spec in parse_datasets(options.train.dataset)]
+    names = [spec.name for spec in parse_datasets(options.train.dataset, options.train.columns)]
     found, source = qualities(runs, options.train.base_model, names)
     say(source)
     candidates, planned = [], {}

@@ -28,8 +28,8 @@ from vlm_sft.data.exchange.image_folder import FOLDER, ImageStore
 from vlm_sft.data.exchange.layouts import SUPERVISED_NOTE, write_record
 from vlm_sft.data.exchange.report import OUTSIDE_CAUTION, ExchangeReport, claim_output
 from vlm_sft.data.sample import OUTSIDE, LeftOut, Sample
+from vlm_sft.data.sources.arrow_tables import native_file
 from vlm_sft.data.sources.rows import RowProblem, left_out
-from vlm_sft.data.sources.shards import native_file
 from vlm_sft.data.sources.splits import DATASET_INFO
 
 FORMULA_CAUTION = "texts that begin like a formula, which a spreadsheet would compute: open the file with text columns"
