@@ -72,7 +72,7 @@ def test_two_ranks_with_half_the_weights_each_answer_as_the_whole_model(place: P
         alone(warm, *asked, str(place / name), *more)
         shared = place / f"{name} shared"
         told = on_two_ranks(warm, place / f"{name}.log", *asked, str(shared), *more, "--shard_weights", "true")
-        assert "the weights are shared out over 2 ranks" in told
+        assert "the weights are sharded over 2 ranks" in told
         assert answers(shared) == answers(place / name)
     assert answers(place / "base") != answers(place / "tuned")
 
