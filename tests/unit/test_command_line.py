@@ -122,7 +122,10 @@ def test_values_that_look_like_flags_are_values() -> None:
 
 IDLE = [
     ("train --output_dir o --allow_changes", "--allow_changes has no effect without --resume"),
-    ("train --output_dir o --resume --overwrite_output_dir", "--overwrite_output_dir has no effect together with --resume"),
+    (
+        "train --output_dir o --resume --overwrite_output_dir",
+        "--overwrite_output_dir has no effect together with --resume",
+    ),
     ("eval --base_model pocket --benchmark demo_charts --output_dir o --allow_prompt_mismatch", "without --adapter"),
     (
         "eval --base_model pocket --benchmark demo_charts --output_dir o --backend vllm --tokens_per_pack 9 "

@@ -16,13 +16,14 @@ from vlm_sft.common.formats import plural
 from vlm_sft.data.duplicates import Repeat
 from vlm_sft.data.images import check_image
 from vlm_sft.data.plain_text import reads_like_control
-from vlm_sft.data.sample import NOTE, OUTSIDE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image, text_rows
+from vlm_sft.data.sample import OUTSIDE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image, text_rows
 from vlm_sft.data.threads import map_images
 
 MAX_LEFT_OUT_FRACTION = 0.01
 HISTOGRAM_BINS = 24
 CHECK_ALL = "vlm-sft data check DATASET --split all --base_model MODEL"
 OUTSIDE_NOTE = "the image lies outside the data's folder (absolute path or link); exports and reports copy it"
+PLACED_NOTE = "an image follows words; only questions with the same words before it share it"
 CONTROL_NOTE = "a text holds the name of a control token, such as <image>; it is read as plain text"
 
 
@@ -128,8 +129,7 @@ def notes_of(samples: Iterable[Sample], holds_control: Callable[[Sample], bool] 
     found: Counter[str] = Counter()
     for sample in samples:
         found.update([OUTSIDE_NOTE] if OUTSIDE in sample.metadata else [])
-        note = sample.metadata.get(NOTE)
-        found.update([note] if note else [])
+        found.update([PLACED_NOTE] if sample.places else [])
         found.update([CONTROL_NOTE] if holds_control(sample) else [])
     return dict(found)
 
