@@ -248,7 +248,7 @@ def test_exit_code_3_when_no_checkpoint_qualifies(place: Path, capsys: pytest.Ca
     told = capsys.readouterr()
     assert code == 3
     assert "no checkpoint of" in told.err
-    assert "keeps to --guard" in told.err
+    assert "satisfies --guard" in told.err
     record = json.loads((run / "guard.json").read_text())
     assert (record["qualified"], record["best_step"]) == (False, None)
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
