@@ -141,7 +141,10 @@ def test_what_does_not_fit_is_refused(
     first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     refused(
-        capsys, stage(first, tmp_path / "o", *flags), "cannot be continued" if "all" not in flags else "--train all", *words
+        capsys,
+        stage(first, tmp_path / "o", *flags),
+        "cannot be continued" if "all" not in flags else "--train all",
+        *words,
     )
     assert not (tmp_path / "o").exists()
 
