@@ -1,4 +1,4 @@
-"""Data that a caller holds in memory becomes a folder of records, which training reads as any other data of its own."""
+"""Writes data that a caller holds in memory to a folder of records, which training reads like any other data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def is_named(data: Any) -> bool:
 
 
 def dataset_argument(data: Any, folder: Path) -> str:
-    """What `--dataset` would say of data; rows are written into `folder` first.
+    """The `--dataset` value for some data; rows are first written to `folder`.
 
     Args:
         data: rows, a data set, a frame, a path, names; see `SHAPES`.
@@ -58,7 +58,7 @@ def dataset_argument(data: Any, folder: Path) -> str:
 
 
 def _splits(data: Any) -> dict[str, Any]:
-    """Rows by the name of their file: a split, or "data" where the rows name none."""
+    """Rows by the name of their file: a split, or "data" if the rows name none."""
     if not isinstance(data, Mapping):
         return {"data": data}
     names = {name: SPLIT_WORDS.get(str(name).lower()) for name in data}
@@ -72,7 +72,7 @@ def _splits(data: Any) -> dict[str, Any]:
 
 
 def _records(rows: Any, folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows as JSON values, with their images in files."""
+    """The rows as JSON values; their images are written to files."""
     for number, row in enumerate(_mappings(rows), start=1):
         if not isinstance(row, Mapping):
             raise DataError(f"row {number} is {quoted(row)}, not a dict", SHAPES)
@@ -86,7 +86,7 @@ def _record(row: Mapping[Any, Any], folder: Path) -> dict[str, Any]:
 
 
 def _mappings(rows: Any) -> Iterable[Any]:
-    """One mapping a row."""
+    """The rows as mappings."""
     if hasattr(rows, "cast_column") and hasattr(rows, "features"):  # datasets: images stay encoded as they are stored
         return _undecoded(rows)
     if hasattr(rows, "collect_schema") and hasattr(rows, "collect"):  # a lazy frame of polars
