@@ -17,6 +17,7 @@ VERBS = (
     "verify",
     "plan",
     "recommend",
+    "sweep",
     "eval",
     "score",
     "compare",

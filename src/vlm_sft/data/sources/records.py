@@ -11,13 +11,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_sft.common.errors import quoted
+from vlm_sft.data.boxes import ABSOLUTE
 from vlm_sft.data.sample import Place, Turn
 from vlm_sft.data.sources.columns import flag_for
 from vlm_sft.data.sources.locate import keys_of, likely_images, no_image
 from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem, clean_text, loss_weight, most_common, reference_answers
-from vlm_sft.data.sources.turns import LISTED, Message, plain_question, refuse_more_marks, text_message, unusual
+from vlm_sft.data.sources.turns import (
+    LISTED,
+    Message,
+    listed_turns,
+    plain_question,
+    refuse_more_marks,
+    text_message,
+    unusual,
+)
 
+TALKS = ("messages", "conversations")
 IMAGE_PARTS = ("image", "image_url")
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -37,6 +47,7 @@ class Question:
         problem: why this turn cannot be used; None when it can.
         weight: of the answer in the loss.
         places: as in `Sample`.
+        boxes: whether lists of four numbers in its texts are boxes, in pixels of its image.
     """
 
     images: tuple[Any, ...]
@@ -49,6 +60,7 @@ class Question:
     problem: RowProblem | None = None
     weight: float = 1.0
     places: tuple[Place, ...] = ()
+    boxes: bool = False
 
 
 def questions_of(record: Any) -> list[Question]:
@@ -66,17 +78,39 @@ def questions_of(record: Any) -> list[Question]:
     """
     if not isinstance(record, dict):
         raise RowProblem("not a record", f"a JSON object is needed, not {type(record).__name__}")
+    record = record | {key: listed_turns(record[key]) for key in TALKS if key in record}
     refuse(record)
     questions = _cut(record)
     answers = record.get("answers")
     if "question" not in record and len(questions) == 1 and isinstance(answers, list) and answers:
         questions = [replace(questions[0], answers=reference_answers(answers))]
-    return questions
+    return [_with_boxes(question) for question in questions] if _declares_boxes(record) else questions
+
+
+def _declares_boxes(record: dict[str, Any]) -> bool:
+    """Whether a record says that its texts hold boxes; a key of this name that is no word is metadata.
+
+    Raises:
+        RowProblem: it says so in a word that is not known.
+    """
+    value = record.get("boxes")
+    if isinstance(value, str) and value.strip() and value != ABSOLUTE:
+        raise RowProblem(
+            "boxes are not absolute", f'"boxes" is {quoted(value)}; known is "{ABSOLUTE}": pixels of the original image'
+        )
+    return value == ABSOLUTE
+
+
+def _with_boxes(question: Question) -> Question:
+    if question.problem or len(question.images) == 1:
+        return replace(question, boxes=True)
+    shown = f'"boxes" is declared, and it shows {len(question.images)} images: boxes are those of one'
+    return replace(question, problem=RowProblem("boxes without one image", shown))
 
 
 def _cut(record: dict[str, Any]) -> list[Question]:
     """The questions of a record by its format, before its other accepted answers are read."""
-    for key in ("messages", "conversations"):
+    for key in TALKS:
         if key in record:
             return _conversation(_messages(record[key], key, not _has_image_parts(record[key])), _image_list(record))
     if "prompt" in record and "completion" in record:
