@@ -28,7 +28,7 @@ class AnswerOptions:
     )
     shard_weights: str = option(
         "auto",
-        "shard the weights over the ranks during the evaluation (ZeRO-3): auto does so if the model does not fit "
+        "shard the weights over the ranks during the evaluation (FSDP2): auto does so if the model does not fit "
         "on one device (default: %(default)s)",
         choices=("auto", "true", "false"),
     )
