@@ -52,7 +52,7 @@ def test_all_mistakes_of_token_limits_come_together() -> None:
     told = str(caught.value)
     for part in ("'textvqa' is not evaluated", "'chartqa=0' is not a positive number", "'7' names no benchmark"):
         assert part in told
-    with pytest.raises(EvaluationError, match="no positive number"):
+    with pytest.raises(EvaluationError, match="not a positive number"):
         parse_token_limits("", ["chartqa"])
 
 
