@@ -60,6 +60,7 @@ class Base:
         notes: what the user should know: a request that could not be met, and what is done instead.
         load_in_4bit: hold the weights of the language model in 4 bits (QLoRA).
         rows: how its questions run where its configuration says that they cannot share an image; else None.
+        context: tokens that the positions of its language model reach; None where its configuration does not say.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Base:
     notes: tuple[str, ...]
     load_in_4bit: bool = False
     rows: Rows | None = None
+    context: int | None = None
 
     @property
     def attention(self) -> str:
@@ -224,7 +226,6 @@ def find_base(
     # Layers with wider heads than the narrowest ones are computed by SDPA where FlashAttention does not take them.
     widths = [width for width in layer_values(config.get_text_config(), "head_dim") if width]
     function, notes = choose_attention(flash_attn, dtype, min(widths, default=None))
-    notes = [*_bfloat16_notes(bf16), *notes]
     settings = prompt or PromptSettings.find(path) or PromptSettings()
     declared = declared_mode(config, "blockwise")
     return Base(
@@ -235,9 +236,10 @@ def find_base(
         stop_ids=_stop_ids(path),
         function=function,
         dtype=dtype,
-        notes=tuple(notes),
+        notes=(*_bfloat16_notes(bf16), *notes),
         load_in_4bit=load_in_4bit,
         rows=declared.separate_rows if declared else None,
+        context=getattr(config.get_text_config(), "max_position_embeddings", None),
     )
 
 

@@ -18,7 +18,6 @@ from vlm_sft.common.errors import ModelError, RunError
 from vlm_sft.common.record import RunRecord, resident_bytes
 from vlm_sft.data.audit import enforce, left_out_line
 from vlm_sft.data.cache.directory import default_cache_dir
-from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample
@@ -35,6 +34,7 @@ from vlm_sft.model.caches import Engine
 from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.gpu.flash import SHARED_FLASH, takes_width
 from vlm_sft.model.load import Base, choose_attention, default_dtype
+from vlm_sft.planning.answer_limits import with_token_limits
 from vlm_sft.planning.device_rates import rates_here
 from vlm_sft.planning.forecast_inputs import RunData, forecast_inputs, free_space
 from vlm_sft.planning.hypothetical_data import facts_from_numbers, facts_from_table
@@ -54,10 +54,10 @@ from vlm_sft.planning.run_plan import (
     tell_notes,
     tell_parts,
     validation_plan,
-    with_token_limits,
 )
 from vlm_sft.planning.run_recipe import read_run_recipe
 from vlm_sft.planning.run_setting import past_runs_key, setting_of, shape_of
+from vlm_sft.planning.sample_lengths import length_rule, prepared
 from vlm_sft.planning.token_counting import CountingCache
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import ValidationPlan, check_request
@@ -218,16 +218,17 @@ def _from_base(run: TrainingRun, base: Base, device: Device | None, counted: dic
     questions = _questions(run, encoder)
     engine = Engine(options.engine, run.launch, base.name, base.path)
     cache = CountingCache(encoder, engine.root, base.name, counted)
-    data = PreparedData(questions.train, encoder, "counting tokens", cache)
-    label = "counting tokens (evaluation)"
-    evaluation = PreparedData(questions.evaluation, encoder, label, cache) if questions.evaluation else None
+    rule = length_rule(run.recipe, base)
+    data = prepared(run, questions.train, encoder, rule, "training", cache)
+    part = "evaluation loss"
+    evaluation = prepared(run, questions.evaluation, encoder, rule, part, cache) if questions.evaluation else None
     total = len(questions.train) + len(questions.evaluation) + len(questions.left_out)
     left_out = questions.left_out + data.left_out + (evaluation.left_out if evaluation else [])
     enforce(left_out, total, options.max_left_out)
     if left_out:
         warn(left_out_line(left_out))
     tell_notes(run, questions.train + questions.evaluation, encoder)
-    tasks, validation = fit_questions(run, questions.tasks, questions.validation, encoder)
+    tasks, validation = fit_questions(run, questions.tasks, questions.validation, encoder, rule)
     planner, eval_planner, schedule = plan_epochs(run, base, data, evaluation)
     drawn = Plan(base, schedule, data, evaluation, planner, eval_planner, engine, cache, {})
     planned = _forecast(run, RunData.of_plan(drawn, tasks), validation, tasks, shape_of(base), device)

@@ -222,6 +222,17 @@ class Recipe:
     max_eval: int | None = _key(
         None, "maximum number of evaluation questions, drawn with the seed; null: all", "question-answer pairs", COUNT
     )
+    max_length: int | None = _key(
+        None,
+        "tokens of one sample: images, conversation and answer; null: what the model's positions reach",
+        "tokens",
+        COUNT,
+    )
+    oversized: str = _key(
+        "keep",
+        "longer samples are kept, left out, or their images are scaled down until they fit",
+        choices=("keep", "leave_out", "scale"),
+    )
     report_to: tuple[str, ...] = _key(
         ("tensorboard",), "destinations of the metrics besides metrics.jsonl", choices=TRACKERS
     )

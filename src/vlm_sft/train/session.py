@@ -22,9 +22,9 @@ from vlm_sft.distributed.signals import StopSignals, resume_line
 from vlm_sft.evaluate.guard import Guard
 from vlm_sft.model.load import resolve_path
 from vlm_sft.model.model_folder import require_utf8
+from vlm_sft.planning.answer_limits import token_limits
 from vlm_sft.planning.fingerprint import check_ranks, recipe_identity, refuse_changes
 from vlm_sft.planning.options import TrainOptions
-from vlm_sft.planning.run_plan import token_limits
 from vlm_sft.planning.run_recipe import read_run_recipe
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import check_request
