@@ -3,9 +3,9 @@
     python bench/text_rows.py [--rows 1000,100000] [--note TEXT] [--work DIR]
     python bench/text_rows.py --tables     writes the table into docs/DATA.md from the result file
 
-Rows are seeded sums in words, no two alike. Each number of rows is a process of its own with an empty cache: it reads the
-rows, counts and keeps their tokens, plans the epochs, and takes 20 optimizer steps of 64 rows. Times are those of the
-run's own record; memory is the most that the process held.
+Rows are seeded sums in words, no two alike. Each number of rows is a process of its own with an empty cache: it reads
+the rows, counts and keeps their tokens, plans the epochs, and takes 20 optimizer steps of 64 rows. Times are those of
+the run's own record; memory is the most that the process held.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def measure(work: Path, count: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The table of docs/DATA.md."""
     lines = [
-        "| rows | tokens | reading, s | tokens and plan, s | 20 steps of 64 rows, s | peak memory | cache | device | commit |",
+        "| rows | tokens | reading, s | tokens and plan, s | 20 steps of 64 rows, s | peak memory | cache | device | "
+        "commit |",
         "|---:|---:|---:|---:|---:|---:|---:|---|---|",
     ]
     for one in result["runs"]:
