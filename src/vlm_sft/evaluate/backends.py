@@ -30,7 +30,8 @@ from vlm_sft.model.cpu.matmul import mixed_precision
 from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.families import PackMode, family_of
 from vlm_sft.model.forward_patch import reason_of
-from vlm_sft.model.load import Base, empty_model
+from vlm_sft.model.layout import empty_model
+from vlm_sft.model.load import Base
 from vlm_sft.model.saved_adapter import read_contents
 from vlm_sft.model.sharing_check import choose_mode, probe_groups
 from vlm_sft.model.vision_features import unwrap
@@ -55,7 +56,7 @@ class Backend(Protocol):
     """Answers packs of questions, in order.
 
     Attributes:
-        in_step: every rank computes the same number of packs (ZeRO-3); what is too many is thrown away.
+        in_step: every rank computes the same number of packs (divided weights); what is too many is thrown away.
         separate: every question gets its own copy of its image's tokens.
     """
 
@@ -83,7 +84,7 @@ class SharedPrefixBackend:
         images: gives the tensors of a question's images; None processes them.
 
     Attributes:
-        in_step: every forward pass needs all ranks (ZeRO-3 partitions the weights), so all take the same number.
+        in_step: every forward pass needs all ranks (weights are divided), so all take the same number.
         separate: as in `Backend`.
     """
 

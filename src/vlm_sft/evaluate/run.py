@@ -43,7 +43,8 @@ from vlm_sft.evaluate.tasks import (
 )
 from vlm_sft.model.caches import Caches
 from vlm_sft.model.encoding import encoder_of
-from vlm_sft.model.load import Base, empty_model, find_base
+from vlm_sft.model.layout import empty_model
+from vlm_sft.model.load import Base, find_base
 from vlm_sft.model.saved_adapter import check_adapter_folder, recorded_bf16, require_fit
 from vlm_sft.model.vllm_rules import not_for_vllm, splitting_problem
 

@@ -32,7 +32,7 @@ from vlm_sft.model.families import DEFAULT_BASE, declared_mode, layer_values
 from vlm_sft.model.forward_patch import holds, is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.last_layer import trim_last_layer
-from vlm_sft.model.layout import require_layout, without_weights
+from vlm_sft.model.layout import empty_model, require_layout
 from vlm_sft.model.model_folder import require_model
 from vlm_sft.model.pocket import WEIGHTS
 from vlm_sft.model.protocols import VisionLanguageModel
@@ -265,6 +265,11 @@ def load_model(base: Base, device: str = "cpu") -> Any:
     Raises:
         ModelError: the weights cannot be opened.
     """
+    return ready(read_model(base, device), base.function)
+
+
+def read_model(base: Base, device: str = "cpu") -> Any:
+    """As `load_model`, without what this package exchanges in it."""
     compare_whole_shapes(base.path)
     model, found = _open(
         lambda: AutoModelForImageTextToText.from_pretrained(
@@ -289,7 +294,7 @@ def load_model(base: Base, device: str = "cpu") -> Any:
         _keep_scales(model)
     else:
         vars(model).pop("hf_device_map", None)  # trainers would think that the model is spread over several devices
-    return ready(model, base.function)
+    return model
 
 
 def ready(model: Any, function: str) -> Any:
@@ -304,11 +309,6 @@ def ready(model: Any, function: str) -> Any:
     trim_last_layer(model)
     fuse_modules(model)
     return model
-
-
-def empty_model(path: str) -> Any:
-    """The architecture of a base model without weights, on the meta device."""
-    return without_weights(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
 def _keep_scales(model: VisionLanguageModel) -> None:

@@ -83,7 +83,9 @@ def _sharing_mode(model: AnyModel, encoder: Encoder) -> PackMode:
         _require_computable(model, encoder, whole=base.config.model_type not in FAMILIES)
         return declared
     if is_partitioned(*base.parameters()):
-        return separate_mode(base.config, "an unknown family cannot be checked while ZeRO-3 has partitioned it")
+        return separate_mode(
+            base.config, "an unknown family cannot be checked while its weights are divided over the ranks"
+        )
     try:
         error = sharing_error(model, encoder, kind)
     except Exception as failure:  # an unknown architecture may raise anything
@@ -98,7 +100,11 @@ def _with_rows(model: AnyModel, encoder: Encoder, mode: PackMode) -> PackMode:
     """How the separate sequences of an unproven model run together; a note where that is not as one padded batch."""
     base = packed_forward.unwrap(model)
     if is_partitioned(*base.parameters()):
-        return replace(mode, rows="single", note=f"{mode.note}; one by one, since ZeRO-3 allows no check of batches")
+        return replace(
+            mode,
+            rows="single",
+            note=f"{mode.note}; one by one, since batches cannot be checked while weights are divided",
+        )
     tolerance = TOLERANCE[base.get_input_embeddings().weight.dtype]
     problem = _rows_problem(model, encoder, "padded", tolerance)
     if problem is None:
@@ -263,7 +269,7 @@ def features_doubt(model: AnyModel, encoder: Encoder) -> str:
     if base.config.model_type in FAMILIES:
         return ""
     if is_partitioned(*base.parameters()):
-        return "those of an unknown family cannot be checked while ZeRO-3 has partitioned it"
+        return "those of an unknown family cannot be checked while its weights are divided over the ranks"
     try:
         error = features_error(model, encoder)
     except Exception as failure:  # an unknown architecture may raise anything

@@ -22,7 +22,7 @@ from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import parse_datasets
-from vlm_sft.distributed.launch import Launch, quiet_libraries, read_launch, threads_of_a_rank
+from vlm_sft.distributed.launch import Launch, quiet_libraries, read_launch, require_fsdp_alone, threads_of_a_rank
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.forecast.calibration import Calibration, from_past_runs, read_past_runs, settled_rates
 from vlm_sft.forecast.estimate import forecast_run
@@ -127,9 +127,11 @@ def _launch(options: PlanOptions, device: Device | None) -> Launch:
     if gpus < 1:
         raise RunError(f"--gpus {gpus} is below 1", "give a number of devices")
     deepspeed = options.train.deepspeed
+    if options.train.fsdp:
+        require_fsdp_alone(deepspeed, gpus)
     here = read_launch(None, None)
-    parallel = deepspeed or ("single" if gpus == 1 else "ddp")
-    if parallel not in ("single", "ddp", "zero2", "zero3"):
+    parallel = "fsdp" if options.train.fsdp else deepspeed or ("single" if gpus == 1 else "ddp")
+    if parallel not in ("single", "ddp", "fsdp", "zero2", "zero3"):
         parallel = "deepspeed"
     return replace(here, world_size=gpus, parallel=parallel, cpu=here.cpu and device is None)
 
@@ -141,7 +143,11 @@ def _value_bytes(run: TrainingRun, shape: ModelShape, device: Device | None) -> 
         return 2 if device.bf16 else 4
     if device is not None and recipe.bf16 and not device.bf16:
         warn(f"--bf16 true: {device.name} has no bfloat16 of its own; emulated, it is slower than forecast")
-    formats = decide_format(shape, recipe, run.launch.deepspeed is not None) if recipe.bf16 == "auto" else None
+    formats = (
+        decide_format(shape, recipe, run.launch.deepspeed is not None or run.launch.fsdp)
+        if recipe.bf16 == "auto"
+        else None
+    )
     return 2 if formats is not None and formats.pays else default_dtype(recipe.bf16).itemsize
 
 

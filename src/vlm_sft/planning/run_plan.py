@@ -214,7 +214,7 @@ def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sa
     """
     options, recipe, launch = run.options, run.recipe, run.launch
     found = find_run_base(options, recipe, run.specs)
-    base, formats = settle_format(found, recipe, launch.deepspeed is not None, run.checkpoint)
+    base, formats = settle_format(found, recipe, launch.deepspeed is not None or launch.fsdp, run.checkpoint)
     run.record.update(number_format=formats)
     total = len(train_samples) + len(eval_samples) + len(left_out)
     encoder = encoder_of(base)

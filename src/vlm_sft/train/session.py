@@ -36,6 +36,7 @@ from vlm_sft.train.bitsandbytes_adamw import require_bitsandbytes
 from vlm_sft.train.caller import Caller
 from vlm_sft.train.checkpoint.directory import choose_resume, tidy
 from vlm_sft.train.event_log import logged
+from vlm_sft.train.fsdp_optimization import require_dividable
 from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, clear_run, disk_error, holds_work
 from vlm_sft.train.second_stage import begin_second_stage
 
@@ -61,7 +62,8 @@ def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRu
     guards = check_request(recipe, specs, options.guard, options.eval_samples)
     token_limits(options, specs)
     check_trackers(recipe.report_to)
-    launch = read_launch(options.local_rank, options.deepspeed)
+    launch = read_launch(options.local_rank, options.deepspeed, options.fsdp)
+    require_dividable(recipe, launch)
     require_bitsandbytes(recipe, launch)
     expand_segments(launch)
     resolve_path(options.base_model)  # before the long reading of data
