@@ -87,7 +87,7 @@ def data_sha256(data: PreparedData, scored: bool = False) -> str:
         turns = [(turn.role, turn.text) for turn in sample.history]
         row: list[Any] = [sample.image_key, sample.system, turns, sample.question, sample.target]
         row += [] if scored or sample.weight == 1 else [sample.weight]
-        row += [sample.places] if sample.places else []
+        row += filter(None, (sample.places, sample.boxes))
         digest.update(json.dumps([*row, *sample.answers] if scored else row).encode() + b"\n")
     return digest.hexdigest()
 
@@ -127,8 +127,8 @@ def refuse_changes(checkpoint: Path | None, now: Mapping[str, Any], allowed: boo
         listed = "".join(f"\n  - {line}" for line in found)
         raise RunError(
             f"{checkpoint} belongs to another training:{listed}",
-            "give the same flags and data, start over in another --output_dir, or pass --allow_changes to go on with "
-            "what is new",
+            "give the same flags and data, start over in another --output_dir, or pass --allow_changes to "
+            "continue with the new values",
         )
     return found
 
