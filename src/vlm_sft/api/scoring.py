@@ -1,4 +1,4 @@
-"""Scores from Python: benchmarks answered by a model, and anyone's answers scored by a benchmark's rule."""
+"""Scores from Python: a model's answers to benchmarks, and any program's answers by a benchmark's rule."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def score(
     judge: str | None = None,
     judge_model: str | None = None,
 ) -> Scores:
-    """Score anyone's predictions by the rule of a benchmark, or by one alone.
+    """Score any predictions by a benchmark's rule, or by a rule alone.
 
     Args:
         benchmark: "chartqa", "textvqa", "docvqa", …; None where `metric` says the rule.

@@ -34,7 +34,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, but: Collection[str] = ()
         but: names of options whose flag has another meaning there.
     """
     add_options(parser, TrainOptions, but=(*AnswerOptions.__dataclass_fields__, "local_rank"))
-    add_prompt_arguments(parser, "instead of what the base comes with; saved with the adapter", but)
+    add_prompt_arguments(parser, "instead of the base's own; saved with the adapter", but)
     group = parser.add_argument_group("engine", "these change speed, disk and memory; the loss stays the same")
     add_options(group, CacheOptions)
     add_options(group, AnswerOptions, only=("shard_weights",))
@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     if args.resume is None:
         refuse_idle(args, ("allow_changes",), "without --resume", "add --resume, or leave it out")
     else:
-        refuse_idle(args, ("overwrite_output_dir",), "beside --resume, which goes on with the run", "keep one of them")
+        refuse_idle(
+            args, ("overwrite_output_dir",), "together with --resume, which continues the run", "keep one of them"
+        )
     train(train_options(args))
     return 0
