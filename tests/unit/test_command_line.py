@@ -46,7 +46,7 @@ def refused(line: str, capsys: Captured) -> str:
         ("data import x --format csv --output o --colums a=b", "did you mean --columns?"),
         ("data check x --images a", "its flags are --columns, --split, --output_dir, --base_model, --limit"),
         ("data check x --zzz", "unknown flag --zzz\n"),
-        ("--verbose train", "unknown flag --verbose\n  fix: flags stand behind"),
+        ("--verbose train", "unknown flag --verbose\n  fix: flags come after"),
         ("trian --output_dir o", "vlm-sft does not know 'trian'; did you mean train?"),
         ("data chek x", "vlm-sft data does not know 'chek'; did you mean check?"),
         ("data cache cleer", "did you mean clear?"),
@@ -122,7 +122,10 @@ def test_values_that_look_like_flags_are_values() -> None:
 
 IDLE = [
     ("train --output_dir o --allow_changes", "--allow_changes has no effect without --resume"),
-    ("train --output_dir o --resume --overwrite_output_dir", "--overwrite_output_dir has no effect beside --resume"),
+    (
+        "train --output_dir o --resume --overwrite_output_dir",
+        "--overwrite_output_dir has no effect together with --resume",
+    ),
     ("eval --base_model pocket --benchmark demo_charts --output_dir o --allow_prompt_mismatch", "without --adapter"),
     (
         "eval --base_model pocket --benchmark demo_charts --output_dir o --backend vllm --tokens_per_pack 9 "

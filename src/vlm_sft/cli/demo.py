@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         page.launch(**launch_arguments(args.port))
     except OSError as error:
         raise RunError(f"--port {args.port} cannot be used: {error}", "pass another --port") from error
-    say(f"{asker.title}: open http://{HOST}:{args.port} in a browser of this machine; Ctrl+C ends it")
+    say(f"{asker.title}: open http://{HOST}:{args.port} in a browser on this machine; Ctrl+C stops it")
     page.block_thread()
     return 0
 

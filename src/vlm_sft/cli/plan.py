@@ -57,7 +57,7 @@ def plan_options(args: argparse.Namespace) -> PlanOptions:
     """The options that the flags mean.
 
     Raises:
-        DataError: `--image_size` is no size.
+        DataError: `--image_size` is not a size.
     """
     from vlm_sft.cli.parser import refuse_idle
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what is trained and how, the recipe's keys aside; `vlm-sft plan` takes them too."""
     add_options(parser, TrainOptions, but=(*AnswerOptions.__dataclass_fields__, "local_rank"))
-    add_prompt_arguments(parser, "instead of what the base comes with; saved with the adapter")
+    add_prompt_arguments(parser, "instead of the base's own; saved with the adapter")
     group = parser.add_argument_group("engine", "these change speed, disk and memory; the loss stays the same")
     add_options(group, CacheOptions)
     add_options(group, AnswerOptions, only=("shard_weights",))
@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if args.resume is None:
         refuse_idle(args, ("allow_changes",), "without --resume", "add --resume, or leave it out")
     else:
-        refuse_idle(args, ("overwrite_output_dir",), "beside --resume, which goes on with the run", "keep one of them")
+        refuse_idle(
+            args, ("overwrite_output_dir",), "together with --resume, which continues the run", "keep one of them"
+        )
     train(train_options(args))
     return 0

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="optimizer steps of the trial, at least 4 (default: %(default)s)",
     )
     parser.add_argument(
-        "--output_dir", type=Path, metavar="DIR", help="where the trial runs (default: RUN/verify); it is kept"
+        "--output_dir", type=Path, metavar="DIR", help="where the trial runs (default: RUN/verify); it is not deleted"
     )
     parser.add_argument("--checkpoints_only", action="store_true", help="compare checksums, and train nothing")
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         raise RunError(f"{args.run} holds no {artifacts.RUN}", "pass the output folder of a training")
     broken = tell_checkpoints(args.run)
     if args.checkpoints_only:
-        say(f"{len(broken)} damaged; next: vlm-sft train … --resume auto takes the newest that is whole")
+        say(f"{len(broken)} damaged; next: vlm-sft train … --resume auto uses the newest intact one")
         return int(bool(broken))
     scratch = scratch_folder(args.output_dir or args.run / "verify")
     same = verify_run(args.run, scratch, args.steps)
