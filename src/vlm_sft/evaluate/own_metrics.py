@@ -103,7 +103,7 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
 
 def _told(error: BaseException) -> str:
     """An error of the user's code, with the line that raised it."""
-    last = traceback.extract_tb(error.__traceback__)[-1:]
+    last = traceback.TracebackException.from_exception(error).stack[-1:]
     place = f" ({last[0].filename} line {last[0].lineno})" if last and not isinstance(error, SyntaxError) else ""
     return f"{type(error).__name__}: {error}{place}"
 
