@@ -29,10 +29,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what is trained and how, the recipe's keys aside; `vlm-sft plan` takes them too."""
     add_options(parser, TrainOptions, but=(*AnswerOptions.__dataclass_fields__, "local_rank"))
     add_prompt_arguments(parser, "instead of what the base comes with; saved with the adapter")
-    group = parser.add_argument_group("engine", "these change speed, disk and memory; the loss stays the same")
-    add_options(group, CacheOptions)
-    add_options(group, AnswerOptions, only=("shard_weights",))
-    add_options(group, EngineOptions, but=tuple(CacheOptions.__dataclass_fields__))
+    add_options(parser, CacheOptions)
+    add_options(parser, AnswerOptions, only=("shard_weights",))
+    add_options(parser, EngineOptions, but=tuple(CacheOptions.__dataclass_fields__))
 
 
 def train_options(args: argparse.Namespace) -> TrainOptions:
