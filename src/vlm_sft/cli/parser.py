@@ -190,23 +190,6 @@ def _is_flag(word: str) -> bool:
     return False
 
 
-def refuse_idle(args: argparse.Namespace, names: Sequence[str], why: str, fix: str) -> None:
-    """Refuse flags that were given though they would have no effect.
-
-    Args:
-        args: what `Parser` made.
-        names: of the flags in question, without dashes.
-        why: why they have none, as the end of a sentence.
-        fix: what to do about it.
-
-    Raises:
-        RunError: one of them was given.
-    """
-    idle = [f"--{name}" for name in names if name in getattr(args, "given", ())]
-    if idle:
-        raise RunError(f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect {why}", fix)
-
-
 def build_parser(verb: str | None = None) -> Parser:
     """Build the parser; with a verb only its flags are filled in, so that `--help` stays fast."""
     parser = Parser(prog="vlm-sft", description="Fine-tune vision-language models to answer questions about images.")
