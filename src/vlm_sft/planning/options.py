@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_sft.common.errors import DataError
+from vlm_sft.common.idle import Idle
 from vlm_sft.common.options import option
 from vlm_sft.data.engine_options import EngineOptions
 from vlm_sft.evaluate.options import AnswerOptions
@@ -132,6 +133,18 @@ class TrainOptions(AnswerOptions):
     local_rank: int | None = option(None, argparse.SUPPRESS, names=("--local_rank", "--local-rank"))
 
 
+IDLE = (
+    Idle(("adapter_mode",), lambda o: o.adapter is None, "without --adapter", "add --adapter, or leave it out"),
+    Idle(("allow_changes",), lambda o: o.resume is None, "without --resume", "add --resume, or leave it out"),
+    Idle(
+        ("overwrite_output_dir", "overwrite"),
+        lambda o: o.resume is not None,
+        "beside --resume, which goes on with the run",
+        "keep one of them",
+    ),
+)
+
+
 def image_size(text: str) -> tuple[int, int]:
     """Read `--image_size`: width and height in pixels.
 
@@ -174,3 +187,22 @@ class PlanOptions:
     hypothetical: HypotheticalData | None = None
     gpus: int | None = option(None, "number of devices (default: 1)", "N")
     gpu_type: str | None = option(None, "a device of the table, e.g. A100-80GB; a wrong name lists them", "NAME")
+
+
+PLAN_IDLE = (
+    Idle(
+        ("images", "image_size", "question_tokens", "answer_tokens"),
+        lambda o: o.questions is None,
+        "without --questions",
+        "add --questions N, or leave it out to read --dataset",
+    ),
+    Idle(
+        (
+            *("dataset", "loss_weights", "eval_benchmarks", "eval_samples", "max_eval", "max_left_out"),
+            *("max_new_tokens", "prompt_template", "system"),
+        ),
+        lambda o: o.questions is not None,
+        "with --questions, which stands for data without evaluations",
+        "leave it out",
+    ),
+)

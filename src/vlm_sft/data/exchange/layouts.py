@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.records import PLACEHOLDER, Question, questions_of
 from vlm_sft.data.sources.refusals import refuse
@@ -19,6 +21,17 @@ from vlm_sft.data.sources.rows import RowProblem, reference_answers
 FORMATS = ("trl", "llamafactory", "msswift", "csv", "jsonl")
 MARK_IN_TEXT = "text holds the image mark"
 SUPERVISED_NOTE = "LLaMA-Factory also learns the earlier answers of a conversation, unless mask_history: true"
+
+
+def layout_of(source: Path) -> str:
+    """The layout that the name of a file says.
+
+    Raises:
+        DataError: it says none.
+    """
+    if source.suffix.lower() == ".csv":
+        return "csv"
+    raise DataError(f"--format is missing, and the name of {source} says none", f"pass one of {', '.join(FORMATS)}")
 
 
 @dataclass(frozen=True)
