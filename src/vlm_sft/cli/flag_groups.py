@@ -37,6 +37,12 @@ GROUPS = (
             *("eval_samples", "prompt_template", "system", "max_new_tokens"),
         ),
     ),
+    FlagGroup("devices", ("gpus", "gpu_type"), "Without them: this machine."),
+    FlagGroup(
+        "hypothetical data",
+        ("questions", "images", "image_size", "question_tokens", "answer_tokens"),
+        "Instead of --dataset: a data set that does not exist yet.",
+    ),
     FlagGroup(
         "recipe: schedule",
         (
