@@ -13,6 +13,8 @@ import pytest
 
 import vlm_sft
 from tests.pictures import png
+from tests.processes import Warm
+from tests.shards import shard
 from vlm_sft.cli.main import main
 from vlm_sft.common.errors import DataError
 from vlm_sft.data.sources import hub_sets, jsonl
@@ -147,6 +149,10 @@ def test_every_command_and_python_take_columns(folder: Path, capsys: Captured) -
     data = ["--dataset", "set.parquet,plain.jsonl:0.1", "--eval_benchmarks", "set.parquet"]
     assert main(["train", *given, *data, *short, "--output_dir", "run"]) == 0
     assert len(list(Path("run").glob("**/set/predictions.jsonl"))) == 2  # of base and tuned
+    pq.write_table(frame(1, 30), "set.parquet")
+    capsys.readouterr()
+    assert main(["train", *given, *data, *short, "--output_dir", "run", "--resume"]) == 2
+    assert "data" in capsys.readouterr().err
     ask = ["--benchmark", "set.parquet", "--limit", "2", "--output_dir", "e"]
     assert main(["eval", *given, *ask]) == 0
     named = dict(pair.split("=") for pair in COLUMNS.split(","))
@@ -156,6 +162,33 @@ def test_every_command_and_python_take_columns(folder: Path, capsys: Captured) -
     frame_["img"] = [cell["bytes"] for cell in frame_["img"]]
     forecast = vlm_sft.plan(frame_, base_model="pocket", recipe="smoketest", columns=COLUMNS)
     assert forecast[0]["quantity"] == "time"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_ranks_read_shards_alike(folder: Path, warm: Warm) -> None:
+    shard("a.tar", [(f"{n}{end}", data) for n in range(24) for end, data in sample(n)])
+    Path("b.jsonl.zst").write_bytes(
+        pa.compress(b'{"q": "1 and 1?", "a": "2"}\n{"q": "1 and 2?", "a": "3"}\n', codec="zstd", asbytes=True)
+    )
+    flags = ["--base_model", "pocket", "--sft_config", "smoketest", "--max_steps", "2", "--eval_strategy", "no"]
+    data = ["--dataset", f"{folder}/*.tar,{folder}/b.jsonl.zst", "--columns", "question=q,answer=a"]
+    both = warm.start_both(
+        [*flags, *data, "--eval_benchmarks", "none", "--output_dir", str(folder / "two")], folder / "log"
+    )
+    assert both.wait(280) == 0, (folder / "log").read_text()
+    assert main(["train", *flags, *data, "--eval_benchmarks", "none", "--output_dir", "one"]) == 0
+    one, two = losses("one"), losses("two")
+    assert one and two == pytest.approx(one, rel=1e-5)
+
+
+def losses(run: str) -> list[float]:
+    lines = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def sample(number: int) -> list[tuple[str, bytes]]:
+    return [(".png", png((number, 0, 0))), (".json", json.dumps({"q": f"{number}?", "a": str(number)}).encode())]
 
 
 def test_all_splits_of_a_set_are_read_alike(folder: Path) -> None:

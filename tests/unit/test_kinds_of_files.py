@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import tarfile
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pictures import png
+from tests.shards import shard
 from tests.wording import line_with
 from vlm_sft.api.rows import dataset_argument
 from vlm_sft.cli.main import main
@@ -28,6 +28,7 @@ from vlm_sft.data.sources.registry import SPLITS, load_split, parse_datasets
 from vlm_sft.data.video import VIDEO
 
 Captured = pytest.CaptureFixture[str]
+PARTS = {"train": slice(4), "validation": slice(4, None)}
 COLORS = ("red", "green", "blue", "black", "white", "gray")
 TAR = tarfile.TarInfo
 
@@ -159,36 +160,38 @@ def test_classes_are_their_names_and_images_in_lists_are_found(folder: Path) -> 
             assert found == {answer: wanted[answer] for answer in asked["answer"][1 : len(images)]}, name
 
 
+def write_table(kind: str, place: str, rows: list[dict[str, str]]) -> None:
+    """The table of a folder of images."""
+    if kind == "jsonl":
+        Path(place, "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "csv":
+        text = "file_name,question,answer\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+        Path(place, "metadata.csv").write_text(text)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), Path(place, "metadata.parquet"))
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_a_folder_of_images_with_its_table(kind: str, folder: Path, capsys: Captured) -> None:
     rows = [{"file_name": f"{color}.png", "question": "Which?", "answer": color} for color in COLORS]
-    for place, part in (("set/train", rows[:4]), ("set/validation", rows[4:])):
+    for place, part in ((f"set/{name}", rows[some]) for name, some in PARTS.items()):
         Path(place).mkdir(parents=True)
         for row in part:
             Path(row["file_name"]).rename(Path(place, row["file_name"]))
-        if kind == "jsonl":
-            Path(place, "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-        elif kind == "csv":
-            text = "file_name,question,answer\n" + "".join(",".join(row.values()) + "\n" for row in part)
-            Path(place, "metadata.csv").write_text(text)
-        else:
-            pq.write_table(pa.Table.from_pylist(part), Path(place, "metadata.parquet"))
+        write_table(kind, place, part)
     assert learned("set") == EXPECTED
+    (spec,) = parse_datasets("set")
+    assert [s.target for s in load_split(spec, "validation").samples] == list(COLORS[4:])
+    both = [row | {"file_name": f"{part}/{row['file_name']}"} for part, some in PARTS.items() for row in rows[some]]
+    write_table(kind, "set", both)  # one table for all
+    for part in PARTS:
+        Path("set", part, f"metadata.{kind}").unlink()
+    assert [s.target for s in load_split(spec, "validation").samples] == list(COLORS[4:])
     assert main(["data", "import", "set", "--output", "out"]) == 0 and learned("out") == EXPECTED
     Path("alone").mkdir()
     Path("alone/a.png").write_bytes(png("red"))
     assert main(["data", "check", "alone", "--output_dir", "c"]) == 2
     assert "add metadata.csv" in capsys.readouterr().err
-
-
-def shard(name: str, members: list[tuple[str, bytes]], change: Callable[[TAR], None] = lambda info: None) -> str:
-    with tarfile.open(name, "w") as archive:
-        for member, data in members:
-            info = tarfile.TarInfo(member)
-            info.size = len(data)
-            change(info)
-            archive.addfile(info, io.BytesIO(data) if info.isreg() else None)
-    return name
 
 
 def asked(color: str, **more: Any) -> bytes:

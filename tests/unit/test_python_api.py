@@ -153,6 +153,7 @@ def test_a_run_is_asked_compared_and_loaded(run: vs.Run) -> None:
     answers = run.ask([red, green], [QUESTION, QUESTION])
     assert len(answers) == 2 and all(row["base"] and row["tuned"] is not None for row in answers)
     assert list(run.ask(red, ["a?", "b?"]).to_pandas().question) == ["a?", "b?"]
+    assert len(run.ask([[red, green], red], ["Is <image> like <image>?", QUESTION])) == 2
     with pytest.raises(DataError, match="2 images and 1 questions"):
         run.ask([red, red], ["a?"])
     (row,) = run.compare()

@@ -79,7 +79,7 @@ def test_four_formats_in_one_file(folder):
         (f"{name}/train/000001", "What colour?", "red", ""),
         (f"{name}/llava7/turn1", "What is it?", "a square", ""),
         (f"{name}/llava7/turn2", "Colour?", "blue", ""),
-        (f"{name}/train/000003", "How many shapes?", "1", ""),
+        (f"{name}/train/000003", "How many  shapes?", "1", ""),
         (f"{name}/train/000004", "Size?", "big", ""),
         (f"{name}/train/000005", "Count?", "3", "hard"),
         (f"{name}/train/000006", "Number?", "14", ""),

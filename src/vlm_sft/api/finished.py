@@ -112,8 +112,9 @@ class Run:
         """Ask the model and its base.
 
         Args:
-            images: a picture (PIL, path, bytes, NumPy array of uint8), or as many pictures as there are questions.
-            questions: one, or several.
+            images: a picture (PIL, path, bytes, NumPy array of uint8), or as many pictures as there are questions; a
+                list of pictures in the place of one shows them together.
+            questions: one, or several; `<image>` in a question says where a picture stands, as in a plain record.
 
         Returns:
             A table of `question`, `base` and `tuned` (None where all weights were trained: there, `base` answers).

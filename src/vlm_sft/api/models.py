@@ -32,11 +32,14 @@ def model_of(folder: str | Path) -> tuple[str | None, Path | None]:
     return (str(folder), None) if whole else (None, Path(folder))
 
 
-def pairs_of(images: Any, questions: str | Sequence[str]) -> list[tuple[ImageRef, list[str]]]:
+Pairs = list[tuple[tuple[ImageRef, ...], list[str]]]  # what is shown together, and what is asked of it
+
+
+def pairs_of(images: Any, questions: str | Sequence[str]) -> Pairs:
     """Put images and questions together: the questions of each image.
 
     Args:
-        images: a picture, or a list of as many as there are questions.
+        images: a picture, or a list of as many as there are questions; an entry may be a list of pictures.
         questions: one text, or several.
 
     Raises:
@@ -46,13 +49,14 @@ def pairs_of(images: Any, questions: str | Sequence[str]) -> list[tuple[ImageRef
     if not texts:
         raise DataError("there is no question", "pass one or several")
     if not isinstance(images, list | tuple):
-        return [(_checked(images), texts)]
+        return [((_checked(images),), texts)]
     if len(images) != len(texts):
         raise DataError(
             f"{len(images)} images and {len(texts)} questions do not pair",
             "pass one image for all questions, or as many images as questions",
         )
-    return [(_checked(image), [text]) for image, text in zip(images, texts, strict=True)]
+    together = [image if isinstance(image, list | tuple) else [image] for image in images]
+    return [(tuple(map(_checked, shown)), [text]) for shown, text in zip(together, texts, strict=True)]
 
 
 def _checked(image: Any) -> ImageRef:
@@ -74,7 +78,7 @@ def _checked(image: Any) -> ImageRef:
     return check_image(ImageRef.from_bytes(image, "the image"))
 
 
-def answered(asker: Asker, pairs: Sequence[tuple[ImageRef, list[str]]]) -> Answers:
+def answered(asker: Asker, pairs: Pairs) -> Answers:
     """Ask about each image, all its questions from one prefix."""
     rows = [answer for image, questions in pairs for answer in asker.ask(image, questions)]
     return Answers([{"question": row.question, "base": row.base, "tuned": row.tuned} for row in rows])
@@ -127,8 +131,9 @@ def ask(
     """Ask a model, which is loaded for it; `Run.ask` keeps it loaded.
 
     Args:
-        images: a picture (PIL, path, bytes, NumPy array of uint8), or as many pictures as there are questions.
-        questions: one, or several.
+        images: a picture (PIL, path, bytes, NumPy array of uint8), or as many pictures as there are questions; a list
+            of pictures in the place of one shows them together.
+        questions: one, or several; `<image>` in a question says where a picture stands, as in a plain record.
         base_model: "pocket", a folder or a Hub id; None for the one that the adapter names, or pocket.
         adapter: a `Run`, or the folder of an adapter; None asks the base alone.
         max_new_tokens: limit of an answer in tokens; None for that of the adapter or the base.

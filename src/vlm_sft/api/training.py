@@ -47,8 +47,8 @@ def finetune(
     Args:
         data: a list of dicts (`image`, `question`, `answer`; chat records too), a datasets.Dataset or DatasetDict, a
             pandas or polars frame, a dict of splits with such values, or what `--dataset` takes: paths and names.
-            Images are PIL pictures, paths, encoded bytes or NumPy arrays. Where there is no test split, parts are held
-            out by image.
+            Keys of other names are told by `columns={"image": "img", …}`. Images are PIL pictures, paths, encoded
+            bytes or NumPy arrays. Where there is no test split, parts are held out by image.
         recipe: "smoketest", "1epoch", "2epoch", "5epoch", "best", a JSON or YAML file, a dict of keys, or a `Recipe`.
         base_model: "pocket", a folder or a Hub id.
         output_dir: folder of the run; the next free outputs/run-N by default.

@@ -15,13 +15,14 @@ from vlm_sft.common.errors import QUOTED_CHARACTERS, DataError, ModelError, boun
 from vlm_sft.data.duplicates import Repeat
 from vlm_sft.data.images import check_image
 from vlm_sft.data.plain_text import reads_like_control
-from vlm_sft.data.sample import NOTE, OUTSIDE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image, text_rows
+from vlm_sft.data.sample import OUTSIDE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image, text_rows
 from vlm_sft.data.threads import map_images
 
 MAX_LEFT_OUT_FRACTION = 0.01
 HISTOGRAM_BINS = 24
 CHECK_ALL = "vlm-sft data check DATASET --split all --base_model MODEL"
 OUTSIDE_NOTE = "an image lies outside of the data's folder, by its path or a link; exports and reports hold copies"
+PLACED_NOTE = "an image stands behind words; it is shared by those questions alone that have the same words before it"
 CONTROL_NOTE = "a text holds the name of a control token, such as <image>; it is read as plain text"
 
 
@@ -127,8 +128,7 @@ def notes_of(samples: Iterable[Sample], holds_control: Callable[[Sample], bool] 
     found: Counter[str] = Counter()
     for sample in samples:
         found.update([OUTSIDE_NOTE] if OUTSIDE in sample.metadata else [])
-        note = sample.metadata.get(NOTE)
-        found.update([note] if note else [])
+        found.update([PLACED_NOTE] if sample.places else [])
         found.update([CONTROL_NOTE] if holds_control(sample) else [])
     return dict(found)
 

@@ -52,7 +52,8 @@ def find_repeats(samples: Sequence[Sample]) -> list[Repeat]:
     found: list[Repeat] = []
     by_question: dict[tuple[Any, ...], list[Sample]] = {}
     for sample in samples:
-        before = by_question.setdefault((sample.subject, sample.system, sample.history, _plain(sample.question)), [])
+        context = (sample.subject, sample.system, sample.history, sample.places)
+        before = by_question.setdefault((*context, _plain(sample.question)), [])
         same = next((one for one in before if _plain(one.target) == _plain(sample.target)), None)
         other = next((one for one in before if _accepted(one).isdisjoint(_accepted(sample))), None)
         if same is not None:

@@ -128,7 +128,7 @@ def _card(sample: Sample, questions: int) -> dict[str, Any]:
         "id": sample.id,
         "pictures": [thumbnail(image) for image in sample.images],
         "history": sample.history,
-        "question": sample.question,
+        "question": sample.shown_question,
         "target": sample.target,
         "answers": " | ".join(sample.answers),
         "part": part,

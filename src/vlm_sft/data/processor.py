@@ -72,6 +72,21 @@ def image_token_id(processor: Any) -> int:
     return found if found in expanded or len(expanded) < 2 else expanded[0]
 
 
+def end_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The end token of a tokenizer.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"no token ends an answer: {type(tokenizer).__name__} of the base model has no eos_token, and its "
+            "generation settings name none",
+            "set eos_token_id in generation_config.json, or eos_token in tokenizer_config.json, of the model's folder",
+        )
+    return (int(tokenizer.eos_token_id),)
+
+
 def apply_pixel_bounds(processor: Any, prompt: PromptSettings) -> None:
     """Set the bounds of the image area on processors that resize by area (Qwen: `size.shortest_edge/longest_edge`).
 

@@ -10,15 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm_sft.common.errors import DataError, SampleError
 
 # Classes of samples that are left out, see `LeftOut`.
 UNREADABLE = "image cannot be read"
 UNPROCESSABLE = "image cannot be processed"
+UNPLACEABLE = "image cannot stand between words"
 CONTROL_TEXT = "text cannot be told from a control token"
-NOTE = "note"  # key of a sample's metadata: what is not exactly as its record has it
+IMAGE_MARK = "<image>"  # stands for an image in a text that people read or write
 OUTSIDE = "outside"  # key of a sample's metadata: paths of its images that lie outside of the data's folder
 MAX_FILE_BYTES = 1024**3  # no picture within the limit of pixels is stored in more
 
@@ -79,6 +80,50 @@ class Turn:
     text: str
 
 
+class Place(NamedTuple):
+    """Where an image stands: in which turn (the question is the last one), behind how many characters of its text."""
+
+    turn: int
+    at: int
+
+
+PlacedTurn = tuple[str, str, tuple[int, ...]]  # role, text, and behind how many characters each of its images stands
+
+
+def pieces(text: str, places: Sequence[int]) -> list[str | None]:
+    """A turn in order: its texts, and None for each image; an empty text stands for a turn without words.
+
+    Args:
+        text: of the turn.
+        places: behind how many characters each image stands, ascending.
+    """
+    found: list[str | None] = []
+    start = 0
+    for at in places:
+        found += [text[start:at], None] if at > start else [None]
+        start = max(start, at)
+    return [*found, text[start:]] if text[start:] or not text else found
+
+
+def placed_turns(history: Sequence[Turn], question: str, images: int, places: Sequence[Place]) -> list[PlacedTurn]:
+    """A conversation up to its answer, as `PlacedTurn`; without places all images stand before the first user's words.
+
+    Args:
+        history, question, places: as in `Sample`.
+        images: how many images there are.
+    """
+    turns = [*history, Turn("user", question)]
+    first = next(number for number, turn in enumerate(turns) if turn.role == "user")
+    places = places or [Place(first, 0)] * images
+    inside = [tuple(place.at for place in places if place.turn == number) for number in range(len(turns))]
+    return [(turn.role, turn.text, at) for turn, at in zip(turns, inside, strict=True)]
+
+
+def with_marks(text: str, places: Sequence[int]) -> str:
+    """A turn as one text, with `<image>` where an image stands; arguments as of `pieces`."""
+    return "".join(IMAGE_MARK if piece is None else piece for piece in pieces(text, places))
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One question, mostly about one image (or several), with the answer to learn and the answers to score against.
@@ -87,7 +132,7 @@ class Sample:
         id: unique and stable within its data set, e.g. "chartqa/train/000017".
         dataset: name of the source, e.g. "chartqa"; it selects the benchmark metric.
         split: the part that results are reported by, e.g. "human" or "augmented"; "" when there is only one.
-        images: the images in the order in which they precede the question; none for a text row.
+        images: the images in the order in which they are shown; none for a text row.
         question: the text of the user's turn, without any prompt template.
         target: the answer that is supervised, exactly as it should be generated.
         answers: every reference answer (TextVQA: ten), for the metric.
@@ -95,6 +140,7 @@ class Sample:
         system: system text of the conversation; "" leaves it to the prompt settings.
         metadata: small JSON values for analysis: "question_type", "answer_type", ….
         weight: of its answer's tokens in the training loss.
+        places: where each image stands, ascending; empty where all stand before the first user's words.
     """
 
     id: str
@@ -108,6 +154,7 @@ class Sample:
     system: str = ""
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
     weight: float = 1.0
+    places: tuple[Place, ...] = ()
 
     @property
     def image_key(self) -> str:
@@ -125,6 +172,36 @@ class Sample:
             return self.image_key
         opening = self.history[0].text if self.history else self.question
         return "text:" + hashlib.sha256(opening.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @property
+    def opening_words(self) -> str:
+        """The words of the question in front of its last image that stands behind some."""
+        last = self.places[-1] if self.places else None
+        return self.question[: last.at] if last and last.turn == len(self.history) else ""
+
+    @property
+    def opening(self) -> tuple[Any, ...]:
+        """What the conversation holds up to its last image; empty where images stand before all words."""
+        if not self.places:
+            return ()
+        turn, at = self.places[-1]
+        if turn == len(self.history):  # the prompt template around the words differs between data sets
+            return (self.places, self.history, self.opening_words, self.dataset)
+        return (self.places, self.history[:turn], self.history[turn].text[:at])
+
+    def turns(self, question: str | None = None) -> list[PlacedTurn]:
+        """The conversation up to its answer.
+
+        Args:
+            question: instead of the sample's own question, with the same images in it.
+        """
+        asked = self.question if question is None else question
+        return placed_turns(self.history, asked, len(self.images), self.places)
+
+    @property
+    def shown_question(self) -> str:
+        """The question as people read it: with a mark for each image that stands in it, but for those before it all."""
+        return with_marks(self.question, [place.at for place in self.places if place.turn == len(self.history)])
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -159,12 +236,12 @@ def questions_per_image(samples: Iterable[Sample]) -> dict[int, int]:
 def group_by_image(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Put the questions of one image together, and text rows of one opening; in the order of their first question.
 
-    A system text stands before the image, so samples with different ones are not put together; a conversation's
-    history stands behind it.
+    What stands before the image (a system text, or words where the record has its images behind some) is shared too,
+    so samples that differ there are not put together; other history stands behind it.
     """
-    groups: dict[tuple[str, str], list[Sample]] = {}
+    groups: dict[tuple[Any, ...], list[Sample]] = {}
     for sample in samples:
-        groups.setdefault((sample.subject, sample.system), []).append(sample)
+        groups.setdefault((sample.subject, sample.system, sample.opening), []).append(sample)
     return list(groups.values())
 
 

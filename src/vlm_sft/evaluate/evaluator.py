@@ -185,7 +185,7 @@ def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str
         "image": picture_name(sample),
         **({"cluster": cluster} if len(sample.images) != 1 else {}),
         "image_pixels": sum(image.width * image.height for image in sample.images),
-        "question": sample.question,
+        "question": sample.shown_question,
         "prediction": text,
         "answers": list(sample.answers),
         "split": sample.split,

@@ -167,6 +167,7 @@ def launch_line(options: PlanOptions, file: Path) -> str:
         f"outputs/{file.stem}",
     ]
     extra = ["--deepspeed", train.deepspeed] if train.deepspeed else []
+    extra += ["--columns", train.columns] if train.columns else []
     keys = [word for key, value in train.overrides.items() for word in (f"--{key}", _flag(value))]
     return shlex.join([*start, *flags, *extra, *keys])
 

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from vlm_sft.common.artifacts import CHANGED, IMPORT, LEFT_OUT, UNENCODABLE, OutputFolder, write_json
+from vlm_sft.common.artifacts import IMPORT, LEFT_OUT, UNENCODABLE, OutputFolder, write_json
 from vlm_sft.common.console import say
 from vlm_sft.common.errors import DataError, nearest, quoted
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
@@ -74,7 +74,7 @@ def import_data(request: ImportRequest) -> ExchangeReport:
     """Carry out one import; files get their names when everything is written and not too much is left out.
 
     Returns:
-        What was written and what was not; the same is in import.json, left_out.jsonl and changed.jsonl.
+        What was written and what was not; the same is in import.json and left_out.jsonl.
 
     Raises:
         DataError: the input cannot be read, not one question can be used, or more is left out than is allowed; then
@@ -225,7 +225,7 @@ def _keep_images(
 
 
 class _Writer:
-    """Writes questions, and what was left out or changed, line by line; names become final at a good end."""
+    """Writes questions, and what was left out, line by line; names become final at a good end."""
 
     def __init__(self, output: Path, report: ExchangeReport) -> None:
         self._output, self._report = output, report
@@ -243,7 +243,7 @@ class _Writer:
         for name in final:
             (self._output / f"{name}{PARTIAL}").replace(self._output / name)
         if kind is None:
-            self._report.files += [self._output / name for name in self._open if name not in (LEFT_OUT, CHANGED)]
+            self._report.files += [self._output / name for name in self._open if name != LEFT_OUT]
 
     def put(self, item: _Item, images: list[str] | RowProblem) -> None:
         """Write one question, or why not."""
@@ -257,9 +257,6 @@ class _Writer:
             return
         self._line(f"{item.split}.jsonl", row)
         self._report.questions[item.split] += 1
-        if item.question.note:
-            self._report.changed.setdefault(item.question.note, []).append(item.id)
-            self._line(CHANGED, {"id": item.id, "change": item.question.note, "where": item.where})
 
     def drop(self, item: LeftOut) -> None:
         """Name what cannot be used."""

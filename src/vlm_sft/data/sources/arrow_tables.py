@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def _column(file: Path, group: int, column: str) -> Any:
     key = (table, group, column)
     if getattr(_opened, "key", None) == key:
         return _opened.value
-    if file.suffix == ARROW:
+    if file.suffix.lower() == ARROW:
         if getattr(_opened, "table", None) != table:
             import pyarrow
 
@@ -110,10 +111,10 @@ def _readable(path: Path) -> Iterator[None]:
     """
     import pyarrow
 
-    kind = "an Arrow file" if path.suffix == ARROW else "parquet"
+    kind = "an Arrow file" if path.suffix.lower() == ARROW else "parquet"
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path} cannot be read as {kind}: {first}", "write the file again") from error
 
@@ -127,7 +128,11 @@ def table_schema(path: Path) -> pyarrow.Schema:
     import pyarrow.parquet
 
     with _readable(path), native_file(path) as stream:
-        schema = _batches(stream).schema if path.suffix == ARROW else pyarrow.parquet.read_schema(stream)
+        schema = _batches(stream).schema if path.suffix.lower() == ARROW else pyarrow.parquet.read_schema(stream)
+        names = Counter(schema.names)
+    if len(names) < len(schema):
+        double = next(name for name, count in names.items() if count > 1)
+        raise DataError(f"{path} has several columns called {quoted(double)}", "give each a name of its own")
     for name, feature in _features(schema).items():
         if feature.get("_type") == "Video":
             raise DataError(f"{path}, column {quoted(name)}: {VIDEO}", VIDEO_FIX)
@@ -191,8 +196,10 @@ def _groups(path: Path, texts: list[str], holding: list[str]) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
-    if path.suffix == ARROW:
-        yield from _each_batch(_batches(pyarrow.memory_map(os.fsencode(path))))
+    if path.suffix.lower() == ARROW:
+        for batch in _each_batch(_batches(pyarrow.memory_map(os.fsencode(path)))):
+            batch.validate(full=True)  # offsets of a damaged file lead out of it
+            yield batch
         return
     with native_file(path) as stream, pyarrow.parquet.ParquetFile(stream) as table:
         for group in range(table.num_row_groups):

@@ -102,11 +102,7 @@ def data_files(path: Path, kinds: Sequence[str] = KINDS) -> dict[str, list[Path]
         DataError: there is none, or some cannot be read one by one.
     """
     if is_pattern(str(path)):
-        named: dict[str, list[Path]] = {}
-        for file in expand(str(path)):
-            refuse_packed(file)
-            named.setdefault(split_of_name(file.name) or split_of_name(file.parent.name) or "train", []).append(file)
-        return named
+        return _sorted_by_split(expand(str(path)), root_of(path))
     saved = saved_folder(path)
     if saved is not None:
         return _saved_files(saved)
@@ -115,11 +111,10 @@ def data_files(path: Path, kinds: Sequence[str] = KINDS) -> dict[str, list[Path]
         return _with_siblings(path)
     there = {kind_of(file) for file in folder_files(path)}
     first = next((kind for kind in kinds if kind in there), "")
-    others = sorted(kind for kind in there & {".jsonl", ".parquet", ".tar"} - {first})
+    taken = tuple(kinds) if not first else TABLES if first in TABLES else (first,)
+    others = sorted(there - {"", ".json", *taken})  # JSON beside others is mostly settings
     if first and others:
         _warn_once(path.resolve(), f"{path}: its {first} files are read, those of {', '.join(others)} are not")
-    # A .jsonl beside .json: what is JSON and not lines is mostly settings.
-    taken = tuple(kinds) if not first else TABLES if first in TABLES else (first,)
     return files_by_split(path, taken)
 
 
@@ -179,24 +174,36 @@ def files_by_split(path: Path, kinds: Sequence[str]) -> dict[str, list[Path]]:
     if path.is_file():
         refuse_packed(path)
         return {split_of_name(path.name) or "train": [path]}
-    found: dict[str, list[Path]] = {}
-    plain: set[Path] = set()
+    taken: list[Path] = []
     for file in folder_files(path):
-        inside = file.relative_to(path).parts
         if file.suffix.lower() in NOT_READ and kind_of(file.with_suffix("")) in kinds:
             refuse_packed(file)  # train.jsonl.zip beside the others would be passed over
         if kind_of(file) not in kinds:
             continue
+        taken.append(file)
+    if not taken:
+        fix = f"pass the file, or the folder that holds it; of pictures alone: {IMAGE_FOLDER}"
+        raise DataError(f"{path} holds no {' or '.join(kinds)} file", fix)
+    return _sorted_by_split(taken, path)
+
+
+def _sorted_by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
+    """Files by the split that their names, or those of their folders below `root`, speak of; else train.
+
+    Raises:
+        DataError: one stands there twice, packed and unpacked, or cannot be read as it is.
+    """
+    found: dict[str, list[Path]] = {}
+    plain: set[Path] = set()
+    for file in files:
         refuse_packed(file)
         unpacked = file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
         if unpacked in plain:
-            raise DataError(f"{unpacked} and {file} are one file twice", "take one of them out of the folder")
+            raise DataError(f"{unpacked} and {file} are one file twice", "take one of them out")
         plain.add(unpacked)
+        inside = file.relative_to(root.expanduser()).parts
         split = next((found_split for part in reversed(inside) if (found_split := split_of_name(part))), "train")
         found.setdefault(split, []).append(file)
-    if not found:
-        fix = f"pass the file, or the folder that holds it; of pictures alone: {IMAGE_FOLDER}"
-        raise DataError(f"{path} holds no {' or '.join(kinds)} file", fix)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from vlm_sft.common.artifacts import writable
 from vlm_sft.common.errors import DataError, nearest, quoted
 from vlm_sft.data.images import check_image
-from vlm_sft.data.sample import NOTE, OUTSIDE, UNREADABLE, ImageRef, LeftOut, Sample
+from vlm_sft.data.sample import OUTSIDE, UNREADABLE, ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.columns import KEYS_TOLD, has_of
 from vlm_sft.data.sources.files import data_files, root_of
 from vlm_sft.data.sources.locate import StoredImage, lies_outside, locate_image
@@ -239,7 +239,7 @@ def _samples(
             left.append(left_out(line.id, line.where, problem))
             continue
         part = "" if line.part.lower() in SPLIT_WORDS else line.part
-        metadata: dict[str, Any] = {"where": line.where} | ({NOTE: question.note} if question.note else {})
+        metadata: dict[str, Any] = {"where": line.where}
         if outside and (away := [ref.source for ref in refs if ref.source in outside]):
             metadata[OUTSIDE] = away
         samples.append(
@@ -255,6 +255,7 @@ def _samples(
                 question.system,
                 metadata,
                 question.weight,
+                question.places,
             )
         )
     return samples, left

@@ -13,6 +13,7 @@ from vlm_sft.data.sources.compressed import open_data
 from vlm_sft.data.sources.csv_tables import csv_records
 from vlm_sft.data.sources.files import ARROW, TABLES, kind_of, stem_of
 from vlm_sft.data.sources.rows import RowProblem
+from vlm_sft.data.sources.splits import SPLIT_WORDS
 
 BOM = b"\xef\xbb\xbf"
 # The table of a folder of images in the layout of datasets' imagefolder names its pictures so.
@@ -42,17 +43,27 @@ def records_of_file(
     columns = columns or {}
     kind = kind_of(path)
     found: set[str] = set() if seen is None else seen
+    of_images = stem_of(path).lower() == "metadata"
     if kind in TABLES:
         found |= set(columns.values())
-        yield from csv_records(path, columns, alone)
+        for number, label, record in csv_records(path, columns, alone):
+            yield number, label, _in_its_split(record) if of_images else record
         return
-    names = {**IMAGE_FOLDER, **columns} if stem_of(path).lower() == "metadata" else columns
+    names = {**IMAGE_FOLDER, **columns} if of_images else columns
     if kind in (".parquet", ARROW) and checked:
         require_table(path, columns, alone)
     for number, label, record in _records(path, kind):
         if columns and isinstance(record, dict):
             found.update(record)
-        yield number, label, renamed(record, names)
+        record = renamed(record, names)
+        yield number, label, _in_its_split(record) if of_images else record
+
+
+def _in_its_split(record: Any) -> Any:
+    """A row about a picture in a folder that is called train, validation or test belongs there."""
+    image = record.get("image") if isinstance(record, dict) else None
+    top = image.removeprefix("./").partition("/")[0].lower() if isinstance(image, str) else ""
+    return record | {"split": SPLIT_WORDS[top]} if top in SPLIT_WORDS and not record.get("split") else record
 
 
 def require_table(path: Path, columns: Mapping[str, str], alone: bool, place: str = "") -> None:
