@@ -142,11 +142,11 @@ def _usable(
         _warn_of_strips(samples)
         return samples, unusable, reads_like_control
     from vlm_sft.data.dataset import usable_samples
-    from vlm_sft.data.encode import Encoder
+    from vlm_sft.model.encoding import encoder_of
     from vlm_sft.model.load import find_base
 
     base = find_base(base_model)
-    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    encoder = encoder_of(base)
     samples, refused = usable_samples(encoder, samples)
     return samples, unusable + refused, encoder.holds_control
 

@@ -18,6 +18,7 @@ VERBS = (
     "verify",
     "plan",
     "recommend",
+    "sweep",
     "eval",
     "score",
     "compare",

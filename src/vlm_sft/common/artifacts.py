@@ -72,6 +72,9 @@ CARD = "README.md"  # the model card of an export, of a run's adapter and of its
 REPORT = "report.html"
 COMPARE_JSON = "compare.json"  # the paired comparison of runs: differences, tests, verdicts, items that changed
 COMPARE_MARKDOWN = "compare.md"  # the same as a table to read
+SWEEP = "sweep.json"  # the trials of a sweep, what they came to, and which setting to take
+SWEEP_PAGE = "sweep.html"  # the same with figures
+TRIALS_FOLDER = "trials"  # in a sweep's folder: one run folder a trial, its log beside it
 ROWS_FOLDER = "rows"  # rows that a caller from Python held in memory, with their images
 EVALUATION_FOLDER = "evaluation"  # evaluation/base/<benchmark>/…, evaluation/tuned/<benchmark>/…
 

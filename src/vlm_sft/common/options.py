@@ -126,6 +126,25 @@ def _value(flag: OptionFlag, value: Any) -> Any:
     return flag.read(value) if flag.read is not None and value is not None else value
 
 
+def words_of(options: Any) -> list[str]:
+    """The flags that make these options, for a command line: what `read_options` reads back.
+
+    Args:
+        options: an object of a dataclass; fields at their default, without a flag, or with a hidden one are left out.
+    """
+    words: list[str] = []
+    for item in fields(options):
+        flag, value = item.metadata.get("flag"), getattr(options, item.name)
+        if flag is None or flag.help == argparse.SUPPRESS or value is None or value == item.default:
+            continue
+        name = flag.names[0] if flag.names else f"--{item.name}"
+        if isinstance(value, bool):
+            words += [name, flag.words[0 if value else 1]] if flag.words else [name]
+        else:
+            words += [name, str(value)]
+    return words
+
+
 def checked_options(options: type[Options], values: Mapping[str, Any], **others: Any) -> Options:
     """Make options of values from Python; texts are read as those of the flags.
 

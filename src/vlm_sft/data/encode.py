@@ -107,13 +107,17 @@ class Encoder:
         processor: a Hugging Face processor with a chat template.
         prompt: prompt and image settings; pixel bounds are applied to the processor's image processor.
         stop_ids: token ids that end an answer (the generation config's eos ids); the tokenizer's eos when empty.
+        family: gives `model_type` of the model's configuration; asked where samples declare boxes.
 
     Raises:
         ModelError: nothing says which token ends an answer, or which one stands for an image.
     """
 
-    def __init__(self, processor: Any, prompt: PromptSettings, stop_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, processor: Any, prompt: PromptSettings, stop_ids: Sequence[int] = (), family: Callable[[], str] = str
+    ) -> None:
         self.processor = processor
+        self.family = family
         self.tokenizer = processor.tokenizer
         self.prompt = prompt
         self.stop_ids = tuple(stop_ids) or end_ids(self.tokenizer)

@@ -141,6 +141,8 @@ class Sample:
         metadata: small JSON values for analysis: "question_type", "answer_type", ….
         weight: of its answer's tokens in the training loss.
         places: where each image stands, ascending; empty where all stand before the first user's words.
+        boxes: width and height of what coordinates of boxes in its texts are within: its only image, or the grid of a
+            model's convention; None where it declares no boxes.
     """
 
     id: str
@@ -155,6 +157,7 @@ class Sample:
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
     weight: float = 1.0
     places: tuple[Place, ...] = ()
+    boxes: tuple[int, int] | None = None
 
     @property
     def image_key(self) -> str:

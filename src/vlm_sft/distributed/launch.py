@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -230,6 +231,22 @@ def idle_gpus(launch: Launch, words: Sequence[str]) -> str:
     program = [words[0]] if words[0].endswith(".py") and Path(words[0]).name != "__main__.py" else ["-m", "vlm_sft"]
     line = shlex.join(["torchrun", f"--nproc_per_node={count}", *program, *words[1:]])
     return f"{used}; to use all of them: {line}"
+
+
+def launch_words(world_size: int, parallel: str) -> list[str]:
+    """The program that starts a training in processes of its own: this interpreter, or its launcher.
+
+    Args:
+        world_size: number of processes.
+        parallel: "single", "ddp", or what DeepSpeed starts.
+    """
+    if world_size == 1:
+        return [sys.executable, "-m", "vlm_sft", "train"]
+    if parallel == "ddp":
+        many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
+        return [*many, "-m", "vlm_sft", "train"]
+    program = Path(sys.executable).with_name("deepspeed")
+    return [str(program), f"--num_gpus={world_size}", "--module", "vlm_sft", "train"]
 
 
 def quiet_libraries() -> None:

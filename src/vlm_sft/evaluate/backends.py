@@ -26,6 +26,7 @@ from vlm_sft.evaluate.batching import Pack
 from vlm_sft.evaluate.generate import Generated, alone, generate
 from vlm_sft.evaluate.generate_rows import generate_rows, rows_agree
 from vlm_sft.model.cpu.matmul import mixed_precision
+from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.families import PackMode, family_of
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.load import Base, empty_model
@@ -90,7 +91,7 @@ class SharedPrefixBackend:
     ) -> None:
         self.base = base
         self.model: Any = model  # with `disable_adapter` where PEFT wraps it
-        self.encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+        self.encoder = encoder_of(base)
         self._images = images or self.encoder.process_images
         self.mode = mode or choose_mode(model, self.encoder)
         self.in_step = is_partitioned(*model.parameters())
@@ -184,7 +185,7 @@ class VllmBackend:
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
-        self.encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+        self.encoder = encoder_of(base)
         self.in_step = False
         self.separate = False
         bounds = {"min_pixels": base.prompt.min_pixels, "max_pixels": base.prompt.max_pixels}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,21 +248,35 @@ def compare_runs(runs: Sequence[str | Path], baseline: str | Path | None = None)
         RunError: a file is damaged.
     """
     first, others = _choose_baseline([Path(run) for run in runs], Path(baseline) if baseline is not None else None)
-    base_files = locate_predictions(first)
-    base_rows = {name: load_scored(name, path) for name, path in base_files.items()}
+    loaded = {
+        str(run): {name: load_scored(name, path) for name, path in locate_predictions(run).items()}
+        for run in (first, *others)
+    }
+    return compare_loaded(loaded, str(first))
+
+
+def compare_loaded(runs: Mapping[str, Mapping[str, Rows]], first: str) -> dict[str, Any]:
+    """Compare scored answers with those of a baseline; `compare_runs` without its reading.
+
+    Args:
+        runs: by name of the run: for each benchmark its rows by id, as `load_scored` returns them.
+        first: the baseline's name.
+
+    Raises:
+        EvaluationError: as of `compare_runs`.
+    """
+    base_rows = runs[first]
     comparisons, not_compared, mistakes = [], [], []
-    for run in others:
-        files = locate_predictions(run)
-        for name in sorted(base_files.keys() | files.keys()):
-            if name not in files or name not in base_files:
-                not_compared.append({"benchmark": name, "missing_in": str(first if name in files else run)})
+    for run, found in runs.items():
+        for name in sorted(base_rows.keys() | found.keys()) if run != first else ():
+            if name not in found or name not in base_rows:
+                not_compared.append({"benchmark": name, "missing_in": first if name in found else run})
                 continue
-            rows = load_scored(name, files[name])
-            reason = _why_unpaired(base_rows[name], rows)
+            reason = _why_unpaired(base_rows[name], found[name])
             if reason:
                 mistakes.append(f"  {name}: {first} and {run} hold {reason}")
             else:
-                comparisons.append(_comparison(name, str(run), base_rows[name], rows))
+                comparisons.append(_comparison(name, run, base_rows[name], found[name]))
     if mistakes:
         raise EvaluationError(
             "\n".join(["different items cannot be compared", *mistakes]),
@@ -276,7 +290,7 @@ def compare_runs(runs: Sequence[str | Path], baseline: str | Path | None = None)
         if significant and adjusted >= statistics.LEVEL:
             entry["verdict"] = NO_DIFFERENCE
     return {
-        "baseline": str(first),
+        "baseline": first,
         "confidence": 1 - statistics.LEVEL,
         "correction": "Holm",
         "comparisons": comparisons,

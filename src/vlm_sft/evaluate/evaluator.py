@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import progress
 from vlm_sft.common.errors import EvaluationError
+from vlm_sft.data.boxes import in_pixels
 from vlm_sft.data.sources.splits import image_groups
 from vlm_sft.distributed.collectives import barrier
 from vlm_sft.evaluate.analysis import analyse
@@ -180,16 +181,17 @@ def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str
         cluster: the questions that it hangs together with through its images; told where there is not just one.
     """
     sample, text, cut = reply
+    prediction, answers = in_pixels(sample, text), [in_pixels(sample, answer) for answer in sample.answers]
     return {
         "id": sample.id,
         "image": picture_name(sample),
         **({"cluster": cluster} if len(sample.images) != 1 else {}),
         "image_pixels": sum(image.width * image.height for image in sample.images),
-        "question": sample.shown_question,
-        "prediction": text,
-        "answers": list(sample.answers),
+        "question": in_pixels(sample, sample.shown_question),
+        "prediction": prediction,
+        "answers": answers,
         "split": sample.split,
-        "score": benchmark.score(text, sample.answers, sample.metadata),
+        "score": benchmark.score(prediction, answers, sample.metadata),
         "cut": cut,
         "question_type": str(sample.metadata.get("question_type", "")),
         **{key: sample.metadata[key] for key in benchmark.needs if sample.metadata.get(key)},

@@ -17,7 +17,6 @@ from vlm_sft.common.errors import EvaluationError, ModelError
 from vlm_sft.common.idle import Idle
 from vlm_sft.common.record import RunRecord, device_name
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, note_lines, notes_of
-from vlm_sft.data.encode import Encoder
 from vlm_sft.data.engine_options import CacheOptions
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import counted
@@ -43,6 +42,7 @@ from vlm_sft.evaluate.tasks import (
     with_limits,
 )
 from vlm_sft.model.caches import Caches
+from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.load import Base, empty_model, find_base
 from vlm_sft.model.saved_adapter import check_adapter_folder, recorded_bf16, require_fit
 from vlm_sft.model.vllm_rules import not_for_vllm, splitting_problem
@@ -165,7 +165,7 @@ def _carry_out(
     for note in filter(None, [idle_gpus(launch, sys.argv), *base.notes]):
         say(note)
     tasks, left_out = load_tasks(_specs(options), options.limit, options.split)
-    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    encoder = encoder_of(base)
     tasks, refused = usable_tasks(tasks, encoder)
     left_out += refused
     tasks = with_metrics(with_limits(tasks, base.prompt, encoder.chat.plain, limits), metrics)

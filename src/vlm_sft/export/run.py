@@ -40,6 +40,7 @@ from vlm_sft.export.verify import (
     require,
 )
 from vlm_sft.model.adapters import load_adapter
+from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.load import empty_model, load_model
 from vlm_sft.model.merged import write_merged
 from vlm_sft.model.model_folder import require_utf8
@@ -230,7 +231,7 @@ def _placed(model: Any) -> Any:
 
 def _reference(model: Any, source: Source, questions: int) -> _Reference:
     """Ask the adapter, and its base."""
-    encoder = Encoder(source.base.processor, source.base.prompt, source.base.stop_ids)
+    encoder = encoder_of(source.base)
     samples, origin = find_questions(source.run, questions, encoder)
     say(f"comparing on {len(samples)} questions: {origin}")
     tuned = our_answers(model, encoder, samples, "adapter")

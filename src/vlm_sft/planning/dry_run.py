@@ -32,6 +32,7 @@ from vlm_sft.forecast.inputs import ForecastInputs
 from vlm_sft.forecast.limits import shortages
 from vlm_sft.forecast.shapes import ModelShape, find_published
 from vlm_sft.model.caches import Engine
+from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.gpu.flash import SHARED_FLASH, takes_width
 from vlm_sft.model.load import Base, choose_attention, default_dtype
 from vlm_sft.planning.device_rates import rates_here
@@ -205,7 +206,7 @@ def _questions(run: TrainingRun, encoder: Encoder | None) -> _Questions:
 def _from_base(run: TrainingRun, base: Base, device: Device | None, counted: dict[str, EncodedGroup]) -> PlannedRun:
     """Plan with a base whose processor is at hand."""
     options = run.options
-    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    encoder = encoder_of(base)
     questions = _questions(run, encoder)
     engine = Engine(options.engine, run.launch, base.name, base.path)
     cache = CountingCache(encoder, engine.root, base.name, counted)

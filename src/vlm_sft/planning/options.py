@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+import shlex
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlm_sft.common.errors import DataError
 from vlm_sft.common.idle import Idle
-from vlm_sft.common.options import option
+from vlm_sft.common.options import option, words_of
 from vlm_sft.data.engine_options import EngineOptions
 from vlm_sft.data.sources.spec import COLUMNS_HELP
 from vlm_sft.evaluate.options import AnswerOptions
 from vlm_sft.model.families import DEFAULT_BASE
-from vlm_sft.recipe.builtin import RECIPES, locate_recipe
+from vlm_sft.recipe.builtin import FILES, RECIPES, locate_recipe
 
 MAX_BAD_STEPS = 3
 AUTO = "auto"
@@ -146,6 +147,33 @@ IDLE = (
         "keep one of them",
     ),
 )
+
+
+def flag_text(value: object) -> str:
+    """The value of a recipe key as its flag takes it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def train_words(options: TrainOptions) -> list[str]:
+    """The flags of `vlm-sft train` that make these options, its folder aside; base and data are always named."""
+    file = options.sft_config
+    recipe = Path(RECIPES[file.stem]) if file is not None and file.parent == FILES else file
+    always = ["--base_model", options.base_model, "--dataset", options.dataset]
+    others = replace(options, sft_config=recipe, base_model=TrainOptions.base_model, dataset=TrainOptions.dataset)
+    keys = [word for key, value in options.overrides.items() for word in (f"--{key}", flag_text(value))]
+    return [*words_of(others), *always, *words_of(options.engine), *keys]
+
+
+def launch_line(options: TrainOptions, gpus: int) -> str:
+    """The command that starts a training on so many devices of this machine."""
+    start = ["vlm-sft", "train"] if gpus == 1 else ["torchrun", f"--nproc_per_node={gpus}", "-m", "vlm_sft", "train"]
+    return shlex.join([*start, *train_words(options), "--output_dir", str(options.output_dir)])
 
 
 def image_size(text: str) -> tuple[int, int]:

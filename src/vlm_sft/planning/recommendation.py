@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from vlm_sft.forecast.recipe_quality import (
 )
 from vlm_sft.forecast.recommend import RecipeCandidate, Recommendation, plot, recommend
 from vlm_sft.planning.dry_run import plan_run
-from vlm_sft.planning.options import PlanOptions
+from vlm_sft.planning.options import PlanOptions, launch_line
 from vlm_sft.planning.plan_report import PlannedRun
 from vlm_sft.recipe.builtin import FILES, RECIPES
 
@@ -92,7 +91,11 @@ def advise(
             planned[name] = plan_run(replace(options, train=replace(options.train, sft_config=path)), counted)
         candidates.append(_candidate(name, planned[name], found))
     recommendation = recommend(candidates, hours, None if disk is None else disk * 1e9, priority)
-    launch = launch_line(options, files[recommendation.chosen]) if recommendation.chosen else ""
+    launch = ""
+    if recommendation.chosen:
+        file = files[recommendation.chosen]
+        chosen = replace(options.train, sft_config=file, output_dir=Path("outputs", file.stem))
+        launch = launch_line(chosen, options.gpus or 1)
     advice = Advice(tuple(candidates), recommendation, files, launch)
     for line in advice_lines(advice):
         say(line)
@@ -150,29 +153,3 @@ def advice_lines(advice: Advice) -> list[str]:
     if advice.launch:
         lines += ["start it with:", f"  {advice.launch}"]
     return lines
-
-
-def launch_line(options: PlanOptions, file: Path) -> str:
-    """The command that starts a recipe on a set-up."""
-    train, gpus = options.train, options.gpus or 1
-    start = ["vlm-sft", "train"] if gpus == 1 else ["torchrun", f"--nproc_per_node={gpus}", "-m", "vlm_sft", "train"]
-    flags: Sequence[str] = [
-        "--sft_config",
-        RECIPES[file.stem] if file.parent == FILES else str(file),
-        "--base_model",
-        train.base_model,
-        "--dataset",
-        train.dataset,
-        "--output_dir",
-        f"outputs/{file.stem}",
-    ]
-    extra = ["--deepspeed", train.deepspeed] if train.deepspeed else []
-    extra += ["--columns", train.columns] if train.columns else []
-    keys = [word for key, value in train.overrides.items() for word in (f"--{key}", _flag(value))]
-    return shlex.join([*start, *flags, *extra, *keys])
-
-
-def _flag(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -37,6 +37,7 @@ from vlm_sft.evaluate.tasks import (
     with_limits,
 )
 from vlm_sft.model.caches import Engine, one_an_image
+from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.load import Base, find_base
 from vlm_sft.planning.fingerprint import refuse_changes, run_identity
 from vlm_sft.planning.number_format import settle_format
@@ -225,7 +226,7 @@ def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sa
     base, formats = settle_format(found, recipe, launch.deepspeed is not None, run.checkpoint)
     run.record.update(number_format=formats)
     total = len(train_samples) + len(eval_samples) + len(left_out)
-    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    encoder = encoder_of(base)
     engine = Engine(options.engine, launch, base.name, base.path)
     cache_before = cache_bytes(engine.root)
     cache = engine.cache(encoder)

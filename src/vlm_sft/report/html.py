@@ -46,7 +46,22 @@ class RunView:
     since: str
 
 
-def write_report(run_folders: list[Path], output: Path) -> Path:
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a sweep says of its settings, above the runs that are its trials.
+
+    Attributes:
+        title: of the table.
+        cells: its header and rows.
+        choice: which setting to take, with its figure; it stands in place of a choice among the runs.
+    """
+
+    title: str
+    cells: Sequence[Sequence[str]]
+    choice: quality.Choice
+
+
+def write_report(run_folders: list[Path], output: Path, settings: Settings | None = None) -> Path:
     """Render the artifacts of one or several runs as one self-contained HTML file.
 
     The page depends on the artifacts alone: equal artifacts give equal bytes. What a run lacks is named in the page.
@@ -54,6 +69,7 @@ def write_report(run_folders: list[Path], output: Path) -> Path:
     Args:
         run_folders: output folders of training runs, finished or not.
         output: the file to write; it has to end in .html or .htm.
+        settings: of a sweep.
 
     Returns:
         The path of the file.
@@ -66,16 +82,20 @@ def write_report(run_folders: list[Path], output: Path) -> Path:
         raise RunError(
             f"a report cannot be written to {output}", "name a file that ends in .html, such as --output report.html"
         )
-    return artifacts.write_text_atomic(output, render(collect_runs([Path(folder) for folder in run_folders])))
+    runs = collect_runs([Path(folder) for folder in run_folders])
+    return artifacts.write_text_atomic(output, render(runs, settings=settings))
 
 
-def render(runs: Sequence[RunReport], version: str | None = None, changed: float = 0.0) -> str:
+def render(
+    runs: Sequence[RunReport], version: str | None = None, changed: float = 0.0, settings: Settings | None = None
+) -> str:
     """Render collected runs as one HTML page.
 
     Args:
         runs: at least one run, as `collect_runs` returns them.
         version: of a page that is served and loads itself anew when `/version` says something else; None for a file.
         changed: of such a page: when a file of the runs was written last, in seconds since 1970.
+        settings: of a sweep.
 
     Returns:
         The page. It holds no address other than data and anchors; the only scripts that a browser will run in it are
@@ -83,7 +103,7 @@ def render(runs: Sequence[RunReport], version: str | None = None, changed: float
     """
     many = len(runs) > 1
     names = benchmark_names(runs)
-    choices = quality.choices(runs, names) if many else []
+    choices = [settings.choice] if settings else quality.choices(runs, names) if many else []
     leading = [one.name for choice in choices for one in choice.candidates if one.on_front and not one.is_base]
     tallies = [(run.name, name, counts) for run in runs for name, counts in tally(run.predictions).items()]
     near = {(run.name, name): n for run in runs for name, n in tally_near(run.predictions).items()}
@@ -92,7 +112,8 @@ def render(runs: Sequence[RunReport], version: str | None = None, changed: float
         _environment()
         .get_template("report.html.j2")
         .render(
-            title=f"{len(runs)} runs" if many else runs[0].name,
+            title=f"sweep of {len(runs)} trials" if settings else f"{len(runs)} runs" if many else runs[0].name,
+            settings=settings,
             views=[
                 _view(run, f"run{number}", len(runs), version is not None) for number, run in enumerate(runs, start=1)
             ],

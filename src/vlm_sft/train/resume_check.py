@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from vlm_sft.common import artifacts
 from vlm_sft.common.console import say
 from vlm_sft.common.errors import RunError
 from vlm_sft.common.idle import Idle
+from vlm_sft.distributed.launch import launch_words
 from vlm_sft.train.checkpoint.directory import checkpoint_problems, checkpoints
 
 # Flags of the run that the trial sets by itself, with their number of values (None: up to one).
@@ -161,19 +161,6 @@ def trial_flags(run: Path, steps: int) -> list[str]:
     ]
 
 
-def launch_words(run: Path) -> list[str]:
-    """The program that starts a training with as many processes as the run had."""
-    facts = artifacts.read_json(run / artifacts.RUN)
-    size, parallel = int(facts.get("world_size", 1)), str(facts.get("parallel", "single"))
-    if size == 1:
-        return [sys.executable, "-m", "vlm_sft", "train"]
-    if parallel == "ddp":
-        many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
-        return [*many, "-m", "vlm_sft", "train"]
-    program = Path(sys.executable).with_name("deepspeed")
-    return [str(program), f"--num_gpus={size}", "--module", "vlm_sft", "train"]
-
-
 def verify_run(run: Path, scratch: Path, steps: int) -> bool:
     """Train, kill, resume and compare; says what it finds.
 
@@ -189,7 +176,8 @@ def verify_run(run: Path, scratch: Path, steps: int) -> bool:
         RunError: the trial does not run.
     """
     flags = trial_flags(run, steps)
-    words = launch_words(run)
+    facts = artifacts.read_json(run / artifacts.RUN)
+    words = launch_words(int(facts.get("world_size", 1)), str(facts.get("parallel", "single")))
     say(f"1 of 3: {steps} steps without a disturbance")
     whole = _finished(words, flags, scratch / "undisturbed")
     say("2 of 3: the same, killed after its first checkpoint (SIGKILL)")

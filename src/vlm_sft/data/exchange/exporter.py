@@ -225,6 +225,7 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], folder: Path) -> 
             "completion": List(message),
             "answers": List(text),
             "split": text,
+            "boxes": text,
         }
     )
     schema = features.arrow_schema

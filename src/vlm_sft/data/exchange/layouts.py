@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft.common.errors import DataError
+from vlm_sft.data.boxes import ABSOLUTE
 from vlm_sft.data.sample import IMAGE_MARK, Sample, pieces, placed_turns, with_marks
 from vlm_sft.data.sources.records import Question, questions_of
 from vlm_sft.data.sources.refusals import refuse
@@ -97,7 +98,7 @@ def _from_llamafactory(record: dict[str, Any], names: Names) -> dict[str, Any]:
         messages = _from_alpaca(record, columns)
     if system:
         messages = [{"role": "system", "content": system}, *messages]
-    kept = {key: record[key] for key in ("id", "split", "answers") if key in record}
+    kept = {key: record[key] for key in ("id", "split", "answers", "boxes") if key in record}
     return kept | {"messages": messages, "images": images}
 
 
@@ -180,6 +181,7 @@ def row_of(question: Question, images: list[str], sample_id: str, split: str) ->
     if question.answers != (question.target,):
         row["answers"] = list(question.answers)
     row |= {} if question.weight == 1 else {"weight": question.weight}
+    row |= {"boxes": ABSOLUTE} if question.boxes else {}
     return row | ({"split": split} if split else {})
 
 
@@ -226,6 +228,8 @@ def write_record(sample: Sample, images: list[str], layout: str, style: str) -> 
         extra["answers"] = list(sample.answers)
     if sample.split and layout != "jsonl":
         extra["split"] = sample.split
+    if sample.boxes is not None:
+        extra["boxes"] = ABSOLUTE
     return extra | record
 
 
@@ -283,6 +287,8 @@ def _to_csv(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
         raise RowProblem("several images", f"a row of a CSV holds one image, not {len(images)}")
     if sample.history or sample.system:
         raise RowProblem("conversation", "a row of a CSV holds neither earlier turns nor a system text")
+    if sample.boxes is not None:
+        raise RowProblem("boxes", "a row of a CSV cannot declare boxes")
     if set(sample.answers) != {sample.target}:
         raise RowProblem("several answers", f"a row of a CSV holds one answer, not {len(set(sample.answers))}")
     if sample.places or "question" not in _to_jsonl(sample, images, style):
@@ -292,7 +298,7 @@ def _to_csv(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
 
 def _to_jsonl(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
     texts = (sample.question, sample.target, sample.answers, sample.history, sample.system)
-    question = Question((), *texts, weight=sample.weight, places=sample.places)
+    question = Question((), *texts, weight=sample.weight, places=sample.places, boxes=sample.boxes is not None)
     own_id = sample.id.removeprefix(f"{sample.dataset}/")
     return row_of(question, images, own_id, sample.split)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_sft.common.artifacts import writable
 from vlm_sft.common.errors import DataError, nearest, quoted
+from vlm_sft.data.boxes import box_outside, widest
 from vlm_sft.data.images import check_image
 from vlm_sft.data.sample import OUTSIDE, UNREADABLE, ImageRef, LeftOut, Sample
 from vlm_sft.data.sources.columns import KEYS_TOLD, has_of
@@ -92,7 +93,8 @@ def answer_texts(spec: DatasetSpec) -> tuple[list[str], set[str]]:
     lines, _ = _read_all(spec, _files(spec, None))
     questions = [line.question for part in lines.values() for line in part]
     accepted = {answer for question in questions for answer in (question.target, *question.answers)}
-    return [question.target for question in questions], accepted
+    boxed = [widest(question.target) if question.boxes else question.target for question in questions]
+    return boxed, accepted
 
 
 def _files(spec: DatasetSpec, split: str | None) -> dict[str, list[Path]]:
@@ -219,6 +221,23 @@ def _read_image(folder: Path, image: Any) -> ImageRef | RowProblem:
         return RowProblem(UNREADABLE, error.what)
 
 
+def _box_size(question: Question, images: list[ImageRef]) -> tuple[int, int] | None:
+    """Width and height in pixels that the boxes of a question are within; None where it declares none.
+
+    Raises:
+        RowProblem: one is not.
+    """
+    if not question.boxes:
+        return None
+    (image,) = images
+    size = (image.width, image.height)
+    texts = (question.question, *question.answers, question.target, *(turn.text for turn in question.history))
+    outside = box_outside(texts, size)
+    if outside:
+        raise RowProblem("box outside of its image", f"{outside} in {image.source} ({size[0]} x {size[1]} pixels)")
+    return size
+
+
 def _samples(
     spec: DatasetSpec, lines: list[Line], images: dict[tuple[Path, str], ImageRef | RowProblem]
 ) -> tuple[list[Sample], list[LeftOut]]:
@@ -235,6 +254,7 @@ def _samples(
                 if isinstance(ref, RowProblem):
                     raise ref
                 refs.append(ref)
+            boxes = _box_size(question, refs)
         except RowProblem as problem:
             left.append(left_out(line.id, line.where, problem))
             continue
@@ -256,6 +276,7 @@ def _samples(
                 metadata,
                 question.weight,
                 question.places,
+                boxes,
             )
         )
     return samples, left

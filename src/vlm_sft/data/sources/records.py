@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_sft.common.errors import quoted
+from vlm_sft.data.boxes import ABSOLUTE
 from vlm_sft.data.sample import Place, Turn
 from vlm_sft.data.sources.columns import flag_for
 from vlm_sft.data.sources.locate import keys_of, likely_images, no_image
@@ -37,6 +38,7 @@ class Question:
         problem: why this turn cannot be used; None when it can.
         weight: of the answer in the loss.
         places: as in `Sample`.
+        boxes: whether lists of four numbers in its texts are boxes, in pixels of its image.
     """
 
     images: tuple[Any, ...]
@@ -49,6 +51,7 @@ class Question:
     problem: RowProblem | None = None
     weight: float = 1.0
     places: tuple[Place, ...] = ()
+    boxes: bool = False
 
 
 def questions_of(record: Any) -> list[Question]:
@@ -71,7 +74,28 @@ def questions_of(record: Any) -> list[Question]:
     answers = record.get("answers")
     if "question" not in record and len(questions) == 1 and isinstance(answers, list) and answers:
         questions = [replace(questions[0], answers=reference_answers(answers))]
-    return questions
+    return [_with_boxes(question) for question in questions] if _declares_boxes(record) else questions
+
+
+def _declares_boxes(record: dict[str, Any]) -> bool:
+    """Whether a record says that its texts hold boxes; a key of this name that is no word is metadata.
+
+    Raises:
+        RowProblem: it says so in a word that is not known.
+    """
+    value = record.get("boxes")
+    if isinstance(value, str) and value.strip() and value != ABSOLUTE:
+        raise RowProblem(
+            "boxes are not absolute", f'"boxes" is {quoted(value)}; known is "{ABSOLUTE}": pixels of the original image'
+        )
+    return value == ABSOLUTE
+
+
+def _with_boxes(question: Question) -> Question:
+    if question.problem or len(question.images) == 1:
+        return replace(question, boxes=True)
+    shown = f'"boxes" is declared, and it shows {len(question.images)} images: boxes are those of one'
+    return replace(question, problem=RowProblem("boxes without one image", shown))
 
 
 def _cut(record: dict[str, Any]) -> list[Question]:
