@@ -198,6 +198,7 @@ class RunRecord:
     trainable_parameters: int | None
     total_parameters: int | None
     steps: int | None
+    planned_steps: int | None
     questions_seen: int | None
     best: Best | None
     stopped_early: str

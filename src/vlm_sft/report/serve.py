@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from http import HTTPStatus
@@ -28,7 +29,10 @@ WATCHED = (
     artifacts.RESULTS,
     artifacts.GUARD,
     f"{artifacts.EVALUATION_FOLDER}/*/*/{artifacts.PREDICTIONS}",
+    f"{artifacts.VALIDATION_FOLDER}/*/*/results.json",
 )
+LIVE = (artifacts.METRICS, WATCHED[-1])  # what a training adds to as it goes on: a page takes that in place
+LIVE_SHARE = 0.1  # of a processor, at most, for rendering: the training needs the rest
 
 
 class LiveReport:
@@ -46,15 +50,18 @@ class LiveReport:
         self._lock = threading.Lock()
         self._version = ""
         self._page = ""
+        self._rest_until = 0.0
         self.page()
 
     def version(self) -> str:
         """A text that changes when a file of a run does."""
+        if self._version and time.monotonic() < self._rest_until:
+            return self._version
         return self._state()[0]
 
-    def _state(self) -> tuple[str, float]:
-        """The version, and when a file was written last in seconds since 1970."""
-        digest = hashlib.sha256()
+    def _state(self) -> tuple[str, float, str]:
+        """The version, when a file was written last in seconds since 1970, and the version without `LIVE` files."""
+        digest, frame = hashlib.sha256(), hashlib.sha256()
         newest = 0
         for folder in self.folders:
             for pattern in WATCHED:
@@ -64,20 +71,26 @@ class LiveReport:
                     except OSError:  # replaced in this moment: the next look sees the new one
                         continue
                     newest = max(newest, state.st_mtime_ns)
-                    digest.update(f"{path}\0{state.st_mtime_ns}\0{state.st_size}\0".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest(), newest / 1e9
+                    told = f"{path}\0{state.st_mtime_ns}\0{state.st_size}\0".encode("utf-8", "surrogateescape")
+                    digest.update(told)
+                    if pattern not in LIVE:
+                        frame.update(told)
+        return digest.hexdigest(), newest / 1e9, frame.hexdigest()
 
     def page(self) -> str:
         """The page of the present state; the last one while a run cannot be read."""
         with self._lock:  # several requests at a time would render the same page several times
-            version, changed = self._state()
-            if version != self._version:
+            version, changed, frame = self._state()
+            if version != self._version and time.monotonic() >= self._rest_until:
+                began = time.monotonic()
                 try:
-                    self._page = render(collect_runs(self.folders), version, changed)
+                    self._page = render(collect_runs(self.folders), version, changed, frame)
                 except RunError:
                     if not self._page:
                         raise
                 self._version = version
+                ended = time.monotonic()
+                self._rest_until = ended + (ended - began) * (1 / LIVE_SHARE - 1) if "data-live" in self._page else 0.0
             return self._page
 
 
