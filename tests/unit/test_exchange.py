@@ -211,7 +211,7 @@ def test_what_is_dropped_or_changed_is_named(tmp_path: Path, capsys: pytest.Capt
     assert json.loads((out / "import.json").read_text())["left_out"] == {
         "image cannot be read": 1,
         "image missing": 1,
-        "unknown mark": 1,
+        "video": 1,
         "record with tools": 1,
         "preference record": 1,
         "image is a URL": 1,

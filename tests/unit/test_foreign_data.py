@@ -66,15 +66,15 @@ OTHER = {"image": "blue.png", "question": "q?", "answer": "blue"}
 CALL = [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a", "tool_calls": [{"name": "t"}]}]
 THOUGHT = [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a", "channel": "analysis"}]
 REFUSED = [
-    (PLAIN | {"video": "x.mp4"}, "record with video"),
-    (talk("<image>q", videos=["x.mp4"]), "record with videos"),
+    (PLAIN | {"video": "x.mp4"}, "video"),
+    (talk("<image>q", videos=["x.mp4"]), "video"),
     (talk("<image>q", audios=["x.wav"]), "record with audios"),
     (talk("<image>q", tools=[{"name": "t"}]), "record with tools"),
     (talk("<image>q", tools='[{"name": "t"}]'), "record with tools"),
     (talk("<image>where?", objects={"ref": ["cup"], "bbox": [[1, 2, 3, 4]]}), "record with objects"),
     (talk("<image>where is <ref-object>?"), "unknown mark"),
     (talk("<image>where?", "<bbox>"), "unknown mark"),
-    (talk("<video><image>q"), "unknown mark"),
+    (talk("<video><image>q"), "video"),
     (talk("<audio><image>q"), "unknown mark"),
     (talk("<image>q", rejected_response="b"), "preference record"),
     (PLAIN | {"chosen": "a", "rejected": "b"}, "preference record"),
@@ -88,7 +88,7 @@ REFUSED = [
             "completion": "a",
             "images": ["red.png"],
         },
-        "unknown mark",
+        "video",
     ),
 ]
 TAKEN = [
@@ -139,7 +139,7 @@ def test_parquet_rows_are_refused_alike(folder: Path) -> None:
     }
     pq.write_table(pa.table(table), "set.parquet")
     assert check("set.parquet", "--max_left_out", "1") == 0
-    assert [reason for reason, _ in reasons("check")] == ["record with videos"]
+    assert [reason for reason, _ in reasons("check")] == ["video"]
 
 
 def test_dataset_info_may_call_a_preference_by_another_name(folder: Path, capsys: Captured) -> None:
@@ -354,7 +354,6 @@ def test_parts_of_a_content_say_what_is_wrong_with_them(folder: Path, capsys: Ca
         ({"type": "text", "text": None}, "a part of the type text whose text is null; write it"),
         ({"type": "text", "content": "q"}, "whose text is missing; its keys are: content, type"),
         ({"type": "text", "text": 3}, "whose text is no text but 3"),
-        ({"type": "video", "video": "x.mp4"}, "a part of the type 'video'; known are text and image"),
         ({"text": "q"}, "a part without a type; its keys are: text"),
         ("q", "a part that is no object: 'q'"),
     ):

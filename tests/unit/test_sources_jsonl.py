@@ -150,7 +150,7 @@ BAD = [
     ),
     ({"image": "a.png", "conversations": [{"from": "human", "value": "q"}]}, "missing answer"),
     ({"image": "a.png", "conversations": [{"from": "robot", "value": "q"}]}, "unknown role"),
-    ({"image": "a.png", "messages": [{"role": "user", "content": [{"type": "video"}]}]}, "unknown part"),
+    ({"image": "a.png", "messages": [{"role": "user", "content": [{"type": "video"}]}]}, "video"),
     ({"image": "a.png", "messages": "hello"}, "missing key"),
     ("[1, 2]", "not a record"),
     ('{"image": "a.png", "question": "q", "answer": ' + "9" * 5000 + "}", "broken JSON line"),

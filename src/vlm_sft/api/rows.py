@@ -16,6 +16,7 @@ from PIL import Image
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import DataError, quoted
 from vlm_sft.data.sources.splits import SPLIT_WORDS, SPLITS
+from vlm_sft.data.video import VIDEO, VIDEO_FIX
 
 SHAPES = (
     "pass a list of dicts, a datasets.Dataset or DatasetDict, a pandas or polars frame, a path, a name such as "
@@ -92,8 +93,10 @@ def _undecoded(rows: Any) -> Any:
     import datasets
 
     for name, feature in (rows.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
+        if isinstance(feature, datasets.Video):
+            raise DataError(f"the column {quoted(name)}: {VIDEO}", VIDEO_FIX)
+        if isinstance(feature, datasets.Image | datasets.Audio):
+            rows = rows.cast_column(name, type(feature)(decode=False))
     return rows
 
 

@@ -49,12 +49,15 @@ def run(args: argparse.Namespace) -> int:
     from vlm_sft.common.errors import DataError, bounded
     from vlm_sft.data.images import check_image
     from vlm_sft.data.sample import ImageRef
+    from vlm_sft.data.video import VIDEO, VIDEO_FIX, is_video_name
     from vlm_sft.evaluate.interactive import open_asker
 
     swapped = [place for place, text in enumerate(args.questions) if not args.image.exists() and _is_file(text)]
     if len(swapped) == 1:
         args.questions[swapped[0]], args.image = str(args.image), Path(args.questions[swapped[0]])
         warn(f"{args.image} is taken for the image: the image comes first, then the questions")
+    if is_video_name(args.image.name):
+        raise DataError(f"{bounded(str(args.image), 200)}: {VIDEO}", VIDEO_FIX)
     try:
         image = check_image(ImageRef.from_path(args.image))
     except OSError as error:

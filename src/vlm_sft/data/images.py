@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from vlm_sft.common.errors import DataError
 from vlm_sft.data.sample import ImageRef
+from vlm_sft.data.video import VIDEO, VIDEO_FIX, is_video_data
 
 # Pillow can open many more formats; some of them (EPS) start other programs, so only picture formats are let in.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # a phone's MPO opens as JPEG
@@ -78,6 +79,8 @@ def decode_rgb(data: bytes, source: str) -> Image.Image:
     """
     if not data:
         raise DataError(f"{source}: the image is empty (0 bytes)", FIX)
+    if is_video_data(data):
+        raise DataError(f"{source}: {VIDEO}", VIDEO_FIX)
     try:
         with _opened(data) as image:
             width, height = image.size

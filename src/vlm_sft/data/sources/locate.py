@@ -12,6 +12,7 @@ from typing import Any
 from vlm_sft.common.errors import QUOTED_CHARACTERS, quoted
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.data.sources.rows import RowProblem
+from vlm_sft.data.video import VIDEO, VIDEO_FIX, is_video_name
 
 RENAMING = "name it: vlm-sft data import FILE --format jsonl --columns {} --output FOLDER"
 IMAGE_NAMES = ("image", "image_path", "image_file", "file_name", "filename", "file", "path", "picture", "img")
@@ -41,6 +42,15 @@ class StoredImage:
     load: Callable[[], bytes] = field(repr=False, compare=False)
 
 
+def video_problem(where: str) -> RowProblem:
+    """Refuse a video, in the same words everywhere.
+
+    Args:
+        where: what holds it: a key, a part, a file.
+    """
+    return RowProblem("video", f"{where}: {VIDEO}; {VIDEO_FIX}")
+
+
 def keys_of(record: Mapping[str, Any]) -> str:
     """The keys of a record, for messages."""
     return "its keys are: " + (", ".join(sorted(str(key)[:QUOTED_CHARACTERS] for key in record)) or "none")
@@ -49,6 +59,8 @@ def keys_of(record: Mapping[str, Any]) -> str:
 def no_image(record: Mapping[str, Any]) -> RowProblem:
     """Say that a record shows no image, which keys it has, and which of them looks like one."""
     likely = likely_images(record)
+    if likely and is_video_name(record[likely[0]]):
+        return video_problem(quoted(likely[0]))
     columns = RENAMING.format(f"image={str(likely[0])[:QUOTED_CHARACTERS] if likely else 'KEY'}")
     return RowProblem("no image", f"the question has no image under image or images; {keys_of(record)}; {columns}")
 
@@ -63,7 +75,12 @@ def _shows_image(key: Any, value: Any) -> bool:
     if key in ("image", "images"):  # looked at, and empty
         return False
     if isinstance(value, str):
-        looks = value.lower().endswith(_ENDINGS) or value.startswith("data:image") or base64_kind(value) != ""
+        looks = (
+            value.lower().endswith(_ENDINGS)
+            or is_video_name(value)
+            or value.startswith("data:image")
+            or base64_kind(value) != ""
+        )
         return looks or bool(value and str(key).lower() in IMAGE_NAMES)
     if isinstance(value, list):
         return any(_shows_image("", item) for item in value[:1])
@@ -114,6 +131,8 @@ def locate_image(folder: Path, image: Any) -> ImageRef:
     if not isinstance(image, str) or not image.strip():
         what = f'{quoted(given)} is neither a path, nor a data URI, nor {{"bytes": base64}}'
         raise RowProblem("image missing", what)
+    if is_video_name(image):
+        raise video_problem(quoted(image, 200))
     if is_url(image):
         raise RowProblem("image is a URL", f"{quoted(image, 200)} is not fetched; {URL_FIX}")
     if image.startswith("data:"):

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_sft.common.errors import quoted
+from vlm_sft.data.sources.locate import video_problem
 from vlm_sft.data.sources.rows import RowProblem
+from vlm_sft.data.video import PARTS
 
-UNLEARNABLE = ("videos", "video", "audios", "audio", "tools", "objects")
+VIDEOS = ("videos", "video")
+UNLEARNABLE = (*VIDEOS, "audios", "audio", "tools", "objects")
 PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag")
 IN_MESSAGES = ("tool_calls", "function_call", "audio")
 CONVERSATION = ("messages", "conversations", "prompt", "completion")
@@ -40,6 +43,8 @@ def refuse(record: Mapping[str, Any], columns: Mapping[str, str] | None = None) 
         for key in dict.fromkeys((ours, named.get(ours, ours))):
             value = record.get(key)
             if not _says_nothing(value) and (value is not False or ours in PREFERENCE):
+                if ours in VIDEOS:
+                    raise video_problem(key)
                 raise _preference(key) if ours in PREFERENCE else _unlearnable(key)
     talks = [named.get(key, key) for key in CONVERSATION]
     if isinstance(record.get("label"), bool) and any(key in record for key in talks):
@@ -66,12 +71,16 @@ def _refuse_message(message: Mapping[str, Any]) -> None:
     parts = content if isinstance(content, list) else [content]
     role = message.get("role", message.get("from"))
     for part in parts:
+        if isinstance(part, dict) and part.get("type") in PARTS:
+            raise video_problem(f"a part of the type {part['type']}")
         text = part.get("text") if isinstance(part, dict) else part
         _refuse_marks(text, PLACE_MARK if role in ASSISTANT else MEDIA_MARK)
 
 
 def _refuse_marks(text: Any, marks: re.Pattern[str]) -> None:
     found = marks.search(text) if isinstance(text, str) else None
+    if found and found.group() == "<video>":
+        raise video_problem(found.group())
     if found:
         raise RowProblem("unknown mark", f"{found.group()} cannot be read; images are marked <image>")
 
