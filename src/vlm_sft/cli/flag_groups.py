@@ -27,7 +27,7 @@ GROUPS = (
         "run",
         (
             *("help", "output_dir", "output", "sft_config", "base_model", "adapter", "adapter_mode", "resume"),
-            *("overwrite_output_dir", "probe", "verbose", "hours", "disk", "priority", "runs", "configs"),
+            *("overwrite_output_dir", "probe", "watch", "verbose", "hours", "disk", "priority", "runs", "configs"),
         ),
     ),
     FlagGroup(
@@ -36,6 +36,12 @@ GROUPS = (
             *("dataset", "benchmark", "split", "limit", "loss_weights", "max_train", "max_eval", "eval_benchmarks"),
             *("eval_samples", "prompt_template", "system", "max_new_tokens"),
         ),
+    ),
+    FlagGroup("devices", ("gpus", "gpu_type"), "Without them: this machine."),
+    FlagGroup(
+        "hypothetical data",
+        ("questions", "images", "image_size", "question_tokens", "answer_tokens"),
+        "Instead of --dataset: a data set that does not exist yet.",
     ),
     FlagGroup(
         "recipe: schedule",

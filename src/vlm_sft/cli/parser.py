@@ -87,17 +87,13 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def _sections(self, shown: list[argparse.Action]) -> Iterator[tuple[str, str | None, list[argparse.Action]]]:
-        """The groups of the table, then those that the verb has made itself; each with title, sentence and flags."""
-        own = [group for group in self._action_groups if group not in (self._positionals, self._optionals)]
-        taken = {id(action) for group in own for action in group._group_actions}
-        free = {_flag_name(action): action for action in shown if id(action) not in taken}
+        """The groups of the table with title, sentence and flags; last what it does not name."""
+        free = {_flag_name(action): action for action in shown}
         for group in GROUPS:
             if actions := [free.pop(name) for name in group.names if name in free]:
                 yield group.title, group.text, actions
         if free:
             yield "others", None, list(free.values())
-        for made in own:
-            yield str(made.title), made.description, [one for one in made._group_actions if one in shown]
 
     def _flags(self) -> set[str]:
         """The flags that `--help` shows."""

@@ -32,13 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name the devices; `vlm-sft recommend` has them too."""
-    add_options(parser.add_argument_group("devices", "without them: this machine"), PlanOptions)
+    add_options(parser, PlanOptions)
 
 
 def add_hypothetical_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that stand for a data set that does not exist yet."""
-    group = parser.add_argument_group("hypothetical data", "instead of --dataset: a data set that does not exist yet")
-    add_options(group, HypotheticalData)
+    add_options(parser, HypotheticalData)
 
 
 def plan_options(args: argparse.Namespace) -> PlanOptions:
