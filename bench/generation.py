@@ -3,10 +3,11 @@
     python bench/generation.py [--data DIR] [--questions N] [--models pocket,small,medium] [--max_new_tokens N]
     python bench/generation.py --tables     writes the table into bench/README.md from the result files
 
-Both sides answer the same ChartQA rows, whole images with all their questions, in one process and in turn; the answers
-are compared. `small` and `medium` are the shapes of the throughput benchmark: random weights under the real Qwen
-vocabulary, so that their answers run to the limit of tokens. A trained model stops after a few: `pocket` is one, and
-`answer_tokens` says how long answers were. A result file names versions, device, command and git hash.
+Both sides answer the same ChartQA rows, whole images with all their questions, in float32, in one process and in turn;
+the answers are compared. Where the processor has bfloat16, shared prefixes are timed in it, too. `small` and `medium`
+are the shapes of the throughput benchmark: random weights under the real Qwen vocabulary, so that their answers run to
+the limit of tokens. A trained model stops after a few: `pocket` is one, and `answer_tokens` says how long answers were.
+A result file names versions, device, command and git hash.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from common import DATA, README, RESULTS, ROOT, commit, origin, write_block
 from peers.environment import DEFAULT_FOLDER
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import progress, say
+from vlm_sft.common.record import bfloat16_flags
 from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.sample import Sample
+from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.distributed.launch import CPU_PACK_TOKENS, quiet_libraries
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.batching import image_counter, plan_packs
@@ -55,14 +58,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(name: str, work: Path) -> tuple[Base, Any]:
+def load(name: str, work: Path, bf16: bool) -> tuple[Base, Any]:
     """A base and its model: the embedded one, or a random shape written into the folder `work`."""
     if name == "pocket":
-        base = find_base("pocket")
+        base = find_base("pocket", bf16=bf16)
         return base, load_model(base).eval()
     tokenizer = shapes.fetch_tokenizer(work / "tokenizer")
     folder = shapes.build(name, work / "work" / f"generation-{name}", tokenizer, SHAPE_PIXELS)
-    base = find_base(str(folder))
+    base = find_base(str(folder), bf16=bf16)
     model = load_model(base).eval()
     with torch.no_grad():
         model.model.language_model.norm.weight.mul_(SPREAD)
@@ -108,18 +111,27 @@ def plain(backend: SharedPrefixBackend, samples: list[Sample], limit: int) -> tu
     return answers, seconds
 
 
+def prepared(name: str, work: Path, samples: list[Sample], bf16: bool) -> SharedPrefixBackend:
+    """What answers with a model in one number format, once it has paid for what is set up in the first call."""
+    backend = SharedPrefixBackend(*load(name, work, bf16))
+    shared(backend, samples[:2], 2)
+    return backend
+
+
 def measure(name: str, samples: list[Sample], args: argparse.Namespace) -> dict[str, Any]:
     """Time both sides in turn on one model and compare the answers."""
-    base, model = load(name, args.work)
-    backend = SharedPrefixBackend(base, model)
-    shared(backend, samples[:2], 2)  # the first call pays for what is set up once
+    backend = prepared(name, args.work, samples, bf16=False)
+    base, model = backend.base, backend.model
+    narrow = prepared(name, args.work, samples, bf16=True) if bfloat16_flags() else None
     rounds = []
     for _ in range(args.rounds):
         ours, our_seconds = shared(backend, samples, args.max_new_tokens)
         theirs, their_seconds = plain(backend, samples, args.max_new_tokens)
         rounds.append({"shared": round(our_seconds, 3), "plain": round(their_seconds, 3)})
+        if narrow:
+            rounds[-1]["bfloat16"] = round(shared(narrow, samples, args.max_new_tokens)[1], 3)
         say(f"{name}: {json.dumps(rounds[-1])} seconds")
-    middle = {side: statistics.median(one[side] for one in rounds) for side in ("shared", "plain")}
+    middle = {side: statistics.median(one[side] for one in rounds) for side in rounds[0]}
     different = [key for key in theirs if ours[key] != theirs[key]]
     lengths = [len(backend.encoder.tokenizer(text)["input_ids"]) for text in theirs.values()]
     return {
@@ -133,6 +145,9 @@ def measure(name: str, samples: list[Sample], args: argparse.Namespace) -> dict[
         "rounds_seconds": rounds,
         "questions_per_second": {side: round(len(samples) / seconds, 3) for side, seconds in middle.items()},
         "speedup": round(statistics.median(one["plain"] / one["shared"] for one in rounds), 2),
+        "bfloat16_speedup": round(statistics.median(one["shared"] / one["bfloat16"] for one in rounds), 2)
+        if narrow
+        else None,
         "different_answers": len(different),
         "examples_of_different": different[:3],
     }
@@ -142,17 +157,19 @@ def tables() -> str:
     """The table of all result files, as Markdown."""
     lines = [
         "| model | parameters | questions / images | tokens an answer | one at a time, questions/s "
-        "| shared prefixes, questions/s | speedup | different answers | device | commit |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---|---|",
+        "| shared prefixes, questions/s | speedup | in bfloat16 | different answers | device | commit |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---|",
     ]
     for path in sorted(RESULTS.glob("generation_*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
         for row in run["rows"]:
+            times = row.get("bfloat16_speedup")
+            narrow = f"{times:.1f}x" if times else "not measured"
             lines.append(
                 f"| {row['model']} | {row['parameters']:,} | {row['questions']:,} / {row['images']:,} "
                 f"| {row['answer_tokens']['mean']:.1f} | {row['questions_per_second']['plain']:.2f} "
                 f"| {row['questions_per_second']['shared']:.2f} "
-                f"| {row['speedup']:.1f}x | {row['different_answers']} | {run['device']} | {commit(run)} |"
+                f"| {row['speedup']:.1f}x | {narrow} | {row['different_answers']} | {run['device']} | {commit(run)} |"
             )
     return "\n".join(lines)
 
@@ -167,7 +184,7 @@ def main() -> int:
         say(f"skipped: {args.data} is not there; pass --data with a folder of ChartQA parquet files")
         return 0
     quiet_libraries()
-    (task,), _ = load_tasks(f"chartqa@{args.data}", None, "validation")
+    (task,), _ = load_tasks(parse_datasets(f"chartqa@{args.data}"), None, "validation")
     samples = whole_images(task.samples, args.questions)
     rows = []
     for name in args.models.split(","):

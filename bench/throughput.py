@@ -1,9 +1,9 @@
 """Training speed of this package and of its peers on the same rows, model, LoRA and batch, on a CPU or one GPU.
 
     python bench/throughput.py [--sides ours,trl,llamafactory,msswift] [--cases chartqa,easy_vqa,k1]
-        [--shapes small,medium] [--device cpu|cuda] [--rounds N] [--rounds_of SIDE=N,…] [--epochs N]
-        [--peer_epochs N] [--questions N] [--batch N] [--micro_batch N] [--threads N] [--data DIR]
-        [--envs DIR] [--work_dir DIR]
+        [--shapes small,medium] [--device cpu|cuda] [--formats float32,bfloat16] [--rounds N]
+        [--rounds_of SIDE=N,…] [--epochs N] [--peer_epochs N] [--questions N] [--batch N] [--micro_batch N]
+        [--threads N] [--data DIR] [--envs DIR] [--work_dir DIR]
     python bench/throughput.py --tables     writes the tables into bench/README.md from the result files
 
 Every training is a process of its own; its log and its result stay in the work folder to be looked at, and no later
@@ -28,11 +28,12 @@ import cases as benchcases
 import shapes as benchshapes
 from common import DATA, README, RESULTS, ROOT, origin, write_block
 from peers.environment import DEFAULT_FOLDER, REQUIREMENTS, make
-from throughput_results import check, median_row, readme_table, summary, tables
+from throughput_results import OURS, check, is_narrow, label_of, median_row, readme_table, side_of, summary, tables
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
 
-SIDES = ("ours", *REQUIREMENTS)
+SIDES = (OURS, *REQUIREMENTS)
+FORMATS = ("float32", "bfloat16")
 QUESTIONS = {"tiny": 16, "small": 128, "medium": 48, "7b": 512, "qwen3_5": 128, "qwen3_5_tiny": 16}
 # They tell whether everything works; their numbers say nothing and stay in the work folder.
 TRIALS = ("tiny", "qwen3_5_tiny")
@@ -56,10 +57,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--shapes", default="small,medium", help=f"{', '.join(QUESTIONS)} (default: %(default)s)")
     parser.add_argument(
-        "--device",
-        default="cpu",
-        choices=("cpu", "cuda"),
-        help="cpu, in float32, or one GPU, in bfloat16 (default: %(default)s)",
+        "--device", default="cpu", choices=("cpu", "cuda"), help="cpu, or one GPU, in bfloat16 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--formats",
+        default="float32",
+        help="number formats of every side on a CPU: float32,bfloat16; compared are the fastest (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=1, help="how often each side trains (default: %(default)s)")
     parser.add_argument("--rounds_of", default="", help="fewer rounds of some sides, e.g. trl=1,llamafactory=1")
@@ -79,7 +82,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, help="models, rows and single results (default: work/ under --envs)")
     parser.add_argument("--tables", action="store_true", help="only write the tables from the result files")
     args = parser.parse_args(words)
-    for name, known in (("sides", SIDES), ("cases", benchcases.CASES), ("shapes", benchshapes.SHAPES)):
+    for name, known in (
+        ("sides", SIDES),
+        ("cases", benchcases.CASES),
+        ("shapes", benchshapes.SHAPES),
+        ("formats", FORMATS),
+    ):
         values = getattr(args, name).split(",")
         if unknown := sorted(set(values) - set(known)):
             parser.error(f"--{name} {','.join(unknown)}: not one of {', '.join(known)}")
@@ -95,8 +103,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def job(args: argparse.Namespace, side: str, model: Path, rows: Path, max_pixels: int, epochs: int) -> dict[str, Any]:
+def job(args: argparse.Namespace, label: str, model: Path, rows: Path, max_pixels: int, epochs: int) -> dict[str, Any]:
     """What one side is asked to train, but for the output folder; `model` is from `shapes.build`."""
+    side = side_of(label)
     shape = benchshapes.SHAPES[artifacts.read_json(model / "bench.json")["shape"]]
     return {
         "model": str(model),
@@ -107,6 +116,7 @@ def job(args: argparse.Namespace, side: str, model: Path, rows: Path, max_pixels
         "max_pixels": max_pixels,
         "learning_rate": LEARNING_RATE,
         "device": args.device,
+        "cpu_format": "bfloat16" if is_narrow(label) else "float32",
         "family": shape.family,
         "patch": shape.patch,
         "targets": shape.targets,
@@ -146,12 +156,13 @@ def environment(threads: int, folder: Path, device: str) -> dict[str, str]:
     }
 
 
-def run_side(args: argparse.Namespace, side: str, jobs: list[dict[str, Any]], path: Path) -> dict[str, Any] | None:
+def run_side(args: argparse.Namespace, label: str, jobs: list[dict[str, Any]], path: Path) -> dict[str, Any] | None:
     """One training of one side in a process of its own; earlier results are not taken: rounds are paired in time.
 
     Returns:
         Its result; None when it failed: the log's end has been shown.
     """
+    side = side_of(label)
     python = Path(sys.executable) if side == "ours" else make(side, args.envs)
     with tempfile.TemporaryDirectory(dir=args.work_dir) as name:
         folder = Path(name)
@@ -166,7 +177,7 @@ def run_side(args: argparse.Namespace, side: str, jobs: list[dict[str, Any]], pa
             ).returncode
         if code:
             end = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-8:])
-            warn(f"{side} ended with code {code}; {log} ends with\n{end}")
+            warn(f"{label} ended with code {code}; {log} ends with\n{end}")
             return None
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     artifacts.write_json(path, result)
@@ -186,18 +197,19 @@ def measure(args: argparse.Namespace, case: str, shape: str) -> dict[str, Any]:
     sizes = artifacts.read_json(model / "bench.json")
     folder = args.work_dir / "results" / f"{case}-{shape}-{expected['questions']}{suffix(args.device)}"
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
+    labels = [label_of(side, name) for side in args.sides for name in args.formats]
+    found: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
     for number in range(1, args.rounds + 1):
-        for side in (side for side in args.sides if number <= args.rounds_of.get(side, args.rounds)):
-            epochs = args.epochs if side == "ours" else args.peer_epochs
-            jobs = [job(args, side, model, warm_up, max_pixels, 1), job(args, side, model, rows, max_pixels, epochs)]
-            result = run_side(args, side, jobs, folder / f"{side}-round{number}.json")
+        for label in (label for label in labels if number <= args.rounds_of.get(side_of(label), args.rounds)):
+            epochs = args.epochs if side_of(label) == OURS else args.peer_epochs
+            jobs = [job(args, label, model, warm_up, max_pixels, 1), job(args, label, model, rows, max_pixels, epochs)]
+            result = run_side(args, label, jobs, folder / f"{label.replace(' ', '-')}-round{number}.json")
             if result is None:
                 continue
             row = summary(result, expected, sizes, args.epochs)
-            found[side].append(row)
-            say(f"{case}, {shape}, round {number}, {side}: {row['cold']:.2f} questions/s cold, {row['warm']:.2f} warm")
-    sides = {side: median_row(rounds) for side, rounds in found.items() if rounds}
+            found[label].append(row)
+            say(f"{case}, {shape}, round {number}, {label}: {row['cold']:.2f} questions/s cold, {row['warm']:.2f} warm")
+    sides = {label: median_row(rounds) for label, rounds in found.items() if rounds}
     refused = check(sides, expected)
     for side, reasons in refused.items():
         warn(f"{case}, {shape}: {side} is not reported: {'; '.join(reasons)}")

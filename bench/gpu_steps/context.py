@@ -145,7 +145,7 @@ class Context:
     def peaks(self) -> dict[str, float | None]:
         """FLOP/s of one large matrix product, measured, and of the data sheet."""
         listed = find_device(torch.cuda.get_device_name()) if self.on_gpu else None
-        return {"measured": matrix_peak(self.on_gpu), "data_sheet": listed.flops if listed else None}
+        return {"measured": matrix_peak(self.on_gpu, bf16=self.on_gpu), "data_sheet": listed.flops if listed else None}
 
 
 def _finite(value: Any) -> Any:

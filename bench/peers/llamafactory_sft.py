@@ -57,7 +57,7 @@ def train(job: Job) -> None:
             "report_to": "none",
             "logging_steps": 1,
             "use_cpu": not job.on_gpu,
-            "bf16": job.on_gpu,
+            "bf16": job.bf16,
             "plot_loss": False,
             "disable_tqdm": True,
         }

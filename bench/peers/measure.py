@@ -351,20 +351,23 @@ def product_flops() -> dict[Any, Callable[..., int]]:
     return {} if operator is None else {operator: flops}
 
 
-def matrix_peak(on_gpu: bool) -> float:
+def matrix_peak(on_gpu: bool, bf16: bool) -> float:
     """FLOP/s of a product of two square matrices, the fastest of seven.
 
     Args:
-        on_gpu: of 8192 in bfloat16 on a GPU; else of 2048 in float32 on the CPU, by the faster library.
+        on_gpu: of 8192 on a GPU; else of 2048 on the CPU, by the faster library.
+        bf16: in bfloat16 instead of float32.
     """
     import torch
 
     size = GPU_PEAK_SIZE if on_gpu else PEAK_SIZE
     left, right = torch.randn(2, size, size)
+    if bf16:
+        left, right = left.bfloat16(), right.bfloat16()
     if on_gpu:
-        left, right = left.to("cuda", torch.bfloat16), right.to("cuda", torch.bfloat16)
+        left, right = left.cuda(), right.cuda()
     products = [lambda: left @ right]
-    operator = None if on_gpu else _onednn_product()
+    operator = None if on_gpu or bf16 else _onednn_product()
     if operator is not None:
         products.append(lambda: operator(left, right, None, "none", [], ""))
     seconds = []

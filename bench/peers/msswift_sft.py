@@ -61,7 +61,7 @@ def train(job: Job) -> None:
             report_to=["none"],
             logging_steps=1,
             use_cpu=not job.on_gpu,
-            bf16=job.on_gpu,
+            bf16=job.bf16,
             fp16=False,
             dataloader_num_workers=0,
             disable_tqdm=True,

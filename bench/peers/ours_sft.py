@@ -29,7 +29,7 @@ def train(job: Job) -> None:
         "save_strategy": "no",
         "logging_steps": 1,
         "report_to": ["none"],
-        "bf16": job.on_gpu,
+        "bf16": job.bf16,
         "max_pixels": job.max_pixels,
     }
     train_run(

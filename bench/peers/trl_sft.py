@@ -34,7 +34,7 @@ def train(job: Job) -> None:
             optim="adamw_torch",
             max_length=None,
             gradient_checkpointing=False,
-            bf16=job.on_gpu,
+            bf16=job.bf16,
             use_cpu=not job.on_gpu,
             train_sampling_strategy="sequential",
             save_strategy="no",

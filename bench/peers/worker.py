@@ -49,9 +49,10 @@ class Job:
         max_pixels: bound on an image's area in pixels.
         learning_rate: constant.
         rank, alpha, targets: LoRA.
-        device: "cpu", in float32, or "cuda", in bfloat16.
+        device: "cpu" or "cuda", which computes in bfloat16.
         family: `model_type` of the model.
         patch: pixels of a side of a patch; four patches make a token.
+        cpu_format: number format on a CPU.
     """
 
     model: str
@@ -68,16 +69,22 @@ class Job:
     device: str = "cpu"
     family: str = "qwen2_5_vl"
     patch: int = 14
+    cpu_format: str = "float32"
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU trains, in bfloat16."""
+        """Whether a GPU trains."""
         return self.device == "cuda"
 
     @property
     def dtype(self) -> str:
         """Name of the number format."""
-        return "bfloat16" if self.on_gpu else "float32"
+        return "bfloat16" if self.on_gpu else self.cpu_format
+
+    @property
+    def bf16(self) -> bool:
+        """Whether a side trains in bfloat16."""
+        return self.dtype == "bfloat16"
 
     @property
     def has_flash(self) -> bool:
@@ -108,13 +115,13 @@ def main() -> int:
     side, warm, timed = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["jobs"]
     program: Any = importlib.import_module(f"peers.{side}_sft")
     measure.install()
-    on_gpu = Job(**timed).on_gpu
+    on_gpu, bf16 = Job(**timed).on_gpu, Job(**timed).bf16
     counter = FlopCounterMode(display=False, custom_mapping=measure.product_flops())
     # Kernels of a GPU's libraries are not all known to the counter: there the arithmetic stands for itself.
     first = measure.Meter(total_flops=None if on_gpu else counter.get_total_flops)
     with nullcontext() if on_gpu else counter, measure.measuring(first):
         program.train(Job(**warm))
-    peak = measure.matrix_peak(on_gpu)
+    peak = measure.matrix_peak(on_gpu, bf16)
     measure.forget_peak_memory(on_gpu)
     meter = measure.Meter()
     with measure.measuring(meter):
@@ -125,7 +132,7 @@ def main() -> int:
         "warm_up": first.result(),
         **meter.result(),
         "peak_memory_bytes": measure.peak_memory_bytes(on_gpu),
-        "matrix_peak": max(peak, measure.matrix_peak(on_gpu)),
+        "matrix_peak": max(peak, measure.matrix_peak(on_gpu, bf16)),
     }
     Path(sys.argv[2]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -35,6 +35,7 @@ from tests import tiny_models
 from throughput_results import (
     arithmetic_flops,
     check,
+    fastest,
     limits,
     median_row,
     ratios,
@@ -393,3 +394,12 @@ def test_our_side_is_followed_through_its_own_loop(counting: None, tmp_path: Pat
 def expected_answer(processor: Any, row: Row) -> int:
     """Tokens of the answer with what the template puts behind it."""
     return len(processor.tokenizer(row.answer + "<|im_end|>\n")["input_ids"])
+
+
+def test_each_side_is_compared_in_its_fastest_number_format() -> None:
+    sides = {"ours": ours(), "ours bf16": ours(), "trl": peer(), "trl bf16": peer()}
+    for label, long in (("ours", 2.0), ("ours bf16", 6.0), ("trl", 1.5), ("trl bf16", 1.0)):
+        sides[label] |= {"long": long, "by_round": {"long": [long]}}
+    assert fastest(sides) == {"ours": sides["ours bf16"], "trl": sides["trl"]}
+    assert ratios(sides, "long") == {"trl": pytest.approx(4.0)}
+    assert check(sides, EXPECTED) == {}

@@ -17,6 +17,7 @@ from tests.report_runs import Page, record
 from tests.wording import line_with
 from vlm_sft.common import artifacts
 from vlm_sft.data.sample import ImageRef
+from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.evaluate import pictures as kept_pictures
 from vlm_sft.evaluate.backends import Reply
 from vlm_sft.evaluate.evaluator import prediction_row
@@ -29,7 +30,7 @@ QUESTIONS = 300  # more than the 240 of which earlier versions kept pictures
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    (found,), _ = load_tasks("demo_charts", QUESTIONS, "test")
+    (found,), _ = load_tasks([DatasetSpec("demo_charts")], QUESTIONS, "test")
     return found
 
 

@@ -66,7 +66,7 @@ def test_chartqapro(tmp_path: Path) -> None:
     }
     single = row | {"Question": ["Sum?"], "Answer": ["[A, B]"], "Year": ["NO"], "Question Type": "Factoid"}
     folder = table(tmp_path / "pro", "test", [row, single | {"Paragraph": ""}, row | {"Answer": ["7"]}], binary=True)
-    (task,), left = load_tasks(f"chartqapro@{folder}", None)
+    (task,), left = load_tasks(parse_datasets(f"chartqapro@{folder}"), None)
     first, second = task.samples
     assert (
         first.question == "About a chart.\nAnd then?" and first.answers == ("1994",) and first.split == "Conversational"
@@ -80,7 +80,7 @@ def test_chartqapro(tmp_path: Path) -> None:
 def test_ai2d_asks_for_the_letter(tmp_path: Path) -> None:
     row = {"question": "What eats grass?", "options": ["a fox", "a hare"], "answer": "1"}
     folder = table(tmp_path / "ai2d", "test", [row, row | {"answer": "2"}])
-    (task,), left = load_tasks(f"ai2d@{folder}", None)
+    (task,), left = load_tasks(parse_datasets(f"ai2d@{folder}"), None)
     (sample,) = task.samples
     assert sample.question == f"What eats grass?\nA. a fox\nB. a hare\n{LETTER}" and sample.target == "B"
     scores = [task.benchmark.score(text, sample.answers, sample.metadata) for text in ("B", "a hare", "a fox", "A")]
@@ -89,11 +89,11 @@ def test_ai2d_asks_for_the_letter(tmp_path: Path) -> None:
 
 def test_realworldqa_and_ocrbench(tmp_path: Path) -> None:
     folder = table(tmp_path / "real", "test", [{"question": "Left?\nA. Yes\nB. No", "answer": "B"}])
-    (task,), _ = load_tasks(f"realworldqa@{folder}", None)
+    (task,), _ = load_tasks(parse_datasets(f"realworldqa@{folder}"), None)
     assert task.benchmark.score("B.", task.samples[0].answers, task.samples[0].metadata) == 1.0
     row = {"dataset": "HME100k", "question": "Formula?", "question_type": "Formula", "answer": ["x^2"]}
     folder = table(tmp_path / "ocr", "test", [row])
-    (task,), _ = load_tasks(f"ocrbench@{folder}", None)
+    (task,), _ = load_tasks(parse_datasets(f"ocrbench@{folder}"), None)
     (sample,) = task.samples
     assert task.benchmark.score("it is x ^ 2", sample.answers, sample.metadata) == 1.0
     assert sample.metadata["question_type"] == "Formula"

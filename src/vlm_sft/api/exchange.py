@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from vlm_sft.api.keywords import columns_text
 from vlm_sft.common.errors import DataError, nearest
 from vlm_sft.common.idle import refuse_idle
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION
@@ -15,7 +16,7 @@ from vlm_sft.data.exchange.importer import ImportRequest
 from vlm_sft.data.exchange.importer import import_data as carry_out
 from vlm_sft.data.exchange.layouts import FORMATS, layout_of
 from vlm_sft.data.exchange.report import ExchangeReport
-from vlm_sft.data.exchange.tables import parse_columns
+from vlm_sft.data.exchange.tables import parse_layout_columns
 
 STYLES = ("sharegpt", "alpaca")
 
@@ -58,7 +59,7 @@ def import_data(
           fix: pass one of trl, llamafactory, msswift, csv, jsonl
     """
     layout = layout_of(Path(source)) if format is None else _known("format", format, FORMATS)
-    named = parse_columns(",".join(f"{ours}={theirs}" for ours, theirs in columns.items()), layout) if columns else {}
+    named = parse_layout_columns(columns_text({"columns": columns}).get("columns"), layout)
     place = Path(images) if images is not None else None
     return carry_out(
         ImportRequest(Path(source), layout, Path(output), place, named, allow_image_urls, limit, max_left_out)
@@ -72,6 +73,7 @@ def export_data(
     *,
     style: str | None = None,
     split: str = "all",
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     max_left_out: float = MAX_LEFT_OUT_FRACTION,
 ) -> ExchangeReport:
@@ -83,6 +85,7 @@ def export_data(
         format: "trl", "llamafactory", "msswift", "csv" or "jsonl".
         style: of LLaMA-Factory's two layouts, "sharegpt" (the default) or "alpaca".
         split: "train", "validation", "test", or "all".
+        columns: what the columns of own data are called: {"image": "picture"}.
         limit: a seeded sample of at most so many questions a split.
         max_left_out: share of unusable questions that is no error, 0 to 1.
 
@@ -97,7 +100,8 @@ def export_data(
     refuse_idle(SimpleNamespace(format=format), IDLE, [] if style is None else ["style"])
     chosen = _known("style", style or STYLES[0], STYLES)
     request = ExportRequest(format, Path(output), chosen, max_left_out=max_left_out)
-    return export_named(str(dataset), request, _known("split", split, ("all", "train", "validation", "test")), limit)
+    chosen = _known("split", split, ("all", "train", "validation", "test"))
+    return export_named(str(dataset), request, chosen, limit, columns_text({"columns": columns}).get("columns"))
 
 
 def _known(name: str, value: Any, choices: tuple[str, ...]) -> str:

@@ -33,6 +33,7 @@ def train_options(recipe: Recipes, dataset: str, output_dir: str | Path, keyword
         RunError: an option has another kind of value than it takes, or would have no effect.
         ModelError: the base of `adapter` is not found.
     """
+    keywords = {**keywords, **columns_text(keywords)}
     train = {name: value for name, value in keywords.items() if name in TRAIN_NAMES}
     engine = {name: value for name, value in keywords.items() if name in ENGINE_NAMES}
     keys = {name: value for name, value in keywords.items() if name not in TRAIN_NAMES | ENGINE_NAMES}
@@ -54,4 +55,14 @@ def train_options(recipe: Recipes, dataset: str, output_dir: str | Path, keyword
         output_dir=Path(output_dir),
         overrides={**given, **keys},
         engine=checked_options(EngineOptions, engine),
+    )
+
+
+def columns_text(keywords: Mapping[str, Any]) -> dict[str, str]:
+    """`columns` as the flag has it, where a mapping of our names to the data's was passed."""
+    columns = keywords.get("columns")
+    return (
+        {"columns": ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())}
+        if isinstance(columns, Mapping)
+        else {}
     )

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import DataError, quoted
+from vlm_sft.data.sources.arrow_tables import name_classes
 from vlm_sft.data.sources.splits import SPLIT_WORDS, SPLITS
 from vlm_sft.data.video import VIDEO, VIDEO_FIX
 
@@ -89,7 +91,7 @@ def _mappings(rows: Any) -> Iterable[Any]:
 
 
 def _undecoded(rows: Any) -> Any:
-    """A data set of the library datasets whose images come as bytes."""
+    """A data set of the library datasets whose images come as bytes, and classes as their names."""
     import datasets
 
     for name, feature in (rows.features or {}).items():
@@ -97,7 +99,15 @@ def _undecoded(rows: Any) -> Any:
             raise DataError(f"the column {quoted(name)}: {VIDEO}", VIDEO_FIX)
         if isinstance(feature, datasets.Image | datasets.Audio):
             rows = rows.cast_column(name, type(feature)(decode=False))
-    return rows
+    classes = {name: one.names for name, one in (rows.features or {}).items() if isinstance(one, datasets.ClassLabel)}
+    return map(partial(_name_classes, classes), rows) if classes else rows
+
+
+def _name_classes(classes: Mapping[str, list[str]], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the names of its classes in place of their numbers; -1 stands for none."""
+    named = dict(row)
+    name_classes(named, classes)
+    return named
 
 
 def _is_nothing(value: Any) -> bool:

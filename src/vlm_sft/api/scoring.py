@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from vlm_sft.api.keywords import columns_text
 from vlm_sft.api.models import model_of
 from vlm_sft.api.process_state import restored
 from vlm_sft.api.rows import dataset_argument
@@ -75,7 +76,7 @@ def evaluate_model(
         whole, place = model_of(adapter) if adapter is not None else (None, None)
         base = whole or (base_of_adapter(place, base_model) if place is not None else base_model)
         asked = dataset_argument(benchmark, folder / artifacts.ROWS_FOLDER)
-        options = EvalOptions(str(base), asked, folder, place, caches=caches, **keywords)
+        options = EvalOptions(str(base), asked, folder, place, caches=caches, **keywords | columns_text(keywords))
         return Scores(evaluate(options, named(metrics)))
 
 

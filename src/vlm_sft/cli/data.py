@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vlm_sft.cli.data_cache import add_cache_arguments, run_cache
 from vlm_sft.cli.data_exchange import add_exchange_arguments, run_export, run_import
 from vlm_sft.common.errors import bounded
+from vlm_sft.data.sources.spec import COLUMNS_HELP
 
 if TYPE_CHECKING:
     from vlm_sft.data.audit import AuditReport
@@ -37,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dataset",
         metavar="DATASET",
         help="NAME[@PATH][:WEIGHT], comma separated: chartqa, textvqa, "
-        "easy_vqa, demo, chartqa@FOLDER of parquet, or your own .jsonl/.json file or folder",
+        "easy_vqa, demo, chartqa@FOLDER of parquet, your own data as of vlm-sft train, or hub:ORG/NAME",
     )
+    check.add_argument("--columns", metavar="NAME=COLUMN,…", help=COLUMNS_HELP)
     check.add_argument(
         "--split",
         default="train",
@@ -87,7 +89,7 @@ def _check(args: argparse.Namespace) -> int:
     enforce([], 0, args.max_left_out)  # refuses a wrong fraction before the long work
     if args.limit is not None and args.limit < 1:
         raise DataError(f"--limit {args.limit} is below 1", "give a number of questions, or leave it out")
-    specs = parse_datasets(args.dataset)
+    specs = parse_datasets(args.dataset, args.columns)
     parts, left_out, descriptions, synthetic = _load(specs, args.split, args.limit)
     loaded = sum(len(part) for _, part in parts) + len(left_out)
     drawn = mix(parts, args.limit, DRAW_SEED)  # whole images, so that questions per image stay true
@@ -119,7 +121,8 @@ def _check(args: argparse.Namespace) -> int:
     enforce(unusable, len(drawn), args.max_left_out, gone)
     enforce(left_out, loaded, args.max_left_out, gone)
     recipe = f"--sft_config smoketest{f' --base_model {shlex.quote(args.base_model)}' if args.base_model else ''}"
-    say(f"next: vlm-sft train {recipe} --dataset {shlex.quote(args.dataset)} --output_dir outputs/first")
+    named = f" --columns {shlex.quote(args.columns)}" if args.columns else ""
+    say(f"next: vlm-sft train {recipe} --dataset {shlex.quote(args.dataset)}{named} --output_dir outputs/first")
     return 0
 
 

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_sft.common.errors import bounded
 from vlm_sft.data.exchange.layouts import FORMATS, layout_of
+from vlm_sft.data.sources.spec import COLUMNS_HELP
 
 if TYPE_CHECKING:
     from vlm_sft.data.exchange.report import ExchangeReport
 
-IMPORT_HELP = "read a data set of TRL, LLaMA-Factory, ms-swift, or a CSV beside a folder of images"
+IMPORT_HELP = (
+    "read a data set of TRL, LLaMA-Factory, ms-swift, datasets, WebDataset, or a CSV beside a folder of images"
+)
 EXPORT_HELP = "write a data set for TRL, LLaMA-Factory, ms-swift, or as CSV"
 NEXT = {
     "trl": "datasets.load_dataset('parquet', data_dir={plain!r})  # then trl.SFTTrainer",
@@ -28,18 +31,14 @@ def add_exchange_arguments(actions: Any) -> None:
     """Add `data import` and `data export` to the actions of `data`."""
     reader = actions.add_parser("import", help=IMPORT_HELP, description=IMPORT_HELP)
     reader.add_argument("source", type=Path, metavar="FILE", help="the file, or a folder of files (train, val, test)")
-    _add_common(reader, "the layout outside (default: csv for a .csv file)")
+    _add_common(reader, "the layout outside (default: what the files say: CSV, WebDataset, save_to_disk, imagefolder)")
     reader.add_argument(
         "--images",
         type=Path,
         metavar="DIR",
         help="folder that image paths are relative to (default: that of each file)",
     )
-    reader.add_argument(
-        "--columns",
-        metavar="NAME=COLUMN,…",
-        help="what columns are called, e.g. image=picture,question=frage,answer=antwort",
-    )
+    reader.add_argument("--columns", metavar="NAME=COLUMN,…", help=COLUMNS_HELP)
     reader.add_argument(
         "--allow_image_urls",
         action="store_true",
@@ -48,6 +47,7 @@ def add_exchange_arguments(actions: Any) -> None:
     reader.add_argument("--limit", type=int, metavar="N", help="read at most the first N questions")
     writer = actions.add_parser("export", help=EXPORT_HELP, description=EXPORT_HELP)
     writer.add_argument("dataset", metavar="DATASET", help="NAME[@PATH], or your own data, as in vlm-sft train")
+    writer.add_argument("--columns", metavar="NAME=COLUMN,…", help=COLUMNS_HELP)
     _add_common(writer, "the layout outside")
     writer.add_argument(
         "--style",
@@ -85,7 +85,7 @@ def run_import(args: argparse.Namespace) -> int:
     """
     from vlm_sft.common.console import say
     from vlm_sft.data.exchange.importer import ImportRequest, import_data
-    from vlm_sft.data.exchange.tables import parse_columns
+    from vlm_sft.data.exchange.tables import parse_layout_columns
 
     layout = args.format or layout_of(args.source)
     say(bounded(f"importing {args.source} as {layout}"))
@@ -94,7 +94,7 @@ def run_import(args: argparse.Namespace) -> int:
         layout,
         args.output,
         args.images,
-        parse_columns(args.columns, layout),
+        parse_layout_columns(args.columns, layout),
         args.allow_image_urls,
         args.limit,
         args.max_left_out,
@@ -122,7 +122,7 @@ def run_export(args: argparse.Namespace) -> int:
     refuse_idle(args, IDLE, args.given)
     say(bounded(f"exporting {args.dataset} as {args.format}"))
     request = ExportRequest(args.format, args.output, args.style, max_left_out=args.max_left_out)
-    report = export_named(args.dataset, request, args.split, args.limit)
+    report = export_named(args.dataset, request, args.split, args.limit, args.columns)
     _tell(report, args)
     names = {"folder": shlex.quote(str(args.output)), "first": shlex.quote(str(report.files[0]))}
     say("next: " + NEXT[args.format].format(**names, plain=str(args.output)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlm_sft.common.options import add_options, read_options
 from vlm_sft.data.engine_options import CacheOptions
-from vlm_sft.data.sources.spec import KNOWN
+from vlm_sft.data.sources.spec import COLUMNS_HELP, KNOWN
 from vlm_sft.evaluate.options import PROMPT, AnswerOptions
 
 HELP = "answer benchmarks with a base model or an adapter and score the answers"
@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--benchmark",
         required=True,
         metavar="SETS",
-        help=f"comma separated: {', '.join(KNOWN)}, each with an optional @PATH, or your own JSONL",
+        help=f"comma separated: {', '.join(KNOWN)}, each with an optional @PATH, or your own data",
     )
+    parser.add_argument("--columns", metavar="NAME=COLUMN,…", help=COLUMNS_HELP)
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions a benchmark: a seeded sample")
     parser.add_argument("--split", choices=("train", "validation", "test"), help="instead of the benchmark's own split")

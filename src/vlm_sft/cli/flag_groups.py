@@ -33,7 +33,17 @@ GROUPS = (
     FlagGroup(
         "data",
         (
-            *("dataset", "benchmark", "split", "limit", "loss_weights", "max_train", "max_eval", "eval_benchmarks"),
+            *(
+                "dataset",
+                "columns",
+                "benchmark",
+                "split",
+                "limit",
+                "loss_weights",
+                "max_train",
+                "max_eval",
+                "eval_benchmarks",
+            ),
             *("eval_samples", "prompt_template", "system", "max_new_tokens"),
         ),
     ),

@@ -21,7 +21,7 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.engine_options import CacheOptions
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import counted
-from vlm_sft.data.sources.spec import parse_datasets
+from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets, refuse_weights
 from vlm_sft.distributed.collectives import barrier
 from vlm_sft.distributed.launch import Launch, connected, idle_gpus, pack_tokens, quiet_libraries, read_launch
 from vlm_sft.evaluate.backends import Backend, VllmBackend, require_vllm
@@ -34,9 +34,9 @@ from vlm_sft.evaluate.provenance import PART, identity_of
 from vlm_sft.evaluate.scoring import format_score
 from vlm_sft.evaluate.tasks import (
     Task,
-    benchmark_names,
     fit_prompt,
     load_tasks,
+    names_of,
     parse_token_limits,
     too_short,
     usable_tasks,
@@ -57,6 +57,7 @@ class EvalOptions:
         benchmark: data sets in the grammar of `--dataset`.
         output_dir: folder of the results: <benchmark>/predictions.jsonl and <benchmark>/results.json.
         adapter: folder of an adapter; None evaluates the base.
+        columns: what the columns of own data are called, NAME=COLUMN, comma separated.
         limit: questions a benchmark, a seeded stratified sample; None for all.
         split: instead of the benchmark's own split.
         max_new_tokens: limit of an answer in tokens, a number or `BENCHMARK=NUMBER,…`; None for the benchmarks' own,
@@ -79,6 +80,7 @@ class EvalOptions:
     benchmark: str
     output_dir: Path
     adapter: Path | None = None
+    columns: str | None = None
     limit: int | None = None
     split: str | None = None
     max_new_tokens: str | None = None
@@ -130,7 +132,7 @@ def evaluate(options: EvalOptions, metrics: Mapping[str, Metric] | None = None) 
         VlmSftError: a mistake in the data, model, folder, prompt or launch.
     """
     quiet_libraries()
-    limits = parse_token_limits(options.max_new_tokens, benchmark_names(options.benchmark))
+    limits = parse_token_limits(options.max_new_tokens, names_of(_specs(options)))
     launch = read_launch(options.local_rank, None)
     if options.backend == "vllm":
         _check_vllm(launch, options)
@@ -140,6 +142,13 @@ def evaluate(options: EvalOptions, metrics: Mapping[str, Metric] | None = None) 
     )
     with place.or_nothing(lambda: _answered(options.output_dir)), connected(launch):
         return _carry_out(options, launch, limits, metrics or {})
+
+
+def _specs(options: EvalOptions) -> list[DatasetSpec]:
+    """The data sets to answer."""
+    specs = parse_datasets(options.benchmark, options.columns)
+    refuse_weights(specs, "every benchmark is scored for itself")
+    return specs
 
 
 def _answered(folder: Path) -> bool:
@@ -155,7 +164,7 @@ def _carry_out(
     base = _find_base(options)
     for note in filter(None, [idle_gpus(launch, sys.argv), *base.notes]):
         say(note)
-    tasks, left_out = load_tasks(options.benchmark, options.limit, options.split)
+    tasks, left_out = load_tasks(_specs(options), options.limit, options.split)
     encoder = Encoder(base.processor, base.prompt, base.stop_ids)
     tasks, refused = usable_tasks(tasks, encoder)
     left_out += refused
@@ -286,7 +295,7 @@ def _find_base(options: EvalOptions) -> Base:
     if options.adapter and saved is None:
         warn(f"{options.adapter} has no {artifacts.PROMPT}: the prompt of its training is unknown")
     if saved is None:
-        base = fit_prompt(base, parse_datasets(options.benchmark), options.prompt_template is not None)
+        base = fit_prompt(base, _specs(options), options.prompt_template is not None)
     changed = saved.differences(base.prompt) if saved else []
     if changed and not options.allow_prompt_mismatch:
         raise EvaluationError(

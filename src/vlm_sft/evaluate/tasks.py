@@ -22,7 +22,7 @@ from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.jsonl import answer_texts
 from vlm_sft.data.sources.registry import benchmark_split, is_synthetic, load_split
-from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets, refuse_weights
+from vlm_sft.data.sources.spec import HUB, STREAM, DatasetSpec
 from vlm_sft.distributed.collectives import gather
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
 from vlm_sft.model.load import Base
@@ -60,25 +60,17 @@ def dataset_text(specs: list[DatasetSpec]) -> str:
 
 
 def _entry_text(spec: DatasetSpec) -> str:
+    name = f"{HUB}{spec.hub}" if spec.hub else spec.name
     if spec.stream is not None:
-        return f"{spec.name}@{STREAM}"
+        return f"{name}@{STREAM}"
     if spec.path is None:
-        return spec.name
+        return name
     # A folder of the user's own takes no label.
     return str(spec.path) if spec.own and spec.path.is_dir() else f"{spec.name}@{spec.path}"
 
 
-def benchmark_names(text: str) -> list[str]:
-    """The names of the benchmarks that `text` asks for; "demo" stands for its two parts.
-
-    Raises:
-        DataError: the text does not follow the grammar, or names an unknown data set.
-    """
-    return names_of(parse_datasets(text))
-
-
 def names_of(specs: Iterable[DatasetSpec]) -> list[str]:
-    """The names of the benchmarks that data sets are, as of `benchmark_names`."""
+    """The names of the benchmarks that data sets are; "demo" stands for its two parts."""
     return [name for spec in specs for name in _parts(spec)]
 
 
@@ -91,11 +83,13 @@ def _parts(spec: DatasetSpec) -> list[str]:
     return ["demo_charts", "demo_text"] if spec.name == "demo" else [spec.name]
 
 
-def load_tasks(text: str, limit: int | None, split: str | None = None) -> tuple[list[Task], list[LeftOut]]:
+def load_tasks(
+    specs: Sequence[DatasetSpec], limit: int | None, split: str | None = None
+) -> tuple[list[Task], list[LeftOut]]:
     """Load the questions of the benchmarks, and look at every image.
 
     Args:
-        text: comma-separated data sets in the grammar of `--dataset`; "demo" stands for its two parts.
+        specs: the data sets; "demo" stands for its two parts.
         limit: at most so many questions a benchmark, a seeded stratified sample; None for all.
         split: "train", "validation" or "test"; the benchmark's own when None.
 
@@ -108,8 +102,6 @@ def load_tasks(text: str, limit: int | None, split: str | None = None) -> tuple[
     """
     tasks: list[Task] = []
     left_out: list[LeftOut] = []
-    specs = parse_datasets(text)
-    refuse_weights(specs, "every benchmark is scored for itself")
     for spec in specs:
         for name in _parts(spec):
             at_most = limit if spec.stream is not None else None  # generated benchmarks are sampled like the others

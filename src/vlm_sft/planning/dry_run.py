@@ -100,7 +100,7 @@ def plan_run(options: PlanOptions, counted: dict[str, EncodedGroup] | None = Non
         say(note)
     with tempfile.TemporaryDirectory(prefix="vlm_sft_plan") as folder, threads_of_a_rank(launch):
         aside = replace(train, output_dir=Path(folder))
-        specs = parse_datasets(train.dataset)
+        specs = parse_datasets(train.dataset, train.columns)
         run = TrainingRun(aside, recipe, specs, launch, RunRecord(Path(folder), {}), None)
         if options.hypothetical is not None:
             data, shape = facts_from_numbers(run, options.hypothetical)

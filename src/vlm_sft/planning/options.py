@@ -10,6 +10,7 @@ from vlm_sft.common.errors import DataError
 from vlm_sft.common.idle import Idle
 from vlm_sft.common.options import option
 from vlm_sft.data.engine_options import EngineOptions
+from vlm_sft.data.sources.spec import COLUMNS_HELP
 from vlm_sft.evaluate.options import AnswerOptions
 from vlm_sft.model.families import DEFAULT_BASE
 from vlm_sft.recipe.builtin import RECIPES, locate_recipe
@@ -61,9 +62,11 @@ class TrainOptions(AnswerOptions):
     dataset: str = option(
         "chartqa,textvqa",
         "NAME[@PATH][:WEIGHT], comma separated: chartqa, textvqa, easy_vqa, demo, demo_charts, demo_text, or a path to "
-        "your own JSONL or parquet; chartqa@stream fetches --max_train rows only (default: %(default)s)",
+        "your own data (JSONL, CSV, parquet, WebDataset, save_to_disk, a folder or pattern of them), or hub:ORG/NAME; "
+        "chartqa@stream fetches --max_train rows only (default: %(default)s)",
         "SETS",
     )
+    columns: str | None = option(None, COLUMNS_HELP, "NAME=COLUMN,…")
     loss_weights: str | None = option(
         None,
         "how much the answers of a set count in the loss, NAME=WEIGHT, comma separated (default: 1 each); a record's "
@@ -201,7 +204,7 @@ PLAN_IDLE = (
     ),
     Idle(
         (
-            *("dataset", "loss_weights", "eval_benchmarks", "eval_samples", "max_eval", "max_left_out"),
+            *("dataset", "columns", "loss_weights", "eval_benchmarks", "eval_samples", "max_eval", "max_left_out"),
             *("max_new_tokens", "prompt_template", "system"),
         ),
         lambda o: o.questions is not None,

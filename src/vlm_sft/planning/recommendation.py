@@ -82,7 +82,7 @@ def advise(
     if options.train.probe:
         raise RunError("recommend forecasts without a probe", "probe the choice: vlm-sft plan --probe")
     files = recipe_files(configs)
-    names = [spec.name for spec in parse_datasets(options.train.dataset)]
+    names = [spec.name for spec in parse_datasets(options.train.dataset, options.train.columns)]
     found, source = qualities(runs, options.train.base_model, names)
     say(source)
     candidates, planned = [], {}

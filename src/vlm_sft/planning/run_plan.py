@@ -21,14 +21,12 @@ from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample, counted
 from vlm_sft.data.sources.registry import is_synthetic, load_split
-from vlm_sft.data.sources.spec import DatasetSpec, parse_loss_weights
+from vlm_sft.data.sources.spec import DatasetSpec, parse_beside, parse_loss_weights, refuse_weights
 from vlm_sft.evaluate.guard import Guard, parse_guards
 from vlm_sft.evaluate.overlap import cautions, overlaps
 from vlm_sft.evaluate.tasks import (
     SAMPLE_SEED,
     Task,
-    benchmark_names,
-    dataset_text,
     fit_prompt,
     load_tasks,
     names_of,
@@ -117,8 +115,10 @@ def final_tasks(run: TrainingRun) -> list[Task]:
     options = run.options
     if options.eval_benchmarks == NO_BENCHMARKS:
         return []
-    text = options.eval_benchmarks or dataset_text(run.specs)
-    tasks, left_out = load_tasks(text, run.recipe.max_eval)
+    asked = parse_beside(options.eval_benchmarks, run.specs) if options.eval_benchmarks else run.specs
+    if options.eval_benchmarks:
+        refuse_weights(asked, "every benchmark is scored for itself")
+    tasks, left_out = load_tasks(asked, run.recipe.max_eval)
     _enforce_tasks(run, tasks, left_out)
     return tasks
 
@@ -303,8 +303,8 @@ def token_limits(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, i
     """
     names = names_of(specs)
     if options.eval_benchmarks not in (None, NO_BENCHMARKS):
-        names += benchmark_names(str(options.eval_benchmarks))
-    names += [guard.name for guard in parse_guards(options.guard)] if options.guard else []
+        names += names_of(parse_beside(str(options.eval_benchmarks), specs))
+    names += [guard.name for guard in parse_guards(options.guard, specs)] if options.guard else []
     return parse_token_limits(options.max_new_tokens, list(dict.fromkeys(names)))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vlm_sft.common.errors import DataError, RecipeError
 from vlm_sft.data.sample import LeftOut, Sample
-from vlm_sft.data.sources.spec import DatasetSpec
+from vlm_sft.data.sources.spec import DatasetSpec, parse_beside
 from vlm_sft.evaluate.guard import Guard, parse_guards
 from vlm_sft.evaluate.tasks import Task, dataset_text, load_tasks, names_of, rules_of
 from vlm_sft.recipe.metric_names import LOSS, is_loss, loss_set
@@ -72,7 +72,7 @@ def check_request(recipe: Recipe, specs: list[DatasetSpec], guard: str | None, s
             "--guard decides which checkpoint is kept, and load_best_model_at_end is false",
             "pass --load_best_model_at_end true with save_steps equal to eval_steps",
         )
-    return parse_guards(guard) if guard else []
+    return parse_guards(guard, specs) if guard else []
 
 
 def of_metric(metric: str, evaluation: Sequence[Sample]) -> list[Sample]:
@@ -106,10 +106,10 @@ def plan_validation(
     if is_loss(recipe.metric_for_best_model) and not guards and samples is None:
         return None, []
     limit = samples or EVAL_SAMPLES
-    tasks, left_out = load_tasks(dataset_text(specs), limit, "validation")
+    tasks, left_out = load_tasks(specs, limit, "validation")
     have = {task.name for task in tasks}
     for source in dict.fromkeys(guard.source for guard in guards if guard.name not in have):
-        more, broken = load_tasks(source, limit, "validation")
+        more, broken = load_tasks(parse_beside(source, specs), limit, "validation")
         tasks += [task for task in more if task.name not in have]
         left_out += broken
     return ValidationPlan(tasks, guards, recipe.metric_for_best_model), left_out

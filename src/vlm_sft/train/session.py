@@ -58,7 +58,7 @@ def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRu
     quiet_libraries()
     loaded = read_run_recipe(options)
     recipe = loaded.recipe
-    specs = parse_datasets(options.dataset)
+    specs = parse_datasets(options.dataset, options.columns)
     guards = check_request(recipe, specs, options.guard, options.eval_samples)
     token_limits(options, specs)
     check_trackers(recipe.report_to)

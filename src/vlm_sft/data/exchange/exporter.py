@@ -30,9 +30,9 @@ from vlm_sft.data.exchange.layouts import SUPERVISED_NOTE, write_record
 from vlm_sft.data.exchange.report import OUTSIDE_CAUTION, ExchangeReport, check_limits, claim_output
 from vlm_sft.data.mixture import mix
 from vlm_sft.data.sample import OUTSIDE, LeftOut, Sample
+from vlm_sft.data.sources.arrow_tables import native_file
 from vlm_sft.data.sources.registry import SPLITS, load_split
 from vlm_sft.data.sources.rows import RowProblem, left_out
-from vlm_sft.data.sources.shards import native_file
 from vlm_sft.data.sources.spec import parse_datasets, refuse_weights
 from vlm_sft.data.sources.splits import DATASET_INFO, MissingSplitError
 
@@ -90,7 +90,9 @@ IDLE = (
 )
 
 
-def export_named(dataset: str, request: ExportRequest, split: str = "all", limit: int | None = None) -> ExchangeReport:
+def export_named(
+    dataset: str, request: ExportRequest, split: str = "all", limit: int | None = None, columns: str | None = None
+) -> ExchangeReport:
     """Write data sets in another program's layout.
 
     Args:
@@ -98,12 +100,13 @@ def export_named(dataset: str, request: ExportRequest, split: str = "all", limit
         request: how and where; its name is made of those of the sets.
         split: "train", "validation", "test", or "all" that there are.
         limit: at most so many questions a split, a seeded sample; None for all.
+        columns: as of `--columns`.
 
     Raises:
         DataError, RunError: as `export_data`; or a data set cannot be loaded.
     """
     check_limits(limit, request.max_left_out)
-    specs = parse_datasets(dataset)
+    specs = parse_datasets(dataset, columns)
     refuse_weights(specs, "an export holds every question once")
     splits: dict[str, list[Sample]] = {}
     gone: dict[str, LeftOut] = {}

@@ -14,13 +14,15 @@ from typing import Any, TextIO
 
 from vlm_sft.common.artifacts import CHANGED, IMPORT, LEFT_OUT, UNENCODABLE, OutputFolder, write_json
 from vlm_sft.common.console import say
-from vlm_sft.common.errors import DataError, quoted
+from vlm_sft.common.errors import DataError, nearest, quoted
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
 from vlm_sft.data.exchange.image_folder import FOLDER, ImageStore
 from vlm_sft.data.exchange.layouts import read_record, row_of
 from vlm_sft.data.exchange.report import OUTSIDE_CAUTION, PARTIAL, ExchangeReport, check_limits, claim_output
 from vlm_sft.data.exchange.tables import input_files, names_for, records
 from vlm_sft.data.sample import LeftOut
+from vlm_sft.data.sources.columns import KEYS_TOLD, has_of
+from vlm_sft.data.sources.files import root_of
 from vlm_sft.data.sources.locate import lies_outside
 from vlm_sft.data.sources.records import Question, require_image
 from vlm_sft.data.sources.rows import RowProblem, left_out
@@ -91,19 +93,19 @@ def _import(request: ImportRequest) -> ExchangeReport:
     claim_output(request.output)
     store = ImageStore(request.output, request.allow_urls)
     report, outside = ExchangeReport(), set[str]()
-    root = request.source if request.source.is_dir() else request.source.parent
+    root = root_of(request.source)
     homes = (root, *([request.images] if request.images else []))
     writer = _Writer(request.output, report)
     with writer:
-        unseen = dict(request.columns)
-        items = islice(_items(request, files, report, writer, unseen), request.limit)
+        seen: set[str] = set()
+        items = islice(_items(request, files, report, writer, seen), request.limit)
         while batch := list(islice(items, BATCH)):
             before = report.total
             for item, kept in zip(batch, _keep_images(batch, store, homes, outside), strict=True):
                 writer.put(item, kept)
             if report.total // REPORT_EVERY > before // REPORT_EVERY:
                 say(f"imported so far: {sum(report.questions.values()):,} questions, {len(report.left_out):,} left out")
-        _refuse_idle(request, report, unseen, store)
+        _refuse_idle(request, report, seen, store)
         if outside:
             report.cautions[OUTSIDE_CAUTION] = outside
         _require_enough(request, report)
@@ -126,16 +128,18 @@ def _require_enough(request: ImportRequest, report: ExchangeReport) -> None:
     enforce(report.left_out, report.total, request.max_left_out, request.output / LEFT_OUT)
 
 
-def _refuse_idle(request: ImportRequest, report: ExchangeReport, unseen: dict[str, str], store: ImageStore) -> None:
+def _refuse_idle(request: ImportRequest, report: ExchangeReport, seen: set[str], store: ImageStore) -> None:
     """Refuse what was asked for and changed nothing.
 
     Raises:
         DataError: no record has a key that `--columns` names, or none names an image by a path in `--images`.
     """
-    if unseen and report.records and request.layout != "csv":
-        ours, theirs = next(iter(unseen.items()))
+    unseen = [pair for pair in request.columns.items() if pair[1] not in seen]
+    if unseen and report.records:
+        ours, theirs = unseen[0]
         raise DataError(
-            f"--columns {ours}={theirs}: no record of {request.source} has the key {quoted(theirs)}",
+            f"--columns {ours}={theirs}: no record of {request.source} has the key {quoted(theirs)}"
+            f"{nearest(theirs, seen)} (they have: {has_of(sorted(seen)[:KEYS_TOLD])})",
             "name a key that is there, or leave this one out",
         )
     if request.images is not None and report.questions and not store.looked_up:
@@ -147,24 +151,18 @@ def _refuse_idle(request: ImportRequest, report: ExchangeReport, unseen: dict[st
 
 
 def _items(
-    request: ImportRequest,
-    files: dict[str, list[Path]],
-    report: ExchangeReport,
-    writer: _Writer,
-    unseen: dict[str, str],
+    request: ImportRequest, files: dict[str, list[Path]], report: ExchangeReport, writer: _Writer, seen: set[str]
 ) -> Iterator[_Item]:
     """Read the records and cut them into questions; what cannot be used goes to the writer.
 
-    Columns of `--columns` that a record has are taken out of `unseen`.
+    The keys of the records go to `seen` where `--columns` is given.
     """
     used: Counter[str] = Counter()
     for file_split, paths in files.items():
         for path in paths:
             names = names_for(path, request.columns)
-            for number, label, record in records(path, request.layout, request.columns):
+            for number, label, record in records(path, request.layout, request.columns, seen):
                 report.records += 1
-                for ours in [name for name, column in unseen.items() if isinstance(record, dict) and column in record]:
-                    del unseen[ours]
                 where, numbered = f"{path} {label} {number}", f"{path.stem}/{number:06d}"
                 try:
                     if isinstance(record, RowProblem):

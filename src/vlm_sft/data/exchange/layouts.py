@@ -24,13 +24,24 @@ SUPERVISED_NOTE = "LLaMA-Factory also learns the earlier answers of a conversati
 
 
 def layout_of(source: Path) -> str:
-    """The layout that the name of a file says.
+    """The layout that the name of a file says, or that it has as the kind of data that it is.
 
     Raises:
-        DataError: it says none.
+        DataError: neither.
     """
-    if source.suffix.lower() == ".csv":
+    from vlm_sft.data.sources.files import TABLES, data_files, is_pattern, kind_of, saved_folder
+
+    if kind_of(source) in TABLES:
         return "csv"
+    if saved_folder(source) or kind_of(source) in (".tar", ".arrow"):
+        return "jsonl"
+    if source.is_dir() or is_pattern(str(source)):
+        files = [file for paths in data_files(source).values() for file in paths]
+        kinds = {kind_of(file) for file in files}
+        if kinds <= {".tar"} or all(file.name.startswith("metadata.") for file in files):
+            return "jsonl"
+        if kinds <= set(TABLES):
+            return "csv"
     raise DataError(f"--format is missing, and the name of {source} says none", f"pass one of {', '.join(FORMATS)}")
 
 

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_sft.common.errors import DataError, quoted
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
+from vlm_sft.data.sources.arrow_tables import native_file
+from vlm_sft.data.sources.files import files_by_split
 from vlm_sft.data.sources.rows import RowProblem, finish_split, left_out
-from vlm_sft.data.sources.shards import native_file
 from vlm_sft.data.sources.spec import DatasetSpec
-from vlm_sft.data.sources.splits import LoadedSplit, files_by_split, plan_split
+from vlm_sft.data.sources.splits import LoadedSplit, plan_split
 from vlm_sft.data.sources.stream import first_rows, split_stream
 from vlm_sft.data.threads import map_images
 
@@ -184,7 +185,7 @@ def open_hub(source: TableSource, hub_split: str, rows: int | None = None) -> tu
     failures = []
     for hub_id in source.hub_ids:
         try:
-            with _offline(not online):
+            with offline(not online):
                 table = (
                     datasets.load_dataset(hub_id, source.config, split=hub_split)
                     if rows is None
@@ -233,7 +234,7 @@ def hub_reachable() -> bool:
 
 
 @contextmanager
-def _offline(active: bool) -> Iterator[None]:
+def offline(active: bool) -> Iterator[None]:
     """Make the Hub client look into its cache only: without this it retries for minutes."""
     import datasets
     from huggingface_hub import constants

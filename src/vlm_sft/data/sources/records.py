@@ -13,7 +13,8 @@ from typing import Any
 
 from vlm_sft.common.errors import quoted
 from vlm_sft.data.sample import Turn
-from vlm_sft.data.sources.locate import RENAMING, keys_of, likely_images, no_image
+from vlm_sft.data.sources.columns import flag_for
+from vlm_sft.data.sources.locate import keys_of, likely_images, no_image
 from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem, clean_text, loss_weight, most_common, reference_answers
 
@@ -101,7 +102,7 @@ def questions_of(record: Any) -> list[Question]:
     raise RowProblem(
         "missing key",
         "a record needs messages, conversations, prompt and completion, or image, question "
-        f"and answer; {keys_of(record)}; {RENAMING.format('question=KEY,answer=KEY')}",
+        f"and answer; {keys_of(record)}; name them: {flag_for(('question', 'answer'), record)}",
     )
 
 
@@ -138,7 +139,7 @@ def _plain(record: dict[str, Any]) -> Question:
         raise RowProblem(
             "missing key",
             "the record has a question, but neither answer nor answers; "
-            f"{keys_of(record)}; {RENAMING.format('answer=KEY')}",
+            f"{keys_of(record)}; name it: {flag_for(('answer',), record)}",
         )
     images = _image_list(record)
     message = _plain_question(clean_text(record["question"], "question"), len(images))
