@@ -58,7 +58,7 @@ class LiveReport:
         self._asked = float("-inf")
         self._given = ""
         self.page()
-        self._asked = float("-inf")
+        self._asked, self._rest_until = float("-inf"), 0.0
 
     def version(self) -> str:
         """A text that changes when a file of a run does."""
