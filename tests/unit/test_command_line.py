@@ -221,7 +221,7 @@ def test_a_recipe_that_is_not_there(path: str, told: str, tmp_path: Path, monkey
     assert told in str(caught.value)
 
 
-@pytest.mark.parametrize("verb", ["train", "plan", "recommend", "eval"])
+@pytest.mark.parametrize("verb", ["train", "plan", "recommend", "sweep", "eval"])
 def test_each_flag_stands_in_one_group_of_the_help(verb: str) -> None:
     parser = sub_parser(verb)
     page = parser.format_help()
@@ -235,7 +235,7 @@ def test_each_flag_stands_in_one_group_of_the_help(verb: str) -> None:
 
 def test_the_groups_of_flags_name_each_flag_once_and_no_other() -> None:
     named = [name for group in GROUPS for name in group.names]
-    parsers = [sub_parser(verb) for verb in ("train", "plan", "recommend", "eval")]
+    parsers = [sub_parser(verb) for verb in ("train", "plan", "recommend", "sweep", "eval")]
     known = {option[2:] for parser in parsers for option in parser._option_string_actions if option.startswith("--")}
     assert len(named) == len(set(named)) and set(named) <= known
     assert set(KEYS) <= set(named), "every recipe key has a group"

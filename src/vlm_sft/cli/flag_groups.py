@@ -27,7 +27,7 @@ GROUPS = (
         "run",
         (
             *("help", "output_dir", "output", "sft_config", "base_model", "adapter", "adapter_mode", "resume"),
-            *("overwrite_output_dir", "probe", "verbose", "hours", "disk", "priority", "runs", "configs"),
+            *("overwrite_output_dir", "probe", "watch", "verbose", "hours", "disk", "priority", "runs", "configs"),
         ),
     ),
     FlagGroup(
@@ -45,6 +45,13 @@ GROUPS = (
                 "eval_benchmarks",
             ),
             *("eval_samples", "prompt_template", "system", "max_new_tokens"),
+        ),
+    ),
+    FlagGroup(
+        "sweep",
+        (
+            *("grid", "range", "search", "trials", "seeds", "metric", "budget", "dry_run", "prune"),
+            *("prune_after_trials", "prune_after_share"),
         ),
     ),
     FlagGroup("devices", ("gpus", "gpu_type"), "Without them: this machine."),

@@ -127,6 +127,9 @@ class TrainOptions(AnswerOptions):
         "with commas; exit code 3 when none is left",
         "BENCHMARK:POINTS",
     )
+    watch: bool = option(
+        False, "serve the live page of the run on 127.0.0.1 while it goes on: progress, curves, validation answers"
+    )
     verbose: bool = option(
         False, "print all that log.txt of the run gets: counts, launch, caches, kernels, what the forecast is made of"
     )

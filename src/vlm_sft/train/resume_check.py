@@ -41,6 +41,7 @@ _OWN = {
     "--metric_for_best_model": 1,
     "--report_to": 1,
     "--local_rank": 1,
+    "--watch": 0,
     "--overwrite_output_dir": 0,
     "--allow_changes": 0,
     "--resume": None,
