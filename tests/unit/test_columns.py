@@ -74,6 +74,20 @@ def test_a_set_of_the_hub_is_own_data(folder: Path, capsys: Captured) -> None:
     assert len(Path("out/train.jsonl").read_text().splitlines()) == 40
 
 
+def test_a_set_of_the_hub_that_names_files_of_this_machine_is_told(folder: Path, capsys: Captured) -> None:
+    Path("here").mkdir()
+    Path("other/paths").mkdir(parents=True)
+    Path("other/paths/inside.png").write_bytes(png("blue"))
+    Path("here/secret.png").write_bytes(png("red"))
+    names = [str(folder / "here/secret.png"), str(folder / "other/paths/inside.png")]
+    images = pa.array([{"bytes": None, "path": name} for name in names], IMAGE)
+    pq.write_table(
+        pa.table({"image": images, "question": ["a", "b"], "answer": ["c", "d"]}), "other/paths/train.parquet"
+    )
+    assert main(["data", "check", "hub:other/paths", "--split", "all", "--output_dir", "c"]) == 0
+    assert "outside of the data's folder, by their path or a link: 1; the first:" in capsys.readouterr().err
+
+
 def test_a_set_of_the_hub_is_streamed(folder: Path) -> None:
     (spec,) = parse_datasets("hub:some/pictures@stream", COLUMNS)
     with pytest.raises(DataError, match="pass --max_train"):
@@ -128,6 +142,23 @@ def test_a_missing_column_names_those_there_and_the_flag(folder: Path, capsys: C
     assert flag_for(["question", "answer"], ["Question_EN", "gold_answer"]) == (
         "--columns question=Question_EN,answer=gold_answer"
     )
+
+
+def test_conversations_however_a_set_stores_them(folder: Path, capsys: Captured) -> None:
+    """Pairs of user and assistant, as the_cauldron and FineVision have them, and a mapping of lists."""
+    pairs = [{"user": "First?", "assistant": "1", "source": "s"}, {"user": "Second?", "assistant": "2", "source": "s"}]
+    talk = [{"from": "human", "value": "First?"}, {"from": "gpt", "value": "1"}]
+    talk += [{"from": "human", "value": "Second?"}, {"from": "gpt", "value": "2"}]
+    lists = {key: [message[key] for message in talk] for key in ("from", "value")}
+    images = pa.array([[{"bytes": png((n, 0, 0)), "path": None}] for n in range(2)], pa.list_(IMAGE))
+    for name, cell in (("texts", pairs), ("talk", talk), ("turns", lists)):
+        pq.write_table(pa.table({"images": images, name: [cell, cell]}), "set.parquet")
+        assert main(["data", "check", "set.parquet", "--output_dir", "c"]) == 2
+        assert f"--columns messages={name}" in capsys.readouterr().err
+        (spec,) = parse_datasets("set.parquet", f"messages={name}")
+        found = {sample.id: sample for split in SPLITS for sample in load_split(spec, split).samples}
+        asked = [(s.question, s.target, [turn.text for turn in s.history]) for s in found.values()]
+        assert asked == [("First?", "1", []), ("Second?", "2", ["First?", "1"])] * 2, name
 
 
 def test_named_columns_stand_in_for_what_is_there() -> None:

@@ -6,6 +6,8 @@ import bz2
 import gzip
 import json
 import lzma
+import random
+import socket
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +35,14 @@ COLORS = ("red", "green", "blue", "black", "white", "gray")
 TAR = tarfile.TarInfo
 
 
+def no_network(*_: object) -> None:
+    raise AssertionError("files of one's own are read without a network")
+
+
 @pytest.fixture()
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
     for color in COLORS:
         Path(f"{color}.png").write_bytes(png(color))
     return tmp_path
@@ -251,6 +258,33 @@ def test_archives_that_are_damaged_or_lead_out(folder: Path, capsys: Captured) -
     assert not Path("../x.png").exists() and set(Path().iterdir()) <= {
         Path(name) for name in ("c", "sound.tar", *bad, *(f"{color}.png" for color in COLORS))
     }
+
+
+def test_no_damage_raises_anything_else(folder: Path) -> None:
+    rows = [{"image": png((n, 0, 0)), "question": f"{n}?", "answer": str(n)} for n in range(8)]
+    made = pa.Table.from_pylist(rows)
+    pq.write_table(made, "set.parquet", row_group_size=3)
+    pa.feather.write_feather(made, "set.arrow", compression="uncompressed", chunksize=3)
+    with pa.OSFile("stream.arrow", "wb") as sink, pa.ipc.new_stream(sink, made.schema) as writer:
+        writer.write_table(made, max_chunksize=3)
+    shard(
+        "set.tar",
+        [(f"{n}{end}", data) for n in range(8) for end, data in ((".png", png("red")), (".json", asked("a")))],
+    )
+    draw, refused = random.Random(0), 0
+    for name in ("set.parquet", "set.arrow", "stream.arrow", "set.tar"):
+        whole = Path(name).read_bytes()
+        for number in range(25):
+            data = bytearray(whole[: draw.randrange(len(whole))] if number % 3 == 0 else whole)
+            for _ in range(draw.choice((1, 5, 20)) if number % 3 else 0):
+                data[draw.randrange(len(data))] = draw.randrange(256)
+            Path(f"damaged_{number}_{name}").write_bytes(data)
+            try:
+                found = load_split(parse_datasets(f"damaged_{number}_{name}")[0], "train").samples
+                assert all(sample.images[0].load() for sample in found if sample.images)
+            except DataError:
+                refused += 1
+    assert refused > 50
 
 
 def test_a_folder_of_several_kinds_says_which_is_read(folder: Path, capsys: Captured) -> None:

@@ -42,6 +42,7 @@ ALIASES = {
 COMMAND_LINE_ONLY = (
     "base_model",
     "dataset",
+    "columns",
     "output_dir",
     "deepspeed",
     "flash_attn",

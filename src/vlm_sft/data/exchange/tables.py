@@ -12,6 +12,7 @@ from vlm_sft.data.exchange.layouts import Names
 from vlm_sft.data.sources.columns import NAMES, SYNONYMS, parse_columns
 from vlm_sft.data.sources.files import KINDS, TABLES, data_files, is_pattern
 from vlm_sft.data.sources.readers import records_of_file
+from vlm_sft.data.sources.spec import HUB
 from vlm_sft.data.sources.splits import DATASET_INFO
 
 COLUMNS = {  # what --columns can name in a layout
@@ -29,6 +30,10 @@ def input_files(source: Path, layout: str) -> dict[str, list[Path]]:
     Raises:
         DataError: there is none.
     """
+    if str(source).startswith(HUB):
+        what = f"{source}: data import reads files"
+        fix = f"--dataset {source} reads it; as a folder: vlm-sft data export {source} --format jsonl --output FOLDER"
+        raise DataError(what, fix)
     if not source.exists() and not is_pattern(str(source)):
         raise DataError(f"{source} does not exist", "check the path; it is relative to the working folder")
     return data_files(source, TABLES if layout == "csv" else KINDS)

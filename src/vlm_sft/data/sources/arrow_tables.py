@@ -144,6 +144,18 @@ def picture_columns(schema: pyarrow.Schema) -> list[str]:
     return [field.name for field in schema if _holds_bytes(field.type)]
 
 
+def talk_columns(schema: pyarrow.Schema) -> list[str]:
+    """The columns that hold conversations, by the names of the parts of their cells."""
+    from pyarrow import types
+
+    found = []
+    for field in schema:
+        kind = field.type.value_type if types.is_list(field.type) or types.is_large_list(field.type) else field.type
+        parts = [kind.field(place).name for place in range(kind.num_fields)] if types.is_struct(kind) else []
+        found += [field.name] if {"role", "from", "user"} & set(parts) else []
+    return found
+
+
 def _holds_bytes(kind: Any) -> bool:
     from pyarrow import types
 

@@ -96,7 +96,12 @@ def has_of(names: Iterable[Any]) -> str:
 
 
 def require_columns(
-    place: str, there: Sequence[str], columns: Mapping[str, str], alone: bool, pictures: Sequence[str] = ()
+    place: str,
+    there: Sequence[str],
+    columns: Mapping[str, str],
+    alone: bool,
+    pictures: Sequence[str] = (),
+    talks: Sequence[str] = (),
 ) -> None:
     """Refuse a table whose columns are no records of ours under the given names.
 
@@ -105,7 +110,7 @@ def require_columns(
         there: its columns.
         columns: as of `parse_columns`.
         alone: `columns` is about this data alone, so that each of them has to be there.
-        pictures: those of its columns that hold images.
+        pictures, talks: those of its columns that hold images, and conversations.
 
     Raises:
         DataError: with the columns that are there and the flag to write.
@@ -120,7 +125,8 @@ def require_columns(
         raise DataError(f"{place} has no column {quoted(theirs)}{guess} (it has: {has_of(there)})", fix)
     if missing:
         likely = {"image": pictures[0]} if pictures and not {"image", "images"} & names else {}
-        wanted = [*likely, *missing]
+        wanted = [*likely, *(["messages"] if talks else missing)]
+        likely |= {"messages": talks[0]} if talks else {}
         what = f"{place} has no column for the {' and the '.join(missing)} (it has: {has_of(there)})"
         raise DataError(what, f"say which they are: {flag_for(wanted, there, likely)}")
 

@@ -221,6 +221,19 @@ def _read_image(folder: Path, image: Any) -> ImageRef | RowProblem:
         return RowProblem(UNREADABLE, error.what)
 
 
+def _homes(spec: DatasetSpec) -> tuple[Path, ...]:
+    """The folders that the images of own data belong in: that of its files, or the caches of the Hub."""
+    if spec.path is not None:
+        return (root_of(spec.path),)
+    import datasets
+
+    return (
+        Path(datasets.config.HF_CACHE_HOME),
+        Path(datasets.config.HF_DATASETS_CACHE),
+        Path(spec.hub.partition(":")[0]),
+    )
+
+
 def _box_size(question: Question, images: list[ImageRef]) -> tuple[int, int] | None:
     """Width and height in pixels that the boxes of a question are within; None where it declares none.
 
@@ -243,8 +256,8 @@ def _samples(
 ) -> tuple[list[Sample], list[LeftOut]]:
     samples: list[Sample] = []
     left: list[LeftOut] = []
-    root = root_of(spec.path) if spec.path else None
-    outside = root and {ref.source for ref in images.values() if isinstance(ref, ImageRef) and lies_outside(ref, root)}
+    homes = _homes(spec)
+    outside = {ref.source for ref in images.values() if isinstance(ref, ImageRef) and lies_outside(ref, *homes)}
     for line in lines:
         question = line.question
         refs = []

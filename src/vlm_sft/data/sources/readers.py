@@ -68,10 +68,10 @@ def _in_its_split(record: Any) -> Any:
 
 def require_table(path: Path, columns: Mapping[str, str], alone: bool, place: str = "") -> None:
     """Refuse a parquet or Arrow file that has not the columns of records; as `require_columns`."""
-    from vlm_sft.data.sources.arrow_tables import picture_columns, table_schema
+    from vlm_sft.data.sources.arrow_tables import picture_columns, table_schema, talk_columns
 
     schema = table_schema(path)
-    require_columns(place or str(path), schema.names, columns, alone, picture_columns(schema))
+    require_columns(place or str(path), schema.names, columns, alone, picture_columns(schema), talk_columns(schema))
 
 
 def _records(path: Path, kind: str) -> Iterator[tuple[int, str, Any]]:

@@ -17,8 +17,17 @@ from vlm_sft.data.sources.columns import flag_for
 from vlm_sft.data.sources.locate import keys_of, likely_images, no_image
 from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem, clean_text, loss_weight, most_common, reference_answers
-from vlm_sft.data.sources.turns import LISTED, Message, plain_question, refuse_more_marks, text_message, unusual
+from vlm_sft.data.sources.turns import (
+    LISTED,
+    Message,
+    listed_turns,
+    plain_question,
+    refuse_more_marks,
+    text_message,
+    unusual,
+)
 
+TALKS = ("messages", "conversations")
 IMAGE_PARTS = ("image", "image_url")
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -69,6 +78,7 @@ def questions_of(record: Any) -> list[Question]:
     """
     if not isinstance(record, dict):
         raise RowProblem("not a record", f"a JSON object is needed, not {type(record).__name__}")
+    record = record | {key: listed_turns(record[key]) for key in TALKS if key in record}
     refuse(record)
     questions = _cut(record)
     answers = record.get("answers")
@@ -100,7 +110,7 @@ def _with_boxes(question: Question) -> Question:
 
 def _cut(record: dict[str, Any]) -> list[Question]:
     """The questions of a record by its format, before its other accepted answers are read."""
-    for key in ("messages", "conversations"):
+    for key in TALKS:
         if key in record:
             return _conversation(_messages(record[key], key, not _has_image_parts(record[key])), _image_list(record))
     if "prompt" in record and "completion" in record:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,3 +124,27 @@ def refuse_more_marks(marks: int, images: int) -> None:
     """
     if marks > images:
         raise RowProblem("more placeholders than images", f"{IMAGE_MARK} {marks} times, {images} images")
+
+
+def listed_turns(value: Any) -> Any:
+    """A conversation as a list of messages, however its data set stores it; what is none is returned as it is.
+
+    `{"user": …, "assistant": …}` is a question with its answer, as in the `texts` of FineVision and of
+    https://huggingface.co/datasets/HuggingFaceM4/the_cauldron; a mapping of equally long lists is what `datasets` makes
+    of a `Sequence` of mappings.
+    """
+    if isinstance(value, Mapping) and value and all(isinstance(cells, list) for cells in value.values()):
+        if len({len(cells) for cells in value.values()}) == 1:
+            value = [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
+    if not isinstance(value, list):
+        return value
+    return [turn for item in value for turn in (_pair(item) or [item])]
+
+
+def _pair(item: Any) -> list[dict[str, Any]]:
+    """The two messages of a question with its answer; empty for anything else."""
+    if not isinstance(item, Mapping) or not {"user", "assistant"} <= item.keys() or {"role", "from"} & item.keys():
+        return []
+    return [
+        {"role": role, "content": item[role]} for role in ("system", "user", "assistant") if item.get(role) is not None
+    ]
