@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests import tiny_models
 from tests.parity.test_exactness import SEPARATE, Gradients, gradients, undiminished
 from tests.questions import PROMPT, pack, picture, questions, tiny
+from vlm_sft.cli.main import main
 from vlm_sft.common.errors import SampleError
+from vlm_sft.data.audit import PLACED_NOTE
 from vlm_sft.data.cache.encoded import group_key
+from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.duplicates import find_repeats
 from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.packing import Bundle
+from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import UNPLACEABLE, ImageRef, Place, Sample, Turn, group_by_image
 from vlm_sft.model import families, packed_forward
 from vlm_sft.model.attention import SHARED_SDPA
@@ -28,6 +35,11 @@ from vlm_sft.model.load import set_attention
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "llava"]
 LIMIT = 1e-10
 IMAGE = {"type": "image"}
+MOVING = (
+    "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content | selectattr('type', 'equalto', 'image') %}"
+    "<image>\n{% endfor %}{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}"
+    "{% if m.role == 'assistant' %}</s>{% endif %} {% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
 END = "\nShort answer:"  # of the prompt template
 
 
@@ -157,16 +169,55 @@ def test_the_shared_prefix_ends_behind_the_last_image(family: str) -> None:
 def test_a_template_that_moves_images_is_told_by_name() -> None:
     """As the template of llava-hf does: all images of a turn, then its texts."""
     encoder = tiny("llava", torch.float64, "sdpa")[1]
-    encoder.processor.chat_template = (
-        "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content | selectattr('type', 'equalto', 'image') %}"
-        "<image>\n{% endfor %}{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}"
-        "{% if m.role == 'assistant' %}</s>{% endif %} {% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
-    )
+    encoder.processor.chat_template = MOVING
     moved = [sample for sample, _ in CASES if encoder.problem(sample) is not None]
     assert moved == [sample for sample, _ in CASES if any(place.at for place in sample.places)] and len(moved) == 5
     with pytest.raises(SampleError, match=r"red in .*an image stands behind words, .*LlavaProcessor") as caught:
         encoder.encode(moved[:1])
     assert caught.value.reason == UNPLACEABLE
+
+
+def test_turns_behind_the_image_of_a_later_turn_are_one_sequence() -> None:
+    """Their answers are supervised in one branch behind that image, with the losses of each turn alone."""
+    model, processor = tiny("qwen2_5_vl", torch.float64, "sdpa")[0], tiny_models.build("qwen2_5_vl")[1]
+    encoder = Encoder(processor, PromptSettings(template="{question}"))
+    words = [("how many?", "3"), ("red?", "20"), ("sum?", "7"), ("2019?", "no")]
+    said = [Turn(*turn) for asked, answer in words for turn in (("user", asked), ("assistant", answer))]
+    where = ((0, 0), (2, 0))  # one image before the first question, another one before the second
+    talk = [placed((ONE,), *words[0], ())]
+    talk += [placed((ONE, TWO), *words[turn], where, tuple(said[: 2 * turn])) for turn in (1, 2, 3)]
+    written = [user(IMAGE, text("how many?")), SAID, user(IMAGE, text("red?"))]
+    written += [{"role": turn.role, "content": [text(turn.text)]} for turn in said[3:-1]]
+    data = PreparedData(talk, encoder, "encoding")
+    assert [len(one.questions) for one in data.lengths] == [1, 3] and data.lengths[1].follows == (-1, 0, 1)
+    batch = pack([Bundle(1, (0, 1, 2))], [data[0], data[1]], torch.float64)
+    assert len(batch.sample_ids) == 1
+    with undiminished():
+        expected = [alone(model, encoder, sample, written[: 2 * turn + 1]) for turn, sample in enumerate(talk)][1:]
+        trim_last_layer(model.get_base_model())
+        set_attention(model.get_base_model(), SHARED_SDPA)
+        mode = families.declared_mode(model.get_base_model().config, "blockwise")
+        assert mode is not None
+        with packed_forward.packed(batch, mode, 0):
+            losses = packed_forward.token_losses(model, batch, mode)
+    torch.testing.assert_close(losses, torch.cat(expected), rtol=LIMIT, atol=LIMIT)
+
+
+def test_a_check_names_the_row_that_a_model_cannot_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, processor = tiny_models.build("llava")
+    processor.chat_template = MOVING
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    (tmp_path / "a.png").write_bytes(ONE.load())
+    rows = [{"image": "a.png", "question": question, "answer": "7"} for question in ("Red?", "Sum of\n<image>")]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    check = ["data", "check", str(tmp_path / "mine.jsonl"), "--output_dir", str(tmp_path / "out")]
+    assert main(check) == 0
+    assert json.loads((tmp_path / "out" / "data.json").read_text())["notes"] == {PLACED_NOTE: 1}
+    assert "Sum of\n&lt;image&gt;" in (tmp_path / "out" / "preview.html").read_text()
+    assert main([*check, "--base_model", str(tmp_path / "base")]) == 2
+    told = capsys.readouterr().err
+    assert "mine.jsonl line 2: an image stands behind words, and the chat template of LlavaProcessor" in told
 
 
 def test_places_are_part_of_what_is_kept_and_compared() -> None:

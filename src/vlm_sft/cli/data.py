@@ -17,6 +17,7 @@ from vlm_sft.data.sources.spec import COLUMNS_HELP
 if TYPE_CHECKING:
     from vlm_sft.data.audit import AuditReport
     from vlm_sft.data.duplicates import Repeat
+    from vlm_sft.data.oversized import Oversized
     from vlm_sft.data.sample import LeftOut, Sample
     from vlm_sft.data.sources.spec import DatasetSpec
 
@@ -55,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="Hub id, folder, or 'pocket': also look for images and texts that this model's processor cannot take",
     )
+    check.add_argument(
+        "--max_length",
+        type=int,
+        metavar="N",
+        help="with --base_model: name the samples of more than N tokens (default: what the model's positions reach)",
+    )
     check.add_argument("--limit", type=int, metavar="N", help="check a seeded sample of at most N questions")
     check.add_argument(
         "--max_left_out",
@@ -77,12 +84,13 @@ def _check(args: argparse.Namespace) -> int:
         DataError: the data cannot be read, or more is left out than `--max_left_out` allows.
         RunError: the output folder cannot be written.
     """
-    from vlm_sft.common.artifacts import DATA, LEFT_OUT, REPEATS, write_json, write_jsonl, write_text_atomic
+    from vlm_sft.common.artifacts import DATA, LEFT_OUT, OVERSIZED, REPEATS, write_json, write_jsonl, write_text_atomic
     from vlm_sft.common.console import say
     from vlm_sft.common.errors import DataError
     from vlm_sft.data.audit import audit, enforce
     from vlm_sft.data.duplicates import find_repeats
     from vlm_sft.data.mixture import mix
+    from vlm_sft.data.oversized import to_json
     from vlm_sft.data.preview import render_preview
     from vlm_sft.data.sources.spec import parse_datasets
 
@@ -97,7 +105,7 @@ def _check(args: argparse.Namespace) -> int:
         descriptions.append(f"checked here: a seeded sample of {len(drawn):,} questions")
     for line in descriptions:
         say(line)
-    samples, unusable, holds_control = _usable(drawn, args.base_model)
+    samples, unusable, holds_control, too_long = _usable(drawn, args.base_model, args.max_length, args.split)
     left_out += unusable
     repeats = find_repeats(samples)
     report = audit(samples, left_out, loaded, repeats=repeats, holds_control=holds_control)
@@ -111,6 +119,8 @@ def _check(args: argparse.Namespace) -> int:
     }
     data = write_json(folder / DATA, about | report.to_json())
     gone = write_jsonl(folder / LEFT_OUT, ({"id": i.id, "reason": i.reason, "detail": i.detail} for i in left_out))
+    if too_long:
+        write_jsonl(folder / OVERSIZED, map(to_json, too_long))
     again = write_jsonl(folder / REPEATS, (repeat.to_json() for repeat in repeats))
     page = render_preview(args.dataset, descriptions, samples, left_out, report)
     preview = write_text_atomic(folder / PREVIEW, page)
@@ -127,28 +137,44 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _usable(
-    drawn: list[Sample], base_model: str | None
-) -> tuple[list[Sample], list[LeftOut], Callable[[Sample], bool]]:
+    drawn: list[Sample], base_model: str | None, max_length: int | None, split: str
+) -> tuple[list[Sample], list[LeftOut], Callable[[Sample], bool], list[Oversized]]:
     """Decode every image and, where a model is named, ask its processor.
 
     Returns:
-        The samples that can be used, the others, and what tells whether a text holds the name of a control token.
+        The samples that can be used, the others, what tells whether a text holds the name of a control token, and the
+        samples that are longer than `max_length` or the model's context.
+
+    Raises:
+        DataError: `max_length` is below 1, or there is no model to count tokens with.
     """
+    from vlm_sft.common.console import warn
+    from vlm_sft.common.errors import DataError
     from vlm_sft.data.audit import check_images
     from vlm_sft.data.plain_text import reads_like_control
 
+    if max_length is not None and (max_length < 1 or base_model is None):
+        raise DataError(
+            f"--max_length {max_length} is {'below 1' if base_model else 'without a tokenizer'}",
+            "pass --base_model MODEL and a number of tokens",
+        )
     samples, unusable = check_images(drawn)
     if base_model is None:
         _warn_of_strips(samples)
-        return samples, unusable, reads_like_control
+        return samples, unusable, reads_like_control, []
     from vlm_sft.data.dataset import usable_samples
+    from vlm_sft.data.oversized import LengthRule, fit, lines
     from vlm_sft.model.encoding import encoder_of
     from vlm_sft.model.load import find_base
 
     base = find_base(base_model)
     encoder = encoder_of(base)
     samples, refused = usable_samples(encoder, samples)
-    return samples, unusable + refused, encoder.holds_control
+    rule = LengthRule(max_length, base.context)
+    too_long = fit(samples, encoder, rule, split).found
+    for line in lines(too_long, rule, len(samples), split):
+        warn(line)
+    return samples, unusable + refused, encoder.holds_control, too_long
 
 
 def _load(

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prompt_arguments(parser, "instead of what the adapter or the base comes with")
     parser.add_argument("--min_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
     parser.add_argument("--max_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
+    _add_length_arguments(parser)
     parser.add_argument(
         "--allow_prompt_mismatch",
         action="store_true",
@@ -62,6 +63,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, CacheOptions)
     parser.add_argument("--max_left_out", type=float, default=0.01, metavar="SHARE", help="share of unusable questions")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def _add_length_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of questions that are too long; recipes have keys of the same names."""
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        metavar="N",
+        help="tokens of a question with its images and its expected answer (default: what the model's positions reach)",
+    )
+    parser.add_argument(
+        "--oversized",
+        choices=("keep", "leave_out", "scale"),
+        default="keep",
+        help="what is done with longer questions: asked as they are, left out, or asked with their images scaled down "
+        "until they fit (default: %(default)s)",
+    )
 
 
 def add_other_base_argument(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from vlm_sft.common.errors import HostLostError, RunError, VlmSftError, plain
 RUN = "run.json"  # what ran, where, with which versions; its status; seconds and bytes
 RECIPE = "recipe.json"  # the resolved recipe with every default
 DATA = "data.json"  # counts of samples, images, tokens; what was left out and why
+OVERSIZED = "oversized.jsonl"  # one line a sample that is longer than a limit: id, part, tokens, limit, done
 LEFT_OUT = "left_out.jsonl"  # one line a sample that was left out: id, reason
 LOG = "log.txt"  # what the training told, line by line, with what the terminal folds
 METRICS = "metrics.jsonl"  # one line a log event of the training

@@ -15,7 +15,16 @@ from vlm_sft.common.errors import QUOTED_CHARACTERS, DataError, ModelError, boun
 from vlm_sft.data.duplicates import Repeat
 from vlm_sft.data.images import check_image
 from vlm_sft.data.plain_text import reads_like_control
-from vlm_sft.data.sample import OUTSIDE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image, text_rows
+from vlm_sft.data.sample import (
+    OUTSIDE,
+    OVERSIZED,
+    UNPROCESSABLE,
+    ImageRef,
+    LeftOut,
+    Sample,
+    questions_per_image,
+    text_rows,
+)
 from vlm_sft.data.threads import map_images
 
 MAX_LEFT_OUT_FRACTION = 0.01
@@ -235,7 +244,7 @@ def enforce(
     """Stop when more samples were left out than allowed.
 
     Args:
-        left_out: the samples left out.
+        left_out: the samples left out. Those that the user asked to leave out for their length do not count.
         total: all samples, used and left out.
         max_left_out_fraction: the share that is allowed, 0 to 1.
         left_out_file: the file that names them, for the message; None where there is none.
@@ -246,6 +255,7 @@ def enforce(
     allowed = max_left_out_fraction
     if not 0 <= allowed <= 1:
         raise DataError(f"--max_left_out {allowed} is not between 0 and 1", "0.01 allows one in a hundred")
+    left_out = [item for item in left_out if item.reason != OVERSIZED]
     if not left_out or len(left_out) <= allowed * total:
         return
     share = len(left_out) / total

@@ -90,6 +90,12 @@ class PreparedData:
             for number, sample in enumerate(members):
                 yield sample, group, number
 
+    def sample_lengths(self) -> Iterator[tuple[Sample, int]]:
+        """Yield every sample with the tokens of the sequence that it alone would be, end token included."""
+        for sample, group, number in self.samples():
+            question = group.questions[number]
+            yield sample, len(group.prefix_ids) + len(question.prompt_ids) + len(question.answer_ids)
+
     @property
     def distinct_images(self) -> int:
         """How many different images there are; a question about several of them has a group of its own."""

@@ -29,7 +29,7 @@ class Repeat:
         places = [str(one.metadata.get("where", one.id)) for one in (self.sample, self.earlier)]
         answers = " and ".join(f'"{one.target[:60]}"' for one in (self.earlier, self.sample))
         differing = f"; answers: {answers}" if self.kind == CONTRADICTION else ""
-        return f'{places[0]} asks what {places[1]} asks: "{self.sample.question[:80]}"{differing}'
+        return f'{places[0]} asks what {places[1]} asks: "{self.sample.shown_question[:80]}"{differing}'
 
     def to_json(self) -> dict[str, Any]:
         """A line of repeats.jsonl."""
@@ -37,7 +37,7 @@ class Repeat:
             "kind": self.kind,
             "id": self.sample.id,
             "earlier": self.earlier.id,
-            "question": self.sample.question,
+            "question": self.sample.shown_question,
             "answers": list(self.sample.answers),
             "earlier_answers": list(self.earlier.answers),
         }

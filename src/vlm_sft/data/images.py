@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import io
 import re
 import threading
@@ -138,6 +139,32 @@ def check_image(ref: ImageRef) -> ImageRef:
         return ref
     width, height = decode_rgb(read_bytes(ref), ref.source).size
     return dataclasses.replace(ref, width=width, height=height)
+
+
+def scaled(ref: ImageRef, width: int, height: int) -> ImageRef:
+    """Reference the same image at another size; it is read and scaled, once more, whenever its bytes are asked for.
+
+    Args:
+        ref: the image.
+        width, height: what it shall have, in pixels.
+    """
+    key = hashlib.sha256(f"{ref.key} at {width} x {height}".encode()).hexdigest()
+    return ImageRef(key, ref.source, functools.partial(_scaled_bytes, ref, width, height), width, height)
+
+
+def _scaled_bytes(ref: ImageRef, width: int, height: int) -> bytes:
+    """A smaller copy of an image, without loss (PPM).
+
+    Raises:
+        OSError: it cannot be read or decoded, as of `ImageRef.load`.
+    """
+    try:
+        picture = decode_rgb(ref.load(), ref.source)
+    except DataError as error:
+        raise OSError(error.what) from error
+    buffer = io.BytesIO()
+    picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0).save(buffer, "PPM")
+    return buffer.getvalue()
 
 
 @functools.cache

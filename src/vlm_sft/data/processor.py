@@ -58,7 +58,9 @@ def image_token_id(processor: Any) -> int:
     """The id of the token that stands for one visual token."""
     # The tokenizer first: in Gemma 3 the processor's own token marks where an image begins.
     named = [getattr(owner, "image_token_id", None) for owner in (processor.tokenizer, processor)]
-    patch = getattr(processor, "img_patch_token", None)  # Llama 4 puts these in the place of its image token
+    # Llama 4 and Ovis 2 put these in the place of their image token.
+    atom = "<IMG_ATOM>" if type(processor).__name__ == "Ovis2Processor" else None
+    patch = getattr(processor, "img_patch_token", atom)
     if patch is not None:
         named.insert(0, processor.tokenizer.convert_tokens_to_ids(str(patch)))
     token = getattr(processor, "image_token", None)

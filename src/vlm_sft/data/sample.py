@@ -19,6 +19,8 @@ UNREADABLE = "image cannot be read"
 UNPROCESSABLE = "image cannot be processed"
 UNPLACEABLE = "image cannot stand between words"
 CONTROL_TEXT = "text cannot be told from a control token"
+OVERSIZED = "longer than the limit, and oversized is leave_out"  # no mistake: it was asked for
+UNSCALABLE = "longer than the limit however small its images are"
 IMAGE_MARK = "<image>"  # stands for an image in a text that people read or write
 OUTSIDE = "outside"  # key of a sample's metadata: paths of its images that lie outside of the data's folder
 MAX_FILE_BYTES = 1024**3  # no picture within the limit of pixels is stored in more
@@ -188,9 +190,10 @@ class Sample:
         if not self.places:
             return ()
         turn, at = self.places[-1]
-        if turn == len(self.history):  # the prompt template around the words differs between data sets
-            return (self.places, self.history, self.opening_words, self.dataset)
-        return (self.places, self.history[:turn], self.history[turn].text[:at])
+        if turn < len(self.history):
+            return (self.places, self.history[:turn], self.history[turn].text[:at], "")
+        # A prompt template may set words before those of the question, and that of own data may be another one.
+        return (self.places, self.history, self.opening_words, self.dataset if at else "")
 
     def turns(self, question: str | None = None) -> list[PlacedTurn]:
         """The conversation up to its answer.
@@ -202,9 +205,14 @@ class Sample:
         return placed_turns(self.history, asked, len(self.images), self.places)
 
     @property
+    def shown_turns(self) -> list[Turn]:
+        """The conversation as people read it: with marks for its images where they do not all come first."""
+        return [Turn(role, with_marks(text, at if self.places else ())) for role, text, at in self.turns()]
+
+    @property
     def shown_question(self) -> str:
-        """The question as people read it: with a mark for each image that stands in it, but for those before it all."""
-        return with_marks(self.question, [place.at for place in self.places if place.turn == len(self.history)])
+        """The question as people read it, see `shown_turns`."""
+        return self.shown_turns[-1].text
 
     @property
     def texts(self) -> tuple[str, ...]:

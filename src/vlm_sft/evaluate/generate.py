@@ -93,7 +93,7 @@ def generate(
         stop_ids: tokens that end an answer.
         near_tie: difference of the two best logits below which a question is reported as a near tie; 0 reports none.
         any_rank_busy: given whether this rank has a question left, tells whether any rank has. Where a forward pass
-            needs all ranks (ZeRO-3), a rank that is done keeps computing until all are.
+            needs all ranks (divided weights), a rank that is done keeps computing until all are.
     """
     device = batch.group.device
     config = packed_forward.unwrap(model).config.get_text_config(decoder=True)

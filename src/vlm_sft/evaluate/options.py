@@ -28,7 +28,7 @@ class AnswerOptions:
     )
     shard_weights: str = option(
         "auto",
-        "several ranks share out the weights while they answer (ZeRO-3): auto does so where a whole model does not fit "
+        "several ranks share out the weights while they answer (FSDP2): auto does so where a whole model does not fit "
         "on a device (default: %(default)s)",
         choices=("auto", "true", "false"),
     )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,6 +18,7 @@ from vlm_sft.common.idle import Idle
 from vlm_sft.common.record import RunRecord, device_name
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.engine_options import CacheOptions
+from vlm_sft.data.oversized import KEEP, LengthRule, Policy, lines, to_json
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import counted
 from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets, refuse_weights
@@ -43,7 +44,8 @@ from vlm_sft.evaluate.tasks import (
 )
 from vlm_sft.model.caches import Caches
 from vlm_sft.model.encoding import encoder_of
-from vlm_sft.model.load import Base, empty_model, find_base
+from vlm_sft.model.layout import empty_model
+from vlm_sft.model.load import Base, find_base
 from vlm_sft.model.saved_adapter import check_adapter_folder, recorded_bf16, require_fit
 from vlm_sft.model.vllm_rules import not_for_vllm, splitting_problem
 
@@ -63,6 +65,7 @@ class EvalOptions:
         max_new_tokens: limit of an answer in tokens, a number or `BENCHMARK=NUMBER,…`; None for the benchmarks' own,
             and for own data for that of the adapter, or what its longest answer needs.
         prompt_template, system, min_pixels, max_pixels: instead of what travels with the adapter or the base.
+        max_length, oversized: how long a question may be, and what is done with longer ones, as in a recipe.
         allow_prompt_mismatch: these may differ from what the adapter was trained with.
         allow_other_base: the base may be another one than the adapter was trained on.
         tokens_per_pack: token budget of one forward pass; None for the device's.
@@ -88,6 +91,8 @@ class EvalOptions:
     system: str | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    max_length: int | None = None
+    oversized: str = KEEP
     allow_prompt_mismatch: bool = False
     allow_other_base: bool = False
     tokens_per_pack: int | None = None
@@ -138,7 +143,12 @@ def evaluate(options: EvalOptions, metrics: Mapping[str, Metric] | None = None) 
         _check_vllm(launch, options)
     # Under the deepspeed launcher too: an evaluation needs no ZeRO, every rank holds the model.
     place = artifacts.OutputFolder(
-        options.output_dir, artifacts.RUN, artifacts.LEFT_OUT, f"*/{artifacts.IDENTITY}", f"*/{PART.format('*')}"
+        options.output_dir,
+        artifacts.RUN,
+        artifacts.LEFT_OUT,
+        artifacts.OVERSIZED,
+        f"*/{artifacts.IDENTITY}",
+        f"*/{PART.format('*')}",
     )
     with place.or_nothing(lambda: _answered(options.output_dir)), connected(launch):
         return _carry_out(options, launch, limits, metrics or {})
@@ -166,7 +176,9 @@ def _carry_out(
         say(note)
     tasks, left_out = load_tasks(_specs(options), options.limit, options.split)
     encoder = encoder_of(base)
-    tasks, refused = usable_tasks(tasks, encoder)
+    rule = LengthRule(options.max_length, base.context, cast(Policy, options.oversized))
+    total = sum(len(task.samples) for task in tasks)
+    tasks, refused, too_long = usable_tasks(tasks, encoder, rule)
     left_out += refused
     tasks = with_metrics(with_limits(tasks, base.prompt, encoder.chat.plain, limits), metrics)
     questions = sum(len(task.samples) for task in tasks)
@@ -183,9 +195,14 @@ def _carry_out(
     notes = note_lines(notes_of((sample for task in tasks for sample in task.samples), encoder.holds_control))
     for line in notes:
         say(line)
-    for line in too_short(tasks):
+    if too_long and is_main_process():
+        artifacts.write_jsonl(options.output_dir / artifacts.OVERSIZED, map(to_json, too_long))
+    for line in [
+        *too_short(tasks),
+        *lines(too_long, rule, total, "benchmarks", str(options.output_dir / artifacts.OVERSIZED)),
+    ]:
         warn(line)
-    identity = identity_of(base, options.adapter)
+    identity = identity_of(base, options.adapter) | rule.identity
     record = RunRecord(options.output_dir, _facts(options, launch, base))
     record.write()
     for line in notes:

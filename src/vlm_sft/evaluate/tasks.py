@@ -17,6 +17,7 @@ from vlm_sft.data.chat import Chat
 from vlm_sft.data.dataset import usable_samples
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import stratified_limit
+from vlm_sft.data.oversized import LengthRule, Oversized, fit
 from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample
@@ -140,24 +141,29 @@ def require_same_data(samples: Iterable[Sample], left_out: Sequence[LeftOut]) ->
     )
 
 
-def usable_tasks(tasks: list[Task], encoder: Encoder) -> tuple[list[Task], list[LeftOut]]:
-    """Leave out the questions that a model's processor cannot take.
+def usable_tasks(
+    tasks: list[Task], encoder: Encoder, rule: LengthRule
+) -> tuple[list[Task], list[LeftOut], list[Oversized]]:
+    """Leave out the questions that a model's processor cannot take, and treat those that are too long.
 
     Returns:
-        The tasks, and what cannot be asked.
+        The tasks, what cannot or shall not be asked, and the questions that are too long, asked or not.
 
     Raises:
         DataError: a task has no question left.
         ModelError: the processor fails on every image.
     """
-    kept, left_out = [], []
+    kept, left_out, found = [], [], []
     for task in tasks:
-        usable, gone = usable_samples(encoder, task.samples)
-        if not usable:
+        usable, refused = usable_samples(encoder, task.samples)
+        fitted = fit(usable, encoder, rule, task.name)
+        gone = [*refused, *fitted.left_out]
+        if not fitted.samples:
             raise DataError(f"{task.name} has no question that can be asked; the first: {gone[0].detail}", NO_QUESTION)
-        kept.append(replace(task, samples=usable))
+        kept.append(replace(task, samples=fitted.samples))
         left_out += gone
-    return kept, left_out
+        found += fitted.found
+    return kept, left_out, found
 
 
 def fit_prompt(

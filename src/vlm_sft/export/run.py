@@ -41,7 +41,8 @@ from vlm_sft.export.verify import (
 )
 from vlm_sft.model.adapters import load_adapter
 from vlm_sft.model.encoding import encoder_of
-from vlm_sft.model.load import empty_model, load_model
+from vlm_sft.model.layout import empty_model
+from vlm_sft.model.load import load_model
 from vlm_sft.model.merged import write_merged
 from vlm_sft.model.model_folder import require_utf8
 from vlm_sft.model.saved_adapter import BASE_WEIGHTS, Contents, require_fit

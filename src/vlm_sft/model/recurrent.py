@@ -131,7 +131,7 @@ def _step(mixer: Mixer, module: Any, streams: list[torch.Tensor], recurrence: Re
 def _same(mixer: Mixer, module: Any) -> bool:
     """Whether a pack of random hidden states comes out as its separate sequences do, through the module itself.
 
-    Weights that ZeRO-3 has partitioned cannot be tried; there the shape of the module decides.
+    Weights that are divided over the ranks cannot be tried; there the shape of the module decides.
     """
     if is_partitioned(*module.parameters()):
         return True

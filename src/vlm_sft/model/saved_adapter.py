@@ -25,7 +25,8 @@ from vlm_sft.common.manifest import folder_problems, read_manifest
 from vlm_sft.common.record import bfloat16_flags
 from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.model.forward_patch import reason_of
-from vlm_sft.model.load import POCKET, Base, empty_model, resolve_path
+from vlm_sft.model.layout import empty_model
+from vlm_sft.model.load import POCKET, Base, resolve_path
 from vlm_sft.model.model_folder import require_utf8
 
 BASE_WEIGHTS = "base_weights"  # in a manifest's identity and in export.json: `weights_fingerprint` of the base

@@ -163,7 +163,7 @@ def _features_now(model: AnyModel, image: Mapping[str, torch.Tensor]) -> Record:
     """The features of one image, from its pixels.
 
     Raises:
-        DataError: ZeRO-3 has partitioned the tower, and the other ranks do not know of this image.
+        DataError: the tower is divided, and the other ranks do not know of this image.
     """
     if is_partitioned(*(parameter for tower in tower_modules(model).values() for parameter in tower.parameters())):
         raise DataError("kept vision features are damaged", "start again with --resume auto: they are computed again")

@@ -18,12 +18,11 @@ from vlm_sft.common.errors import ModelError, RunError
 from vlm_sft.common.record import RunRecord, resident_bytes
 from vlm_sft.data.audit import enforce, left_out_line
 from vlm_sft.data.cache.directory import default_cache_dir
-from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import parse_datasets
-from vlm_sft.distributed.launch import Launch, quiet_libraries, read_launch, threads_of_a_rank
+from vlm_sft.distributed.launch import Launch, quiet_libraries, read_launch, require_fsdp_alone, threads_of_a_rank
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.forecast.calibration import Calibration, from_past_runs, read_past_runs, settled_rates
 from vlm_sft.forecast.estimate import forecast_run
@@ -35,6 +34,7 @@ from vlm_sft.model.caches import Engine
 from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.gpu.flash import SHARED_FLASH, takes_width
 from vlm_sft.model.load import Base, choose_attention, default_dtype
+from vlm_sft.planning.answer_limits import with_token_limits
 from vlm_sft.planning.device_rates import rates_here
 from vlm_sft.planning.forecast_inputs import RunData, forecast_inputs, free_space
 from vlm_sft.planning.hypothetical_data import facts_from_numbers, facts_from_table
@@ -54,10 +54,10 @@ from vlm_sft.planning.run_plan import (
     tell_notes,
     tell_parts,
     validation_plan,
-    with_token_limits,
 )
 from vlm_sft.planning.run_recipe import read_run_recipe
 from vlm_sft.planning.run_setting import past_runs_key, setting_of, shape_of
+from vlm_sft.planning.sample_lengths import length_rule, prepared
 from vlm_sft.planning.token_counting import CountingCache
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import ValidationPlan, check_request
@@ -127,9 +127,11 @@ def _launch(options: PlanOptions, device: Device | None) -> Launch:
     if gpus < 1:
         raise RunError(f"--gpus {gpus} is below 1", "give a number of devices")
     deepspeed = options.train.deepspeed
+    if options.train.fsdp:
+        require_fsdp_alone(deepspeed, gpus)
     here = read_launch(None, None)
-    parallel = deepspeed or ("single" if gpus == 1 else "ddp")
-    if parallel not in ("single", "ddp", "zero2", "zero3"):
+    parallel = "fsdp" if options.train.fsdp else deepspeed or ("single" if gpus == 1 else "ddp")
+    if parallel not in ("single", "ddp", "fsdp", "zero2", "zero3"):
         parallel = "deepspeed"
     return replace(here, world_size=gpus, parallel=parallel, cpu=here.cpu and device is None)
 
@@ -141,7 +143,11 @@ def _value_bytes(run: TrainingRun, shape: ModelShape, device: Device | None) -> 
         return 2 if device.bf16 else 4
     if device is not None and recipe.bf16 and not device.bf16:
         warn(f"--bf16 true: {device.name} has no bfloat16 of its own; emulated, it is slower than forecast")
-    formats = decide_format(shape, recipe, run.launch.deepspeed is not None) if recipe.bf16 == "auto" else None
+    formats = (
+        decide_format(shape, recipe, run.launch.deepspeed is not None or run.launch.fsdp)
+        if recipe.bf16 == "auto"
+        else None
+    )
     return 2 if formats is not None and formats.pays else default_dtype(recipe.bf16).itemsize
 
 
@@ -210,16 +216,17 @@ def _from_base(run: TrainingRun, base: Base, device: Device | None, counted: dic
     questions = _questions(run, encoder)
     engine = Engine(options.engine, run.launch, base.name, base.path)
     cache = CountingCache(encoder, engine.root, base.name, counted)
-    data = PreparedData(questions.train, encoder, "counting tokens", cache)
-    label = "counting tokens (evaluation)"
-    evaluation = PreparedData(questions.evaluation, encoder, label, cache) if questions.evaluation else None
+    rule = length_rule(run.recipe, base)
+    data = prepared(run, questions.train, encoder, rule, "training", cache)
+    part = "evaluation loss"
+    evaluation = prepared(run, questions.evaluation, encoder, rule, part, cache) if questions.evaluation else None
     total = len(questions.train) + len(questions.evaluation) + len(questions.left_out)
     left_out = questions.left_out + data.left_out + (evaluation.left_out if evaluation else [])
     enforce(left_out, total, options.max_left_out)
     if left_out:
         warn(left_out_line(left_out))
     tell_notes(run, questions.train + questions.evaluation, encoder)
-    tasks, validation = fit_questions(run, questions.tasks, questions.validation, encoder)
+    tasks, validation = fit_questions(run, questions.tasks, questions.validation, encoder, rule)
     planner, eval_planner, schedule = plan_epochs(run, base, data, evaluation)
     drawn = Plan(base, schedule, data, evaluation, planner, eval_planner, engine, cache, {})
     planned = _forecast(run, RunData.of_plan(drawn, tasks), validation, tasks, shape_of(base), device)

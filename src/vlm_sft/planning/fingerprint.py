@@ -178,7 +178,7 @@ def _changed(saved: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool
 
 
 def check_ranks(checkpoint: Path | None, launch: Launch) -> None:
-    """DeepSpeed's state fits only the launch that wrote it; that of other launches fits any number of processes.
+    """State that is divided (DeepSpeed, FSDP) fits only the launch that wrote it; other state any number of processes.
 
     Raises:
         RunError: the checkpoint is of another kind of launch.

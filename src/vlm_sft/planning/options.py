@@ -78,6 +78,11 @@ class TrainOptions(AnswerOptions):
     deepspeed: str | None = option(
         None, "zero2, zero3 or a DeepSpeed JSON file (default: zero2 under the deepspeed launcher, else none)", "CONFIG"
     )
+    fsdp: bool = option(
+        False,
+        "divide weights, gradients and optimizer over the ranks by PyTorch's FSDP2, without DeepSpeed: for a model "
+        "that does not fit on one device",
+    )
     resume: str | None = option(
         None,
         "go on from the newest checkpoint of --output_dir that verifies, or from the folder given; with nothing to go "

@@ -16,39 +16,28 @@ from vlm_sft.data.cache.encoded import DataCache
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import mix, stratified_limit, weighted
+from vlm_sft.data.oversized import LengthRule
 from vlm_sft.data.packing import EpochPlanner, GroupLengths
-from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample, counted
 from vlm_sft.data.sources.registry import is_synthetic, load_split
 from vlm_sft.data.sources.spec import DatasetSpec, parse_beside, parse_loss_weights, refuse_weights
-from vlm_sft.evaluate.guard import Guard, parse_guards
+from vlm_sft.evaluate.guard import Guard
 from vlm_sft.evaluate.overlap import cautions, overlaps
-from vlm_sft.evaluate.tasks import (
-    SAMPLE_SEED,
-    Task,
-    fit_prompt,
-    load_tasks,
-    names_of,
-    parse_token_limits,
-    require_same_data,
-    too_short,
-    usable_tasks,
-    with_limits,
-)
+from vlm_sft.evaluate.tasks import SAMPLE_SEED, Task, fit_prompt, load_tasks, require_same_data, usable_tasks
 from vlm_sft.model.caches import Engine, one_an_image
 from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.load import Base, find_base
+from vlm_sft.planning.answer_limits import NO_BENCHMARKS, token_limits
 from vlm_sft.planning.fingerprint import refuse_changes, run_identity
 from vlm_sft.planning.number_format import settle_format
 from vlm_sft.planning.options import TrainOptions
+from vlm_sft.planning.sample_lengths import length_rule, prepared, tell
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import ValidationPlan, of_metric, plan_validation
 from vlm_sft.recipe.metric_names import is_loss
 from vlm_sft.recipe.schedule import Schedule, effective_global_batch_size, few_steps_advice, resolve_schedule
 from vlm_sft.recipe.schema import Recipe
-
-NO_BENCHMARKS = "none"
 
 
 @dataclass(frozen=True)
@@ -134,21 +123,23 @@ def _enforce_tasks(run: TrainingRun, tasks: list[Task], left_out: list[LeftOut])
 
 
 def fit_questions(
-    run: TrainingRun, tasks: list[Task], validation: ValidationPlan | None, encoder: Encoder
+    run: TrainingRun, tasks: list[Task], validation: ValidationPlan | None, encoder: Encoder, rule: LengthRule
 ) -> tuple[list[Task], ValidationPlan | None]:
-    """Leave out benchmark questions that the base's processor refuses, before the training.
+    """Leave out benchmark questions that the base's processor refuses, and treat those that are too long.
 
     Raises:
         DataError: they are too many.
         ModelError: the processor fails on every image.
     """
-    tasks, left_out = usable_tasks(tasks, encoder)
-    _enforce_tasks(run, tasks, left_out)
-    if validation is not None:
-        validated, left_out = usable_tasks(validation.tasks, encoder)
-        _enforce_tasks(run, validated, left_out)
-        validation = replace(validation, tasks=validated)
-    return tasks, validation
+
+    def usable(asked: list[Task], part: str) -> list[Task]:
+        fitting, left_out, found = usable_tasks(asked, encoder, rule)
+        tell(run, found, rule, sum(len(task.samples) for task in asked), part)
+        _enforce_tasks(run, fitting, left_out)
+        return fitting
+
+    checked = replace(validation, tasks=usable(validation.tasks, "validation")) if validation else None
+    return usable(tasks, "benchmarks"), checked
 
 
 def tell_notes(run: TrainingRun, samples: list[Sample], encoder: Encoder) -> dict[str, int]:
@@ -223,15 +214,18 @@ def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sa
     """
     options, recipe, launch = run.options, run.recipe, run.launch
     found = find_run_base(options, recipe, run.specs)
-    base, formats = settle_format(found, recipe, launch.deepspeed is not None, run.checkpoint)
+    base, formats = settle_format(found, recipe, launch.deepspeed is not None or launch.fsdp, run.checkpoint)
     run.record.update(number_format=formats)
     total = len(train_samples) + len(eval_samples) + len(left_out)
     encoder = encoder_of(base)
     engine = Engine(options.engine, launch, base.name, base.path)
     cache_before = cache_bytes(engine.root)
     cache = engine.cache(encoder)
-    data = PreparedData(train_samples, encoder, "preparing", cache)
-    evaluation = PreparedData(eval_samples, encoder, "preparing (evaluation)", cache) if eval_samples else None
+    rule = length_rule(recipe, base)
+    if is_main_process():
+        (options.output_dir / artifacts.OVERSIZED).unlink(missing_ok=True)  # of this run before a resume
+    data = prepared(run, train_samples, encoder, rule, "training", cache)
+    evaluation = prepared(run, eval_samples, encoder, rule, "evaluation loss", cache) if eval_samples else None
     identity = run_identity(recipe, launch, base, data, evaluation, run.options.adapter)
     for line in refuse_changes(run.checkpoint, identity, options.allow_changes):
         warn(f"changed since the checkpoint: {line}")
@@ -294,37 +288,6 @@ def planner_over(run: TrainingRun, lengths: tuple[GroupLengths, ...]) -> EpochPl
         share_images=engine.share_images,
         packing=engine.packing,
     )
-
-
-def token_limits(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, int]:
-    """The limits of answers that `--max_new_tokens` asks for, by benchmark.
-
-    Raises:
-        EvaluationError: it has mistakes, or names a benchmark that this run does not answer.
-    """
-    names = names_of(specs)
-    if options.eval_benchmarks not in (None, NO_BENCHMARKS):
-        names += names_of(parse_beside(str(options.eval_benchmarks), specs))
-    names += [guard.name for guard in parse_guards(options.guard, specs)] if options.guard else []
-    return parse_token_limits(options.max_new_tokens, list(dict.fromkeys(names)))
-
-
-def with_token_limits(
-    run: TrainingRun,
-    tasks: list[Task],
-    validation: ValidationPlan | None,
-    prompt: PromptSettings,
-    plain: PlainText | None,
-) -> tuple[list[Task], ValidationPlan | None]:
-    """Limit the answers of the final evaluation and of the validation; warn of limits that are too short."""
-    limits = token_limits(run.options, run.specs)
-    final = with_limits(tasks, prompt, plain, limits)
-    if validation is not None:
-        validation = replace(validation, tasks=with_limits(validation.tasks, prompt, plain, limits))
-    for line in dict.fromkeys([*too_short(final), *too_short(validation.tasks if validation else ())]):
-        warn(line)
-        run.record.note(line)
-    return final, validation
 
 
 def find_run_base(options: TrainOptions, recipe: Recipe, specs: list[DatasetSpec]) -> Base:

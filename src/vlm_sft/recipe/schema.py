@@ -224,6 +224,17 @@ class Recipe:
     max_eval: int | None = _key(
         None, "at most so many evaluation questions, drawn with the seed; null: all", "question-answer pairs", COUNT
     )
+    max_length: int | None = _key(
+        None,
+        "tokens of one sample: images, conversation and answer; null: what the model's positions reach",
+        "tokens",
+        COUNT,
+    )
+    oversized: str = _key(
+        "keep",
+        "what is done with longer samples: they are kept, left out, or their images scaled down until they fit",
+        choices=("keep", "leave_out", "scale"),
+    )
     report_to: tuple[str, ...] = _key(("tensorboard",), "where the metrics go besides metrics.jsonl", choices=TRACKERS)
     lora_r: int = _key(16, "rank of the LoRA matrices", "dimensions", RANK)
     vision_lora_rank: int | None = _key(

@@ -22,9 +22,9 @@ from vlm_sft.distributed.signals import StopSignals, resume_line
 from vlm_sft.evaluate.guard import Guard
 from vlm_sft.model.load import resolve_path
 from vlm_sft.model.model_folder import require_utf8
+from vlm_sft.planning.answer_limits import token_limits
 from vlm_sft.planning.fingerprint import check_ranks, recipe_identity, refuse_changes
 from vlm_sft.planning.options import TrainOptions
-from vlm_sft.planning.run_plan import token_limits
 from vlm_sft.planning.run_recipe import read_run_recipe
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import check_request
@@ -36,6 +36,7 @@ from vlm_sft.train.bitsandbytes_adamw import require_bitsandbytes
 from vlm_sft.train.caller import Caller
 from vlm_sft.train.checkpoint.directory import choose_resume, tidy
 from vlm_sft.train.event_log import logged
+from vlm_sft.train.fsdp_optimization import require_dividable
 from vlm_sft.train.live_page import live_page
 from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, clear_run, disk_error, holds_work
 from vlm_sft.train.second_stage import begin_second_stage
@@ -62,7 +63,8 @@ def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRu
     guards = check_request(recipe, specs, options.guard, options.eval_samples)
     token_limits(options, specs)
     check_trackers(recipe.report_to)
-    launch = read_launch(options.local_rank, options.deepspeed)
+    launch = read_launch(options.local_rank, options.deepspeed, options.fsdp)
+    require_dividable(recipe, launch)
     require_bitsandbytes(recipe, launch)
     expand_segments(launch)
     resolve_path(options.base_model)  # before the long reading of data

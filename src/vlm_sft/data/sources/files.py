@@ -109,8 +109,11 @@ def data_files(path: Path, kinds: Sequence[str] = KINDS) -> dict[str, list[Path]
     if not path.is_dir():
         refuse_packed(path)
         return _with_siblings(path)
-    there = {kind_of(file) for file in folder_files(path)}
+    files = folder_files(path)
+    there = {kind_of(file) for file in files}
     first = next((kind for kind in kinds if kind in there), "")
+    if first == ".json" and any(stem_of(file) == "metadata" and kind_of(file) in TABLES for file in files):
+        first = ".csv"
     taken = tuple(kinds) if not first else TABLES if first in TABLES else (first,)
     others = sorted(there - {"", ".json", *taken})  # JSON beside others is mostly settings
     if first and others:
