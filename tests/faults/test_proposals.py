@@ -191,8 +191,9 @@ def test_the_next_lines_of_a_training_and_what_follows(place: Path, capsys: pyte
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(adapter / name, run / name)
     write_manifest(run, ["adapter_model.safetensors", "adapter_config.json"], {})
-    ask, export = commands_in(text[text.index("next: ") :])
-    assert ask[0] == "ask" and export[0] == "export"
+    ask, page, export = commands_in(text[text.index("next: ") :])
+    assert (ask[0], page[0], export[0]) == ("ask", "demo", "export")
+    build_parser("demo").parse_args(page)
     asked = succeed(ask, capsys)
     exported = succeed([*export, "--questions", "1"], capsys)
     measure, demo = commands_in(asked[asked.index("next: ") :])
