@@ -54,7 +54,10 @@ def refused(line: str, capsys: Captured) -> str:
         ("plan --gpu_typ L4", "did you mean --gpu_type?"),
         ("eval --bechmark chartqa", "unknown flag --bechmark; did you mean --benchmark?"),
         ("data import x --format csv --output o --colums a=b", "did you mean --columns?"),
-        ("data check x --images a", "its flags are --columns, --split, --output_dir, --base_model, --limit"),
+        (
+            "data check x --images a",
+            "its flags are --columns, --split, --output_dir, --base_model, --max_length, --limit",
+        ),
         ("data check x --zzz", "unknown flag --zzz\n"),
         ("--verbose train", "unknown flag --verbose\n  fix: flags stand behind"),
         ("trian --output_dir o", "vlm-sft does not know 'trian'; did you mean train?"),

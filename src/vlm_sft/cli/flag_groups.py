@@ -44,7 +44,7 @@ GROUPS = (
                 "max_eval",
                 "eval_benchmarks",
             ),
-            *("eval_samples", "prompt_template", "system", "max_new_tokens"),
+            *("eval_samples", "max_length", "oversized", "prompt_template", "system", "max_new_tokens"),
         ),
     ),
     FlagGroup(
