@@ -108,6 +108,7 @@ GROUPS = (
                 "bf16",
                 "flash_attn",
                 "deepspeed",
+                "fsdp",
                 "gradient_checkpointing",
                 "tokens_per_pack",
                 "share_images",
