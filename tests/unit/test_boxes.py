@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.pictures import png
 from tests.questions import PROMPT, picture
 from vlm_sft.cli.main import main
 from vlm_sft.common.errors import ModelError
-from vlm_sft.data.boxes import in_convention, in_pixels, widest
+from vlm_sft.data.boxes import Convention, widest
 from vlm_sft.data.dataset import PreparedData, usable_samples
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.images import check_image
@@ -25,52 +26,58 @@ ROOM = (100, 60)  # pixels of the picture
 SAID = '{"bbox_2d": [25, 15.5, 100, 60], "label": "2 [red, 3, 4, 5] bars"}, [0,0, 7 , 1]'
 
 
-def boxed(target: str = SAID, **more: Any) -> Sample:
+def boxed(target: str = SAID) -> Sample:
     image = check_image(picture(1, ROOM))
     history = (Turn("user", "What is at [10, 10, 20, 20]?"), Turn("assistant", "not [1, 2, 3]"))
-    sample = Sample(
-        "room", "tiny", "", (image,), "Where are [50, 30, 60, 40] and ?", target, (target,), history, boxes=ROOM
-    )
-    return sample if not more else Sample(*[getattr(sample, name) for name in sample.__slots__][:11], **more)
+    question = "Where are [50, 30, 60, 40] and ?"
+    return Sample("room", "tiny", "", (image,), question, target, (target,), history, boxes=ROOM)
 
 
-def test_thousandths_and_pixels_of_the_resized_image() -> None:
-    processor = tiny_models.build("qwen3_vl")[1]
-    found = in_convention(boxed(), "qwen3_vl", processor)
+def convention(family: str) -> Convention:
+    return Convention(lambda: family, tiny_models.build(family)[1])
+
+
+def test_thousandths_of_width_and_height() -> None:
+    found = convention("qwen3_vl").written(boxed())
     assert found.target == '{"bbox_2d": [250, 258, 1000, 1000], "label": "2 [red, 3, 4, 5] bars"}, [0,0, 70 , 17]'
-    assert found.question == "Where are [500, 500, 600, 667] and ?" and found.boxes == (1000, 1000)
+    assert found.question == "Where are [500, 500, 600, 667] and ?" and found.boxes is None
     assert [turn.text for turn in found.history] == ["What is at [100, 167, 200, 333]?", "not [1, 2, 3]"]
-    assert found.answers == (found.target,) and in_convention(found, "qwen3_vl", processor) == found
+    assert found.answers == (found.target,)
 
+
+@pytest.mark.parametrize("size", [ROOM, (200, 300)])
+def test_pixels_of_the_image_as_the_processor_resized_it(size: tuple[int, int]) -> None:
+    """Also where the image was replaced by one of another size, since it was too long for the model."""
     processor = tiny_models.build("qwen2_5_vl")[1]
     encoder = Encoder(processor, PROMPT, family=lambda: "qwen2_5_vl")
-    sample = boxed()
+    sample = replace(boxed(), images=(check_image(picture(1, size)),))
     _, rows, columns = encoder.process_images(sample)["image_grid_thw"][0].tolist()
     patch = processor.image_processor.patch_size
     width, height = columns * patch, rows * patch
-    assert (width, height) != ROOM
-    (found,), gone = usable_samples(encoder, [sample])
-    corner = [round(25 * width / 100), round(15.5 * height / 60), width - 1, height - 1]
-    assert not gone and json.dumps(corner) in found.target and found.boxes == (width, height)
-    answer = encoder.encode([found]).questions[0].answer_ids
-    assert encoder.tokenizer.decode(answer, skip_special_tokens=True).strip() == found.target
-    assert usable_samples(encoder, [found])[0] == [found]
-    ((trained, _, _),) = PreparedData([sample], encoder, "encoding").samples()
-    assert trained == found
+    assert (width, height) != size
+    corner = json.dumps([round(25 * width / 100), round(15.5 * height / 60), width - 1, height - 1])
+    ((trained, group, _),) = PreparedData([sample], encoder, "encoding").samples()
+    assert trained == sample  # in pixels of the record; its tokens are in those of the model
+    answer = encoder.tokenizer.decode(group.questions[0].answer_ids, skip_special_tokens=True).strip()
+    assert corner in answer and encoder.boxes.written(sample).target == answer
+    assert encoder.boxes.as_said(sample, SAID) == encoder.boxes.in_pixels(sample, answer)
+    asked = json.dumps([round(50 * width / 100), round(30 * height / 60)])[:-1]
+    assert asked in encoder.prompt_text(sample) and "[50, 30," not in encoder.prompt_text(sample)
 
 
 def test_answers_are_in_pixels_again() -> None:
-    sample = in_convention(boxed("[25, 15, 100, 60]"), "qwen2_vl", tiny_models.build("qwen2_vl")[1])
-    assert sample.target == "[250, 250, 1000, 1000]"
-    assert in_pixels(sample, sample.target) == "[25, 15, 100, 60]"
-    assert in_pixels(sample, "at [1500, 0, 333.4, 999], 7") == "at [150, 0, 33, 60], 7"  # also out of the picture
+    boxes, sample = convention("qwen2_vl"), boxed("[25, 15, 100, 60]")
+    assert boxes.in_pixels(sample, boxes.written(sample).target) == "[25, 15, 100, 60]"
+    assert boxes.in_pixels(sample, "at [1500, 0, 333.4, 999], 7") == "at [150, 0, 33, 60], 7"  # also out of the picture
+    wide = replace(sample, boxes=(3000, 3000))
+    assert boxes.as_said(wide, "[1, 2, 4, 2999]") == "[0, 3, 3, 3000]" == boxes.in_pixels(wide, "[0, 1, 1, 1000]")
     assert widest("[2, 2, 3, 4] of 5") == "[9999, 9999, 9999, 9999] of 5"
 
 
 def test_an_image_between_words_keeps_its_place() -> None:
     sample = boxed()
     text = sample.question.index("?")
-    moved = in_convention(boxed(places=(Place(2, text),), boxes=ROOM), "qwen3_vl", tiny_models.build("qwen3_vl")[1])
+    moved = convention("qwen3_vl").written(replace(sample, places=(Place(2, text),)))
     assert moved.places == (Place(2, moved.question.index("?")),) and moved.places[0].at == text + 3 + 1
 
 

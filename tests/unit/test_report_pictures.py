@@ -16,6 +16,7 @@ from tests.pictures import png
 from tests.report_runs import Page, record
 from tests.wording import line_with
 from vlm_sft.common import artifacts
+from vlm_sft.data.boxes import Convention
 from vlm_sft.data.sample import ImageRef
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.evaluate import pictures as kept_pictures
@@ -39,7 +40,10 @@ def evaluated(folder: Path, task: Task) -> Path:
     artifacts.write_json(folder / artifacts.RUN, record())
     evaluation = folder / artifacts.EVALUATION_FOLDER
     for side in ("base", "tuned"):
-        rows = [prediction_row(task.benchmark, Reply(sample, "1", False), "") for sample in task.samples]
+        rows = [
+            prediction_row(task.benchmark, Reply(sample, "1", False), "", Convention(str, None))
+            for sample in task.samples
+        ]
         artifacts.write_jsonl(evaluation / side / task.name / artifacts.PREDICTIONS, rows)
     kept_pictures.save_pictures([task], evaluation)
     return folder

@@ -8,8 +8,9 @@ qwen-vl-finetune/tools/process_bbox.ipynb).
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import cycle
 from typing import Any
@@ -49,61 +50,68 @@ def widest(text: str) -> str:
     return _BOX.sub(lambda found: _NUMBER.sub("9999", found.group()), text)
 
 
-def in_convention(sample: Sample, family: str, processor: Any) -> Sample:
-    """A sample whose boxes are written as a model family writes them; one that declares none is left as it is.
+class Convention:
+    """How a model family writes boxes.
 
     Args:
-        sample: its boxes are in pixels of its image.
-        family: `model_type` of the model's configuration.
-        processor: of the model; it says how the image is resized.
-
-    Raises:
-        ModelError: the convention of the family is not known.
-        SampleError: the processor refuses the image.
+        family: gives `model_type` of the model's configuration; asked where a sample declares boxes.
+        processor: of the model; it says how an image is resized.
     """
-    if sample.boxes is None:
-        return sample
-    convention = CONVENTIONS.get(family)
-    if convention is None:
-        raise ModelError(
-            f'{sample.metadata.get("where", sample.id)} declares "boxes", and how models of the family '
-            f"{quoted(family)} write boxes is not known here (known: {', '.join(CONVENTIONS)})",
-            'use a model of these families, or leave the key "boxes" out: coordinates are plain text then',
-        )
-    new, last = ((1000, 1000), (1000, 1000)) if convention == THOUSANDTHS else _resized(sample, processor)
-    return _rewritten(sample, new, last)
 
+    def __init__(self, family: Callable[[], str], processor: Any) -> None:
+        self.family = functools.cache(family)
+        self.processor = processor
 
-def in_pixels(sample: Sample, text: str) -> str:
-    """An answer to a sample, its boxes in pixels of the image again; a model may put them out of it.
+    def written(self, sample: Sample) -> Sample:
+        """A sample with its boxes as the family writes them; one that declares none is left as it is.
 
-    Args:
-        sample: as the model was asked it.
-        text: the model's answer, or one of the reference answers.
-    """
-    if sample.boxes is None:
-        return text
-    return _rescaled(text, sample.boxes, _image_size(sample), None)
+        Raises:
+            ModelError: the convention of the family is not known.
+            SampleError: the processor refuses the image.
+        """
+        if sample.boxes is None:
+            return sample
+        new, last = self._grid(sample)
+        return _rewritten(sample, new, last)
 
+    def in_pixels(self, sample: Sample, answer: str) -> str:
+        """A model's answer with its boxes in pixels of the stored image; a model may put them out of it."""
+        return answer if sample.boxes is None else _rescaled(answer, self._grid(sample)[0], sample.boxes, None)
 
-def _image_size(sample: Sample) -> Size:
-    (image,) = sample.images
-    return image.width, image.height
+    def as_said(self, sample: Sample, answer: str) -> str:
+        """An answer in pixels of the stored image, as precise as the family can say it."""
+        if sample.boxes is None:
+            return answer
+        new, last = self._grid(sample)
+        return self.in_pixels(sample, _rescaled(answer, sample.boxes, new, last))
+
+    def _grid(self, sample: Sample) -> tuple[Size, Size]:
+        """Width and height of what coordinates are within, and their largest values."""
+        family = self.family()
+        convention = CONVENTIONS.get(family)
+        if convention is None:
+            raise ModelError(
+                f'{sample.metadata.get("where", sample.id)} declares "boxes", and how models of the family '
+                f"{quoted(family)} write boxes is not known here (known: {', '.join(CONVENTIONS)})",
+                'use a model of these families, or leave the key "boxes" out: coordinates are plain text then',
+            )
+        return ((1000, 1000), (1000, 1000)) if convention == THOUSANDTHS else _resized(sample, self.processor)
 
 
 def _resized(sample: Sample, processor: Any) -> tuple[Size, Size]:
     """Width and height of a sample's image behind the processor, and its last column and row."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-    images, (width, height) = processor.image_processor, _image_size(sample)
+    images, (image,) = processor.image_processor, sample.images
+    width, height = image.width, image.height
     low, high = images.size["shortest_edge"], images.size["longest_edge"]
-    with blamed_on(f"{sample.images[0].source} ({width} x {height} pixels)", processor):
+    with blamed_on(f"{image.source} ({width} x {height} pixels)", processor):
         new_height, new_width = smart_resize(height, width, images.patch_size * images.merge_size, low, high)
     return (new_width, new_height), (new_width - 1, new_height - 1)
 
 
 def _rewritten(sample: Sample, new: Size, last: Size) -> Sample:
-    """A sample with the boxes of all its texts in another grid; its image stays between the same words."""
+    """A sample with the boxes of all its texts in another grid, which is no declaration any more."""
     assert sample.boxes is not None
     old = sample.boxes
     places = tuple(
@@ -116,7 +124,7 @@ def _rewritten(sample: Sample, new: Size, last: Size) -> Sample:
         target=_rescaled(sample.target, old, new, last),
         answers=tuple(_rescaled(answer, old, new, last) for answer in sample.answers),
         history=tuple(Turn(turn.role, _rescaled(turn.text, old, new, last)) for turn in sample.history),
-        boxes=new,
+        boxes=None,
         places=places,
     )
 

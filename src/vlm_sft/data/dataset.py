@@ -13,7 +13,6 @@ from typing import Any
 
 from vlm_sft.common.errors import DataError
 from vlm_sft.data.audit import histogram, refuse_if_all_fail
-from vlm_sft.data.boxes import in_convention
 from vlm_sft.data.cache.directory import default_cache_dir
 from vlm_sft.data.cache.encoded import DataCache
 from vlm_sft.data.encode import EncodedGroup, Encoder
@@ -146,17 +145,15 @@ def usable_samples(encoder: Encoder, samples: Sequence[Sample]) -> tuple[list[Sa
     """Sort out what `Encoder.problem` speaks against, before anything is decoded.
 
     Returns:
-        The samples that can be encoded, as far as that is known, with boxes as the model writes them, and the others.
+        The samples that can be encoded, as far as that is known, and the others.
 
     Raises:
         ModelError: the processor fails on all of several images, or how the model writes boxes is not known.
     """
-    family = encoder.family() if any(sample.boxes for sample in samples) else ""
     found = [(sample, encoder.problem(sample)) for sample in samples]
     left_out = [LeftOut.because(sample.id, problem) for sample, problem in found if problem is not None]
     refuse_if_all_fail(left_out, samples)
-    usable = [sample for sample, problem in found if problem is None]
-    return [in_convention(sample, family, encoder.processor) for sample in usable], left_out
+    return [sample for sample, problem in found if problem is None], left_out
 
 
 def group_lengths(group: EncodedGroup) -> GroupLengths:

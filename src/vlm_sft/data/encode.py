@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 
 from vlm_sft.common.errors import ModelError, SampleError
+from vlm_sft.data.boxes import Convention
 from vlm_sft.data.chat import TEXT_KEYS, Chat, Message
 from vlm_sft.data.conversation import PROBES, conversation, probe_conversation
-from vlm_sft.data.images import decode_rgb, read_bytes
+from vlm_sft.data.images import pictures_of, sources_of
 from vlm_sft.data.processor import apply_pixel_bounds, blamed_on, end_ids, image_token_id, visual_tokens
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.data.sample import UNPLACEABLE, ImageRef, Sample
+from vlm_sft.data.sample import UNPLACEABLE, Sample
 from vlm_sft.data.sources.spec import is_own
 
 ImageSource = Callable[[Sample], dict[str, torch.Tensor]]  # gives what the processor made of a sample's pictures
@@ -107,7 +108,7 @@ class Encoder:
         processor: a Hugging Face processor with a chat template.
         prompt: prompt and image settings; pixel bounds are applied to the processor's image processor.
         stop_ids: token ids that end an answer (the generation config's eos ids); the tokenizer's eos when empty.
-        family: gives `model_type` of the model's configuration; asked where samples declare boxes.
+        family: as of `boxes.Convention`.
 
     Raises:
         ModelError: nothing says which token ends an answer, or which one stands for an image.
@@ -117,7 +118,7 @@ class Encoder:
         self, processor: Any, prompt: PromptSettings, stop_ids: Sequence[int] = (), family: Callable[[], str] = str
     ) -> None:
         self.processor = processor
-        self.family = family
+        self.boxes = Convention(family, processor)
         self.tokenizer = processor.tokenizer
         self.prompt = prompt
         self.stop_ids = tuple(stop_ids) or end_ids(self.tokenizer)
@@ -146,6 +147,7 @@ class Encoder:
             DataError: an image cannot be read or processed, or a text cannot be told from a control token.
             ModelError: the chat template does not fit.
         """
+        samples = [self._asked(sample) for sample in samples]
         first = samples[0]
         self._require_places(first)
         tensors = self.process_images(first) if tensors is None else tensors
@@ -179,6 +181,7 @@ class Encoder:
             sample: a question. Images whose size is not known yet are not judged.
         """
         try:
+            sample = self._asked(sample)
             self._require_places(sample)
             if all(image.width for image in sample.images):
                 self._try_sizes(sample)
@@ -218,7 +221,7 @@ class Encoder:
         self.chat.process(
             probe_conversation(sample, self.prompt),
             [Image.new("RGB", size, "white") for size in sizes],
-            _source(sample),
+            sources_of(sample.images),
         )
         self._tried.add(sizes)
 
@@ -245,9 +248,9 @@ class Encoder:
         """
         if not sample.images:
             return {}
-        pictures = _pictures(sample)
+        pictures = pictures_of(sample.images)
         if self._alone_is_exact:
-            with blamed_on(_source(sample), self.processor.image_processor):
+            with blamed_on(sources_of(sample.images), self.processor.image_processor):
                 return self._process_alone(pictures)
         tensors = self._process_whole(sample, pictures)
         if self._alone_is_exact is None:
@@ -262,7 +265,7 @@ class Encoder:
 
     def _process_whole(self, sample: Sample, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
         """What the processor makes of pictures in a conversation like the sample's, without the text."""
-        whole = self.chat.process(probe_conversation(sample, self.prompt), pictures, _source(sample))
+        whole = self.chat.process(probe_conversation(sample, self.prompt), pictures, sources_of(sample.images))
         return {name: value for name, value in whole.items() if name not in TEXT_KEYS}
 
     def _process_alone(self, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
@@ -288,7 +291,7 @@ class Encoder:
         if frame is None:
             blank = [Image.new("RGB", size, "white") for size in sizes or picture_sizes(sample)]
             probe = probe_conversation(sample, self.prompt)
-            whole = self.chat.process(probe, blank, _source(sample))
+            whole = self.chat.process(probe, blank, sources_of(sample.images))
             types = whole.get("mm_token_type_ids", whole.get("token_type_ids"))
             frame = _Frame(
                 whole["input_ids"][0].numpy().astype(np.int32),
@@ -299,17 +302,21 @@ class Encoder:
                 self._frames[key] = frame
         return frame
 
+    def _asked(self, sample: Sample) -> Sample:
+        """A sample as the model is asked it."""
+        return sample if sample.boxes is None else self.boxes.written(sample)
+
     def prompt_text(self, sample: Sample) -> str:
         """Render the conversation up to the place where the answer begins."""
-        return self.chat.render(conversation(sample, self.prompt))
+        return self.chat.render(conversation(self._asked(sample), self.prompt))
 
     def has_ordinary_prompt(self, sample: Sample) -> bool:
         """Whether any program that tokenises `prompt_text` gets the tokens of training."""
-        return self.chat.is_ordinary(conversation(sample, self.prompt))
+        return self.chat.is_ordinary(conversation(self._asked(sample), self.prompt))
 
     def prompt_tokens(self, sample: Sample) -> tuple[str, np.ndarray]:
         """The conversation up to the place where the answer begins: text, and tokens before images are expanded."""
-        return self.chat.prompt(conversation(sample, self.prompt))
+        return self.chat.prompt(conversation(self._asked(sample), self.prompt))
 
     def answer_ids(self, sample: Sample, prompt: str = "") -> np.ndarray:
         """Tokens of the answer and its end token, (A,) int32: what is supervised, and nothing else.
@@ -318,6 +325,7 @@ class Encoder:
             sample: the question with its answer.
             prompt: its rendered prompt, where that is known already.
         """
+        sample = self._asked(sample)
         ids = self.chat.answer(conversation(sample, self.prompt), sample.target, prompt)
         stops = np.nonzero(np.isin(ids, self.stop_ids))[0]
         if len(stops):
@@ -344,7 +352,11 @@ class Encoder:
 
     def _exact(self, messages: list[Message], sample: Sample) -> np.ndarray:
         """The processor's own sequence, (L,) int32."""
-        return self.chat.process(messages, _pictures(sample), _source(sample))["input_ids"][0].numpy().astype(np.int32)
+        return (
+            self.chat.process(messages, pictures_of(sample.images), sources_of(sample.images))["input_ids"][0]
+            .numpy()
+            .astype(np.int32)
+        )
 
     def _probe_tokens(self, sample: Sample) -> list[np.ndarray]:
         """Tokens of the sample's conversation with each probe for a question, not expanded."""
@@ -374,25 +386,8 @@ class Encoder:
         return size
 
 
-def _pictures(sample: Sample) -> list[Image.Image]:
-    """Read and decode a sample's images.
-
-    Raises:
-        DataError: one cannot be read or decoded.
-    """
-    return [_picture(image) for image in sample.images]
-
-
-def _picture(image: ImageRef) -> Image.Image:
-    return decode_rgb(read_bytes(image), image.source)
-
-
-def _source(sample: Sample) -> str:
-    """Where a sample's images are and how large, for messages."""
-    sizes = [f" ({image.width} x {image.height} pixels)" if image.width else "" for image in sample.images]
-    return ", ".join(image.source + size for image, size in zip(sample.images, sizes, strict=True))
-
-
 def picture_sizes(sample: Sample) -> tuple[tuple[int, int], ...]:
     """Width and height of a sample's images in pixels; those that no check has measured are decoded."""
-    return tuple((image.width, image.height) if image.width else _picture(image).size for image in sample.images)
+    return tuple(
+        (image.width, image.height) if image.width else pictures_of([image])[0].size for image in sample.images
+    )

@@ -9,6 +9,7 @@ import io
 import re
 import threading
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -98,6 +99,21 @@ def decode_rgb(data: bytes, source: str) -> Image.Image:
         raise DataError(what, f"{FIX}; known are {', '.join(FORMATS)}") from error
     except Exception as error:  # broken files make Pillow raise anything from OSError to ZeroDivisionError
         raise DataError(f"{source}: the image cannot be decoded: {error or type(error).__name__}", FIX) from error
+
+
+def pictures_of(images: Iterable[ImageRef]) -> list[Image.Image]:
+    """Read and decode images, as `decode_rgb`.
+
+    Raises:
+        DataError: one cannot be read or decoded.
+    """
+    return [decode_rgb(read_bytes(image), image.source) for image in images]
+
+
+def sources_of(images: Iterable[ImageRef]) -> str:
+    """Where images are and how large, for messages."""
+    sizes = [(image.source, f" ({image.width} x {image.height} pixels)" if image.width else "") for image in images]
+    return ", ".join(map("".join, sizes))
 
 
 def image_format(data: bytes) -> str:

@@ -143,8 +143,8 @@ class Sample:
         metadata: small JSON values for analysis: "question_type", "answer_type", ….
         weight: of its answer's tokens in the training loss.
         places: where each image stands, ascending; empty where all stand before the first user's words.
-        boxes: width and height of what coordinates of boxes in its texts are within: its only image, or the grid of a
-            model's convention; None where it declares no boxes.
+        boxes: width and height in pixels of its only image as it is stored, where its texts hold boxes in such pixels;
+            None where it declares no boxes.
     """
 
     id: str

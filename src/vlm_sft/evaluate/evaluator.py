@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import progress
 from vlm_sft.common.errors import EvaluationError
-from vlm_sft.data.boxes import in_pixels
+from vlm_sft.data.boxes import Convention
 from vlm_sft.data.sources.splits import image_groups
 from vlm_sft.distributed.collectives import barrier
 from vlm_sft.evaluate.analysis import analyse
@@ -127,7 +127,8 @@ class Evaluator:
                     break
                 if number >= len(own):
                     continue
-                rows = [prediction_row(task.benchmark, reply, clusters[reply.sample.id]) for reply in replies]
+                boxes = self.backend.encoder.boxes
+                rows = [prediction_row(task.benchmark, reply, clusters[reply.sample.id], boxes) for reply in replies]
                 stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                 stream.flush()
                 bar.advance(len(rows))
@@ -172,26 +173,29 @@ class Evaluator:
         return result
 
 
-def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str, Any]:
+def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str, boxes: Convention) -> dict[str, Any]:
     """One line of predictions.jsonl.
 
     Args:
         benchmark: scores the answer.
         reply: the question with its answer.
         cluster: the questions that it hangs together with through its images; told where there is not just one.
+        boxes: how the model writes them, where the question declares some; the row has them in pixels.
     """
     sample, text, cut = reply
-    prediction, answers = in_pixels(sample, text), [in_pixels(sample, answer) for answer in sample.answers]
+    answers = list(sample.answers)
+    if sample.boxes is not None:
+        text, answers = boxes.in_pixels(sample, text), [boxes.as_said(sample, answer) for answer in answers]
     return {
         "id": sample.id,
         "image": picture_name(sample),
         **({"cluster": cluster} if len(sample.images) != 1 else {}),
         "image_pixels": sum(image.width * image.height for image in sample.images),
-        "question": in_pixels(sample, sample.shown_question),
-        "prediction": prediction,
+        "question": sample.shown_question,
+        "prediction": text,
         "answers": answers,
         "split": sample.split,
-        "score": benchmark.score(prediction, answers, sample.metadata),
+        "score": benchmark.score(text, answers, sample.metadata),
         "cut": cut,
         "question_type": str(sample.metadata.get("question_type", "")),
         **{key: sample.metadata[key] for key in benchmark.needs if sample.metadata.get(key)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ def load_divided(base: Base, adapter: Path | None, device: str) -> Any:
     """
     model = load_to_divide(base).requires_grad_(False)
     if adapter is not None:
-        model = load_adapter(model, adapter)
+        with warnings.catch_warnings():  # on other ranks than the first there is no place for its weights yet
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
+            model = load_adapter(model, adapter)
     divide_model(model, device, base.dtype)
     return model.eval()

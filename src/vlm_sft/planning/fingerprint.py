@@ -89,7 +89,7 @@ def data_sha256(data: PreparedData, scored: bool = False) -> str:
         turns = [(turn.role, turn.text) for turn in sample.history]
         row: list[Any] = [sample.image_key, sample.system, turns, sample.question, sample.target]
         row += [] if scored or sample.weight == 1 else [sample.weight]
-        row += [sample.places] if sample.places else []
+        row += filter(None, (sample.places, sample.boxes))
         digest.update(json.dumps([*row, *sample.answers] if scored else row).encode() + b"\n")
     return digest.hexdigest()
 

@@ -256,7 +256,7 @@ def group_key(members: Sequence[Sample]) -> str:
     """Key of an image with its questions, whatever their ids; own data may be asked by a template of its own."""
     first = members[0]
     asked = [[[(turn.role, turn.text) for turn in s.history], s.question, s.target, is_own(s.dataset)] for s in members]
-    text = json.dumps([first.image_key, first.system, asked, *([first.places] if first.places else [])])
+    text = json.dumps([first.image_key, first.system, asked, *filter(None, (first.places, first.boxes))])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
