@@ -80,9 +80,9 @@ def weights(change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | Non
 
 REMOTE = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "modeling_x.XModel"}
 REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
-    "code of its own": (
+    "contains Python code": (
         edit("config.json", model_type="x_vl", auto_map=REMOTE, architectures=["XModel"]),
-        ("Python code of its own",),
+        ("contains Python code",),
     ),
     "a family of a newer transformers": (
         edit("config.json", model_type="qwen9_vl", transformers_version="9.1.0"),

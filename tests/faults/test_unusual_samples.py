@@ -73,7 +73,7 @@ def test_training_names_and_counts_them_and_goes_on(
     assert f"note: {PLACED_NOTE}: 2 questions" in told.out
     notes = read(run / "run.json")["notes"]
     assert f"note: {PLACED_NOTE}: 2 questions" in notes
-    assert any(note.startswith("benchmarks: 1 samples are left out") and "test-long" in note for note in notes)
+    assert any(note.startswith("benchmarks: 1 sample left out") and "test-long" in note for note in notes)
     assert read(run / "results.json")["benchmarks"][data.name]["n"] == 5
 
 
@@ -87,7 +87,7 @@ def test_evaluation_and_plan_do_the_same(data: Path, tmp_path: Path, capsys: pyt
     assert [row["question"] for row in rows][1] == "What does the <image> tag do?"
     assert main(["plan", *POCKET, "--dataset", str(data), "--sft_config", "smoketest"]) == 0
     told = capsys.readouterr()
-    assert "samples are left out (image cannot be processed: 2" in told.err and REFUSED in told.err
+    assert "samples left out (image cannot be processed: 2" in told.err and REFUSED in told.err
     assert f"note: {PLACED_NOTE}: 2 questions" in told.out and "data: 5 questions on 5 images" in told.out
 
 
@@ -95,8 +95,8 @@ def test_check_finds_what_a_model_refuses(data: Path, tmp_path: Path, capsys: py
     check = ["data", "check", str(data), "--output_dir", str(tmp_path)]
     assert main(check) == 0
     told = capsys.readouterr()
-    assert "as long as wide, which some models cannot take (all of Qwen's): 1, e.g. " in told.err
-    assert "long.png (3,000 x 10 pixels); --base_model MODEL asks the model's processor" in told.err
+    assert "as long as wide, which some models reject (all Qwen models): 1, e.g. " in told.err
+    assert "long.png (3,000 x 10 pixels); --base_model MODEL checks with the model's processor" in told.err
     assert main([*check, "--base_model", "pocket"]) == 2
     told = capsys.readouterr()
     assert "cannot be used" in told.err and REFUSED in told.err

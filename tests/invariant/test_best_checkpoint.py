@@ -239,7 +239,7 @@ def test_a_checkpoint_that_forgets_is_not_kept(place: Path, capsys: pytest.Captu
     losses = {step: row["eval_loss"] for step, row in evaluations(run).items()}
     assert min(losses, key=losses.get) != record["best_step"], "the loss alone would have chosen another one"
     assert verdicts[record["best_step"]]["qualifies"]
-    assert "best" in told.split("what was gained and what was lost")[1]
+    assert "best" in told.split("changes on the guarded benchmarks")[1]
 
 
 def test_exit_code_3_when_no_checkpoint_qualifies(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +248,7 @@ def test_exit_code_3_when_no_checkpoint_qualifies(place: Path, capsys: pytest.Ca
     told = capsys.readouterr()
     assert code == 3
     assert "no checkpoint of" in told.err
-    assert "keeps to --guard" in told.err
+    assert "satisfies --guard" in told.err
     record = json.loads((run / "guard.json").read_text())
     assert (record["qualified"], record["best_step"]) == (False, None)
     assert json.loads((run / "run.json").read_text())["status"] == "finished"

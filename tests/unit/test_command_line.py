@@ -59,7 +59,7 @@ def refused(line: str, capsys: Captured) -> str:
             "its flags are --columns, --split, --output_dir, --base_model, --max_length, --limit",
         ),
         ("data check x --zzz", "unknown flag --zzz\n"),
-        ("--verbose train", "unknown flag --verbose\n  fix: flags stand behind"),
+        ("--verbose train", "unknown flag --verbose\n  fix: flags come after"),
         ("trian --output_dir o", "vlm-sft does not know 'trian'; did you mean train?"),
         ("data chek x", "vlm-sft data does not know 'chek'; did you mean check?"),
         ("data cache cleer", "did you mean clear?"),
@@ -135,7 +135,10 @@ def test_values_that_look_like_flags_are_values() -> None:
 
 IDLE = [
     ("train --output_dir o --allow_changes", "--allow_changes has no effect without --resume"),
-    ("train --output_dir o --resume --overwrite_output_dir", "--overwrite_output_dir has no effect beside --resume"),
+    (
+        "train --output_dir o --resume --overwrite_output_dir",
+        "--overwrite_output_dir has no effect together with --resume",
+    ),
     ("eval --base_model pocket --benchmark demo_charts --output_dir o --allow_prompt_mismatch", "without --adapter"),
     (
         "eval --base_model pocket --benchmark demo_charts --output_dir o --backend vllm --tokens_per_pack 9 "

@@ -50,9 +50,9 @@ def test_all_mistakes_of_token_limits_come_together() -> None:
     with pytest.raises(EvaluationError) as caught:
         parse_token_limits("textvqa=3,chartqa=0,7", ["chartqa", "easy_vqa"])
     told = str(caught.value)
-    for part in ("'textvqa' is not evaluated", "'chartqa=0' is no positive number", "'7' names no benchmark"):
+    for part in ("'textvqa' is not evaluated", "'chartqa=0' is not a positive number", "'7' names no benchmark"):
         assert part in told
-    with pytest.raises(EvaluationError, match="no positive number"):
+    with pytest.raises(EvaluationError, match="not a positive number"):
         parse_token_limits("", ["chartqa"])
 
 

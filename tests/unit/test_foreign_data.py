@@ -331,7 +331,7 @@ def test_parts_of_a_content_say_what_is_wrong_with_them(folder: Path, capsys: Ca
         ({"type": "text", "content": "q"}, "whose text is missing; its keys are: content, type"),
         ({"type": "text", "text": 3}, "whose text is no text but 3"),
         ({"text": "q"}, "a part without a type; its keys are: text"),
-        ("q", "a part that is no object: 'q'"),
+        ("q", "a part that is not an object: 'q'"),
     ):
         record = {
             "messages": [{"role": "user", "content": [{"type": "image"}, part]}, {"role": "assistant", "content": "a"}],

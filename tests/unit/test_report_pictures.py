@@ -102,9 +102,9 @@ def test_what_was_not_kept_is_told(task: Task, tmp_path: Path, monkeypatch: pyte
     total = sum(path.stat().st_size for path in (folder / "evaluation" / "images").iterdir())
     assert 90_000 < total < 150_000
     page, told = shown(folder)
-    reason = "picture not kept: an evaluation keeps 100 kB of pictures a benchmark"
+    reason = "picture not stored: an evaluation stores 100 kB of pictures a benchmark"
     assert set(told) == {"", reason} and told[""] >= 5
-    assert f"{told[reason]} questions: picture not kept" in page.text
+    assert f"{told[reason]} questions: picture not stored" in page.text
 
 
 def test_what_a_page_has_no_room_for_is_told(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,5 +129,5 @@ def test_an_image_that_cannot_be_read_any_more_ends_nothing(
     folder = evaluated(tmp_path / "run", replace(task, samples=[broken, *task.samples[1:]]))
     assert line_with(capsys.readouterr().err, "warning: ", "1 picture", "disk/3.png")
     told = shown(folder)[1]
-    assert told["picture not kept: disk/3.png: the image cannot be read: Input/output error"] == 1
+    assert told["picture not stored: disk/3.png: the image cannot be read: Input/output error"] == 1
     assert told[""] == QUESTIONS - 1

@@ -53,7 +53,7 @@ def test_documents(tmp_path: Path) -> None:
     assert (sample.question, sample.target, sample.answers) == ("Who?", "ITC", ("ITC", "itc limited", "ITC"))
     assert sample.metadata["question_type"] == "form / layout" and sample.id == "docvqa/validation/000000"
     assert [one.reason for one in loaded.left_out] == ["empty answer"]
-    assert "validation split stands in" in loaded.description
+    assert "validation split is used instead" in loaded.description
 
 
 def test_chartqapro(tmp_path: Path) -> None:

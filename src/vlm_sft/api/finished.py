@@ -61,7 +61,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """How the run ended: "finished", "failed", "interrupted"; "running" while it goes on."""
+        """How the run ended: "finished", "failed" or "interrupted"; "running" before that."""
         return str(self.record.get("status", "unknown"))
 
     @property
@@ -94,7 +94,7 @@ class Run:
         return LossCurve(rows, report.record.best if report.record else None)
 
     def report(self, output: str | Path | None = None) -> ReportPage:
-        """Write the report anew, and show it in a notebook.
+        """Write the report again, and show it in a notebook.
 
         Args:
             output: the HTML file; report.html in the run's folder by default.
@@ -128,7 +128,7 @@ class Run:
             return answered(self.asker, pairs)
 
     def compare(self, other: Run | str | Path | None = None) -> Comparison:
-        """Compare with another run on the questions that both answered; with the own base by default.
+        """Compare with another run on the questions that both answered; by default with this run's base.
 
         Args:
             other: the baseline: a run, or a folder of predictions.
@@ -141,7 +141,7 @@ class Run:
         return Comparison(compare_runs([Path(other), self.folder], Path(other)))
 
     def export(self, output_dir: str | Path, merge: bool = False, **options: Any) -> Path:
-        """Export a merged model or an adapter folder that other programs open; it is opened again and compared.
+        """Export a merged model or an adapter folder for other programs; the export is reopened and compared.
 
         Args:
             output_dir: the new folder.
@@ -160,7 +160,7 @@ class Run:
             return export(made)
 
     def load(self, device: str = "auto") -> tuple[Any, Any]:
-        """The model and its processor as objects of PEFT and transformers, without anything of this package.
+        """The model and its processor as plain PEFT and transformers objects.
 
         Args:
             device: where the model goes; "auto": the first GPU, else the CPU.
@@ -222,7 +222,7 @@ def verify(
 
 
 def open_run(folder: str | Path) -> Run:
-    """Open a run that is finished, or goes on.
+    """Open a run, finished or still running.
 
     Args:
         folder: its output folder.

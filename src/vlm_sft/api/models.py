@@ -1,4 +1,4 @@
-"""A model that is asked and evaluated: the base, and the adapter of a run."""
+"""Ask and evaluate a model: the base, and the adapter of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGES = "pass a PIL image, a path, bytes of a picture, or a NumPy array of uint
 
 
 class Answers(Table):
-    """Answers to questions: rows of `question`, `base`, `tuned`; `tuned` is None where there is no adapter."""
+    """Answers to questions: rows of `question`, `base`, `tuned`; `tuned` is None without an adapter."""
 
 
 def model_of(folder: str | Path) -> tuple[str | None, Path | None]:
@@ -128,7 +128,7 @@ def ask(
     max_new_tokens: int | None = None,
     allow_other_base: bool = False,
 ) -> Answers:
-    """Ask a model, which is loaded for it; `Run.ask` keeps it loaded.
+    """Load a model and ask it; `Run.ask` keeps the model loaded.
 
     Args:
         images: a picture (PIL, path, bytes, NumPy array of uint8), or as many pictures as there are questions; a list

@@ -1,4 +1,4 @@
-"""What a training would take, from Python: `vlm-sft plan` as a function."""
+"""What a training would cost, from Python: `vlm-sft plan` as a function."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HYPOTHETICAL_NAMES = tuple(item.name for item in fields(HypotheticalData))
 
 
 class TrainingForecast(Table):
-    """Time, memory and disk of a training with the intervals that should hold 90 % of the outcomes.
+    """Time, memory and disk of a training, with intervals that should cover 90 % of the outcomes.
 
     Args:
         planned: the run that was forecast, and not started.
@@ -128,7 +128,7 @@ def plan(
     output_dir: str | Path = "outputs/planned",
     **keywords: Any,
 ) -> TrainingForecast:
-    """Forecast a training from its data and this machine, without starting it.
+    """Forecast a training on this machine without starting it.
 
     Args:
         data: as of `finetune`; None with `questions`, which stands for data that does not exist yet.

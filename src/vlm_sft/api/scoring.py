@@ -1,4 +1,4 @@
-"""Scores from Python: benchmarks answered by a model, and anyone's answers scored by a benchmark's rule."""
+"""Scores from Python: a model's answers to benchmarks, and any program's answers by a benchmark's rule."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def score(
     answers: Sequence[str | Sequence[str]] | None = None,
     metrics: Metrics = (),
 ) -> Scores:
-    """Score anyone's predictions by the rule of a benchmark.
+    """Score any predictions by a benchmark's rule.
 
     Args:
         benchmark: "chartqa", "textvqa", "docvqa", …; "exact_match" for data of your own.

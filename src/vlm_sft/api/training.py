@@ -52,7 +52,7 @@ def finetune(
         recipe: "smoketest", "1epoch", "2epoch", "5epoch", "best", a JSON or YAML file, a dict of keys, or a `Recipe`.
         base_model: "pocket", a folder or a Hub id.
         output_dir: folder of the run; the next free outputs/run-N by default.
-        callbacks: transformers' TrainerCallbacks, told of every step, log, evaluation and checkpoint.
+        callbacks: transformers' TrainerCallbacks, called on every step, log, evaluation and checkpoint.
         metrics: further scores of the final evaluation: functions of (prediction, answers) that return a number, each
             under its own name, or a dict of names and functions. They do not choose the checkpoint.
         **keywords: keys of the recipe, and the options of `TrainOptions` and `EngineOptions`, with the names and checks
@@ -63,7 +63,7 @@ def finetune(
 
     Raises:
         VlmSftError: a mistake in recipe, data, model, folder or launch, in the words of the command line.
-        GuardError: the training is finished, and no checkpoint keeps to the guard; `open_run` opens it.
+        GuardError: the training finished, but no checkpoint satisfies the guard; `open_run` opens it.
         InterruptedRunError: a signal (Ctrl-C, the notebook's stop button) ended the training after a checkpoint.
 
     Examples:

@@ -40,7 +40,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_new_tokens",
         type=int,
         metavar="N",
-        help="limit of an answer in tokens (default: what the adapter's training, or the base, came with)",
+        help="limit of an answer in tokens (default: that of the adapter's training, or of the base)",
     )
     parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
 

@@ -218,9 +218,9 @@ def _warn_of_strips(samples: list[Sample]) -> None:
     if strips:
         first = next(iter(strips.values()))
         warn(
-            f"images more than {STRIP_RATIO} times as long as wide, which some models cannot take (all of Qwen's): "
+            f"images more than {STRIP_RATIO} times as long as wide, which some models reject (all Qwen models): "
             f"{len(strips):,}, e.g. {first.source} ({first.width:,} x {first.height:,} pixels); --base_model MODEL "
-            "asks the model's processor"
+            "checks with the model's processor"
         )
 
 

@@ -14,9 +14,7 @@ from vlm_sft.data.sources.spec import COLUMNS_HELP
 if TYPE_CHECKING:
     from vlm_sft.data.exchange.report import ExchangeReport
 
-IMPORT_HELP = (
-    "read a data set of TRL, LLaMA-Factory, ms-swift, datasets, WebDataset, or a CSV beside a folder of images"
-)
+IMPORT_HELP = "read a data set of TRL, LLaMA-Factory, ms-swift, datasets, WebDataset, or a CSV with a folder of images"
 EXPORT_HELP = "write a data set for TRL, LLaMA-Factory, ms-swift, or as CSV"
 NEXT = {
     "trl": "datasets.load_dataset('parquet', data_dir={plain!r})  # then trl.SFTTrainer",
@@ -53,7 +51,7 @@ def add_exchange_arguments(actions: Any) -> None:
         "--style",
         default="sharegpt",
         choices=("sharegpt", "alpaca"),
-        help="which of LLaMA-Factory's two layouts (default: %(default)s)",
+        help="one of LLaMA-Factory's two layouts (default: %(default)s)",
     )
     writer.add_argument(
         "--split",
@@ -72,7 +70,7 @@ def _add_common(parser: argparse.ArgumentParser, layout: str) -> None:
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="share of unusable questions that is no error, 0 to 1 (default: %(default)s)",
+        help="share of unusable questions that is tolerated, 0 to 1 (default: %(default)s)",
     )
 
 
@@ -139,7 +137,7 @@ def _tell(report: ExchangeReport, args: argparse.Namespace) -> None:
     for path in report.files:
         say(f"  {path}")
     for note, ids in report.changed.items():
-        warn(f"{len(ids):,} questions are not exactly as they were: {note}; named in {args.output / CHANGED}")
+        warn(f"{len(ids):,} questions were changed: {note}; listed in {args.output / CHANGED}")
     for caution, found in report.cautions.items():
         warn(f"{caution}: {len(found):,}; the first: {min(found)}")
     say(f"left out: {len(report.left_out):,} (named in {args.output / LEFT_OUT})")

@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions a benchmark: a seeded sample")
     parser.add_argument("--split", choices=("train", "validation", "test"), help="instead of the benchmark's own split")
-    add_prompt_arguments(parser, "instead of what the adapter or the base comes with")
-    parser.add_argument("--min_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
-    parser.add_argument("--max_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
+    add_prompt_arguments(parser, "instead of the adapter's or the base's own")
+    parser.add_argument("--min_pixels", type=int, metavar="N", help="instead of the adapter's own")
+    parser.add_argument("--max_pixels", type=int, metavar="N", help="instead of the adapter's own")
     _add_length_arguments(parser)
     parser.add_argument(
         "--allow_prompt_mismatch",

@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this verb."""
     parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="a run's folder, or a checkpoint")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="the new folder")
-    parser.add_argument("--merge", action="store_true", help="put the adapter into the base's weights: a whole model")
+    parser.add_argument(
+        "--merge", action="store_true", help="merge the adapter into the base's weights: a complete model"
+    )
     parser.add_argument(
         "--base_model", metavar="MODEL", help="Hub id, folder, or 'pocket' (default: the one that the adapter names)"
     )

@@ -130,7 +130,7 @@ class Parser(argparse.ArgumentParser):
 
     def _help_with_flags(self) -> str:
         if self._subparsers is not None:
-            return f"flags stand behind what is to be done; {self.prog} --help lists that"
+            return f"flags come after the action; {self.prog} --help lists that"
         flags = [
             action.option_strings[-1]
             for action in self._actions

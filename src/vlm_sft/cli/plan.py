@@ -44,7 +44,7 @@ def plan_options(args: argparse.Namespace) -> PlanOptions:
     """The options that the flags mean.
 
     Raises:
-        DataError: `--image_size` is no size.
+        DataError: `--image_size` is not a size.
     """
     refuse_idle(args, PLAN_IDLE, args.given)
     data = None if args.questions is None else read_options(HypotheticalData, args)

@@ -16,7 +16,7 @@ from vlm_sft.recipe.load import add_recipe_arguments
 if TYPE_CHECKING:
     from vlm_sft.planning.recommendation import Advice
 
-HELP = "recommend a recipe for the hours, the disk and the machine that you have"
+HELP = "recommend a recipe for your time, disk and machine"
 FORMATS = (".svg", ".png", ".pdf")
 NOTHING_FITS = 4
 ALL_RECIPES = Idle(
@@ -26,8 +26,8 @@ ALL_RECIPES = Idle(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this verb; those of training describe the set-up."""
-    parser.add_argument("--hours", type=float, required=True, metavar="H", help="what the training may take, in hours")
-    parser.add_argument("--disk", type=float, metavar="GB", help="what it may write, in gigabytes (10^9 bytes)")
+    parser.add_argument("--hours", type=float, required=True, metavar="H", help="time budget of the training, in hours")
+    parser.add_argument("--disk", type=float, metavar="GB", help="disk budget, in gigabytes (10^9 bytes)")
     parser.add_argument(
         "--priority",
         choices=PRIORITIES,

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="serve the page on 127.0.0.1 instead of writing it; it is refreshed while the runs go on",
+        help="serve the page on 127.0.0.1 instead of writing it; it refreshes while the runs continue",
     )
     parser.add_argument(
         "--port",

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what is trained and how, the recipe's keys aside; `vlm-sft plan` takes them too."""
     add_options(parser, TrainOptions, but=(*AnswerOptions.__dataclass_fields__, "local_rank"))
-    add_prompt_arguments(parser, "instead of what the base comes with; saved with the adapter")
+    add_prompt_arguments(parser, "instead of the base's own; saved with the adapter")
     add_options(parser, CacheOptions)
     add_options(parser, AnswerOptions, only=("shard_weights",))
     add_options(parser, EngineOptions, but=tuple(CacheOptions.__dataclass_fields__))

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="optimizer steps of the trial, at least 4 (default: %(default)s)",
     )
     parser.add_argument(
-        "--output_dir", type=Path, metavar="DIR", help="where the trial runs (default: RUN/verify); it is kept"
+        "--output_dir", type=Path, metavar="DIR", help="where the trial runs (default: RUN/verify); it is not deleted"
     )
     parser.add_argument("--checkpoints_only", action="store_true", help="compare checksums, and train nothing")
 

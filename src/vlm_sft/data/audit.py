@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from vlm_sft.common.errors import QUOTED_CHARACTERS, DataError, ModelError, bounded
+from vlm_sft.common.formats import plural
 from vlm_sft.data.duplicates import Repeat
 from vlm_sft.data.images import check_image
 from vlm_sft.data.plain_text import reads_like_control
@@ -30,8 +31,8 @@ from vlm_sft.data.threads import map_images
 MAX_LEFT_OUT_FRACTION = 0.01
 HISTOGRAM_BINS = 24
 CHECK_ALL = "vlm-sft data check DATASET --split all --base_model MODEL"
-OUTSIDE_NOTE = "an image lies outside of the data's folder, by its path or a link; exports and reports hold copies"
-PLACED_NOTE = "an image stands behind words; it is shared by those questions alone that have the same words before it"
+OUTSIDE_NOTE = "the image lies outside the data's folder (absolute path or link); exports and reports copy it"
+PLACED_NOTE = "an image follows words; only questions with the same words before it share it"
 CONTROL_NOTE = "a text holds the name of a control token, such as <image>; it is read as plain text"
 
 
@@ -232,7 +233,7 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
         f"{reason}: {count:,}, e.g. {bounded(firsts[reason].id, QUOTED_CHARACTERS)}: {firsts[reason].detail}"
         for reason, count in counts
     ]
-    return f"{len(left_out):,} samples are left out ({'; '.join(parts)})"
+    return f"{plural(len(left_out), 'sample')} left out ({'; '.join(parts)})"
 
 
 def enforce(

@@ -1,9 +1,9 @@
-"""Samples to token ids and image tensors, once an image; text rows to token ids alone.
+"""Samples to token ids and image tensors, once per image; text rows to token ids only.
 
-The questions of one image share the beginning of the processor's own token sequences: the prefix, which holds the
-image. Pictures go through the image processor alone, once an image; the placeholder tokens of a picture depend on its
-size only, so they are taken from the processor's sequence for a blank picture of that size, and the questions are
-spliced into it. Both short cuts are checked against the processor itself the first time.
+The questions about an image share the beginning of the processor's token sequences: the prefix, which holds the image.
+Only the image processor sees the picture, once per image. The placeholder tokens of a picture depend only on its size,
+so they come from the processor's sequence for a blank picture of that size, and the questions are spliced into it. Both
+shortcuts are checked against the whole processor on first use.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import UNPLACEABLE, Sample
 from vlm_sft.data.sources.spec import is_own
 
-ImageSource = Callable[[Sample], dict[str, torch.Tensor]]  # gives what the processor made of a sample's pictures
-# Width and height in pixels of pictures on which the image processor alone is held against the whole processor.
+ImageSource = Callable[[Sample], dict[str, torch.Tensor]]  # the processor's output for a sample's pictures
+# Width and height in pixels of pictures on which the image processor is compared with the whole processor.
 _PROBE_SIZES = ((1201, 397), (101, 61), (64, 150))
-_SMALL, _LONG = 64, 8  # pixels of the shorter side, and ratio of the sides: beyond, a processor is tried first
+_SMALL, _LONG = 64, 8  # shortest side in pixels and largest aspect ratio that are used without a trial
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedQuestion:
-    """One question behind a shared prefix.
+    """One question after a shared prefix.
 
     Attributes:
         sample_id: id of the sample.
         prompt_ids: (Q,) int32, the prompt's tokens after the prefix; never empty.
-        answer_ids: (A,) int32, the answer and its end token: the supervised part. Empty when only a prompt was asked.
-        weight: of these tokens in the training loss.
+        answer_ids: (A,) int32, the answer and its end token: the supervised part. Empty without answers.
+        weight: weight of these tokens in the training loss.
     """
 
     sample_id: str
@@ -56,18 +56,18 @@ class EncodedQuestion:
 
 @dataclass(frozen=True, slots=True)
 class EncodedGroup:
-    """One image (or several that belong together, or none but an opening text) with all its questions.
+    """One image (or several that belong together, or only an opening text) with all its questions.
 
     Attributes:
-        key: what the questions are about, see `Sample.subject`.
+        key: the subject of the questions, see `Sample.subject`.
         prefix_ids: (P,) int32, the tokens that all questions share, image tokens included.
-        prefix_types: (P,) int32, the processor's token types of the prefix (1 = image), or empty where it has none.
-        image_tokens: how many of the prefix tokens are image tokens.
+        prefix_types: (P,) int32, the processor's token types of the prefix (1 = image); empty if it has none.
+        image_tokens: number of image tokens in the prefix.
         questions: the questions, in the order of the samples.
-        tensors: what the processor made of the images (pixel_values, image_grid_thw, …), batch dimension kept; empty
+        tensors: the processor's output for the images (pixel_values, image_grid_thw, …) with batch dimension; empty
             for text rows.
-        follows: for each question the one whose sequence, answer included, its prompt goes on from; -1 for none. Empty
-            where there is no such turn.
+        follows: for each question the index of the one whose sequence, answer included, its prompt continues; -1 for
+            none. Empty if there is no such turn.
     """
 
     key: str
@@ -81,12 +81,12 @@ class EncodedGroup:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """The processor's sequence for a probe question: how the pictures' placeholders are expanded.
+    """The processor's sequence for a probe question, which shows how the pictures' placeholders expand.
 
     Attributes:
         ids: (L,) int32, expanded.
         plain: int32, the same conversation not expanded.
-        types: (L,) int32 token types, or empty where the processor has none.
+        types: (L,) int32 token types; empty if the processor has none.
     """
 
     ids: np.ndarray
@@ -111,7 +111,7 @@ class Encoder:
         family: as of `boxes.Convention`.
 
     Raises:
-        ModelError: nothing says which token ends an answer, or which one stands for an image.
+        ModelError: the token that ends an answer, or that stands for an image, is unknown.
     """
 
     def __init__(
@@ -140,8 +140,8 @@ class Encoder:
 
         Args:
             samples: at least one; all with the same subject, system text and opening.
-            with_answers: False leaves the answers out, for generation.
-            tensors: what the processor made of the images, where that is at hand; None processes them.
+            with_answers: False omits the answers, for generation.
+            tensors: the processor's output for the images if it is available; None processes them.
 
         Raises:
             DataError: an image cannot be read or processed, or a text cannot be told from a control token.
@@ -380,7 +380,7 @@ class Encoder:
         size = max(size, 1)  # a template may begin with a text row's own words, which the group's texts have in common
         if (sequences[0][size:] == self.image_token_id).any():
             raise ModelError(
-                "the chat template puts the image behind the question, so no prefix can be shared",
+                "the chat template puts the image after the question, so no prefix can be shared",
                 "move the image before the text in the chat template",
             )
         return size

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_sft.common.errors import DataError, SampleError
+from vlm_sft.common.formats import plural
 
 # Classes of samples that are left out, see `LeftOut`.
 UNREADABLE = "image cannot be read"
@@ -233,8 +234,8 @@ def text_rows(samples: Iterable[Sample]) -> int:
 def counted(samples: Sequence[Sample]) -> str:
     """Questions and images in words, with what has no image told apart: "12 questions on 4 images, 3 text rows"."""
     text = text_rows(samples)
-    seen = f"{len(samples) - text:,} questions on {distinct_images(samples):,} images"
-    rows = f"{text:,} text {'row' if text == 1 else 'rows'}"
+    seen = f"{plural(len(samples) - text, 'question')} on {plural(distinct_images(samples), 'image')}"
+    rows = plural(text, "text row")
     return seen if not text else f"{seen}, {rows}" if text < len(samples) else rows
 
 

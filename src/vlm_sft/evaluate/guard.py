@@ -56,7 +56,7 @@ def parse_guards(text: str, specs: Sequence[DatasetSpec] = ()) -> list[Guard]:
             continue
         if source.startswith("eval_"):
             mistakes.append(
-                f"{quoted(source)} is no benchmark: a guard tests answers; a loss goes to metric_for_best_model"
+                f"{quoted(source)} is not a benchmark: a guard tests answers; a loss goes to metric_for_best_model"
             )
             continue
         guards += [

@@ -38,7 +38,7 @@ def open_backend(
     memory = memory_bytes() // (launch.local_size if launch.cpu else 1)
     shared = agree(lambda: shards_weights(shard_weights, base, launch.world_size, memory))
     if shared:
-        say(f"the weights are shared out over {launch.world_size} ranks while they answer (--shard_weights)")
+        say(f"the weights are sharded over {launch.world_size} ranks (--shard_weights)")
         model = load_divided(base, adapter, launch.device)
     else:
         # Frozen features are kept of a frozen tower only.

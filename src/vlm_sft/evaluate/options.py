@@ -28,8 +28,8 @@ class AnswerOptions:
     )
     shard_weights: str = option(
         "auto",
-        "several ranks share out the weights while they answer (FSDP2): auto does so where a whole model does not fit "
-        "on a device (default: %(default)s)",
+        "shard the weights over the ranks during the evaluation (FSDP2): auto does so if the model does not fit "
+        "on one device (default: %(default)s)",
         choices=("auto", "true", "false"),
     )
 

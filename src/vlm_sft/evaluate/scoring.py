@@ -176,7 +176,7 @@ class Scoreboard:
         """
         n = self._overall.counts.total()
         if not n:
-            raise EvaluationError(f"{self.benchmark.name}: there is nothing to score", "pass at least one prediction")
+            raise EvaluationError(f"{self.benchmark.name}: nothing to score", "pass at least one prediction")
         return {
             "benchmark": self.benchmark.name,
             "metric": self.benchmark.metric_name,
@@ -339,16 +339,16 @@ def score_file(
             if out is not None:
                 out.write(json.dumps({"id": item["id"], "score": score}) + "\n")
         if bad.total and not skip_bad_lines:
-            raise EvaluationError(bad.message(), "mend these lines, or pass --skip_bad_lines to score the others")
+            raise EvaluationError(bad.message(), "fix these lines, or pass --skip_bad_lines to score the others")
         if not hashes:
             reason = bad.message() if bad.total else f"{source} is empty"
             raise EvaluationError(reason, "pass one JSON object a line: id, prediction, answers")
         result = board.result()
     if bad.total:
-        console.warn(f"{bad.message()}\nskipped, as --skip_bad_lines asks")
+        console.warn(f"{bad.message()}\nskipped (--skip_bad_lines)")
     result |= {"skipped": bad.total, "duplicate_ids": _count_duplicates(hashes)}
     if result["duplicate_ids"]:
-        console.warn(f"{source}: items with the id of an earlier one: {result['duplicate_ids']:,}; all were scored")
+        console.warn(f"{source}: {result['duplicate_ids']:,} items repeat an earlier id; all were scored")
     return result
 
 

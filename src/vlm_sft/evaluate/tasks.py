@@ -241,7 +241,7 @@ def parse_token_limits(text: str | None, names: list[str]) -> dict[str, int]:
         name, equals, value = entry.rpartition("=")
         targets = [name.strip()] if equals else names
         if not value.strip().isdecimal() or int(value) < 1:
-            mistakes.append(f"{quoted(entry.strip())} is no positive number of tokens")
+            mistakes.append(f"{quoted(entry.strip())} is not a positive number of tokens")
         elif not equals and text != entry:
             mistakes.append(f"{quoted(entry.strip())} names no benchmark")
         elif targets[0] not in names:

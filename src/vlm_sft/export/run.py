@@ -184,7 +184,7 @@ def _write_verified(options: ExportOptions, source: Source, partial: Path) -> tu
     del model
     check = _verify(partial, source, reference, dtype, merged=True)
     if not check["passed"] and options.dtype == AUTO and dtype != torch.float32:
-        say("16 bits would round away what the adapter changes: the merged weights are written in float32")
+        say("16 bits would round away the adapter's changes: the merged weights are written in float32")
         shutil.rmtree(partial)
         partial.mkdir()
         dtype = torch.float32
@@ -239,7 +239,7 @@ def _reference(model: Any, source: Source, questions: int) -> _Reference:
     with model.disable_adapter():
         moved = effect(our_answers(model, encoder, samples, "base"), tuned)
     if not moved:
-        warn("on these questions the adapter changes nothing at all")
+        warn("the adapter changes nothing on these questions")
     return _Reference(samples, origin, encoder, tuned, moved)
 
 
@@ -310,7 +310,7 @@ def _report_result(folder: Path, report: dict[str, Any]) -> None:
     place = shlex.quote(str(folder))
     check = report["verification"]
     say(
-        f"verified: {check['identical_answers']} of {check['questions']} answers are the adapter's own "
+        f"verified: {check['identical_answers']} of {check['questions']} answers match the adapter "
         f"({check['near_ties']} near ties); logits differ by {check['largest_difference']:.2g} of their spread "
         f"({check['tolerance']:.2g} allowed; the adapter changes them by {check['effect']:.2g})"
     )

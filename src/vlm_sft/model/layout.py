@@ -70,7 +70,7 @@ def layout_problem(model: VisionLanguageModel) -> str | None:
         model: an image-text-to-text model, with weights or without.
     """
     if model.config.is_encoder_decoder:
-        return "a decoder of its own writes the answer, apart from image and question"
+        return "a separate decoder writes the answer"
     inner, decoder = getattr(model, "model", None), model.get_decoder()
     if inner is None or decoder is inner or all(part is not decoder for part in inner.modules()):
         return f"{type(model).__name__} does not hold its vision tower and its language model side by side in `model`"

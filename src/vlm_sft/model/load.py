@@ -155,8 +155,8 @@ def _bfloat16_notes(bf16: bool | str) -> list[str]:
         return []
     card = torch.cuda.get_device_name()
     if bf16 == "auto":
-        return [f"{card} has no bfloat16 of its own, and emulating it is slower than float32: computing in float32"]
-    warn(f"--bf16 true: {card} has no bfloat16 of its own, and emulating it is slower than float32; leave it at auto")
+        return [f"{card} does not support bfloat16, and emulating it is slower than float32: computing in float32"]
+    warn(f"--bf16 true: {card} does not support bfloat16, and emulating it is slower than float32; use auto")
     return []
 
 
@@ -288,7 +288,7 @@ def read_model(base: Base, device: str = "cpu") -> Any:
         raise ModelError(
             f"--base_model {base.name}: {len(absent)} tensors of the model are not in its weights, or have another "
             f"shape there, e.g. {absent[0]}",
-            "copy or download the whole model again",
+            "copy or download the complete model again",
         )
     if base.load_in_4bit:
         _keep_scales(model)
@@ -389,7 +389,7 @@ def _open(load: Callable[[], Any], name: str) -> Any:
             ) from error
         if "trust_remote_code" in text:
             raise ModelError(
-                f"--base_model {name}: it comes with Python code of its own, which is never run",
+                f"--base_model {name}: it contains Python code, which is never run",
                 "use a model of a family that transformers itself has",
             ) from error
         lines = text.strip().splitlines() or [type(error).__name__]

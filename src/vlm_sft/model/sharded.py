@@ -40,7 +40,7 @@ def shards_weights(wanted: str, base: Base, ranks: int, memory_bytes: int) -> bo
         return False
     if ranks < 2:
         raise ModelError(
-            "--shard_weights true: there is one rank, and nobody to share with",
+            "--shard_weights true: there is only one rank to shard over",
             "start several: torchrun --nproc_per_node=N -m vlm_sft …",
         )
     if base.load_in_4bit:

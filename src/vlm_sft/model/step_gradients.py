@@ -202,7 +202,7 @@ def loss_problem(tokens: Sequence[tuple[PackedBatch, torch.Tensor]], loss: float
         return None
     images = _bad_images([pack for pack, _ in tokens])
     if images:
-        detail = "an image tensor or a kept vision feature is not finite"
+        detail = "an image tensor or a cached vision feature is not finite"
         return {"detail": detail, "sample_ids": images, "source": "image", "loss": loss}
     found = []
     for pack, losses in tokens:

@@ -114,7 +114,9 @@ def plan_run(options: PlanOptions, counted: dict[str, EncodedGroup] | None = Non
                 published = find_published(train.base_model)
             except ModelError:
                 raise error from None
-            say(f"{published.name} is not at hand: sizes from the built-in table ({published.source}), text estimated")
+            say(
+                f"{published.name} is not available: sizes from the built-in table ({published.source}), text estimated"
+            )
             questions = _questions(run, None)
             data = facts_from_table(run, published, questions.train, questions.evaluation)
             return _forecast(run, data, questions.validation, questions.tasks, published.shape, device)
@@ -142,7 +144,7 @@ def _value_bytes(run: TrainingRun, shape: ModelShape, device: Device | None) -> 
     if device is not None and recipe.bf16 == "auto":
         return 2 if device.bf16 else 4
     if device is not None and recipe.bf16 and not device.bf16:
-        warn(f"--bf16 true: {device.name} has no bfloat16 of its own; emulated, it is slower than forecast")
+        warn(f"--bf16 true: {device.name} does not support bfloat16; emulated, it is slower than forecast")
     formats = (
         decide_format(shape, recipe, run.launch.deepspeed is not None or run.launch.fsdp)
         if recipe.bf16 == "auto"

@@ -129,8 +129,8 @@ def refuse_changes(checkpoint: Path | None, now: Mapping[str, Any], allowed: boo
         listed = "".join(f"\n  - {line}" for line in found)
         raise RunError(
             f"{checkpoint} belongs to another training:{listed}",
-            "give the same flags and data, start over in another --output_dir, or pass --allow_changes to go on with "
-            "what is new",
+            "give the same flags and data, start over in another --output_dir, or pass --allow_changes to "
+            "continue with the new values",
         )
     return found
 

@@ -85,8 +85,8 @@ class TrainOptions(AnswerOptions):
     )
     resume: str | None = option(
         None,
-        "go on from the newest checkpoint of --output_dir that verifies, or from the folder given; with nothing to go "
-        "on from, 'auto' starts from the beginning, so it can stand in every launch line",
+        "continue from the newest checkpoint of --output_dir that verifies, or from the folder given; without one, "
+        "'auto' starts from the beginning, so it can be part of every launch line",
         "CHECKPOINT",
         bare=AUTO,
     )
@@ -98,8 +98,8 @@ class TrainOptions(AnswerOptions):
     )
     on_save_error: str = option(
         "continue",
-        "when a checkpoint cannot be written (disk full, read-only, broken): train on and try again at the next one, "
-        "or end with an error; earlier checkpoints stay as they are (default: %(default)s)",
+        "when a checkpoint cannot be written (disk full, read-only, broken): continue and try again at the next one, "
+        "or end with an error; earlier checkpoints are not touched (default: %(default)s)",
         choices=("continue", "stop"),
     )
     on_bad_sample: str = option(
@@ -110,8 +110,8 @@ class TrainOptions(AnswerOptions):
     )
     max_bad_steps: int = option(
         MAX_BAD_STEPS,
-        "end the training after N steps in a row whose loss or gradient is not finite; each one is passed over and its "
-        "samples are named in anomalies.jsonl (default: %(default)s)",
+        "end the training after N steps in a row whose loss or gradient is not finite; each one is skipped and its "
+        "samples are listed in anomalies.jsonl (default: %(default)s)",
         "N",
     )
     eval_benchmarks: str | None = option(
@@ -136,7 +136,7 @@ class TrainOptions(AnswerOptions):
         False, "serve the live page of the run on 127.0.0.1 while it goes on: progress, curves, validation answers"
     )
     verbose: bool = option(
-        False, "print all that log.txt of the run gets: counts, launch, caches, kernels, what the forecast is made of"
+        False, "print everything in the run's log.txt: counts, launch, caches, kernels, the items of the forecast"
     )
     probe: bool = option(False, "run a few passes first, a minute at most, to forecast time and memory from them")
     ignore_forecast: bool = option(
@@ -188,11 +188,11 @@ def image_size(text: str) -> tuple[int, int]:
     """Read `--image_size`: width and height in pixels.
 
     Raises:
-        DataError: the text is no size.
+        DataError: the text is not a size.
     """
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise DataError(f"--image_size {text} is no size", "pass WIDTHxHEIGHT in pixels, e.g. 850x600")
+        raise DataError(f"--image_size {text} is not a size", "pass WIDTHxHEIGHT in pixels, e.g. 850x600")
     return int(width), int(height)
 
 
@@ -205,7 +205,7 @@ class HypotheticalData:
     """A data set that does not exist yet: all images are alike; `image_size` is (width, height) in pixels."""
 
     questions: int = option(None, "number of training questions", "N")
-    images: int | None = option(None, "number of images (default: one a question)", "N")
+    images: int | None = option(None, "number of images (default: one per question)", "N")
     image_size: tuple[int, int] = option(
         (850, 600), "of every image in pixels (default: %(default)s)", "WxH", text="850x600", read=image_size
     )

@@ -10,6 +10,7 @@ from typing import Any
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import detail, is_main_process, say, warn
 from vlm_sft.common.errors import DataError
+from vlm_sft.common.formats import plural
 from vlm_sft.data.audit import enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.cache.directory import cache_bytes
 from vlm_sft.data.cache.encoded import DataCache
@@ -160,7 +161,7 @@ def validation_plan(run: TrainingRun, guards: list[Guard]) -> ValidationPlan | N
     counts = ", ".join(f"{task.name} ({len(task.samples):,})" for task in validation.tasks)
     detail(f"answered at each evaluation: {counts}; the best checkpoint is chosen by {validation.metric}")
     for guard in guards:
-        detail(f"guard: a checkpoint that loses more than {100 * guard.allowed:g} points on {guard.name} is not kept")
+        detail(f"guard: a checkpoint that loses over {100 * guard.allowed:g} points on {guard.name} cannot be the best")
     return validation
 
 
@@ -236,7 +237,7 @@ def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sa
     enforce(left_out, total, options.max_left_out, options.output_dir / artifacts.LEFT_OUT)
     planner, eval_planner, schedule = plan_epochs(run, base, data, evaluation)
     if eval_planner is None and recipe.eval_strategy != "no":
-        raise DataError("there is no question to compute the evaluation loss on", "pass --eval_strategy no")
+        raise DataError("there are no questions for the evaluation loss", "pass --eval_strategy no")
     _tell_plan(run, schedule, data, planner)
     if is_main_process():
         artifacts.write_json(options.output_dir / artifacts.RECIPE, recipe.to_dict())
@@ -332,7 +333,7 @@ def _write_data_facts(
     artifacts.write_jsonl(folder / artifacts.LEFT_OUT, map(asdict, left_out))
     if left_out:
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-        warn(f"{len(left_out)} samples are left out ({counts}); they are named in {folder / artifacts.LEFT_OUT}")
+        warn(f"{plural(len(left_out), 'sample')} left out ({counts}); see {folder / artifacts.LEFT_OUT}")
 
 
 def _tell_plan(run: TrainingRun, schedule: Schedule, data: PreparedData, planner: EpochPlanner) -> None:
@@ -345,8 +346,8 @@ def _tell_plan(run: TrainingRun, schedule: Schedule, data: PreparedData, planner
         f"supervised tokens, {facts['image_tokens']:,} image tokens"
     )
     detail(
-        f"schedule: {schedule.total_steps:,} steps of {planner.global_batch_size} questions "
-        f"({schedule.steps_per_epoch:,} an epoch), warmup {schedule.warmup_steps}, evaluation every "
+        f"schedule: {plural(schedule.total_steps, 'step')} of {planner.global_batch_size} questions "
+        f"({schedule.steps_per_epoch:,} per epoch), warmup {schedule.warmup_steps}, evaluation every "
         f"{schedule.eval_steps or '-'}, checkpoint every {schedule.save_steps or '-'} steps"
     )
     for note in schedule.notes:

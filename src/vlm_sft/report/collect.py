@@ -100,7 +100,7 @@ def _read_object(path: Path, problems: list[str]) -> Fields | None:
         return None
     fields = Fields(value, path.name, problems)
     if (schema := fields.whole("schema")) is not None and schema > SCHEMA:
-        problems.append(f"{path.name} has schema {schema}, this program knows {SCHEMA}: what is new is not shown")
+        problems.append(f"{path.name} has schema {schema}, this program knows {SCHEMA}: newer fields are not shown")
     return fields
 
 

@@ -109,7 +109,7 @@ def tell_checkpoints(run: Path) -> list[str]:
     broken = []
     for path in checkpoints(run):
         problems = checkpoint_problems(path)
-        say(f"{path}: {'; '.join(problems) if problems else 'every byte is as it was written'}")
+        say(f"{path}: {'; '.join(problems) if problems else 'all checksums match'}")
         broken += [f"{path.name}: {problem}" for problem in problems]
     return broken
 
@@ -179,7 +179,7 @@ def verify_run(run: Path, scratch: Path, steps: int) -> bool:
     flags = trial_flags(run, steps)
     facts = artifacts.read_json(run / artifacts.RUN)
     words = launch_words(int(facts.get("world_size", 1)), str(facts.get("parallel", "single")))
-    say(f"1 of 3: {steps} steps without a disturbance")
+    say(f"1 of 3: {steps} steps without interruption")
     whole = _finished(words, flags, scratch / "undisturbed")
     say("2 of 3: the same, killed after its first checkpoint (SIGKILL)")
     _kill_after_a_checkpoint(words, flags, scratch / "resumed")
@@ -195,7 +195,7 @@ def verify_run(run: Path, scratch: Path, steps: int) -> bool:
     say(f"adapter: the largest difference of a weight is {distance:.3g}")
     if not torch.cuda.is_available():
         return False
-    say("the GPU may add in another order each time: a second undisturbed training tells how much that is")
+    say("a GPU may add in a different order each time: a second uninterrupted training shows by how much")
     noise = _distance(whole, _finished(words, flags, scratch / "again"))
     say(f"two undisturbed trainings differ by {noise:.3g}")
     return distance <= 2 * noise

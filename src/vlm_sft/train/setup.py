@@ -292,7 +292,7 @@ def _probe(
 ) -> None:
     """Measure a few passes and forecast again."""
     if is_partitioned(*model.parameters()):
-        say("--probe: the weights are divided, and no rank can try a pass alone; the forecast stays as it is")
+        say("--probe: no effect with sharded weights, where no rank holds the whole model")
         return
     precision = partial(mixed_precision, run.launch.device, plan.base.dtype)
     kept = forecast.inputs.images.keep_benchmark_features

@@ -199,8 +199,8 @@ class Validation:
         qualified = any(entry["qualifies"] for entry in self._evaluations)
         if self.launch.rank == 0:
             self._write(best_step if qualified else None)
-            say("what was gained and what was lost on the guarded benchmarks (validation questions):")
+            say("changes on the guarded benchmarks (validation questions):")
             say(tradeoff(self.plan.metric, self._evaluations, best_step))
             if not qualified:
-                warn("no checkpoint keeps to the guard; the adapter kept is that of the last step")
+                warn("no checkpoint satisfies the guard; the last step's adapter is kept")
         return qualified

@@ -78,7 +78,7 @@ class DataCache:
         except (OSError, RunError) as error:
             reason = error.what if isinstance(error, RunError) else str(error)
             effect = "images are processed when they are needed"
-            warn(f"prepared data is not kept in {self.root}: {reason}; {effect}", any_rank=True)
+            warn(f"prepared data cannot be stored in {self.root}: {reason}; {effect}", any_rank=True)
 
     def feature_store(self, settings: dict[str, Any]) -> Store:
         """The entry of vision features of one tower.

@@ -256,7 +256,7 @@ def _message(item: Any, where: str, marked: bool) -> Message:
 def _unknown_part(where: str, part: Any) -> RowProblem:
     """Why a part of a content cannot be read."""
     if not isinstance(part, dict):
-        return RowProblem("unknown part", f"{where} has a part that is no object: {quoted(part)}")
+        return RowProblem("unknown part", f"{where} has a part that is not an object: {quoted(part)}")
     if "type" not in part:
         return RowProblem("unknown part", f"{where} has a part without a type; {keys_of(part)}")
     if part["type"] != "text":

@@ -81,14 +81,14 @@ def loss_weight(record: Mapping[str, Any], where: str = "the record") -> float:
     """The weight of a record, or of one answer, in the loss: its key `weight`; 1 where it has none.
 
     Raises:
-        RowProblem: it is no finite number, or below 0.
+        RowProblem: it is not a finite number, or below 0.
     """
     value = record.get("weight")
     if value is None:
         return 1.0
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
     if not number:
-        raise RowProblem("weight is no number", f"{where} has the weight {quoted(value)}; it must be 0 or more")
+        raise RowProblem("weight is not a number", f"{where} has the weight {quoted(value)}; it must be 0 or more")
     return float(value)
 
 

@@ -168,7 +168,7 @@ def parse_loss_weights(text: str | None, specs: list[DatasetSpec]) -> dict[str, 
                 f"--loss_weights {quoted(entry)} is not NAME=WEIGHT with a positive number", "e.g. chat=0.5"
             )
         if name not in known or name in weights:
-            what = "is named twice" if name in weights else "is no data set of --dataset"
+            what = "is named twice" if name in weights else "is not a data set of --dataset"
             raise DataError(
                 f"--loss_weights: {quoted(name)} {what}", f"name each of these at most once: {', '.join(known)}"
             )

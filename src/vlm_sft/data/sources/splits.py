@@ -83,7 +83,7 @@ def plan_split(available: Iterable[str], split: str, name: str) -> SplitPlan:
     if split in has and (split != "train" or "validation" in has):
         return SplitPlan(split, "all")
     if split == "test" and "validation" in has:
-        return SplitPlan("validation", "all", note="there is no test split; the validation split stands in for it")
+        return SplitPlan("validation", "all", note="there is no test split; the validation split is used instead")
     if "train" in has:
         held = tuple(name for name in ("validation", "test") if name not in has)
         note = "" if split == "train" else f"held out of train for {split}, by a seeded draw of its images"
