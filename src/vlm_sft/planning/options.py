@@ -151,7 +151,7 @@ IDLE = (
     Idle(
         ("overwrite_output_dir", "overwrite"),
         lambda o: o.resume is not None,
-        "beside --resume, which goes on with the run",
+        "together with --resume, which continues the run",
         "keep one of them",
     ),
 )
