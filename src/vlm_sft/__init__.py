@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vlm_sft.api.scoring import compare as compare
     from vlm_sft.api.scoring import evaluate_model as evaluate_model
     from vlm_sft.api.scoring import score as score
+    from vlm_sft.api.sweeping import sweep as sweep
     from vlm_sft.api.training import finetune as finetune
     from vlm_sft.common.errors import VlmSftError as VlmSftError
     from vlm_sft.recipe.load import load_recipe as load_recipe
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "finetune": "api.training",
     "plan": "api.planning",
+    "sweep": "api.sweeping",
     "evaluate_model": "api.scoring",
     "score": "api.scoring",
     "compare": "api.scoring",

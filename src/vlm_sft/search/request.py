@@ -163,6 +163,15 @@ def read_grid(entries: Sequence[str], what: str) -> dict[str, str]:
     return found
 
 
+def entries_of(values: Mapping[str, object], what: str) -> list[str]:
+    """Values from Python as the flags have them: lists of values, or (low, high) and (low, high, "log")."""
+    found = []
+    for key, one in values.items():
+        parts = [flag_text(part) for part in one] if isinstance(one, list | tuple) else [flag_text(one)]
+        found.append(f"{key}={';'.join(parts)};" if what == "grid" else f"{key}={':'.join(parts)}")
+    return found
+
+
 def grid_values(text: str) -> tuple[str, ...]:
     """The values of one key: with commas between them, or with semicolons where a value has commas."""
     return tuple(part.strip() for part in text.split(";" if ";" in text else ",") if part.strip())
@@ -188,7 +197,7 @@ def checked_setting(train: TrainOptions, values: Mapping[str, str]) -> SweepSett
     setting = SweepSetting(tuple(values.items()))
     applied = setting.applied(train)
     if DATASET in values:
-        parse_datasets(applied.dataset)
+        parse_datasets(applied.dataset, applied.columns)
     try:
         recipe = read_recipe(applied.sft_config, applied.overrides).recipe.to_dict()
     except RecipeError as error:

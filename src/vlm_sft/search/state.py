@@ -9,6 +9,7 @@ from typing import Any
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import RunError
 from vlm_sft.common.record import command_line, now
+from vlm_sft.search.judgement import Judgement
 from vlm_sft.search.request import SweepSetting
 from vlm_sft.search.trials import FAILED, PRUNED, WAITING, SweepTrial
 
@@ -49,6 +50,8 @@ class SweepState:
             "asked": asked,
         }
         self.trials: list[SweepTrial] = []
+        self.judgement: Judgement | None = None
+        self.outlook: list[list[str]] = []  # the table of the forecast; it is not written
 
     def trial(self, setting: SweepSetting, seed: int) -> SweepTrial:
         """The trial of a setting and a seed: as an earlier start left it, or a new one."""

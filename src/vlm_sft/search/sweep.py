@@ -47,10 +47,8 @@ class Sweep:
     """
 
     def __init__(self, options: SweepOptions) -> None:
-        check_request(options)
-        self.settings = corners(options) if options.search == OPTUNA else settings_of(options)
-        dataset = self.settings[0].applied(options.train).dataset
-        self.metric = (options.metric or rules_of(names_of(parse_datasets(dataset))[0]).metric_name).replace("/", "_")
+        self.settings = varied_settings(options)
+        self.metric = (options.metric or default_metric(self.settings[0].applied(options.train))).replace("/", "_")
         named = {"metric_for_best_model": self.metric}
         self.given = replace(options.train, overrides={**options.train.overrides, **named})
         # The test split is left alone: what chooses must not have seen it.
@@ -95,6 +93,22 @@ class Sweep:
             "gpus": self.options.gpus,
             **(searched if self.options.search == OPTUNA else {}),
         }
+
+
+def default_metric(train: TrainOptions) -> str:
+    """The metric of the first benchmark of the data."""
+    first, *_ = names_of(parse_datasets(train.dataset, train.columns))
+    return rules_of(first).metric_name
+
+
+def varied_settings(options: SweepOptions) -> list[SweepSetting]:
+    """The settings of a grid, or the two ends of what is searched, once the request is checked.
+
+    Raises:
+        VlmSftError: a mistake in the request, or a setting that a training does not take.
+    """
+    check_request(options)
+    return corners(options) if options.search == OPTUNA else settings_of(options)
 
 
 def check_request(options: SweepOptions) -> None:
@@ -170,6 +184,7 @@ def plan_trials(asked: Sweep, state: SweepState) -> tuple[list[Outlook], list[in
     say(table([cells[0], *dict.fromkeys(map(tuple, cells[1:]))]))
     check_disk(kept * len(seeds), options.train)
     state.values["forecast"] = forecast_facts(kept * len(seeds))
+    state.outlook = cells
     return kept, seeds, forecaster
 
 
@@ -267,7 +282,7 @@ def conclude(
         told = "; ".join(f"{one.name}: {one.status}: {one.reason}" for one in lost)
         what = f"no setting came to its end with every seed: {told}"
         raise RunError(what, f"see the logs in {asked.folder / artifacts.TRIALS_FOLDER}")
-    found = judge(measured, asked.metric, asked.greater)
+    state.judgement = found = judge(measured, asked.metric, asked.greater)
     chosen = next(setting for setting in tried if setting.label == found.recommended)
     line = next_line(asked, chosen)
     failed = sum(one.status == FAILED for one in lost)
