@@ -180,13 +180,14 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="Dee
         "ddp",
         pytest.param("zero2", marks=[needs_deepspeed, pytest.mark.slow]),
         pytest.param("zero3", marks=needs_deepspeed),
+        pytest.param("fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_measure_the_same_and_choose_the_same(
     place: Path, by_metric: Path, warm: Warm, parallel: str
 ) -> None:
     out, log = place / parallel, place / f"{parallel}.log"
-    stage = [] if parallel == "ddp" else ["--deepspeed", parallel]
+    stage = {"ddp": [], "fsdp": ["--fsdp"]}.get(parallel, ["--deepspeed", parallel])
     options = command(place, out, "--metric_for_best_model", "exact_match", "--eval_samples", "11", *stage)
     assert warm.start_both(options, log, script=MAIN).wait(280) == 0, log.read_text()[-4000:]
     facts = [json.loads((run / "run.json").read_text()) for run in (out, by_metric)]
