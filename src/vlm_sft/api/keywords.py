@@ -7,10 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.common.idle import given_names, refuse_idle
 from vlm_sft.common.options import checked_options
 from vlm_sft.data.engine_options import EngineOptions
 from vlm_sft.model.saved_adapter import base_of_adapter
-from vlm_sft.planning.options import TrainOptions
+from vlm_sft.planning.options import IDLE, TrainOptions
 from vlm_sft.recipe.schema import Recipe
 
 Recipes = str | Path | Mapping[str, object] | Recipe | None
@@ -29,7 +30,7 @@ def train_options(recipe: Recipes, dataset: str, output_dir: str | Path, keyword
         keywords: recipe keys and options by name; a name that is neither is told as an unknown key of the recipe.
 
     Raises:
-        RunError: an option has another kind of value than it takes.
+        RunError: an option has another kind of value than it takes, or would have no effect.
         ModelError: the base of `adapter` is not found.
     """
     keywords = {**keywords, **columns_text(keywords)}
@@ -43,6 +44,8 @@ def train_options(recipe: Recipes, dataset: str, output_dir: str | Path, keyword
         given = recipe
     else:
         train["sft_config"] = recipe
+    options = TrainOptions(output_dir=Path(output_dir), adapter=train.get("adapter"), resume=train.get("resume"))
+    refuse_idle(options, IDLE, given_names(train))
     if train.get("adapter") is not None and train.get("base_model") is None:
         train["base_model"] = base_of_adapter(Path(train["adapter"]), None)
     return checked_options(

@@ -16,6 +16,7 @@ from vlm_sft.common import artifacts
 from vlm_sft.common.errors import DataError, bounded, quoted
 from vlm_sft.data.images import check_image
 from vlm_sft.data.sample import ImageRef
+from vlm_sft.evaluate.demo_page import PORT, open_page, require_gradio
 from vlm_sft.evaluate.interactive import Asker, open_asker
 
 IMAGES = "pass a PIL image, a path, bytes of a picture, or a NumPy array of uint8"
@@ -83,6 +84,42 @@ def answered(asker: Asker, pairs: Pairs) -> Answers:
     return Answers([{"question": row.question, "base": row.base, "tuned": row.tuned} for row in rows])
 
 
+def demo(
+    base_model: str | None = None,
+    adapter: Any = None,
+    port: int = PORT,
+    max_new_tokens: int | None = None,
+    allow_other_base: bool = False,
+) -> Any:
+    """Serve a page to this machine on which one uploads an image, asks, and compares base and tuned (extra `demo`).
+
+    Args:
+        base_model: "pocket", a folder or a Hub id; None for the one that the adapter names, or pocket.
+        adapter: a `Run`, or the folder of an adapter; None asks the base alone.
+        port: of the page.
+        max_new_tokens: limit of an answer in tokens; None for that of the adapter or the base.
+        allow_other_base: the base may be another one than the adapter was trained on.
+
+    Returns:
+        The gradio.Blocks, which is served already: `close()` ends it, `block_thread()` waits for Ctrl+C.
+
+    Raises:
+        RunError: Gradio is not installed, or the port cannot be used.
+        ModelError: base or adapter cannot be found or do not fit.
+    """
+    require_gradio()
+    with restored():
+        return open_page(_opened(base_model, adapter, max_new_tokens, allow_other_base), port)
+
+
+def _opened(base_model: str | None, adapter: Any, max_new_tokens: int | None, allow_other_base: bool) -> Asker:
+    """What answers: a base, and the adapter of a run."""
+    folder = Path(adapter) if adapter is not None else None
+    if folder is not None and artifacts.holds_full_model(folder):
+        base_model, folder = str(folder), None
+    return open_asker(base_model, folder, False, max_new_tokens, allow_other_base)
+
+
 def ask(
     images: Any,
     questions: str | Sequence[str],
@@ -114,8 +151,5 @@ def ask(
         ('What color is the picture?', None)
     """
     pairs = pairs_of(images, questions)
-    folder = Path(adapter) if adapter is not None else None
-    if folder is not None and artifacts.holds_full_model(folder):
-        base_model, folder = str(folder), None
     with restored():
-        return answered(open_asker(base_model, folder, False, max_new_tokens, allow_other_base), pairs)
+        return answered(_opened(base_model, adapter, max_new_tokens, allow_other_base), pairs)

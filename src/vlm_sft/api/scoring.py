@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from vlm_sft.api.keywords import columns_text
@@ -14,13 +15,14 @@ from vlm_sft.api.training import free_folder
 from vlm_sft.api.views import Comparison, Scores
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import EvaluationError, RunError, nearest
+from vlm_sft.common.idle import given_names, refuse_idle
 from vlm_sft.common.options import checked_options
 from vlm_sft.data.engine_options import CacheOptions
 from vlm_sft.evaluate.compare import compare_runs
 from vlm_sft.evaluate.judge import parse_judge
 from vlm_sft.evaluate.metrics import Metric, get_benchmark
 from vlm_sft.evaluate.own_metrics import judged_by, metric_text, named, rule_of, with_secondary
-from vlm_sft.evaluate.run import EvalOptions, evaluate
+from vlm_sft.evaluate.run import IDLE, EvalOptions, evaluate
 from vlm_sft.evaluate.scoring import score_file, summarise
 from vlm_sft.model.saved_adapter import base_of_adapter
 
@@ -68,6 +70,8 @@ def evaluate_model(
     if unknown:
         meant = nearest(unknown[0], [*EvalOptions.__dataclass_fields__, *_CACHES])
         raise RunError(f"unknown option {unknown[0]}{meant}", "`vlm-sft eval --help` describes every option")
+    about = SimpleNamespace(adapter=adapter, backend=keywords.get("backend", EvalOptions.backend))
+    refuse_idle(about, IDLE, given_names(keywords))
     if base_model is None and adapter is None:
         raise RunError("nothing is said about which model answers", "pass base_model, adapter, or both")
     caches = checked_options(CacheOptions, {name: keywords.pop(name) for name in _CACHES if name in keywords})

@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_sft.common.errors import DataError, bounded
-from vlm_sft.data.exchange.layouts import FORMATS
+from vlm_sft.common.errors import bounded
+from vlm_sft.data.exchange.layouts import FORMATS, layout_of
 from vlm_sft.data.sources.spec import COLUMNS_HELP
 
 if TYPE_CHECKING:
@@ -74,28 +74,6 @@ def _add_common(parser: argparse.ArgumentParser, layout: str) -> None:
     )
 
 
-def _layout_of(source: Path) -> str:
-    """The layout that the name of a file says, or that it has as the kind of data that it is.
-
-    Raises:
-        DataError: neither.
-    """
-    from vlm_sft.data.sources.files import TABLES, data_files, is_pattern, kind_of, saved_folder
-
-    if kind_of(source) in TABLES:
-        return "csv"
-    if saved_folder(source) or kind_of(source) in (".tar", ".arrow"):
-        return "jsonl"
-    if source.is_dir() or is_pattern(str(source)):
-        files = [file for paths in data_files(source).values() for file in paths]
-        kinds = {kind_of(file) for file in files}
-        if kinds <= {".tar"} or all(file.name.startswith("metadata.") for file in files):
-            return "jsonl"
-        if kinds <= set(TABLES):
-            return "csv"
-    raise DataError(f"--format is missing, and the name of {source} says none", f"pass one of {', '.join(FORMATS)}")
-
-
 def run_import(args: argparse.Namespace) -> int:
     """Run `data import`; where too much is left out, only the list of that is written.
 
@@ -104,21 +82,17 @@ def run_import(args: argparse.Namespace) -> int:
         RunError: the output folder cannot be used.
     """
     from vlm_sft.common.console import say
-    from vlm_sft.data.audit import enforce
     from vlm_sft.data.exchange.importer import ImportRequest, import_data
     from vlm_sft.data.exchange.tables import parse_layout_columns
 
-    enforce([], 0, args.max_left_out)
-    _check_limit(args.limit)
-    args.format = args.format or _layout_of(args.source)
-    say(bounded(f"importing {args.source} as {args.format}"))
-    columns = parse_layout_columns(args.columns, args.format)
+    layout = args.format or layout_of(args.source)
+    say(bounded(f"importing {args.source} as {layout}"))
     request = ImportRequest(
         args.source,
-        args.format,
+        layout,
         args.output,
         args.images,
-        columns,
+        parse_layout_columns(args.columns, layout),
         args.allow_image_urls,
         args.limit,
         args.max_left_out,
@@ -139,57 +113,18 @@ def run_export(args: argparse.Namespace) -> int:
         DataError: the data cannot be read, or more is left out than `--max_left_out` allows.
         RunError: the output folder cannot be used.
     """
-    from vlm_sft.cli.parser import refuse_idle
     from vlm_sft.common.console import say
-    from vlm_sft.data.audit import enforce
-    from vlm_sft.data.exchange.exporter import ExportRequest, export_data
-    from vlm_sft.data.mixture import mix
-    from vlm_sft.data.sources.registry import SPLITS
-    from vlm_sft.data.sources.spec import parse_datasets, refuse_weights
+    from vlm_sft.common.idle import refuse_idle
+    from vlm_sft.data.exchange.exporter import IDLE, ExportRequest, export_named
 
-    if args.format != "llamafactory":
-        refuse_idle(args, ("style",), f"on --format {args.format}", "leave it out: LLaMA-Factory alone has two styles")
-    enforce([], 0, args.max_left_out)
-    _check_limit(args.limit)
-    specs = parse_datasets(args.dataset, args.columns)
-    refuse_weights(specs, "an export holds every question once")
+    refuse_idle(args, IDLE, args.given)
     say(bounded(f"exporting {args.dataset} as {args.format}"))
-    splits: dict[str, list[Any]] = {}
-    gone: dict[str, Any] = {}
-    for split in SPLITS if args.split == "all" else (args.split,):
-        seen = {sample.id for samples in splits.values() for sample in samples}
-        for spec in specs:
-            samples, left_out = _split_of(spec, split, args)
-            fresh = [sample for sample in samples if sample.id not in seen]  # a fallback repeats another split
-            splits.setdefault(split, []).extend(mix([(spec, fresh)], args.limit, 0) if fresh else [])
-            gone |= {item.id: item for item in left_out}
-    name = "_".join(spec.name for spec in specs)
-    splits = {split: samples for split, samples in splits.items() if samples}
-    request = ExportRequest(args.format, args.output, args.style, name, args.max_left_out)
-    report = export_data(request, splits, list(gone.values()))
+    request = ExportRequest(args.format, args.output, args.style, max_left_out=args.max_left_out)
+    report = export_named(args.dataset, request, args.split, args.limit, args.columns)
     _tell(report, args)
     names = {"folder": shlex.quote(str(args.output)), "first": shlex.quote(str(report.files[0]))}
     say("next: " + NEXT[args.format].format(**names, plain=str(args.output)))
     return 0
-
-
-def _split_of(spec: Any, split: str, args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """Samples of one split without the weight, and what was left out; ([], []) where `all` meets a missing one."""
-    from vlm_sft.data.sources.registry import load_split
-    from vlm_sft.data.sources.splits import MissingSplitError
-
-    try:
-        loaded = load_split(spec, split, at_most=args.limit)
-    except MissingSplitError:
-        if args.split != "all":
-            raise
-        return [], []
-    return loaded.samples, loaded.left_out
-
-
-def _check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise DataError(f"--limit {limit} is below 1", "give a number of questions, or leave it out")
 
 
 def _tell(report: ExchangeReport, args: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ from vlm_sft.data.sources.spec import COLUMNS_HELP, KNOWN
 from vlm_sft.evaluate.options import PROMPT, AnswerOptions
 
 HELP = "answer benchmarks with a base model or an adapter and score the answers"
-NOT_FOR_VLLM = ("tokens_per_pack", "flash_attn", "cache_dir", "prepared_cache", "feature_cache", "shard_weights")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,19 +98,14 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, note: str, but: Collec
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
-    from vlm_sft.cli.parser import refuse_idle
     from vlm_sft.common.errors import RunError
-    from vlm_sft.evaluate.run import EvalOptions, evaluate
+    from vlm_sft.common.idle import refuse_idle
+    from vlm_sft.evaluate.run import IDLE, EvalOptions, evaluate
     from vlm_sft.model.saved_adapter import base_of_adapter
 
     if args.base_model is None and args.adapter is None:
         raise RunError("nothing is said about which model answers", "pass --base_model MODEL, --adapter DIR, or both")
-    if args.adapter is None:
-        refuse_idle(args, ("allow_prompt_mismatch",), "without --adapter", "leave it out: a base has no other prompt")
-    if args.backend == "vllm":
-        refuse_idle(args, NOT_FOR_VLLM, "on --backend vllm, which reads, packs and keeps images itself", "leave it out")
-    else:
-        refuse_idle(args, ("tensor_parallel_size",), "without --backend vllm", "start several ranks with torchrun")
+    refuse_idle(args, IDLE, args.given)
     if args.adapter is not None:
         args.base_model = base_of_adapter(args.adapter, args.base_model)
     caches = read_options(CacheOptions, args)

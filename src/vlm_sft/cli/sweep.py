@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of the sweep; the same command goes on with it (default: %(default)s)",
     )
-    group = parser.add_argument_group("sweep")
-    group.add_argument(
+    parser.add_argument(
         "--grid",
         action="append",
         default=[],
@@ -37,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="values of a recipe key, or of dataset, to compare; once a key; with semicolons where a value has commas: "
         "dataset=a.jsonl;a.jsonl,b.jsonl:0.2",
     )
-    group.add_argument(
+    parser.add_argument(
         "--range",
         action="append",
         default=[],
         metavar="KEY=LOW:HIGH[:log]",
         help="numbers that --search optuna chooses from; once a key",
     )
-    add_options(group, SweepOptions)
+    add_options(parser, SweepOptions)
     add_run_arguments(parser, but=("metric",))
     add_recipe_arguments(parser)
 
@@ -55,10 +54,10 @@ def sweep_options(args: argparse.Namespace) -> SweepOptions:
     Raises:
         RunError: a flag that the sweep decides for its trials, or values that cannot be varied.
     """
-    from vlm_sft.cli.parser import refuse_idle
-    from vlm_sft.search.request import DECIDED, SweepOptions, grid_values, read_grid
+    from vlm_sft.common.idle import refuse_idle
+    from vlm_sft.search.request import IDLE, SweepOptions, grid_values, read_grid
 
-    refuse_idle(args, DECIDED, "here", "leave it out: the sweep decides it for its trials; --metric names the metric")
+    refuse_idle(args, IDLE, args.given)
     train = replace(train_options(args), metric=None)  # --metric is the sweep's
     grid = {key: grid_values(text) for key, text in read_grid(args.grid, "grid").items()}
     return read_options(SweepOptions, args, train=train, grid=grid, ranges=read_grid(args.range, "range"))

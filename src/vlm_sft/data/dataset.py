@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from vlm_sft.common.errors import DataError
@@ -67,6 +68,16 @@ class PreparedData:
     def datasets(self) -> list[str]:
         """Name of the data set of each image."""
         return [members[0].dataset for members in self._samples]
+
+    @cached_property
+    def loss_shares(self) -> dict[str, float]:
+        """The share of each data set in the training loss: its supervised tokens times their weights, over all sets."""
+        sums: dict[str, float] = {}
+        for sample, group, number in self.samples():
+            tokens = len(group.questions[number].answer_ids) * sample.weight
+            sums[sample.dataset] = sums.get(sample.dataset, 0.0) + tokens
+        total = sum(sums.values())
+        return {name: tokens / total for name, tokens in sorted(sums.items())} if total else {}
 
     def image_samples(self) -> list[Sample]:
         """One sample of each group that shows an image."""

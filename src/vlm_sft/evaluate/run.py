@@ -14,6 +14,7 @@ import torch
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import is_main_process, say, warn
 from vlm_sft.common.errors import EvaluationError, ModelError
+from vlm_sft.common.idle import Idle
 from vlm_sft.common.record import RunRecord, device_name
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.engine_options import CacheOptions
@@ -108,6 +109,23 @@ class EvalOptions:
     shard_weights: str = "auto"
     caches: CacheOptions = field(default_factory=CacheOptions)
     local_rank: int | None = None
+
+
+IDLE = (
+    Idle(("allow_prompt_mismatch",), lambda o: o.adapter is None, "without --adapter", "leave it out"),
+    Idle(
+        ("tokens_per_pack", "flash_attn", "cache_dir", "prepared_cache", "feature_cache", "shard_weights"),
+        lambda o: o.backend == "vllm",
+        "on --backend vllm, which reads, packs and keeps images itself",
+        "leave it out",
+    ),
+    Idle(
+        ("tensor_parallel_size",),
+        lambda o: o.backend != "vllm",
+        "without --backend vllm",
+        "start several ranks with torchrun",
+    ),
+)
 
 
 def evaluate(options: EvalOptions, metrics: Mapping[str, Metric] | None = None) -> dict[str, dict[str, Any]]:

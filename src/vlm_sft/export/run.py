@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
 from vlm_sft.common.errors import ModelError, RunError
+from vlm_sft.common.idle import Idle
 from vlm_sft.common.record import now, versions
 from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.data.encode import Encoder
@@ -90,6 +91,18 @@ class _Reference:
     encoder: Encoder
     tuned: list[GreedyAnswer]
     effect: float
+
+
+IDLE = (
+    Idle(
+        ("dtype",),
+        lambda o: not o.merge,
+        "without --merge: an adapter keeps its numbers",
+        "add --merge, or leave it out",
+    ),
+    Idle(("peft_only",), lambda o: o.merge, "on a merged model, which vLLM loads", "leave it out"),
+    Idle(("public",), lambda o: o.repository is None, "without --push_to_hub", "add --push_to_hub, or leave it out"),
+)
 
 
 def export(options: ExportOptions) -> Path:

@@ -40,6 +40,7 @@ FREE_KEYS = frozenset(
     }
 )
 METRICS = "metrics"  # the user's functions that score answers: name -> SHA-256 of its source
+MIXED_LOSS = "eval_loss_is_mixed"  # whether several data sets make up eval_loss, each by its share of the training
 _SETTINGS_FILES = (".json", ".jinja", ".txt", ".model")
 
 
@@ -72,6 +73,7 @@ def run_identity(
         "prompt": {key: prompt[key] for key in PROMPT_KEYS},
         "data_sha256": data_sha256(data),
         "evaluation_data_sha256": data_sha256(evaluation, scored=True) if evaluation is not None else None,
+        MIXED_LOSS: evaluation is not None and len(set(evaluation.datasets())) > 1,
         "adapter_sha256": adapter_sha256(adapter) if adapter is not None else None,
     }
 
@@ -155,6 +157,11 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if _changed(saved, now, "adapter_sha256"):
         found.append("--adapter: it is another one than the training began with")
     found += _other_sources(saved.get(METRICS, {}), now.get(METRICS, {}))
+    if now.get(MIXED_LOSS) and MIXED_LOSS not in saved:
+        found.append(
+            "eval_loss: it was the mean over all evaluation questions, and is the mean of the data sets in the "
+            "proportions of the training: values before and after cannot be compared"
+        )
     for key, what in (("data_sha256", "training data"), ("evaluation_data_sha256", "evaluation data")):
         if _changed(saved, now, key):
             found.append(f"{what}: images, questions, answers or their order differ")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlm_sft.common.errors import DataError
+from vlm_sft.common.idle import Idle
 from vlm_sft.common.options import option, words_of
 from vlm_sft.data.engine_options import EngineOptions
 from vlm_sft.data.sources.spec import COLUMNS_HELP
@@ -131,6 +132,9 @@ class TrainOptions(AnswerOptions):
         "with commas; exit code 3 when none is left",
         "BENCHMARK:POINTS",
     )
+    watch: bool = option(
+        False, "serve the live page of the run on 127.0.0.1 while it goes on: progress, curves, validation answers"
+    )
     verbose: bool = option(
         False, "print everything in the run's log.txt: counts, launch, caches, kernels, the items of the forecast"
     )
@@ -139,6 +143,18 @@ class TrainOptions(AnswerOptions):
         False, "start although memory or disk surely do not suffice (without it: exit code 4)"
     )
     local_rank: int | None = option(None, argparse.SUPPRESS, names=("--local_rank", "--local-rank"))
+
+
+IDLE = (
+    Idle(("adapter_mode",), lambda o: o.adapter is None, "without --adapter", "add --adapter, or leave it out"),
+    Idle(("allow_changes",), lambda o: o.resume is None, "without --resume", "add --resume, or leave it out"),
+    Idle(
+        ("overwrite_output_dir", "overwrite"),
+        lambda o: o.resume is not None,
+        "together with --resume, which continues the run",
+        "keep one of them",
+    ),
+)
 
 
 def flag_text(value: object) -> str:
@@ -210,3 +226,22 @@ class PlanOptions:
     hypothetical: HypotheticalData | None = None
     gpus: int | None = option(None, "number of devices (default: 1)", "N")
     gpu_type: str | None = option(None, "a device of the table, e.g. A100-80GB; a wrong name lists them", "NAME")
+
+
+PLAN_IDLE = (
+    Idle(
+        ("images", "image_size", "question_tokens", "answer_tokens"),
+        lambda o: o.questions is None,
+        "without --questions",
+        "add --questions N, or leave it out to read --dataset",
+    ),
+    Idle(
+        (
+            *("dataset", "columns", "loss_weights", "eval_benchmarks", "eval_samples", "max_eval", "max_left_out"),
+            *("max_new_tokens", "prompt_template", "system"),
+        ),
+        lambda o: o.questions is not None,
+        "with --questions, which stands for data without evaluations",
+        "leave it out",
+    ),
+)

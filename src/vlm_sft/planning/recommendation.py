@@ -61,18 +61,25 @@ def recipe_files(folder: Path | None) -> dict[str, Path]:
 
 
 def advise(
-    options: PlanOptions, hours: float, disk_bytes: float | None, priority: str, runs: Path | None, configs: Path | None
+    options: PlanOptions, hours: float, disk: float | None, priority: str, runs: Path | None, configs: Path | None
 ) -> Advice:
     """Forecast all recipes on one set-up, print them, and choose.
 
     Args:
         options: the set-up; its recipe file is replaced by each of the recipes.
         hours: what the training may take.
-        disk_bytes: what it may write; None for no limit.
+        disk: what it may write, in gigabytes (10^9 bytes); None for no limit.
         priority: "quality", "balanced" or "speed".
         runs: folder of the user's own runs; None for none.
         configs: folder of the recipes; None for `configs`, or the package's own where there is none.
+
+    Raises:
+        RunError: hours or disk are not above 0, or a probe is asked for.
     """
+    if hours <= 0 or (disk is not None and disk <= 0):
+        raise RunError("--hours and --disk must be above 0", "give what there is")
+    if options.train.probe:
+        raise RunError("recommend forecasts without a probe", "probe the choice: vlm-sft plan --probe")
     files = recipe_files(configs)
     names = [spec.name for spec in parse_datasets(options.train.dataset, options.train.columns)]
     found, source = qualities(runs, options.train.base_model, names)
@@ -83,7 +90,7 @@ def advise(
         with muted(name != SHOWN):  # the set-up is the same for all of them
             planned[name] = plan_run(replace(options, train=replace(options.train, sft_config=path)), counted)
         candidates.append(_candidate(name, planned[name], found))
-    recommendation = recommend(candidates, hours, disk_bytes, priority)
+    recommendation = recommend(candidates, hours, None if disk is None else disk * 1e9, priority)
     launch = ""
     if recommendation.chosen:
         file = files[recommendation.chosen]

@@ -62,6 +62,16 @@ class Schedule:
     save_steps: int
     notes: list[str]
 
+    def to_dict(self) -> dict[str, int]:
+        """What run.json says of it."""
+        return {
+            "steps": self.total_steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "warmup_steps": self.warmup_steps,
+            "eval_steps": self.eval_steps,
+            "save_steps": self.save_steps,
+        }
+
     @property
     def epochs(self) -> float:
         """Passes over the data."""

@@ -18,6 +18,7 @@ from vlm_sft.common.errors import RunError
 from vlm_sft.report import comparison, facts, figures, quality
 from vlm_sft.report.browser import browser
 from vlm_sft.report.collect import benchmark_names, collect_runs
+from vlm_sft.report.live import LiveView, live_view
 from vlm_sft.report.outcome import summarize
 from vlm_sft.report.predictions import NEAR, OUTCOMES, tally, tally_near
 from vlm_sft.report.records import Benchmark, RunReport
@@ -44,6 +45,7 @@ class RunView:
     data: list[tuple[str, str, str]]
     environment: facts.Rows
     since: str
+    live: LiveView | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,11 @@ def write_report(run_folders: list[Path], output: Path, settings: Settings | Non
 
 
 def render(
-    runs: Sequence[RunReport], version: str | None = None, changed: float = 0.0, settings: Settings | None = None
+    runs: Sequence[RunReport],
+    version: str | None = None,
+    changed: float = 0.0,
+    frame: str = "",
+    settings: Settings | None = None,
 ) -> str:
     """Render collected runs as one HTML page.
 
@@ -95,6 +101,7 @@ def render(
         runs: at least one run, as `collect_runs` returns them.
         version: of a page that is served and loads itself anew when `/version` says something else; None for a file.
         changed: of such a page: when a file of the runs was written last, in seconds since 1970.
+        frame: of such a page: the version of all but what a training adds at each step.
         settings: of a sweep.
 
     Returns:
@@ -133,6 +140,7 @@ def render(
             hashes=[_hash(script) for script in scripts],
             version=version,
             changed=changed,
+            frame=frame,
             running=any(run.status == facts.RUNNING for run in runs),
             so_far=facts.WALL_SO_FAR,
         )
@@ -179,11 +187,13 @@ def _view(run: RunReport, key: str, number_of_runs: int, served: bool) -> RunVie
         if drawn
         else ()
     )
+    running = served and record is not None and run.status == facts.RUNNING
+    shown = [drawing for drawing in curves if drawing is not None]
     return RunView(
         key=key,
         run=run,
         accuracy=figures.accuracy_drawing(run.benchmarks, key) if drawn else None,
-        curves=[drawing for drawing in curves if drawing is not None],
+        curves=[] if running else shown,
         histograms=figures.data_drawings(run.data.train if run.data else None, key) if drawn else [],
         forecast=figures.forecast_drawing(record.forecasts if record else (), key) if drawn else None,
         forecast_rows=facts.forecast_rows(run),
@@ -192,7 +202,8 @@ def _view(run: RunReport, key: str, number_of_runs: int, served: bool) -> RunVie
         cost=facts.cost_rows(run),
         data=facts.data_rows(run),
         environment=facts.environment_rows(run),
-        since=record.started if served and record and run.status == facts.RUNNING else "",
+        since=record.started if record and running else "",
+        live=live_view(run, shown) if running else None,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from vlm_sft.common.errors import RecipeError, RunError, nearest, quoted
+from vlm_sft.common.idle import Idle
 from vlm_sft.common.options import option
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.planning.options import TrainOptions, flag_text
@@ -22,6 +23,14 @@ DATASET = "dataset"
 FIXED = {"seed": "--seeds repeats every setting", "metric_for_best_model": "--metric names what is compared"}
 # What a sweep decides for its trials; a flag of one of these would be overruled.
 DECIDED = ("metric_for_best_model", "resume", "overwrite", "allow_changes", "probe")
+IDLE = (
+    Idle(
+        (*DECIDED, "overwrite_output_dir"),
+        lambda o: True,
+        "here",
+        "leave it out: the sweep decides it for its trials; --metric names the metric",
+    ),
+)
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 _NAME_CHARACTERS = 48  # of one value in the name of a folder
 

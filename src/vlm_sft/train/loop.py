@@ -251,7 +251,8 @@ class TrainingLoop:
         if steps is None:  # only a callback asks without a schedule
             raise RunError("a callback asked for an evaluation, and eval_strategy is no", "pass eval_strategy steps")
         state, began = self.state, time.monotonic()
-        losses = evaluation_loss(self.optimization, self.plan.mode, steps, self.health, self.device, state.global_step)
+        mode, shares = self.plan.mode, self.plan.steps.data.loss_shares
+        losses = evaluation_loss(self.optimization, mode, steps, shares, self.health, self.device, state.global_step)
         chosen = self.plan.recipe.best_metric_column
         if is_loss(chosen):
             losses.setdefault(chosen, losses[LOSS])  # of the only data set with questions for it

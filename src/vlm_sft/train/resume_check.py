@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say
 from vlm_sft.common.errors import RunError
+from vlm_sft.common.idle import Idle
 from vlm_sft.distributed.launch import launch_words
 from vlm_sft.train.checkpoint.directory import checkpoint_problems, checkpoints
 
@@ -39,11 +41,67 @@ _OWN = {
     "--metric_for_best_model": 1,
     "--report_to": 1,
     "--local_rank": 1,
+    "--watch": 0,
     "--overwrite_output_dir": 0,
     "--allow_changes": 0,
     "--resume": None,
 }
 _LOOK_SECONDS = 0.002
+TRIAL_STEPS = 6
+
+
+IDLE = (
+    Idle(
+        ("steps", "output_dir"),
+        lambda o: o.checkpoints_only,
+        "with --checkpoints_only, which trains nothing",
+        "leave it out",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a check of a run found; true where all is as it should be.
+
+    Attributes:
+        exact: whether a killed training resumes exactly; None where that was not tried.
+        damaged: what does not verify, one text for each problem of a checkpoint.
+        folder: of the trial, with both trainings and their logs; None without one.
+    """
+
+    exact: bool | None
+    damaged: tuple[str, ...]
+    folder: Path | None
+
+    def __bool__(self) -> bool:
+        return self.exact is not False and not self.damaged
+
+
+def verify(run: Path, steps: int, output_dir: Path | None, checkpoints_only: bool) -> Verification:
+    """Check the checkpoints of a run, then train a few steps of it, kill it, resume it, and compare.
+
+    Args:
+        run: the run's folder.
+        steps: optimizer steps of the trial, at least 4.
+        output_dir: where the trial runs; None for `verify` in the run's folder.
+        checkpoints_only: compare checksums, and train nothing.
+
+    Raises:
+        RunError: the folder is no run, or the trial does not run.
+    """
+    if steps < 4:
+        raise RunError(f"--steps {steps} is below 4", "the trial needs a checkpoint and steps after it")
+    if not (run / artifacts.RUN).is_file():
+        raise RunError(f"{run} holds no {artifacts.RUN}", "pass the output folder of a training")
+    damaged = tell_checkpoints(run)
+    if checkpoints_only:
+        return Verification(None, tuple(damaged), None)
+    scratch = scratch_folder(output_dir or run / "verify")
+    same = verify_run(run, scratch, steps)
+    facts = {"schema": 1, "steps": steps, "resume_is_exact": same, "damaged_checkpoints": damaged}
+    artifacts.write_json(scratch / artifacts.VERIFY, facts)
+    return Verification(same, tuple(damaged), scratch)
 
 
 def tell_checkpoints(run: Path) -> list[str]:

@@ -37,6 +37,7 @@ from vlm_sft.train.caller import Caller
 from vlm_sft.train.checkpoint.directory import choose_resume, tidy
 from vlm_sft.train.event_log import logged
 from vlm_sft.train.fsdp_optimization import require_dividable
+from vlm_sft.train.live_page import live_page
 from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, clear_run, disk_error, holds_work
 from vlm_sft.train.second_stage import begin_second_stage
 
@@ -80,6 +81,7 @@ def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRu
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
         stack.enter_context(logged(options.output_dir / artifacts.LOG))
         _announce(options, launch, loaded.notes, checkpoint)
+        stack.enter_context(live_page(options.output_dir, options.watch))
         facts = _facts(options, specs, launch, checkpoint)
         if options.adapter is not None:
             options, started = begin_second_stage(options, recipe)
@@ -158,7 +160,8 @@ def _announce(options: TrainOptions, launch: Launch, notes: list[str], checkpoin
     say(f"training {options.base_model} on {options.dataset} with {source}")
     detail(f"launch: {launch.world_size} process(es), {launch.parallel}, {'CPU' if launch.cpu else 'GPU'}")
     place = shlex.quote(str(options.output_dir))
-    say(f"follow it in a browser: vlm-sft report {place} --watch")
+    if not options.watch:
+        say(f"follow it in a browser: vlm-sft report {place} --watch")
     if not options.verbose:
         say(f"every detail: {place}/{artifacts.LOG}, or here with --verbose")
     for note in filter(None, [idle_gpus(launch, sys.argv), *notes]):

@@ -159,6 +159,7 @@ def build_training(
     Raises:
         VlmSftError: the base cannot be trained as asked.
     """
+    run.record.update(schedule=plan.schedule.to_dict(), loss_shares=plan.data.loss_shares)
     agree(trackers.begin)
     forecast.lap(TRACKERS)
     with run.record.timed("train"):

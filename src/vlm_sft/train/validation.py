@@ -20,6 +20,7 @@ from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.compare import TOO_FEW
 from vlm_sft.evaluate.evaluator import Evaluator, StopRequest
 from vlm_sft.evaluate.guard import FEWEST_IMAGES, judge, tradeoff
+from vlm_sft.evaluate.pictures import save_some
 from vlm_sft.evaluate.provenance import identity_of
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.model.families import PackMode
@@ -87,6 +88,7 @@ class Validation:
         self._score_base(evaluator, model, stop)
         folder = self.folder / f"step-{step}"
         if self.launch.rank == 0:
+            save_some(self.plan.tasks, self.folder)
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier continuation from an older checkpoint
         barrier("begin to answer")
         identity = {"base_model": self.base.name, "step": step, "prompt": self.base.prompt.to_dict()}

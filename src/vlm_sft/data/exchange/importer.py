@@ -18,7 +18,7 @@ from vlm_sft.common.errors import DataError, nearest, quoted
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
 from vlm_sft.data.exchange.image_folder import FOLDER, ImageStore
 from vlm_sft.data.exchange.layouts import read_record, row_of
-from vlm_sft.data.exchange.report import OUTSIDE_CAUTION, PARTIAL, ExchangeReport, claim_output
+from vlm_sft.data.exchange.report import OUTSIDE_CAUTION, PARTIAL, ExchangeReport, check_limits, claim_output
 from vlm_sft.data.exchange.tables import input_files, names_for, records
 from vlm_sft.data.sample import LeftOut
 from vlm_sft.data.sources.columns import KEYS_TOLD, has_of
@@ -81,6 +81,7 @@ def import_data(request: ImportRequest) -> ExchangeReport:
             left_out.jsonl is all that is written.
         RunError: the output folder holds something else, or cannot be written.
     """
+    check_limits(request.limit, request.max_left_out)
     with OutputFolder(request.output, FOLDER, f"{FOLDER}/*", f"*{PARTIAL}", LEFT_OUT).or_nothing():
         return _import(request)
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from vlm_sft.common.errors import DataError
 from vlm_sft.data.boxes import ABSOLUTE
 from vlm_sft.data.sample import IMAGE_MARK, Sample, pieces, placed_turns, with_marks
 from vlm_sft.data.sources.records import Question, questions_of
@@ -20,6 +22,28 @@ from vlm_sft.data.sources.rows import RowProblem
 FORMATS = ("trl", "llamafactory", "msswift", "csv", "jsonl")
 MARK_IN_TEXT = "text holds the image mark"
 SUPERVISED_NOTE = "LLaMA-Factory also learns the earlier answers of a conversation, unless mask_history: true"
+
+
+def layout_of(source: Path) -> str:
+    """The layout that the name of a file says, or that it has as the kind of data that it is.
+
+    Raises:
+        DataError: neither.
+    """
+    from vlm_sft.data.sources.files import TABLES, data_files, is_pattern, kind_of, saved_folder
+
+    if kind_of(source) in TABLES:
+        return "csv"
+    if saved_folder(source) or kind_of(source) in (".tar", ".arrow"):
+        return "jsonl"
+    if source.is_dir() or is_pattern(str(source)):
+        files = [file for paths in data_files(source).values() for file in paths]
+        kinds = {kind_of(file) for file in files}
+        if kinds <= {".tar"} or all(file.name.startswith("metadata.") for file in files):
+            return "jsonl"
+        if kinds <= set(TABLES):
+            return "csv"
+    raise DataError(f"--format is missing, and the name of {source} says none", f"pass one of {', '.join(FORMATS)}")
 
 
 @dataclass(frozen=True)
