@@ -79,10 +79,11 @@ class RandomTokens:
 
     processor = None
 
-    def encode(self, samples: list[Any]) -> EncodedGroup:
+    def encode(self, samples: list[Any], with_answers: bool = True) -> EncodedGroup:
         """Questions in place of the samples' own."""
         draw = np.random.default_rng(len(samples)).integers
-        asked = [EncodedQuestion(str(number), *draw(1, 255, (2, 4), np.int32)) for number in range(len(samples))]
+        pairs = [draw(1, 255, (2, 4), np.int32) for _sample in samples]
+        asked = [EncodedQuestion(str(n), ask, answer[: 4 * with_answers]) for n, (ask, answer) in enumerate(pairs)]
         return EncodedGroup("random", draw(1, 255, 7, np.int32), np.zeros(7, np.int32), 0, tuple(asked), {})
 
 

@@ -31,6 +31,7 @@ from vlm_sft.common.console import progress, say
 from vlm_sft.common.record import bfloat16_flags
 from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.sample import Sample
+from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.distributed.launch import CPU_PACK_TOKENS, quiet_libraries
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.batching import image_counter, plan_packs
@@ -183,7 +184,7 @@ def main() -> int:
         say(f"skipped: {args.data} is not there; pass --data with a folder of ChartQA parquet files")
         return 0
     quiet_libraries()
-    (task,), _ = load_tasks(f"chartqa@{args.data}", None, "validation")
+    (task,), _ = load_tasks(parse_datasets(f"chartqa@{args.data}"), None, "validation")
     samples = whole_images(task.samples, args.questions)
     rows = []
     for name in args.models.split(","):

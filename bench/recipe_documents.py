@@ -24,6 +24,16 @@ FIGURES = DOCS / "figures"
 COMPARISON = DOCS / "CONFIGS_COMPARISON.md"
 GUIDE = DOCS / "HYPERPARAMETER_GUIDE.md"
 BEST = DOCS / "BEST_CONFIG_EXPLAINED.md"
+README = ROOT / "README.md"
+# What a reader of the README chooses a recipe for, and the record that it shows gain and cost from.
+USES = {
+    "smoketest": "a check that everything works",
+    "1epoch": "a first result",
+    "2epoch": "the default",
+    "5epoch": "quality; keeps the best checkpoint",
+    "best": "the best we know",
+}
+SHOWN = RESULTS / "recipes-pocket-easy_vqa.json"
 NOT_RUN = "not run"
 FACT = "Default "  # how the generated line under a key's heading begins
 # Of the base model, from the Qwen2.5-VL technical report (Bai et al. 2025); accuracies of tuned models have to be run.
@@ -137,6 +147,26 @@ def _scores(row: Result, name: str) -> list[str]:
         _difference(found["difference"], found["difference_interval"], found["verdict"]),
         _difference(before["difference"], before["interval"], before["verdict"]) if before else "",
     ]
+
+
+def short_table(result: Result) -> str:
+    """What each recipe is for, its gain on the first benchmark, and its cost, at the rate that suits the model."""
+    name = result["settings"]["benchmarks"][0]
+    rows = {row["recipe"]: row for row in result["rows"] if row["arm"] == "recipe" and name in row["benchmarks"]}
+    shown = []
+    for recipe, use in USES.items():
+        row = rows[recipe]
+        found = row["benchmarks"][name]
+        gain = f"{points(found['difference'])} {points_interval(tuple(found['difference_interval']))}"
+        path = RECIPES[recipe]
+        shown.append([f"[`{recipe}`]({path})", f"{row['epochs']:g}", use, gain, duration(row["wall_seconds"])])
+    rate = rows["best"]["learning_rate"]
+    head = ["recipe", "epochs", "use it for", f"gain on `{name}`, points", "training"]
+    return table(head, shown, (1, 3, 4)) + (
+        f"\n\nMeasured with {result['settings']['base_model']} on {rows['best']['train_questions']:,} questions "
+        f"({rows['smoketest']['train_questions']:,} for smoketest) at a "
+        f"learning rate of {rate:g}; means of {len(rows['best']['seeds'])} seeds, {rows['best']['device']}."
+    )
 
 
 def cost_table(result: Result) -> str:
@@ -325,6 +355,7 @@ def documents() -> dict[Path, str]:
             },
         ),
         GUIDE: with_facts(GUIDE.read_text(encoding="utf-8")),
+        README: fill(README.read_text(encoding="utf-8"), {"recipes": short_table(artifacts.read_json(SHOWN))}),
     }
 
 

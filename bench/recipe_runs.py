@@ -21,7 +21,7 @@ from vlm_sft.common import artifacts
 from vlm_sft.common.errors import RunError
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.evaluate.provenance import identity_of
-from vlm_sft.evaluate.tasks import benchmark_names, dataset_text
+from vlm_sft.evaluate.tasks import dataset_text, names_of
 from vlm_sft.model.load import find_base
 from vlm_sft.recipe.load import read_recipe
 
@@ -90,7 +90,7 @@ class Settings:
     @property
     def benchmarks(self) -> list[str]:
         """Names of the benchmarks: those of the data sets."""
-        return benchmark_names(self.benchmark_text)
+        return names_of(parse_datasets(self.benchmark_text))
 
     @property
     def benchmark_text(self) -> str:

@@ -10,13 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlm_sft.api.exchange import export_data as export_data
+    from vlm_sft.api.exchange import import_data as import_data
     from vlm_sft.api.finished import Run as Run
     from vlm_sft.api.finished import open_run as open_run
+    from vlm_sft.api.finished import verify as verify
     from vlm_sft.api.models import ask as ask
+    from vlm_sft.api.models import demo as demo
     from vlm_sft.api.planning import plan as plan
+    from vlm_sft.api.planning import recommend as recommend
     from vlm_sft.api.scoring import compare as compare
     from vlm_sft.api.scoring import evaluate_model as evaluate_model
     from vlm_sft.api.scoring import score as score
+    from vlm_sft.api.sweeping import sweep as sweep
     from vlm_sft.api.training import finetune as finetune
     from vlm_sft.common.errors import VlmSftError as VlmSftError
     from vlm_sft.recipe.load import load_recipe as load_recipe
@@ -27,9 +33,15 @@ __version__ = "0.1.0"
 _PLACES = {
     "finetune": "api.training",
     "plan": "api.planning",
+    "sweep": "api.sweeping",
     "evaluate_model": "api.scoring",
     "score": "api.scoring",
     "compare": "api.scoring",
+    "recommend": "api.planning",
+    "verify": "api.finished",
+    "demo": "api.models",
+    "import_data": "api.exchange",
+    "export_data": "api.exchange",
     "open_run": "api.finished",
     "Run": "api.finished",
     "ask": "api.models",

@@ -191,8 +191,9 @@ def test_the_next_lines_of_a_training_and_what_follows(place: Path, capsys: pyte
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(adapter / name, run / name)
     write_manifest(run, ["adapter_model.safetensors", "adapter_config.json"], {})
-    ask, export = commands_in(text[text.index("next: ") :])
-    assert ask[0] == "ask" and export[0] == "export"
+    ask, page, export = commands_in(text[text.index("next: ") :])
+    assert (ask[0], page[0], export[0]) == ("ask", "demo", "export")
+    build_parser("demo").parse_args(page)
     asked = succeed(ask, capsys)
     exported = succeed([*export, "--questions", "1"], capsys)
     measure, demo = commands_in(asked[asked.index("next: ") :])
@@ -253,13 +254,13 @@ def texts(path: Path) -> list[str]:
     return [text for text in found if "vlm-sft " in text]
 
 
-def help_of(verb: str, rest: str) -> str:
-    """The help of a verb, or of its action."""
+def flags_of(verb: str, rest: str) -> dict[str, argparse.Action]:
+    """The flags of a verb, or of its action, by their long names."""
     child = build_parser(verb)
     for word in [verb, *(word for word in rest.split()[:1] if verb == "data")]:
         actions = next(one for one in child._actions if isinstance(one, argparse._SubParsersAction))
         child = actions.choices[word]
-    return child.format_help()
+    return {option: action for action in child._actions for option in action.option_strings if option[:2] == "--"}
 
 
 def test_every_command_that_is_printed_has_flags_that_exist() -> None:
@@ -268,11 +269,11 @@ def test_every_command_that_is_printed_has_flags_that_exist() -> None:
     for path in Path(vlm_sft.__file__).parent.rglob("*.py"):
         for text in texts(path):
             for verb, rest in re.findall(rf"vlm-sft ({'|'.join(VERBS)})\b((?: (?:[^,;)`\n]|,(?! ))*)?)", text):
-                usage = help_of(verb, rest).partition("options:")[0]
+                actions = flags_of(verb, rest)
                 flags = [flag for flag in re.findall(r"--[a-z_]+", rest) if flag != "--help"]
                 for flag in flags:
-                    assert flag in usage, f"{path.name}: {verb} has no {flag}: {text}"
-                needed = re.findall(r"--[a-z_]+", re.sub(r"\[[^\]]*\]", "", usage)) if flags else []
+                    assert flag in actions, f"{path.name}: {verb} has no {flag}: {text}"
+                needed = [name for name, action in actions.items() if action.required] if flags else []
                 filled = re.search(r"(?<![a-z] )\bX\b", rest)  # a part that may hold flags
                 for flag in needed:
                     assert flag in flags or "…" in rest or filled, f"{path.name}: {verb} needs {flag}: {text}"

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPatchMerger
 
 from tests.adapters import save_adapter, save_base
 from tests.pictures import png
 from vlm_sft.cli.main import main
+from vlm_sft.model.families import FAMILIES
 
 Change = Callable[[Path], None]
 
@@ -77,9 +80,9 @@ def weights(change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | Non
 
 REMOTE = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "modeling_x.XModel"}
 REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
-    "code of its own": (
+    "contains Python code": (
         edit("config.json", model_type="x_vl", auto_map=REMOTE, architectures=["XModel"]),
-        ("Python code of its own",),
+        ("contains Python code",),
     ),
     "a family of a newer transformers": (
         edit("config.json", model_type="qwen9_vl", transformers_version="9.1.0"),
@@ -142,3 +145,22 @@ def test_it_works(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     lines = commands(place, model, tmp_path / "out")
     for verb in ("train", "eval", "ask"):  # other weights are not the base of the adapter that an export takes
         assert main(lines[verb]) == 0, (verb, capsys.readouterr().err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes all in bfloat16")
+def test_an_undeclared_family_that_fails_in_bfloat16_is_computed_in_float32(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def products_of_its_own(module: Qwen2_5_VLPatchMerger, rows: torch.Tensor) -> torch.Tensor:
+        first, last = module.mlp[0], module.mlp[2]
+        rows = module.ln_q(rows).view(-1, module.hidden_size)
+        return F.linear(F.gelu(F.linear(rows, first.weight, first.bias)), last.weight, last.bias)
+
+    asked = commands(place, place / "base", tmp_path)
+    narrow, told = ["--bf16", "true", "--eval_benchmarks", "none"], "fails with its products in bfloat16"
+    monkeypatch.delitem(FAMILIES, "qwen2_5_vl")
+    assert main([*asked["train"], *narrow, "--output_dir", str(tmp_path / "narrow")]) == 0
+    assert told not in capsys.readouterr().out
+    monkeypatch.setattr(Qwen2_5_VLPatchMerger, "forward", products_of_its_own)
+    assert main([*asked["train"], *narrow]) == 0
+    assert capsys.readouterr().out.count(told) == 1

@@ -14,11 +14,11 @@ from tests.pictures import png
 from tests.questions import PROMPT, ask, picture
 from vlm_sft.cli.main import main
 from vlm_sft.common.errors import ModelError, SampleError
+from vlm_sft.data.audit import PLACED_NOTE
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import UNPROCESSABLE, ImageRef
 
-MOVED = "an image stands behind words of its conversation; here images come first"
 REFUSED = "Processor cannot process the image: ValueError: absolute aspect ratio"  # of the family, or of its images
 POCKET = ("--base_model", "pocket", "--max_left_out", "0.3")
 
@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"id": "image", "image": "1.png", "question": "What does the <image> tag do?", "answer": "The <image> tag."},
         {"id": "pad", "image": "2.png", "question": "<|image_pad|><|vision_start|>?", "answer": "<|image_pad|>"},
         {
-            "id": "moved",
+            "id": "placed",
             "images": ["3.png"],
             "messages": [{"role": "user", "content": "Look: <image> what?"}, {"role": "assistant", "content": "3"}],
         },
@@ -69,11 +69,11 @@ def test_training_names_and_counts_them_and_goes_on(
     facts = read(run / "data.json")
     assert facts["train"]["samples"] == 5 and facts["left_out"] == {UNPROCESSABLE: 2}
     # <image> is no control token of this model: two rows of each part hold one.
-    assert facts["notes"][MOVED] == 2 and max(facts["notes"].values()) == 4
-    assert f"note: {MOVED}: 2 questions" in told.out
+    assert facts["notes"][PLACED_NOTE] == 2 and max(facts["notes"].values()) == 4
+    assert f"note: {PLACED_NOTE}: 2 questions" in told.out
     notes = read(run / "run.json")["notes"]
-    assert f"note: {MOVED}: 2 questions" in notes
-    assert any(note.startswith("benchmarks: 1 samples are left out") and "test-long" in note for note in notes)
+    assert f"note: {PLACED_NOTE}: 2 questions" in notes
+    assert any(note.startswith("benchmarks: 1 sample left out") and "test-long" in note for note in notes)
     assert read(run / "results.json")["benchmarks"][data.name]["n"] == 5
 
 
@@ -82,25 +82,25 @@ def test_evaluation_and_plan_do_the_same(data: Path, tmp_path: Path, capsys: pyt
     flags = ["--output_dir", str(folder), "--prepared_cache", "off"]
     assert main(["eval", *POCKET, "--benchmark", str(data), *flags]) == 0
     assert [row["id"] for row in left_out(folder / "left_out.jsonl")] == [f"{data.name}/test-long"]
-    assert f"note: {MOVED}: 1 questions" in read(folder / "run.json")["notes"]
+    assert f"note: {PLACED_NOTE}: 1 questions" in read(folder / "run.json")["notes"]
     rows = left_out(folder / data.name / "predictions.jsonl")
     assert [row["question"] for row in rows][1] == "What does the <image> tag do?"
     assert main(["plan", *POCKET, "--dataset", str(data), "--sft_config", "smoketest"]) == 0
     told = capsys.readouterr()
-    assert "samples are left out (image cannot be processed: 2" in told.err and REFUSED in told.err
-    assert f"note: {MOVED}: 2 questions" in told.out and "data: 5 questions on 5 images" in told.out
+    assert "samples left out (image cannot be processed: 2" in told.err and REFUSED in told.err
+    assert f"note: {PLACED_NOTE}: 2 questions" in told.out and "data: 5 questions on 5 images" in told.out
 
 
 def test_check_finds_what_a_model_refuses(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = ["data", "check", str(data), "--output_dir", str(tmp_path)]
     assert main(check) == 0
     told = capsys.readouterr()
-    assert "as long as wide, which some models cannot take (all of Qwen's): 1, e.g. " in told.err
-    assert "long.png (3,000 x 10 pixels); --base_model MODEL asks the model's processor" in told.err
+    assert "as long as wide, which some models reject (all Qwen models): 1, e.g. " in told.err
+    assert "long.png (3,000 x 10 pixels); --base_model MODEL checks with the model's processor" in told.err
     assert main([*check, "--base_model", "pocket"]) == 2
     told = capsys.readouterr()
     assert "cannot be used" in told.err and REFUSED in told.err
-    assert read(tmp_path / "data.json")["notes"][MOVED] == 1
+    assert read(tmp_path / "data.json")["notes"][PLACED_NOTE] == 1
     assert [row["id"] for row in left_out(tmp_path / "left_out.jsonl")] == [f"{data.name}/train-long"]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tests import tiny_models
@@ -26,6 +27,7 @@ from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import set_attention
 from vlm_sft.model.positions import Positions
+from vlm_sft.model.sharded import divide_model
 from vlm_sft.model.trainable import save_tuned
 from vlm_sft.planning.training_run import FaultPolicy
 from vlm_sft.recipe.schedule import Schedule, resolve_schedule
@@ -36,6 +38,7 @@ from vlm_sft.train.deepspeed_engine import (
     partition_while_loading,
     resolve_config,
 )
+from vlm_sft.train.fsdp_optimization import DividedOptimization
 from vlm_sft.train.loop import TrainingLoop, TrainingPlan
 from vlm_sft.train.optimization import TorchOptimization
 
@@ -95,8 +98,11 @@ def trainer(
         config = resolve_config(launch, recipe, False, hidden_size_of(tiny_models.build("qwen2_5_vl")[0].config))
         loading = partition_while_loading(config)
     adapter = adapted(recipe)
+    if launch.fsdp:
+        divide_model(adapter, launch.device, torch.float32)
+    kind = DividedOptimization if launch.fsdp else TorchOptimization
     optimization: Any = (
-        TorchOptimization(adapter, recipe, schedule, launch, torch.float32)
+        kind(adapter, recipe, schedule, launch, torch.float32)
         if config is None
         else DeepSpeedOptimization(adapter, recipe, schedule, config, loading)
     )
@@ -161,7 +167,8 @@ def weights(made: TrainingLoop) -> dict[str, torch.Tensor]:
                 with zero.GatheredParameters([parameter]):
                     found[name] = parameter.detach().clone()
             else:
-                found[name] = parameter.detach().clone()
+                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                found[name] = whole.detach().clone()
     return found
 
 
@@ -211,7 +218,7 @@ def spoil_loss(monkeypatch: Any, when: Callable[[int, list[str]], bool], value: 
 
 def on_ranks(folder: Path, parallel: str) -> None:
     """In a rank's own process: steps 2 and 4 are bad on rank 1; writes what the steps did."""
-    launch = read_launch(None, parallel if parallel.startswith("zero") else None)
+    launch = read_launch(None, parallel if parallel.startswith("zero") else None, parallel == "fsdp")
     patch = pytest.MonkeyPatch()
     spoil_loss(patch, lambda step, ids: launch.rank == 1 and step in (1, 3))
     with connected(launch):

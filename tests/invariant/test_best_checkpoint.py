@@ -180,13 +180,14 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="Dee
         "ddp",
         pytest.param("zero2", marks=[needs_deepspeed, pytest.mark.slow]),
         pytest.param("zero3", marks=needs_deepspeed),
+        pytest.param("fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_measure_the_same_and_choose_the_same(
     place: Path, by_metric: Path, warm: Warm, parallel: str
 ) -> None:
     out, log = place / parallel, place / f"{parallel}.log"
-    stage = [] if parallel == "ddp" else ["--deepspeed", parallel]
+    stage = {"ddp": [], "fsdp": ["--fsdp"]}.get(parallel, ["--deepspeed", parallel])
     options = command(place, out, "--metric_for_best_model", "exact_match", "--eval_samples", "11", *stage)
     assert warm.start_both(options, log, script=MAIN).wait(280) == 0, log.read_text()[-4000:]
     facts = [json.loads((run / "run.json").read_text()) for run in (out, by_metric)]
@@ -239,7 +240,7 @@ def test_a_checkpoint_that_forgets_is_not_kept(place: Path, capsys: pytest.Captu
     losses = {step: row["eval_loss"] for step, row in evaluations(run).items()}
     assert min(losses, key=losses.get) != record["best_step"], "the loss alone would have chosen another one"
     assert verdicts[record["best_step"]]["qualifies"]
-    assert "best" in told.split("what was gained and what was lost")[1]
+    assert "best" in told.split("changes on the guarded benchmarks")[1]
 
 
 def test_exit_code_3_when_no_checkpoint_qualifies(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +249,7 @@ def test_exit_code_3_when_no_checkpoint_qualifies(place: Path, capsys: pytest.Ca
     told = capsys.readouterr()
     assert code == 3
     assert "no checkpoint of" in told.err
-    assert "keeps to --guard" in told.err
+    assert "satisfies --guard" in told.err
     record = json.loads((run / "guard.json").read_text())
     assert (record["qualified"], record["best_step"]) == (False, None)
     assert json.loads((run / "run.json").read_text())["status"] == "finished"

@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_written_is_told_once(tmp_path: Path, capsys: py
     blocked = tmp_path / "file"
     blocked.write_text("")
     data, _ = prepare(blocked, samples())
-    assert capsys.readouterr().err.count("prepared data is not kept") == 1
+    assert capsys.readouterr().err.count("prepared data cannot be stored") == 1
     assert len(data) == 4 and "pixel_values" in data[0].tensors
 
 

@@ -203,7 +203,7 @@ def test_one_image_never_fills_a_batch_under_a_cap() -> None:
 
 
 def test_no_questions_is_said() -> None:
-    with pytest.raises(DataError, match="no question to train on"):
+    with pytest.raises(DataError, match="no questions to train on"):
         EpochPlanner((), 4, 100, 1, 0)
 
 

@@ -132,8 +132,8 @@ def test_all_weights_after_an_adapter(first: Path, tmp_path: Path) -> None:
         (("--use_dora", "true"), ("use_dora is False there and True here", "--use_dora false")),
         (("--target_modules", "q_proj,k_proj"), ("in the adapter only: o_proj, v_proj", "in the recipe only: k_proj")),
         (("--train", "language,vision_lora"), ("in the recipe only:", "qkv", "the same --train")),
-        (("--train", "language,projector"), ("cannot go on under this recipe", "missing", "merger")),
-        (("--train", "all"), ("there is no adapter whose weights could go on", "--adapter_mode merge")),
+        (("--train", "language,projector"), ("cannot be continued under this recipe", "missing", "merger")),
+        (("--train", "all"), ("there is no adapter to continue from", "--adapter_mode merge")),
     ],
     ids=["rank", "dora", "targets", "tower", "projector", "all"],
 )
@@ -141,7 +141,10 @@ def test_what_does_not_fit_is_refused(
     first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     refused(
-        capsys, stage(first, tmp_path / "o", *flags), "cannot go on" if "all" not in flags else "--train all", *words
+        capsys,
+        stage(first, tmp_path / "o", *flags),
+        "cannot be continued" if "all" not in flags else "--train all",
+        *words,
     )
     assert not (tmp_path / "o").exists()
 

@@ -48,24 +48,24 @@ def test_one_step_trains_at_its_rate_and_says_what_would_be_more(
     before = told.out.partition("step 1: ")[0]
     log = (run / "log.txt").read_text()
     assert len(before.splitlines()) <= 11 and line_with(before, "forecast", "on disk (") and line_with(before, "LoRA:")
-    for folded in ("one sample as the model sees it", "schedule: 1 steps", "launch: ", "  memory: ", "vision features"):
+    for folded in ("one sample as the model sees it", "schedule: 1 step", "launch: ", "  memory: ", "vision features"):
         assert folded in log and folded not in told.out, folded
     assert rates(run) == [pytest.approx(2e-4)]
     assert "changes nothing" not in told.out
     proposed = re.search(r"vlm-sft (export --adapter .+)", told.out)
     assert proposed is not None and main(shlex.split(proposed[1])) == 0, "one step of few changes is exported too"
-    assert "round away what the adapter changes" in capsys.readouterr().out
+    assert "round away the adapter's changes" in capsys.readouterr().out
     assert json.loads((tmp_path / "one-merged" / "export.json").read_text())["dtype"] == "float32"
     (advice,) = [note for note in json.loads((run / "run.json").read_text())["notes"] if "optimizer step" in note]
     assert advice in told.err
-    found = re.search(r"(--global_batch_size \d+ --num_train_epochs \d+) makes (\d+) steps", advice)
+    found = re.search(r"(--global_batch_size \d+ --num_train_epochs \d+) gives (\d+) steps", advice)
     assert found is not None
     flags, steps = found[1].split(), int(found[2])
     assert steps >= 50
     capsys.readouterr()
     assert main(["plan", "--base_model", "pocket", "--dataset", str(data), "--sft_config", "1epoch", *flags]) == 0
     told = capsys.readouterr()
-    assert f"schedule: {steps} steps" in told.out and "hardly teach" not in told.out
+    assert f"schedule: {steps} steps" in told.out and "hardly learn" not in told.out
     assert main(["plan", "--base_model", "pocket", "--dataset", str(data), "--sft_config", "1epoch"]) == 0
     assert advice in capsys.readouterr().out
 
@@ -123,7 +123,7 @@ def test_a_warmup_of_more_steps_than_there_are_takes_half(
         )
         == 0
     )
-    assert line_with(capsys.readouterr().out, "warmup of 500 steps", "6", "3")
+    assert line_with(capsys.readouterr().out, "warmup", "500", "6", "3")
     found = rates(run)
     assert len(found) == 6 and min(found) > 0 and max(found) == found[3] == pytest.approx(1e-4)
 

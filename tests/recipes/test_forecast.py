@@ -140,7 +140,7 @@ def test_what_surely_does_not_fit_is_refused_with_a_way_out(capsys: pytest.Captu
     ("flags", "message"),
     [
         (["--gpu_type", "B999"], "--gpu_type B999 is not in the table"),
-        (["--image_size", "large"], "--image_size large is no size"),
+        (["--image_size", "large"], "--image_size large is not a size"),
         (["--images", "2000"], "every image needs a question"),
         (["--gpus", "0"], "--gpus 0 is below 1"),
     ],

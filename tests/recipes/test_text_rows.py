@@ -91,6 +91,11 @@ def test_weights_of_sets_and_rows_and_a_loss_for_each_set(
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     measured = [row for row in rows if "eval_loss" in row]
     assert len(measured) == 2
+    shares = json.loads((out / "run.json").read_text())["loss_shares"]
+    assert sum(shares.values()) == pytest.approx(1) and shares["heavy"] > shares["mine"]
     for row in measured:
-        both = sorted([row["eval_loss_mine"], row["eval_loss_heavy"]])
-        assert both[0] < row["eval_loss"] < both[1]
+        mixed = sum(share * row[f"eval_loss_{name}"] for name, share in shares.items())
+        assert row["eval_loss"] == pytest.approx(mixed, rel=1e-9)
+    report = (out / "report.html").read_text()
+    assert f"as in the training loss: heavy {100 * shares['heavy']:.1f}" in report
+    assert json.loads((out / "manifest.json").read_text())["identity"]["eval_loss_is_mixed"] is True

@@ -18,6 +18,7 @@ from vlm_sft.evaluate.answer_rules import (
     squad_f1,
     squad_normalize,
 )
+from vlm_sft.evaluate.mmmu_rule import mmmu, named_option
 
 
 @pytest.mark.parametrize(
@@ -133,3 +134,46 @@ def test_what_a_rule_needs_stands_in_the_row(tmp_path: Path, capsys: pytest.Capt
     assert "'options' is text, not a list of texts" in told
     told = scored(tmp_path, "ocrbench", [row | {"dataset": 3}], capsys)
     assert "'dataset' is a number, not text" in told
+
+
+MMMU_OPTIONS = ["a red ball", "the blue box", "green"]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "chosen"),
+    [
+        ("B", "B"),
+        (" b", None),
+        ("(A) or rather (B)", "B"),
+        ("(A), B", "A"),  # brackets go before spaces
+        ("A B A", "A"),
+        ("C.", "C"),
+        ("C'!", "C"),
+        ("C!'", None),  # the marks go one kind after the other: ' goes last, and ! is left
+        ("B: the blue box", None),
+        ("What we see here is surely green, not a red ball", "A"),
+        ("it is green", None),  # a text counts from six words on
+        ("", None),
+    ],
+)
+def test_mmmu_reads_the_option_as_its_reference(prediction: str, chosen: str | None) -> None:
+    assert named_option(prediction, dict(zip("ABC", MMMU_OPTIONS, strict=True))) == chosen
+    assert mmmu(prediction, ["B"], MMMU_OPTIONS) == float(chosen == "B")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "score"),
+    [
+        ("The result is 1,250.004 kg", ["1250"], 1.0),
+        ("1.25e3", ["1250"], 1.0),
+        ("12.97 V. So we take 13", ["12.97"], 0.0),  # sentences end at lines only, as the text is in lower case by then
+        ("We found 5.\nTherefore the answer is 6", ["5"], 0.0),
+        ("x = 5", ["5"], 1.0),
+        ("it could be Tampa", ["Miami", "tampa"], 1.0),
+        ("carbon", ["C"], 0.0),  # one letter counts only beside a space
+        ("vitamin c deficiency", ["C"], 1.0),
+        ("", ["7"], 0.0),
+    ],
+)
+def test_mmmu_reads_open_answers_as_its_reference(prediction: str, answers: list[str], score: float) -> None:
+    assert mmmu(prediction, answers) == score

@@ -10,7 +10,10 @@ from PIL import Image
 from tests.adapters import PROMPT, save_adapter, save_base
 from vlm_sft.cli.main import main
 from vlm_sft.common.errors import plain
+from vlm_sft.data.encode import EncodedGroup
+from vlm_sft.data.images import check_image
 from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.data.sources.records import questions_of
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.interactive import open_asker
 from vlm_sft.model.adapters import load_adapter
@@ -56,6 +59,37 @@ def test_the_image_is_computed_once_a_side(place: Path) -> None:
     assert len(answers) == 6 and answers[:2] == answers[2:4]
     # A near tie between two words is decided alone, so there may be more; one an answer would be 12.
     assert use.images <= 4
+
+
+def test_images_stand_where_a_question_has_them(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt is that of a record with the same words, and the answers are those of each question alone."""
+    Image.effect_noise((64, 64), 50).convert("RGB").save(place / "other.png")
+    images = [check_image(ImageRef.from_path(place / name)) for name in ("chart.png", "other.png")]
+    questions = ["Is <image> like <image>?", "Which?", "What is this?\n<image>", "Is <image> like <image>, too?"]
+    asker = open_asker(None, place / "adapter")
+    given: list[EncodedGroup] = []
+    encode = asker.backend.encoder.encode
+    monkeypatch.setattr(
+        asker.backend.encoder, "encode", lambda *args, **how: given.append(encode(*args, **how)) or given[-1]
+    )
+    answers = asker.ask(images, questions)
+    monkeypatch.undo()
+    for question, answer in zip(questions, answers, strict=True):
+        assert asker.ask(images, [question]) == [answer]
+        record = {"images": ["a", "b"], "question": question, "answer": "x"}
+        (read,) = questions_of(record)
+        sample = Sample("0", "ask", "", tuple(images), read.question, "", (), places=read.places)
+        trained = asker.backend.encoder.encode([sample], with_answers=False)
+        whole = [*trained.prefix_ids, *trained.questions[0].prompt_ids]
+        prompts = [[*group.prefix_ids, *one.prompt_ids] for group in given for one in group.questions]
+        assert whole in prompts
+    shown = [str(place / "chart.png"), questions[0], "--image", str(place / "other.png")]
+    assert main(["ask", *shown, "--adapter", str(place / "adapter")]) == 0
+    assert plain(f"tuned: {answers[0].tuned}") in capsys.readouterr().out
+    assert main(["ask", *shown[:2], "--adapter", str(place / "adapter")]) == 2
+    assert "<image> 2 times, 1 images" in capsys.readouterr().err
 
 
 def test_pocket_answers_without_an_adapter(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

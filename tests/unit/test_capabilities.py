@@ -45,17 +45,17 @@ def test_auto_takes_bfloat16_where_the_gpu_itself_has_it(
     assert torch.cuda.is_bf16_supported()  # what was asked before
     base = find_base("pocket")
     assert base.dtype is default_dtype() is dtype
-    note = f"{name} has no bfloat16 of its own, and emulating it is slower than float32: computing in float32"
+    note = f"{name} does not support bfloat16, and emulating it is slower than float32: computing in float32"
     assert base.notes == ((note,) if dtype is torch.float32 else ())
     assert find_base("pocket", bf16=False).notes == () and find_base("pocket", bf16=True).dtype is torch.bfloat16
-    warned = f"warning: --bf16 true: {name} has no bfloat16 of its own" in capsys.readouterr().err
+    warned = f"warning: --bf16 true: {name} does not support bfloat16" in capsys.readouterr().err
     assert warned is (dtype is torch.float32)
 
 
 def test_a_forecast_for_such_a_card_warns_too(capsys: pytest.CaptureFixture[str]) -> None:
     line = ["plan", "--base_model", "Qwen/Qwen2.5-VL-3B-Instruct", "--questions", "1000", "--gpu_type", "V100-32GB"]
     assert main([*line, "--bf16", "true"]) == 0
-    assert "warning: --bf16 true: V100-32GB has no bfloat16 of its own" in capsys.readouterr().err
+    assert "warning: --bf16 true: V100-32GB does not support bfloat16" in capsys.readouterr().err
     assert main(line) == 0
     assert "bf16" not in capsys.readouterr().err
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.report_runs import make_run
+from vlm_sft.cli.flag_groups import GROUPS
 from vlm_sft.cli.main import main
-from vlm_sft.cli.parser import build_parser
+from vlm_sft.cli.parser import Parser, build_parser
 from vlm_sft.common.errors import RecipeError
 from vlm_sft.recipe.builtin import RECIPES
 from vlm_sft.recipe.load import load_recipe, read_recipe
+from vlm_sft.recipe.schema import KEYS
 
 Captured = pytest.CaptureFixture[str]
+
+
+def sub_parser(verb: str) -> Parser:
+    """The parser of one verb."""
+    (verbs,) = (one for one in build_parser(verb)._actions if isinstance(one, argparse._SubParsersAction))
+    return verbs.choices[verb]
 
 
 def refused(line: str, capsys: Captured) -> str:
@@ -44,9 +54,12 @@ def refused(line: str, capsys: Captured) -> str:
         ("plan --gpu_typ L4", "did you mean --gpu_type?"),
         ("eval --bechmark chartqa", "unknown flag --bechmark; did you mean --benchmark?"),
         ("data import x --format csv --output o --colums a=b", "did you mean --columns?"),
-        ("data check x --columns a=b", "its flags are --split, --output_dir, --base_model, --limit"),
+        (
+            "data check x --images a",
+            "its flags are --columns, --split, --output_dir, --base_model, --max_length, --limit",
+        ),
         ("data check x --zzz", "unknown flag --zzz\n"),
-        ("--verbose train", "unknown flag --verbose\n  fix: flags stand behind"),
+        ("--verbose train", "unknown flag --verbose\n  fix: flags come after"),
         ("trian --output_dir o", "vlm-sft does not know 'trian'; did you mean train?"),
         ("data chek x", "vlm-sft data does not know 'chek'; did you mean check?"),
         ("data cache cleer", "did you mean clear?"),
@@ -122,7 +135,10 @@ def test_values_that_look_like_flags_are_values() -> None:
 
 IDLE = [
     ("train --output_dir o --allow_changes", "--allow_changes has no effect without --resume"),
-    ("train --output_dir o --resume --overwrite_output_dir", "--overwrite_output_dir has no effect beside --resume"),
+    (
+        "train --output_dir o --resume --overwrite_output_dir",
+        "--overwrite_output_dir has no effect together with --resume",
+    ),
     ("eval --base_model pocket --benchmark demo_charts --output_dir o --allow_prompt_mismatch", "without --adapter"),
     (
         "eval --base_model pocket --benchmark demo_charts --output_dir o --backend vllm --tokens_per_pack 9 "
@@ -209,3 +225,23 @@ def test_a_recipe_that_is_not_there(path: str, told: str, tmp_path: Path, monkey
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "recommend", "sweep", "eval"])
+def test_each_flag_stands_in_one_group_of_the_help(verb: str) -> None:
+    parser = sub_parser(verb)
+    page = parser.format_help()
+    shown = re.findall(r"^  (?:-h, )?--(\w+)", page, re.MULTILINE)
+    flags = {action.option_strings[-1][2:] for action in parser._actions if action.help != argparse.SUPPRESS}
+    assert sorted(shown) == sorted(flags), "each flag once"
+    titles = re.findall(r"^([a-z].*):$", page, re.MULTILINE)
+    assert titles[:2] == ["run", "data"] and "engine" in titles and "options" not in titles
+    assert "others" not in titles, f"cli/flag_groups.py does not name {page.partition('others:')[2]}"
+
+
+def test_the_groups_of_flags_name_each_flag_once_and_no_other() -> None:
+    named = [name for group in GROUPS for name in group.names]
+    parsers = [sub_parser(verb) for verb in ("train", "plan", "recommend", "sweep", "eval")]
+    known = {option[2:] for parser in parsers for option in parser._option_string_actions if option.startswith("--")}
+    assert len(named) == len(set(named)) and set(named) <= known
+    assert set(KEYS) <= set(named), "every recipe key has a group"

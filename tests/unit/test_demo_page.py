@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from tests.adapters import save_adapter, save_base
-from vlm_sft.cli.demo import HOST, build_page, launch_arguments
 from vlm_sft.cli.main import main
+from vlm_sft.evaluate.demo_page import HOST, build_page, launch_arguments
 from vlm_sft.evaluate.interactive import Asker, open_asker
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -171,6 +171,6 @@ def test_upload_and_ask_in_a_browser(served: tuple[str, Asker, Path], tmp_path: 
 def test_without_gradio_it_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlm_sft.cli.demo.find_spec", lambda name: None)
+    monkeypatch.setattr("vlm_sft.evaluate.demo_page.find_spec", lambda name: None)
     assert main(["demo", "--base_model", "pocket"]) == 2
     assert "pip install 'vlm-sft[demo]'" in capsys.readouterr().err

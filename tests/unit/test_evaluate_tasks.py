@@ -13,14 +13,16 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.evaluate.guard import Guard, judge, parse_guards, tradeoff
 from vlm_sft.evaluate.metrics import BENCHMARKS
-from vlm_sft.evaluate.tasks import benchmark_names, dataset_text, load_tasks, parse_token_limits, too_short, with_limits
+from vlm_sft.evaluate.own_metrics import RULE_NAMES
+from vlm_sft.evaluate.tasks import dataset_text, load_tasks, names_of, parse_token_limits, too_short, with_limits
 from vlm_sft.model.load import find_base
 from vlm_sft.recipe.load import load_recipe
 from vlm_sft.recipe.metric_names import EVALUATION_METRICS
 
 
 def test_metric_names_of_recipes_are_those_of_the_benchmarks() -> None:
-    assert EVALUATION_METRICS == ("eval_loss", *(benchmark.metric_name for benchmark in BENCHMARKS.values()))
+    published = [benchmark.metric_name for benchmark in BENCHMARKS.values()]
+    assert EVALUATION_METRICS == ("eval_loss", *dict.fromkeys([*published, *RULE_NAMES]))
 
 
 @pytest.mark.parametrize("name", ["easy_vqa", "demo_charts", "demo_text"])
@@ -29,7 +31,7 @@ def test_every_answer_that_the_package_brings_along_has_room_on_pocket(name: str
         pytest.importorskip("easy_vqa")
     base = find_base("pocket")
     plain = Encoder(base.processor, base.prompt).chat.plain
-    tasks, _ = load_tasks(name, None, None)
+    tasks, _ = load_tasks(parse_datasets(name), None, None)
     assert too_short(with_limits(tasks, base.prompt, plain, {})) == []
 
 
@@ -50,9 +52,9 @@ def test_all_mistakes_of_token_limits_come_together() -> None:
     with pytest.raises(EvaluationError) as caught:
         parse_token_limits("textvqa=3,chartqa=0,7", ["chartqa", "easy_vqa"])
     told = str(caught.value)
-    for part in ("'textvqa' is not evaluated", "'chartqa=0' is no positive number", "'7' names no benchmark"):
+    for part in ("'textvqa' is not evaluated", "'chartqa=0' is not a positive number", "'7' names no benchmark"):
         assert part in told
-    with pytest.raises(EvaluationError, match="no positive number"):
+    with pytest.raises(EvaluationError, match="not a positive number"):
         parse_token_limits("", ["chartqa"])
 
 
@@ -63,7 +65,7 @@ def test_dataset_text_round_trips_without_weights(tmp_path: Path) -> None:
     specs = parse_datasets(text)
     again = parse_datasets(dataset_text(specs))
     assert [(spec.name, spec.path) for spec in again] == [(spec.name, spec.path) for spec in specs]
-    assert benchmark_names(dataset_text(specs)) == ["demo_charts", "demo_text", "label", specs[2].name]
+    assert names_of(again) == ["demo_charts", "demo_text", "label", specs[2].name]
 
 
 def test_a_broken_image_is_drawn_and_left_out(tmp_path: Path) -> None:
@@ -71,7 +73,7 @@ def test_a_broken_image_is_drawn_and_left_out(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
     rows = [{"image": name, "question": name, "answer": "x"} for name in ("good.png", "bad.png")]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (task,), left_out = load_tasks(str(tmp_path), None)
+    (task,), left_out = load_tasks(parse_datasets(str(tmp_path)), None)
     assert [sample.question for sample in task.samples] == ["good.png"]
     assert (task.samples[0].images[0].width, task.samples[0].images[0].height) == (12, 8)
     assert [item.reason for item in left_out] == ["image cannot be read"]
@@ -144,8 +146,10 @@ def test_a_large_loss_disqualifies_and_a_small_or_unsure_one_does_not() -> None:
 def test_requests_that_cannot_be_met(
     changes: dict[str, object], guard: str | None, samples: int | None, expected: str
 ) -> None:
+    from vlm_sft.planning.options import TrainOptions
     from vlm_sft.planning.validation_plan import check_request
 
     recipe = load_recipe(None, changes)
+    options = TrainOptions(output_dir=Path("unused"), guard=guard, eval_samples=samples)
     with pytest.raises(RecipeError, match=expected):
-        check_request(recipe, parse_datasets("demo_charts"), guard, samples)
+        check_request(recipe, parse_datasets("demo_charts"), options)

@@ -17,7 +17,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tests.adapters import PROMPT, save_adapter, save_base
 from vlm_sft.cli.main import main
 from vlm_sft.export import run as export_run
-from vlm_sft.model.load import empty_model, find_base
+from vlm_sft.model.layout import empty_model
+from vlm_sft.model.load import find_base
 from vlm_sft.model.saved_adapter import require_fit
 from vlm_sft.model.vllm_rules import lora_settings, max_lora_rank, not_for_vllm
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,16 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from tests import tiny_models
+from tests.pictures import png
 from tests.questions import questions
+from vlm_sft.cli.main import main
 from vlm_sft.data.collate import collate
 from vlm_sft.data.dataset import group_lengths
 from vlm_sft.data.encode import Encoder
+from vlm_sft.data.image_tokens import qwen_grid
 from vlm_sft.data.packing import Bundle, EpochPlanner
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.forecast import disk, flops, memory
 from vlm_sft.forecast.flops import Adapter, Work
 from vlm_sft.forecast.hardware import Rates
-from vlm_sft.forecast.image_tokens import qwen_grid
 from vlm_sft.forecast.setting import RankLayout, Setting
 from vlm_sft.forecast.shapes import FAMILIES as SIZED
 from vlm_sft.forecast.shapes import find_published, model_shape, published_models
@@ -207,3 +211,15 @@ def test_adapter_bytes_are_those_on_disk(tmp_path: Any) -> None:
     save_file(state, tmp_path / "state.safetensors")
     moments = disk.optimizer_bytes(shape, Adapter(4, TARGETS), "adamw_torch")
     assert moments == pytest.approx((tmp_path / "state.safetensors").stat().st_size, rel=0.1)
+
+
+def test_tokens_that_stand_for_an_image_of_ovis_2_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_models.save("ovis2", tmp_path / "model")
+    (tmp_path / "a.png").write_bytes(png(size=(56, 56)))
+    row = {"image": "a.png", "question": "What?", "answer": "1"}
+    rows = [row | {"split": split} for split in ("train", "validation", "test")]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert main(["plan", "--base_model", str(model), "--dataset", str(tmp_path / "own.jsonl")]) == 0
+    assert "tokens of an image: 4 /" in capsys.readouterr().out

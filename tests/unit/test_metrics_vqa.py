@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_sft.common.errors import EvaluationError
-from vlm_sft.evaluate.metrics import vqa_accuracy, vqa_normalize
+from vlm_sft.evaluate.vqa_rule import vqa_accuracy, vqa_normalize
 
 CONTRACTIONS = json.loads(files("vlm_sft.evaluate").joinpath("vqa_contractions.json").read_text(encoding="utf-8"))
 

@@ -90,7 +90,7 @@ def test_every_launcher_is_understood(name: str, monkeypatch: pytest.MonkeyPatch
     [
         ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "on its machine 2 of 2"),
-        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one is no whole number"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one is not a whole number"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 and no RANK"),
         (SLURM, "rank 11 of 11"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import doctest
 import inspect
 import os
@@ -20,6 +21,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas
+import polars
 import pytest
 import torch
 from peft import PeftModel
@@ -153,6 +155,7 @@ def test_a_run_is_asked_compared_and_loaded(run: vs.Run) -> None:
     answers = run.ask([red, green], [QUESTION, QUESTION])
     assert len(answers) == 2 and all(row["base"] and row["tuned"] is not None for row in answers)
     assert list(run.ask(red, ["a?", "b?"]).to_pandas().question) == ["a?", "b?"]
+    assert len(run.ask([[red, green], red], ["Is <image> like <image>?", QUESTION])) == 2
     with pytest.raises(DataError, match="2 images and 1 questions"):
         run.ask([red, red], ["a?"])
     (row,) = run.compare()
@@ -246,11 +249,24 @@ def test_every_shape_of_data_is_the_same_data(tmp_path: Path) -> None:
     splits = datasets.DatasetDict({"train": stored, "validation": stored, "test": stored})
     expected = samples({"train": paths, "val": paths, "test": paths}, tmp_path / "a")
     assert len(expected) == 12
-    for number, data in enumerate((encoded, stored, pandas.DataFrame(paths), iter(paths))):
+    texts = [{**row, "image": base64.b64encode(row["image"]).decode()} for row in encoded]
+    frames = (pandas.DataFrame(paths), polars.DataFrame(paths), polars.LazyFrame(encoded))
+    for number, data in enumerate((encoded, texts, stored, *frames, iter(paths))):
         assert samples({"train": data, "dev": paths, "test": paths}, tmp_path / f"b{number}") == expected
     assert samples(splits, tmp_path / "c", "test") == expected
     chat = [{"images": [row["image"]], "messages": conversation(row["answer"])} for row in rows]
     assert len(samples({"train": chat, "test": chat}, tmp_path / "d", "test")) == 12
+
+
+def test_paths_are_those_of_images_and_relative_to_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").write_bytes(b"")
+    Image.new("RGB", (40, 40), "red").save("b.png")
+    rows = [{"image": name, "question": "Which file?", "answer": "a.png"} for name in ("b.png", "c.png")]
+    (spec,) = parse_datasets(dataset_argument({"train": rows, "test": rows}, tmp_path / "rows"))
+    loaded = load_split(spec, "train")
+    assert [sample.target for sample in loaded.samples] == ["a.png"]
+    assert [f"there is no file {tmp_path / 'c.png'}" in one.detail for one in loaded.left_out] == [True]
 
 
 def conversation(answer: str) -> list[dict[str, Any]]:

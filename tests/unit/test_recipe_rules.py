@@ -56,7 +56,7 @@ def test_mistake_in_the_form_of_a_file(tmp_path: Path, text: str, expected: str)
     [
         ('"learning_rate": "2e-4"', '"2e-4": wrong type (text); allowed: a number above 0 and at most 1'),
         ('"learning_rate": true', "wrong type (true or false)"),
-        ('"learning_rate": null', "null is no value for it"),
+        ('"learning_rate": null', "null is not allowed"),
         ('"learning_rate": NaN', "learning_rate = NaN: not a finite number"),
         ('"learning_rate": 1e999', "learning_rate = Infinity: not a finite number"),
         ('"learning_rate": -Infinity', "not a finite number"),

@@ -16,7 +16,9 @@ from tests.pictures import png
 from tests.report_runs import Page, record
 from tests.wording import line_with
 from vlm_sft.common import artifacts
+from vlm_sft.data.boxes import Convention
 from vlm_sft.data.sample import ImageRef
+from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.evaluate import pictures as kept_pictures
 from vlm_sft.evaluate.backends import Reply
 from vlm_sft.evaluate.evaluator import prediction_row
@@ -29,7 +31,7 @@ QUESTIONS = 300  # more than the 240 of which earlier versions kept pictures
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    (found,), _ = load_tasks("demo_charts", QUESTIONS, "test")
+    (found,), _ = load_tasks([DatasetSpec("demo_charts")], QUESTIONS, "test")
     return found
 
 
@@ -38,7 +40,10 @@ def evaluated(folder: Path, task: Task) -> Path:
     artifacts.write_json(folder / artifacts.RUN, record())
     evaluation = folder / artifacts.EVALUATION_FOLDER
     for side in ("base", "tuned"):
-        rows = [prediction_row(task.benchmark, Reply(sample, "1", False), "") for sample in task.samples]
+        rows = [
+            prediction_row(task.benchmark, Reply(sample, "1", False), "", Convention(str, None))
+            for sample in task.samples
+        ]
         artifacts.write_jsonl(evaluation / side / task.name / artifacts.PREDICTIONS, rows)
     kept_pictures.save_pictures([task], evaluation)
     return folder
@@ -97,9 +102,9 @@ def test_what_was_not_kept_is_told(task: Task, tmp_path: Path, monkeypatch: pyte
     total = sum(path.stat().st_size for path in (folder / "evaluation" / "images").iterdir())
     assert 90_000 < total < 150_000
     page, told = shown(folder)
-    reason = "picture not kept: an evaluation keeps 100 kB of pictures a benchmark"
+    reason = "picture not stored: an evaluation stores 100 kB of pictures a benchmark"
     assert set(told) == {"", reason} and told[""] >= 5
-    assert f"{told[reason]} questions: picture not kept" in page.text
+    assert f"{told[reason]} questions: picture not stored" in page.text
 
 
 def test_what_a_page_has_no_room_for_is_told(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,5 +129,5 @@ def test_an_image_that_cannot_be_read_any_more_ends_nothing(
     folder = evaluated(tmp_path / "run", replace(task, samples=[broken, *task.samples[1:]]))
     assert line_with(capsys.readouterr().err, "warning: ", "1 picture", "disk/3.png")
     told = shown(folder)[1]
-    assert told["picture not kept: disk/3.png: the image cannot be read: Input/output error"] == 1
+    assert told["picture not stored: disk/3.png: the image cannot be read: Input/output error"] == 1
     assert told[""] == QUESTIONS - 1

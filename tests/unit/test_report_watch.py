@@ -26,7 +26,8 @@ from vlm_sft.report.serve import make_server
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, int]]:
+    monkeypatch.setattr("vlm_sft.report.serve.LIVE_SHARE", 1.0)
     folder = make_run(tmp_path / "run", steps=20)
     artifacts.write_json(folder / artifacts.RUN, record("running"))
     server = make_server([folder], 0)

@@ -145,7 +145,7 @@ def test_another_family_is_refused(place: Path, tmp_path: Path, capsys: pytest.C
         (b"{", ("cannot read",)),
         (b"[" * 100_000, ("nested deeper",)),
         (b'{"r": 4, "r": 8}', ("'r' comes twice",)),
-        (b'{"lora_alpha": NaN}', ("no finite number",)),
+        (b'{"lora_alpha": NaN}', ("not a finite number",)),
         (b"\xff\xfe{}", ("cannot read",)),
         (b'{"peft_type": "LORA"}', ("does not fit",)),
     ],

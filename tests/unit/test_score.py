@@ -163,7 +163,7 @@ def test_duplicate_ids_are_told_and_1_is_not_the_text_1(tmp_path, capsys):
     line = {"prediction": "a", "answers": ["a"]}
     lines = [{"id": 1, **line}, {"id": "1", **line}, {"id": 1, **line}]
     assert score_file("exact_match", write_lines(tmp_path / "p.jsonl", lines))["duplicate_ids"] == 1
-    assert line_with(capsys.readouterr().err, "earlier", ": 1;")
+    assert line_with(capsys.readouterr().err, "1 items repeat an earlier id")
 
 
 def test_predictions_that_cannot_be_read(tmp_path):

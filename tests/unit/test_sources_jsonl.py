@@ -79,7 +79,7 @@ def test_four_formats_in_one_file(folder):
         (f"{name}/train/000001", "What colour?", "red", ""),
         (f"{name}/llava7/turn1", "What is it?", "a square", ""),
         (f"{name}/llava7/turn2", "Colour?", "blue", ""),
-        (f"{name}/train/000003", "How many shapes?", "1", ""),
+        (f"{name}/train/000003", "How many  shapes?", "1", ""),
         (f"{name}/train/000004", "Size?", "big", ""),
         (f"{name}/train/000005", "Count?", "3", "hard"),
         (f"{name}/train/000006", "Number?", "14", ""),
@@ -190,7 +190,7 @@ def test_answer_objects_as_vqav2_and_vizwiz_write_them(folder, capsys):
     assert [item.reason for item in loaded.left_out] == ["answer is not text", "empty answer"]
     write(path, [asked | {"answers": VQA_ANSWERS}])
     assert main(["data", "check", str(path), "--split", "train"]) == 0
-    assert "1 questions on 1 images" in "".join(capsys.readouterr())
+    assert "1 question on 1 image" in "".join(capsys.readouterr())
 
 
 def test_a_turn_before_the_first_image_is_a_text_row(folder):
@@ -215,7 +215,7 @@ def test_rows_without_an_image_are_text_rows(folder):
         ("Hello", 0),
         ("red", 1),
     ]
-    assert "1 questions on 1 images, 3 text rows" in loaded.description
+    assert "1 question on 1 image, 3 text rows" in loaded.description
     report = audit(loaded.samples)
     assert (report.samples, report.images, report.text_rows) == (4, 1, 3)
     assert ("text rows, without an image", "3") in count_rows(report)
@@ -300,13 +300,13 @@ def test_a_shared_reference_ties_nothing_and_a_chain_says_what_does(tmp_path):
     with pytest.raises(DataError, match="21 images .* test .* 2 of 20 questions"):
         load(chain, "test")
     two = write(tmp_path / "two.jsonl", [{"image": f"{n}.png", "question": "q", "answer": "a"} for n in range(2)])
-    assert line_with(load(two).description, "1 questions on 1 images", "for validation are held out")
+    assert line_with(load(two).description, "1 question on 1 image", "for validation are held out")
 
 
 def test_data_of_one_image_says_how_to_train_on_it(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     path = write(tmp_path / "one.jsonl", [{"image": "a.png", "question": f"q{n}", "answer": "a"} for n in range(3)])
-    assert line_with(load(path).description, "3 questions on 1 images", "none can be held out")
+    assert line_with(load(path).description, "3 questions on 1 image", "none can be held out")
     with pytest.raises(DataError, match="one image .* validation") as told:
         load(path, "validation")
     assert "--eval_strategy no --eval_benchmarks none" in told.value.fix
@@ -355,7 +355,7 @@ def test_all_of_a_set_of_one_image_can_be_checked_and_exported(tmp_path, capsys)
     left = ["--max_left_out", "0.7"]
     assert main(["data", "check", str(path), "--split", "all", "--output_dir", str(check), *left]) == 0
     assert len(list(read_jsonl(check / "left_out.jsonl"))) == 6
-    assert line_with(capsys.readouterr().out, "3 questions on 1 images", "none can be held out")
+    assert line_with(capsys.readouterr().out, "3 questions on 1 image", "none can be held out")
     out = tmp_path / "out"
     assert main(["data", "export", str(path), "--format", "csv", "--output", str(out), "--split", "all", *left]) == 0
     assert len((out / "train.csv").read_text().splitlines()) == 4

@@ -5,11 +5,11 @@ import pytest
 
 from vlm_sft.common.errors import DataError
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
+from vlm_sft.data.sources.files import files_by_split
 from vlm_sft.data.sources.splits import (
     MissingSplitError,
     SplitPlan,
     apply_plan,
-    files_by_split,
     image_groups,
     own_images,
     plan_split,

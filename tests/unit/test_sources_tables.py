@@ -74,7 +74,7 @@ def test_chartqa_rows(tmp_path):
 
     test = load_split(parse_datasets(f"chartqa@{tmp_path}")[0], benchmark_split("chartqa"))
     assert [s.id for s in test.samples] == ["chartqa/validation/000000"]
-    assert "validation split stands in" in test.description
+    assert "validation split is used instead" in test.description
 
 
 def test_images_beside_the_table(tmp_path):
@@ -110,7 +110,7 @@ def test_a_hub_repository_is_read_like_a_local_folder(tmp_path, monkeypatch):
         ("chartqa/train/000001", "2", "augmented"),
     ]
     assert loaded.samples[0].images[0].load() == png("red")
-    assert f"from {folder.parent} train: 2 questions on 1 images" in loaded.description
+    assert f"from {folder.parent} train: 2 questions on 1 image" in loaded.description
     wrong = dataclasses.replace(source, hub_ids=(str(folder.parent),), columns=("query", "answer"))
     monkeypatch.setattr(hub, "hub_reachable", lambda: True)
     with pytest.raises(DataError, match="no column 'answer' .it has: image, query"):

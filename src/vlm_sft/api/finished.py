@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from peft import PeftModel
@@ -14,12 +15,16 @@ from vlm_sft.api.process_state import restored
 from vlm_sft.api.views import Comparison, LossCurve, ReportPage, Results
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import RunError
+from vlm_sft.common.idle import given_names, refuse_idle
 from vlm_sft.evaluate.compare import compare_runs
 from vlm_sft.evaluate.interactive import Asker, open_asker
-from vlm_sft.export.run import ExportOptions, export
+from vlm_sft.export.run import IDLE, ExportOptions, export
 from vlm_sft.report.collect import collect_runs
 from vlm_sft.report.html import write_report
 from vlm_sft.report.markdown import results_table
+from vlm_sft.train.resume_check import IDLE as VERIFY_IDLE
+from vlm_sft.train.resume_check import TRIAL_STEPS, Verification
+from vlm_sft.train.resume_check import verify as verify_run
 
 
 class Run:
@@ -56,7 +61,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """How the run ended: "finished", "failed", "interrupted"; "running" while it goes on."""
+        """How the run ended: "finished", "failed" or "interrupted"; "running" before that."""
         return str(self.record.get("status", "unknown"))
 
     @property
@@ -89,7 +94,7 @@ class Run:
         return LossCurve(rows, report.record.best if report.record else None)
 
     def report(self, output: str | Path | None = None) -> ReportPage:
-        """Write the report anew, and show it in a notebook.
+        """Write the report again, and show it in a notebook.
 
         Args:
             output: the HTML file; report.html in the run's folder by default.
@@ -107,8 +112,9 @@ class Run:
         """Ask the model and its base.
 
         Args:
-            images: a picture (PIL, path, bytes, NumPy array of uint8), or as many pictures as there are questions.
-            questions: one, or several.
+            images: a picture (PIL, path, bytes, NumPy array of uint8), or as many pictures as there are questions; a
+                list of pictures in the place of one shows them together.
+            questions: one, or several; `<image>` in a question says where a picture stands, as in a plain record.
 
         Returns:
             A table of `question`, `base` and `tuned` (None where all weights were trained: there, `base` answers).
@@ -122,7 +128,7 @@ class Run:
             return answered(self.asker, pairs)
 
     def compare(self, other: Run | str | Path | None = None) -> Comparison:
-        """Compare with another run on the questions that both answered; with the own base by default.
+        """Compare with another run on the questions that both answered; by default with this run's base.
 
         Args:
             other: the baseline: a run, or a folder of predictions.
@@ -135,7 +141,7 @@ class Run:
         return Comparison(compare_runs([Path(other), self.folder], Path(other)))
 
     def export(self, output_dir: str | Path, merge: bool = False, **options: Any) -> Path:
-        """Export a merged model or an adapter folder that other programs open; it is opened again and compared.
+        """Export a merged model or an adapter folder for other programs; the export is reopened and compared.
 
         Args:
             output_dir: the new folder.
@@ -150,10 +156,11 @@ class Run:
         """
         with restored():
             made = ExportOptions(adapter=self.folder, output_dir=Path(output_dir), merge=merge, **options)
+            refuse_idle(made, IDLE, given_names(options))
             return export(made)
 
     def load(self, device: str = "auto") -> tuple[Any, Any]:
-        """The model and its processor as objects of PEFT and transformers, without anything of this package.
+        """The model and its processor as plain PEFT and transformers objects.
 
         Args:
             device: where the model goes; "auto": the first GPU, else the CPU.
@@ -183,8 +190,39 @@ class Run:
         return model.to(place).eval(), base.processor
 
 
+def verify(
+    run: Any, steps: int | None = None, output_dir: str | Path | None = None, checkpoints_only: bool = False
+) -> Verification:
+    """Check the checkpoints of a run, then train a few steps of it, kill it, resume it, and compare bit for bit.
+
+    Args:
+        run: a `Run`, or its folder.
+        steps: optimizer steps of the trial, at least 4; None for 6.
+        output_dir: where the trial runs; None for `verify` in the run's folder.
+        checkpoints_only: compare checksums, and train nothing: all that can be done with a run that Python began, since
+            the trial repeats a command line.
+
+    Returns:
+        What was found: `exact`, `damaged`, `folder`; true where all is as it should be.
+
+    Raises:
+        RunError: the folder is no run, the trial does not run, or an option would have no effect.
+
+    Examples:
+        >>> import vlm_sft
+        >>> vlm_sft.verify("outputs/none", checkpoints_only=True)
+        Traceback (most recent call last):
+        vlm_sft.common.errors.RunError: outputs/none holds no run.json
+          fix: pass the output folder of a training
+    """
+    given = given_names({"steps": steps, "output_dir": output_dir})
+    refuse_idle(SimpleNamespace(checkpoints_only=checkpoints_only), VERIFY_IDLE, given)
+    place = Path(output_dir) if output_dir is not None else None
+    return verify_run(Path(run), TRIAL_STEPS if steps is None else steps, place, checkpoints_only)
+
+
 def open_run(folder: str | Path) -> Run:
-    """Open a run that is finished, or goes on.
+    """Open a run, finished or still running.
 
     Args:
         folder: its output folder.

@@ -7,10 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.common.idle import given_names, refuse_idle
 from vlm_sft.common.options import checked_options
 from vlm_sft.data.engine_options import EngineOptions
 from vlm_sft.model.saved_adapter import base_of_adapter
-from vlm_sft.planning.options import TrainOptions
+from vlm_sft.planning.options import IDLE, TrainOptions
 from vlm_sft.recipe.schema import Recipe
 
 Recipes = str | Path | Mapping[str, object] | Recipe | None
@@ -29,9 +30,10 @@ def train_options(recipe: Recipes, dataset: str, output_dir: str | Path, keyword
         keywords: recipe keys and options by name; a name that is neither is told as an unknown key of the recipe.
 
     Raises:
-        RunError: an option has another kind of value than it takes.
+        RunError: an option has another kind of value than it takes, or would have no effect.
         ModelError: the base of `adapter` is not found.
     """
+    keywords = {**keywords, **columns_text(keywords)}
     train = {name: value for name, value in keywords.items() if name in TRAIN_NAMES}
     engine = {name: value for name, value in keywords.items() if name in ENGINE_NAMES}
     keys = {name: value for name, value in keywords.items() if name not in TRAIN_NAMES | ENGINE_NAMES}
@@ -42,6 +44,8 @@ def train_options(recipe: Recipes, dataset: str, output_dir: str | Path, keyword
         given = recipe
     else:
         train["sft_config"] = recipe
+    options = TrainOptions(output_dir=Path(output_dir), adapter=train.get("adapter"), resume=train.get("resume"))
+    refuse_idle(options, IDLE, given_names(train))
     if train.get("adapter") is not None and train.get("base_model") is None:
         train["base_model"] = base_of_adapter(Path(train["adapter"]), None)
     return checked_options(
@@ -51,4 +55,14 @@ def train_options(recipe: Recipes, dataset: str, output_dir: str | Path, keyword
         output_dir=Path(output_dir),
         overrides={**given, **keys},
         engine=checked_options(EngineOptions, engine),
+    )
+
+
+def columns_text(keywords: Mapping[str, Any]) -> dict[str, str]:
+    """`columns` as the flag has it, where a mapping of our names to the data's was passed."""
+    columns = keywords.get("columns")
+    return (
+        {"columns": ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())}
+        if isinstance(columns, Mapping)
+        else {}
     )

@@ -1,4 +1,4 @@
-"""A model that is asked and evaluated: the base, and the adapter of a run."""
+"""Ask and evaluate a model: the base, and the adapter of a run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from vlm_sft.common import artifacts
 from vlm_sft.common.errors import DataError, bounded, quoted
 from vlm_sft.data.images import check_image
 from vlm_sft.data.sample import ImageRef
+from vlm_sft.evaluate.demo_page import PORT, open_page, require_gradio
 from vlm_sft.evaluate.interactive import Asker, open_asker
 
 IMAGES = "pass a PIL image, a path, bytes of a picture, or a NumPy array of uint8"
 
 
 class Answers(Table):
-    """Answers to questions: rows of `question`, `base`, `tuned`; `tuned` is None where there is no adapter."""
+    """Answers to questions: rows of `question`, `base`, `tuned`; `tuned` is None without an adapter."""
 
 
 def model_of(folder: str | Path) -> tuple[str | None, Path | None]:
@@ -31,11 +32,14 @@ def model_of(folder: str | Path) -> tuple[str | None, Path | None]:
     return (str(folder), None) if whole else (None, Path(folder))
 
 
-def pairs_of(images: Any, questions: str | Sequence[str]) -> list[tuple[ImageRef, list[str]]]:
+Pairs = list[tuple[tuple[ImageRef, ...], list[str]]]  # what is shown together, and what is asked of it
+
+
+def pairs_of(images: Any, questions: str | Sequence[str]) -> Pairs:
     """Put images and questions together: the questions of each image.
 
     Args:
-        images: a picture, or a list of as many as there are questions.
+        images: a picture, or a list of as many as there are questions; an entry may be a list of pictures.
         questions: one text, or several.
 
     Raises:
@@ -45,13 +49,14 @@ def pairs_of(images: Any, questions: str | Sequence[str]) -> list[tuple[ImageRef
     if not texts:
         raise DataError("there is no question", "pass one or several")
     if not isinstance(images, list | tuple):
-        return [(_checked(images), texts)]
+        return [((_checked(images),), texts)]
     if len(images) != len(texts):
         raise DataError(
             f"{len(images)} images and {len(texts)} questions do not pair",
             "pass one image for all questions, or as many images as questions",
         )
-    return [(_checked(image), [text]) for image, text in zip(images, texts, strict=True)]
+    together = [image if isinstance(image, list | tuple) else [image] for image in images]
+    return [(tuple(map(_checked, shown)), [text]) for shown, text in zip(together, texts, strict=True)]
 
 
 def _checked(image: Any) -> ImageRef:
@@ -73,10 +78,46 @@ def _checked(image: Any) -> ImageRef:
     return check_image(ImageRef.from_bytes(image, "the image"))
 
 
-def answered(asker: Asker, pairs: Sequence[tuple[ImageRef, list[str]]]) -> Answers:
+def answered(asker: Asker, pairs: Pairs) -> Answers:
     """Ask about each image, all its questions from one prefix."""
     rows = [answer for image, questions in pairs for answer in asker.ask(image, questions)]
     return Answers([{"question": row.question, "base": row.base, "tuned": row.tuned} for row in rows])
+
+
+def demo(
+    base_model: str | None = None,
+    adapter: Any = None,
+    port: int = PORT,
+    max_new_tokens: int | None = None,
+    allow_other_base: bool = False,
+) -> Any:
+    """Serve a page to this machine on which one uploads an image, asks, and compares base and tuned (extra `demo`).
+
+    Args:
+        base_model: "pocket", a folder or a Hub id; None for the one that the adapter names, or pocket.
+        adapter: a `Run`, or the folder of an adapter; None asks the base alone.
+        port: of the page.
+        max_new_tokens: limit of an answer in tokens; None for that of the adapter or the base.
+        allow_other_base: the base may be another one than the adapter was trained on.
+
+    Returns:
+        The gradio.Blocks, which is served already: `close()` ends it, `block_thread()` waits for Ctrl+C.
+
+    Raises:
+        RunError: Gradio is not installed, or the port cannot be used.
+        ModelError: base or adapter cannot be found or do not fit.
+    """
+    require_gradio()
+    with restored():
+        return open_page(_opened(base_model, adapter, max_new_tokens, allow_other_base), port)
+
+
+def _opened(base_model: str | None, adapter: Any, max_new_tokens: int | None, allow_other_base: bool) -> Asker:
+    """What answers: a base, and the adapter of a run."""
+    folder = Path(adapter) if adapter is not None else None
+    if folder is not None and artifacts.holds_full_model(folder):
+        base_model, folder = str(folder), None
+    return open_asker(base_model, folder, False, max_new_tokens, allow_other_base)
 
 
 def ask(
@@ -87,11 +128,12 @@ def ask(
     max_new_tokens: int | None = None,
     allow_other_base: bool = False,
 ) -> Answers:
-    """Ask a model, which is loaded for it; `Run.ask` keeps it loaded.
+    """Load a model and ask it; `Run.ask` keeps the model loaded.
 
     Args:
-        images: a picture (PIL, path, bytes, NumPy array of uint8), or as many pictures as there are questions.
-        questions: one, or several.
+        images: a picture (PIL, path, bytes, NumPy array of uint8), or as many pictures as there are questions; a list
+            of pictures in the place of one shows them together.
+        questions: one, or several; `<image>` in a question says where a picture stands, as in a plain record.
         base_model: "pocket", a folder or a Hub id; None for the one that the adapter names, or pocket.
         adapter: a `Run`, or the folder of an adapter; None asks the base alone.
         max_new_tokens: limit of an answer in tokens; None for that of the adapter or the base.
@@ -109,8 +151,5 @@ def ask(
         ('What color is the picture?', None)
     """
     pairs = pairs_of(images, questions)
-    folder = Path(adapter) if adapter is not None else None
-    if folder is not None and artifacts.holds_full_model(folder):
-        base_model, folder = str(folder), None
     with restored():
-        return answered(open_asker(base_model, folder, False, max_new_tokens, allow_other_base), pairs)
+        return answered(_opened(base_model, adapter, max_new_tokens, allow_other_base), pairs)

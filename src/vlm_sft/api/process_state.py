@@ -1,4 +1,4 @@
-"""What a function of the API leaves of the process: all that it found."""
+"""Restores the state of the process after an API function."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Put the state of the process back when the block ends, however it ends.
+    """Restore the state of the process when the block ends, however it ends.
 
     These are environment variables, signal handlers, filters of warnings, what transformers prints, PyTorch's number of
     threads, and the random numbers of Python, NumPy and PyTorch.

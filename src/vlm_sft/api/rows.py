@@ -1,4 +1,4 @@
-"""Data that a caller holds in memory becomes a folder of records, which training reads as any other data of its own."""
+"""Writes data that a caller holds in memory to a folder of records, which training reads like any other data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from PIL import Image
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import DataError, quoted
+from vlm_sft.data.sources.arrow_tables import name_classes
+from vlm_sft.data.sources.locate import base64_kind
 from vlm_sft.data.sources.splits import SPLIT_WORDS, SPLITS
 from vlm_sft.data.video import VIDEO, VIDEO_FIX
 
@@ -22,6 +25,7 @@ SHAPES = (
     "pass a list of dicts, a datasets.Dataset or DatasetDict, a pandas or polars frame, a path, a name such as "
     '"chartqa", or a dict of splits: {"train": …, "test": …}'
 )
+_IMAGE_KEYS = {"image", "images", "path"}  # of a record, and of an image that is written as an object
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
 
 
@@ -33,7 +37,7 @@ def is_named(data: Any) -> bool:
 
 
 def dataset_argument(data: Any, folder: Path) -> str:
-    """What `--dataset` would say of data; rows are written into `folder` first.
+    """The `--dataset` value for some data; rows are first written to `folder`.
 
     Args:
         data: rows, a data set, a frame, a path, names; see `SHAPES`.
@@ -54,7 +58,7 @@ def dataset_argument(data: Any, folder: Path) -> str:
 
 
 def _splits(data: Any) -> dict[str, Any]:
-    """Rows by the name of their file: a split, or "data" where the rows name none."""
+    """Rows by the name of their file: a split, or "data" if the rows name none."""
     if not isinstance(data, Mapping):
         return {"data": data}
     names = {name: SPLIT_WORDS.get(str(name).lower()) for name in data}
@@ -68,17 +72,25 @@ def _splits(data: Any) -> dict[str, Any]:
 
 
 def _records(rows: Any, folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows as JSON values, with their images in files."""
+    """The rows as JSON values; their images are written to files."""
     for number, row in enumerate(_mappings(rows), start=1):
         if not isinstance(row, Mapping):
             raise DataError(f"row {number} is {quoted(row)}, not a dict", SHAPES)
-        yield {str(key): _value(value, folder) for key, value in row.items() if not _is_nothing(value)}
+        yield _record(row, folder)
+
+
+def _record(row: Mapping[Any, Any], folder: Path) -> dict[str, Any]:
+    """A row, or an object within one, as JSON values."""
+    filled = {str(key): value for key, value in row.items() if not _is_nothing(value)}
+    return {key: _value(value, folder, key in _IMAGE_KEYS) for key, value in filled.items()}
 
 
 def _mappings(rows: Any) -> Iterable[Any]:
-    """One mapping a row."""
+    """The rows as mappings."""
     if hasattr(rows, "cast_column") and hasattr(rows, "features"):  # datasets: images stay encoded as they are stored
         return _undecoded(rows)
+    if hasattr(rows, "collect_schema") and hasattr(rows, "collect"):  # a lazy frame of polars
+        rows = rows.collect()
     if hasattr(rows, "iter_rows"):  # polars
         return rows.iter_rows(named=True)
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas
@@ -89,7 +101,7 @@ def _mappings(rows: Any) -> Iterable[Any]:
 
 
 def _undecoded(rows: Any) -> Any:
-    """A data set of the library datasets whose images come as bytes."""
+    """A data set of the library datasets whose images come as bytes, and classes as their names."""
     import datasets
 
     for name, feature in (rows.features or {}).items():
@@ -97,7 +109,15 @@ def _undecoded(rows: Any) -> Any:
             raise DataError(f"the column {quoted(name)}: {VIDEO}", VIDEO_FIX)
         if isinstance(feature, datasets.Image | datasets.Audio):
             rows = rows.cast_column(name, type(feature)(decode=False))
-    return rows
+    classes = {name: one.names for name, one in (rows.features or {}).items() if isinstance(one, datasets.ClassLabel)}
+    return map(partial(_name_classes, classes), rows) if classes else rows
+
+
+def _name_classes(classes: Mapping[str, list[str]], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the names of its classes in place of their numbers; -1 stands for none."""
+    named = dict(row)
+    name_classes(named, classes)
+    return named
 
 
 def _is_nothing(value: Any) -> bool:
@@ -105,8 +125,8 @@ def _is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or str(value) in ("NaT", "<NA>")
 
 
-def _value(value: Any, folder: Path) -> Any:
-    """A value as JSON has it; images become paths."""
+def _value(value: Any, folder: Path, image: bool = False) -> Any:
+    """A value as JSON has it; pictures become files, and paths of images (`image`) those seen from any folder."""
     if isinstance(value, Image.Image):
         return _store(_png(value), folder)
     if isinstance(value, bytes | bytearray):
@@ -116,22 +136,21 @@ def _value(value: Any, folder: Path) -> Any:
     if isinstance(value, Mapping):
         if isinstance(value.get("bytes"), bytes | bytearray):
             return _store(bytes(value["bytes"]), folder)
-        return {str(key): _value(one, folder) for key, one in value.items() if not _is_nothing(one)}
+        return _record(value, folder)
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, list | tuple | set):
-        return [_value(one, folder) for one in value]
-    if isinstance(value, Path) or (isinstance(value, str) and _is_file(value)):
+        return [_value(one, folder, image) for one in value]
+    if isinstance(value, Path) or (image and isinstance(value, str) and _is_path(value)):
         return str(Path(value).expanduser().resolve())
     return value if isinstance(value, str | int | float | bool) else str(value)
 
 
-def _is_file(text: str) -> bool:
-    """Whether a text is the path of an image here: the records lie in another folder."""
-    try:
-        return len(text) < 1000 and bool(Path(text).suffix) and Path(text).expanduser().is_file()
-    except (OSError, ValueError, RuntimeError):
+def _is_path(text: str) -> bool:
+    """Whether the text of an image is a path, not a URI, a URL or base64."""
+    if not 0 < len(text) < 1000 or "\0" in text or "://" in text or text.startswith("data:"):
         return False
+    return not base64_kind(text) or Path(text).is_file()
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -15,13 +15,14 @@ from vlm_sft.api.process_state import restored
 from vlm_sft.api.rows import dataset_argument, is_named
 from vlm_sft.common import artifacts
 from vlm_sft.evaluate.metrics import Metric
-from vlm_sft.evaluate.own_metrics import named
+from vlm_sft.evaluate.own_metrics import metric_text, named
 from vlm_sft.planning.run_recipe import read_run_recipe
 from vlm_sft.train.caller import Caller
 from vlm_sft.train.run import train
 from vlm_sft.train.run_folder import claim_folder
 
 OUTPUTS = Path("outputs")
+METRIC_KEY = "metric_for_best_model"
 
 
 def free_folder(stem: str) -> Path:
@@ -47,23 +48,26 @@ def finetune(
     Args:
         data: a list of dicts (`image`, `question`, `answer`; chat records too), a datasets.Dataset or DatasetDict, a
             pandas or polars frame, a dict of splits with such values, or what `--dataset` takes: paths and names.
-            Images are PIL pictures, paths, encoded bytes or NumPy arrays. Where there is no test split, parts are held
-            out by image.
+            Keys of other names are told by `columns={"image": "img", …}`. Images are PIL pictures, paths, encoded
+            bytes or NumPy arrays. Where there is no test split, parts are held out by image.
         recipe: "smoketest", "1epoch", "2epoch", "5epoch", "best", a JSON or YAML file, a dict of keys, or a `Recipe`.
         base_model: "pocket", a folder or a Hub id.
         output_dir: folder of the run; the next free outputs/run-N by default.
-        callbacks: transformers' TrainerCallbacks, told of every step, log, evaluation and checkpoint.
-        metrics: further scores of the final evaluation: functions of (prediction, answers) that return a number, each
-            under its own name, or a dict of names and functions. They do not choose the checkpoint.
+        callbacks: transformers' TrainerCallbacks, called on every step, log, evaluation and checkpoint.
+        metrics: further scores of the final evaluation: functions of (prediction, answers), or of these and the row of
+            the predictions, that return a number, each under its own name, or a dict of names and functions. They do
+            not choose the checkpoint.
         **keywords: keys of the recipe, and the options of `TrainOptions` and `EngineOptions`, with the names and checks
             of the flags of `vlm-sft train`: `learning_rate=2e-4`, `eval_benchmarks="none"`, `resume="auto"`, ….
+            `metric` and `metric_for_best_model` take a function too: one that scores answers to own data, from 0 to 1,
+            defined at the top of a module or notebook.
 
     Returns:
         The run.
 
     Raises:
         VlmSftError: a mistake in recipe, data, model, folder or launch, in the words of the command line.
-        GuardError: the training is finished, and no checkpoint keeps to the guard; `open_run` opens it.
+        GuardError: the training finished, but no checkpoint satisfies the guard; `open_run` opens it.
         InterruptedRunError: a signal (Ctrl-C, the notebook's stop button) ended the training after a checkpoint.
 
     Examples:
@@ -76,6 +80,7 @@ def finetune(
     """
     folder = Path(output_dir) if output_dir is not None else free_folder("run")
     given = keywords | ({"base_model": base_model} if base_model else {})
+    given |= {name: metric_text(given[name]) for name in ("metric", METRIC_KEY) if callable(given.get(name))}
     options = train_options(recipe, "", folder, given)
     caller = Caller(callbacks, named(metrics), f'vlm_sft.finetune(…, output_dir="{folder}", resume="auto")')
     with restored():

@@ -49,7 +49,7 @@ class Table(Sequence[dict[str, Any]]):
         return self.rows[index]
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The rows as a pandas frame, one column a value."""
+        """The rows as a pandas frame, one column per value."""
         import pandas
 
         return pandas.DataFrame(self.rows)

@@ -15,6 +15,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this verb."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture: PNG, JPEG, WebP, …")
     parser.add_argument("questions", nargs="+", metavar="QUESTION", help="one or several; the image is computed once")
+    parser.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        dest="others",
+        metavar="IMAGE",
+        help="another picture shown with the first, may be repeated; <image> in a question says where each one stands",
+    )
     add_model_arguments(parser)
 
 
@@ -31,7 +40,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_new_tokens",
         type=int,
         metavar="N",
-        help="limit of an answer in tokens (default: what the adapter's training, or the base, came with)",
+        help="limit of an answer in tokens (default: that of the adapter's training, or of the base)",
     )
     parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
 
@@ -56,16 +65,19 @@ def run(args: argparse.Namespace) -> int:
     if len(swapped) == 1:
         args.questions[swapped[0]], args.image = str(args.image), Path(args.questions[swapped[0]])
         warn(f"{args.image} is taken for the image: the image comes first, then the questions")
-    if is_video_name(args.image.name):
-        raise DataError(f"{bounded(str(args.image), 200)}: {VIDEO}", VIDEO_FIX)
-    try:
-        image = check_image(ImageRef.from_path(args.image))
-    except OSError as error:
-        what = f"{bounded(str(args.image), 200)}: {error.strerror or error}"
-        raise DataError(what, "pass the path of a picture") from error
+    images = []
+    for path in (args.image, *args.others):
+        if is_video_name(path.name):
+            raise DataError(f"{bounded(str(path), 200)}: {VIDEO}", VIDEO_FIX)
+        try:
+            images.append(check_image(ImageRef.from_path(path)))
+        except OSError as error:
+            what = f"{bounded(str(path), 200)}: {error.strerror or error}"
+            raise DataError(what, "pass the path of a picture") from error
     asker = open_asker(args.base_model, args.adapter, args.flash_attn, args.max_new_tokens, args.allow_other_base)
-    say(f"{args.image}, {image.width} x {image.height} pixels, asked of {asker.title}")
-    for answer in asker.ask(image, args.questions):
+    shown = [f"{image.source}, {image.width} x {image.height} pixels" for image in images]
+    say(f"{'; '.join(shown)}, asked of {asker.title}")
+    for answer in asker.ask(images, args.questions):
         say(f"\n{answer.question}")
         if answer.tuned is None:
             say(f"  {answer.base}")

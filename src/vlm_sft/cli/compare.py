@@ -18,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--baseline", metavar="RUN", help="the run to compare with (default: the first RUN)")
     parser.add_argument(
+        "--metric",
+        metavar="RULE",
+        help="score the answers to your own data anew, with a rule as of vlm-sft eval (default: the recorded scores)",
+    )
+    parser.add_argument(
         "--output_dir",
         metavar="DIR",
         default="outputs/compare",
@@ -31,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm_sft.evaluate.compare import compare_runs
     from vlm_sft.evaluate.comparison_table import comparison_tones, format_table, write_comparison
 
-    result = compare_runs(args.runs, args.baseline)
+    result = compare_runs(args.runs, args.baseline, args.metric)
     files = write_comparison(result, args.output_dir)
     console.say(format_table(result), comparison_tones(result))
     console.say("written: " + ", ".join(str(path) for path in files))

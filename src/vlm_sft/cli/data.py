@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from vlm_sft.cli.data_cache import add_cache_arguments, run_cache
 from vlm_sft.cli.data_exchange import add_exchange_arguments, run_export, run_import
 from vlm_sft.common.errors import bounded
+from vlm_sft.data.sources.spec import COLUMNS_HELP
 
 if TYPE_CHECKING:
     from vlm_sft.data.audit import AuditReport
     from vlm_sft.data.duplicates import Repeat
+    from vlm_sft.data.oversized import Oversized
     from vlm_sft.data.sample import LeftOut, Sample
     from vlm_sft.data.sources.spec import DatasetSpec
 
@@ -37,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dataset",
         metavar="DATASET",
         help="NAME[@PATH][:WEIGHT], comma separated: chartqa, textvqa, "
-        "easy_vqa, demo, chartqa@FOLDER of parquet, or your own .jsonl/.json file or folder",
+        "easy_vqa, demo, chartqa@FOLDER of parquet, your own data as of vlm-sft train, or hub:ORG/NAME",
     )
+    check.add_argument("--columns", metavar="NAME=COLUMN,…", help=COLUMNS_HELP)
     check.add_argument(
         "--split",
         default="train",
@@ -52,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base_model",
         metavar="MODEL",
         help="Hub id, folder, or 'pocket': also look for images and texts that this model's processor cannot take",
+    )
+    check.add_argument(
+        "--max_length",
+        type=int,
+        metavar="N",
+        help="with --base_model: name the samples of more than N tokens (default: what the model's positions reach)",
     )
     check.add_argument("--limit", type=int, metavar="N", help="check a seeded sample of at most N questions")
     check.add_argument(
@@ -75,19 +84,20 @@ def _check(args: argparse.Namespace) -> int:
         DataError: the data cannot be read, or more is left out than `--max_left_out` allows.
         RunError: the output folder cannot be written.
     """
-    from vlm_sft.common.artifacts import DATA, LEFT_OUT, REPEATS, write_json, write_jsonl, write_text_atomic
+    from vlm_sft.common.artifacts import DATA, LEFT_OUT, OVERSIZED, REPEATS, write_json, write_jsonl, write_text_atomic
     from vlm_sft.common.console import say
     from vlm_sft.common.errors import DataError
     from vlm_sft.data.audit import audit, enforce
     from vlm_sft.data.duplicates import find_repeats
     from vlm_sft.data.mixture import mix
+    from vlm_sft.data.oversized import to_json
     from vlm_sft.data.preview import render_preview
     from vlm_sft.data.sources.spec import parse_datasets
 
     enforce([], 0, args.max_left_out)  # refuses a wrong fraction before the long work
     if args.limit is not None and args.limit < 1:
         raise DataError(f"--limit {args.limit} is below 1", "give a number of questions, or leave it out")
-    specs = parse_datasets(args.dataset)
+    specs = parse_datasets(args.dataset, args.columns)
     parts, left_out, descriptions, synthetic = _load(specs, args.split, args.limit)
     loaded = sum(len(part) for _, part in parts) + len(left_out)
     drawn = mix(parts, args.limit, DRAW_SEED)  # whole images, so that questions per image stay true
@@ -95,7 +105,7 @@ def _check(args: argparse.Namespace) -> int:
         descriptions.append(f"checked here: a seeded sample of {len(drawn):,} questions")
     for line in descriptions:
         say(line)
-    samples, unusable, holds_control = _usable(drawn, args.base_model)
+    samples, unusable, holds_control, too_long = _usable(drawn, args.base_model, args.max_length, args.split)
     left_out += unusable
     repeats = find_repeats(samples)
     report = audit(samples, left_out, loaded, repeats=repeats, holds_control=holds_control)
@@ -109,6 +119,8 @@ def _check(args: argparse.Namespace) -> int:
     }
     data = write_json(folder / DATA, about | report.to_json())
     gone = write_jsonl(folder / LEFT_OUT, ({"id": i.id, "reason": i.reason, "detail": i.detail} for i in left_out))
+    if too_long:
+        write_jsonl(folder / OVERSIZED, map(to_json, too_long))
     again = write_jsonl(folder / REPEATS, (repeat.to_json() for repeat in repeats))
     page = render_preview(args.dataset, descriptions, samples, left_out, report)
     preview = write_text_atomic(folder / PREVIEW, page)
@@ -119,33 +131,50 @@ def _check(args: argparse.Namespace) -> int:
     enforce(unusable, len(drawn), args.max_left_out, gone)
     enforce(left_out, loaded, args.max_left_out, gone)
     recipe = f"--sft_config smoketest{f' --base_model {shlex.quote(args.base_model)}' if args.base_model else ''}"
-    say(f"next: vlm-sft train {recipe} --dataset {shlex.quote(args.dataset)} --output_dir outputs/first")
+    named = f" --columns {shlex.quote(args.columns)}" if args.columns else ""
+    say(f"next: vlm-sft train {recipe} --dataset {shlex.quote(args.dataset)}{named} --output_dir outputs/first")
     return 0
 
 
 def _usable(
-    drawn: list[Sample], base_model: str | None
-) -> tuple[list[Sample], list[LeftOut], Callable[[Sample], bool]]:
+    drawn: list[Sample], base_model: str | None, max_length: int | None, split: str
+) -> tuple[list[Sample], list[LeftOut], Callable[[Sample], bool], list[Oversized]]:
     """Decode every image and, where a model is named, ask its processor.
 
     Returns:
-        The samples that can be used, the others, and what tells whether a text holds the name of a control token.
+        The samples that can be used, the others, what tells whether a text holds the name of a control token, and the
+        samples that are longer than `max_length` or the model's context.
+
+    Raises:
+        DataError: `max_length` is below 1, or there is no model to count tokens with.
     """
+    from vlm_sft.common.console import warn
+    from vlm_sft.common.errors import DataError
     from vlm_sft.data.audit import check_images
     from vlm_sft.data.plain_text import reads_like_control
 
+    if max_length is not None and (max_length < 1 or base_model is None):
+        raise DataError(
+            f"--max_length {max_length} is {'below 1' if base_model else 'without a tokenizer'}",
+            "pass --base_model MODEL and a number of tokens",
+        )
     samples, unusable = check_images(drawn)
     if base_model is None:
         _warn_of_strips(samples)
-        return samples, unusable, reads_like_control
+        return samples, unusable, reads_like_control, []
     from vlm_sft.data.dataset import usable_samples
-    from vlm_sft.data.encode import Encoder
+    from vlm_sft.data.oversized import LengthRule, fit, lines
+    from vlm_sft.model.encoding import encoder_of
     from vlm_sft.model.load import find_base
 
     base = find_base(base_model)
-    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    encoder = encoder_of(base)
     samples, refused = usable_samples(encoder, samples)
-    return samples, unusable + refused, encoder.holds_control
+    rule = LengthRule(max_length, base.context)
+    too_long = fit(samples, encoder, rule, split).found
+    for line in lines(too_long, rule, len(samples), split):
+        warn(line)
+    return samples, unusable + refused, encoder.holds_control, too_long
 
 
 def _load(
@@ -189,9 +218,9 @@ def _warn_of_strips(samples: list[Sample]) -> None:
     if strips:
         first = next(iter(strips.values()))
         warn(
-            f"images more than {STRIP_RATIO} times as long as wide, which some models cannot take (all of Qwen's): "
+            f"images more than {STRIP_RATIO} times as long as wide, which some models reject (all Qwen models): "
             f"{len(strips):,}, e.g. {first.source} ({first.width:,} x {first.height:,} pixels); --base_model MODEL "
-            "asks the model's processor"
+            "checks with the model's processor"
         )
 
 

@@ -7,16 +7,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-HELP = "list or clear the prepared data that is kept between runs"
+HELP = "list or clear the prepared data that is cached between runs"
 
 
 def add_cache_arguments(actions: Any) -> None:
     """Add `data cache` with its own actions to the actions of `data`."""
     cache = actions.add_parser("cache", help=HELP, description=HELP)
     verbs = cache.add_subparsers(dest="cache_action", required=True, metavar="ACTION")
-    shown = verbs.add_parser("list", help="what is kept, its size and last use")
+    shown = verbs.add_parser("list", help="the cached data, its size and last use")
     clear = verbs.add_parser("clear", help="remove entries")
-    clear.add_argument("--older_than", type=float, metavar="DAYS", help="those not used for so many days")
+    clear.add_argument("--older_than", type=float, metavar="DAYS", help="entries not used for this many days")
     clear.add_argument("--all", action="store_true", help="every entry")
     for parser in (shown, clear):
         parser.add_argument(
@@ -46,7 +46,7 @@ def run_cache(args: argparse.Namespace) -> int:
     if args.all == (args.older_than is not None):
         raise RunError("data cache clear: say what to remove", "pass --older_than DAYS or --all")
     if args.older_than is not None and not args.older_than >= 0:
-        raise RunError(f"--older_than {args.older_than} is no number of days", "pass 0 or more")
+        raise RunError(f"--older_than {args.older_than} is not a number of days", "pass 0 or more")
     count, size = clear_entries(root, args.older_than)
     say(f"removed {count} entries, {size / 1e6:,.1f} MB, from {root}")
     return 0

@@ -7,13 +7,14 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_sft.common.errors import DataError, bounded
-from vlm_sft.data.exchange.layouts import FORMATS
+from vlm_sft.common.errors import bounded
+from vlm_sft.data.exchange.layouts import FORMATS, layout_of
+from vlm_sft.data.sources.spec import COLUMNS_HELP
 
 if TYPE_CHECKING:
     from vlm_sft.data.exchange.report import ExchangeReport
 
-IMPORT_HELP = "read a data set of TRL, LLaMA-Factory, ms-swift, or a CSV beside a folder of images"
+IMPORT_HELP = "read a data set of TRL, LLaMA-Factory, ms-swift, datasets, WebDataset, or a CSV with a folder of images"
 EXPORT_HELP = "write a data set for TRL, LLaMA-Factory, ms-swift, or as CSV"
 NEXT = {
     "trl": "datasets.load_dataset('parquet', data_dir={plain!r})  # then trl.SFTTrainer",
@@ -28,18 +29,14 @@ def add_exchange_arguments(actions: Any) -> None:
     """Add `data import` and `data export` to the actions of `data`."""
     reader = actions.add_parser("import", help=IMPORT_HELP, description=IMPORT_HELP)
     reader.add_argument("source", type=Path, metavar="FILE", help="the file, or a folder of files (train, val, test)")
-    _add_common(reader, "the layout outside (default: csv for a .csv file)")
+    _add_common(reader, "the layout outside (default: what the files say: CSV, WebDataset, save_to_disk, imagefolder)")
     reader.add_argument(
         "--images",
         type=Path,
         metavar="DIR",
         help="folder that image paths are relative to (default: that of each file)",
     )
-    reader.add_argument(
-        "--columns",
-        metavar="NAME=COLUMN,…",
-        help="what columns are called, e.g. image=picture,question=frage,answer=antwort",
-    )
+    reader.add_argument("--columns", metavar="NAME=COLUMN,…", help=COLUMNS_HELP)
     reader.add_argument(
         "--allow_image_urls",
         action="store_true",
@@ -48,12 +45,13 @@ def add_exchange_arguments(actions: Any) -> None:
     reader.add_argument("--limit", type=int, metavar="N", help="read at most the first N questions")
     writer = actions.add_parser("export", help=EXPORT_HELP, description=EXPORT_HELP)
     writer.add_argument("dataset", metavar="DATASET", help="NAME[@PATH], or your own data, as in vlm-sft train")
+    writer.add_argument("--columns", metavar="NAME=COLUMN,…", help=COLUMNS_HELP)
     _add_common(writer, "the layout outside")
     writer.add_argument(
         "--style",
         default="sharegpt",
         choices=("sharegpt", "alpaca"),
-        help="which of LLaMA-Factory's two layouts (default: %(default)s)",
+        help="one of LLaMA-Factory's two layouts (default: %(default)s)",
     )
     writer.add_argument(
         "--split",
@@ -72,19 +70,8 @@ def _add_common(parser: argparse.ArgumentParser, layout: str) -> None:
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="share of unusable questions that is no error, 0 to 1 (default: %(default)s)",
+        help="share of unusable questions that is tolerated, 0 to 1 (default: %(default)s)",
     )
-
-
-def _layout_of(source: Path) -> str:
-    """The layout that the name of a file says.
-
-    Raises:
-        DataError: it says none.
-    """
-    if source.suffix.lower() == ".csv":
-        return "csv"
-    raise DataError(f"--format is missing, and the name of {source} says none", f"pass one of {', '.join(FORMATS)}")
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -95,21 +82,17 @@ def run_import(args: argparse.Namespace) -> int:
         RunError: the output folder cannot be used.
     """
     from vlm_sft.common.console import say
-    from vlm_sft.data.audit import enforce
     from vlm_sft.data.exchange.importer import ImportRequest, import_data
-    from vlm_sft.data.exchange.tables import parse_columns
+    from vlm_sft.data.exchange.tables import parse_layout_columns
 
-    enforce([], 0, args.max_left_out)
-    _check_limit(args.limit)
-    args.format = args.format or _layout_of(args.source)
-    say(bounded(f"importing {args.source} as {args.format}"))
-    columns = parse_columns(args.columns, args.format)
+    layout = args.format or layout_of(args.source)
+    say(bounded(f"importing {args.source} as {layout}"))
     request = ImportRequest(
         args.source,
-        args.format,
+        layout,
         args.output,
         args.images,
-        columns,
+        parse_layout_columns(args.columns, layout),
         args.allow_image_urls,
         args.limit,
         args.max_left_out,
@@ -130,57 +113,18 @@ def run_export(args: argparse.Namespace) -> int:
         DataError: the data cannot be read, or more is left out than `--max_left_out` allows.
         RunError: the output folder cannot be used.
     """
-    from vlm_sft.cli.parser import refuse_idle
     from vlm_sft.common.console import say
-    from vlm_sft.data.audit import enforce
-    from vlm_sft.data.exchange.exporter import ExportRequest, export_data
-    from vlm_sft.data.mixture import mix
-    from vlm_sft.data.sources.registry import SPLITS
-    from vlm_sft.data.sources.spec import parse_datasets, refuse_weights
+    from vlm_sft.common.idle import refuse_idle
+    from vlm_sft.data.exchange.exporter import IDLE, ExportRequest, export_named
 
-    if args.format != "llamafactory":
-        refuse_idle(args, ("style",), f"on --format {args.format}", "leave it out: LLaMA-Factory alone has two styles")
-    enforce([], 0, args.max_left_out)
-    _check_limit(args.limit)
-    specs = parse_datasets(args.dataset)
-    refuse_weights(specs, "an export holds every question once")
+    refuse_idle(args, IDLE, args.given)
     say(bounded(f"exporting {args.dataset} as {args.format}"))
-    splits: dict[str, list[Any]] = {}
-    gone: dict[str, Any] = {}
-    for split in SPLITS if args.split == "all" else (args.split,):
-        seen = {sample.id for samples in splits.values() for sample in samples}
-        for spec in specs:
-            samples, left_out = _split_of(spec, split, args)
-            fresh = [sample for sample in samples if sample.id not in seen]  # a fallback repeats another split
-            splits.setdefault(split, []).extend(mix([(spec, fresh)], args.limit, 0) if fresh else [])
-            gone |= {item.id: item for item in left_out}
-    name = "_".join(spec.name for spec in specs)
-    splits = {split: samples for split, samples in splits.items() if samples}
-    request = ExportRequest(args.format, args.output, args.style, name, args.max_left_out)
-    report = export_data(request, splits, list(gone.values()))
+    request = ExportRequest(args.format, args.output, args.style, max_left_out=args.max_left_out)
+    report = export_named(args.dataset, request, args.split, args.limit, args.columns)
     _tell(report, args)
     names = {"folder": shlex.quote(str(args.output)), "first": shlex.quote(str(report.files[0]))}
     say("next: " + NEXT[args.format].format(**names, plain=str(args.output)))
     return 0
-
-
-def _split_of(spec: Any, split: str, args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """Samples of one split without the weight, and what was left out; ([], []) where `all` meets a missing one."""
-    from vlm_sft.data.sources.registry import load_split
-    from vlm_sft.data.sources.splits import MissingSplitError
-
-    try:
-        loaded = load_split(spec, split, at_most=args.limit)
-    except MissingSplitError:
-        if args.split != "all":
-            raise
-        return [], []
-    return loaded.samples, loaded.left_out
-
-
-def _check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise DataError(f"--limit {limit} is below 1", "give a number of questions, or leave it out")
 
 
 def _tell(report: ExchangeReport, args: argparse.Namespace) -> None:
@@ -193,7 +137,7 @@ def _tell(report: ExchangeReport, args: argparse.Namespace) -> None:
     for path in report.files:
         say(f"  {path}")
     for note, ids in report.changed.items():
-        warn(f"{len(ids):,} questions are not exactly as they were: {note}; named in {args.output / CHANGED}")
+        warn(f"{len(ids):,} questions were changed: {note}; listed in {args.output / CHANGED}")
     for caution, found in report.cautions.items():
         warn(f"{caution}: {len(found):,}; the first: {min(found)}")
     say(f"left out: {len(report.left_out):,} (named in {args.output / LEFT_OUT})")

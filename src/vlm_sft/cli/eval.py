@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 from vlm_sft.common.options import add_options, read_options
 from vlm_sft.data.engine_options import CacheOptions
-from vlm_sft.data.sources.spec import KNOWN
+from vlm_sft.data.sources.spec import COLUMNS_HELP, KNOWN
 from vlm_sft.evaluate.options import PROMPT, AnswerOptions
 
 HELP = "answer benchmarks with a base model or an adapter and score the answers"
-NOT_FOR_VLLM = ("tokens_per_pack", "flash_attn", "cache_dir", "prepared_cache", "feature_cache", "shard_weights")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,14 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--benchmark",
         required=True,
         metavar="SETS",
-        help=f"comma separated: {', '.join(KNOWN)}, each with an optional @PATH, or your own JSONL",
+        help=f"comma separated: {', '.join(KNOWN)}, each with an optional @PATH, or your own data",
     )
+    parser.add_argument("--columns", metavar="NAME=COLUMN,…", help=COLUMNS_HELP)
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions a benchmark: a seeded sample")
     parser.add_argument("--split", choices=("train", "validation", "test"), help="instead of the benchmark's own split")
-    add_prompt_arguments(parser, "instead of what the adapter or the base comes with")
-    parser.add_argument("--min_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
-    parser.add_argument("--max_pixels", type=int, metavar="N", help="instead of what the adapter was trained with")
+    add_prompt_arguments(parser, "instead of the adapter's or the base's own")
+    parser.add_argument("--min_pixels", type=int, metavar="N", help="instead of the adapter's own")
+    parser.add_argument("--max_pixels", type=int, metavar="N", help="instead of the adapter's own")
+    _add_length_arguments(parser)
     parser.add_argument(
         "--allow_prompt_mismatch",
         action="store_true",
@@ -64,6 +66,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
+def _add_length_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of questions that are too long; recipes have keys of the same names."""
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        metavar="N",
+        help="tokens of a question with its images and its expected answer (default: what the model's positions reach)",
+    )
+    parser.add_argument(
+        "--oversized",
+        choices=("keep", "leave_out", "scale"),
+        default="keep",
+        help="what is done with longer questions: asked as they are, left out, or asked with their images scaled down "
+        "until they fit (default: %(default)s)",
+    )
+
+
 def add_other_base_argument(parser: argparse.ArgumentParser) -> None:
     """Add the flag that opens an adapter on a base which is not its own; every verb with --adapter has it."""
     parser.add_argument(
@@ -71,27 +90,22 @@ def add_other_base_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_prompt_arguments(parser: argparse.ArgumentParser, note: str) -> None:
-    """Add the flags that say how a question is put to the model; training has them too."""
+def add_prompt_arguments(parser: argparse.ArgumentParser, note: str, but: Collection[str] = ()) -> None:
+    """Add the flags that say how a question is put to the model and scored, `but` some; training has them too."""
     add_options(parser, AnswerOptions, only=PROMPT, note=note)
-    add_options(parser, AnswerOptions, only=("max_new_tokens",))
+    add_options(parser, AnswerOptions, only=("max_new_tokens", "metric", "judge", "judge_model"), but=but)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate."""
-    from vlm_sft.cli.parser import refuse_idle
     from vlm_sft.common.errors import RunError
-    from vlm_sft.evaluate.run import EvalOptions, evaluate
+    from vlm_sft.common.idle import refuse_idle
+    from vlm_sft.evaluate.run import IDLE, EvalOptions, evaluate
     from vlm_sft.model.saved_adapter import base_of_adapter
 
     if args.base_model is None and args.adapter is None:
         raise RunError("nothing is said about which model answers", "pass --base_model MODEL, --adapter DIR, or both")
-    if args.adapter is None:
-        refuse_idle(args, ("allow_prompt_mismatch",), "without --adapter", "leave it out: a base has no other prompt")
-    if args.backend == "vllm":
-        refuse_idle(args, NOT_FOR_VLLM, "on --backend vllm, which reads, packs and keeps images itself", "leave it out")
-    else:
-        refuse_idle(args, ("tensor_parallel_size",), "without --backend vllm", "start several ranks with torchrun")
+    refuse_idle(args, IDLE, args.given)
     if args.adapter is not None:
         args.base_model = base_of_adapter(args.adapter, args.base_model)
     caches = read_options(CacheOptions, args)

@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this verb."""
     parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="a run's folder, or a checkpoint")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="the new folder")
-    parser.add_argument("--merge", action="store_true", help="put the adapter into the base's weights: a whole model")
+    parser.add_argument(
+        "--merge", action="store_true", help="merge the adapter into the base's weights: a complete model"
+    )
     parser.add_argument(
         "--base_model", metavar="MODEL", help="Hub id, folder, or 'pocket' (default: the one that the adapter names)"
     )
@@ -41,27 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export."""
-    from vlm_sft.cli.parser import refuse_idle
-    from vlm_sft.export.run import ExportOptions, export
+    from vlm_sft.common.idle import refuse_idle
+    from vlm_sft.export.run import IDLE, ExportOptions, export
 
-    if not args.merge:
-        refuse_idle(args, ("dtype",), "without --merge: an adapter keeps its numbers", "add --merge, or leave it out")
-    else:
-        refuse_idle(args, ("peft_only",), "on a merged model, which vLLM loads", "leave it out")
-    if args.push_to_hub is None:
-        refuse_idle(args, ("public",), "without --push_to_hub", "add --push_to_hub, or leave it out")
-    export(
-        ExportOptions(
-            adapter=args.adapter,
-            output_dir=args.output_dir,
-            merge=args.merge,
-            base_model=args.base_model,
-            allow_other_base=args.allow_other_base,
-            dtype=args.dtype,
-            questions=args.questions,
-            peft_only=args.peft_only,
-            repository=args.push_to_hub,
-            public=args.public,
-        )
+    options = ExportOptions(
+        adapter=args.adapter,
+        output_dir=args.output_dir,
+        merge=args.merge,
+        base_model=args.base_model,
+        allow_other_base=args.allow_other_base,
+        dtype=args.dtype,
+        questions=args.questions,
+        peft_only=args.peft_only,
+        repository=args.push_to_hub,
+        public=args.public,
     )
+    refuse_idle(options, IDLE, args.given)
+    export(options)
     return 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from vlm_sft import __version__
+from vlm_sft.cli.flag_groups import GROUPS, MANY_FLAGS
 from vlm_sft.common.errors import RunError, bounded, nearest, quoted
 from vlm_sft.recipe.validation import ALIASES
 
@@ -17,6 +18,7 @@ VERBS = (
     "verify",
     "plan",
     "recommend",
+    "sweep",
     "eval",
     "score",
     "compare",
@@ -68,6 +70,32 @@ class Parser(argparse.ArgumentParser):
             ours.append(f"{meant}{equals}{value}")
         return ours
 
+    def format_help(self) -> str:
+        """The page of `--help`: the flags of a verb that has many of them stand in the groups of `flag_groups.py`."""
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        if self._subparsers is not None or len(shown) <= MANY_FLAGS:
+            return super().format_help()
+        formatter = self._get_formatter()
+        needed = [action for action in shown if action.required]
+        words = [" ".join((*action.option_strings[-1:], str(action.metavar or action.dest))) for action in needed]
+        formatter.add_usage(" ".join([self.prog, *words, "[FLAG …]"]), (), ())
+        formatter.add_text(self.description)
+        for title, text, actions in self._sections(shown):
+            formatter.start_section(title)
+            formatter.add_text(text)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
+
+    def _sections(self, shown: list[argparse.Action]) -> Iterator[tuple[str, str | None, list[argparse.Action]]]:
+        """The groups of the table with title, sentence and flags; last what it does not name."""
+        free = {_flag_name(action): action for action in shown}
+        for group in GROUPS:
+            if actions := [free.pop(name) for name in group.names if name in free]:
+                yield group.title, group.text, actions
+        if free:
+            yield "others", None, list(free.values())
+
     def _flags(self) -> set[str]:
         """The flags that `--help` shows."""
         known = self._option_string_actions.items()
@@ -102,7 +130,7 @@ class Parser(argparse.ArgumentParser):
 
     def _help_with_flags(self) -> str:
         if self._subparsers is not None:
-            return f"flags stand behind what is to be done; {self.prog} --help lists that"
+            return f"flags come after the action; {self.prog} --help lists that"
         flags = [
             action.option_strings[-1]
             for action in self._actions
@@ -143,6 +171,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(RunError.exit_code, f"{RunError.label}: {RunError(what, fix)}\n")
 
 
+def _flag_name(action: argparse.Action) -> str:
+    """The long name of a flag, without dashes; that of an argument."""
+    return action.option_strings[-1].lstrip("-") if action.option_strings else action.dest
+
+
 def _is_flag(word: str) -> bool:
     """Whether a word that is no flag of ours was meant to be one; argparse takes texts with spaces for values too."""
     if word[:1] not in DASHES or len(word) < 2 or " " in word:
@@ -152,23 +185,6 @@ def _is_flag(word: str) -> bool:
     except ValueError:
         return True
     return False
-
-
-def refuse_idle(args: argparse.Namespace, names: Sequence[str], why: str, fix: str) -> None:
-    """Refuse flags that were given though they would have no effect.
-
-    Args:
-        args: what `Parser` made.
-        names: of the flags in question, without dashes.
-        why: why they have none, as the end of a sentence.
-        fix: what to do about it.
-
-    Raises:
-        RunError: one of them was given.
-    """
-    idle = [f"--{name}" for name in names if name in getattr(args, "given", ())]
-    if idle:
-        raise RunError(f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect {why}", fix)
 
 
 def build_parser(verb: str | None = None) -> Parser:

@@ -6,22 +6,11 @@ import argparse
 from pathlib import Path
 
 from vlm_sft.cli.train import add_run_arguments, train_options
+from vlm_sft.common.idle import refuse_idle
 from vlm_sft.common.options import add_options, read_options
-from vlm_sft.planning.options import HypotheticalData, PlanOptions
+from vlm_sft.planning.options import PLAN_IDLE, HypotheticalData, PlanOptions
 from vlm_sft.recipe.load import add_recipe_arguments
 
-HYPOTHETICAL = ("images", "image_size", "question_tokens", "answer_tokens")
-READ_DATA = (
-    "dataset",
-    "loss_weights",
-    "eval_benchmarks",
-    "eval_samples",
-    "max_eval",
-    "max_left_out",
-    "max_new_tokens",
-    "prompt_template",
-    "system",
-)
 HELP = "forecast time, memory and disk of a training from your data and machine, without starting it"
 
 
@@ -43,29 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name the devices; `vlm-sft recommend` has them too."""
-    add_options(parser.add_argument_group("devices", "without them: this machine"), PlanOptions)
+    add_options(parser, PlanOptions)
 
 
 def add_hypothetical_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that stand for a data set that does not exist yet."""
-    group = parser.add_argument_group("hypothetical data", "instead of --dataset: a data set that does not exist yet")
-    add_options(group, HypotheticalData)
+    add_options(parser, HypotheticalData)
 
 
 def plan_options(args: argparse.Namespace) -> PlanOptions:
     """The options that the flags mean.
 
     Raises:
-        DataError: `--image_size` is no size.
+        DataError: `--image_size` is not a size.
     """
-    from vlm_sft.cli.parser import refuse_idle
-
-    if args.questions is None:
-        refuse_idle(args, HYPOTHETICAL, "without --questions", "add --questions N, or leave it out to read --dataset")
-        data = None
-    else:
-        refuse_idle(args, READ_DATA, "with --questions, which stands for data without evaluations", "leave it out")
-        data = read_options(HypotheticalData, args)
+    refuse_idle(args, PLAN_IDLE, args.given)
+    data = None if args.questions is None else read_options(HypotheticalData, args)
     return read_options(PlanOptions, args, train=train_options(args), hypothetical=data)
 
 

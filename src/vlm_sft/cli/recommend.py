@@ -9,21 +9,25 @@ from typing import TYPE_CHECKING
 from vlm_sft.cli.plan import add_device_arguments, add_hypothetical_arguments, plan_options
 from vlm_sft.cli.train import add_run_arguments
 from vlm_sft.common.errors import RunError
+from vlm_sft.common.idle import Idle, refuse_idle
 from vlm_sft.forecast.recommend import PRIORITIES, worth
 from vlm_sft.recipe.load import add_recipe_arguments
 
 if TYPE_CHECKING:
     from vlm_sft.planning.recommendation import Advice
 
-HELP = "recommend a recipe for the hours, the disk and the machine that you have"
+HELP = "recommend a recipe for your time, disk and machine"
 FORMATS = (".svg", ".png", ".pdf")
 NOTHING_FITS = 4
+ALL_RECIPES = Idle(
+    ("sft_config",), lambda o: True, "here: all five recipes are compared", "leave it out; --configs names a folder"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this verb; those of training describe the set-up."""
-    parser.add_argument("--hours", type=float, required=True, metavar="H", help="what the training may take, in hours")
-    parser.add_argument("--disk", type=float, metavar="GB", help="what it may write, in gigabytes (10^9 bytes)")
+    parser.add_argument("--hours", type=float, required=True, metavar="H", help="time budget of the training, in hours")
+    parser.add_argument("--disk", type=float, metavar="GB", help="disk budget, in gigabytes (10^9 bytes)")
     parser.add_argument(
         "--priority",
         choices=PRIORITIES,
@@ -45,20 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Recommend."""
-    from vlm_sft.cli.parser import refuse_idle
     from vlm_sft.common.console import say
     from vlm_sft.planning.recommendation import advise
 
-    if args.hours <= 0 or (args.disk is not None and args.disk <= 0):
-        raise RunError("--hours and --disk must be above 0", "give what there is")
     if args.output is not None and args.output.suffix.lower() not in FORMATS:
         raise RunError(f"--output {args.output}: no such format", f"choose {', '.join(FORMATS)}")
-    refuse_idle(args, ("sft_config",), "here: all five recipes are compared", "leave it out; --configs names a folder")
+    refuse_idle(args, (ALL_RECIPES,), args.given)
     options = plan_options(args)
-    if args.probe:
-        raise RunError("recommend forecasts without a probe", "probe the choice: vlm-sft plan --probe")
-    disk = None if args.disk is None else args.disk * 1e9
-    advice = advise(options, args.hours, disk, args.priority, args.runs, args.configs)
+    advice = advise(options, args.hours, args.disk, args.priority, args.runs, args.configs)
     if args.output is not None:
         draw(advice, args.output)
         say(f"figure: {args.output}")

@@ -28,9 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="serve the page on 127.0.0.1 instead of writing it; it is refreshed while the runs go on",
+        help="serve the page on 127.0.0.1 instead of writing it; it refreshes while the runs continue",
     )
-    parser.add_argument("--port", type=int, metavar="N", help="port for --watch; 0: any free one (default: 8686)")
+    parser.add_argument(
+        "--port",
+        type=int,
+        metavar="N",
+        help="port for --watch; 0: any free one (default: 8686, or the next that is free)",
+    )
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm_sft.common.formats import size
     from vlm_sft.report.export import export
     from vlm_sft.report.html import write_report
-    from vlm_sft.report.serve import PORT, watch
+    from vlm_sft.report.serve import watch
 
     if args.watch and (args.output or args.export):
         raise RunError("--watch writes no file", "leave out --output and --export, or --watch")
@@ -63,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         raise RunError("--port is only for --watch", "add --watch")
     args.runs = [run for folder in args.runs for run in _runs_in(folder)]
     if args.watch:
-        watch(args.runs, PORT if args.port is None else args.port)
+        watch(args.runs, args.port)
         return 0
     if args.export:
         files = export(args.runs, args.export)

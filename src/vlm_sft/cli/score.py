@@ -5,22 +5,32 @@ from __future__ import annotations
 import argparse
 import json
 
-from vlm_sft.evaluate.metrics import BENCHMARKS
+from vlm_sft.common.options import add_options
+from vlm_sft.evaluate.judge import parse_judge
+from vlm_sft.evaluate.metrics import BENCHMARKS, get_benchmark
+from vlm_sft.evaluate.options import AnswerOptions
+from vlm_sft.evaluate.own_metrics import RULE_NAMES, SIGNATURE, judged_by, rule_of
 
 HELP = "Score a file of predictions by the rules of a benchmark."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument(
+    rules = parser.add_mutually_exclusive_group(required=True)
+    rules.add_argument(
         "--benchmark",
-        required=True,
         choices=list(BENCHMARKS),
         help="whose rules to apply: "
         + "; ".join(f"{benchmark.name} = {benchmark.description}" for benchmark in BENCHMARKS.values()).replace(
             "%", "%%"
         ),
     )
+    rules.add_argument(
+        "--metric",
+        metavar="RULE",
+        help=f"the rule alone: {', '.join(RULE_NAMES)}, or your own module:function ({SIGNATURE})",
+    )
+    add_options(parser, AnswerOptions, only=("judge", "judge_model"))
     parser.add_argument(
         "--predictions",
         required=True,
@@ -39,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from vlm_sft.common import console
     from vlm_sft.evaluate import scoring
 
-    result = scoring.score_file(args.benchmark, args.predictions, args.per_item, args.skip_bad_lines)
+    rules = rule_of(args.metric) if args.metric else get_benchmark(args.benchmark)
+    (rules,) = judged_by(parse_judge(args.judge, args.judge_model), {rules.name: rules}).values()
+    result = scoring.score_file(rules, args.predictions, args.per_item, args.skip_bad_lines)
     console.say(json.dumps(result, indent=2, allow_nan=False) if args.json else scoring.format_score(result))
     return 0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 from vlm_sft.cli.eval import add_prompt_arguments
+from vlm_sft.common.idle import refuse_idle
 from vlm_sft.common.options import add_options, read_options
 from vlm_sft.data.engine_options import CacheOptions, EngineOptions
 from vlm_sft.evaluate.options import AnswerOptions
-from vlm_sft.planning.options import TrainOptions
+from vlm_sft.planning.options import IDLE, TrainOptions
 from vlm_sft.recipe.load import add_recipe_arguments, overrides_from
 
 HELP = "fine-tune a vision-language model, evaluate it against its base, and write a report"
@@ -25,14 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what is trained and how, the recipe's keys aside; `vlm-sft plan` takes them too."""
+def add_run_arguments(parser: argparse.ArgumentParser, but: Collection[str] = ()) -> None:
+    """Add the flags that say what is trained and how, the recipe's keys aside; `vlm-sft plan` takes them too.
+
+    Args:
+        parser: gets them.
+        but: names of options whose flag has another meaning there.
+    """
     add_options(parser, TrainOptions, but=(*AnswerOptions.__dataclass_fields__, "local_rank"))
-    add_prompt_arguments(parser, "instead of what the base comes with; saved with the adapter")
-    group = parser.add_argument_group("engine", "these change speed, disk and memory; the loss stays the same")
-    add_options(group, CacheOptions)
-    add_options(group, AnswerOptions, only=("shard_weights",))
-    add_options(group, EngineOptions, but=tuple(CacheOptions.__dataclass_fields__))
+    add_prompt_arguments(parser, "instead of the base's own; saved with the adapter", but)
+    add_options(parser, CacheOptions)
+    add_options(parser, AnswerOptions, only=("shard_weights",))
+    add_options(parser, EngineOptions, but=tuple(CacheOptions.__dataclass_fields__))
 
 
 def train_options(args: argparse.Namespace) -> TrainOptions:
@@ -61,16 +67,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VlmSftError: a mistake of the user in any of what a training takes.
     """
-    from vlm_sft.cli.parser import refuse_idle
     from vlm_sft.train.run import train
 
-    if args.adapter is None:
-        refuse_idle(args, ("adapter_mode",), "without --adapter", "add --adapter, or leave it out")
+    refuse_idle(args, IDLE, args.given)
     if args.output_dir is None:
         args.output_dir = Path("outputs", Path(args.sft_config).stem if args.sft_config else "run")
-    if args.resume is None:
-        refuse_idle(args, ("allow_changes",), "without --resume", "add --resume, or leave it out")
-    else:
-        refuse_idle(args, ("overwrite_output_dir",), "beside --resume, which goes on with the run", "keep one of them")
     train(train_options(args))
     return 0

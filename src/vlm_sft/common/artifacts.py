@@ -23,6 +23,7 @@ from vlm_sft.common.errors import HostLostError, RunError, VlmSftError, plain
 RUN = "run.json"  # what ran, where, with which versions; its status; seconds and bytes
 RECIPE = "recipe.json"  # the resolved recipe with every default
 DATA = "data.json"  # counts of samples, images, tokens; what was left out and why
+OVERSIZED = "oversized.jsonl"  # one line a sample that is longer than a limit: id, part, tokens, limit, done
 LEFT_OUT = "left_out.jsonl"  # one line a sample that was left out: id, reason
 LOG = "log.txt"  # what the training told, line by line, with what the terminal folds
 METRICS = "metrics.jsonl"  # one line a log event of the training
@@ -32,6 +33,7 @@ ANOMALIES = "anomalies.jsonl"  # one line an event of the training that should n
 RESULTS = "results.json"  # the table: benchmark, n, base, tuned, difference
 PICTURES = "pictures.json"  # which pictures an evaluation did not keep
 PREDICTIONS = "predictions.jsonl"  # one line an evaluated question
+JUDGE = "judge.jsonl"  # the verdicts of a judge on the predictions beside it, so that none is asked for twice
 IDENTITY = "identity.json"  # what made the predictions beside it: model, adapter, prompt, limit of an answer
 VALIDATION_FOLDER = "validation"  # validation/step-<N>/<benchmark>/…: the benchmarks' questions asked during training
 GUARD = "guard.json"  # what each evaluated step of a guarded training lost elsewhere, and which steps qualify
@@ -72,6 +74,9 @@ CARD = "README.md"  # the model card of an export, of a run's adapter and of its
 REPORT = "report.html"
 COMPARE_JSON = "compare.json"  # the paired comparison of runs: differences, tests, verdicts, items that changed
 COMPARE_MARKDOWN = "compare.md"  # the same as a table to read
+SWEEP = "sweep.json"  # the trials of a sweep, what they came to, and which setting to take
+SWEEP_PAGE = "sweep.html"  # the same with figures
+TRIALS_FOLDER = "trials"  # in a sweep's folder: one run folder a trial, its log beside it
 ROWS_FOLDER = "rows"  # rows that a caller from Python held in memory, with their images
 EVALUATION_FOLDER = "evaluation"  # evaluation/base/<benchmark>/…, evaluation/tuned/<benchmark>/…
 
@@ -246,7 +251,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is no finite number")
+        raise ValueError(f"{text[:40]} is not a finite number")
     return value
 
 

@@ -13,6 +13,7 @@ import os
 import select
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -246,7 +247,9 @@ class Bar:
         self._began = self._told = time.monotonic()
         self._bar = None
         if is_main_process() and (sys.stderr.isatty() or in_notebook()):
-            from tqdm.auto import tqdm
+            with warnings.catch_warnings():  # without ipywidgets a notebook gets a bar of text
+                warnings.filterwarnings("ignore", "IProgress not found")
+                from tqdm.auto import tqdm
 
             self._bar = tqdm(total=total, desc=plain(description), unit=f" {unit}", dynamic_ncols=True)
 

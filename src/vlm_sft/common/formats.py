@@ -37,6 +37,11 @@ def count(value: float | None) -> str:
     return NOTHING if value is None else f"{round(value):,}"
 
 
+def plural(number_of: int, thing: str) -> str:
+    """A number with its noun: "1 step", "2,048 steps"; `thing` is the singular of a plural in s."""
+    return f"{number_of:,} {thing}{'' if number_of == 1 else 's'}"
+
+
 def number(value: float | None) -> str:
     """A measured number with four significant digits; the usual notation where it is short."""
     return NOTHING if value is None else f"{value:.4g}"

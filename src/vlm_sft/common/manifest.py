@@ -125,9 +125,9 @@ def _checked(folder: Path, data: bytes) -> dict[str, Any]:
         manifest = parse_json(data.decode("utf-8"))
         for name, entry in manifest["files"].items():
             if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
-                raise ValueError(f"what it says about {name!r} is no size and checksum")
+                raise ValueError(f"what it says about {name!r} is not a size and checksum")
         if not isinstance(manifest.get("identity", {}), dict):
-            raise ValueError("its identity is no object")
+            raise ValueError("its identity is not an object")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder}: {MANIFEST} is not one of this program: {error}", "use another folder") from error
     return dict(manifest)

@@ -7,6 +7,7 @@ their own (`recipe/schema.py`): they stand in files too, so their values are che
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -15,8 +16,14 @@ from typing import Any, TypeVar
 from vlm_sft.common.errors import RunError, nearest, quoted
 
 Options = TypeVar("Options")
+_FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
 _KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "Path": Path}
 _ON = {"on": True, "true": True, "off": False, "false": False}
+
+
+def is_function(text: str) -> bool:
+    """Whether a text names a function of Python, as module:function."""
+    return bool(_FUNCTION.fullmatch(text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +131,25 @@ def _value(flag: OptionFlag, value: Any) -> Any:
     if flag.words is not None:
         return _ON[value.lower()]
     return flag.read(value) if flag.read is not None and value is not None else value
+
+
+def words_of(options: Any) -> list[str]:
+    """The flags that make these options, for a command line: what `read_options` reads back.
+
+    Args:
+        options: an object of a dataclass; fields at their default, without a flag, or with a hidden one are left out.
+    """
+    words: list[str] = []
+    for item in fields(options):
+        flag, value = item.metadata.get("flag"), getattr(options, item.name)
+        if flag is None or flag.help == argparse.SUPPRESS or value is None or value == item.default:
+            continue
+        name = flag.names[0] if flag.names else f"--{item.name}"
+        if isinstance(value, bool):
+            words += [name, flag.words[0 if value else 1]] if flag.words else [name]
+        else:
+            words += [name, str(value)]
+    return words
 
 
 def checked_options(options: type[Options], values: Mapping[str, Any], **others: Any) -> Options:

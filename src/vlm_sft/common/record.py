@@ -215,7 +215,7 @@ class RunRecord:
         except RunError as error:
             # A full disk ends no training that could go on.
             if not self._warned:
-                warn(f"{error.what}; {self.path.name} is out of date until it can")
+                warn(f"{error.what}; {self.path.name} stays out of date until then")
             self._warned = True
 
     def _note_lost_streams(self) -> None:

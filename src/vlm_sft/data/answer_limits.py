@@ -16,6 +16,7 @@ import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from vlm_sft.common.formats import plural
 from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.prompt import SHORT_ANSWER_TEMPLATE, PromptSettings
 from vlm_sft.data.sources.jsonl import answer_texts
@@ -111,9 +112,10 @@ def fitted(
     limit = max(requested) if requested else max(prompt.max_new_tokens, room_for(longest))
     settings = replace(prompt, max_new_tokens=limit, answer_tokens=longest)
     names = ", ".join(spec.name for spec in own)
-    notes = [f"{names}: the longest answer takes {longest} tokens; a generated one may take {limit} (--max_new_tokens)"]
+    tokens = plural(longest, "token")
+    notes = [f"{names}: the longest answer has {tokens}; generated answers may have {limit} (--max_new_tokens)"]
     if prompt.own_template is None and prompt.template == SHORT_ANSWER_TEMPLATE and not keep_template:
         if are_long(targets):
             settings = replace(settings, own_template=PLAIN_TEMPLATE)
-            notes.append(f"{names}: answers are longer than a phrase, so its questions are put without asking for one")
+            notes.append(f"{names}: answers are longer than a phrase, so the prompt does not ask for a word or phrase")
     return settings, notes

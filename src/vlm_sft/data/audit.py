@@ -12,16 +12,27 @@ from statistics import median
 from typing import Any
 
 from vlm_sft.common.errors import QUOTED_CHARACTERS, DataError, ModelError, bounded
+from vlm_sft.common.formats import plural
 from vlm_sft.data.duplicates import Repeat
 from vlm_sft.data.images import check_image
 from vlm_sft.data.plain_text import reads_like_control
-from vlm_sft.data.sample import NOTE, OUTSIDE, UNPROCESSABLE, ImageRef, LeftOut, Sample, questions_per_image, text_rows
+from vlm_sft.data.sample import (
+    OUTSIDE,
+    OVERSIZED,
+    UNPROCESSABLE,
+    ImageRef,
+    LeftOut,
+    Sample,
+    questions_per_image,
+    text_rows,
+)
 from vlm_sft.data.threads import map_images
 
 MAX_LEFT_OUT_FRACTION = 0.01
 HISTOGRAM_BINS = 24
 CHECK_ALL = "vlm-sft data check DATASET --split all --base_model MODEL"
-OUTSIDE_NOTE = "an image lies outside of the data's folder, by its path or a link; exports and reports hold copies"
+OUTSIDE_NOTE = "the image lies outside the data's folder (absolute path or link); exports and reports copy it"
+PLACED_NOTE = "an image follows words; only questions with the same words before it share it"
 CONTROL_NOTE = "a text holds the name of a control token, such as <image>; it is read as plain text"
 
 
@@ -127,8 +138,7 @@ def notes_of(samples: Iterable[Sample], holds_control: Callable[[Sample], bool] 
     found: Counter[str] = Counter()
     for sample in samples:
         found.update([OUTSIDE_NOTE] if OUTSIDE in sample.metadata else [])
-        note = sample.metadata.get(NOTE)
-        found.update([note] if note else [])
+        found.update([PLACED_NOTE] if sample.places else [])
         found.update([CONTROL_NOTE] if holds_control(sample) else [])
     return dict(found)
 
@@ -223,7 +233,7 @@ def left_out_line(left_out: Sequence[LeftOut]) -> str:
         f"{reason}: {count:,}, e.g. {bounded(firsts[reason].id, QUOTED_CHARACTERS)}: {firsts[reason].detail}"
         for reason, count in counts
     ]
-    return f"{len(left_out):,} samples are left out ({'; '.join(parts)})"
+    return f"{plural(len(left_out), 'sample')} left out ({'; '.join(parts)})"
 
 
 def enforce(
@@ -235,7 +245,7 @@ def enforce(
     """Stop when more samples were left out than allowed.
 
     Args:
-        left_out: the samples left out.
+        left_out: the samples left out. Those that the user asked to leave out for their length do not count.
         total: all samples, used and left out.
         max_left_out_fraction: the share that is allowed, 0 to 1.
         left_out_file: the file that names them, for the message; None where there is none.
@@ -246,6 +256,7 @@ def enforce(
     allowed = max_left_out_fraction
     if not 0 <= allowed <= 1:
         raise DataError(f"--max_left_out {allowed} is not between 0 and 1", "0.01 allows one in a hundred")
+    left_out = [item for item in left_out if item.reason != OVERSIZED]
     if not left_out or len(left_out) <= allowed * total:
         return
     share = len(left_out) / total

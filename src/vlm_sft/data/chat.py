@@ -17,15 +17,17 @@ from PIL import Image
 from vlm_sft.common.errors import ModelError
 from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.processor import blamed_on
+from vlm_sft.data.sample import pieces
 
 Message = dict[str, Any]
 TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids", "labels")
 _LETTER = "A"
 
 
-def message(role: str, text: str, images: int = 0) -> Message:
-    """One turn in the chat format: images, then the text."""
-    return {"role": role, "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
+def message(role: str, text: str, places: Sequence[int] = ()) -> Message:
+    """One turn in the chat format: its text, and images behind so many characters of it."""
+    parts = [{"type": "image"} if piece is None else {"type": "text", "text": piece} for piece in pieces(text, places)]
+    return {"role": role, "content": parts}
 
 
 class Chat:
@@ -42,6 +44,7 @@ class Chat:
         turns = [message("user", _LETTER), message("assistant", _LETTER), message("user", _LETTER)]
         self.plain = PlainText(processor, stop_ids, self._ids(self.render(turns, False)).tolist())
         self._control: dict[Any, np.ndarray] = {}
+        self._kept: dict[Any, bool] = {}
 
     def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
         """Apply the chat template; the text is for showing and for programs that take nothing else.
@@ -58,6 +61,49 @@ class Chat:
                 f"the chat template of {type(self.processor).__name__} cannot render a question: {error}",
                 "use an instruct model, or put a chat_template.jinja into the model folder",
             ) from error
+
+    def keeps_places(self, messages: list[Message]) -> bool:
+        """Whether the chat template leaves each image of a conversation between the texts between which it stands.
+
+        Asked of the template itself, once a shape: taking an image away must change what is rendered between its
+        neighbours, and nothing else.
+        """
+        parts = [(number, part["type"]) for number, turn in enumerate(messages) for part in turn["content"]]
+        key = ("places", *(turn["role"] for turn in messages), *parts)
+        if key not in self._kept:
+            self._kept[key] = self._asked_places(messages)
+        return self._kept[key]
+
+    def _asked_places(self, messages: list[Message]) -> bool:
+        """Render with numbered texts, and again without one image after the other, the last one first."""
+        turns = [turn | {"content": list(turn["content"])} for turn in messages]
+        images: list[tuple[list[Any], int, int]] = []  # of each: its turn, its part, how many texts stand before it
+        texts = 0
+        for turn in turns:
+            for place, part in enumerate(turn["content"]):
+                if part["type"] == "image":
+                    images.append((turn["content"], place, texts))
+                else:
+                    turn["content"][place] = {"type": "text", "text": f"{self.plain.mark}{texts};"}
+                    texts += 1
+        marks = [f"{number};" for number in range(texts)]
+        before = self._between(turns, marks)
+        for content, place, gap in reversed(images):
+            del content[place]
+            after = self._between(turns, marks)
+            if before is None or after is None or before[gap] == after[gap]:
+                return False
+            if before[:gap] + before[gap + 1 :] != after[:gap] + after[gap + 1 :]:
+                return False
+            before = after
+        return True
+
+    def _between(self, turns: list[Message], marks: list[str]) -> list[str] | None:
+        """What a template renders around numbered texts; None where these are not all there once, in order."""
+        first, *rest = self.render(turns).split(self.plain.mark)
+        if len(rest) != len(marks) or not all(map(str.startswith, rest, marks)):
+            return None
+        return [first, *(gap[len(mark) :] for gap, mark in zip(rest, marks, strict=True))]
 
     def is_ordinary(self, messages: list[Message]) -> bool:
         """Whether no text of a conversation before its answer holds the string of a control token."""

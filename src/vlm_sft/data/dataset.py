@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from vlm_sft.common.errors import DataError
@@ -68,6 +69,16 @@ class PreparedData:
         """Name of the data set of each image."""
         return [members[0].dataset for members in self._samples]
 
+    @cached_property
+    def loss_shares(self) -> dict[str, float]:
+        """The share of each data set in the training loss: its supervised tokens times their weights, over all sets."""
+        sums: dict[str, float] = {}
+        for sample, group, number in self.samples():
+            tokens = len(group.questions[number].answer_ids) * sample.weight
+            sums[sample.dataset] = sums.get(sample.dataset, 0.0) + tokens
+        total = sum(sums.values())
+        return {name: tokens / total for name, tokens in sorted(sums.items())} if total else {}
+
     def image_samples(self) -> list[Sample]:
         """One sample of each group that shows an image."""
         return [members[0] for members in self._samples if members[0].images]
@@ -77,6 +88,12 @@ class PreparedData:
         for members, group in zip(self._samples, self._groups, strict=True):
             for number, sample in enumerate(members):
                 yield sample, group, number
+
+    def sample_lengths(self) -> Iterator[tuple[Sample, int]]:
+        """Yield every sample with the tokens of the sequence that it alone would be, end token included."""
+        for sample, group, number in self.samples():
+            question = group.questions[number]
+            yield sample, len(group.prefix_ids) + len(question.prompt_ids) + len(question.answer_ids)
 
     @property
     def distinct_images(self) -> int:
@@ -131,7 +148,7 @@ def usable_samples(encoder: Encoder, samples: Sequence[Sample]) -> tuple[list[Sa
         The samples that can be encoded, as far as that is known, and the others.
 
     Raises:
-        ModelError: the processor fails on all of several images.
+        ModelError: the processor fails on all of several images, or how the model writes boxes is not known.
     """
     found = [(sample, encoder.problem(sample)) for sample in samples]
     left_out = [LeftOut.because(sample.id, problem) for sample, problem in found if problem is not None]

@@ -29,7 +29,7 @@ class Repeat:
         places = [str(one.metadata.get("where", one.id)) for one in (self.sample, self.earlier)]
         answers = " and ".join(f'"{one.target[:60]}"' for one in (self.earlier, self.sample))
         differing = f"; answers: {answers}" if self.kind == CONTRADICTION else ""
-        return f'{places[0]} asks what {places[1]} asks: "{self.sample.question[:80]}"{differing}'
+        return f'{places[0]} asks what {places[1]} asks: "{self.sample.shown_question[:80]}"{differing}'
 
     def to_json(self) -> dict[str, Any]:
         """A line of repeats.jsonl."""
@@ -37,7 +37,7 @@ class Repeat:
             "kind": self.kind,
             "id": self.sample.id,
             "earlier": self.earlier.id,
-            "question": self.sample.question,
+            "question": self.sample.shown_question,
             "answers": list(self.sample.answers),
             "earlier_answers": list(self.earlier.answers),
         }
@@ -52,7 +52,8 @@ def find_repeats(samples: Sequence[Sample]) -> list[Repeat]:
     found: list[Repeat] = []
     by_question: dict[tuple[Any, ...], list[Sample]] = {}
     for sample in samples:
-        before = by_question.setdefault((sample.subject, sample.system, sample.history, _plain(sample.question)), [])
+        context = (sample.subject, sample.system, sample.history, sample.places)
+        before = by_question.setdefault((*context, _plain(sample.question)), [])
         same = next((one for one in before if _plain(one.target) == _plain(sample.target)), None)
         other = next((one for one in before if _accepted(one).isdisjoint(_accepted(sample))), None)
         if same is not None:

@@ -1,15 +1,15 @@
-"""Samples to token ids and image tensors, once an image; text rows to token ids alone.
+"""Samples to token ids and image tensors, once per image; text rows to token ids only.
 
-The questions of one image share the beginning of the processor's own token sequences: the prefix, which holds the
-image. Pictures go through the image processor alone, once an image; the placeholder tokens of a picture depend on its
-size only, so they are taken from the processor's sequence for a blank picture of that size, and the questions are
-spliced into it. Both short cuts are checked against the processor itself the first time.
+The questions about an image share the beginning of the processor's token sequences: the prefix, which holds the image.
+Only the image processor sees the picture, once per image. The placeholder tokens of a picture depend only on its size,
+so they come from the processor's sequence for a blank picture of that size, and the questions are spliced into it. Both
+shortcuts are checked against the whole processor on first use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,30 +17,30 @@ import torch
 from PIL import Image
 
 from vlm_sft.common.errors import ModelError, SampleError
-from vlm_sft.data.chat import TEXT_KEYS, Chat, Message, message
-from vlm_sft.data.images import decode_rgb, read_bytes
-from vlm_sft.data.processor import apply_pixel_bounds, blamed_on, image_token_id, visual_tokens
+from vlm_sft.data.boxes import Convention
+from vlm_sft.data.chat import TEXT_KEYS, Chat, Message
+from vlm_sft.data.conversation import PROBES, conversation, probe_conversation
+from vlm_sft.data.images import pictures_of, sources_of
+from vlm_sft.data.processor import apply_pixel_bounds, blamed_on, end_ids, image_token_id, visual_tokens
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.data.sample import UNPLACEABLE, Sample
 from vlm_sft.data.sources.spec import is_own
 
-ImageSource = Callable[[Sample], dict[str, torch.Tensor]]  # gives what the processor made of a sample's pictures
-# Two user texts that share no first token: what their sequences share is the part before the question.
-_PROBES = ("A", "9")
-# Width and height in pixels of pictures on which the image processor alone is held against the whole processor.
+ImageSource = Callable[[Sample], dict[str, torch.Tensor]]  # the processor's output for a sample's pictures
+# Width and height in pixels of pictures on which the image processor is compared with the whole processor.
 _PROBE_SIZES = ((1201, 397), (101, 61), (64, 150))
-_SMALL, _LONG = 64, 8  # pixels of the shorter side, and ratio of the sides: beyond, a processor is tried first
+_SMALL, _LONG = 64, 8  # shortest side in pixels and largest aspect ratio that are used without a trial
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedQuestion:
-    """One question behind a shared prefix.
+    """One question after a shared prefix.
 
     Attributes:
         sample_id: id of the sample.
         prompt_ids: (Q,) int32, the prompt's tokens after the prefix; never empty.
-        answer_ids: (A,) int32, the answer and its end token: the supervised part. Empty when only a prompt was asked.
-        weight: of these tokens in the training loss.
+        answer_ids: (A,) int32, the answer and its end token: the supervised part. Empty without answers.
+        weight: weight of these tokens in the training loss.
     """
 
     sample_id: str
@@ -56,18 +56,18 @@ class EncodedQuestion:
 
 @dataclass(frozen=True, slots=True)
 class EncodedGroup:
-    """One image (or several that belong together, or none but an opening text) with all its questions.
+    """One image (or several that belong together, or only an opening text) with all its questions.
 
     Attributes:
-        key: what the questions are about, see `Sample.subject`.
+        key: the subject of the questions, see `Sample.subject`.
         prefix_ids: (P,) int32, the tokens that all questions share, image tokens included.
-        prefix_types: (P,) int32, the processor's token types of the prefix (1 = image), or empty where it has none.
-        image_tokens: how many of the prefix tokens are image tokens.
+        prefix_types: (P,) int32, the processor's token types of the prefix (1 = image); empty if it has none.
+        image_tokens: number of image tokens in the prefix.
         questions: the questions, in the order of the samples.
-        tensors: what the processor made of the images (pixel_values, image_grid_thw, …), batch dimension kept; empty
+        tensors: the processor's output for the images (pixel_values, image_grid_thw, …) with batch dimension; empty
             for text rows.
-        follows: for each question the one whose sequence, answer included, its prompt goes on from; -1 for none. Empty
-            where there is no such turn.
+        follows: for each question the index of the one whose sequence, answer included, its prompt continues; -1 for
+            none. Empty if there is no such turn.
     """
 
     key: str
@@ -81,12 +81,12 @@ class EncodedGroup:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """The processor's sequence for a probe question: how the pictures' placeholders are expanded.
+    """The processor's sequence for a probe question, which shows how the pictures' placeholders expand.
 
     Attributes:
         ids: (L,) int32, expanded.
         plain: int32, the same conversation not expanded.
-        types: (L,) int32 token types, or empty where the processor has none.
+        types: (L,) int32 token types; empty if the processor has none.
     """
 
     ids: np.ndarray
@@ -101,21 +101,6 @@ def _common_prefix(left: np.ndarray, right: np.ndarray) -> int:
     return int(different[0]) if len(different) else size
 
 
-def _end_ids(tokenizer: Any) -> tuple[int, ...]:
-    """The end token of a tokenizer.
-
-    Raises:
-        ModelError: it has none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"no token ends an answer: {type(tokenizer).__name__} of the base model has no eos_token, and its "
-            "generation settings name none",
-            "set eos_token_id in generation_config.json, or eos_token in tokenizer_config.json, of the model's folder",
-        )
-    return (int(tokenizer.eos_token_id),)
-
-
 class Encoder:
     """Turns the samples of one image into an `EncodedGroup`.
 
@@ -123,19 +108,23 @@ class Encoder:
         processor: a Hugging Face processor with a chat template.
         prompt: prompt and image settings; pixel bounds are applied to the processor's image processor.
         stop_ids: token ids that end an answer (the generation config's eos ids); the tokenizer's eos when empty.
+        family: as of `boxes.Convention`.
 
     Raises:
-        ModelError: nothing says which token ends an answer, or which one stands for an image.
+        ModelError: the token that ends an answer, or that stands for an image, is unknown.
     """
 
-    def __init__(self, processor: Any, prompt: PromptSettings, stop_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, processor: Any, prompt: PromptSettings, stop_ids: Sequence[int] = (), family: Callable[[], str] = str
+    ) -> None:
         self.processor = processor
+        self.boxes = Convention(family, processor)
         self.tokenizer = processor.tokenizer
         self.prompt = prompt
-        self.stop_ids = tuple(stop_ids) or _end_ids(self.tokenizer)
+        self.stop_ids = tuple(stop_ids) or end_ids(self.tokenizer)
         self.chat = Chat(processor, self.stop_ids)
         self.image_token_id = image_token_id(processor)
-        self._splice_is_exact: bool | None = None
+        self._splice_is_exact: dict[bool, bool] = {}  # by whether images stand behind words
         self._alone_is_exact: bool | None = None
         self._text_is_exact: bool | None = None
         self._tensor_names: tuple[str, ...] = ()
@@ -150,18 +139,20 @@ class Encoder:
         """Encode all questions of one image.
 
         Args:
-            samples: at least one; all with the same subject and system text.
-            with_answers: False leaves the answers out, for generation.
-            tensors: what the processor made of the images, where that is at hand; None processes them.
+            samples: at least one; all with the same subject, system text and opening.
+            with_answers: False omits the answers, for generation.
+            tensors: the processor's output for the images if it is available; None processes them.
 
         Raises:
             DataError: an image cannot be read or processed, or a text cannot be told from a control token.
             ModelError: the chat template does not fit.
         """
+        samples = [self._asked(sample) for sample in samples]
         first = samples[0]
+        self._require_places(first)
         tensors = self.process_images(first) if tensors is None else tensors
         frame = self._frame(first, tensors) if first.images else None
-        conversations = [self._messages(sample, sample.question) for sample in samples]
+        conversations = [conversation(sample, self.prompt) for sample in samples]
         texts, plains = zip(*map(self.chat.prompt, conversations), strict=True)
         sequences = [
             self._splice(frame, plain, messages, first) for plain, messages in zip(plains, conversations, strict=True)
@@ -190,6 +181,8 @@ class Encoder:
             sample: a question. Images whose size is not known yet are not judged.
         """
         try:
+            sample = self._asked(sample)
+            self._require_places(sample)
             if all(image.width for image in sample.images):
                 self._try_sizes(sample)
             if self.holds_control(sample):
@@ -202,6 +195,20 @@ class Encoder:
         """Whether a text of a sample holds the string of a control token of this model."""
         return bool(self.chat.plain.found_in(sample.texts))
 
+    def _require_places(self, sample: Sample) -> None:
+        """Refuse a sample whose images this model's chat template would put elsewhere.
+
+        Raises:
+            SampleError: it moves one in front of words behind which it stands, or leaves one out.
+        """
+        if sample.places and not self.chat.keeps_places(conversation(sample, self.prompt)):
+            raise SampleError(
+                UNPLACEABLE,
+                f"{sample.metadata.get('where', sample.id)}: an image stands behind words, and the chat template of "
+                f"{type(self.processor).__name__} does not leave it there",
+                "use a base model whose chat template takes images between words, or put the images first",
+            )
+
     def _try_sizes(self, sample: Sample) -> None:
         """Process blank pictures of unusual sizes, once a size.
 
@@ -211,7 +218,11 @@ class Encoder:
         sizes = picture_sizes(sample)
         if sizes in self._tried or not any(map(self._is_unusual, sizes)):
             return
-        self.chat.process(self._probe(sample), [Image.new("RGB", size, "white") for size in sizes], _source(sample))
+        self.chat.process(
+            probe_conversation(sample, self.prompt),
+            [Image.new("RGB", size, "white") for size in sizes],
+            sources_of(sample.images),
+        )
         self._tried.add(sizes)
 
     def _is_unusual(self, size: tuple[int, int]) -> bool:
@@ -237,9 +248,9 @@ class Encoder:
         """
         if not sample.images:
             return {}
-        pictures = _pictures(sample)
+        pictures = pictures_of(sample.images)
         if self._alone_is_exact:
-            with blamed_on(_source(sample), self.processor.image_processor):
+            with blamed_on(sources_of(sample.images), self.processor.image_processor):
                 return self._process_alone(pictures)
         tensors = self._process_whole(sample, pictures)
         if self._alone_is_exact is None:
@@ -254,7 +265,7 @@ class Encoder:
 
     def _process_whole(self, sample: Sample, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
         """What the processor makes of pictures in a conversation like the sample's, without the text."""
-        whole = self.chat.process(self._probe(sample), pictures, _source(sample))
+        whole = self.chat.process(probe_conversation(sample, self.prompt), pictures, sources_of(sample.images))
         return {name: value for name, value in whole.items() if name not in TEXT_KEYS}
 
     def _process_alone(self, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
@@ -268,38 +279,44 @@ class Encoder:
         alone = self._process_alone(pictures)
         return alone.keys() == tensors.keys() and all(torch.equal(alone[name], tensors[name]) for name in tensors)
 
-    def _probe(self, sample: Sample) -> list[Message]:
-        """A conversation with the sample's pictures and system text, and nothing else of its own."""
-        return self._messages(replace(sample, history=()), _PROBES[0])
-
     def _frame(self, sample: Sample, tensors: dict[str, torch.Tensor]) -> _Frame:
-        """The expanded sequence of a probe question for pictures of these sizes; made once a size (Qwen: a grid)."""
+        """The expanded sequence of a probe question for pictures of these sizes; made once a size (Qwen: a grid).
+
+        One whose pictures stand behind words of a sample is of use to its group alone, and not kept.
+        """
         grid = tensors.get("image_grid_thw")
         sizes = picture_sizes(sample) if grid is None else ()
         key = (sample.system, len(sample.images), sizes, None if grid is None else tuple(grid.flatten().tolist()))
-        if key not in self._frames:
+        frame = None if sample.places else self._frames.get(key)
+        if frame is None:
             blank = [Image.new("RGB", size, "white") for size in sizes or picture_sizes(sample)]
-            probe = self._probe(sample)
-            whole = self.chat.process(probe, blank, _source(sample))
+            probe = probe_conversation(sample, self.prompt)
+            whole = self.chat.process(probe, blank, sources_of(sample.images))
             types = whole.get("mm_token_type_ids", whole.get("token_type_ids"))
-            self._frames[key] = _Frame(
+            frame = _Frame(
                 whole["input_ids"][0].numpy().astype(np.int32),
                 self.chat.prompt(probe)[1],
                 np.zeros(0, dtype=np.int32) if types is None else types[0].numpy().astype(np.int32),
             )
-        return self._frames[key]
+            if not sample.places:
+                self._frames[key] = frame
+        return frame
+
+    def _asked(self, sample: Sample) -> Sample:
+        """A sample as the model is asked it."""
+        return sample if sample.boxes is None else self.boxes.written(sample)
 
     def prompt_text(self, sample: Sample) -> str:
         """Render the conversation up to the place where the answer begins."""
-        return self.chat.render(self._messages(sample, sample.question))
+        return self.chat.render(conversation(self._asked(sample), self.prompt))
 
     def has_ordinary_prompt(self, sample: Sample) -> bool:
         """Whether any program that tokenises `prompt_text` gets the tokens of training."""
-        return self.chat.is_ordinary(self._messages(sample, sample.question))
+        return self.chat.is_ordinary(conversation(self._asked(sample), self.prompt))
 
     def prompt_tokens(self, sample: Sample) -> tuple[str, np.ndarray]:
         """The conversation up to the place where the answer begins: text, and tokens before images are expanded."""
-        return self.chat.prompt(self._messages(sample, sample.question))
+        return self.chat.prompt(conversation(self._asked(sample), self.prompt))
 
     def answer_ids(self, sample: Sample, prompt: str = "") -> np.ndarray:
         """Tokens of the answer and its end token, (A,) int32: what is supervised, and nothing else.
@@ -308,23 +325,12 @@ class Encoder:
             sample: the question with its answer.
             prompt: its rendered prompt, where that is known already.
         """
-        ids = self.chat.answer(self._messages(sample, sample.question), sample.target, prompt)
+        sample = self._asked(sample)
+        ids = self.chat.answer(conversation(sample, self.prompt), sample.target, prompt)
         stops = np.nonzero(np.isin(ids, self.stop_ids))[0]
         if len(stops):
             return ids[: stops[0] + 1]
         return np.append(ids, np.int32(self.stop_ids[0]))
-
-    def _messages(self, sample: Sample, question: str) -> list[Message]:
-        """The conversation in the chat format; the images stand before the first user text."""
-        turns = [(turn.role, turn.text) for turn in sample.history]
-        turns.append(("user", self.prompt.fill(question, is_own(sample.dataset))))
-        first = next(number for number, (role, _) in enumerate(turns) if role == "user")
-        messages = [
-            message(role, text, len(sample.images) if number == first else 0)
-            for number, (role, text) in enumerate(turns)
-        ]
-        system = sample.system or self.prompt.system
-        return [message("system", system), *messages] if system else messages
 
     def _splice(self, frame: _Frame | None, plain: np.ndarray, messages: list[Message], sample: Sample) -> np.ndarray:
         """The processor's sequence for a question about the pictures of a frame (or none), none processed."""
@@ -332,27 +338,34 @@ class Encoder:
             if self._text_is_exact is None:
                 self._text_is_exact = np.array_equal(plain, self._exact(messages, sample))
             return plain if self._text_is_exact else self._exact(messages, sample)
-        if self._splice_is_exact is not False:
+        placed = bool(sample.places)
+        if self._splice_is_exact.get(placed, True):
             rest = len(frame.plain) - _common_prefix(frame.plain, plain)
             unchanged = _common_prefix(frame.ids[::-1], frame.plain[::-1])
             if rest <= unchanged:
                 spliced = np.concatenate([frame.ids[: len(frame.ids) - rest], plain[len(frame.plain) - rest :]])
-                if self._splice_is_exact is None:
-                    self._splice_is_exact = np.array_equal(spliced, self._exact(messages, sample))
-                if self._splice_is_exact:
+                if placed not in self._splice_is_exact:
+                    self._splice_is_exact[placed] = np.array_equal(spliced, self._exact(messages, sample))
+                if self._splice_is_exact[placed]:
                     return spliced
         return self._exact(messages, sample)
 
     def _exact(self, messages: list[Message], sample: Sample) -> np.ndarray:
         """The processor's own sequence, (L,) int32."""
-        return self.chat.process(messages, _pictures(sample), _source(sample))["input_ids"][0].numpy().astype(np.int32)
+        return (
+            self.chat.process(messages, pictures_of(sample.images), sources_of(sample.images))["input_ids"][0]
+            .numpy()
+            .astype(np.int32)
+        )
 
     def _probe_tokens(self, sample: Sample) -> list[np.ndarray]:
         """Tokens of the sample's conversation with each probe for a question, not expanded."""
         key = (sample.system, len(sample.images), is_own(sample.dataset))
-        if sample.history or key not in self._probes:
-            found = [self.chat.prompt(self._messages(sample, probe))[1] for probe in _PROBES]
-            if sample.history:
+        kept = not (sample.history or sample.places)
+        if not kept or key not in self._probes:
+            asked = [conversation(sample, self.prompt, sample.opening_words + probe) for probe in PROBES]
+            found = [self.chat.prompt(messages)[1] for messages in asked]
+            if not kept:
                 return found
             self._probes[key] = found
         return self._probes[key]
@@ -367,31 +380,14 @@ class Encoder:
         size = max(size, 1)  # a template may begin with a text row's own words, which the group's texts have in common
         if (sequences[0][size:] == self.image_token_id).any():
             raise ModelError(
-                "the chat template puts the image behind the question, so no prefix can be shared",
+                "the chat template puts the image after the question, so no prefix can be shared",
                 "move the image before the text in the chat template",
             )
         return size
 
 
-def _pictures(sample: Sample) -> list[Image.Image]:
-    """Read and decode a sample's images.
-
-    Raises:
-        DataError: one cannot be read or decoded.
-    """
-    return [_picture(image) for image in sample.images]
-
-
-def _picture(image: ImageRef) -> Image.Image:
-    return decode_rgb(read_bytes(image), image.source)
-
-
-def _source(sample: Sample) -> str:
-    """Where a sample's images are and how large, for messages."""
-    sizes = [f" ({image.width} x {image.height} pixels)" if image.width else "" for image in sample.images]
-    return ", ".join(image.source + size for image, size in zip(sample.images, sizes, strict=True))
-
-
 def picture_sizes(sample: Sample) -> tuple[tuple[int, int], ...]:
     """Width and height of a sample's images in pixels; those that no check has measured are decoded."""
-    return tuple((image.width, image.height) if image.width else _picture(image).size for image in sample.images)
+    return tuple(
+        (image.width, image.height) if image.width else pictures_of([image])[0].size for image in sample.images
+    )

@@ -19,7 +19,7 @@ class CacheOptions:
     """What is kept on disk; `feature_cache` is "auto", "off" or a budget in bytes."""
 
     cache_dir: Path | None = option(
-        None, "where prepared data is kept (default: $VLM_SFT_CACHE, or ~/.cache/vlm_sft)", "DIR"
+        None, "folder of the prepared data (default: $VLM_SFT_CACHE, or ~/.cache/vlm_sft)", "DIR"
     )
     prepared_cache: bool = option(
         True,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import io
 import re
 import threading
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -99,6 +101,21 @@ def decode_rgb(data: bytes, source: str) -> Image.Image:
         raise DataError(f"{source}: the image cannot be decoded: {error or type(error).__name__}", FIX) from error
 
 
+def pictures_of(images: Iterable[ImageRef]) -> list[Image.Image]:
+    """Read and decode images, as `decode_rgb`.
+
+    Raises:
+        DataError: one cannot be read or decoded.
+    """
+    return [decode_rgb(read_bytes(image), image.source) for image in images]
+
+
+def sources_of(images: Iterable[ImageRef]) -> str:
+    """Where images are and how large, for messages."""
+    sizes = [(image.source, f" ({image.width} x {image.height} pixels)" if image.width else "") for image in images]
+    return ", ".join(map("".join, sizes))
+
+
 def image_format(data: bytes) -> str:
     """Name of the format of an image that `decode_rgb` has decoded: "PNG", "JPEG", "MPO", ….
 
@@ -138,6 +155,32 @@ def check_image(ref: ImageRef) -> ImageRef:
         return ref
     width, height = decode_rgb(read_bytes(ref), ref.source).size
     return dataclasses.replace(ref, width=width, height=height)
+
+
+def scaled(ref: ImageRef, width: int, height: int) -> ImageRef:
+    """Reference the same image at another size; it is read and scaled, once more, whenever its bytes are asked for.
+
+    Args:
+        ref: the image.
+        width, height: what it shall have, in pixels.
+    """
+    key = hashlib.sha256(f"{ref.key} at {width} x {height}".encode()).hexdigest()
+    return ImageRef(key, ref.source, functools.partial(_scaled_bytes, ref, width, height), width, height)
+
+
+def _scaled_bytes(ref: ImageRef, width: int, height: int) -> bytes:
+    """A smaller copy of an image, without loss (PPM).
+
+    Raises:
+        OSError: it cannot be read or decoded, as of `ImageRef.load`.
+    """
+    try:
+        picture = decode_rgb(ref.load(), ref.source)
+    except DataError as error:
+        raise OSError(error.what) from error
+    buffer = io.BytesIO()
+    picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0).save(buffer, "PPM")
+    return buffer.getvalue()
 
 
 @functools.cache

@@ -50,7 +50,7 @@ class StepDataset(Dataset[StepPacks]):
             comes back without packs and with a fatal fault.
         place: computes the positions of a pack; None leaves that to the model.
         accompany: add a question about a small image, with a weight of 0, to packs without an image: every rank then
-            runs the vision tower in every pass, which it has to where ZeRO-3 has partitioned it.
+            runs the vision tower in every pass, which it has to where it is divided over the ranks.
 
     Attributes:
         slot, at, bad: as in `workers.Steps`.

@@ -1,7 +1,7 @@
-"""The plan of an epoch: which questions make each global batch, and how they are packed. Pure.
+"""The plan of an epoch: the questions of each global batch, and how they are packed. Pure functions.
 
-A plan is a function of (lengths, batch size, seed, epoch). The number of ranks and the token budget only decide how a
-global batch is cut into packs, so 1, 2 and 8 devices follow the same optimisation.
+A plan is a function of (lengths, batch size, seed, epoch). The number of ranks and the token budget only determine how
+a global batch is split into packs, so 1, 2 and 8 devices follow the same optimization.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class GroupLengths:
         prefix: tokens of the shared prefix.
         questions: tokens of each question: prompt after the prefix, answer and end token.
         supervised: supervised tokens of each question.
-        weights: weight of each question in the loss; empty where all are 1.
+        weights: weight of each question in the loss; empty if all are 1.
         follows: as of `EncodedGroup`.
     """
 
@@ -44,9 +44,9 @@ class Step:
     """One optimizer step.
 
     Attributes:
-        ranks: for each rank its packs; every rank has the same number of them; a pack may be empty.
+        ranks: the packs of each rank; every rank has equally many, and a pack may be empty.
         questions: questions in the step, over all ranks.
-        supervised: supervised tokens in the step by their weights, over all ranks: what the loss is divided by.
+        supervised: weighted number of supervised tokens in the step, over all ranks: the divisor of the loss.
     """
 
     ranks: tuple[tuple[tuple[Bundle, ...], ...], ...]
@@ -63,9 +63,9 @@ def pack_batch(
 ) -> tuple[tuple[tuple[Bundle, ...], ...], ...]:
     """Cut one global batch into packs of at most `tokens_per_pack` tokens, the same number of packs on every rank.
 
-    Longest-processing-time first: each bundle goes to the pack that has the fewest tokens so far; then bundles are
-    exchanged while that makes the largest pack smaller. A bundle that alone exceeds a limit is cut between questions;
-    a single question that exceeds the budget gets a pack of its own.
+    Longest-processing-time first: each bundle goes to the pack with the fewest tokens so far; then bundles are
+    exchanged as long as that makes the largest pack smaller. A bundle that exceeds a limit on its own is split between
+    questions; a single question that exceeds the budget gets its own pack.
 
     Args:
         bundles: the batch.
@@ -96,7 +96,7 @@ def pack_batch(
 def _distributed(
     pieces: Sequence[Bundle], lengths: Sequence[GroupLengths], count: int, most: int
 ) -> list[list[Bundle]]:
-    """Share pieces out over so many packs, levelled by their tokens."""
+    """Distribute pieces over `count` packs, balanced by their tokens."""
     costs = [bundle_tokens(piece, lengths[piece.group]) for piece in pieces]
     packs: list[list[Bundle]] = [[] for _ in range(count)]
     loads, counts = [0] * count, [0] * count
@@ -112,7 +112,7 @@ def _distributed(
 
 
 def _level(packs: list[list[Bundle]], lengths: Sequence[GroupLengths], most: int) -> None:
-    """Exchange a bundle of the largest pack for a smaller one, or for none, of another pack while that levels the two.
+    """Exchange bundles of the largest pack for smaller ones of another pack, or none, while that balances the two.
 
     Args:
         packs: changed in place.
@@ -152,12 +152,12 @@ def pack_rows(
 ) -> tuple[tuple[tuple[Bundle, ...], ...], ...]:
     """Cut one global batch into packs of separate sequences of similar length, the same number on every rank.
 
-    A pack takes its number of questions times the tokens of the longest one, padding included. Questions about one
-    image stay together where they fit, so that its vision features are computed once.
+    A pack costs its number of questions times the tokens of the longest one, padding included. Questions about one
+    image stay together if they fit, so that its vision features are computed once.
 
     Args:
         bundles, lengths, world_size, tokens_per_pack, max_questions_per_pack: as in `pack_batch`.
-        rows: what may stand in one pack.
+        rows: which questions may share a pack.
 
     Returns:
         For each rank its packs, the longest sequences first; packs may be empty.
@@ -199,7 +199,7 @@ def fill_rows(
         share: the least share of a batch's longest sequence that a piece's longest must have.
 
     Returns:
-        For each batch its first piece, and the first one behind it.
+        For each batch the index of its first piece, and of the first piece after it.
     """
     cuts = [0]
     count = 0
@@ -214,12 +214,12 @@ def fill_rows(
 
 
 def row_tokens(bundle: Bundle, lengths: GroupLengths) -> list[int]:
-    """Tokens of each question of a bundle as a sequence of its own, with its image."""
+    """Tokens of each question of a bundle as a separate sequence, with its image."""
     return [lengths.prefix + lengths.questions[question] for question in bundle.questions]
 
 
 def _one_bundle_a_pack(ranks: tuple[tuple[tuple[Bundle, ...], ...], ...]) -> tuple[tuple[tuple[Bundle, ...], ...], ...]:
-    """Take the packs of a plan apart; every rank still has the same number of them, some empty at the end."""
+    """Put every bundle into its own pack; every rank still has equally many, some empty at the end."""
     bundles = [bundle for packs in ranks for pack in packs for bundle in pack]
     rounds = -(-len(bundles) // len(ranks))
     padded = [(bundle,) for bundle in bundles] + [()] * (rounds * len(ranks) - len(bundles))
@@ -240,7 +240,7 @@ def _at_least(pieces: list[Bundle], count: int) -> list[Bundle]:
 
 
 def _pieces(bundle: Bundle, lengths: GroupLengths, tokens_per_pack: int, most: int) -> list[Bundle]:
-    """Cut a bundle between its conversations so that each part fits the limits where that is possible."""
+    """Split a bundle between its conversations so that each part fits the limits, if possible."""
     talks = conversations(bundle.questions, lengths.follows)
     talks = [talk[start : start + most] for talk in talks for start in range(0, len(talk), most)]
     pieces: list[Bundle] = []
@@ -256,7 +256,7 @@ def _pieces(bundle: Bundle, lengths: GroupLengths, tokens_per_pack: int, most: i
 
 
 def _at_most(talks: Sequence[tuple[int, ...]], most: int) -> list[tuple[int, ...]]:
-    """Put conversations of at most `most` questions together, in order, to parts of at most as many."""
+    """Join conversations of at most `most` questions, in order, into parts of at most `most` questions."""
     parts: list[tuple[int, ...]] = []
     for talk in talks:
         if parts and len(parts[-1]) + len(talk) <= most:
@@ -269,7 +269,7 @@ def _at_most(talks: Sequence[tuple[int, ...]], most: int) -> list[tuple[int, ...
 def cut_questions(
     prefix: int, sizes: Sequence[int], tokens_per_pack: int, most: int | None = None
 ) -> Iterator[tuple[int, int, int]]:
-    """Cut the questions of an image into runs that fit into a pack behind the image's prefix.
+    """Split the questions of an image into runs that fit into a pack after the image's prefix.
 
     Args:
         prefix: tokens of the prefix.
@@ -278,7 +278,7 @@ def cut_questions(
         most: cap on the questions of a run; None for no cap.
 
     Yields:
-        Index of the first question of a run, of the first one behind it, and its tokens with the prefix.
+        Index of the first question of a run, index of the first one after it, and its tokens with the prefix.
     """
     start, load = 0, prefix
     for index, size in enumerate(sizes):
@@ -297,7 +297,7 @@ def bundle_tokens(bundle: Bundle, lengths: GroupLengths) -> int:
 
 
 def supervised_tokens(bundle: Bundle, lengths: GroupLengths) -> float:
-    """Supervised tokens of a bundle, each counted by the weight of its question in the loss."""
+    """Supervised tokens of a bundle, each weighted by its question's weight in the loss."""
     weights = lengths.weights or (1,) * len(lengths.supervised)
     return sum(weights[question] * lengths.supervised[question] for question in bundle.questions)
 
@@ -315,8 +315,8 @@ class EpochPlanner:
         max_questions_per_image: cap on one image's questions in one global batch; None for no cap.
         max_questions_per_pack: cap on the questions of one forward pass; None for no cap.
         share_images: False gives every question its own prefix, as trainers without image sharing do.
-        packing: False gives every bundle a forward pass of its own.
-        rows: how questions run that cannot share an image; None where they share it.
+        packing: False gives every bundle its own forward pass.
+        rows: how questions that cannot share an image run; None if they share it.
     """
 
     lengths: tuple[GroupLengths, ...]
@@ -332,7 +332,7 @@ class EpochPlanner:
 
     def __post_init__(self) -> None:
         if not self.lengths:
-            raise DataError("there is no question to train on", "look at left_out.jsonl for the reasons")
+            raise DataError("there are no questions to train on", "see left_out.jsonl for the reasons")
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -354,7 +354,7 @@ class EpochPlanner:
         return replace(self, rows=rows)
 
     def questions_after(self, steps: int) -> int:
-        """Questions that the first optimizer steps train on, repetitions in later epochs counted."""
+        """Questions trained in the first `steps` optimizer steps, repetitions in later epochs included."""
         epochs, rest = divmod(steps, self.steps_per_epoch)
         return epochs * self.questions_per_epoch + min(rest * self.global_batch_size, self.questions_per_epoch)
 
@@ -363,7 +363,7 @@ class EpochPlanner:
         return [self.step_of(batch) for batch in self.batches(epoch)]
 
     def batches(self, epoch: int) -> Sequence[list[Bundle]]:
-        """The global batches of one epoch; what `step_of` packs."""
+        """The global batches of one epoch, which `step_of` packs."""
         return global_batches(self._sizes, self.global_batch_size, self.seed, epoch, self.max_questions_per_image)
 
     def step_of(self, bundles: list[Bundle]) -> Step:

@@ -127,8 +127,8 @@ def _card(sample: Sample, questions: int) -> dict[str, Any]:
     return {
         "id": sample.id,
         "pictures": [thumbnail(image) for image in sample.images],
-        "history": sample.history,
-        "question": sample.question,
+        "history": sample.shown_turns[:-1],
+        "question": sample.shown_question,
         "target": sample.target,
         "answers": " | ".join(sample.answers),
         "part": part,

@@ -58,7 +58,9 @@ def image_token_id(processor: Any) -> int:
     """The id of the token that stands for one visual token."""
     # The tokenizer first: in Gemma 3 the processor's own token marks where an image begins.
     named = [getattr(owner, "image_token_id", None) for owner in (processor.tokenizer, processor)]
-    patch = getattr(processor, "img_patch_token", None)  # Llama 4 puts these in the place of its image token
+    # Llama 4 and Ovis 2 put these in the place of their image token.
+    atom = "<IMG_ATOM>" if type(processor).__name__ == "Ovis2Processor" else None
+    patch = getattr(processor, "img_patch_token", atom)
     if patch is not None:
         named.insert(0, processor.tokenizer.convert_tokens_to_ids(str(patch)))
     token = getattr(processor, "image_token", None)
@@ -70,6 +72,21 @@ def image_token_id(processor: Any) -> int:
     # Molmo 2 replaces its image token by others, of which the first stands for a visual token.
     expanded = [value for value in getattr(processor, "image_token_ids", ()) if isinstance(value, int)]
     return found if found in expanded or len(expanded) < 2 else expanded[0]
+
+
+def end_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The end token of a tokenizer.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"no token ends an answer: {type(tokenizer).__name__} of the base model has no eos_token, and its "
+            "generation settings name none",
+            "set eos_token_id in generation_config.json, or eos_token in tokenizer_config.json, of the model's folder",
+        )
+    return (int(tokenizer.eos_token_id),)
 
 
 def apply_pixel_bounds(processor: Any, prompt: PromptSettings) -> None:

@@ -191,7 +191,7 @@ def host_seconds() -> float:
     """How long a machine may be silent: `VLM_SFT_HOST_SECONDS`, 60 by default, 0 for no watch.
 
     Raises:
-        RunError: it is no number of seconds.
+        RunError: it is not a number of seconds.
     """
     text = os.environ.get(VARIABLE, str(HOST_SECONDS))
     try:
@@ -199,7 +199,7 @@ def host_seconds() -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < timedelta(days=1).total_seconds():
-        raise RunError(f"{VARIABLE}={text} is no number of seconds", "set it to 60, or to 0 for no watch")
+        raise RunError(f"{VARIABLE}={text} is not a number of seconds", "set it to 60, or to 0 for no watch")
     return seconds
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ class Launch:
         rank, local_rank, world_size: of this process.
         cpu: True when the machine has no GPU.
         deepspeed: DeepSpeed's configuration, or None.
-        parallel: "single", "ddp", "zero2", "zero3" or "deepspeed" (a configuration of the user's own).
+        parallel: "single", "ddp", "fsdp", "zero2", "zero3" or "deepspeed" (a configuration of the user's own).
         local_size: processes of this run on this machine.
     """
 
@@ -58,6 +59,11 @@ class Launch:
     local_size: int = 1
 
     @property
+    def fsdp(self) -> bool:
+        """Whether FSDP divides weights, gradients and optimizer."""
+        return self.parallel == "fsdp"
+
+    @property
     def gpu(self) -> int:
         """Number of this process's GPU among those that it sees: some launchers show each process its own alone."""
         return self.local_rank % max(1, torch.cuda.device_count())
@@ -68,18 +74,19 @@ class Launch:
         return "cpu" if self.cpu else f"cuda:{self.gpu}"
 
 
-def read_launch(local_rank: int | None, deepspeed: str | None) -> Launch:
+def read_launch(local_rank: int | None, deepspeed: str | None, fsdp: bool = False) -> Launch:
     """Find out how this process was launched, and set what the libraries expect in the environment.
 
     Args:
         local_rank: what the deepspeed launcher passed as `--local_rank`; None under other launchers.
         deepspeed: "zero2", "zero3", a configuration file, or None (zero2 under the deepspeed launcher).
+        fsdp: divide weights, gradients and optimizer by FSDP; `accelerate launch --use_fsdp` asks for it, too.
 
     Raises:
-        RunError: DeepSpeed is asked for and is not installed or too old, or its configuration cannot be read; or
-            `accelerate launch` was given an engine that would not be used.
+        RunError: DeepSpeed is asked for and is not installed or too old, or its configuration cannot be read; FSDP is
+            asked for beside it, or on one rank; or `accelerate launch` was given what would not be done.
     """
-    _refuse_engines(deepspeed)
+    fsdp = _heed_accelerate(deepspeed) or fsdp
     place = rank, world_size, own_rank, local_size = read_place(local_rank)
     if world_size > 1 or "RANK" in os.environ:
         announce(place)
@@ -87,10 +94,12 @@ def read_launch(local_rank: int | None, deepspeed: str | None) -> Launch:
     if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
         _share_cores(local_size)
-    if deepspeed is None and local_rank is not None:
+    if fsdp:
+        require_fsdp_alone(deepspeed, world_size)
+    elif deepspeed is None and local_rank is not None:
         deepspeed = "zero2"
     if deepspeed is None:
-        parallel = "ddp" if world_size > 1 else "single"
+        parallel = "fsdp" if fsdp else "ddp" if world_size > 1 else "single"
         return Launch(rank, own_rank, world_size, cpu, None, parallel, local_size)
     require_deepspeed()
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
@@ -106,17 +115,40 @@ def read_launch(local_rank: int | None, deepspeed: str | None) -> Launch:
     return Launch(rank, own_rank, world_size, cpu, config, parallel, local_size)
 
 
-def _refuse_engines(deepspeed: str | None) -> None:
-    """Refuse what `accelerate launch` asks for in the environment and this program would pass over."""
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+def _heed_accelerate(deepspeed: str | None) -> bool:
+    """Whether `accelerate launch` asks for FSDP, in the environment; what would be passed over is refused.
+
+    Raises:
+        RunError: it asks for FSDP's first version, for weights in the host's memory, or for DeepSpeed.
+    """
+    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", "") == "true"  # transformers would load weights in a way of its own
+    if fsdp and os.environ.get("FSDP_VERSION", "2") != "2":
+        raise RunError("accelerate launch --use_fsdp: FSDP's first version is not offered", "add --fsdp_version 2")
+    if fsdp and os.environ.get("FSDP_OFFLOAD_PARAMS") == "true":
         raise RunError(
-            "accelerate launch --use_fsdp: FSDP is not offered here",
-            "use accelerate launch --multi_gpu, with --deepspeed zero3 after the program where the model does not fit",
+            "accelerate launch --fsdp_offload_params true: weights are not kept in the host's memory",
+            "leave it out, or pass a DeepSpeed file with offload_optimizer to --deepspeed, without --use_fsdp",
         )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and deepspeed is None:
         raise RunError(
             "accelerate launch --use_deepspeed: the configuration of accelerate is not looked at",
             "use accelerate launch --multi_gpu, and --deepspeed zero2, zero3 or FILE after the program",
+        )
+    return fsdp
+
+
+def require_fsdp_alone(deepspeed: str | None, ranks: int) -> None:
+    """Refuse FSDP where something else divides the weights, or where there is nobody to divide them with.
+
+    Raises:
+        RunError: it is so.
+    """
+    if deepspeed is not None:
+        raise RunError(f"--fsdp beside --deepspeed {deepspeed}: one of them divides the weights", "leave one out")
+    if ranks < 2:
+        raise RunError(
+            "--fsdp: there is one rank, and nobody to divide the weights with",
+            "start several: torchrun --nproc_per_node=N -m vlm_sft train …",
         )
 
 
@@ -230,6 +262,22 @@ def idle_gpus(launch: Launch, words: Sequence[str]) -> str:
     program = [words[0]] if words[0].endswith(".py") and Path(words[0]).name != "__main__.py" else ["-m", "vlm_sft"]
     line = shlex.join(["torchrun", f"--nproc_per_node={count}", *program, *words[1:]])
     return f"{used}; to use all of them: {line}"
+
+
+def launch_words(world_size: int, parallel: str) -> list[str]:
+    """The program that starts a training in processes of its own: this interpreter, or its launcher.
+
+    Args:
+        world_size: number of processes.
+        parallel: "single", "ddp", or what DeepSpeed starts.
+    """
+    if world_size == 1:
+        return [sys.executable, "-m", "vlm_sft", "train"]
+    if parallel == "ddp":
+        many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
+        return [*many, "-m", "vlm_sft", "train"]
+    program = Path(sys.executable).with_name("deepspeed")
+    return [str(program), f"--num_gpus={world_size}", "--module", "vlm_sft", "train"]
 
 
 def quiet_libraries() -> None:

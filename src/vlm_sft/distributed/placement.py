@@ -71,7 +71,7 @@ def _number(name: str) -> int | None:
     each = [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
     node = os.environ.get("SLURM_NODEID", "")
     if not all(parts) or not node.isdecimal() or int(node) >= len(each):
-        raise RunError(f"{name}={text} is no whole number", _FIX)
+        raise RunError(f"{name}={text} is not a whole number", _FIX)
     return each[int(node)]
 
 

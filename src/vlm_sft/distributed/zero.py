@@ -7,10 +7,11 @@ from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from packaging.version import Version
+from torch.distributed.tensor import DTensor
 
 from vlm_sft.common.artifacts import read_json
 from vlm_sft.common.console import warn
@@ -18,6 +19,7 @@ from vlm_sft.common.errors import RunError
 
 ZERO_STAGES = {"zero2": 2, "zero3": 3}
 OLDEST_DEEPSPEED = "0.19.2"
+TO_BE_DIVIDED = "vlm_sft_to_be_divided"  # attribute of a weight that FSDP will divide (`fsdp.py`)
 # Of a collective operation of the training itself: no rank may be away for so long there.
 STEP_SECONDS = 1800.0
 
@@ -104,8 +106,10 @@ def without_compiler() -> None:
 
 
 def is_partitioned(*weights: torch.Tensor) -> bool:
-    """Whether ZeRO-3 has partitioned any of some weights: DeepSpeed then gives it an id."""
-    return any(hasattr(weight, "ds_id") for weight in weights)
+    """Whether any of some weights is divided over the ranks: by ZeRO-3, which gives it an id, or by FSDP."""
+    return any(
+        isinstance(weight, DTensor) or hasattr(weight, "ds_id") or hasattr(weight, TO_BE_DIVIDED) for weight in weights
+    )
 
 
 def release_weights(model: torch.nn.Module) -> None:
@@ -113,6 +117,8 @@ def release_weights(model: torch.nn.Module) -> None:
 
     DeepSpeed's hooks keep such a model for the life of the process, also when its engine was destroyed.
     """
-    for parameter in filter(is_partitioned, model.parameters()):
-        share = cast(Any, parameter).ds_tensor
+    for parameter in model.parameters():
+        share = getattr(parameter, "ds_tensor", None)
+        if share is None:
+            continue
         share.data, parameter.data = share.new_empty(0), parameter.new_empty(0)

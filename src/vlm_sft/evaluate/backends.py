@@ -14,7 +14,8 @@ import torch
 from vlm_sft.common.artifacts import ADAPTER_CONFIG, read_json
 from vlm_sft.common.console import warn
 from vlm_sft.common.errors import ModelError
-from vlm_sft.data.collate import collate
+from vlm_sft.data.cache.feature_names import features_of
+from vlm_sft.data.collate import PackedBatch, collate
 from vlm_sft.data.encode import EncodedGroup, Encoder, ImageSource
 from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.packing import Bundle
@@ -26,11 +27,13 @@ from vlm_sft.evaluate.batching import Pack
 from vlm_sft.evaluate.generate import Generated, alone, generate
 from vlm_sft.evaluate.generate_rows import generate_rows, rows_agree
 from vlm_sft.model.cpu.matmul import mixed_precision
+from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.families import PackMode, family_of
 from vlm_sft.model.forward_patch import reason_of
-from vlm_sft.model.load import Base, empty_model
+from vlm_sft.model.layout import empty_model
+from vlm_sft.model.load import Base
 from vlm_sft.model.saved_adapter import read_contents
-from vlm_sft.model.sharing_check import choose_mode
+from vlm_sft.model.sharing_check import choose_mode, probe_groups
 from vlm_sft.model.vision_features import unwrap
 from vlm_sft.model.vllm_rules import TOWER, TOWER_NOTE, lora_settings
 
@@ -53,7 +56,7 @@ class Backend(Protocol):
     """Answers packs of questions, in order.
 
     Attributes:
-        in_step: every rank computes the same number of packs (ZeRO-3); what is too many is thrown away.
+        in_step: every rank computes the same number of packs (divided weights); what is too many is thrown away.
         separate: every question gets its own copy of its image's tokens.
     """
 
@@ -81,7 +84,7 @@ class SharedPrefixBackend:
         images: gives the tensors of a question's images; None processes them.
 
     Attributes:
-        in_step: every forward pass needs all ranks (ZeRO-3 partitions the weights), so all take the same number.
+        in_step: every forward pass needs all ranks (weights are divided), so all take the same number.
         separate: as in `Backend`.
     """
 
@@ -90,18 +93,20 @@ class SharedPrefixBackend:
     ) -> None:
         self.base = base
         self.model: Any = model  # with `disable_adapter` where PEFT wraps it
-        self.encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+        self.encoder = encoder_of(base)
         self._images = images or self.encoder.process_images
         self.mode = mode or choose_mode(model, self.encoder)
         self.in_step = is_partitioned(*model.parameters())
         self.separate = not self.mode.shares
         # Decoding and encoding happen at the same time, and a tokenizer is not made for two threads.
         self._tokenizer = copy.deepcopy(self.encoder.tokenizer)
+        self._companion: EncodedGroup | None = None
 
     def answers(self, packs: Sequence[Pack], max_new_tokens: int) -> Iterator[list[Reply]]:
         """Encode in one thread, generate in this one; see `Backend`."""
         self.model.eval()
         device = next(self.model.parameters()).device
+        self._companion = self._find_companion(packs) if self.in_step else None
         for pack, groups in zip(packs, ordered_map(self._encode, packs, 1, AHEAD), strict=False):
             tokens, cut = self._tokens(groups, device, max_new_tokens)
             texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -135,10 +140,45 @@ class SharedPrefixBackend:
                 cut = cut | {question} if answer.cut else cut - {question}
         return tokens, cut
 
+    def _find_companion(self, packs: Sequence[Pack]) -> EncodedGroup | None:
+        """What joins a pack without an image, so that every rank runs the vision tower in every pass.
+
+        All ranks must call it.
+
+        Returns:
+            A question about a tiny image; None where no rank runs the tower, or no pack lacks an image.
+
+        Raises:
+            ModelError: questions of the model cannot be computed together.
+        """
+        samples = [sample for pack in packs for members in pack for sample in members]
+        seen = next((sample for sample in samples if sample.images), None)
+        # Kept features run no tower.
+        runs = seen is not None and not features_of(self._images(seen))
+        if not self._most(int(runs)) or not self._most(int(any(not sample.images for sample in samples))):
+            return None
+        if self.separate:
+            raise ModelError(
+                "some questions have an image and some have none, and the questions of this model are answered one by "
+                "one: ranks that share out the weights would wait for each other for ever",
+                "evaluate them apart, keep vision features (--feature_cache SIZE), or leave --shard_weights out",
+            )
+        return probe_groups(self.encoder, with_answers=False)[0]
+
     def _generate(
         self, bundles: list[Bundle], groups: list[EncodedGroup], device: torch.device, max_new_tokens: int
     ) -> Generated:
-        batch = collate(bundles, groups).to(device)
+        """The answers to the questions of a pack."""
+        if self._companion is None or any(groups[bundle.group].tensors for bundle in bundles):
+            return self._answered(collate(bundles, groups), device, max_new_tokens)
+        pack = [*bundles, Bundle(len(groups), (0,))]
+        found = self._answered(collate(pack, [*groups, self._companion]), device, max_new_tokens)
+        added = len(found.tokens) - 1
+        kept = [[one for one in numbers if one != added] for numbers in (found.near_ties, found.cut)]
+        return Generated(found.tokens[:added], *kept)
+
+    def _answered(self, pack: PackedBatch, device: torch.device, max_new_tokens: int) -> Generated:
+        batch = pack.to(device)
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "stop_ids": self.encoder.stop_ids,
@@ -184,7 +224,7 @@ class VllmBackend:
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
-        self.encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+        self.encoder = encoder_of(base)
         self.in_step = False
         self.separate = False
         bounds = {"min_pixels": base.prompt.min_pixels, "max_pixels": base.prompt.max_pixels}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import EvaluationError, quoted
+from vlm_sft.data.sources.spec import is_own
 from vlm_sft.evaluate import statistics
-from vlm_sft.evaluate.metrics import BENCHMARKS
-from vlm_sft.evaluate.scoring import score_item
+from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
+from vlm_sft.evaluate.own_metrics import judged_by, parse_metrics
+from vlm_sft.evaluate.scoring import score_item, score_rows
 
 TOO_FEW = "too few to judge"
 NO_DIFFERENCE = "no significant difference"
@@ -45,11 +47,11 @@ def locate_predictions(run: str | Path) -> dict[str, Path]:
     )
 
 
-def load_scored(benchmark: str, path: Path) -> Rows:
+def load_scored(benchmark: str | Benchmark, path: Path) -> Rows:
     """Read a predictions file and score each row by the benchmark's rule.
 
     Args:
-        benchmark: its name; for an unknown one the recorded scores are taken.
+        benchmark: it, or its name; for the name of own data the recorded scores are taken.
         path: a `predictions.jsonl`.
 
     Returns:
@@ -66,11 +68,14 @@ def load_scored(benchmark: str, path: Path) -> Rows:
                 raise EvaluationError(f"{path}: a row has no id", "write the predictions again")
             if row["id"] in rows:
                 raise EvaluationError(f"{path}: id {quoted(row['id'])} comes twice", "write the predictions again")
-            rows[row["id"]] = row | {"score": score_item(benchmark, row)}
+            rows[row["id"]] = row if isinstance(benchmark, Benchmark) else row | {"score": score_item(benchmark, row)}
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"cannot read {path}: {error}", "write the predictions again") from error
     if not rows:
         raise EvaluationError(f"{path} is empty", "finish the evaluation first")
+    if isinstance(benchmark, Benchmark):
+        scores = score_rows(benchmark, list(rows.values()))
+        return {key: rows[key] | {"score": score} for key, score in zip(rows, scores, strict=True)}
     return rows
 
 
@@ -190,15 +195,48 @@ def _cut(rows: Rows) -> int:
     return sum(row.get("cut") is True for row in rows.values())
 
 
-def _comparison(benchmark: str, run: str, base: Rows, tuned: Rows) -> dict[str, Any]:
+def _rules_of(names: Iterable[str], metric: str | None) -> dict[str, Benchmark]:
+    """The rules that score answers anew: those of published benchmarks, and of own data where `metric` says one."""
+    published = {name: BENCHMARKS[name] for name in names if name in BENCHMARKS and not is_own(name)}
+    anew = {name: rules for name, rules in published.items() if rules.grading is None}
+    return anew | judged_by(None, parse_metrics(metric, [name for name in names if name not in published]))
+
+
+def _metric_of(rules: Benchmark | None, predictions: Path) -> tuple[str, str]:
+    """The metric of some scores, and the fingerprint of the user's; "score" and "" where nothing tells."""
+    if rules is not None:
+        return rules.metric_name, rules.source
+    path = predictions.with_name(artifacts.RESULTS)
+    results = artifacts.read_json(path) if path.is_file() else {}
+    return str(results.get("metric", "score")), str(results.get("metric_sha256", ""))
+
+
+def _metric_among(
+    scored_by: Mapping[str, Mapping[str, tuple[str, str]]] | None, run: str, benchmark: str
+) -> tuple[str, str]:
+    """The metric of a run's scores, as of `_metric_of`; by the benchmark alone where `scored_by` is None."""
+    if scored_by is not None:
+        return scored_by[run][benchmark]
+    return (BENCHMARKS[benchmark].metric_name if benchmark in BENCHMARKS else "score"), ""
+
+
+def _why_other_metric(first: tuple[str, str], second: tuple[str, str]) -> str:
+    """Say why the recorded scores of two runs cannot be compared; "" where they can."""
+    if first == second or "score" in (first[0], second[0]):
+        return ""
+    if first[0] == second[0]:
+        return f"scores of {first[0]} by different versions of its source"
+    return f"scores of different metrics: {first[0]} and {second[0]}"
+
+
+def _comparison(benchmark: str, metric: str, run: str, base: Rows, tuned: Rows) -> dict[str, Any]:
     """One line of the table, before the correction for several comparisons."""
     result = compare_rows(base.values(), tuned.values())
     before, before_interval = _accuracy(base)
     after, after_interval = _accuracy(tuned)
-    known = BENCHMARKS.get(benchmark)
     return {
         "benchmark": benchmark,
-        "metric": known.metric_name if known else "score",
+        "metric": metric,
         "run": run,
         "baseline_accuracy": before,
         "baseline_interval": before_interval,
@@ -230,12 +268,15 @@ def _choose_baseline(runs: Sequence[Path], baseline: Path | None) -> tuple[Path,
     return baseline, others
 
 
-def compare_runs(runs: Sequence[str | Path], baseline: str | Path | None = None) -> dict[str, Any]:
+def compare_runs(
+    runs: Sequence[str | Path], baseline: str | Path | None = None, metric: str | None = None
+) -> dict[str, Any]:
     """Compare runs with a baseline on every benchmark they share, corrected for the number of comparisons.
 
     Args:
         runs: folders as `locate_predictions` takes them. A single training run is compared with its own base model.
         baseline: the run to compare with; the first of `runs` by default.
+        metric: as of `parse_metrics`: scores the answers to own data anew; None takes the recorded scores.
 
     Returns:
         The content of `compare.json`: `baseline`, `confidence`, `correction`, `comparisons` (what `compare_rows`
@@ -244,29 +285,56 @@ def compare_runs(runs: Sequence[str | Path], baseline: str | Path | None = None)
         evaluated).
 
     Raises:
-        EvaluationError: nothing to compare, or different items; all such pairs are named together.
+        EvaluationError: nothing to compare, different items, or scores of different metrics or versions of one; all
+            such pairs are named together.
         RunError: a file is damaged.
     """
     first, others = _choose_baseline([Path(run) for run in runs], Path(baseline) if baseline is not None else None)
-    base_files = locate_predictions(first)
-    base_rows = {name: load_scored(name, path) for name, path in base_files.items()}
+    files = {str(run): locate_predictions(run) for run in (first, *others)}
+    rules = _rules_of(files[str(first)], metric)
+    loaded = {
+        run: {name: load_scored(rules.get(name, name), path) for name, path in found.items()}
+        for run, found in files.items()
+    }
+    scored_by = {
+        run: {name: _metric_of(rules.get(name), path) for name, path in found.items()} for run, found in files.items()
+    }
+    return compare_loaded(loaded, str(first), scored_by)
+
+
+def compare_loaded(
+    runs: Mapping[str, Mapping[str, Rows]],
+    first: str,
+    scored_by: Mapping[str, Mapping[str, tuple[str, str]]] | None = None,
+) -> dict[str, Any]:
+    """Compare scored answers with those of a baseline; `compare_runs` without its reading.
+
+    Args:
+        runs: by name of the run: for each benchmark its rows by id, as `load_scored` returns them.
+        first: the baseline's name.
+        scored_by: in the same order the metric and the fingerprint of its source; None where all are scored alike.
+
+    Raises:
+        EvaluationError: as of `compare_runs`.
+    """
+    base_rows = runs[first]
     comparisons, not_compared, mistakes = [], [], []
-    for run in others:
-        files = locate_predictions(run)
-        for name in sorted(base_files.keys() | files.keys()):
-            if name not in files or name not in base_files:
-                not_compared.append({"benchmark": name, "missing_in": str(first if name in files else run)})
+    for run, found in runs.items():
+        for name in sorted(base_rows.keys() | found.keys()) if run != first else ():
+            if name not in found or name not in base_rows:
+                not_compared.append({"benchmark": name, "missing_in": first if name in found else run})
                 continue
-            rows = load_scored(name, files[name])
-            reason = _why_unpaired(base_rows[name], rows)
+            metrics = [_metric_among(scored_by, one, name) for one in (first, run)]
+            reason = _why_unpaired(base_rows[name], found[name]) or _why_other_metric(*metrics)
             if reason:
                 mistakes.append(f"  {name}: {first} and {run} hold {reason}")
             else:
-                comparisons.append(_comparison(name, str(run), base_rows[name], rows))
+                comparisons.append(_comparison(name, metrics[0][0], run, base_rows[name], found[name]))
     if mistakes:
         raise EvaluationError(
-            "\n".join(["different items cannot be compared", *mistakes]),
-            "evaluate the runs on the same items: same data, same --limit, same seed",
+            "\n".join(["different items or metrics cannot be compared", *mistakes]),
+            "evaluate the runs on the same items: same data, same --limit, same seed; --metric RULE scores answers to "
+            "your own data anew",
         )
     if not comparisons:
         raise EvaluationError(f"the other runs evaluated no benchmark of {first}", "evaluate the same benchmarks")
@@ -276,7 +344,7 @@ def compare_runs(runs: Sequence[str | Path], baseline: str | Path | None = None)
         if significant and adjusted >= statistics.LEVEL:
             entry["verdict"] = NO_DIFFERENCE
     return {
-        "baseline": str(first),
+        "baseline": first,
         "confidence": 1 - statistics.LEVEL,
         "correction": "Holm",
         "comparisons": comparisons,

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import progress
 from vlm_sft.common.errors import EvaluationError
+from vlm_sft.data.boxes import Convention
+from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.splits import image_groups
 from vlm_sft.distributed.collectives import barrier
 from vlm_sft.evaluate.analysis import analyse
@@ -24,8 +26,11 @@ from vlm_sft.evaluate.compare import compare_rows
 from vlm_sft.evaluate.metrics import Benchmark
 from vlm_sft.evaluate.pictures import picture_name
 from vlm_sft.evaluate.provenance import PART, claim, mend_parts, part_files, read_rows
-from vlm_sft.evaluate.scoring import summarise
-from vlm_sft.evaluate.tasks import Task
+from vlm_sft.evaluate.scoring import score_rows, summarise
+from vlm_sft.evaluate.tasks import Task, facts_of
+
+# Of every line of predictions; what a benchmark needs besides follows them.
+ROW_KEYS = frozenset("id image cluster image_pixels question prediction answers split score cut question_type".split())
 
 
 class EvaluationStopped(Exception):
@@ -126,7 +131,8 @@ class Evaluator:
                     break
                 if number >= len(own):
                     continue
-                rows = [prediction_row(task.benchmark, reply, clusters[reply.sample.id]) for reply in replies]
+                boxes = self.backend.encoder.boxes
+                rows = [prediction_row(task.benchmark, reply, clusters[reply.sample.id], boxes) for reply in replies]
                 stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                 stream.flush()
                 bar.advance(len(rows))
@@ -148,7 +154,10 @@ class Evaluator:
         missing = [sample.id for sample in task.samples if sample.id not in rows]
         if missing:
             raise EvaluationError(f"{len(missing)} questions have no prediction, e.g. {missing[0]}", "run it again")
-        ordered = [rows[sample.id] for sample in task.samples]
+        # Scored anew: the folder may hold answers that another rule has scored.
+        ordered = [_with_facts(rows[sample.id], sample, task.benchmark) for sample in task.samples]
+        scores = score_rows(task.benchmark, ordered, folder / artifacts.JUDGE)
+        ordered = [row | {"score": score} for row, score in zip(ordered, scores, strict=True)]
         artifacts.write_jsonl(folder / artifacts.PREDICTIONS, ordered)
         for path in part_files(folder):
             path.unlink()
@@ -156,7 +165,7 @@ class Evaluator:
         timing = {"seconds": round(seconds, 3), "questions_per_second": round(new / max(seconds, 1e-9), 3)}
         if new <= 0 and path.is_file():  # nothing was generated: the earlier figures are the true ones
             timing |= {key: value for key, value in artifacts.read_json(path).items() if key in timing}
-        result = summarise(task.benchmark, ordered) | {
+        result = summarise(task.benchmark, ordered, scores) | {
             "schema": 1,
             "benchmark": task.name,
             "synthetic": task.synthetic,
@@ -171,29 +180,40 @@ class Evaluator:
         return result
 
 
-def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str) -> dict[str, Any]:
-    """One line of predictions.jsonl.
+def prediction_row(benchmark: Benchmark, reply: Reply, cluster: str, boxes: Convention) -> dict[str, Any]:
+    """One line of predictions.jsonl; its score is set once all are answered.
 
     Args:
-        benchmark: scores the answer.
+        benchmark: says what it needs of the question.
         reply: the question with its answer.
         cluster: the questions that it hangs together with through its images; told where there is not just one.
+        boxes: how the model writes them, where the question declares some; the row has them in pixels.
     """
     sample, text, cut = reply
-    return {
+    answers = list(sample.answers)
+    if sample.boxes is not None:
+        text, answers = boxes.in_pixels(sample, text), [boxes.as_said(sample, answer) for answer in answers]
+    row = {
         "id": sample.id,
         "image": picture_name(sample),
         **({"cluster": cluster} if len(sample.images) != 1 else {}),
         "image_pixels": sum(image.width * image.height for image in sample.images),
-        "question": sample.question,
+        "question": sample.shown_question,
         "prediction": text,
-        "answers": list(sample.answers),
+        "answers": answers,
         "split": sample.split,
-        "score": benchmark.score(text, sample.answers, sample.metadata),
+        "score": None,
         "cut": cut,
         "question_type": str(sample.metadata.get("question_type", "")),
-        **{key: sample.metadata[key] for key in benchmark.needs if sample.metadata.get(key)},
     }
+    return _with_facts(row, sample, benchmark)
+
+
+def _with_facts(row: dict[str, Any], sample: Sample, benchmark: Benchmark) -> dict[str, Any]:
+    """A row of predictions with what its benchmark needs of the question, and nothing that another one needed."""
+    row = {key: value for key, value in row.items() if key in ROW_KEYS}
+    facts = facts_of(sample, benchmark)
+    return row | {key: value for key, value in facts.items() if key not in row or key in benchmark.needs}
 
 
 def results_table(tasks: Sequence[Task], folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, DynamicLayer
 
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model import packed_forward
-from vlm_sft.model.families import PackMode, Reach, masks_for, switched_off
+from vlm_sft.model.families import PackMode, Reach, cache_argument, masks_for, switched_off
 from vlm_sft.model.mixers import State
 from vlm_sft.model.pack_context import within
 from vlm_sft.model.protocols import AnyModel
@@ -93,15 +93,16 @@ def generate(
         stop_ids: tokens that end an answer.
         near_tie: difference of the two best logits below which a question is reported as a near tie; 0 reports none.
         any_rank_busy: given whether this rank has a question left, tells whether any rank has. Where a forward pass
-            needs all ranks (ZeRO-3), a rank that is done keeps computing until all are.
+            needs all ranks (divided weights), a rank that is done keeps computing until all are.
     """
     device = batch.group.device
     config = packed_forward.unwrap(model).config.get_text_config(decoder=True)
     # A cache that knows of sliding windows forgets old tokens; behind a shared prefix the masks see to that.
     cache = Cache(layer_class_to_replicate=RoomyLayer) if mode.shares else DynamicCache(config=config)
+    cached = cache_argument(packed_forward.unwrap(model))
     kept: dict[torch.nn.Module, State] = {}
     with packed_forward.packed(batch, mode, 0, kept):
-        output = packed_forward.forward(model, batch, mode, use_cache=True, past_key_values=cache)
+        output = packed_forward.forward(model, batch, mode, use_cache=True, **{cached: cache})
     questions = len(batch.sample_ids)
     answers: list[list[int]] = [[] for _ in range(questions)]
     near: set[int] = set()
@@ -124,7 +125,7 @@ def generate(
         # Alone, a question needs nothing: positions and mask follow from the cache.
         places = quiet | shared.inputs(fed, count) if shared else quiet
         with packed_forward.continued(fed, shared.last[fed] + count, kept) if shared else nullcontext():
-            output = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, **places)
+            output = model(input_ids=tokens[None], use_cache=True, **{cached: cache}, **places)
     return Generated(answers, sorted(near), alive.tolist())
 
 

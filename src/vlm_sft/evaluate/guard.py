@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_sft.common.errors import EvaluationError, quoted
+from vlm_sft.data.sources.spec import DatasetSpec, parse_beside
 from vlm_sft.evaluate import statistics
 from vlm_sft.evaluate.compare import TOO_FEW
-from vlm_sft.evaluate.tasks import benchmark_names
+from vlm_sft.evaluate.tasks import names_of
 
 LEVEL = 0.05  # of the one-sided test
 FEWEST_IMAGES = 5  # with fewer, 0.5**images is not below LEVEL: no loss whatever could be told from chance
@@ -32,7 +33,7 @@ class Guard:
     allowed: float
 
 
-def parse_guards(text: str) -> list[Guard]:
+def parse_guards(text: str, specs: Sequence[DatasetSpec] = ()) -> list[Guard]:
     """Parse `--guard`, e.g. `textvqa:2.0` or `chartqa@/data/chartqa:1.5,demo_text:0`.
 
     Args:
@@ -55,10 +56,12 @@ def parse_guards(text: str) -> list[Guard]:
             continue
         if source.startswith("eval_"):
             mistakes.append(
-                f"{quoted(source)} is no benchmark: a guard tests answers; a loss goes to metric_for_best_model"
+                f"{quoted(source)} is not a benchmark: a guard tests answers; a loss goes to metric_for_best_model"
             )
             continue
-        guards += [Guard(name, source if name in source else name, allowed) for name in benchmark_names(source)]
+        guards += [
+            Guard(name, source if name in source else name, allowed) for name in names_of(parse_beside(source, specs))
+        ]
     names = [guard.name for guard in guards]
     mistakes += [f"{quoted(name)} is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     if mistakes:

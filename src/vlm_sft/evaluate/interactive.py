@@ -1,4 +1,4 @@
-"""Questions about one image put to a base and its adapter: one load, one prefix a side."""
+"""Questions about an image, or several, put to a base and its adapter: one load, one prefix a side."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 from vlm_sft.common.console import warn
-from vlm_sft.common.errors import ModelError
+from vlm_sft.common.errors import DataError, ModelError, quoted
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.data.sample import ImageRef, Sample
+from vlm_sft.data.sample import ImageRef, Sample, group_by_image
+from vlm_sft.data.sources.rows import RowProblem
+from vlm_sft.data.sources.turns import plain_question
 from vlm_sft.distributed.launch import quiet_libraries
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.model.adapters import load_adapter
@@ -50,17 +52,20 @@ class Asker:
         self.max_new_tokens = max_new_tokens
         self._one_at_a_time = threading.Lock()  # the adapter is switched on the one model there is
 
-    def ask(self, image: ImageRef, questions: Sequence[str]) -> list[Answer]:
-        """Answer questions about one image, all of them from one prefix where the model allows it.
+    def ask(self, images: ImageRef | Sequence[ImageRef], questions: Sequence[str]) -> list[Answer]:
+        """Answer questions about one image, or several shown together, from one prefix where the model allows it.
 
         Args:
-            image: a checked image.
+            images: checked images. `<image>` in a question says where one stands, as in a plain record; the others
+                stand before the question.
             questions: at least one.
 
         Raises:
-            DataError: the image cannot be read.
+            DataError: an image cannot be read, or a question marks more images than there are.
+            ModelError: the chat template cannot show an image where a question has it.
         """
-        samples = [Sample(str(number), "ask", "", (image,), text, "", ()) for number, text in enumerate(questions)]
+        shown = (images,) if isinstance(images, ImageRef) else tuple(images)
+        samples = [_sample(str(number), shown, text) for number, text in enumerate(questions)]
         with self._one_at_a_time:
             with self.backend.model.disable_adapter() if self.tuned else nullcontext():
                 base = self._texts(samples)
@@ -68,9 +73,23 @@ class Asker:
         return [Answer(*row) for row in zip(questions, base, tuned, strict=True)]
 
     def _texts(self, samples: list[Sample]) -> list[str]:
-        (replies,) = self.backend.answers([[samples]], self.max_new_tokens)
+        (replies,) = self.backend.answers([group_by_image(samples)], self.max_new_tokens)
         mark = f" … [cut at the limit of {self.max_new_tokens} tokens; --max_new_tokens raises it]"
-        return [reply.text + mark if reply.cut else reply.text for reply in replies]
+        texts = {reply.sample.id: reply.text + mark if reply.cut else reply.text for reply in replies}
+        return [texts[sample.id] for sample in samples]
+
+
+def _sample(number: str, images: tuple[ImageRef, ...], text: str) -> Sample:
+    """A question as a plain record has it.
+
+    Raises:
+        DataError: it marks more images than there are.
+    """
+    try:
+        question, places = plain_question(text, len(images))
+    except RowProblem as problem:
+        raise DataError(f"{quoted(text)}: {problem.detail}", "show as many images, or leave the marks out") from problem
+    return Sample(number, "ask", "", images, question, "", (), places=places)
 
 
 def open_asker(

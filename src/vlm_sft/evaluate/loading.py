@@ -8,16 +8,15 @@ from pathlib import Path
 from vlm_sft.common.console import say
 from vlm_sft.common.record import memory_bytes
 from vlm_sft.data.cache.encoded import DataCache
-from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
 from vlm_sft.distributed.collectives import agree
 from vlm_sft.distributed.launch import Launch
-from vlm_sft.distributed.zero import join_deepspeed
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.model.adapters import load_adapter
 from vlm_sft.model.caches import Caches
+from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.load import Base, load_model
-from vlm_sft.model.sharded import gather_on_forward, load_partitioned, shards_weights
+from vlm_sft.model.sharded import load_divided, shards_weights
 
 
 def open_backend(
@@ -39,16 +38,11 @@ def open_backend(
     memory = memory_bytes() // (launch.local_size if launch.cpu else 1)
     shared = agree(lambda: shards_weights(shard_weights, base, launch.world_size, memory))
     if shared:
-        say(f"the weights are shared out over {launch.world_size} ranks while they answer (--shard_weights)")
-        join_deepspeed(launch.cpu)
-        model = load_partitioned(base, adapter, launch.world_size)
+        say(f"the weights are sharded over {launch.world_size} ranks (--shard_weights)")
+        model = load_divided(base, adapter, launch.device)
     else:
         # Frozen features are kept of a frozen tower only.
         model = load_model(base, launch.device).requires_grad_(False)
         model = load_adapter(model, adapter) if adapter is not None else model
-    # Vision features come first: once its layers gather their weights, no rank can use the model by itself.
-    cache = caches.evaluation_cache(model, Encoder(base.processor, base.prompt, base.stop_ids), samples)
-    backend = SharedPrefixBackend(base, model, images=cache.image_tensors)
-    if shared:
-        gather_on_forward(model, base, launch.world_size)
-    return backend, cache
+    cache = caches.evaluation_cache(model, encoder_of(base), samples)
+    return SharedPrefixBackend(base, model, images=cache.image_tensors), cache

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from vlm_sft.common.errors import EvaluationError, nearest, quoted
@@ -20,21 +18,15 @@ from vlm_sft.evaluate.answer_rules import (
     squad_exact,
     squad_f1,
 )
+from vlm_sft.evaluate.grading import chartmuseum_grading, charxiv_grading
+from vlm_sft.evaluate.mmmu_rule import mmmu
+from vlm_sft.evaluate.vqa_rule import VQA_ANSWERS, vqa_accuracy
 
 Metric = Callable[..., float]  # (prediction, answers), and by name what `Benchmark.needs` says
 
 RELATIVE_TOLERANCE = 0.05
-VQA_ANSWERS = 10  # people who answered each question of VQA and TextVQA
 
 _YEAR = re.compile(r"(?:1[89]|20)[0-9]{2}|2100")
-_VQA_MARKS = ';/[]"{}()=+\\_-><@`,?!'
-# The limit of 32 is an accident of the reference evaluator (a flag passed as a count); published scores share it.
-_VQA_PERIOD = re.compile(r"\.(?!\d)")
-_VQA_PERIODS_REMOVED = 32
-_VQA_NUMBER_WORDS = {"none": "0"} | {
-    word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
-}
-_VQA_ARTICLES = frozenset(("a", "an", "the"))
 
 
 def as_number(text: str) -> float | None:
@@ -108,77 +100,6 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     return float(any(prediction == answer.strip().lower() for answer in answers))
 
 
-@lru_cache(maxsize=1)
-def _contractions() -> dict[str, str]:
-    """Contractions written without their apostrophe -> with it: the VQA table as published (120 entries)."""
-    text = files("vlm_sft.evaluate").joinpath("vqa_contractions.json").read_text(encoding="utf-8")
-    return {str(bare): str(written) for bare, written in json.loads(text).items()}
-
-
-# The ten answers of a question are mostly the same few words; the cache is small so that memory stays bounded.
-@lru_cache(maxsize=4096)
-def vqa_normalize(text: str) -> str:
-    """Bring an answer into the form in which VQA and TextVQA answers are compared.
-
-    Source: Antol et al. 2015 (VQA), Singh et al. 2019 (TextVQA, arXiv 1904.08920); in the form of MMF's m4c evaluator.
-
-    Rule:
-      1. lower case; `,` and `?` removed; `'s` becomes ` 's`; stripped; newline and tab become spaces; stripped.
-      2. each of 21 punctuation marks is removed everywhere if, in the text of step 1, it stands next to a space
-         anywhere; otherwise it becomes a space everywhere.
-      3. the first 32 periods that no digit follows are removed.
-      4. word by word: `none zero one ... ten` become digits, `a an the` go, contractions get their apostrophe.
-
-    Args:
-        text: an answer of the model or of a person.
-
-    Returns:
-        The normalised text, words separated by single spaces; it may be empty.
-    """
-    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    cleaned = text
-    for mark in _VQA_MARKS:
-        if mark in text:
-            beside_space = f"{mark} " in text or f" {mark}" in text
-            cleaned = cleaned.replace(mark, "" if beside_space else " ")
-    cleaned = _VQA_PERIOD.sub("", cleaned, count=_VQA_PERIODS_REMOVED)
-    numbers = (_VQA_NUMBER_WORDS.get(word, word) for word in cleaned.split())
-    contractions = _contractions()
-    return " ".join(contractions.get(word, word) for word in numbers if word not in _VQA_ARTICLES)
-
-
-def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Score a prediction against the answers of ten people, leaving one out at a time.
-
-    Source: Antol et al. 2015 (VQA, section 3), Singh et al. 2019 (TextVQA); in the form of MMF's m4c evaluator.
-
-    Rule: on normalised texts (`vqa_normalize`), for each of the ten answers in turn leave it out and take
-    min(1, matches among the other nine / 3); average the ten. With m matching answers this is 0, 0.3, 0.6, 0.9, 1 for
-    m = 0, 1, 2, 3, >= 4. The shortcut min(m / 3, 1) is about a point too high on TextVQA.
-
-    Args:
-        prediction: the model's answer.
-        answers: exactly ten answers.
-
-    Returns:
-        One of 0, 0.3, 0.6, 0.9, 1.
-
-    Raises:
-        EvaluationError: there are not exactly ten answers.
-    """
-    if len(answers) != VQA_ANSWERS:
-        raise EvaluationError(
-            f"VQA accuracy needs exactly {VQA_ANSWERS} answers, got {len(answers)}",
-            "keep all ten human answers of each question, repeated ones too",
-        )
-    wanted = vqa_normalize(prediction)
-    matching = sum(vqa_normalize(answer) == wanted for answer in answers)
-    # In thirtieths, so that the ten parts add up without rounding.
-    thirtieths = matching * min(3, matching - 1) + (VQA_ANSWERS - matching) * min(3, matching)
-    return thirtieths / (3 * VQA_ANSWERS)
-
-
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
     """Score the average normalised Levenshtein similarity (ANLS) of one question.
 
@@ -228,6 +149,20 @@ def _exact_first(prediction: str, answers: Sequence[str]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Together:
+    """How items are scored that cannot be scored one by one.
+
+    Attributes:
+        scores: (rows of predictions, file that keeps what was found out, or None) -> one score a row; NaN where a judge
+            gave none.
+        corpus: scores of all rows together by name: (rows) -> `n`, `accuracy`, `interval`.
+    """
+
+    scores: Callable[[Sequence[Mapping[str, Any]], Path | None], list[float]]
+    corpus: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Benchmark:
     """How the answers to one set of questions are scored.
 
@@ -240,6 +175,9 @@ class Benchmark:
         max_new_tokens: default limit of a generated answer, in tokens.
         answers_needed: how many answers each question must have; None for any number from one.
         needs: what else of a question the metric takes, by the name of its key; a question may lack it.
+        source: SHA-256 of the source of the user's own metric, or of who judges; "" for a rule of ours.
+        together: scores all items at once, in place of `metric`.
+        grading: what a judge is asked about a row; the benchmark needs one.
     """
 
     name: str
@@ -250,6 +188,14 @@ class Benchmark:
     max_new_tokens: int = 32
     answers_needed: int | None = None
     needs: tuple[str, ...] = ()
+    source: str = ""
+    together: Together | None = None
+    grading: Callable[[Mapping[str, Any]], str] | None = None
+
+    @property
+    def own_function(self) -> bool:
+        """Whether a function of the user's scores each item."""
+        return bool(self.source) and self.together is None
 
     def score(self, prediction: str, answers: Sequence[str], question: Mapping[str, Any]) -> float:
         """Score one answer, from 0 to 1.
@@ -259,7 +205,14 @@ class Benchmark:
             answers: the accepted answers.
             question: what is known of the question, by key.
         """
+        if self.own_function:
+            return scored(self.metric, prediction, answers, question)
         return self.metric(prediction, answers, **{key: question[key] for key in self.needs if question.get(key)})
+
+
+def scored(metric: Metric, prediction: str, answers: Sequence[str], row: Mapping[str, Any]) -> float:
+    """Score one answer; a metric of the user's gets all that is known of the question besides."""
+    return metric(prediction, answers, row) if getattr(metric, "takes_row", False) else metric(prediction, answers)
 
 
 # ChartQA has one label; should a file give several, the first is the gold.
@@ -314,6 +267,23 @@ BENCHMARKS: dict[str, Benchmark] = {
             "AI2D: the right option, by its letter or its text",
             needs=("options",),
         ),
+        Benchmark(
+            "charxiv",
+            "charxiv_judged",
+            exact_match,
+            "CharXiv: reasoning questions, graded by --judge",
+            max_new_tokens=128,
+            needs=("question_type",),
+            grading=charxiv_grading,
+        ),
+        Benchmark(
+            "chartmuseum",
+            "chartmuseum_judged",
+            exact_match,
+            "ChartMuseum: graded by --judge",
+            max_new_tokens=128,
+            grading=chartmuseum_grading,
+        ),
         Benchmark("realworldqa", "realworldqa_accuracy", choice_or_word, "RealWorldQA: the right letter or word"),
         Benchmark(
             "ocrbench",
@@ -322,6 +292,14 @@ BENCHMARKS: dict[str, Benchmark] = {
             "OCRBench: the answer contains an expected text",
             max_new_tokens=128,
             needs=("dataset", "question_type"),
+        ),
+        Benchmark(
+            "mmmu",
+            "mmmu_accuracy",
+            mmmu,
+            "MMMU: the option that is named, or an open answer that holds the right text or number",
+            max_new_tokens=128,
+            needs=("options", "question_type"),
         ),
         Benchmark("easy_vqa", "easy_vqa_accuracy", exact_match, "easy-VQA: exact match ignoring case"),
         Benchmark(
@@ -340,7 +318,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
         Benchmark(
             "multiple_choice",
-            "multiple_choice_accuracy",
+            "multiple_choice",
             multiple_choice,
             "your own multiple choice: the right option, by its letter or its text",
             needs=("options",),

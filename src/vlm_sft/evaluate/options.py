@@ -26,10 +26,25 @@ class AnswerOptions:
         "benchmark's; for your own data what its longest answer needs)",
         "N",
     )
+    metric: str | None = option(
+        None,
+        "how answers to your own data are scored: exact_match (default), relaxed_accuracy, vqa_accuracy, anls, "
+        "multiple_choice, squad_f1, contains, relaxed_anls, cider, bleu4, rouge_l, judge, or your own "
+        "function "
+        "module:function; several data sets: NAME=RULE,...",
+        "RULE",
+    )
+    judge: str | None = option(
+        None,
+        "who grades answers to charxiv, chartmuseum and own data with --metric judge: a command that answers each line "
+        "of JSON with one, or the address of an OpenAI-compatible server (http://host:8000/v1)",
+        "COMMAND|URL",
+    )
+    judge_model: str | None = option(None, "the model that is asked at the address of --judge", "NAME")
     shard_weights: str = option(
         "auto",
-        "several ranks share out the weights while they answer (ZeRO-3): auto does so where a whole model does not fit "
-        "on a device (default: %(default)s)",
+        "shard the weights over the ranks during the evaluation (FSDP2): auto does so if the model does not fit "
+        "on one device (default: %(default)s)",
         choices=("auto", "true", "false"),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -18,6 +19,7 @@ from vlm_sft.evaluate.tasks import Task
 
 KEPT_BYTES = 32_000_000  # of pictures a benchmark: all of ChartQA's test split, about half of TextVQA's
 PICTURE_SIDE = 480  # pixels
+FOLLOWED = 24  # pictures a benchmark that a training keeps of its validation questions
 GAP = 4  # pixels between the images of a question
 
 
@@ -78,6 +80,23 @@ def save_pictures(tasks: Sequence[Task], folder: Path) -> None:
             "failed": failed,
         },
     )
+
+
+def save_some(tasks: Sequence[Task], folder: Path) -> None:
+    """Save pictures of a few questions of every benchmark for a page that follows a training, those of `_by_hash`.
+
+    Args:
+        tasks: the questions that are answered during the training.
+        folder: "images" is made in it; what is there already is kept. A picture that cannot be saved is left out: the
+            page says so, and the training needs none.
+    """
+    for task in tasks:
+        first = {name: sample.images for sample in _by_hash(task.samples) if (name := picture_name(sample))}
+        for name in list(first)[:FOLLOWED]:
+            with suppress(DataError, OSError):
+                if not (folder / name).is_file():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_bytes(scaled_picture(first[name]))
 
 
 def scaled_picture(images: Sequence[ImageRef]) -> bytes:

@@ -7,42 +7,45 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import is_main_process, say, warn
 from vlm_sft.common.errors import EvaluationError, ModelError
+from vlm_sft.common.idle import Idle
 from vlm_sft.common.record import RunRecord, device_name
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, note_lines, notes_of
-from vlm_sft.data.encode import Encoder
 from vlm_sft.data.engine_options import CacheOptions
+from vlm_sft.data.oversized import KEEP, LengthRule, Policy, lines, to_json
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import counted
-from vlm_sft.data.sources.spec import parse_datasets
+from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets, refuse_weights
 from vlm_sft.distributed.collectives import barrier
 from vlm_sft.distributed.launch import Launch, connected, idle_gpus, pack_tokens, quiet_libraries, read_launch
 from vlm_sft.evaluate.backends import Backend, VllmBackend, require_vllm
 from vlm_sft.evaluate.evaluator import Evaluator
 from vlm_sft.evaluate.loading import open_backend
-from vlm_sft.evaluate.metrics import Metric
-from vlm_sft.evaluate.own_metrics import with_metrics
+from vlm_sft.evaluate.metrics import Benchmark, Metric
+from vlm_sft.evaluate.own_metrics import chosen_rules, with_metrics
 from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.provenance import PART, identity_of
 from vlm_sft.evaluate.scoring import format_score
 from vlm_sft.evaluate.tasks import (
     Task,
-    benchmark_names,
     fit_prompt,
     load_tasks,
+    names_of,
     parse_token_limits,
     too_short,
     usable_tasks,
     with_limits,
 )
 from vlm_sft.model.caches import Caches
-from vlm_sft.model.load import Base, empty_model, find_base
+from vlm_sft.model.encoding import encoder_of
+from vlm_sft.model.layout import empty_model
+from vlm_sft.model.load import Base, find_base
 from vlm_sft.model.saved_adapter import check_adapter_folder, recorded_bf16, require_fit
 from vlm_sft.model.vllm_rules import not_for_vllm, splitting_problem
 
@@ -56,11 +59,15 @@ class EvalOptions:
         benchmark: data sets in the grammar of `--dataset`.
         output_dir: folder of the results: <benchmark>/predictions.jsonl and <benchmark>/results.json.
         adapter: folder of an adapter; None evaluates the base.
+        columns: what the columns of own data are called, NAME=COLUMN, comma separated.
         limit: questions a benchmark, a seeded stratified sample; None for all.
         split: instead of the benchmark's own split.
         max_new_tokens: limit of an answer in tokens, a number or `BENCHMARK=NUMBER,…`; None for the benchmarks' own,
             and for own data for that of the adapter, or what its longest answer needs.
+        metric: the rule of own data, as of `parse_metrics`; None for exact match.
+        judge, judge_model: who grades the answers where the rule says so, as of `parse_judge`.
         prompt_template, system, min_pixels, max_pixels: instead of what travels with the adapter or the base.
+        max_length, oversized: how long a question may be, and what is done with longer ones, as in a recipe.
         allow_prompt_mismatch: these may differ from what the adapter was trained with.
         allow_other_base: the base may be another one than the adapter was trained on.
         tokens_per_pack: token budget of one forward pass; None for the device's.
@@ -78,13 +85,19 @@ class EvalOptions:
     benchmark: str
     output_dir: Path
     adapter: Path | None = None
+    columns: str | None = None
     limit: int | None = None
     split: str | None = None
     max_new_tokens: str | None = None
+    metric: str | None = None
+    judge: str | None = None
+    judge_model: str | None = None
     prompt_template: str | None = None
     system: str | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    max_length: int | None = None
+    oversized: str = KEEP
     allow_prompt_mismatch: bool = False
     allow_other_base: bool = False
     tokens_per_pack: int | None = None
@@ -96,6 +109,23 @@ class EvalOptions:
     shard_weights: str = "auto"
     caches: CacheOptions = field(default_factory=CacheOptions)
     local_rank: int | None = None
+
+
+IDLE = (
+    Idle(("allow_prompt_mismatch",), lambda o: o.adapter is None, "without --adapter", "leave it out"),
+    Idle(
+        ("tokens_per_pack", "flash_attn", "cache_dir", "prepared_cache", "feature_cache", "shard_weights"),
+        lambda o: o.backend == "vllm",
+        "on --backend vllm, which reads, packs and keeps images itself",
+        "leave it out",
+    ),
+    Idle(
+        ("tensor_parallel_size",),
+        lambda o: o.backend != "vllm",
+        "without --backend vllm",
+        "start several ranks with torchrun",
+    ),
+)
 
 
 def evaluate(options: EvalOptions, metrics: Mapping[str, Metric] | None = None) -> dict[str, dict[str, Any]]:
@@ -112,16 +142,30 @@ def evaluate(options: EvalOptions, metrics: Mapping[str, Metric] | None = None) 
         VlmSftError: a mistake in the data, model, folder, prompt or launch.
     """
     quiet_libraries()
-    limits = parse_token_limits(options.max_new_tokens, benchmark_names(options.benchmark))
+    names = names_of(_specs(options))
+    limits = parse_token_limits(options.max_new_tokens, names)
+    rules = chosen_rules(names, options.metric, options.judge, options.judge_model)
     launch = read_launch(options.local_rank, None)
     if options.backend == "vllm":
         _check_vllm(launch, options)
     # Under the deepspeed launcher too: an evaluation needs no ZeRO, every rank holds the model.
     place = artifacts.OutputFolder(
-        options.output_dir, artifacts.RUN, artifacts.LEFT_OUT, f"*/{artifacts.IDENTITY}", f"*/{PART.format('*')}"
+        options.output_dir,
+        artifacts.RUN,
+        artifacts.LEFT_OUT,
+        artifacts.OVERSIZED,
+        f"*/{artifacts.IDENTITY}",
+        f"*/{PART.format('*')}",
     )
     with place.or_nothing(lambda: _answered(options.output_dir)), connected(launch):
-        return _carry_out(options, launch, limits, metrics or {})
+        return _carry_out(options, launch, limits, rules, metrics or {})
+
+
+def _specs(options: EvalOptions) -> list[DatasetSpec]:
+    """The data sets to answer."""
+    specs = parse_datasets(options.benchmark, options.columns)
+    refuse_weights(specs, "every benchmark is scored for itself")
+    return specs
 
 
 def _answered(folder: Path) -> bool:
@@ -131,15 +175,21 @@ def _answered(folder: Path) -> bool:
 
 
 def _carry_out(
-    options: EvalOptions, launch: Launch, limits: dict[str, int], metrics: Mapping[str, Metric]
+    options: EvalOptions,
+    launch: Launch,
+    limits: dict[str, int],
+    rules: Mapping[str, Benchmark],
+    metrics: Mapping[str, Metric],
 ) -> dict[str, dict[str, Any]]:
     """Load, answer, score; returns as `evaluate` does."""
     base = _find_base(options)
     for note in filter(None, [idle_gpus(launch, sys.argv), *base.notes]):
         say(note)
-    tasks, left_out = load_tasks(options.benchmark, options.limit, options.split)
-    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
-    tasks, refused = usable_tasks(tasks, encoder)
+    tasks, left_out = load_tasks(_specs(options), options.limit, options.split, rules)
+    encoder = encoder_of(base)
+    rule = LengthRule(options.max_length, base.context, cast(Policy, options.oversized))
+    total = sum(len(task.samples) for task in tasks)
+    tasks, refused, too_long = usable_tasks(tasks, encoder, rule)
     left_out += refused
     tasks = with_metrics(with_limits(tasks, base.prompt, encoder.chat.plain, limits), metrics)
     questions = sum(len(task.samples) for task in tasks)
@@ -156,9 +206,14 @@ def _carry_out(
     notes = note_lines(notes_of((sample for task in tasks for sample in task.samples), encoder.holds_control))
     for line in notes:
         say(line)
-    for line in too_short(tasks):
+    if too_long and is_main_process():
+        artifacts.write_jsonl(options.output_dir / artifacts.OVERSIZED, map(to_json, too_long))
+    for line in [
+        *too_short(tasks),
+        *lines(too_long, rule, total, "benchmarks", str(options.output_dir / artifacts.OVERSIZED)),
+    ]:
         warn(line)
-    identity = identity_of(base, options.adapter)
+    identity = identity_of(base, options.adapter) | rule.identity
     record = RunRecord(options.output_dir, _facts(options, launch, base))
     record.write()
     for line in notes:
@@ -268,7 +323,7 @@ def _find_base(options: EvalOptions) -> Base:
     if options.adapter and saved is None:
         warn(f"{options.adapter} has no {artifacts.PROMPT}: the prompt of its training is unknown")
     if saved is None:
-        base = fit_prompt(base, parse_datasets(options.benchmark), options.prompt_template is not None)
+        base = fit_prompt(base, _specs(options), options.prompt_template is not None)
     changed = saved.differences(base.prompt) if saved else []
     if changed and not options.allow_prompt_mismatch:
         raise EvaluationError(

@@ -8,7 +8,7 @@ import os
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,81 +17,22 @@ from typing import IO, Any, BinaryIO, cast
 from vlm_sft.common import artifacts, console
 from vlm_sft.common.errors import EvaluationError, RunError, quoted
 from vlm_sft.data.answer_limits import room_for
+from vlm_sft.data.sources.spec import is_own
 from vlm_sft.evaluate import statistics
-from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, get_benchmark
+from vlm_sft.evaluate.items import require_usable, why_unusable
+from vlm_sft.evaluate.judge import HOW_TO_JUDGE
+from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark, get_benchmark, scored
 
 BAD_LINES_SHOWN = 20
-LISTS = ("year", "options")  # what a rule may need besides the answers: lists of texts; the rest is text
+VERDICTS = ".judge.jsonl"  # behind the name of a file of predictions: the verdicts of a judge on it
 _LINES_A_STEP = 1000  # between two updates of the progress bar
 
-_JSON_NAMES = {
-    type(None): "null",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "an object",
-}
 
-
-def _json_name(value: Any) -> str:
-    return _JSON_NAMES[type(value)]
-
-
-def why_unusable(item: Any, benchmark: Benchmark) -> str:
-    """Say why an item cannot be scored.
-
-    Args:
-        item: one decoded JSON line: an object with `id`, `prediction`, `answers` and perhaps `split`.
-        benchmark: whose rule will score it.
-
-    Returns:
-        The reason in a few words, or "" when the item is good.
-    """
-    if not isinstance(item, dict):
-        return f"is {_json_name(item)}, not a JSON object"
-    missing = [key for key in ("id", "prediction", "answers") if key not in item]
-    if missing:
-        return f"has no {' and no '.join(repr(key) for key in missing)}"
-    if isinstance(item["id"], bool) or not isinstance(item["id"], int | str):
-        return f"'id' is {_json_name(item['id'])}, not text or an integer"
-    if not isinstance(item["prediction"], str):
-        return f"'prediction' is {_json_name(item['prediction'])}, not text; put it in quotes"
-    if not isinstance(item.get("split") or "", str):
-        return f"'split' is {_json_name(item['split'])}, not text"
-    for key in benchmark.needs:
-        listed = isinstance(item.get(key), list) and all(isinstance(part, str) for part in item[key])
-        if item.get(key) is not None and not (listed if key in LISTS else isinstance(item[key], str)):
-            return f"{key!r} is {_json_name(item[key])}, not {'a list of texts' if key in LISTS else 'text'}"
-    return _why_answers_unusable(item["answers"], benchmark)
-
-
-def _why_answers_unusable(answers: Any, benchmark: Benchmark) -> str:
-    if not isinstance(answers, list):
-        return f"'answers' is {_json_name(answers)}, not a list of texts; put even a single answer in [ ]"
-    for number, answer in enumerate(answers, start=1):
-        if not isinstance(answer, str):
-            return f"answer {number} of 'answers' is {_json_name(answer)}, not text; put it in quotes"
-    if not answers:
-        return "'answers' is empty"
-    if benchmark.answers_needed not in (None, len(answers)):
-        return f"'answers' holds {len(answers)}, but {benchmark.name} needs exactly {benchmark.answers_needed}"
-    return ""
-
-
-def _require_usable(row: Any, benchmark: Benchmark) -> None:
-    reason = why_unusable(row, benchmark)
-    if reason:
-        name = row.get("id") if isinstance(row, dict) else row
-        raise EvaluationError(f"{benchmark.name}: item {quoted(name)} {reason}", "write the predictions again")
-
-
-def score_item(benchmark: str, row: dict[str, Any]) -> float:
+def score_item(benchmark: str | Benchmark, row: dict[str, Any]) -> float:
     """Score one row of a predictions file.
 
     Args:
-        benchmark: a benchmark's name. For a name that is not known, the score recorded in the row is taken.
+        benchmark: a benchmark, or its name. For the name of own data, the score recorded in the row is taken.
         row: an object with `id`, `prediction`, `answers`, or with `id` and `score`.
 
     Returns:
@@ -100,16 +41,43 @@ def score_item(benchmark: str, row: dict[str, Any]) -> float:
     Raises:
         EvaluationError: the row cannot be scored; the message names its id.
     """
-    if benchmark in BENCHMARKS:
-        _require_usable(row, BENCHMARKS[benchmark])
-        return BENCHMARKS[benchmark].score(row["prediction"], row["answers"], row)
+    published = BENCHMARKS.get(benchmark) if isinstance(benchmark, str) and not is_own(benchmark) else None
+    if published is not None and published.grading is None:
+        benchmark = published
+    if isinstance(benchmark, Benchmark):
+        require_usable(row, benchmark)
+        return benchmark.score(row["prediction"], row["answers"], row)
     score = row.get("score")
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         raise EvaluationError(
             f"{benchmark}: item {quoted(row.get('id'))} has no 'score'",
-            f"use a known benchmark ({', '.join(BENCHMARKS)}) or write a score with each row",
+            "use a known benchmark, pass --metric RULE, or write a score with each row",
         )
     return float(score)
+
+
+def score_rows(benchmark: Benchmark, rows: Sequence[dict[str, Any]], verdicts: Path | None = None) -> list[float]:
+    """Score the rows of a predictions file, one by one or together.
+
+    Args:
+        benchmark: whose rule scores them.
+        rows: one that a judge gave no score gets 0, and `unjudged` in the row says so.
+        verdicts: where a judge's verdicts are kept; None keeps none.
+
+    Raises:
+        EvaluationError: a row cannot be scored; the message names its id.
+    """
+    for row in rows:
+        require_usable(row, benchmark)
+    if benchmark.together is not None:
+        scores = benchmark.together.scores(rows, verdicts)
+        for row, score in zip(rows, scores, strict=True):
+            row.pop("unjudged", None)
+            row.update({"unjudged": True} if math.isnan(score) else {})
+        return [0.0 if math.isnan(score) else score for score in scores]
+    if benchmark.grading is not None:
+        raise EvaluationError(f"{benchmark.name} is scored by a judge", HOW_TO_JUDGE)
+    return [benchmark.score(row["prediction"], row["answers"], row) for row in rows]
 
 
 @dataclass(slots=True)
@@ -152,21 +120,20 @@ class Scoreboard:
         self._splits: dict[str, _Group] = {}
         self._types: dict[str, _Group] = {}
         self._secondary = dict.fromkeys(benchmark.secondary, 0.0)
-        self._cut = 0
+        self._cut = self._unjudged = 0
 
-    def add(self, item: dict[str, Any]) -> float:
-        """Score a good item (see `why_unusable`), count it, and return its score."""
+    def add(self, item: dict[str, Any], score: float) -> None:
+        """Count a good item (see `why_unusable`) with its score."""
         prediction, answers = item["prediction"], item["answers"]
-        score = self.benchmark.score(prediction, answers, item)
         image = statistics.cluster_of(item) if self.by_image else None
         self._overall.add(score, image)
         self._cut += item.get("cut") is True
+        self._unjudged += item.get("unjudged") is True
         for groups, key in ((self._splits, item.get("split")), (self._types, item.get("question_type"))):
             if key and isinstance(key, str):
                 groups.setdefault(key, _Group()).add(score, image)
         for name, metric in self.benchmark.secondary.items():
-            self._secondary[name] += metric(prediction, answers)
-        return score
+            self._secondary[name] += scored(metric, prediction, answers, item)
 
     def result(self) -> dict[str, Any]:
         """Return n, accuracy, interval, cut, splits, by_question_type and secondary; JSON values only.
@@ -176,39 +143,51 @@ class Scoreboard:
         """
         n = self._overall.counts.total()
         if not n:
-            raise EvaluationError(f"{self.benchmark.name}: there is nothing to score", "pass at least one prediction")
+            raise EvaluationError(f"{self.benchmark.name}: nothing to score", "pass at least one prediction")
         return {
             "benchmark": self.benchmark.name,
             "metric": self.benchmark.metric_name,
+            **({"metric_sha256": self.benchmark.source} if self.benchmark.source else {}),
             **self._overall.result(),
             "cut": self._cut,
+            **({"unjudged": self._unjudged} if self._unjudged else {}),
             "splits": {name: group.result() for name, group in sorted(self._splits.items())},
             "secondary": {name: total / n for name, total in self._secondary.items()},
             "by_question_type": {name: group.result() for name, group in sorted(self._types.items())},
         }
 
 
-def summarise(benchmark: str | Benchmark, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def summarise(
+    benchmark: str | Benchmark, rows: Iterable[dict[str, Any]], scores: Sequence[float] | None = None
+) -> dict[str, Any]:
     """Score the rows of a predictions file and add them up.
 
     Args:
         benchmark: a benchmark, or its name.
         rows: objects with `id`, `prediction`, `answers`, and where known `image` (a key, the same for all questions of
             an image), `split`, `question_type`. A recorded `score` is not trusted: the rule is applied again.
+        scores: of the rows, from `score_rows`; None applies the rule here.
 
     Returns:
-        `benchmark`, `metric`, `n`, `accuracy` (0 to 1), `interval` ([low, high], 95 %, clustered by image), `cut`
-        (answers that the limit of tokens ended), `splits` and `by_question_type` ({name: {n,
-        accuracy, interval}}), `secondary` ({name: mean}).
+        `benchmark`, `metric` (with `metric_sha256` where it is the user's), `n`, `accuracy` (0 to 1), `interval`
+        ([low, high], 95 %, clustered by image), `cut` (answers that the limit of tokens ended), `splits` and
+        `by_question_type` ({name: {n, accuracy, interval}}), `secondary` ({name: mean}), and
+        where there are some `corpus` ({name: {n, accuracy, interval}}, of all rows together).
 
     Raises:
         EvaluationError: the benchmark is unknown, a row cannot be scored, or there is none.
     """
     board = Scoreboard(get_benchmark(benchmark) if isinstance(benchmark, str) else benchmark, by_image=True)
-    for row in rows:
-        _require_usable(row, board.benchmark)
-        board.add(row)
-    return board.result()
+    listed = list(rows)
+    for row, score in zip(listed, score_rows(board.benchmark, listed) if scores is None else scores, strict=True):
+        board.add(row, score)
+    return board.result() | _corpus(board.benchmark, listed)
+
+
+def _corpus(benchmark: Benchmark, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The scores of all rows together, under their key; nothing where there are none."""
+    corpus = benchmark.together.corpus if benchmark.together else {}
+    return {"corpus": {name: score(rows) for name, score in corpus.items()}} if corpus else {}
 
 
 @dataclass(slots=True)
@@ -309,12 +288,15 @@ def _per_item_writer(path: Path | None, predictions: Path) -> Iterator[IO[str] |
 
 
 def score_file(
-    benchmark: str, predictions: str | Path, per_item: str | Path | None = None, skip_bad_lines: bool = False
+    benchmark: str | Benchmark,
+    predictions: str | Path,
+    per_item: str | Path | None = None,
+    skip_bad_lines: bool = False,
 ) -> dict[str, Any]:
     """Score a predictions file of any length; memory does not grow with its lines but for 8 bytes each.
 
     Args:
-        benchmark: a benchmark's name.
+        benchmark: a benchmark, or its name.
         predictions: JSON lines, each `{"id", "prediction", "answers": [...], "split"?}`.
         per_item: where to write one `{"id", "score"}` a scored line, in order; None writes none.
         skip_bad_lines: score the rest when some lines are bad; otherwise one bad line is an error.
@@ -328,27 +310,36 @@ def score_file(
             their numbers). Nothing is written then.
         RunError: `per_item` cannot be written.
     """
-    board = Scoreboard(get_benchmark(benchmark), by_image=False)
+    board = Scoreboard(get_benchmark(benchmark) if isinstance(benchmark, str) else benchmark, by_image=False)
     source = Path(predictions)
     bad = _BadLines(source)
     hashes = array("q")
+    corpus: dict[str, Any] = {}
     with _open_predictions(source) as stream, _per_item_writer(Path(per_item) if per_item else None, source) as out:
-        for item in _items(stream, board.benchmark, bad):
-            score = board.add(item)
+        items = _items(stream, board.benchmark, bad)
+        if board.benchmark.together is not None or board.benchmark.grading is not None:  # these have to be in memory
+            listed = list(items)
+            scores = score_rows(board.benchmark, listed, source.with_name(source.name + VERDICTS)) if listed else []
+            scored_items: Iterable[tuple[dict[str, Any], float]] = zip(listed, scores, strict=True)
+            corpus = _corpus(board.benchmark, listed) if listed else {}
+        else:
+            scored_items = ((item, score_item(board.benchmark, item)) for item in items)
+        for item, score in scored_items:
+            board.add(item, score)
             hashes.append(hash(repr(item["id"])))
             if out is not None:
                 out.write(json.dumps({"id": item["id"], "score": score}) + "\n")
         if bad.total and not skip_bad_lines:
-            raise EvaluationError(bad.message(), "mend these lines, or pass --skip_bad_lines to score the others")
+            raise EvaluationError(bad.message(), "fix these lines, or pass --skip_bad_lines to score the others")
         if not hashes:
             reason = bad.message() if bad.total else f"{source} is empty"
             raise EvaluationError(reason, "pass one JSON object a line: id, prediction, answers")
-        result = board.result()
+        result = board.result() | corpus
     if bad.total:
-        console.warn(f"{bad.message()}\nskipped, as --skip_bad_lines asks")
+        console.warn(f"{bad.message()}\nskipped (--skip_bad_lines)")
     result |= {"skipped": bad.total, "duplicate_ids": _count_duplicates(hashes)}
     if result["duplicate_ids"]:
-        console.warn(f"{source}: items with the id of an earlier one: {result['duplicate_ids']:,}; all were scored")
+        console.warn(f"{source}: {result['duplicate_ids']:,} items repeat an earlier id; all were scored")
     return result
 
 
@@ -367,7 +358,10 @@ def format_score(result: dict[str, Any]) -> str:
 
     lines = [f"{result['metric']:<24} {'n':>9}   {'mean':<6}   95 % interval", line("all", result)]
     lines += [line(f"split {name}", part) for name, part in result["splits"].items()]
+    lines += [line(name, part) for name, part in result.get("corpus", {}).items()]
     lines += [f"{name:<24} {result['n']:>9,}   {value:.4f}" for name, value in result["secondary"].items()]
+    if result.get("unjudged"):
+        lines.append(f"{'unjudged, count as wrong':<24} {result['unjudged']:>9,}")
     if result.get("cut"):
         lines.append(f"{'cut by the limit':<24} {result['cut']:>9,}")
         lines.append(why_cut(result["cut"], result["n"], result.get("max_new_tokens"), result.get("answer_tokens")))

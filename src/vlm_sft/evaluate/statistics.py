@@ -8,7 +8,7 @@ images on (bench/coverage.py measures it). All random draws come from the seed: 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ Interval = tuple[float, float]
 Scores = Sequence[float] | np.ndarray
 LEVEL = 0.05  # of every two-sided test; intervals cover 1 - LEVEL
 FEWEST_CLUSTERS = 6  # with fewer, 2 / 2^clusters is not below LEVEL: no result whatever could be significant
+BOOTSTRAP_DRAWS = 1000
 UNCLEAR = 0.10  # a difference that an interval leaves open and that nobody would call small, in score units
 _NORMAL_QUANTILES = 2.8016  # of 0.975 and of a power of 0.8, added
 
@@ -115,11 +116,41 @@ def _effective_items(sums: np.ndarray, sizes: np.ndarray, variance: float, confi
     return min(items, known * variance / between)
 
 
+def bootstrap(
+    columns: np.ndarray,
+    clusters: Sequence[Hashable] | None,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    seed: int = 0,
+) -> tuple[float, Interval]:
+    """Give a statistic of sums over items, and its percentile interval over resampled clusters (Efron 1979).
+
+    Args:
+        columns: (items, values), summed over the items.
+        clusters: one label an item; None takes the items for independent.
+        statistic: (draws, values) sums -> (draws,) numbers.
+        seed: of the draws.
+
+    Returns:
+        The statistic of all items, and (low, high) that hold 95 % of its resampled values.
+    """
+    sums = np.stack([_cluster_sums(column, clusters)[0] for column in columns.T], axis=1)
+    random = np.random.default_rng(seed)
+    count, whole = len(sums), sums.sum(axis=0)
+    draws = np.stack([sums[random.integers(0, count, count)].sum(axis=0) for _ in range(BOOTSTRAP_DRAWS)])
+    low, high = np.quantile(statistic(draws), [LEVEL / 2, 1 - LEVEL / 2])
+    return float(statistic(whole[None])[0]), (float(low), float(high))
+
+
+def _bootstrap_mean(values: np.ndarray, clusters: Sequence[Hashable] | None) -> Interval:
+    columns = np.stack([values, np.ones(len(values))], axis=1)
+    return bootstrap(columns, clusters, lambda sums: sums[:, 0] / sums[:, 1])[1]
+
+
 def histogram_interval(counts: Mapping[float, int], confidence: float = 1 - LEVEL) -> Interval:
     """Give the interval of a mean from how often each score occurs: for independent items too many to hold.
 
     Args:
-        counts: score, 0 to 1 -> number of items with it.
+        counts: score -> number of items with it.
         confidence: coverage, between 0 and 1.
 
     Returns:
@@ -130,6 +161,8 @@ def histogram_interval(counts: Mapping[float, int], confidence: float = 1 - LEVE
     """
     values, repeats = _as_scores(list(counts)), np.asarray(list(counts.values()), dtype=float)
     items = float(repeats.sum())
+    if float(values.max()) > 1:
+        return _bootstrap_mean(np.repeat(values, repeats.astype(int)), None)
     mean = float(values @ repeats) / items
     variance = float(np.square(values - mean) @ repeats) / items
     return _graded_wilson(mean, variance, items, items, confidence)
@@ -154,7 +187,8 @@ def mean_interval(
     clusters makes smaller.
 
     Args:
-        scores: one number an item, 0 to 1.
+        scores: one number an item; Wilson's interval is for 0 to 1, and numbers above (CIDEr) have that of `bootstrap`,
+            at 95 %.
         clusters: one label an item; None takes the items for independent.
         confidence: coverage, between 0 and 1.
 
@@ -165,6 +199,8 @@ def mean_interval(
         EvaluationError: there are no scores, or not one label an item.
     """
     values = _as_scores(scores)
+    if float(values.max()) > 1:
+        return _bootstrap_mean(values, clusters)
     sums, sizes = _cluster_sums(values, clusters)
     variance = float(values.var())
     effective = _effective_items(sums, sizes, variance, confidence)

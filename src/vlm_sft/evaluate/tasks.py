@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from vlm_sft.common.errors import DataError, EvaluationError, quoted
 from vlm_sft.data.answer_limits import fitted, limit_for, longest_answer, room_for
@@ -17,13 +18,15 @@ from vlm_sft.data.chat import Chat
 from vlm_sft.data.dataset import usable_samples
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import stratified_limit
+from vlm_sft.data.oversized import LengthRule, Oversized, fit
 from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.data.sample import LeftOut, Sample
+from vlm_sft.data.sample import RECORD, LeftOut, Sample
 from vlm_sft.data.sources.jsonl import answer_texts
 from vlm_sft.data.sources.registry import benchmark_split, is_synthetic, load_split
-from vlm_sft.data.sources.spec import STREAM, DatasetSpec, parse_datasets, refuse_weights
+from vlm_sft.data.sources.spec import HUB, STREAM, DatasetSpec, is_own
 from vlm_sft.distributed.collectives import gather
+from vlm_sft.evaluate.items import why_unusable
 from vlm_sft.evaluate.metrics import BENCHMARKS, Benchmark
 from vlm_sft.model.load import Base
 
@@ -60,44 +63,47 @@ def dataset_text(specs: list[DatasetSpec]) -> str:
 
 
 def _entry_text(spec: DatasetSpec) -> str:
+    name = f"{HUB}{spec.hub}" if spec.hub else spec.name
     if spec.stream is not None:
-        return f"{spec.name}@{STREAM}"
+        return f"{name}@{STREAM}"
     if spec.path is None:
-        return spec.name
+        return name
     # A folder of the user's own takes no label.
     return str(spec.path) if spec.own and spec.path.is_dir() else f"{spec.name}@{spec.path}"
 
 
-def benchmark_names(text: str) -> list[str]:
-    """The names of the benchmarks that `text` asks for; "demo" stands for its two parts.
-
-    Raises:
-        DataError: the text does not follow the grammar, or names an unknown data set.
-    """
-    return names_of(parse_datasets(text))
-
-
 def names_of(specs: Iterable[DatasetSpec]) -> list[str]:
-    """The names of the benchmarks that data sets are, as of `benchmark_names`."""
+    """The names of the benchmarks that data sets are; "demo" stands for its two parts."""
     return [name for spec in specs for name in _parts(spec)]
 
 
-def rules_of(name: str) -> Benchmark:
-    """The rules of a benchmark; those of exact match for the user's own data."""
-    return BENCHMARKS.get(name, BENCHMARKS["exact_match"])
+def rules_of(name: str, own: Mapping[str, Benchmark] | None = None) -> Benchmark:
+    """The rules of a benchmark.
+
+    Args:
+        name: of the benchmark.
+        own: those of the user's own data, from `parse_metrics`; exact match for data that is not in it.
+    """
+    return (own or {}).get(name) or BENCHMARKS["exact_match" if is_own(name) else name]
 
 
 def _parts(spec: DatasetSpec) -> list[str]:
     return ["demo_charts", "demo_text"] if spec.name == "demo" else [spec.name]
 
 
-def load_tasks(text: str, limit: int | None, split: str | None = None) -> tuple[list[Task], list[LeftOut]]:
+def load_tasks(
+    specs: Sequence[DatasetSpec],
+    limit: int | None,
+    split: str | None = None,
+    own_rules: Mapping[str, Benchmark] | None = None,
+) -> tuple[list[Task], list[LeftOut]]:
     """Load the questions of the benchmarks, and look at every image.
 
     Args:
-        text: comma-separated data sets in the grammar of `--dataset`; "demo" stands for its two parts.
+        specs: the data sets; "demo" stands for its two parts.
         limit: at most so many questions a benchmark, a seeded stratified sample; None for all.
         split: "train", "validation" or "test"; the benchmark's own when None.
+        own_rules: those of the user's own data, by name.
 
     Returns:
         The tasks, and what cannot be asked. A question whose image is broken is drawn and then left out, so the others
@@ -105,24 +111,50 @@ def load_tasks(text: str, limit: int | None, split: str | None = None) -> tuple[
 
     Raises:
         DataError: a data set cannot be loaded, has no question, or is not the same on all ranks.
+        EvaluationError: the rule of own data cannot score it.
     """
     tasks: list[Task] = []
     left_out: list[LeftOut] = []
-    specs = parse_datasets(text)
-    refuse_weights(specs, "every benchmark is scored for itself")
     for spec in specs:
         for name in _parts(spec):
             at_most = limit if spec.stream is not None else None  # generated benchmarks are sampled like the others
-            part, rules = replace(spec, name=name, weight=None), rules_of(name)
+            part, rules = replace(spec, name=name, weight=None), rules_of(name, own_rules)
             loaded = load_split(part, split or benchmark_split(name), at_most)
             sound, broken = check_images(stratified_limit(loaded.samples, limit, SAMPLE_SEED))
             left_out += [*loaded.left_out, *broken]
             if not sound:
                 raise DataError(f"{name} has no question to evaluate", NO_QUESTION)
             own = part if part.own else None
+            if own:
+                _require_scorable(rules, sound)
             tasks.append(Task(name, rules, sound, is_synthetic(name), rules.max_new_tokens, source=own))
     require_same_data((sample for task in tasks for sample in task.samples), left_out)
     return tasks, left_out
+
+
+def _require_scorable(rules: Benchmark, samples: Sequence[Sample]) -> None:
+    """Make sure that a rule can score own questions, before any is asked.
+
+    Raises:
+        EvaluationError: it cannot; the first one is named with its place.
+    """
+    for sample in samples:
+        row = {"id": sample.id, "question": sample.question, "prediction": "", "answers": list(sample.answers)}
+        row |= facts_of(sample, rules)
+        if reason := why_unusable(row, rules):
+            what = f"{sample.metadata.get('where', sample.id)}: {reason}"
+            raise EvaluationError(f"--metric {rules.metric_name} cannot score {rules.name}: {what}", "mend the record")
+    if rules.own_function:  # a mistake in the user's function shows on the first reference, not after all answers
+        first = samples[0]
+        row = {"id": first.id, "question": first.question, "split": first.split, "prediction": first.target}
+        rules.score(first.target, first.answers, row | {"answers": list(first.answers), **facts_of(first, rules)})
+
+
+def facts_of(sample: Sample, rules: Benchmark) -> dict[str, Any]:
+    """What a rule needs of a question besides its answers, as predictions hold it; a user's own gets all there is."""
+    known = {**sample.metadata.get(RECORD, {}), **sample.metadata}
+    own = sample.metadata.get(RECORD, {}) if rules.own_function else {}
+    return own | {key: known[key] for key in rules.needs if known.get(key)}
 
 
 def require_same_data(samples: Iterable[Sample], left_out: Sequence[LeftOut]) -> None:
@@ -148,24 +180,29 @@ def require_same_data(samples: Iterable[Sample], left_out: Sequence[LeftOut]) ->
     )
 
 
-def usable_tasks(tasks: list[Task], encoder: Encoder) -> tuple[list[Task], list[LeftOut]]:
-    """Leave out the questions that a model's processor cannot take.
+def usable_tasks(
+    tasks: list[Task], encoder: Encoder, rule: LengthRule
+) -> tuple[list[Task], list[LeftOut], list[Oversized]]:
+    """Leave out the questions that a model's processor cannot take, and treat those that are too long.
 
     Returns:
-        The tasks, and what cannot be asked.
+        The tasks, what cannot or shall not be asked, and the questions that are too long, asked or not.
 
     Raises:
         DataError: a task has no question left.
         ModelError: the processor fails on every image.
     """
-    kept, left_out = [], []
+    kept, left_out, found = [], [], []
     for task in tasks:
-        usable, gone = usable_samples(encoder, task.samples)
-        if not usable:
+        usable, refused = usable_samples(encoder, task.samples)
+        fitted = fit(usable, encoder, rule, task.name)
+        gone = [*refused, *fitted.left_out]
+        if not fitted.samples:
             raise DataError(f"{task.name} has no question that can be asked; the first: {gone[0].detail}", NO_QUESTION)
-        kept.append(replace(task, samples=usable))
+        kept.append(replace(task, samples=fitted.samples))
         left_out += gone
-    return kept, left_out
+        found += fitted.found
+    return kept, left_out, found
 
 
 def fit_prompt(
@@ -243,7 +280,7 @@ def parse_token_limits(text: str | None, names: list[str]) -> dict[str, int]:
         name, equals, value = entry.rpartition("=")
         targets = [name.strip()] if equals else names
         if not value.strip().isdecimal() or int(value) < 1:
-            mistakes.append(f"{quoted(entry.strip())} is no positive number of tokens")
+            mistakes.append(f"{quoted(entry.strip())} is not a positive number of tokens")
         elif not equals and text != entry:
             mistakes.append(f"{quoted(entry.strip())} names no benchmark")
         elif targets[0] not in names:

@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
 from vlm_sft.common.errors import ModelError, RunError
+from vlm_sft.common.idle import Idle
 from vlm_sft.common.record import now, versions
 from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.data.encode import Encoder
@@ -39,7 +40,9 @@ from vlm_sft.export.verify import (
     require,
 )
 from vlm_sft.model.adapters import load_adapter
-from vlm_sft.model.load import empty_model, load_model
+from vlm_sft.model.encoding import encoder_of
+from vlm_sft.model.layout import empty_model
+from vlm_sft.model.load import load_model
 from vlm_sft.model.merged import write_merged
 from vlm_sft.model.model_folder import require_utf8
 from vlm_sft.model.saved_adapter import BASE_WEIGHTS, Contents, require_fit
@@ -88,6 +91,18 @@ class _Reference:
     encoder: Encoder
     tuned: list[GreedyAnswer]
     effect: float
+
+
+IDLE = (
+    Idle(
+        ("dtype",),
+        lambda o: not o.merge,
+        "without --merge: an adapter keeps its numbers",
+        "add --merge, or leave it out",
+    ),
+    Idle(("peft_only",), lambda o: o.merge, "on a merged model, which vLLM loads", "leave it out"),
+    Idle(("public",), lambda o: o.repository is None, "without --push_to_hub", "add --push_to_hub, or leave it out"),
+)
 
 
 def export(options: ExportOptions) -> Path:
@@ -169,7 +184,7 @@ def _write_verified(options: ExportOptions, source: Source, partial: Path) -> tu
     del model
     check = _verify(partial, source, reference, dtype, merged=True)
     if not check["passed"] and options.dtype == AUTO and dtype != torch.float32:
-        say("16 bits would round away what the adapter changes: the merged weights are written in float32")
+        say("16 bits would round away the adapter's changes: the merged weights are written in float32")
         shutil.rmtree(partial)
         partial.mkdir()
         dtype = torch.float32
@@ -217,14 +232,14 @@ def _placed(model: Any) -> Any:
 
 def _reference(model: Any, source: Source, questions: int) -> _Reference:
     """Ask the adapter, and its base."""
-    encoder = Encoder(source.base.processor, source.base.prompt, source.base.stop_ids)
+    encoder = encoder_of(source.base)
     samples, origin = find_questions(source.run, questions, encoder)
     say(f"comparing on {len(samples)} questions: {origin}")
     tuned = our_answers(model, encoder, samples, "adapter")
     with model.disable_adapter():
         moved = effect(our_answers(model, encoder, samples, "base"), tuned)
     if not moved:
-        warn("on these questions the adapter changes nothing at all")
+        warn("the adapter changes nothing on these questions")
     return _Reference(samples, origin, encoder, tuned, moved)
 
 
@@ -295,7 +310,7 @@ def _report_result(folder: Path, report: dict[str, Any]) -> None:
     place = shlex.quote(str(folder))
     check = report["verification"]
     say(
-        f"verified: {check['identical_answers']} of {check['questions']} answers are the adapter's own "
+        f"verified: {check['identical_answers']} of {check['questions']} answers match the adapter "
         f"({check['near_ties']} near ties); logits differ by {check['largest_difference']:.2g} of their spread "
         f"({check['tolerance']:.2g} allowed; the adapter changes them by {check['effect']:.2g})"
     )

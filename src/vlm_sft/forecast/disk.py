@@ -65,12 +65,12 @@ def adapter_bytes(model: ModelShape, adapter: Adapter) -> float:
     return adapter.parameters(model) * size + adapter.tensors(model) * HEADER_BYTES
 
 
-def optimizer_bytes(model: ModelShape, adapter: Adapter, optim: str) -> float:
-    """Bytes of the saved optimizer state."""
+def optimizer_bytes(model: ModelShape, adapter: Adapter, optim: str, files: int = 1) -> float:
+    """Bytes of the saved optimizer state, in one file or in as many as ranks share it out."""
     each = STATE_TENSORS * STATE_HEADER_BYTES
     if is_in_8_bits(model, adapter, optim):  # with two scales and two maps of 256 float32 each
         each = 6 * STATE_HEADER_BYTES + 2 * 1024
-    return state_bytes(model, adapter, optim) + each * adapter.tensors(model)
+    return state_bytes(model, adapter, optim) + each * adapter.tensors(model) * files
 
 
 def engine_bytes(setting: Setting) -> float:
@@ -98,8 +98,9 @@ def checkpoint_bytes(setting: Setting, optim: str) -> float:
         setting: what is trained, and by how many ranks.
         optim: as in the recipe; DeepSpeed always keeps AdamW's two moments.
     """
+    files = setting.ranks.shared_optimizer
     engine = setting.ranks.engine
-    state = engine_bytes(setting) if engine else optimizer_bytes(setting.model, setting.adapter, optim)
+    state = engine_bytes(setting) if engine else optimizer_bytes(setting.model, setting.adapter, optim, files)
     ranks = RANK_BYTES * (setting.ranks.count - 1)
     return adapter_bytes(setting.model, setting.adapter) + state + CHECKPOINT_BYTES + ranks
 

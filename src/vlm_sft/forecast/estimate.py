@@ -230,7 +230,7 @@ def assumptions(inputs: ForecastInputs, calibration: Calibration) -> tuple[str, 
     setting, rates = inputs.setting, inputs.setting.rates
     lines = [
         f"{rates.name}: {rates.flops / 1e9:,.0f} GFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s; {rates.source}",
-        "vision features are kept: the tower runs once per image"
+        "vision features are cached: the tower runs once per image"
         if inputs.images.keep_features
         else "the vision tower runs again for every image of every step",
     ]

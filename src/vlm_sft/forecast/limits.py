@@ -98,7 +98,7 @@ def _memory_changes(inputs: ForecastInputs) -> Iterator[tuple[str, ForecastInput
     flags = [f"--tokens_per_pack {round(tokens * share)}"] if share < 1 else []
     for flag, change in settings:
         if "four_bit" in change and together.setting.ranks.shared_weights > 1:
-            continue  # ZeRO-3 cannot partition 4-bit weights
+            continue  # 4-bit weights cannot be divided
         together = together.with_setting(**change)
         flags.append(flag)
         yield " ".join(flags), together

@@ -195,17 +195,34 @@ def _state_items(setting: Setting) -> dict[str, float]:
     paged = setting.rates.gpu and is_paged(setting.model, setting.adapter, setting.optim)
     alone = 0.0 if paged else state_bytes(setting.model, setting.adapter, setting.optim)
     frozen = weight_bytes(setting) - trained * setting.value_bytes * setting.adapter.everything
+    whole = setting.model.vision.parameters * setting.value_bytes * _tower_is_whole(setting)
     items = {
-        "weights": frozen / ranks.shared_weights,
+        "weights": whole + (frozen - whole) / ranks.shared_weights,
         "trained weights": trained * size / ranks.shared_weights,
-        "optimizer": trained * (8 + master) / ranks.shared_optimizer if ranks.engine else alone,
+        "optimizer": trained * (8 + master) / ranks.shared_optimizer
+        if ranks.engine
+        else alone / ranks.shared_optimizer,
     }
-    if setting.rates.gpu and setting.value_bytes < size:
+    if setting.rates.gpu and setting.value_bytes < size and ranks.shared_weights == 1:
         items["copies of trained weights"] = trained * setting.value_bytes
     if setting.rates.gpu and ranks.shared_weights > 1:  # the layer that is gathered, and the next one
-        gathered = 2 * setting.model.text.layer_weights + setting.model.text.embedding
+        gathered = 2 * setting.model.text.layer_weights + _gathered_together(setting)
         items["gathered weights"] = gathered * setting.value_bytes
     return items
+
+
+def _tower_is_whole(setting: Setting) -> bool:
+    """Whether every rank holds a vision tower whose language model is divided: under FSDP, a frozen one."""
+    return setting.ranks.parallel == "fsdp" and setting.adapter.frozen_tower
+
+
+def _gathered_together(setting: Setting) -> float:
+    """Weights that are gathered at once beside a layer's: the vocabulary's; under FSDP all that is in no layer."""
+    model = setting.model
+    if setting.ranks.parallel != "fsdp":
+        return model.text.embedding
+    tower = 0 if _tower_is_whole(setting) else model.vision.parameters
+    return model.text.embedding * (1 if model.text.tied else 2) + tower
 
 
 def _trained_bytes(setting: Setting) -> int:
@@ -218,8 +235,15 @@ def _gradient_bytes(setting: Setting, rounds: int) -> float:
 
     The sum over the packs of a step is whole on every rank (`model/step_gradients.py`), under ZeRO-2 too, and so are
     those of the pack that is being added. Under ZeRO-3 the engine runs backward itself and keeps the rank's partition.
+    Under FSDP the sum of an adapter is whole; of a whole model it is the rank's part, beside the largest group of
+    weights whose gradients are on their way, in the computation's format and in float32.
     """
     trained = setting.adapter.parameters(setting.model) * _trained_bytes(setting)
+    if setting.ranks.parallel == "fsdp":
+        if not setting.adapter.everything:
+            return trained
+        group = max(_gathered_together(setting), setting.model.text.layer_weights)
+        return trained / setting.ranks.shared_weights + group * (setting.value_bytes + 4)
     if setting.ranks.shared_weights > 1:
         return trained / setting.ranks.shared_weights
     return trained * (2 if rounds > 1 else 1)

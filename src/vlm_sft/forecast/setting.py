@@ -17,7 +17,7 @@ class RankLayout:
 
     Attributes:
         count: processes.
-        parallel: "single", "ddp", "zero2", "zero3" or "deepspeed".
+        parallel: "single", "ddp", "fsdp", "zero2", "zero3" or "deepspeed".
     """
 
     count: int = 1
@@ -31,12 +31,12 @@ class RankLayout:
     @property
     def shared_optimizer(self) -> int:
         """Ranks that partition gradients and optimizer."""
-        return self.count if self.parallel in ("zero2", "zero3") else 1
+        return self.count if self.parallel in ("fsdp", "zero2", "zero3") else 1
 
     @property
     def shared_weights(self) -> int:
         """Ranks that partition the weights."""
-        return self.count if self.parallel == "zero3" else 1
+        return self.count if self.parallel in ("fsdp", "zero3") else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,8 @@ class Setting:
 
     @property
     def blockwise(self) -> bool:
-        """Whether frozen gated MLPs are computed in blocks (`model/cpu/gated_mlp.py`): on a CPU."""
-        return not self.rates.gpu and not self.adapter.everything
+        """Whether frozen gated MLPs are computed in blocks (`model/cpu/gated_mlp.py`): on a CPU, if they are whole."""
+        return not self.rates.gpu and not self.adapter.everything and self.ranks.shared_weights == 1
 
     @property
     def blockwise_mlp(self) -> bool:
@@ -90,4 +90,4 @@ class Setting:
     @property
     def trimmed(self) -> bool:
         """Whether the last layer computes keys and values alone where no answer token is predicted."""
-        return self.model.kind not in WHOLE
+        return self.model.kind not in WHOLE and self.ranks.shared_weights == 1

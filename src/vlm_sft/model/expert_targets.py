@@ -50,7 +50,9 @@ def require_adaptable(model: torch.nn.Module, experts: Sequence[str], dropout: f
     if use_dora:
         raise ModelError(f"{named}; PEFT has no DoRA for them", "add --use_dora false, or leave them out")
     if is_partitioned(*(model.get_parameter(path) for path in experts)):
-        raise ModelError(f"{named}; they are not adapted while ZeRO-3 divides them", "use --deepspeed zero2")
+        raise ModelError(
+            f"{named}; they are not adapted while they are divided", "use --deepspeed zero2 in place of zero3 or --fsdp"
+        )
 
 
 def adapted_path(path: str, module: LoraLayer) -> str:

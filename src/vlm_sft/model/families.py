@@ -299,3 +299,8 @@ def router_coefficient(base: Any) -> float:
 def switched_off(base: Any) -> dict[str, bool]:
     """The argument that keeps a model from computing a router loss itself, which knows nothing of packs."""
     return {ROUTER_SWITCH: False} if ROUTER_SWITCH in inspect.signature(base.forward).parameters else {}
+
+
+def cache_argument(base: Any) -> str:
+    """The argument of a model's forward that takes the key/value cache; transformers 5.24 began to rename it."""
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"

@@ -196,7 +196,7 @@ def _write_probes(
     except VlmSftError:
         raise
     except Exception as error:  # an unknown tower may raise anything, and none of it may end a run
-        why = f"the vision tower cannot be called by itself ({reason_of(error)})"
+        why = f"the vision tower cannot be called alone ({reason_of(error)})"
         raise RunError(why, "pass --feature_cache off") from error
     began = time.perf_counter()
     records = [record for image in images for record in encode_images(model, [image])]

@@ -30,8 +30,8 @@ def trim_last_layer(base: VisionLanguageModel) -> bool:
         base: the Hugging Face model, not yet wrapped.
 
     Returns:
-        False where its decoder layers are not declared to be plain (`families.PLAIN_LAYERS`), ZeRO-3 has partitioned
-        their weights, or a few random rows come out differently; the layer is left as it is then.
+        False where its decoder layers are not declared to be plain (`families.PLAIN_LAYERS`), their weights are
+        divided over the ranks, or a few random rows come out differently; the layer is left as it is then.
     """
     layer = _last_layer(base)
     if layer is None or is_plain() or is_partitioned(*layer.parameters()):

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from vlm_sft.common.errors import ModelError, quoted
 from vlm_sft.model.families import FAMILIES
@@ -47,10 +47,20 @@ def require_layout(config: PreTrainedConfig, name: str) -> None:
         )
 
 
-def without_weights(config: PreTrainedConfig) -> Any:
-    """The architecture that a configuration describes, on the meta device."""
+def without_weights(config: PreTrainedConfig, **settings: Any) -> Any:
+    """The architecture that a configuration describes, on the meta device.
+
+    Args:
+        config: the configuration.
+        **settings: further arguments of transformers' `from_config`.
+    """
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
+        return AutoModelForImageTextToText.from_config(config, **settings)
+
+
+def empty_model(path: str, **settings: Any) -> Any:
+    """The architecture of a base model without weights; settings as of `without_weights`."""
+    return without_weights(AutoConfig.from_pretrained(path, trust_remote_code=False), **settings)
 
 
 def layout_problem(model: VisionLanguageModel) -> str | None:
@@ -60,7 +70,7 @@ def layout_problem(model: VisionLanguageModel) -> str | None:
         model: an image-text-to-text model, with weights or without.
     """
     if model.config.is_encoder_decoder:
-        return "a decoder of its own writes the answer, apart from image and question"
+        return "a separate decoder writes the answer"
     inner, decoder = getattr(model, "model", None), model.get_decoder()
     if inner is None or decoder is inner or all(part is not decoder for part in inner.modules()):
         return f"{type(model).__name__} does not hold its vision tower and its language model side by side in `model`"

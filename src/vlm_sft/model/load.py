@@ -32,7 +32,7 @@ from vlm_sft.model.families import DEFAULT_BASE, declared_mode, layer_values
 from vlm_sft.model.forward_patch import holds, is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.last_layer import trim_last_layer
-from vlm_sft.model.layout import require_layout, without_weights
+from vlm_sft.model.layout import empty_model, require_layout
 from vlm_sft.model.model_folder import require_model
 from vlm_sft.model.pocket import WEIGHTS
 from vlm_sft.model.protocols import VisionLanguageModel
@@ -60,6 +60,7 @@ class Base:
         notes: what the user should know: a request that could not be met, and what is done instead.
         load_in_4bit: hold the weights of the language model in 4 bits (QLoRA).
         rows: how its questions run where its configuration says that they cannot share an image; else None.
+        context: tokens that the positions of its language model reach; None where its configuration does not say.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Base:
     notes: tuple[str, ...]
     load_in_4bit: bool = False
     rows: Rows | None = None
+    context: int | None = None
 
     @property
     def attention(self) -> str:
@@ -153,8 +155,8 @@ def _bfloat16_notes(bf16: bool | str) -> list[str]:
         return []
     card = torch.cuda.get_device_name()
     if bf16 == "auto":
-        return [f"{card} has no bfloat16 of its own, and emulating it is slower than float32: computing in float32"]
-    warn(f"--bf16 true: {card} has no bfloat16 of its own, and emulating it is slower than float32; leave it at auto")
+        return [f"{card} does not support bfloat16, and emulating it is slower than float32: computing in float32"]
+    warn(f"--bf16 true: {card} does not support bfloat16, and emulating it is slower than float32; use auto")
     return []
 
 
@@ -224,7 +226,6 @@ def find_base(
     # Layers with wider heads than the narrowest ones are computed by SDPA where FlashAttention does not take them.
     widths = [width for width in layer_values(config.get_text_config(), "head_dim") if width]
     function, notes = choose_attention(flash_attn, dtype, min(widths, default=None))
-    notes = [*_bfloat16_notes(bf16), *notes]
     settings = prompt or PromptSettings.find(path) or PromptSettings()
     declared = declared_mode(config, "blockwise")
     return Base(
@@ -235,9 +236,10 @@ def find_base(
         stop_ids=_stop_ids(path),
         function=function,
         dtype=dtype,
-        notes=tuple(notes),
+        notes=(*_bfloat16_notes(bf16), *notes),
         load_in_4bit=load_in_4bit,
         rows=declared.separate_rows if declared else None,
+        context=getattr(config.get_text_config(), "max_position_embeddings", None),
     )
 
 
@@ -263,6 +265,11 @@ def load_model(base: Base, device: str = "cpu") -> Any:
     Raises:
         ModelError: the weights cannot be opened.
     """
+    return ready(read_model(base, device), base.function)
+
+
+def read_model(base: Base, device: str = "cpu") -> Any:
+    """As `load_model`, without what this package exchanges in it."""
     compare_whole_shapes(base.path)
     model, found = _open(
         lambda: AutoModelForImageTextToText.from_pretrained(
@@ -281,13 +288,13 @@ def load_model(base: Base, device: str = "cpu") -> Any:
         raise ModelError(
             f"--base_model {base.name}: {len(absent)} tensors of the model are not in its weights, or have another "
             f"shape there, e.g. {absent[0]}",
-            "copy or download the whole model again",
+            "copy or download the complete model again",
         )
     if base.load_in_4bit:
         _keep_scales(model)
     else:
         vars(model).pop("hf_device_map", None)  # trainers would think that the model is spread over several devices
-    return ready(model, base.function)
+    return model
 
 
 def ready(model: Any, function: str) -> Any:
@@ -302,11 +309,6 @@ def ready(model: Any, function: str) -> Any:
     trim_last_layer(model)
     fuse_modules(model)
     return model
-
-
-def empty_model(path: str) -> Any:
-    """The architecture of a base model without weights, on the meta device."""
-    return without_weights(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
 def _keep_scales(model: VisionLanguageModel) -> None:
@@ -387,7 +389,7 @@ def _open(load: Callable[[], Any], name: str) -> Any:
             ) from error
         if "trust_remote_code" in text:
             raise ModelError(
-                f"--base_model {name}: it comes with Python code of its own, which is never run",
+                f"--base_model {name}: it contains Python code, which is never run",
                 "use a model of a family that transformers itself has",
             ) from error
         lines = text.strip().splitlines() or [type(error).__name__]

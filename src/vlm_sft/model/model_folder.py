@@ -64,8 +64,8 @@ def require_model(folder: Path, name: str) -> None:
     if problems:
         more = f"; and {len(problems) - _MOST_SHOWN} more" if len(problems) > _MOST_SHOWN else ""
         raise ModelError(
-            f"--base_model {name}: the folder does not hold a whole model: {'; '.join(problems[:_MOST_SHOWN])}{more}",
-            "copy or download the whole model again, as safetensors",
+            f"--base_model {name}: the folder is not a complete model: {'; '.join(problems[:_MOST_SHOWN])}{more}",
+            "copy or download the complete model again, as safetensors",
         )
 
 
@@ -82,7 +82,7 @@ def require_utf8(folder: Path, flag: str) -> None:
                 "set PYTHONUTF8=1, or LC_ALL=C.UTF-8, and start again",
             )
         raise ModelError(
-            f"{flag} {writable(str(folder))}: the path holds bytes that are no UTF-8, and the libraries of weights and "
+            f"{flag} {writable(str(folder))}: the path is not valid UTF-8, and the libraries of weights and "
             "tokenizers cannot open it",
             "take another name",
         )

@@ -1,8 +1,8 @@
 """The forward pass of a pack: positions, attention layout, images in, logits of supervised positions out.
 
-The mathematics is that of separate sequences: every question sees its own image prefix and itself, its positions
+The result equals that of separate sequences: each question attends to its own image prefix and itself, its positions
 restart right after the prefix, and the vocabulary projection runs only where a supervised token is predicted. A model
-whose questions cannot share an image gets them as a padded batch, with nothing but plain transformers around it.
+whose questions cannot share an image gets them as a padded batch and runs in plain transformers.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _IMAGE_TYPE = 1  # token type of image tokens, in all processors that have token
 
 
 def position_ids(model: AnyModel, batch: PackedBatch) -> torch.Tensor:
-    """Positions of every token of a pack: those that it came with, else computed here, see `positions.Positions`."""
+    """Positions of every token of a pack: those of the batch, or else computed here, see `positions.Positions`."""
     return Positions(model)(batch) if batch.positions is None else batch.positions
 
 
 def image_blocks(batch: PackedBatch, mode: PackMode) -> torch.Tensor | None:
-    """Number of the block of image tokens that a token belongs to, -1 for other tokens, (L,) int64; None without."""
+    """Index of the image-token block of each token, -1 for other tokens, (L,) int64; None if the family has none."""
     if not mode.image_blocks:
         return None
     image = batch.prefix_types == _IMAGE_TYPE
@@ -65,13 +65,13 @@ def dense_mask(batch: PackedBatch, mode: PackMode, reach: Reach) -> torch.Tensor
 def packed(
     batch: PackedBatch, mode: PackMode, dropout_step: int, kept: dict[torch.nn.Module, State] | None = None
 ) -> Iterator[None]:
-    """What must hold during the forward and the backward pass of one pack; nothing else sets it.
+    """The context of the forward and backward pass of one pack; nothing else sets it.
 
     Args:
         batch: the pack, on the model's device.
         mode: how it is computed.
-        dropout_step: number of the optimizer step, which dropout masks are made from.
-        kept: takes the states behind the questions of the layers that have one, for generation.
+        dropout_step: number of the optimizer step, part of the dropout key.
+        kept: receives the state after each question, of layers that have one, for generation.
     """
     if not mode.shares:
         rows = padded_rows(batch)
@@ -96,12 +96,12 @@ def packed(
 
 @contextmanager
 def continued(fed: torch.Tensor, index: torch.Tensor, kept: dict[torch.nn.Module, State]) -> Iterator[None]:
-    """What must hold in a step of generation behind a pack.
+    """The context of one generation step after a pack.
 
     Args:
         fed: (F,) int64, the questions that the step's tokens belong to.
-        index: (F,) int64, index of each of these tokens in the sequence that its question alone would be.
-        kept: the states of the questions, which the step brings forward.
+        index: (F,) int64, index of each of these tokens in its question's own sequence.
+        kept: the states of the questions; the step updates them.
     """
     with computing(PackContext(len(fed), recurrence=Recurrence([], kept, fed), index=index)):
         yield
@@ -126,13 +126,13 @@ def forward(model: AnyModel, batch: PackedBatch, mode: PackMode, **extra: Any) -
             output = model(**separate_inputs(model, batch, rows), **extra)
         output.logits = scored(output.logits, rows)
         return output
-    # 0 keeps all: a trimmed model has nothing but these rows behind its last layer.
+    # 0 keeps all rows: a trimmed model computes only these rows after its last layer.
     kept = 0 if is_trimmed(unwrap(model)) else batch.predict
     return _scored_at(model, kept, **shared_inputs(model, batch, mode), **extra)
 
 
 def _scored_at(model: AnyModel, rows: torch.Tensor | int, **inputs: Any) -> Any:
-    """Call a model so that its head computes some rows (S,) only, or all for 0; not every class takes them."""
+    """Call a model so that its head computes only some rows (S,), or all for 0; not every class accepts them."""
     base = unwrap(model)
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
         return model(logits_to_keep=rows, **inputs)
@@ -162,7 +162,7 @@ def shared_inputs(model: AnyModel, batch: PackedBatch, mode: PackMode) -> dict[s
 
 
 def expert_types(config: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The argument that says which of some tokens go to experts for pictures, where a family has such experts.
+    """The argument that routes tokens to image experts, for families that have them.
 
     Args:
         config: of the model.
@@ -176,12 +176,12 @@ def expert_types(config: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def separate_inputs(model: AnyModel, batch: PackedBatch, rows: PaddedRows | None = None) -> dict[str, Any]:
-    """The arguments that plain transformers gets for the questions of a pack as separate sequences.
+    """The arguments of plain transformers for the questions of a pack as separate sequences.
 
     Args:
         model: the model, wrapped or not.
         batch: the pack.
-        rows: its questions as a batch, (B, T); None makes it. Positions and masks are the model's own.
+        rows: its questions as a batch, (B, T); None builds it. The model computes positions and masks.
     """
     rows = rows or padded_rows(batch)
     base = unwrap(model)
@@ -198,13 +198,13 @@ def separate_inputs(model: AnyModel, batch: PackedBatch, rows: PaddedRows | None
 
 @dataclass(frozen=True)
 class Objective:
-    """What a training makes small, beside the plain cross entropy; an evaluation looks at that alone.
+    """The training objective, a variant of the cross entropy; evaluations use the plain one.
 
     Attributes:
-        smoothing: part of a token's probability that is spread evenly over the vocabulary (Szegedy et al. 2016,
+        smoothing: share of a token's target probability spread evenly over the vocabulary (Szegedy et al. 2016,
             arXiv:1512.00567), as transformers' `label_smoothing_factor`.
-        by_probability: whether a token's loss is weighted with the probability that the model gives the token, a
-            constant for the gradient: dynamic fine-tuning (Wu et al. 2025, arXiv:2508.05629, equation 9).
+        by_probability: whether a token's loss is weighted by the model's probability of the token, treated as
+            constant in the gradient: dynamic fine-tuning (Wu et al. 2025, arXiv:2508.05629, equation 9).
     """
 
     smoothing: float = 0.0
@@ -212,7 +212,7 @@ class Objective:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Objective:
-        """That of a recipe."""
+        """The objective of a recipe."""
         return cls(recipe.label_smoothing_factor, recipe.loss_type == "dft")
 
 
@@ -220,10 +220,10 @@ PLAIN = Objective()
 
 
 def token_losses(model: AnyModel, batch: PackedBatch, mode: PackMode, smoothing: float = 0.0) -> torch.Tensor:
-    """Run the model on one pack, inside `packed(…)`, and compare it with the answers.
+    """Run the model on one pack, inside `packed(…)`, and return the loss of each supervised token.
 
-    Where the model is trimmed and its head is frozen and plain, the losses are computed without the scores; nowhere is
-    there a copy of all scores in float32 (`model/cpu/cross_entropy.py`).
+    If the model is trimmed and its head is frozen and plain, the losses are computed without the logits matrix. No
+    path holds a float32 copy of all logits (`model/cpu/cross_entropy.py`).
 
     Args:
         model: the model, wrapped or not.
@@ -243,10 +243,10 @@ def token_losses(model: AnyModel, batch: PackedBatch, mode: PackMode, smoothing:
 
 
 def training_losses(model: AnyModel, batch: PackedBatch, mode: PackMode, objective: Objective = PLAIN) -> torch.Tensor:
-    """The losses of an objective, and where the model's configuration counts it the router loss of every question.
+    """The losses of an objective, plus each question's router loss if the model's configuration enables it.
 
-    Each supervised token of a question carries the question's router loss, so that a step of one question has the loss
-    that plain transformers gives it, and packs and ranks change nothing.
+    Every supervised token of a question carries the question's router loss. So a step of one question has the loss of
+    plain transformers, and packs and ranks change nothing.
 
     Args:
         model, batch, mode: as for `token_losses`.

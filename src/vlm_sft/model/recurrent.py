@@ -116,7 +116,7 @@ def _pack(mixer: Mixer, module: Any, streams: list[torch.Tensor], recurrence: Re
 def _step(mixer: Mixer, module: Any, streams: list[torch.Tensor], recurrence: Recurrence) -> torch.Tensor:
     """Outputs (F, V) for one more token of each of the questions `fed`, which go on from their own states."""
     kept, fed = recurrence.kept, recurrence.fed
-    assert kept is not None and fed is not None, "a step of generation goes on from a pack"
+    assert kept is not None and fed is not None, "a generation step continues from a pack"
     before = kept[module]
     output, after = mixer.scan(
         module, [stream[:, None] for stream in streams], torch.ones_like(fed), None, before.rows(fed)
@@ -131,7 +131,7 @@ def _step(mixer: Mixer, module: Any, streams: list[torch.Tensor], recurrence: Re
 def _same(mixer: Mixer, module: Any) -> bool:
     """Whether a pack of random hidden states comes out as its separate sequences do, through the module itself.
 
-    Weights that ZeRO-3 has partitioned cannot be tried; there the shape of the module decides.
+    Weights that are divided over the ranks cannot be tried; there the shape of the module decides.
     """
     if is_partitioned(*module.parameters()):
         return True

@@ -52,7 +52,7 @@ def row_images(model: AnyModel, batch: PackedBatch, rows: Sequence[int]) -> dict
 
 
 def _takes_features(model: AnyModel) -> bool:
-    """Whether the tower can be run apart; ZeRO-3 follows modules inside the model's own forward pass only."""
+    """Whether the tower can be run apart; divided weights are gathered in the model's own forward pass only."""
     base = unwrap(model)
     accepted = "mm_encoder_outputs" in inspect.signature(base.forward).parameters
     return accepted and hasattr(inner_model(model), "get_image_features") and not is_partitioned(*base.parameters())

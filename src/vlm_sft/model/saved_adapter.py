@@ -25,7 +25,8 @@ from vlm_sft.common.manifest import folder_problems, read_manifest
 from vlm_sft.common.record import bfloat16_flags
 from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.model.forward_patch import reason_of
-from vlm_sft.model.load import POCKET, Base, empty_model, resolve_path
+from vlm_sft.model.layout import empty_model
+from vlm_sft.model.load import POCKET, Base, resolve_path
 from vlm_sft.model.model_folder import require_utf8
 
 BASE_WEIGHTS = "base_weights"  # in a manifest's identity and in export.json: `weights_fingerprint` of the base
@@ -73,7 +74,7 @@ def check_adapter_folder(folder: Path) -> dict[str, Any]:
     if not config.is_file() or not weights.is_file():
         if holds_full_model(folder):
             raise ModelError(
-                f"--adapter {folder}: it holds a whole model (trained with --train all), no adapter",
+                f"--adapter {folder}: it holds a whole model (trained with --train all), not an adapter",
                 f"pass it as --base_model {folder}, without --adapter",
             )
         pickle = weights.with_suffix(".bin")
@@ -166,7 +167,7 @@ def base_of_adapter(adapter: Path, base_model: str | None) -> str:
         if Path(name).expanduser().exists():
             raise
         raise ModelError(
-            f"--adapter {adapter} was trained on {name}, and there is no such folder here",
+            f"--adapter {adapter} was trained on {name}, and that folder does not exist here",
             "pass --base_model with the place where that base is now",
         ) from error
     return name
@@ -335,7 +336,7 @@ def _check_base(folder: Path, config: Mapping[str, Any], base: Base, allowed: bo
     what = f"--adapter {folder} was trained on {name or 'another base'}, and {base.name} is not that base: {reason}"
     if not allowed:
         place = f"--base_model {name}" if name and name != base.name else "--base_model with that base"
-        other = "" if allowed is None else ", or --allow_other_base to see what it does on this one"
+        other = "" if allowed is None else ", or --allow_other_base to use it on this one"
         raise ModelError(what, f"pass {place}{other}")
     warn(what)
 

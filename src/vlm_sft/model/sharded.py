@@ -1,28 +1,27 @@
-"""Models whose weights are partitioned over the ranks, for those that no device holds whole.
-
-This is DeepSpeed's ZeRO stage 3 without an optimizer, "ZeRO-Inference" (Aminabadi et al. 2022): every rank keeps a part
-of each tensor, and a layer's tensors are gathered when it computes and freed after it. So every rank has to take part
-in every forward pass.
-"""
+"""Models whose weights are divided over the ranks (`distributed/fsdp.py`), for those that no device holds whole."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlm_sft.common.errors import ModelError
+from vlm_sft.distributed.collectives import agree
+from vlm_sft.distributed.fsdp import divide, mark
 from vlm_sft.model.adapters import load_adapter
-from vlm_sft.model.load import Base, empty_model, load_model
+from vlm_sft.model.layout import empty_model
+from vlm_sft.model.load import Base, read_model, ready
+from vlm_sft.model.vision_features import decoder_of, loose_parameters, tower_modules
 
 # What answering needs beside the weights: keys, values and activations of a pack, the allocator's fragments.
 _BESIDE_SHARE, _BESIDE_BYTES = 0.1, 4 * 1024**3
 
 
 def shards_weights(wanted: str, base: Base, ranks: int, memory_bytes: int) -> bool:
-    """Decide whether the weights are partitioned over the ranks while they answer.
+    """Decide whether the weights are divided over the ranks while they answer.
 
     Args:
         wanted: "true", "false" or "auto", which does so where a whole model does not fit.
@@ -34,18 +33,18 @@ def shards_weights(wanted: str, base: Base, ranks: int, memory_bytes: int) -> bo
         ModelError: it was requested, and cannot be done.
     """
     if wanted == "auto":
-        if ranks < 2 or base.load_in_4bit or find_spec("deepspeed") is None:
+        if ranks < 2 or base.load_in_4bit:
             return False
         return (1 + _BESIDE_SHARE) * _weight_bytes(base) + _BESIDE_BYTES > memory_bytes
     if wanted == "false":
         return False
     if ranks < 2:
         raise ModelError(
-            "--shard_weights true: there is one rank, and nobody to share with",
+            "--shard_weights true: there is only one rank to shard over",
             "start several: torchrun --nproc_per_node=N -m vlm_sft …",
         )
     if base.load_in_4bit:
-        raise ModelError("--shard_weights true: ZeRO-3 cannot partition 4-bit weights", "leave one of the two out")
+        raise ModelError("--shard_weights true: 4-bit weights cannot be divided", "leave one of the two out")
     return True
 
 
@@ -54,44 +53,68 @@ def _weight_bytes(base: Base) -> int:
     return sum(parameter.numel() for parameter in empty_model(base.path).parameters()) * base.dtype.itemsize
 
 
-def load_partitioned(base: Base, adapter: Path | None, ranks: int) -> Any:
-    """Load a model so that no rank ever holds it whole; all ranks must call it.
+def load_to_divide(base: Base) -> Any:
+    """Load a model that `divide_model` will divide; all ranks must call it.
+
+    Args:
+        base: where it is found.
+
+    Returns:
+        The model, with its weights in the memory of rank 0's machine, and without any on other ranks.
+
+    Raises:
+        ModelError: the weights cannot be opened.
+    """
+    read: list[Any] = []
+    agree(lambda: read.append(read_model(base)))
+    if not read:
+        read.append(empty_model(base.path, dtype=base.dtype, attn_implementation="sdpa").eval())
+    model = read[0]
+    mark(model)
+    return ready(model, base.function)
+
+
+def divide_model(model: Any, device: str, dtype: torch.dtype) -> None:
+    """Divide the weights of a model over the ranks, on their devices; all ranks must call it.
+
+    A frozen vision tower stays whole on each rank: it is small beside a language model, and so a rank can look at its
+    own images by itself.
+
+    Args:
+        model: from `load_to_divide`, made ready for what it is to do.
+        device: where this rank computes.
+        dtype: of the computation.
+    """
+    tower = [parameter for module in tower_modules(model).values() for parameter in module.parameters()]
+    tower += loose_parameters(model).values()
+    frozen = not any(parameter.requires_grad for parameter in tower)
+    divide(model, _layers(model), tower if frozen else (), torch.device(device), dtype)
+
+
+def _layers(model: Any) -> list[torch.nn.Module]:
+    """The layers of the language model: the longest list in it, by weights."""
+    lists = [module for module in decoder_of(model).modules() if isinstance(module, torch.nn.ModuleList)]
+    return list(max(lists, key=lambda one: sum(weight.numel() for weight in one.parameters()), default=[]))
+
+
+def load_divided(base: Base, adapter: Path | None, device: str) -> Any:
+    """Load a model that answers with its weights divided over the ranks; all ranks must call it.
 
     Args:
         base: where it is found.
         adapter: folder of a LoRA adapter on it; None for the base alone.
-        ranks: how many there are; DeepSpeed has joined them already.
+        device: where this rank computes.
 
     Returns:
-        The model, frozen; `gather_on_forward` lets it compute.
+        The model, frozen.
 
     Raises:
         ModelError: the weights or the adapter cannot be opened.
     """
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
-    alive = HfDeepSpeedConfig(_settings(base, ranks))  # while it lives, weights are partitioned as they are read
-    try:
-        model = load_model(base).requires_grad_(False)
-        return model if adapter is None else load_adapter(model, adapter)
-    finally:
-        del alive
-        unset_hf_deepspeed_config()
-
-
-def gather_on_forward(model: torch.nn.Module, base: Base, ranks: int) -> None:
-    """Let the layers of a model from `load_partitioned` gather their weights to compute; all ranks must call it."""
-    import deepspeed
-
-    deepspeed.initialize(model=model.eval(), config=_settings(base, ranks))
-
-
-def _settings(base: Base, ranks: int) -> dict[str, Any]:
-    """DeepSpeed's configuration."""
-    return {
-        "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": base.dtype == torch.bfloat16},
-        "train_micro_batch_size_per_gpu": 1,
-        "train_batch_size": ranks,
-        "steps_per_print": 1_000_000_000,
-    }
+    model = load_to_divide(base).requires_grad_(False)
+    if adapter is not None:
+        with warnings.catch_warnings():  # on other ranks than the first there is no place for its weights yet
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
+            model = load_adapter(model, adapter)
+    divide_model(model, device, base.dtype)
+    return model.eval()

@@ -12,11 +12,13 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from vlm_sft.common.console import say
 from vlm_sft.common.errors import ModelError
 from vlm_sft.data.cache.feature_names import feature_record
 from vlm_sft.data.collate import collate
@@ -26,7 +28,7 @@ from vlm_sft.data.packing import Bundle
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model import packed_forward
-from vlm_sft.model.cpu.matmul import mixed_precision
+from vlm_sft.model.cpu.matmul import mixed_precision, narrows
 from vlm_sft.model.families import (
     CHUNK,
     FAMILIES,
@@ -73,6 +75,7 @@ def choose_mode(model: AnyModel, encoder: Encoder) -> PackMode:
 def _sharing_mode(model: AnyModel, encoder: Encoder) -> PackMode:
     """Whether questions share their image."""
     base = packed_forward.unwrap(model)
+    _widen_if_it_fails(model, encoder)
     dtype = base.get_input_embeddings().weight.dtype
     kind: Kind = "blockwise" if is_blockwise(base) else "dense"
     declared = declared_mode(base.config, kind, unshared_states(base))
@@ -80,7 +83,9 @@ def _sharing_mode(model: AnyModel, encoder: Encoder) -> PackMode:
         _require_computable(model, encoder, whole=base.config.model_type not in FAMILIES)
         return declared
     if is_partitioned(*base.parameters()):
-        return separate_mode(base.config, "an unknown family cannot be checked while ZeRO-3 has partitioned it")
+        return separate_mode(
+            base.config, "an unknown family cannot be checked while its weights are divided over the ranks"
+        )
     try:
         error = sharing_error(model, encoder, kind)
     except Exception as failure:  # an unknown architecture may raise anything
@@ -95,7 +100,11 @@ def _with_rows(model: AnyModel, encoder: Encoder, mode: PackMode) -> PackMode:
     """How the separate sequences of an unproven model run together; a note where that is not as one padded batch."""
     base = packed_forward.unwrap(model)
     if is_partitioned(*base.parameters()):
-        return replace(mode, rows="single", note=f"{mode.note}; one by one, since ZeRO-3 allows no check of batches")
+        return replace(
+            mode,
+            rows="single",
+            note=f"{mode.note}; one by one, since batches cannot be checked while weights are divided",
+        )
     tolerance = TOLERANCE[base.get_input_embeddings().weight.dtype]
     problem = _rows_problem(model, encoder, "padded", tolerance)
     if problem is None:
@@ -157,6 +166,35 @@ def each_alone(pack: list[Bundle]) -> list[list[Bundle]]:
     return [[Bundle(bundle.group, (number,))] for bundle in pack for number in bundle.questions]
 
 
+def _widen_if_it_fails(model: AnyModel, encoder: Encoder) -> None:
+    """Compute a family that is not declared in float32 where it fails with its products alone in bfloat16.
+
+    A module that multiplies by the weights of its layers itself, not by calling them, meets float32 there.
+
+    Args:
+        model: changed in place.
+        encoder: encodes a question for it.
+    """
+    base: Any = packed_forward.unwrap(model)
+    weight = base.get_input_embeddings().weight
+    if base.config.model_type in FAMILIES or weight.dtype != torch.bfloat16 or not narrows(weight.device):
+        return
+    try:
+        _compute_probe(model, encoder)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as failure:  # an unknown architecture may raise anything
+        base.float()
+        say(f"{base.config.model_type} fails with its products in bfloat16 ({reason_of(failure)}): float32 is computed")
+
+
+@torch.no_grad()
+def _compute_probe(model: AnyModel, encoder: Encoder) -> None:
+    """Let plain transformers compute a question about a small image."""
+    with evaluating(model):
+        _logits(model, [Bundle(0, (0,))], [encoder.encode(_probe(0, _SIZES[0]))], PackMode("separate"))
+
+
 class _ReachedError(Exception):
     """The language model is called."""
 
@@ -178,15 +216,13 @@ def _require_computable(model: AnyModel, encoder: Encoder, whole: bool) -> None:
     base = packed_forward.unwrap(model)
     if is_partitioned(*base.parameters()):
         return
-    group = encoder.encode(_probe(0, _SIZES[0]))
 
     def stop(*_: object) -> None:
         raise _ReachedError
 
     hook = None if whole else base.get_decoder().register_forward_pre_hook(stop)
     try:
-        with evaluating(model), torch.no_grad():
-            _logits(model, [Bundle(0, (0,))], [group], PackMode("separate"))
+        _compute_probe(model, encoder)
     except _ReachedError:
         pass
     except torch.OutOfMemoryError:  # says nothing about the model
@@ -233,7 +269,7 @@ def features_doubt(model: AnyModel, encoder: Encoder) -> str:
     if base.config.model_type in FAMILIES:
         return ""
     if is_partitioned(*base.parameters()):
-        return "those of an unknown family cannot be checked while ZeRO-3 has partitioned it"
+        return "those of an unknown family cannot be checked while its weights are divided over the ranks"
     try:
         error = features_error(model, encoder)
     except Exception as failure:  # an unknown architecture may raise anything

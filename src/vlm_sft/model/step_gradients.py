@@ -141,9 +141,16 @@ class StepGradients:
         return dict(zip(names, self.sums, strict=True))
 
     def average(self, world_size: int) -> None:
-        """Replace the gradients by their mean over the ranks; every rank must call it."""
-        sums = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, self.sums, strict=True)]
-        self.sums = list(sums)
+        """Replace the gradients by their mean over the ranks; every rank must call it.
+
+        One that no rank has stays None, as on one process: an optimizer would move its weights by their momentum.
+        """
+        has = [float(gradient is not None) for gradient in self.sums]
+        known = [rank > 0 for rank in sum_ranks(torch.tensor(has, device=self.device)).tolist()]
+        for index, parameter in enumerate(self.parameters):
+            if known[index] and self.sums[index] is None:
+                self.sums[index] = torch.zeros_like(parameter)
+        sums = [gradient for gradient in self.sums if gradient is not None]
         for bucket in _buckets(sums):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(world_size)
             for gradient, mean in zip(bucket, sum_ranks(flat).split([one.numel() for one in bucket]), strict=True):
@@ -195,7 +202,7 @@ def loss_problem(tokens: Sequence[tuple[PackedBatch, torch.Tensor]], loss: float
         return None
     images = _bad_images([pack for pack, _ in tokens])
     if images:
-        detail = "an image tensor or a kept vision feature is not finite"
+        detail = "an image tensor or a cached vision feature is not finite"
         return {"detail": detail, "sample_ids": images, "source": "image", "loss": loss}
     found = []
     for pack, losses in tokens:

@@ -17,9 +17,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import ModelError
+from vlm_sft.distributed.fsdp import is_divided
 from vlm_sft.model.adapters import Targets, add_lora, no_targets, parameter_counts, resolve_targets
 from vlm_sft.model.load import Base, load_model
 from vlm_sft.model.parts import ALL, LANGUAGE, LORA_PARTS, WHOLE_PARTS, part_loras, saved_modules
+from vlm_sft.model.sharded import load_divided
 from vlm_sft.recipe.schema import Recipe
 
 
@@ -180,7 +182,8 @@ def untuned(model: Any, base: Base) -> Iterator[Any]:
         with model.disable_adapter():
             yield model
     else:
-        yield load_model(base, str(next(model.parameters()).device))
+        device = str(next(model.parameters()).device)
+        yield load_divided(base, None, device) if is_divided(model) else load_model(base, device)
 
 
 def in_format(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

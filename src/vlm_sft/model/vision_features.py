@@ -163,10 +163,10 @@ def _features_now(model: AnyModel, image: Mapping[str, torch.Tensor]) -> Record:
     """The features of one image, from its pixels.
 
     Raises:
-        DataError: ZeRO-3 has partitioned the tower, and the other ranks do not know of this image.
+        DataError: the tower is divided, and the other ranks do not know of this image.
     """
     if is_partitioned(*(parameter for tower in tower_modules(model).values() for parameter in tower.parameters())):
-        raise DataError("kept vision features are damaged", "start again with --resume auto: they are computed again")
+        raise DataError("cached vision features are damaged", "start again with --resume auto: they are computed again")
     device = next(iter(image.values())).device
     with whole_tower(model, str(device)):
         (found,) = encode_images(model, [image])
@@ -338,7 +338,7 @@ def _trained_part(base: Any, towers: Mapping[str, torch.nn.Module]) -> str:
     tower = [parameter for module in towers.values() for parameter in module.parameters() if id(parameter) not in own]
     if any(parameter.requires_grad for parameter in tower):
         return "the vision tower is trained"
-    return "the projector is trained, and kept features are what it puts out"
+    return "the projector is trained, and cached features are its output"
 
 
 def tower_settings(model: AnyModel) -> dict[str, Any]:

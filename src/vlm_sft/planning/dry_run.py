@@ -18,12 +18,11 @@ from vlm_sft.common.errors import ModelError, RunError
 from vlm_sft.common.record import RunRecord, resident_bytes
 from vlm_sft.data.audit import enforce, left_out_line
 from vlm_sft.data.cache.directory import default_cache_dir
-from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import parse_datasets
-from vlm_sft.distributed.launch import Launch, quiet_libraries, read_launch, threads_of_a_rank
+from vlm_sft.distributed.launch import Launch, quiet_libraries, read_launch, require_fsdp_alone, threads_of_a_rank
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.forecast.calibration import Calibration, from_past_runs, read_past_runs, settled_rates
 from vlm_sft.forecast.estimate import forecast_run
@@ -32,8 +31,10 @@ from vlm_sft.forecast.inputs import ForecastInputs
 from vlm_sft.forecast.limits import shortages
 from vlm_sft.forecast.shapes import ModelShape, find_published
 from vlm_sft.model.caches import Engine
+from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.gpu.flash import SHARED_FLASH, takes_width
 from vlm_sft.model.load import Base, choose_attention, default_dtype
+from vlm_sft.planning.answer_limits import with_token_limits
 from vlm_sft.planning.device_rates import rates_here
 from vlm_sft.planning.forecast_inputs import RunData, forecast_inputs, free_space
 from vlm_sft.planning.hypothetical_data import facts_from_numbers, facts_from_table
@@ -53,10 +54,10 @@ from vlm_sft.planning.run_plan import (
     tell_notes,
     tell_parts,
     validation_plan,
-    with_token_limits,
 )
 from vlm_sft.planning.run_recipe import read_run_recipe
 from vlm_sft.planning.run_setting import past_runs_key, setting_of, shape_of
+from vlm_sft.planning.sample_lengths import length_rule, prepared
 from vlm_sft.planning.token_counting import CountingCache
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import ValidationPlan, check_request
@@ -100,7 +101,7 @@ def plan_run(options: PlanOptions, counted: dict[str, EncodedGroup] | None = Non
         say(note)
     with tempfile.TemporaryDirectory(prefix="vlm_sft_plan") as folder, threads_of_a_rank(launch):
         aside = replace(train, output_dir=Path(folder))
-        specs = parse_datasets(train.dataset)
+        specs = parse_datasets(train.dataset, train.columns)
         run = TrainingRun(aside, recipe, specs, launch, RunRecord(Path(folder), {}), None)
         if options.hypothetical is not None:
             data, shape = facts_from_numbers(run, options.hypothetical)
@@ -113,7 +114,9 @@ def plan_run(options: PlanOptions, counted: dict[str, EncodedGroup] | None = Non
                 published = find_published(train.base_model)
             except ModelError:
                 raise error from None
-            say(f"{published.name} is not at hand: sizes from the built-in table ({published.source}), text estimated")
+            say(
+                f"{published.name} is not available: sizes from the built-in table ({published.source}), text estimated"
+            )
             questions = _questions(run, None)
             data = facts_from_table(run, published, questions.train, questions.evaluation)
             return _forecast(run, data, questions.validation, questions.tasks, published.shape, device)
@@ -126,9 +129,11 @@ def _launch(options: PlanOptions, device: Device | None) -> Launch:
     if gpus < 1:
         raise RunError(f"--gpus {gpus} is below 1", "give a number of devices")
     deepspeed = options.train.deepspeed
+    if options.train.fsdp:
+        require_fsdp_alone(deepspeed, gpus)
     here = read_launch(None, None)
-    parallel = deepspeed or ("single" if gpus == 1 else "ddp")
-    if parallel not in ("single", "ddp", "zero2", "zero3"):
+    parallel = "fsdp" if options.train.fsdp else deepspeed or ("single" if gpus == 1 else "ddp")
+    if parallel not in ("single", "ddp", "fsdp", "zero2", "zero3"):
         parallel = "deepspeed"
     return replace(here, world_size=gpus, parallel=parallel, cpu=here.cpu and device is None)
 
@@ -139,8 +144,12 @@ def _value_bytes(run: TrainingRun, shape: ModelShape, device: Device | None) -> 
     if device is not None and recipe.bf16 == "auto":
         return 2 if device.bf16 else 4
     if device is not None and recipe.bf16 and not device.bf16:
-        warn(f"--bf16 true: {device.name} has no bfloat16 of its own; emulated, it is slower than forecast")
-    formats = decide_format(shape, recipe, run.launch.deepspeed is not None) if recipe.bf16 == "auto" else None
+        warn(f"--bf16 true: {device.name} does not support bfloat16; emulated, it is slower than forecast")
+    formats = (
+        decide_format(shape, recipe, run.launch.deepspeed is not None or run.launch.fsdp)
+        if recipe.bf16 == "auto"
+        else None
+    )
     return 2 if formats is not None and formats.pays else default_dtype(recipe.bf16).itemsize
 
 
@@ -193,7 +202,7 @@ class _Questions:
 
 def _questions(run: TrainingRun, encoder: Encoder | None) -> _Questions:
     """Load the questions of a run; `encoder` counts the tokens of answers, None estimates them."""
-    guards = check_request(run.recipe, run.specs, run.options.guard, run.options.eval_samples)
+    guards = check_request(run.recipe, run.specs, run.options)
     train, evaluation, left_out = load_data(run.specs, run.recipe, run.options.loss_weights)
     tasks, validation = final_tasks(run), validation_plan(run, guards)
     tell_parts(run, train, evaluation, validation, tasks)
@@ -205,20 +214,21 @@ def _questions(run: TrainingRun, encoder: Encoder | None) -> _Questions:
 def _from_base(run: TrainingRun, base: Base, device: Device | None, counted: dict[str, EncodedGroup]) -> PlannedRun:
     """Plan with a base whose processor is at hand."""
     options = run.options
-    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    encoder = encoder_of(base)
     questions = _questions(run, encoder)
     engine = Engine(options.engine, run.launch, base.name, base.path)
     cache = CountingCache(encoder, engine.root, base.name, counted)
-    data = PreparedData(questions.train, encoder, "counting tokens", cache)
-    label = "counting tokens (evaluation)"
-    evaluation = PreparedData(questions.evaluation, encoder, label, cache) if questions.evaluation else None
+    rule = length_rule(run.recipe, base)
+    data = prepared(run, questions.train, encoder, rule, "training", cache)
+    part = "evaluation loss"
+    evaluation = prepared(run, questions.evaluation, encoder, rule, part, cache) if questions.evaluation else None
     total = len(questions.train) + len(questions.evaluation) + len(questions.left_out)
     left_out = questions.left_out + data.left_out + (evaluation.left_out if evaluation else [])
     enforce(left_out, total, options.max_left_out)
     if left_out:
         warn(left_out_line(left_out))
     tell_notes(run, questions.train + questions.evaluation, encoder)
-    tasks, validation = fit_questions(run, questions.tasks, questions.validation, encoder)
+    tasks, validation = fit_questions(run, questions.tasks, questions.validation, encoder, rule)
     planner, eval_planner, schedule = plan_epochs(run, base, data, evaluation)
     drawn = Plan(base, schedule, data, evaluation, planner, eval_planner, engine, cache, {})
     planned = _forecast(run, RunData.of_plan(drawn, tasks), validation, tasks, shape_of(base), device)

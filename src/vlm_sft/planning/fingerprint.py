@@ -39,6 +39,8 @@ FREE_KEYS = frozenset(
         "global_batch_size",
     }
 )
+METRICS = "metrics"  # the user's functions that score answers: name -> SHA-256 of its source
+MIXED_LOSS = "eval_loss_is_mixed"  # whether several data sets make up eval_loss, each by its share of the training
 _SETTINGS_FILES = (".json", ".jinja", ".txt", ".model")
 
 
@@ -71,6 +73,7 @@ def run_identity(
         "prompt": {key: prompt[key] for key in PROMPT_KEYS},
         "data_sha256": data_sha256(data),
         "evaluation_data_sha256": data_sha256(evaluation, scored=True) if evaluation is not None else None,
+        MIXED_LOSS: evaluation is not None and len(set(evaluation.datasets())) > 1,
         "adapter_sha256": adapter_sha256(adapter) if adapter is not None else None,
     }
 
@@ -87,6 +90,7 @@ def data_sha256(data: PreparedData, scored: bool = False) -> str:
         turns = [(turn.role, turn.text) for turn in sample.history]
         row: list[Any] = [sample.image_key, sample.system, turns, sample.question, sample.target]
         row += [] if scored or sample.weight == 1 else [sample.weight]
+        row += filter(None, (sample.places, sample.boxes))
         digest.update(json.dumps([*row, *sample.answers] if scored else row).encode() + b"\n")
     return digest.hexdigest()
 
@@ -126,8 +130,8 @@ def refuse_changes(checkpoint: Path | None, now: Mapping[str, Any], allowed: boo
         listed = "".join(f"\n  - {line}" for line in found)
         raise RunError(
             f"{checkpoint} belongs to another training:{listed}",
-            "give the same flags and data, start over in another --output_dir, or pass --allow_changes to go on with "
-            "what is new",
+            "give the same flags and data, start over in another --output_dir, or pass --allow_changes to "
+            "continue with the new values",
         )
     return found
 
@@ -152,10 +156,22 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         found.append(f"precision: was {saved.get('dtype')} and is {now['dtype']}")
     if _changed(saved, now, "adapter_sha256"):
         found.append("--adapter: it is another one than the training began with")
+    found += _other_sources(saved.get(METRICS, {}), now.get(METRICS, {}))
+    if now.get(MIXED_LOSS) and MIXED_LOSS not in saved:
+        found.append(
+            "eval_loss: it was the mean over all evaluation questions, and is the mean of the data sets in the "
+            "proportions of the training: values before and after cannot be compared"
+        )
     for key, what in (("data_sha256", "training data"), ("evaluation_data_sha256", "evaluation data")):
         if _changed(saved, now, key):
             found.append(f"{what}: images, questions, answers or their order differ")
     return found
+
+
+def _other_sources(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The user's metrics whose source has changed."""
+    changed = [name for name, source in now.items() if saved.get(name, source) != source]
+    return [f"--metric {name}: its source is another one" for name in changed]
 
 
 def _defaults() -> dict[str, Any]:
@@ -170,7 +186,7 @@ def _changed(saved: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool
 
 
 def check_ranks(checkpoint: Path | None, launch: Launch) -> None:
-    """DeepSpeed's state fits only the launch that wrote it; that of other launches fits any number of processes.
+    """State that is divided (DeepSpeed, FSDP) fits only the launch that wrote it; other state any number of processes.
 
     Raises:
         RunError: the checkpoint is of another kind of launch.

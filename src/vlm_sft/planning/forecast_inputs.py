@@ -80,7 +80,7 @@ class RunData:
             evaluation.visual_tokens if evaluation else (),
             train_images,
             eval_images,
-            _counter(plan, images),
+            _counter(plan),
             CachedImages(plan.engine.root, encoder, plan.base.path),
             image_seconds(encoder, [*(task.samples[0] for task in tasks), *images[:2]]),
         )
@@ -96,11 +96,10 @@ class RunData:
         return replace(self, planner=replace(self.planner, tokens_per_pack=tokens), eval_planner=evaluation)
 
 
-def _counter(plan: Plan, images: Sequence[Sample]) -> Callable[[ImageRef], int]:
+def _counter(plan: Plan) -> Callable[[ImageRef], int]:
     """A function that gives the visual tokens of an image: as they were counted, else by its size."""
     parts = [part for part in (plan.data, plan.evaluation) if part is not None]
-    tokens = [count for part in parts for count in part.visual_tokens if count]
-    counted = {sample.image_key: count for sample, count in zip(images, tokens, strict=True)}
+    counted = {sample.image_key: group.image_tokens for part in parts for sample, group, _ in part.samples()}
     by_size = image_counter(plan.data.encoder.processor)
 
     def count(image: ImageRef) -> int:

@@ -9,11 +9,11 @@ from vlm_sft.common.console import say
 from vlm_sft.common.errors import DataError, ModelError
 from vlm_sft.data.encode import picture_sizes
 from vlm_sft.data.engine_options import Rows
+from vlm_sft.data.image_tokens import qwen_grid
 from vlm_sft.data.packing import GroupLengths
 from vlm_sft.data.sample import ImageRef, Sample, distinct_images, group_by_image
 from vlm_sft.data.token_estimate import EXPECTED
 from vlm_sft.evaluate.batching import image_counter
-from vlm_sft.forecast.image_tokens import qwen_grid
 from vlm_sft.forecast.inputs import ImageLoad
 from vlm_sft.forecast.shapes import ModelShape, PublishedModel, find_published
 from vlm_sft.model.caches import one_an_image

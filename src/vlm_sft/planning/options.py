@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+import shlex
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlm_sft.common.errors import DataError
-from vlm_sft.common.options import option
+from vlm_sft.common.idle import Idle
+from vlm_sft.common.options import option, words_of
 from vlm_sft.data.engine_options import EngineOptions
+from vlm_sft.data.sources.spec import COLUMNS_HELP
 from vlm_sft.evaluate.options import AnswerOptions
 from vlm_sft.model.families import DEFAULT_BASE
-from vlm_sft.recipe.builtin import RECIPES, locate_recipe
+from vlm_sft.recipe.builtin import FILES, RECIPES, locate_recipe
 
 MAX_BAD_STEPS = 3
 AUTO = "auto"
@@ -60,9 +63,11 @@ class TrainOptions(AnswerOptions):
     dataset: str = option(
         "chartqa,textvqa",
         "NAME[@PATH][:WEIGHT], comma separated: chartqa, textvqa, easy_vqa, demo, demo_charts, demo_text, or a path to "
-        "your own JSONL or parquet; chartqa@stream fetches --max_train rows only (default: %(default)s)",
+        "your own data (JSONL, CSV, parquet, WebDataset, save_to_disk, a folder or pattern of them), or hub:ORG/NAME; "
+        "chartqa@stream fetches --max_train rows only (default: %(default)s)",
         "SETS",
     )
+    columns: str | None = option(None, COLUMNS_HELP, "NAME=COLUMN,…")
     loss_weights: str | None = option(
         None,
         "how much the answers of a set count in the loss, NAME=WEIGHT, comma separated (default: 1 each); a record's "
@@ -73,10 +78,15 @@ class TrainOptions(AnswerOptions):
     deepspeed: str | None = option(
         None, "zero2, zero3 or a DeepSpeed JSON file (default: zero2 under the deepspeed launcher, else none)", "CONFIG"
     )
+    fsdp: bool = option(
+        False,
+        "divide weights, gradients and optimizer over the ranks by PyTorch's FSDP2, without DeepSpeed: for a model "
+        "that does not fit on one device",
+    )
     resume: str | None = option(
         None,
-        "go on from the newest checkpoint of --output_dir that verifies, or from the folder given; with nothing to go "
-        "on from, 'auto' starts from the beginning, so it can stand in every launch line",
+        "continue from the newest checkpoint of --output_dir that verifies, or from the folder given; without one, "
+        "'auto' starts from the beginning, so it can be part of every launch line",
         "CHECKPOINT",
         bare=AUTO,
     )
@@ -88,8 +98,8 @@ class TrainOptions(AnswerOptions):
     )
     on_save_error: str = option(
         "continue",
-        "when a checkpoint cannot be written (disk full, read-only, broken): train on and try again at the next one, "
-        "or end with an error; earlier checkpoints stay as they are (default: %(default)s)",
+        "when a checkpoint cannot be written (disk full, read-only, broken): continue and try again at the next one, "
+        "or end with an error; earlier checkpoints are not touched (default: %(default)s)",
         choices=("continue", "stop"),
     )
     on_bad_sample: str = option(
@@ -100,8 +110,8 @@ class TrainOptions(AnswerOptions):
     )
     max_bad_steps: int = option(
         MAX_BAD_STEPS,
-        "end the training after N steps in a row whose loss or gradient is not finite; each one is passed over and its "
-        "samples are named in anomalies.jsonl (default: %(default)s)",
+        "end the training after N steps in a row whose loss or gradient is not finite; each one is skipped and its "
+        "samples are listed in anomalies.jsonl (default: %(default)s)",
         "N",
     )
     eval_benchmarks: str | None = option(
@@ -122,8 +132,11 @@ class TrainOptions(AnswerOptions):
         "with commas; exit code 3 when none is left",
         "BENCHMARK:POINTS",
     )
+    watch: bool = option(
+        False, "serve the live page of the run on 127.0.0.1 while it goes on: progress, curves, validation answers"
+    )
     verbose: bool = option(
-        False, "print all that log.txt of the run gets: counts, launch, caches, kernels, what the forecast is made of"
+        False, "print everything in the run's log.txt: counts, launch, caches, kernels, the items of the forecast"
     )
     probe: bool = option(False, "run a few passes first, a minute at most, to forecast time and memory from them")
     ignore_forecast: bool = option(
@@ -132,15 +145,54 @@ class TrainOptions(AnswerOptions):
     local_rank: int | None = option(None, argparse.SUPPRESS, names=("--local_rank", "--local-rank"))
 
 
+IDLE = (
+    Idle(("adapter_mode",), lambda o: o.adapter is None, "without --adapter", "add --adapter, or leave it out"),
+    Idle(("allow_changes",), lambda o: o.resume is None, "without --resume", "add --resume, or leave it out"),
+    Idle(
+        ("overwrite_output_dir", "overwrite"),
+        lambda o: o.resume is not None,
+        "together with --resume, which continues the run",
+        "keep one of them",
+    ),
+)
+
+
+def flag_text(value: object) -> str:
+    """The value of a recipe key as its flag takes it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def train_words(options: TrainOptions) -> list[str]:
+    """The flags of `vlm-sft train` that make these options, its folder aside; base and data are always named."""
+    file = options.sft_config
+    recipe = Path(RECIPES[file.stem]) if file is not None and file.parent == FILES else file
+    always = ["--base_model", options.base_model, "--dataset", options.dataset]
+    others = replace(options, sft_config=recipe, base_model=TrainOptions.base_model, dataset=TrainOptions.dataset)
+    keys = [word for key, value in options.overrides.items() for word in (f"--{key}", flag_text(value))]
+    return [*words_of(others), *always, *words_of(options.engine), *keys]
+
+
+def launch_line(options: TrainOptions, gpus: int) -> str:
+    """The command that starts a training on so many devices of this machine."""
+    start = ["vlm-sft", "train"] if gpus == 1 else ["torchrun", f"--nproc_per_node={gpus}", "-m", "vlm_sft", "train"]
+    return shlex.join([*start, *train_words(options), "--output_dir", str(options.output_dir)])
+
+
 def image_size(text: str) -> tuple[int, int]:
     """Read `--image_size`: width and height in pixels.
 
     Raises:
-        DataError: the text is no size.
+        DataError: the text is not a size.
     """
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise DataError(f"--image_size {text} is no size", "pass WIDTHxHEIGHT in pixels, e.g. 850x600")
+        raise DataError(f"--image_size {text} is not a size", "pass WIDTHxHEIGHT in pixels, e.g. 850x600")
     return int(width), int(height)
 
 
@@ -153,7 +205,7 @@ class HypotheticalData:
     """A data set that does not exist yet: all images are alike; `image_size` is (width, height) in pixels."""
 
     questions: int = option(None, "number of training questions", "N")
-    images: int | None = option(None, "number of images (default: one a question)", "N")
+    images: int | None = option(None, "number of images (default: one per question)", "N")
     image_size: tuple[int, int] = option(
         (850, 600), "of every image in pixels (default: %(default)s)", "WxH", text="850x600", read=image_size
     )
@@ -174,3 +226,22 @@ class PlanOptions:
     hypothetical: HypotheticalData | None = None
     gpus: int | None = option(None, "number of devices (default: 1)", "N")
     gpu_type: str | None = option(None, "a device of the table, e.g. A100-80GB; a wrong name lists them", "NAME")
+
+
+PLAN_IDLE = (
+    Idle(
+        ("images", "image_size", "question_tokens", "answer_tokens"),
+        lambda o: o.questions is None,
+        "without --questions",
+        "add --questions N, or leave it out to read --dataset",
+    ),
+    Idle(
+        (
+            *("dataset", "columns", "loss_weights", "eval_benchmarks", "eval_samples", "max_eval", "max_left_out"),
+            *("max_new_tokens", "prompt_template", "system"),
+        ),
+        lambda o: o.questions is not None,
+        "with --questions, which stands for data without evaluations",
+        "leave it out",
+    ),
+)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft.common import artifacts
+from vlm_sft.common.formats import plural
 from vlm_sft.data.audit import histogram
 from vlm_sft.forecast.calibration import Calibration
 from vlm_sft.forecast.estimate import RunForecast
@@ -42,8 +43,8 @@ def schedule_lines(planned: PlannedRun) -> list[str]:
     visual, epoch = sorted(filter(None, data.visual)), planned.inputs.passes.epoch
     tokens = sorted(size for group in data.planner.lengths for size in group.questions)
     lines = [
-        f"schedule: {schedule.total_steps:,} steps of {data.planner.global_batch_size} questions "
-        f"({schedule.steps_per_epoch:,} an epoch), warmup {schedule.warmup_steps}, {len(evaluations):,} evaluations, "
+        f"schedule: {plural(schedule.total_steps, 'step')} of {data.planner.global_batch_size} questions "
+        f"({schedule.steps_per_epoch:,} per epoch), warmup {schedule.warmup_steps}, {len(evaluations):,} evaluations, "
         f"{len(saves):,} checkpoints of which {planned.inputs.output.saving.kept:,} are kept",
         _data_line(data),
         ("tokens of an image: " + _spread(visual) + "; " if visual else "tokens ")

@@ -105,7 +105,7 @@ class Probe:
             factors[estimate.FINAL] = corrected / expected[estimate.FINAL]
         peak = max(gather(peak_memory_bytes()))  # the largest pack may be another rank's
         took = time.perf_counter() - began
-        say(f"probe: {took:.1f} s; a training pass takes {training:.2f} times what the table says")
+        say(f"probe: {took:.1f} s; a training pass takes {training:.2f} times the table's value")
         return Calibration(
             PROBE,
             factors,

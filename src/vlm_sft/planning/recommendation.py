@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from vlm_sft.forecast.recipe_quality import (
 )
 from vlm_sft.forecast.recommend import RecipeCandidate, Recommendation, plot, recommend
 from vlm_sft.planning.dry_run import plan_run
-from vlm_sft.planning.options import PlanOptions
+from vlm_sft.planning.options import PlanOptions, launch_line
 from vlm_sft.planning.plan_report import PlannedRun
 from vlm_sft.recipe.builtin import FILES, RECIPES
 
@@ -62,20 +61,27 @@ def recipe_files(folder: Path | None) -> dict[str, Path]:
 
 
 def advise(
-    options: PlanOptions, hours: float, disk_bytes: float | None, priority: str, runs: Path | None, configs: Path | None
+    options: PlanOptions, hours: float, disk: float | None, priority: str, runs: Path | None, configs: Path | None
 ) -> Advice:
     """Forecast all recipes on one set-up, print them, and choose.
 
     Args:
         options: the set-up; its recipe file is replaced by each of the recipes.
         hours: what the training may take.
-        disk_bytes: what it may write; None for no limit.
+        disk: what it may write, in gigabytes (10^9 bytes); None for no limit.
         priority: "quality", "balanced" or "speed".
         runs: folder of the user's own runs; None for none.
         configs: folder of the recipes; None for `configs`, or the package's own where there is none.
+
+    Raises:
+        RunError: hours or disk are not above 0, or a probe is asked for.
     """
+    if hours <= 0 or (disk is not None and disk <= 0):
+        raise RunError("--hours and --disk must be above 0", "give what there is")
+    if options.train.probe:
+        raise RunError("recommend forecasts without a probe", "probe the choice: vlm-sft plan --probe")
     files = recipe_files(configs)
-    names = [spec.name for spec in parse_datasets(options.train.dataset)]
+    names = [spec.name for spec in parse_datasets(options.train.dataset, options.train.columns)]
     found, source = qualities(runs, options.train.base_model, names)
     say(source)
     candidates, planned = [], {}
@@ -84,8 +90,12 @@ def advise(
         with muted(name != SHOWN):  # the set-up is the same for all of them
             planned[name] = plan_run(replace(options, train=replace(options.train, sft_config=path)), counted)
         candidates.append(_candidate(name, planned[name], found))
-    recommendation = recommend(candidates, hours, disk_bytes, priority)
-    launch = launch_line(options, files[recommendation.chosen]) if recommendation.chosen else ""
+    recommendation = recommend(candidates, hours, None if disk is None else disk * 1e9, priority)
+    launch = ""
+    if recommendation.chosen:
+        file = files[recommendation.chosen]
+        chosen = replace(options.train, sft_config=file, output_dir=Path("outputs", file.stem))
+        launch = launch_line(chosen, options.gpus or 1)
     advice = Advice(tuple(candidates), recommendation, files, launch)
     for line in advice_lines(advice):
         say(line)
@@ -143,28 +153,3 @@ def advice_lines(advice: Advice) -> list[str]:
     if advice.launch:
         lines += ["start it with:", f"  {advice.launch}"]
     return lines
-
-
-def launch_line(options: PlanOptions, file: Path) -> str:
-    """The command that starts a recipe on a set-up."""
-    train, gpus = options.train, options.gpus or 1
-    start = ["vlm-sft", "train"] if gpus == 1 else ["torchrun", f"--nproc_per_node={gpus}", "-m", "vlm_sft", "train"]
-    flags: Sequence[str] = [
-        "--sft_config",
-        RECIPES[file.stem] if file.parent == FILES else str(file),
-        "--base_model",
-        train.base_model,
-        "--dataset",
-        train.dataset,
-        "--output_dir",
-        f"outputs/{file.stem}",
-    ]
-    extra = ["--deepspeed", train.deepspeed] if train.deepspeed else []
-    keys = [word for key, value in train.overrides.items() for word in (f"--{key}", _flag(value))]
-    return shlex.join([*start, *flags, *extra, *keys])
-
-
-def _flag(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -154,7 +154,7 @@ class ForecastTracker:
         try:
             add_past_run(root, estimate.history_row(self.inputs, self.key, measured))
         except RunError as error:
-            warn(f"this run is not kept for later forecasts: {error.what}")
+            warn(f"later forecasts will not use this run: {error.what}")
 
     def _record(self, actual: dict[str, Any] | None) -> None:
         self.run.record.update(forecast={**self.forecast.to_dict(), "actual": actual})
@@ -193,7 +193,7 @@ def refuse_or_warn(found: Sequence[Shortage], ignored: bool) -> None:
     sure = [shortage for shortage in found if shortage.sure]
     if sure and not ignored:
         fix = "; ".join(shortage.fix for shortage in sure)
-        raise ForecastError("; ".join(shortage.what for shortage in sure), f"{fix}; --ignore_forecast runs it as it is")
+        raise ForecastError("; ".join(shortage.what for shortage in sure), f"{fix}; --ignore_forecast starts it anyway")
     for shortage in found:
         warn(f"{shortage.what}; {shortage.fix}")
 

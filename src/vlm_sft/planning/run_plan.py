@@ -10,46 +10,36 @@ from typing import Any
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import detail, is_main_process, say, warn
 from vlm_sft.common.errors import DataError
+from vlm_sft.common.formats import plural
 from vlm_sft.data.audit import enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.cache.directory import cache_bytes
 from vlm_sft.data.cache.encoded import DataCache
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.mixture import mix, stratified_limit, weighted
+from vlm_sft.data.oversized import LengthRule
 from vlm_sft.data.packing import EpochPlanner, GroupLengths
-from vlm_sft.data.plain_text import PlainText
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import LeftOut, Sample, counted
 from vlm_sft.data.sources.registry import is_synthetic, load_split
-from vlm_sft.data.sources.spec import DatasetSpec, parse_loss_weights
-from vlm_sft.evaluate.guard import Guard, parse_guards
+from vlm_sft.data.sources.spec import DatasetSpec, parse_beside, parse_loss_weights, refuse_weights
+from vlm_sft.evaluate.guard import Guard
 from vlm_sft.evaluate.overlap import cautions, overlaps
-from vlm_sft.evaluate.tasks import (
-    SAMPLE_SEED,
-    Task,
-    benchmark_names,
-    dataset_text,
-    fit_prompt,
-    load_tasks,
-    names_of,
-    parse_token_limits,
-    require_same_data,
-    too_short,
-    usable_tasks,
-    with_limits,
-)
+from vlm_sft.evaluate.own_metrics import recorded_sources
+from vlm_sft.evaluate.tasks import SAMPLE_SEED, Task, fit_prompt, load_tasks, require_same_data, usable_tasks
 from vlm_sft.model.caches import Engine, one_an_image
+from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.load import Base, find_base
-from vlm_sft.planning.fingerprint import refuse_changes, run_identity
+from vlm_sft.planning.answer_limits import token_limits
+from vlm_sft.planning.fingerprint import METRICS, refuse_changes, run_identity
 from vlm_sft.planning.number_format import settle_format
 from vlm_sft.planning.options import TrainOptions
+from vlm_sft.planning.sample_lengths import length_rule, prepared, tell
 from vlm_sft.planning.training_run import TrainingRun
-from vlm_sft.planning.validation_plan import ValidationPlan, of_metric, plan_validation
+from vlm_sft.planning.validation_plan import NO_BENCHMARKS, ValidationPlan, of_metric, own_rules, plan_validation
 from vlm_sft.recipe.metric_names import is_loss
 from vlm_sft.recipe.schedule import Schedule, effective_global_batch_size, few_steps_advice, resolve_schedule
 from vlm_sft.recipe.schema import Recipe
-
-NO_BENCHMARKS = "none"
 
 
 @dataclass(frozen=True)
@@ -117,8 +107,10 @@ def final_tasks(run: TrainingRun) -> list[Task]:
     options = run.options
     if options.eval_benchmarks == NO_BENCHMARKS:
         return []
-    text = options.eval_benchmarks or dataset_text(run.specs)
-    tasks, left_out = load_tasks(text, run.recipe.max_eval)
+    asked = parse_beside(options.eval_benchmarks, run.specs) if options.eval_benchmarks else run.specs
+    if options.eval_benchmarks:
+        refuse_weights(asked, "every benchmark is scored for itself")
+    tasks, left_out = load_tasks(asked, run.recipe.max_eval, own_rules=own_rules(options, run.specs))
     _enforce_tasks(run, tasks, left_out)
     return tasks
 
@@ -133,21 +125,23 @@ def _enforce_tasks(run: TrainingRun, tasks: list[Task], left_out: list[LeftOut])
 
 
 def fit_questions(
-    run: TrainingRun, tasks: list[Task], validation: ValidationPlan | None, encoder: Encoder
+    run: TrainingRun, tasks: list[Task], validation: ValidationPlan | None, encoder: Encoder, rule: LengthRule
 ) -> tuple[list[Task], ValidationPlan | None]:
-    """Leave out benchmark questions that the base's processor refuses, before the training.
+    """Leave out benchmark questions that the base's processor refuses, and treat those that are too long.
 
     Raises:
         DataError: they are too many.
         ModelError: the processor fails on every image.
     """
-    tasks, left_out = usable_tasks(tasks, encoder)
-    _enforce_tasks(run, tasks, left_out)
-    if validation is not None:
-        validated, left_out = usable_tasks(validation.tasks, encoder)
-        _enforce_tasks(run, validated, left_out)
-        validation = replace(validation, tasks=validated)
-    return tasks, validation
+
+    def usable(asked: list[Task], part: str) -> list[Task]:
+        fitting, left_out, found = usable_tasks(asked, encoder, rule)
+        tell(run, found, rule, sum(len(task.samples) for task in asked), part)
+        _enforce_tasks(run, fitting, left_out)
+        return fitting
+
+    checked = replace(validation, tasks=usable(validation.tasks, "validation")) if validation else None
+    return usable(tasks, "benchmarks"), checked
 
 
 def tell_notes(run: TrainingRun, samples: list[Sample], encoder: Encoder) -> dict[str, int]:
@@ -161,14 +155,14 @@ def tell_notes(run: TrainingRun, samples: list[Sample], encoder: Encoder) -> dic
 
 def validation_plan(run: TrainingRun, guards: list[Guard]) -> ValidationPlan | None:
     """Load the questions that are answered at each evaluation, before the training too."""
-    validation, left_out = plan_validation(run.recipe, run.specs, guards, run.options.eval_samples)
+    validation, left_out = plan_validation(run.recipe, run.specs, guards, run.options)
     if validation is None:
         return None
     _enforce_tasks(run, validation.tasks, left_out)
     counts = ", ".join(f"{task.name} ({len(task.samples):,})" for task in validation.tasks)
     detail(f"answered at each evaluation: {counts}; the best checkpoint is chosen by {validation.metric}")
     for guard in guards:
-        detail(f"guard: a checkpoint that loses more than {100 * guard.allowed:g} points on {guard.name} is not kept")
+        detail(f"guard: a checkpoint that loses over {100 * guard.allowed:g} points on {guard.name} cannot be the best")
     return validation
 
 
@@ -222,16 +216,20 @@ def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sa
     """
     options, recipe, launch = run.options, run.recipe, run.launch
     found = find_run_base(options, recipe, run.specs)
-    base, formats = settle_format(found, recipe, launch.deepspeed is not None, run.checkpoint)
+    base, formats = settle_format(found, recipe, launch.deepspeed is not None or launch.fsdp, run.checkpoint)
     run.record.update(number_format=formats)
     total = len(train_samples) + len(eval_samples) + len(left_out)
-    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    encoder = encoder_of(base)
     engine = Engine(options.engine, launch, base.name, base.path)
     cache_before = cache_bytes(engine.root)
     cache = engine.cache(encoder)
-    data = PreparedData(train_samples, encoder, "preparing", cache)
-    evaluation = PreparedData(eval_samples, encoder, "preparing (evaluation)", cache) if eval_samples else None
+    rule = length_rule(recipe, base)
+    if is_main_process():
+        (options.output_dir / artifacts.OVERSIZED).unlink(missing_ok=True)  # of this run before a resume
+    data = prepared(run, train_samples, encoder, rule, "training", cache)
+    evaluation = prepared(run, eval_samples, encoder, rule, "evaluation loss", cache) if eval_samples else None
     identity = run_identity(recipe, launch, base, data, evaluation, run.options.adapter)
+    identity[METRICS] = recorded_sources(own_rules(options, run.specs).values())
     for line in refuse_changes(run.checkpoint, identity, options.allow_changes):
         warn(f"changed since the checkpoint: {line}")
         run.record.note(f"changed since the checkpoint: {line}")
@@ -241,7 +239,7 @@ def prepare(run: TrainingRun, train_samples: list[Sample], eval_samples: list[Sa
     enforce(left_out, total, options.max_left_out, options.output_dir / artifacts.LEFT_OUT)
     planner, eval_planner, schedule = plan_epochs(run, base, data, evaluation)
     if eval_planner is None and recipe.eval_strategy != "no":
-        raise DataError("there is no question to compute the evaluation loss on", "pass --eval_strategy no")
+        raise DataError("there are no questions for the evaluation loss", "pass --eval_strategy no")
     _tell_plan(run, schedule, data, planner)
     if is_main_process():
         artifacts.write_json(options.output_dir / artifacts.RECIPE, recipe.to_dict())
@@ -295,37 +293,6 @@ def planner_over(run: TrainingRun, lengths: tuple[GroupLengths, ...]) -> EpochPl
     )
 
 
-def token_limits(options: TrainOptions, specs: list[DatasetSpec]) -> dict[str, int]:
-    """The limits of answers that `--max_new_tokens` asks for, by benchmark.
-
-    Raises:
-        EvaluationError: it has mistakes, or names a benchmark that this run does not answer.
-    """
-    names = names_of(specs)
-    if options.eval_benchmarks not in (None, NO_BENCHMARKS):
-        names += benchmark_names(str(options.eval_benchmarks))
-    names += [guard.name for guard in parse_guards(options.guard)] if options.guard else []
-    return parse_token_limits(options.max_new_tokens, list(dict.fromkeys(names)))
-
-
-def with_token_limits(
-    run: TrainingRun,
-    tasks: list[Task],
-    validation: ValidationPlan | None,
-    prompt: PromptSettings,
-    plain: PlainText | None,
-) -> tuple[list[Task], ValidationPlan | None]:
-    """Limit the answers of the final evaluation and of the validation; warn of limits that are too short."""
-    limits = token_limits(run.options, run.specs)
-    final = with_limits(tasks, prompt, plain, limits)
-    if validation is not None:
-        validation = replace(validation, tasks=with_limits(validation.tasks, prompt, plain, limits))
-    for line in dict.fromkeys([*too_short(final), *too_short(validation.tasks if validation else ())]):
-        warn(line)
-        run.record.note(line)
-    return final, validation
-
-
 def find_run_base(options: TrainOptions, recipe: Recipe, specs: list[DatasetSpec]) -> Base:
     """Find the base model, fit its prompt to the answers of the user's data, and print its notes."""
     base = find_base(
@@ -368,7 +335,7 @@ def _write_data_facts(
     artifacts.write_jsonl(folder / artifacts.LEFT_OUT, map(asdict, left_out))
     if left_out:
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-        warn(f"{len(left_out)} samples are left out ({counts}); they are named in {folder / artifacts.LEFT_OUT}")
+        warn(f"{plural(len(left_out), 'sample')} left out ({counts}); see {folder / artifacts.LEFT_OUT}")
 
 
 def _tell_plan(run: TrainingRun, schedule: Schedule, data: PreparedData, planner: EpochPlanner) -> None:
@@ -381,8 +348,8 @@ def _tell_plan(run: TrainingRun, schedule: Schedule, data: PreparedData, planner
         f"supervised tokens, {facts['image_tokens']:,} image tokens"
     )
     detail(
-        f"schedule: {schedule.total_steps:,} steps of {planner.global_batch_size} questions "
-        f"({schedule.steps_per_epoch:,} an epoch), warmup {schedule.warmup_steps}, evaluation every "
+        f"schedule: {plural(schedule.total_steps, 'step')} of {planner.global_batch_size} questions "
+        f"({schedule.steps_per_epoch:,} per epoch), warmup {schedule.warmup_steps}, evaluation every "
         f"{schedule.eval_steps or '-'}, checkpoint every {schedule.save_steps or '-'} steps"
     )
     for note in schedule.notes:

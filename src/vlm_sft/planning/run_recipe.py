@@ -31,7 +31,9 @@ def read_run_recipe(options: TrainOptions) -> LoadedRecipe:
     """
     loaded = read_recipe(options.sft_config, options.overrides)
     if options.dataset:
-        parse_datasets(options.dataset)  # a slip in its names is told before the Hub is asked for a configuration
+        parse_datasets(
+            options.dataset, options.columns
+        )  # a slip in its names is told before the Hub is asked for a configuration
     key, recipe = KEYS["target_modules"], loaded.recipe
     if key.name in loaded.flags or recipe.target_modules != key.default or LANGUAGE not in recipe.train:
         return loaded

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from vlm_sft.evaluate.guard import Guard
 from vlm_sft.evaluate.tasks import Task
+from vlm_sft.planning.answer_limits import with_token_limits
 from vlm_sft.planning.pack_choice import pack_plan
-from vlm_sft.planning.run_plan import (
-    Plan,
-    final_tasks,
-    fit_questions,
-    load_data,
-    prepare,
-    tell_parts,
-    validation_plan,
-    with_token_limits,
-)
+from vlm_sft.planning.run_plan import Plan, final_tasks, fit_questions, load_data, prepare, tell_parts, validation_plan
+from vlm_sft.planning.sample_lengths import length_rule
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import ValidationPlan
 
@@ -40,7 +33,8 @@ def plan_training(run: TrainingRun, guards: list[Guard]) -> tuple[TrainingRun, P
         tell_parts(run, train_samples, eval_samples, validation, tasks)
     with run.record.timed("load"):
         plan = prepare(run, train_samples, eval_samples, left_out)
-        tasks, validation = fit_questions(run, tasks, validation, plan.data.encoder)
+        rule = length_rule(run.recipe, plan.base)
+        tasks, validation = fit_questions(run, tasks, validation, plan.data.encoder, rule)
         tasks, validation = with_token_limits(run, tasks, validation, plan.base.prompt, plan.data.encoder.chat.plain)
     run, plan = pack_plan(run, plan)
     return run, plan, validation, tasks

@@ -261,13 +261,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: must not have flags of these names of its own.
     """
-    group = parser.add_argument_group("recipe", "every key: a flag wins over the file, the file over the default")
     for key in KEYS.values():
         unit = f" [{key.unit}]" if key.unit else ""
         text = f"{key.help}{unit} (default: {key.default_text})".replace("%", "%%")
         # A switch without a value means true, as the flags of the classic trainers do.
         bare: dict[str, Any] = {"nargs": "?", "const": "true"} if key.kind in ("switch", "auto switch") else {}
-        group.add_argument(key.flag, default=argparse.SUPPRESS, metavar=key.metavar, help=text, **bare)
+        parser.add_argument(key.flag, default=argparse.SUPPRESS, metavar=key.metavar, help=text, **bare)
 
 
 def overrides_from(args: argparse.Namespace) -> dict[str, object]:

@@ -48,7 +48,7 @@ def check_value(key: Key, value: Any) -> tuple[Any, str]:
         The value as `Recipe` holds it, and what is wrong with it: "" when nothing is.
     """
     if value is None:
-        return None, "" if key.optional else "null is no value for it"
+        return None, "" if key.optional else "null is not allowed"
     check = {
         "number": _check_number,
         "whole number": _check_number,

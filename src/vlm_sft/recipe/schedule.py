@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vlm_sft.common.errors import RecipeError
+from vlm_sft.common.formats import plural
 from vlm_sft.recipe.schema import FLOORED_SCHEDULERS, Recipe
 
 FEW_STEPS = 50  # optimizer steps; below, a training can hardly learn
@@ -60,6 +62,16 @@ class Schedule:
     save_steps: int
     notes: list[str]
 
+    def to_dict(self) -> dict[str, int]:
+        """What run.json says of it."""
+        return {
+            "steps": self.total_steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "warmup_steps": self.warmup_steps,
+            "eval_steps": self.eval_steps,
+            "save_steps": self.save_steps,
+        }
+
     @property
     def epochs(self) -> float:
         """Passes over the data."""
@@ -91,19 +103,28 @@ class Schedule:
         return steps if steps and steps[-1] == self.total_steps else [*steps, self.total_steps]
 
 
-def _clamp(name: str, strategy: str, steps: int, steps_per_epoch: int, total: int, notes: list[str]) -> int:
-    """The interval of `name` ("eval" or "save") on this data; a note is added when it is not the recipe's."""
-    if strategy == "no":
-        return 0
-    if strategy == "epoch":
-        return min(steps_per_epoch, total)
+def _interval(strategy: str, steps: int, limit: int) -> int:
+    """Steps between evaluations or checkpoints: those of the recipe, at most `limit`; 0 for none."""
+    return 0 if strategy == "no" else limit if strategy == "epoch" else min(steps, limit)
+
+
+def _shortened(recipe: Recipe, steps_per_epoch: int, total: int) -> Iterator[str]:
+    """A note where the data have fewer steps than lie between two evaluations or checkpoints of the recipe."""
     limit = min(steps_per_epoch, total)
-    if steps <= limit:
-        return steps
-    whole = "an epoch" if steps_per_epoch <= total else "the training"
-    verb = "evaluating" if name == "eval" else "saving"
-    notes.append(f"{name}_steps {steps} is more than the {limit} steps of {whole}: {verb} every {limit} steps")
-    return limit
+    wanted = {
+        "evaluating": ("eval_steps", recipe.eval_strategy, recipe.eval_steps),
+        "saving": ("save_steps", recipe.save_strategy, recipe.save_steps),
+    }
+    longer = {
+        verb: f"{key} {steps}"
+        for verb, (key, strategy, steps) in wanted.items()
+        if strategy == "steps" and steps > limit
+    }
+    if longer:
+        whole = "an epoch" if steps_per_epoch <= total else "the training"
+        step = "step" if limit == 1 else f"{limit:,} steps"
+        keys, verbs = " and ".join(longer.values()), " and ".join(longer)
+        yield f"{whole} has {plural(limit, 'step')}, fewer than {keys}: {verbs} every {step}"
 
 
 def resolve_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
@@ -124,21 +145,23 @@ def resolve_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
     if recipe.max_steps > 0:
         total = recipe.max_steps
         notes.append(
-            f"max_steps {total} ends the training: {total / steps_per_epoch:.3g} epochs, whatever "
-            f"num_train_epochs ({recipe.num_train_epochs:g}) says"
+            f"max_steps {total} ends the training after {total / steps_per_epoch:.3g} epochs; "
+            f"num_train_epochs {recipe.num_train_epochs:g} is ignored"
         )
     else:
         # 0.1 epochs of 30 steps are 3 steps, not the 4 of a product rounded up after its last binary digit.
         total = max(1, math.ceil(round(recipe.num_train_epochs * steps_per_epoch, 6)))
-    evaluate = _clamp("eval", recipe.eval_strategy, recipe.eval_steps, steps_per_epoch, total, notes)
-    save = _clamp("save", recipe.save_strategy, recipe.save_steps, steps_per_epoch, total, notes)
+    limit = min(steps_per_epoch, total)
+    evaluate = _interval(recipe.eval_strategy, recipe.eval_steps, limit)
+    save = _interval(recipe.save_strategy, recipe.save_steps, limit)
+    notes += _shortened(recipe, steps_per_epoch, total)
     if recipe.load_best_model_at_end and evaluate and save and save != evaluate:
         notes.append(f"saving every {evaluate} steps instead of {save}, so that every evaluation can be the best")
         save = evaluate
     wanted = recipe.warmup_steps or math.ceil(round(total * recipe.warmup_ratio, 6))
     warmup = min(wanted, total // 2)
     if warmup < wanted:
-        notes.append(f"a warmup of {wanted} steps is more than half of the training's {total}: it takes {warmup}")
+        notes.append(f"warmup is cut from {wanted} to {plural(warmup, 'step')}, half of the training's {total}")
     return Schedule(steps_per_epoch, total, warmup, evaluate, save, notes)
 
 
@@ -200,9 +223,9 @@ def few_steps_advice(recipe: Recipe, schedule: Schedule, questions: int, batch: 
     total = schedule.total_steps
     if total >= FEW_STEPS:
         return ""
-    problem = f"{total:,} optimizer step{'s' if total > 1 else ''} of {batch:,} questions can hardly teach anything"
+    problem = f"the model will hardly learn in {plural(total, 'optimizer step')} of {batch:,} questions"
     if recipe.max_steps > 0:
-        return f"{problem}; --max_steps {FEW_STEPS} or more would"
+        return f"{problem}; use --max_steps {FEW_STEPS} or more"
     sizes = [batch >> halvings for halvings in range(batch.bit_length()) if batch >> halvings >= SMALL_BATCH] or [batch]
     fitting = (size for size in sizes if math.ceil(questions / size) * recipe.num_train_epochs >= FEW_STEPS)
     size = next(fitting, sizes[-1])
@@ -211,4 +234,4 @@ def few_steps_advice(recipe: Recipe, schedule: Schedule, questions: int, batch: 
     flags = f"--global_batch_size {size}"
     if recipe.per_device_train_batch_size and recipe.gradient_accumulation_steps:
         flags = f"--per_device_train_batch_size {max(1, size // world_size)} --gradient_accumulation_steps 1"
-    return f"{problem}; {flags} --num_train_epochs {epochs:g} makes {math.ceil(steps * epochs):,} steps of this data"
+    return f"{problem}; {flags} --num_train_epochs {epochs:g} gives {math.ceil(steps * epochs):,} steps on this data"

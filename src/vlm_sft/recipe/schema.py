@@ -10,7 +10,8 @@ import typing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from vlm_sft.recipe.metric_names import EVALUATION_METRICS, SET_LOSS, is_loss
+from vlm_sft.common.options import is_function
+from vlm_sft.recipe.metric_names import EVALUATION_METRICS, OWN_FUNCTION, SET_LOSS, is_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,28 +157,26 @@ class Recipe:
         choices=AUTO,
     )
     eval_strategy: str = _key("steps", "when to evaluate during training", choices=STRATEGIES)
-    eval_steps: int = _key(500, "evaluate after every so many steps (eval_strategy steps)", "optimizer steps", COUNT)
+    eval_steps: int = _key(500, "steps between evaluations (eval_strategy steps)", "optimizer steps", COUNT)
     save_strategy: str = _key("steps", "when to write a checkpoint", choices=STRATEGIES)
-    save_steps: int = _key(
-        1000, "write a checkpoint after every so many steps (save_strategy steps)", "optimizer steps", COUNT
-    )
+    save_steps: int = _key(1000, "steps between checkpoints (save_strategy steps)", "optimizer steps", COUNT)
     save_total_limit: int | None = _key(
-        None, "checkpoints that are kept, the best one among them; null keeps all", "checkpoints", COUNT
+        None, "number of checkpoints kept, the best one included; null keeps all", "checkpoints", COUNT
     )
-    logging_steps: int = _key(10, "write a line of metrics after every so many steps", "optimizer steps", COUNT)
+    logging_steps: int = _key(10, "steps between lines of metrics", "optimizer steps", COUNT)
     load_best_model_at_end: bool = _key(False, "end with the checkpoint of the best evaluation instead of the last one")
     metric_for_best_model: str = _key(
         "eval_loss",
         "what says which checkpoint is best: the evaluation loss, that of the data set NAME alone, or a benchmark's "
-        "metric on questions that are answered at each evaluation",
-        choices=(*EVALUATION_METRICS, SET_LOSS),
+        "metric (for own data that of --metric) on questions that are answered at each evaluation",
+        choices=(*EVALUATION_METRICS, SET_LOSS, OWN_FUNCTION),
     )
     greater_is_better: bool | None = _key(
         None, "whether more of that metric is better; null: no for a loss, yes for any other"
     )
     early_stopping_patience: int | None = _key(
         None,
-        "ends the training after so many evaluations in a row without a better metric_for_best_model; null: never",
+        "end training after this many evaluations in a row without a better metric_for_best_model; null: never",
         "evaluations",
         COUNT,
     )
@@ -202,29 +201,42 @@ class Recipe:
     )
     max_questions_per_image: int | None = _key(
         None,
-        "at most so many questions of one image in one optimizer step; null: no cap",
+        "maximum number of questions about one image in an optimizer step; null: no cap",
         "question-answer pairs",
         COUNT,
     )
     per_device_train_batch_size: int | None = _key(
         None,
-        "questions per device in one forward pass; null: as many as fit tokens_per_pack",
+        "questions per device and forward pass; null: as many as fit into tokens_per_pack",
         "question-answer pairs",
         COUNT,
     )
     gradient_accumulation_steps: int | None = _key(
-        None, "forward passes per optimizer step; null: what the global batch needs", "forward passes", COUNT
+        None, "forward passes per optimizer step; null: derived from the global batch", "forward passes", COUNT
     )
     tokens_per_pack: int | None = _key(
         None, "token budget of one forward pass; null: chosen from the device", "tokens", COUNT
     )
     max_train: int | None = _key(
-        None, "at most so many training questions, drawn with the seed; null: all", "question-answer pairs", COUNT
+        None, "maximum number of training questions, drawn with the seed; null: all", "question-answer pairs", COUNT
     )
     max_eval: int | None = _key(
-        None, "at most so many evaluation questions, drawn with the seed; null: all", "question-answer pairs", COUNT
+        None, "maximum number of evaluation questions, drawn with the seed; null: all", "question-answer pairs", COUNT
     )
-    report_to: tuple[str, ...] = _key(("tensorboard",), "where the metrics go besides metrics.jsonl", choices=TRACKERS)
+    max_length: int | None = _key(
+        None,
+        "tokens of one sample: images, conversation and answer; null: what the model's positions reach",
+        "tokens",
+        COUNT,
+    )
+    oversized: str = _key(
+        "keep",
+        "longer samples are kept, left out, or their images are scaled down until they fit",
+        choices=("keep", "leave_out", "scale"),
+    )
+    report_to: tuple[str, ...] = _key(
+        ("tensorboard",), "destinations of the metrics besides metrics.jsonl", choices=TRACKERS
+    )
     lora_r: int = _key(16, "rank of the LoRA matrices", "dimensions", RANK)
     vision_lora_rank: int | None = _key(
         None, "rank of LoRA on the vision tower (train vision_lora); null: lora_r", "dimensions", RANK
@@ -237,7 +249,7 @@ class Recipe:
     target_modules: tuple[str, ...] = _key(("q_proj", "v_proj", "o_proj"), "layers of the language model that get LoRA")
     train: tuple[str, ...] = _key(
         ("language",),
-        "what is trained: LoRA on the language model, projector and vision tower in full or with LoRA, or all weights",
+        "parts to train: LoRA on the language model, projector and vision tower in full or with LoRA, or all weights",
         choices=PARTS,
     )
     use_rslora: bool = _key(False, "scale LoRA's update by lora_alpha / sqrt(lora_r) instead of lora_alpha / lora_r")
@@ -343,7 +355,12 @@ class Key:
         return text + (", or null" if self.optional else "")
 
     def is_choice(self, text: str) -> bool:
-        """Whether a text is one of the choices; one that ends in NAME is any text with that beginning."""
+        """Whether a text is one of the choices; one that ends in NAME is any text with that beginning.
+
+        That of a function of the user's is any module and function.
+        """
+        if OWN_FUNCTION in self.choices and is_function(text):
+            return True
         stems = [choice.removesuffix("NAME") for choice in self.choices if choice.endswith("_NAME")]
         return text in self.choices or any(text.startswith(stem) and text != stem for stem in stems)
 

@@ -35,6 +35,8 @@ ALIASES = {
     "max_eval_samples": "max_eval",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "micro_batch_size": "per_device_train_batch_size",
+    "cutoff_len": "max_length",
+    "max_seq_length": "max_length",
     "image_max_pixels": "max_pixels",
     "train_max_pixels": "max_pixels",
     "image_min_pixels": "min_pixels",
@@ -42,6 +44,7 @@ ALIASES = {
 COMMAND_LINE_ONLY = (
     "base_model",
     "dataset",
+    "columns",
     "output_dir",
     "deepspeed",
     "flash_attn",

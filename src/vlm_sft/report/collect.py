@@ -100,7 +100,7 @@ def _read_object(path: Path, problems: list[str]) -> Fields | None:
         return None
     fields = Fields(value, path.name, problems)
     if (schema := fields.whole("schema")) is not None and schema > SCHEMA:
-        problems.append(f"{path.name} has schema {schema}, this program knows {SCHEMA}: what is new is not shown")
+        problems.append(f"{path.name} has schema {schema}, this program knows {SCHEMA}: newer fields are not shown")
     return fields
 
 
@@ -150,6 +150,8 @@ def _parse_run(fields: Fields) -> RunRecord:
         trainable_parameters=lora.whole("trainable_parameters"),
         total_parameters=lora.whole("total_parameters"),
         steps=fields.whole("steps"),
+        loss_shares=fields.numbers("loss_shares"),
+        planned_steps=fields.inside("schedule").whole("steps"),
         questions_seen=fields.whole("questions_seen"),
         best=None if best_step is None else Best(best_step, best.text("metric"), best.number("value")),
         stopped_early=fields.inside("stopped_early").text("reason"),

@@ -24,6 +24,7 @@ def summary_rows(run: RunReport) -> Rows:
             ("Recipe", record.recipe_name),
             ("Base model", record.base_model),
             ("Data", ", ".join(record.datasets)),
+            ("Evaluation loss", _mixture(run)),
             ("Steps", formats.count(record.steps)),
             ("Best step", f"{best.step:,} ({best.metric} {formats.number(best.value)})" if best else ""),
             ("Ended early", record.stopped_early),
@@ -32,6 +33,17 @@ def summary_rows(run: RunReport) -> Rows:
             (WALL_SO_FAR if run.status == RUNNING else "Wall time", formats.duration(record.wall_seconds)),
         ]
     )
+
+
+def _mixture(run: RunReport) -> str:
+    """What several data sets count in the evaluation loss; "" of a single one."""
+    shares = run.record.loss_shares if run.record else {}
+    asked = run.data.eval.by_dataset if run.data and run.data.eval else {}
+    total = sum(share for name, share in shares.items() if name in asked)
+    if len(asked) < 2 or not total:
+        return ""
+    told = ", ".join(f"{name} {formats.percent(share / total)}" for name, share in shares.items() if name in asked)
+    return f"data sets count as in the training loss: {told}"
 
 
 def cost_rows(run: RunReport) -> Rows:

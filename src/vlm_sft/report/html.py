@@ -18,6 +18,7 @@ from vlm_sft.common.errors import RunError
 from vlm_sft.report import comparison, facts, figures, quality
 from vlm_sft.report.browser import browser
 from vlm_sft.report.collect import benchmark_names, collect_runs
+from vlm_sft.report.live import LiveView, live_view
 from vlm_sft.report.outcome import summarize
 from vlm_sft.report.predictions import NEAR, OUTCOMES, tally, tally_near
 from vlm_sft.report.records import Benchmark, RunReport
@@ -44,9 +45,25 @@ class RunView:
     data: list[tuple[str, str, str]]
     environment: facts.Rows
     since: str
+    live: LiveView | None
 
 
-def write_report(run_folders: list[Path], output: Path) -> Path:
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a sweep says of its settings, above the runs that are its trials.
+
+    Attributes:
+        title: of the table.
+        cells: its header and rows.
+        choice: which setting to take, with its figure; it stands in place of a choice among the runs.
+    """
+
+    title: str
+    cells: Sequence[Sequence[str]]
+    choice: quality.Choice
+
+
+def write_report(run_folders: list[Path], output: Path, settings: Settings | None = None) -> Path:
     """Render the artifacts of one or several runs as one self-contained HTML file.
 
     The page depends on the artifacts alone: equal artifacts give equal bytes. What a run lacks is named in the page.
@@ -54,6 +71,7 @@ def write_report(run_folders: list[Path], output: Path) -> Path:
     Args:
         run_folders: output folders of training runs, finished or not.
         output: the file to write; it has to end in .html or .htm.
+        settings: of a sweep.
 
     Returns:
         The path of the file.
@@ -66,16 +84,25 @@ def write_report(run_folders: list[Path], output: Path) -> Path:
         raise RunError(
             f"a report cannot be written to {output}", "name a file that ends in .html, such as --output report.html"
         )
-    return artifacts.write_text_atomic(output, render(collect_runs([Path(folder) for folder in run_folders])))
+    runs = collect_runs([Path(folder) for folder in run_folders])
+    return artifacts.write_text_atomic(output, render(runs, settings=settings))
 
 
-def render(runs: Sequence[RunReport], version: str | None = None, changed: float = 0.0) -> str:
+def render(
+    runs: Sequence[RunReport],
+    version: str | None = None,
+    changed: float = 0.0,
+    frame: str = "",
+    settings: Settings | None = None,
+) -> str:
     """Render collected runs as one HTML page.
 
     Args:
         runs: at least one run, as `collect_runs` returns them.
         version: of a page that is served and loads itself anew when `/version` says something else; None for a file.
         changed: of such a page: when a file of the runs was written last, in seconds since 1970.
+        frame: of such a page: the version of all but what a training adds at each step.
+        settings: of a sweep.
 
     Returns:
         The page. It holds no address other than data and anchors; the only scripts that a browser will run in it are
@@ -83,7 +110,7 @@ def render(runs: Sequence[RunReport], version: str | None = None, changed: float
     """
     many = len(runs) > 1
     names = benchmark_names(runs)
-    choices = quality.choices(runs, names) if many else []
+    choices = [settings.choice] if settings else quality.choices(runs, names) if many else []
     leading = [one.name for choice in choices for one in choice.candidates if one.on_front and not one.is_base]
     tallies = [(run.name, name, counts) for run in runs for name, counts in tally(run.predictions).items()]
     near = {(run.name, name): n for run in runs for name, n in tally_near(run.predictions).items()}
@@ -92,7 +119,8 @@ def render(runs: Sequence[RunReport], version: str | None = None, changed: float
         _environment()
         .get_template("report.html.j2")
         .render(
-            title=f"{len(runs)} runs" if many else runs[0].name,
+            title=f"sweep of {len(runs)} trials" if settings else f"{len(runs)} runs" if many else runs[0].name,
+            settings=settings,
             views=[
                 _view(run, f"run{number}", len(runs), version is not None) for number, run in enumerate(runs, start=1)
             ],
@@ -112,6 +140,7 @@ def render(runs: Sequence[RunReport], version: str | None = None, changed: float
             hashes=[_hash(script) for script in scripts],
             version=version,
             changed=changed,
+            frame=frame,
             running=any(run.status == facts.RUNNING for run in runs),
             so_far=facts.WALL_SO_FAR,
         )
@@ -158,11 +187,13 @@ def _view(run: RunReport, key: str, number_of_runs: int, served: bool) -> RunVie
         if drawn
         else ()
     )
+    running = served and record is not None and run.status == facts.RUNNING
+    shown = [drawing for drawing in curves if drawing is not None]
     return RunView(
         key=key,
         run=run,
         accuracy=figures.accuracy_drawing(run.benchmarks, key) if drawn else None,
-        curves=[drawing for drawing in curves if drawing is not None],
+        curves=[] if running else shown,
         histograms=figures.data_drawings(run.data.train if run.data else None, key) if drawn else [],
         forecast=figures.forecast_drawing(record.forecasts if record else (), key) if drawn else None,
         forecast_rows=facts.forecast_rows(run),
@@ -171,7 +202,8 @@ def _view(run: RunReport, key: str, number_of_runs: int, served: bool) -> RunVie
         cost=facts.cost_rows(run),
         data=facts.data_rows(run),
         environment=facts.environment_rows(run),
-        since=record.started if served and record and run.status == facts.RUNNING else "",
+        since=record.started if record and running else "",
+        live=live_view(run, shown) if running else None,
     )
 
 

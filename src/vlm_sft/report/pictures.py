@@ -118,9 +118,9 @@ class Album:
             self._kept[folder] = _record(folder / artifacts.PICTURES)
         record = self._kept[folder]
         if reason := record.get("failed", {}).get(f"{path.parent.name}/{path.name}"):
-            return f"picture not kept: {reason}"
+            return f"picture not stored: {reason}"
         if record.get("over_limit"):
-            return f"picture not kept: an evaluation keeps {size(record['limit_bytes'])} of pictures a benchmark"
+            return f"picture not stored: an evaluation stores {size(record['limit_bytes'])} of pictures a benchmark"
         return MISSING
 
     def _reason(self, text: str) -> int:

@@ -107,14 +107,27 @@ def read_predictions(folder: Path, problems: list[str]) -> tuple[Prediction, ...
 
 
 def _read_benchmark(evaluation: Path, name: str, problems: list[str]) -> Iterable[Prediction]:
-    rows = {side: _read_rows(evaluation / side / name / artifacts.PREDICTIONS, problems) for side in SIDES}
+    return read_pairs(evaluation / "base" / name, evaluation / "tuned" / name, evaluation, problems)
+
+
+def read_pairs(before: Path, after: Path, pictures: Path, problems: list[str]) -> Iterable[Prediction]:
+    """Read the answers of two models, or of two moments of a training, to the questions of one benchmark.
+
+    Args:
+        before, after: folders of predictions, named as the benchmark; either may be missing.
+        pictures: what the names of pictures are relative to; one that leads out of it is not followed.
+        problems: receives a message for every file that cannot be read.
+    """
+    name = after.name
+    rows = {"base": _read_rows(before / artifacts.PREDICTIONS, problems)}
+    rows["tuned"] = _read_rows(after / artifacts.PREDICTIONS, problems)
     for identity in dict.fromkeys([*rows["base"], *rows["tuned"]]):
         base, tuned = rows["base"].get(identity), rows["tuned"].get(identity)
         either = tuned or base
         if either is None:
             continue
-        image = _image_path(evaluation, either.text("image"))
-        foreign = f"{name}: names of pictures that lead out of evaluation/ are not followed"
+        image = _image_path(pictures, either.text("image"))
+        foreign = f"{name}: names of pictures that lead out of {pictures.name}/ are not followed"
         if image is None and either.text("image") and foreign not in problems:
             problems.append(foreign)
         yield Prediction(

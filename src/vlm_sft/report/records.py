@@ -198,6 +198,8 @@ class RunRecord:
     trainable_parameters: int | None
     total_parameters: int | None
     steps: int | None
+    planned_steps: int | None
+    loss_shares: dict[str, float]
     questions_seen: int | None
     best: Best | None
     stopped_early: str

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import socket
+import sys
 import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from http import HTTPStatus
@@ -20,6 +23,8 @@ from vlm_sft.report.html import render
 
 ADDRESS = "127.0.0.1"
 PORT = 8686
+PORTS_TRIED = 20
+LINGER_SECONDS = 6.0  # after the end of a training, for an open page to get the last state
 WATCHED = (
     artifacts.RUN,
     artifacts.RECIPE,
@@ -28,7 +33,10 @@ WATCHED = (
     artifacts.RESULTS,
     artifacts.GUARD,
     f"{artifacts.EVALUATION_FOLDER}/*/*/{artifacts.PREDICTIONS}",
+    f"{artifacts.VALIDATION_FOLDER}/*/*/results.json",
 )
+LIVE = (artifacts.METRICS, WATCHED[-1])  # what a training adds to as it goes on: a page takes that in place
+LIVE_SHARE = 0.1  # of a processor, at most, for rendering: the training needs the rest
 
 
 class LiveReport:
@@ -46,15 +54,29 @@ class LiveReport:
         self._lock = threading.Lock()
         self._version = ""
         self._page = ""
+        self._rest_until = 0.0
+        self._asked = float("-inf")
+        self._given = ""
         self.page()
+        self._asked, self._rest_until = float("-inf"), 0.0
 
     def version(self) -> str:
         """A text that changes when a file of a run does."""
+        self._asked = time.monotonic()
+        if self._version and self._asked < self._rest_until:
+            return self._version
         return self._state()[0]
 
-    def _state(self) -> tuple[str, float]:
-        """The version, and when a file was written last in seconds since 1970."""
-        digest = hashlib.sha256()
+    def linger(self) -> None:
+        """Wait, for some seconds at most, until a page that is open somewhere has the last state."""
+        self._rest_until = 0.0
+        ends = time.monotonic() + LINGER_SECONDS
+        while time.monotonic() < min(ends, self._asked + LINGER_SECONDS) and self._given != self._state()[0]:
+            time.sleep(0.1)
+
+    def _state(self) -> tuple[str, float, str]:
+        """The version, when a file was written last in seconds since 1970, and the version without `LIVE` files."""
+        digest, frame = hashlib.sha256(), hashlib.sha256()
         newest = 0
         for folder in self.folders:
             for pattern in WATCHED:
@@ -64,20 +86,27 @@ class LiveReport:
                     except OSError:  # replaced in this moment: the next look sees the new one
                         continue
                     newest = max(newest, state.st_mtime_ns)
-                    digest.update(f"{path}\0{state.st_mtime_ns}\0{state.st_size}\0".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest(), newest / 1e9
+                    told = f"{path}\0{state.st_mtime_ns}\0{state.st_size}\0".encode("utf-8", "surrogateescape")
+                    digest.update(told)
+                    if pattern not in LIVE:
+                        frame.update(told)
+        return digest.hexdigest(), newest / 1e9, frame.hexdigest()
 
     def page(self) -> str:
         """The page of the present state; the last one while a run cannot be read."""
         with self._lock:  # several requests at a time would render the same page several times
-            version, changed = self._state()
-            if version != self._version:
+            version, changed, frame = self._state()
+            if version != self._version and time.monotonic() >= self._rest_until:
+                began = time.monotonic()
                 try:
-                    self._page = render(collect_runs(self.folders), version, changed)
+                    self._page = render(collect_runs(self.folders), version, changed, frame)
                 except RunError:
                     if not self._page:
                         raise
                 self._version = version
+                ended = time.monotonic()
+                self._rest_until = ended + (ended - began) * (1 / LIVE_SHARE - 1) if "data-live" in self._page else 0.0
+            self._asked, self._given = time.monotonic(), self._version
             return self._page
 
 
@@ -121,23 +150,29 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
+    def __init__(self, listening: socket.socket, report: LiveReport) -> None:
+        super().__init__(listening.getsockname(), partial(_Handler, report), bind_and_activate=False)
+        self.socket.close()
+        self.socket = listening
+        self.server_name, self.server_port = listening.getsockname()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that closes a page in the middle of an answer is no error."""
 
 
-def make_server(folders: Sequence[Path], port: int = PORT) -> ThreadingHTTPServer:
+def make_server(folders: Sequence[Path], port: int | None = PORT) -> ThreadingHTTPServer:
     """Make a server of the report of some runs, on the loopback interface only.
 
     Args:
         folders: run folders.
-        port: 0 chooses a free one; `server_port` tells it.
+        port: 0 chooses a free one, None the first free one from `PORT` on; `server_port` tells it.
 
     Raises:
         RunError: a folder is no run, or the port cannot be used.
     """
     report = LiveReport(folders)
     try:
-        return _Server((ADDRESS, port), partial(_Handler, report))
+        return _Server(listen() if port is None else socket.create_server((ADDRESS, port)), report)
     except (OSError, OverflowError) as error:
         busy = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         raise RunError(
@@ -146,7 +181,18 @@ def make_server(folders: Sequence[Path], port: int = PORT) -> ThreadingHTTPServe
         ) from error
 
 
-def watch(folders: Sequence[Path], port: int = PORT) -> None:
+def listen() -> socket.socket:
+    """A socket that listens on the first free port from `PORT` on, else on any free one."""
+    for port in (*range(PORT, PORT + PORTS_TRIED), 0):
+        try:
+            return socket.create_server((ADDRESS, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not port:
+                raise
+    raise AssertionError("the system gives a free port, or an error")
+
+
+def watch(folders: Sequence[Path], port: int | None = None) -> None:
     """Serve the report until the user interrupts.
 
     Args:
@@ -164,3 +210,33 @@ def watch(folders: Sequence[Path], port: int = PORT) -> None:
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:
             say("stopped; `vlm-sft report RUN…` writes the page as a file")
+
+
+def serve_training(folder: Path, descriptor: int) -> None:
+    """Serve the live page of a training until standard input tells, or closes, that it is over.
+
+    Args:
+        folder: the run's folder; run.json may come later.
+        descriptor: of a socket that listens.
+    """
+    listening = socket.socket(fileno=descriptor)
+    ended = threading.Event()
+
+    def wait() -> None:
+        sys.stdin.buffer.read(1)
+        ended.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    while not (folder / artifacts.RUN).is_file():
+        if ended.wait(0.1):
+            return
+    report = LiveReport([folder])
+    with _Server(listening, report) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True).start()
+        ended.wait()
+        report.linger()
+        server.shutdown()
+
+
+if __name__ == "__main__":
+    serve_training(Path(sys.argv[1]), int(sys.argv[2]))

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vlm_sft.common.artifacts import read_jsonl, write_jsonl
 from vlm_sft.common.console import Bar, say
+from vlm_sft.common.options import is_function
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.forecast import estimate as forecasts
 from vlm_sft.planning.run_forecast import ForecastTracker
@@ -25,7 +26,8 @@ _DROPPED = ("train_runtime", "train_samples_per_second", "train_steps_per_second
 
 def _is_told(name: str) -> bool:
     """Whether a number of an evaluation is printed, and not only logged."""
-    return is_loss(name) or name.removeprefix("eval_") in EVALUATION_METRICS
+    metric = name.removeprefix("eval_")
+    return is_loss(name) or metric in EVALUATION_METRICS or is_function(metric)
 
 
 class Callbacks:

@@ -1,6 +1,8 @@
-"""The evaluation loss: the mean over all supervised tokens, on all ranks; beside it that of each data set."""
+"""The evaluation loss, on all ranks: of each data set, and of all of them in the proportions of the training."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
@@ -16,20 +18,31 @@ from vlm_sft.train.optimization import Optimization
 
 @torch.no_grad()
 def evaluation_loss(
-    optimization: Optimization, mode: PackMode, steps: StepDataset, health: Health, device: torch.device, step: int
+    optimization: Optimization,
+    mode: PackMode,
+    steps: StepDataset,
+    shares: Mapping[str, float],
+    health: Health,
+    device: torch.device,
+    step: int,
 ) -> dict[str, float]:
-    """Sums of token losses over all ranks divided by their numbers of supervised tokens, in nats; no weights count.
+    """Mean losses per supervised token, in nats; the weights of single rows and answers do not count.
+
+    The questions of an evaluation mix data sets otherwise than the training does: `--max_eval` and the sizes of the
+    validation splits decide. So each set has its own mean, and `eval_loss` is the mean of these by `shares`: what the
+    training's `loss` would be on unseen questions.
 
     Args:
         optimization: has the model.
         mode: how packs are computed.
         steps: this rank's share of the evaluation set; every rank has as many packs.
+        shares: of the data sets in the training loss; those without evaluation questions do not count.
         health: asked between two steps whether the run is to stop.
         device: of the model.
         step: optimizer steps done.
 
     Returns:
-        `eval_loss` over everything, and where there are several data sets `eval_loss_NAME` over each.
+        `eval_loss`, and where there are several data sets `eval_loss_NAME` of each.
 
     Raises:
         EvaluationStopped: the ranks agreed to stop.
@@ -56,7 +69,21 @@ def evaluation_loss(
                 counted = counted * (batch.weights > 0)[:, None]
             sums.index_add_(0, moved_to(device, sets), counted)
     total = sum_ranks(sums).cpu()
-    found = {"eval_loss": float(total[:, 0].sum() / total[:, 1].sum())}
-    if len(names) > 1:
-        found |= {f"eval_loss_{name}": float(row[0] / row[1]) for name, row in zip(names, total, strict=True) if row[1]}
-    return found
+    if len(names) == 1:
+        return {"eval_loss": float(total[0, 0] / total[0, 1])}
+    means = {name: float(row[0] / row[1]) for name, row in zip(names, total, strict=True) if row[1]}
+    return {"eval_loss": mixed_loss(means, shares)} | {f"eval_loss_{name}": mean for name, mean in means.items()}
+
+
+def mixed_loss(means: Mapping[str, float], shares: Mapping[str, float]) -> float:
+    """The mean of losses by the shares of their data sets; all alike where none of them has a share.
+
+    Args:
+        means: loss per supervised token, in nats, by data set.
+        shares: of the training loss, 0 to 1, by data set.
+    """
+    counted = {name: shares.get(name, 0.0) for name in means}
+    total = sum(counted.values())
+    if not total:
+        return sum(means.values()) / len(means)
+    return sum(share / total * means[name] for name, share in counted.items())

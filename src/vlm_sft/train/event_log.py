@@ -50,7 +50,7 @@ class PatientLines:
                     raise
         except OSError as error:
             if first:
-                warn(f"{self.path} cannot be written ({error.strerror}); its lines are kept until it can")
+                warn(f"{self.path} cannot be written ({error.strerror}); its lines are kept in memory until then")
             return
         self._waiting = ""
 

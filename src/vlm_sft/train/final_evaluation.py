@@ -17,7 +17,6 @@ from vlm_sft.common.record import folder_bytes
 from vlm_sft.data.cache.encoded import DataCache
 from vlm_sft.distributed.collectives import barrier
 from vlm_sft.distributed.launch import Launch
-from vlm_sft.distributed.zero import release_weights
 from vlm_sft.evaluate.evaluator import Evaluator, results_table
 from vlm_sft.evaluate.loading import open_backend
 from vlm_sft.evaluate.pictures import save_pictures
@@ -88,7 +87,6 @@ def _answer(
                 folder = run.options.output_dir / artifacts.EVALUATION_FOLDER / side / task.name
                 identity = identity_of(base, tuned)
                 evaluator.run(task, folder, f"{task.name}: {side}", identity)
-    release_weights(model)
     return cache
 
 

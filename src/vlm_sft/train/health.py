@@ -171,7 +171,7 @@ class Health:
         if fatal is not None:
             raise DataError(
                 f"step {step}: {fatal.reason} (samples: {', '.join(fatal.sample_ids[:3]) or 'unknown'})",
-                "look at it, then go on with --resume auto; --on_bad_sample replace trains on another sample instead",
+                "look at it, then continue with --resume auto; --on_bad_sample replace trains another sample instead",
             )
         return total
 
@@ -261,7 +261,7 @@ class Health:
                 f"{self._in_a_row} steps in a row, the last of them step {step}, have no finite numbers: "
                 f"{first['detail']} (samples: {', '.join(first['sample_ids'][:3])}); see {self.log.path}",
                 "look at these samples with vlm-sft data check, lower --learning_rate or --max_grad_norm, or raise "
-                "--max_bad_steps; --resume auto goes on from the last checkpoint, which is not affected",
+                "--max_bad_steps; --resume auto continues from the last checkpoint, which is not affected",
             )
 
 
@@ -276,5 +276,5 @@ def memory_error(step: int, rank: int, tokens: int) -> DeviceMemoryError:
     return DeviceMemoryError(
         f"step {step}: a pack of {tokens:,} tokens does not fit into the memory of rank {rank}",
         f"pass --tokens_per_pack {max(256, tokens // 2 // 256 * 256)}, --gradient_checkpointing true or a smaller "
-        "--max_pixels, and go on with --resume auto; --tokens_per_pack and checkpointing change no result",
+        "--max_pixels, and continue with --resume auto; --tokens_per_pack and checkpointing change no result",
     )

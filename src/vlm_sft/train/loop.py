@@ -1,8 +1,8 @@
-"""The training loop: gradients of the packs of a step, the ranks' vote, the optimizer; then log, evaluate, save, stop.
+"""The training loop: gradients of a step's packs, the ranks' vote, the optimizer; then log, evaluate, save, stop.
 
-A batch of the loader is one optimizer step. The loss of a step is the sum of the token losses of all its packs, on all
-ranks, divided by the number of supervised tokens of the whole step. That number comes from the plan, so no rank has to
-ask the others.
+One loader batch is one optimizer step. The loss of a step is the sum of the token losses of all its packs on all ranks,
+divided by the number of supervised tokens in the whole step. That number comes from the plan, so ranks need not
+exchange it.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from vlm_sft.train.validation import Validation
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a training follows.
+    """What a training executes.
 
     Attributes:
-        recipe, schedule: the recipe, and its steps on this data.
+        recipe, schedule: the recipe, and its schedule on this data.
         steps: this rank's optimizer steps.
-        eval_steps: the questions of the evaluation loss, in steps; None without evaluations.
+        eval_steps: the questions for the evaluation loss, in steps; None without evaluations.
         mode: how packs of this model are computed.
         workers: processes that prepare batches.
     """
@@ -65,20 +65,20 @@ class TrainingLoop:
     """Trains a model; every rank runs it.
 
     Args:
-        plan: what it follows.
-        model: the model, with its trained parameters, not wrapped.
+        plan: what to execute.
+        model: the model with its trained parameters, not wrapped.
         optimization: takes the optimizer steps.
         launch: ranks and device.
         folder: the run's folder.
         write_model: as of `CheckpointSaver`.
-        policy: how checkpoints are kept.
-        faults: what happens when numbers, images or processes fail.
+        policy: which checkpoints are kept.
+        faults: how to handle bad numbers, images and processes.
         validation: answers benchmark questions at each evaluation; None for the evaluation loss alone.
 
     Attributes:
         health: the ranks' vote, and the newest loss.
-        callbacks: what is told; its `state` is the progress of the training.
-        stopped_early: why the training ended before its last step; None where it did not.
+        callbacks: receive the events; their `state` is the progress of the training.
+        stopped_early: why the training ended before its last step; None if it did not.
     """
 
     def __init__(
@@ -113,15 +113,15 @@ class TrainingLoop:
         return bool(self.signals and self.signals.requested)
 
     def run(self, callbacks: Sequence[TrainerCallback] = (), checkpoint: Path | None = None) -> None:
-        """Train from the start, or from a checkpoint that was verified; ends with the weights that are to be kept.
+        """Train from the start or from a verified checkpoint; ends with the final weights.
 
         Args:
-            callbacks: told what happens, after those of transformers' trackers.
-            checkpoint: what the training goes on from.
+            callbacks: further callbacks, called after those of transformers' trackers.
+            checkpoint: where to continue from; None for a new training.
 
         Raises:
-            InterruptedRunError: the ranks agreed to stop, and tried to write a checkpoint of the last step.
-            DataError, NumericalError, DeviceMemoryError: the training cannot go on.
+            InterruptedRunError: the ranks agreed to stop, after trying to write a checkpoint of the last step.
+            DataError, NumericalError, DeviceMemoryError: the training cannot continue.
         """
         progress = self._begin(callbacks, checkpoint)
         state, steps_per_epoch = self.state, self.plan.schedule.steps_per_epoch
@@ -131,14 +131,14 @@ class TrainingLoop:
             self.loader.start_at(first)
             self.callbacks.tell("on_epoch_begin")
             for batch in self.loader:
-                if progress is not None:  # reading the first batch of a resumed training is no part of it
+                if progress is not None:  # reading the first batch draws random numbers too
                     restore_random(progress, self.launch.rank)
                     progress = None
                 step = state.global_step + 1
                 self.callbacks.tell("on_step_begin")
                 supervised = batch.supervised + self.health.settle(step, batch.faults, batch.change)
                 start_training(self.model)
-                # Gradients are averaged over ranks; the loss is divided by the whole step's tokens already.
+                # Gradients are averaged over ranks, but the loss is already divided by the tokens of the whole step.
                 gradients = self.optimization.begin(
                     len(batch.packs), step - 1, self.launch.world_size / supervised, self.plan.mode, self.health
                 )
@@ -149,7 +149,7 @@ class TrainingLoop:
                 if state.global_step >= state.max_steps or self.callbacks.control.should_training_stop:
                     break
             self.callbacks.tell("on_epoch_end")
-            self._evaluate_and_save()  # what a callback asked for there
+            self._evaluate_and_save()  # if a callback requested it
         self._end()
 
     @property
@@ -183,7 +183,7 @@ class TrainingLoop:
         return progress
 
     def _catch_up(self) -> None:
-        """After a resume: evaluate the checkpoint where a signal came before that was done."""
+        """After a resume, evaluate the checkpoint if a signal prevented it."""
         step = self.state.global_step
         done = any("eval_loss" in entry for entry in self.state.log_history if entry.get("step") == step)
         if self.plan.schedule.evaluates_after(step) and not done:
@@ -192,10 +192,10 @@ class TrainingLoop:
             self._evaluate_and_save()
 
     def _update(self, step: int, gradients: Any) -> dict[str, float | None]:
-        """Let the ranks vote on a step, take it or pass it over, and ask what follows it.
+        """Let the ranks vote on a step, take or skip it, and decide what follows.
 
         Returns:
-            What a log says of the step: its learning rate, and the norm of the gradient, None where it was not used.
+            The log values of the step: its learning rate, and the gradient norm, None if the step was skipped.
         """
         norm, rate = None, self.optimization.learning_rate()
         if self.optimization.agree(step, gradients, self.health):
@@ -217,16 +217,16 @@ class TrainingLoop:
         return {"grad_norm": norm, "learning_rate": rate}
 
     def _log(self, step: dict[str, float | None]) -> None:
-        """Log the mean loss of the steps since the last log and what is known of the newest step, where that is due."""
+        """If due, log the mean loss since the last log and the values of the newest step."""
         if self.callbacks.control.should_log:
             values = {"loss": self.losses.take(), **step}
             self.callbacks.log({name: value for name, value in values.items() if value is not None})
 
     def _evaluate_and_save(self) -> None:
-        """Evaluate and save where that is due; once the ranks agreed to stop, save and end the run.
+        """Evaluate and save if due; once the ranks have agreed to stop, save and end the run.
 
         Raises:
-            InterruptedRunError: they did.
+            InterruptedRunError: the ranks agreed to stop.
         """
         control = self.callbacks.control
         if control.should_evaluate and not self.health.stopping:
@@ -248,10 +248,11 @@ class TrainingLoop:
     def _evaluate(self) -> dict[str, float]:
         """Mean loss per supervised token over the evaluation set, whatever the packs, and the benchmarks' scores."""
         steps = self.plan.eval_steps
-        if steps is None:  # a schedule with evaluations has questions for them
+        if steps is None:  # only a callback asks without a schedule
             raise RunError("a callback asked for an evaluation, and eval_strategy is no", "pass eval_strategy steps")
         state, began = self.state, time.monotonic()
-        losses = evaluation_loss(self.optimization, self.plan.mode, steps, self.health, self.device, state.global_step)
+        mode, shares = self.plan.mode, self.plan.steps.data.loss_shares
+        losses = evaluation_loss(self.optimization, mode, steps, shares, self.health, self.device, state.global_step)
         chosen = self.plan.recipe.best_metric_column
         if is_loss(chosen):
             losses.setdefault(chosen, losses[LOSS])  # of the only data set with questions for it
@@ -273,7 +274,7 @@ class TrainingLoop:
         return metrics
 
     def _note_best(self, metrics: dict[str, float]) -> None:
-        """Note a new best step; one is never the best after a dropped step, with a lost guard or without a number."""
+        """Record a new best step. A skipped step, a violated guard or a non-finite value is never the best."""
         recipe, state = self.plan.recipe, self.state
         value = metrics[recipe.best_metric_column]
         if not math.isfinite(value) or self.health.bad_step == state.global_step:
@@ -286,7 +287,7 @@ class TrainingLoop:
             state.best_global_step = state.global_step if self.plan.schedule.save_steps else None
 
     def _stop_early(self) -> None:
-        """End the training, with a checkpoint where there are any, once its evaluations get no better."""
+        """End the training once its evaluations stop improving, with a checkpoint if checkpoints are written."""
         schedule, state, control = self.plan.schedule, self.state, self.callbacks.control
         if self.plan.recipe.early_stopping_patience is None or state.global_step >= state.max_steps:
             return
@@ -296,7 +297,7 @@ class TrainingLoop:
             control.should_save |= control.should_evaluate and bool(schedule.save_steps)
 
     def _end(self) -> None:
-        """Log what the training came to, and take the weights that are to be kept."""
+        """Log the totals of the training and load the final weights."""
         seconds, steps = max(time.monotonic() - self.began, 1e-9), self.state.global_step
         questions = self.plan.steps.planner.questions_after(steps)
         values = {

@@ -27,7 +27,7 @@ def write_card(folder: Path, run: Path) -> None:
     if about is None:
         return
     if not may_write(path):
-        say(f"{path} is not a model card of this program: it stays as it is")
+        say(f"{path} was not written by this program; it is left unchanged")
         return
     with naming(path):
         path.write_text(card(about), encoding="utf-8")

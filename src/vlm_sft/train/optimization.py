@@ -25,6 +25,7 @@ from vlm_sft.common.manifest import naming
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.collectives import broadcast
 from vlm_sft.distributed.launch import Launch
+from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.cpu.matmul import mixed_precision
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.packed_forward import Objective
@@ -207,8 +208,8 @@ class TorchOptimization:
         self._max_norm = recipe.max_grad_norm or float("inf")
         self._world_size = launch.world_size
         for parameter in model.parameters():
-            if parameter.requires_grad:  # the same everywhere at the start, whatever a rank drew or read
-                broadcast(parameter.data)
+            if parameter.requires_grad and not is_partitioned(parameter):
+                broadcast(parameter.data)  # the same everywhere at the start, whatever a rank drew or read
 
     def begin(self, packs: int, step: int, scale: float, mode: PackMode, health: Health) -> StepGradients:
         """As of `Optimization`."""
@@ -284,15 +285,20 @@ def read_weights(model: Any, folder: Path) -> None:
         assert all(parameter.requires_grad for parameter in trained), "an adapter in training stays trainable"
         require_places(folder, model)
         return
-    index = folder / FULL_WEIGHTS_INDEX
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [FULL_WEIGHTS]
     # Weights that share their memory are written once.
     absent = {name for name, _ in model.named_parameters()}
-    for file in files:
-        weights = load_file(folder / file)
+    for file in weight_files(folder):
+        weights = load_file(file)
         unknown = model.load_state_dict(weights, strict=False).unexpected_keys
         absent -= weights.keys()
         if unknown:
-            raise RunError(f"{folder / file}: the model has no {', '.join(unknown[:3])}", "resume another checkpoint")
+            raise RunError(f"{file}: the model has no {', '.join(unknown[:3])}", "resume another checkpoint")
     if absent:
         raise RunError(f"{folder}: it has no {', '.join(sorted(absent)[:3])}", "resume another checkpoint")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights of a whole model."""
+    index = folder / FULL_WEIGHTS_INDEX
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [FULL_WEIGHTS]
+    return [folder / name for name in names]

@@ -10,8 +10,8 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say
 from vlm_sft.common.errors import RunError
+from vlm_sft.common.idle import Idle
+from vlm_sft.distributed.launch import launch_words
 from vlm_sft.train.checkpoint.directory import checkpoint_problems, checkpoints
 
 # Flags of the run that the trial sets by itself, with their number of values (None: up to one).
@@ -39,11 +41,67 @@ _OWN = {
     "--metric_for_best_model": 1,
     "--report_to": 1,
     "--local_rank": 1,
+    "--watch": 0,
     "--overwrite_output_dir": 0,
     "--allow_changes": 0,
     "--resume": None,
 }
 _LOOK_SECONDS = 0.002
+TRIAL_STEPS = 6
+
+
+IDLE = (
+    Idle(
+        ("steps", "output_dir"),
+        lambda o: o.checkpoints_only,
+        "with --checkpoints_only, which trains nothing",
+        "leave it out",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a check of a run found; true where all is as it should be.
+
+    Attributes:
+        exact: whether a killed training resumes exactly; None where that was not tried.
+        damaged: what does not verify, one text for each problem of a checkpoint.
+        folder: of the trial, with both trainings and their logs; None without one.
+    """
+
+    exact: bool | None
+    damaged: tuple[str, ...]
+    folder: Path | None
+
+    def __bool__(self) -> bool:
+        return self.exact is not False and not self.damaged
+
+
+def verify(run: Path, steps: int, output_dir: Path | None, checkpoints_only: bool) -> Verification:
+    """Check the checkpoints of a run, then train a few steps of it, kill it, resume it, and compare.
+
+    Args:
+        run: the run's folder.
+        steps: optimizer steps of the trial, at least 4.
+        output_dir: where the trial runs; None for `verify` in the run's folder.
+        checkpoints_only: compare checksums, and train nothing.
+
+    Raises:
+        RunError: the folder is no run, or the trial does not run.
+    """
+    if steps < 4:
+        raise RunError(f"--steps {steps} is below 4", "the trial needs a checkpoint and steps after it")
+    if not (run / artifacts.RUN).is_file():
+        raise RunError(f"{run} holds no {artifacts.RUN}", "pass the output folder of a training")
+    damaged = tell_checkpoints(run)
+    if checkpoints_only:
+        return Verification(None, tuple(damaged), None)
+    scratch = scratch_folder(output_dir or run / "verify")
+    same = verify_run(run, scratch, steps)
+    facts = {"schema": 1, "steps": steps, "resume_is_exact": same, "damaged_checkpoints": damaged}
+    artifacts.write_json(scratch / artifacts.VERIFY, facts)
+    return Verification(same, tuple(damaged), scratch)
 
 
 def tell_checkpoints(run: Path) -> list[str]:
@@ -51,7 +109,7 @@ def tell_checkpoints(run: Path) -> list[str]:
     broken = []
     for path in checkpoints(run):
         problems = checkpoint_problems(path)
-        say(f"{path}: {'; '.join(problems) if problems else 'every byte is as it was written'}")
+        say(f"{path}: {'; '.join(problems) if problems else 'all checksums match'}")
         broken += [f"{path.name}: {problem}" for problem in problems]
     return broken
 
@@ -104,19 +162,6 @@ def trial_flags(run: Path, steps: int) -> list[str]:
     ]
 
 
-def launch_words(run: Path) -> list[str]:
-    """The program that starts a training with as many processes as the run had."""
-    facts = artifacts.read_json(run / artifacts.RUN)
-    size, parallel = int(facts.get("world_size", 1)), str(facts.get("parallel", "single"))
-    if size == 1:
-        return [sys.executable, "-m", "vlm_sft", "train"]
-    if parallel == "ddp":
-        many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
-        return [*many, "-m", "vlm_sft", "train"]
-    program = Path(sys.executable).with_name("deepspeed")
-    return [str(program), f"--num_gpus={size}", "--module", "vlm_sft", "train"]
-
-
 def verify_run(run: Path, scratch: Path, steps: int) -> bool:
     """Train, kill, resume and compare; says what it finds.
 
@@ -132,8 +177,9 @@ def verify_run(run: Path, scratch: Path, steps: int) -> bool:
         RunError: the trial does not run.
     """
     flags = trial_flags(run, steps)
-    words = launch_words(run)
-    say(f"1 of 3: {steps} steps without a disturbance")
+    facts = artifacts.read_json(run / artifacts.RUN)
+    words = launch_words(int(facts.get("world_size", 1)), str(facts.get("parallel", "single")))
+    say(f"1 of 3: {steps} steps without interruption")
     whole = _finished(words, flags, scratch / "undisturbed")
     say("2 of 3: the same, killed after its first checkpoint (SIGKILL)")
     _kill_after_a_checkpoint(words, flags, scratch / "resumed")
@@ -149,7 +195,7 @@ def verify_run(run: Path, scratch: Path, steps: int) -> bool:
     say(f"adapter: the largest difference of a weight is {distance:.3g}")
     if not torch.cuda.is_available():
         return False
-    say("the GPU may add in another order each time: a second undisturbed training tells how much that is")
+    say("a GPU may add in a different order each time: a second uninterrupted training shows by how much")
     noise = _distance(whole, _finished(words, flags, scratch / "again"))
     say(f"two undisturbed trainings differ by {noise:.3g}")
     return distance <= 2 * noise

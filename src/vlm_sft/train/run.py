@@ -1,6 +1,6 @@
-"""One training run from the command line to the results table, readable top to bottom.
+"""One training run, from the options to the results table, readable top to bottom.
 
-recipe -> data -> model -> train -> evaluate -> report; the stages meet in files of the output folder.
+recipe -> data -> model -> train -> evaluate -> report. The stages exchange files in the output folder.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from vlm_sft.train.setup import build_training
 
 
 def train(options: TrainOptions, caller: Caller | None = None) -> dict[str, Any]:
-    """Carry out one training run.
+    """Run one training.
 
     Args:
         options: what is trained, and how.
-        caller: callbacks and metrics of a caller from Python; None for the command line.
+        caller: callbacks and metrics of a Python caller; None for the command line.
 
     Returns:
         The value of results.json, or {} without a final evaluation.
 
     Raises:
         VlmSftError: a mistake in the recipe, data, model, folder or launch.
-        GuardError: the training is finished, and no checkpoint keeps to the guard.
+        GuardError: the training finished, but no checkpoint satisfies the guard.
     """
     caller = caller or Caller()
     with open_run(options, caller) as (run, guards):
@@ -43,7 +43,7 @@ def train(options: TrainOptions, caller: Caller | None = None) -> dict[str, Any]
             with training.running():
                 training.loop.run(training.callbacks, run.checkpoint)
             kept = training.finish()
-            del training  # its weights make room for those that are evaluated
+            del training  # frees its weights before the evaluation loads its own
             results = evaluate_run(run, plan, tasks)
             trackers.conclude(run.record.values["steps"])
             run.record.update(bytes=sizes(options.output_dir))
@@ -54,8 +54,8 @@ def train(options: TrainOptions, caller: Caller | None = None) -> dict[str, Any]
         barrier("end")
     if not kept:
         raise GuardError(
-            f"no checkpoint of {options.output_dir} keeps to --guard {options.guard} (see {artifacts.GUARD}); "
+            f"no checkpoint of {options.output_dir} satisfies --guard {options.guard} (see {artifacts.GUARD}); "
             "the adapter there is that of the last step",
-            "train less or with a lower learning rate, mix data of the guarded benchmark in, or allow more points",
+            "train less or with a lower learning rate, mix in data of the guarded benchmark, or allow more points",
         )
     return results

@@ -29,7 +29,7 @@ def disk_error(error: OSError) -> RunError:
     where = f" with {error.filename}" if error.filename else ""
     return RunError(
         f"the disk fails{where}: {error.strerror}",
-        "mend the disk or make room, then go on with --resume auto: the checkpoints are as they were",
+        "repair the disk or free some space, then continue with --resume auto: the checkpoints are intact",
     )
 
 
@@ -76,7 +76,7 @@ def claim_folder(folder: Path, resume: str | None, overwrite: bool) -> None:
     if holds_work(folder) and resume is None and not overwrite:
         raise RunError(
             f"--output_dir {folder} holds another run",
-            "choose another folder, go on with --resume, or start over with --overwrite_output_dir",
+            "choose another folder, continue with --resume, or start over with --overwrite_output_dir",
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ class RunLock:
             ) from error
         except OSError as error:
             reason = error.strerror or error
-            warn(f"{self.path} cannot be locked ({reason}): nothing keeps a second run out of this folder")
+            warn(f"{self.path} cannot be locked ({reason}): a second run could write to this folder")
             return self
         facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "command": command_line()}
         with contextlib.suppress(OSError):  # on a full disk the lock holds without a name

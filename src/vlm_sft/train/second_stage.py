@@ -46,7 +46,7 @@ def begin_second_stage(options: TrainOptions, recipe: Recipe) -> tuple[TrainOpti
         The options with the base that the run trains on, and what run.json says about its beginning.
 
     Raises:
-        ModelError: the adapter is damaged, belongs to another base, or cannot go on under this recipe.
+        ModelError: the adapter is damaged, belongs to another base, or cannot be continued under this recipe.
     """
     assert options.adapter is not None
     place, digest = agree(lambda: _prepare(options, recipe))
@@ -66,7 +66,7 @@ def _prepare(options: TrainOptions, recipe: Recipe) -> tuple[str, str]:
     _require_same_settings(options.adapter, config, recipe)
     prompt = PromptSettings.find(options.adapter)
     require_fit(options.adapter, find_base(options.base_model, bf16=recipe.bf16, prompt=prompt), None)
-    say(f"second stage: the weights of {options.adapter} are trained on")
+    say(f"second stage: training continues from {options.adapter}")
     return options.base_model, digest
 
 
@@ -109,7 +109,7 @@ def _require_same_settings(folder: Path, config: Mapping[str, Any], recipe: Reci
     """
     other = "pass --adapter_mode merge to train new ones on top of it"
     if ALL in recipe.train:
-        raise ModelError(f"--adapter {folder}: with --train all there is no adapter whose weights could go on", other)
+        raise ModelError(f"--adapter {folder}: with --train all there is no adapter to continue from", other)
     differ = {}
     for name, (key, usual) in _SETTINGS.items():
         value = config.get(key, usual)
@@ -118,7 +118,9 @@ def _require_same_settings(folder: Path, config: Mapping[str, Any], recipe: Reci
     if differ:
         found = ", ".join(f"{name} is {value} there and {getattr(recipe, name)} here" for name, value in differ.items())
         flags = " ".join(f"--{name} {str(value).lower()}" for name, value in differ.items())
-        raise ModelError(f"--adapter {folder} cannot go on under this recipe: {found}", f"pass {flags}; or {other}")
+        raise ModelError(
+            f"--adapter {folder} cannot be continued under this recipe: {found}", f"pass {flags}; or {other}"
+        )
 
 
 def take_over(model: Any, folder: Path) -> None:
@@ -138,12 +140,12 @@ def take_over(model: Any, folder: Path) -> None:
     contents = read_contents(folder, config)
     if problems := [*_places_differ(contents.layers, model), *_ranks_differ(config, model)]:
         raise ModelError(
-            f"--adapter {folder} cannot go on under this recipe: {'; '.join(problems)}",
+            f"--adapter {folder} cannot be continued under this recipe: {'; '.join(problems)}",
             "train the same parts with the same --train, --target_modules and ranks, or pass --adapter_mode merge",
         )
     if problems := fit_problems(contents, model):
         raise ModelError(
-            f"--adapter {folder} cannot go on under this recipe: {'; '.join(problems)}",
+            f"--adapter {folder} cannot be continued under this recipe: {'; '.join(problems)}",
             "train the same parts with the same --train, or pass --adapter_mode merge",
         )
     model.load_adapter(str(folder), model.active_adapter, is_trainable=True)

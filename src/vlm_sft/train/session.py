@@ -22,9 +22,9 @@ from vlm_sft.distributed.signals import StopSignals, resume_line
 from vlm_sft.evaluate.guard import Guard
 from vlm_sft.model.load import resolve_path
 from vlm_sft.model.model_folder import require_utf8
+from vlm_sft.planning.answer_limits import token_limits
 from vlm_sft.planning.fingerprint import check_ranks, recipe_identity, refuse_changes
 from vlm_sft.planning.options import TrainOptions
-from vlm_sft.planning.run_plan import token_limits
 from vlm_sft.planning.run_recipe import read_run_recipe
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import check_request
@@ -36,6 +36,8 @@ from vlm_sft.train.bitsandbytes_adamw import require_bitsandbytes
 from vlm_sft.train.caller import Caller
 from vlm_sft.train.checkpoint.directory import choose_resume, tidy
 from vlm_sft.train.event_log import logged
+from vlm_sft.train.fsdp_optimization import require_dividable
+from vlm_sft.train.live_page import live_page
 from vlm_sft.train.run_folder import DISK_ERRORS, START, RunLock, claim_folder, clear_run, disk_error, holds_work
 from vlm_sft.train.second_stage import begin_second_stage
 
@@ -57,11 +59,12 @@ def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRu
     quiet_libraries()
     loaded = read_run_recipe(options)
     recipe = loaded.recipe
-    specs = parse_datasets(options.dataset)
-    guards = check_request(recipe, specs, options.guard, options.eval_samples)
+    specs = parse_datasets(options.dataset, options.columns)
+    guards = check_request(recipe, specs, options)
     token_limits(options, specs)
     check_trackers(recipe.report_to)
-    launch = read_launch(options.local_rank, options.deepspeed)
+    launch = read_launch(options.local_rank, options.deepspeed, options.fsdp)
+    require_dividable(recipe, launch)
     require_bitsandbytes(recipe, launch)
     expand_segments(launch)
     resolve_path(options.base_model)  # before the long reading of data
@@ -78,6 +81,7 @@ def open_run(options: TrainOptions, caller: Caller) -> Iterator[tuple[TrainingRu
         checkpoint = agree(lambda: _open_folder(options, recipe, launch))
         stack.enter_context(logged(options.output_dir / artifacts.LOG))
         _announce(options, launch, loaded.notes, checkpoint)
+        stack.enter_context(live_page(options.output_dir, options.watch))
         facts = _facts(options, specs, launch, checkpoint)
         if options.adapter is not None:
             options, started = begin_second_stage(options, recipe)
@@ -156,7 +160,8 @@ def _announce(options: TrainOptions, launch: Launch, notes: list[str], checkpoin
     say(f"training {options.base_model} on {options.dataset} with {source}")
     detail(f"launch: {launch.world_size} process(es), {launch.parallel}, {'CPU' if launch.cpu else 'GPU'}")
     place = shlex.quote(str(options.output_dir))
-    say(f"follow it in a browser: vlm-sft report {place} --watch")
+    if not options.watch:
+        say(f"follow it in a browser: vlm-sft report {place} --watch")
     if not options.verbose:
         say(f"every detail: {place}/{artifacts.LOG}, or here with --verbose")
     for note in filter(None, [idle_gpus(launch, sys.argv), *notes]):

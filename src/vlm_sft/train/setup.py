@@ -32,6 +32,7 @@ from vlm_sft.model.load import Base, load_model
 from vlm_sft.model.parts import ALL
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.saved_adapter import changes_nothing
+from vlm_sft.model.sharded import divide_model, load_to_divide
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.trainable import checkpoint_layers, described, save_tuned, tune
 from vlm_sft.model.vision_features import tower_modules
@@ -50,6 +51,7 @@ from vlm_sft.train.deepspeed_engine import (
     partition_while_loading,
     resolve_config,
 )
+from vlm_sft.train.fsdp_optimization import DividedOptimization
 from vlm_sft.train.loop import TrainingLoop, TrainingPlan
 from vlm_sft.train.model_card import write_card
 from vlm_sft.train.optimization import TorchOptimization
@@ -157,6 +159,7 @@ def build_training(
     Raises:
         VlmSftError: the base cannot be trained as asked.
     """
+    run.record.update(schedule=plan.schedule.to_dict(), loss_shares=plan.data.loss_shares)
     agree(trackers.begin)
     forecast.lap(TRACKERS)
     with run.record.timed("train"):
@@ -206,7 +209,8 @@ def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
         raise ModelError("--load_in_4bit true: ZeRO-3 cannot partition 4-bit weights", "use --deepspeed zero2")
     optimize: Any
     if launch.deepspeed is None:
-        optimize = partial(TorchOptimization, recipe=recipe, schedule=plan.schedule, launch=launch, dtype=base.dtype)
+        kind = DividedOptimization if launch.fsdp else TorchOptimization
+        optimize = partial(kind, recipe=recipe, schedule=plan.schedule, launch=launch, dtype=base.dtype)
     else:
         width = hidden_size_of(AutoConfig.from_pretrained(base.path, trust_remote_code=False))
         config = resolve_config(launch, recipe, base.dtype == torch.bfloat16, width)
@@ -215,16 +219,20 @@ def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
         optimize = partial(DeepSpeedOptimization, recipe=recipe, schedule=plan.schedule, config=config, loading=loading)
     # ZeRO-3 shares the weights out while they are read; a configuration of the user's may ask for that, too.
     whole = launch.parallel in ("single", "ddp", "zero2")
-    loaded = load_model(base, launch.device if whole else "cpu")
+    loaded = load_to_divide(base) if launch.fsdp else load_model(base, launch.device if whole else "cpu")
     model, lora = tune(loaded, recipe, base.name, master=launch.deepspeed is None)
     say(f"{described(lora)}, in {plan.schedule.total_steps:,} steps of {plan.planner.global_batch_size} questions")
     if run.options.adapter is not None and run.options.adapter_mode == CONTINUE:
-        take_over(model, run.options.adapter)
+        place = run.options.adapter
+        # FSDP hands out what rank 0 has; other ranks have no weights yet.
+        agree(lambda: take_over(model, place)) if launch.fsdp else take_over(model, place)
     run.record.update(lora=lora, attention=base.attention, dtype=base.dtype_name)
     if run.checkpointing:
         checkpoint_layers(model)
     if recipe.neftune_noise_alpha:
         add_noise(model, recipe.neftune_noise_alpha, recipe.seed)
+    if launch.fsdp:
+        divide_model(model, launch.device, base.dtype)
     return model, optimize
 
 
@@ -284,7 +292,7 @@ def _probe(
 ) -> None:
     """Measure a few passes and forecast again."""
     if is_partitioned(*model.parameters()):
-        say("--probe: under ZeRO-3 no rank has the whole model for a pass of its own; the forecast stays as it is")
+        say("--probe: no effect with sharded weights, where no rank holds the whole model")
         return
     precision = partial(mixed_precision, run.launch.device, plan.base.dtype)
     kept = forecast.inputs.images.keep_benchmark_features

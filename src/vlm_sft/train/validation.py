@@ -20,6 +20,7 @@ from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.compare import TOO_FEW
 from vlm_sft.evaluate.evaluator import Evaluator, StopRequest
 from vlm_sft.evaluate.guard import FEWEST_IMAGES, judge, tradeoff
+from vlm_sft.evaluate.pictures import save_some
 from vlm_sft.evaluate.provenance import identity_of
 from vlm_sft.evaluate.tasks import Task
 from vlm_sft.model.families import PackMode
@@ -87,6 +88,7 @@ class Validation:
         self._score_base(evaluator, model, stop)
         folder = self.folder / f"step-{step}"
         if self.launch.rank == 0:
+            save_some(self.plan.tasks, self.folder)
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier continuation from an older checkpoint
         barrier("begin to answer")
         identity = {"base_model": self.base.name, "step": step, "prompt": self.base.prompt.to_dict()}
@@ -197,8 +199,8 @@ class Validation:
         qualified = any(entry["qualifies"] for entry in self._evaluations)
         if self.launch.rank == 0:
             self._write(best_step if qualified else None)
-            say("what was gained and what was lost on the guarded benchmarks (validation questions):")
+            say("changes on the guarded benchmarks (validation questions):")
             say(tradeoff(self.plan.metric, self._evaluations, best_step))
             if not qualified:
-                warn("no checkpoint keeps to the guard; the adapter kept is that of the last step")
+                warn("no checkpoint satisfies the guard; the last step's adapter is kept")
         return qualified

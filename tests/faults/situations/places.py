@@ -34,7 +34,7 @@ def _without_cache(place: Place, cache: Path, **how: object) -> str:
     told = place.cold(*place.train(data, run, "--cache_dir", cache), **how)  # type: ignore[arg-type]
     place.run(*place.train(data, sound))
     assert status(run) == "finished" and weights(run) == weights(sound)
-    return line_with(told, "prepared data is not kept").replace(str(place.folder), "…")
+    return line_with(told, "prepared data cannot be stored").replace(str(place.folder), "…")
 
 
 @situation("the cache folder is a file; the output folder is sound")
@@ -138,7 +138,7 @@ def no_home(place: Place) -> str:
     place.cold(*place.train(data, place.folder / "run"), env=gone, VLM_SFT_CACHE="")
     told = place.cold(*place.train(data, place.folder / "run2"), HOME="/proc/nobody", VLM_SFT_CACHE="")
     assert status(place.folder / "run") == status(place.folder / "run2") == "finished"
-    return f"both runs finish; the second: {line_with(told, 'prepared data is not kept')}"
+    return f"both runs finish; the second: {line_with(told, 'prepared data cannot be stored')}"
 
 
 @situation("the C locale, with and without Python's UTF-8 mode; names and texts with umlauts, CJK and emoji")

@@ -78,7 +78,7 @@ class DataCache:
         except (OSError, RunError) as error:
             reason = error.what if isinstance(error, RunError) else str(error)
             effect = "images are processed when they are needed"
-            warn(f"prepared data is not kept in {self.root}: {reason}; {effect}", any_rank=True)
+            warn(f"prepared data cannot be stored in {self.root}: {reason}; {effect}", any_rank=True)
 
     def feature_store(self, settings: dict[str, Any]) -> Store:
         """The entry of vision features of one tower.
@@ -256,7 +256,7 @@ def group_key(members: Sequence[Sample]) -> str:
     """Key of an image with its questions, whatever their ids; own data may be asked by a template of its own."""
     first = members[0]
     asked = [[[(turn.role, turn.text) for turn in s.history], s.question, s.target, is_own(s.dataset)] for s in members]
-    text = json.dumps([first.image_key, first.system, asked])
+    text = json.dumps([first.image_key, first.system, asked, *filter(None, (first.places, first.boxes))])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

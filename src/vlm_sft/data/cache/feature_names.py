@@ -34,7 +34,7 @@ def parse_feature_cache(text: str) -> int | str:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size <= 0:
-        raise RunError(f"--feature_cache {quoted(text)} is no size", "pass auto, off, or a size such as 20GB")
+        raise RunError(f"--feature_cache {quoted(text)} is not a size", "pass auto, off, or a size such as 20GB")
     return size
 
 

@@ -295,7 +295,7 @@ class Writer:
 
 def _remove(index: Path, reason: str) -> None:
     """Take a damaged shard away and say so; several ranks may find it at the same time."""
-    warn(f"cache: {index.with_suffix('.safetensors')} is damaged ({reason}); its content is made again", any_rank=True)
+    warn(f"cache: {index.with_suffix('.safetensors')} is damaged ({reason}); it is rebuilt", any_rank=True)
     for path in (index, index.with_suffix(".safetensors")):
         with suppress(OSError):  # a disk that cannot be read may not be writable either
             path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,18 @@ from vlm_sft.common.artifacts import (
 )
 from vlm_sft.common.console import progress
 from vlm_sft.common.errors import DataError, RunError
+from vlm_sft.common.idle import Idle
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
 from vlm_sft.data.exchange.image_folder import FOLDER, ImageStore
 from vlm_sft.data.exchange.layouts import SUPERVISED_NOTE, write_record
-from vlm_sft.data.exchange.report import OUTSIDE_CAUTION, ExchangeReport, claim_output
+from vlm_sft.data.exchange.report import OUTSIDE_CAUTION, ExchangeReport, check_limits, claim_output
+from vlm_sft.data.mixture import mix
 from vlm_sft.data.sample import OUTSIDE, LeftOut, Sample
+from vlm_sft.data.sources.arrow_tables import native_file
+from vlm_sft.data.sources.registry import SPLITS, load_split
 from vlm_sft.data.sources.rows import RowProblem, left_out
-from vlm_sft.data.sources.shards import native_file
-from vlm_sft.data.sources.splits import DATASET_INFO
+from vlm_sft.data.sources.spec import parse_datasets, refuse_weights
+from vlm_sft.data.sources.splits import DATASET_INFO, MissingSplitError
 
 FORMULA_CAUTION = "texts that begin like a formula, which a spreadsheet would compute: open the file with text columns"
 ROW_GROUP = 100  # rows with their images that are held in memory together
@@ -74,6 +78,52 @@ def export_data(request: ExportRequest, splits: dict[str, list[Sample]], gone: l
     made = (FOLDER, f"{FOLDER}/*", LEFT_OUT, *(f"{split}.*" for split in splits))
     with OutputFolder(request.output, *made).or_nothing():
         return _export(request, splits, gone)
+
+
+IDLE = (
+    Idle(
+        ("style",),
+        lambda o: o.format != "llamafactory",
+        "on --format {0.format}",
+        "leave it out: LLaMA-Factory alone has two styles",
+    ),
+)
+
+
+def export_named(
+    dataset: str, request: ExportRequest, split: str = "all", limit: int | None = None, columns: str | None = None
+) -> ExchangeReport:
+    """Write data sets in another program's layout.
+
+    Args:
+        dataset: in the grammar of `--dataset`, without weights.
+        request: how and where; its name is made of those of the sets.
+        split: "train", "validation", "test", or "all" that there are.
+        limit: at most so many questions a split, a seeded sample; None for all.
+        columns: as of `--columns`.
+
+    Raises:
+        DataError, RunError: as `export_data`; or a data set cannot be loaded.
+    """
+    check_limits(limit, request.max_left_out)
+    specs = parse_datasets(dataset, columns)
+    refuse_weights(specs, "an export holds every question once")
+    splits: dict[str, list[Sample]] = {}
+    gone: dict[str, LeftOut] = {}
+    for one in SPLITS if split == "all" else (split,):
+        seen = {sample.id for samples in splits.values() for sample in samples}
+        for spec in specs:
+            try:
+                loaded = load_split(spec, one, at_most=limit)
+            except MissingSplitError:
+                if split != "all":
+                    raise
+                continue
+            fresh = [sample for sample in loaded.samples if sample.id not in seen]  # a fallback repeats another split
+            splits.setdefault(one, []).extend(mix([(spec, fresh)], limit, 0) if fresh else [])
+            gone |= {item.id: item for item in loaded.left_out}
+    request = replace(request, name="_".join(spec.name for spec in specs))
+    return export_data(request, {one: samples for one, samples in splits.items() if samples}, list(gone.values()))
 
 
 def _export(request: ExportRequest, splits: dict[str, list[Sample]], gone: list[LeftOut]) -> ExchangeReport:
@@ -175,6 +225,7 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], folder: Path) -> 
             "completion": List(message),
             "answers": List(text),
             "split": text,
+            "boxes": text,
         }
     )
     schema = features.arrow_schema

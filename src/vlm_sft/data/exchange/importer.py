@@ -12,15 +12,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from vlm_sft.common.artifacts import CHANGED, IMPORT, LEFT_OUT, UNENCODABLE, OutputFolder, write_json
+from vlm_sft.common.artifacts import IMPORT, LEFT_OUT, UNENCODABLE, OutputFolder, write_json
 from vlm_sft.common.console import say
-from vlm_sft.common.errors import DataError, quoted
+from vlm_sft.common.errors import DataError, nearest, quoted
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce
 from vlm_sft.data.exchange.image_folder import FOLDER, ImageStore
 from vlm_sft.data.exchange.layouts import read_record, row_of
-from vlm_sft.data.exchange.report import OUTSIDE_CAUTION, PARTIAL, ExchangeReport, claim_output
+from vlm_sft.data.exchange.report import OUTSIDE_CAUTION, PARTIAL, ExchangeReport, check_limits, claim_output
 from vlm_sft.data.exchange.tables import input_files, names_for, records
 from vlm_sft.data.sample import LeftOut
+from vlm_sft.data.sources.columns import KEYS_TOLD, has_of
+from vlm_sft.data.sources.files import root_of
 from vlm_sft.data.sources.locate import lies_outside
 from vlm_sft.data.sources.records import Question, require_image
 from vlm_sft.data.sources.rows import RowProblem, left_out
@@ -72,13 +74,14 @@ def import_data(request: ImportRequest) -> ExchangeReport:
     """Carry out one import; files get their names when everything is written and not too much is left out.
 
     Returns:
-        What was written and what was not; the same is in import.json, left_out.jsonl and changed.jsonl.
+        What was written and what was not; the same is in import.json and left_out.jsonl.
 
     Raises:
         DataError: the input cannot be read, not one question can be used, or more is left out than is allowed; then
             left_out.jsonl is all that is written.
         RunError: the output folder holds something else, or cannot be written.
     """
+    check_limits(request.limit, request.max_left_out)
     with OutputFolder(request.output, FOLDER, f"{FOLDER}/*", f"*{PARTIAL}", LEFT_OUT).or_nothing():
         return _import(request)
 
@@ -90,19 +93,19 @@ def _import(request: ImportRequest) -> ExchangeReport:
     claim_output(request.output)
     store = ImageStore(request.output, request.allow_urls)
     report, outside = ExchangeReport(), set[str]()
-    root = request.source if request.source.is_dir() else request.source.parent
+    root = root_of(request.source)
     homes = (root, *([request.images] if request.images else []))
     writer = _Writer(request.output, report)
     with writer:
-        unseen = dict(request.columns)
-        items = islice(_items(request, files, report, writer, unseen), request.limit)
+        seen: set[str] = set()
+        items = islice(_items(request, files, report, writer, seen), request.limit)
         while batch := list(islice(items, BATCH)):
             before = report.total
             for item, kept in zip(batch, _keep_images(batch, store, homes, outside), strict=True):
                 writer.put(item, kept)
             if report.total // REPORT_EVERY > before // REPORT_EVERY:
                 say(f"imported so far: {sum(report.questions.values()):,} questions, {len(report.left_out):,} left out")
-        _refuse_idle(request, report, unseen, store)
+        _refuse_idle(request, report, seen, store)
         if outside:
             report.cautions[OUTSIDE_CAUTION] = outside
         _require_enough(request, report)
@@ -125,16 +128,18 @@ def _require_enough(request: ImportRequest, report: ExchangeReport) -> None:
     enforce(report.left_out, report.total, request.max_left_out, request.output / LEFT_OUT)
 
 
-def _refuse_idle(request: ImportRequest, report: ExchangeReport, unseen: dict[str, str], store: ImageStore) -> None:
+def _refuse_idle(request: ImportRequest, report: ExchangeReport, seen: set[str], store: ImageStore) -> None:
     """Refuse what was asked for and changed nothing.
 
     Raises:
         DataError: no record has a key that `--columns` names, or none names an image by a path in `--images`.
     """
-    if unseen and report.records and request.layout != "csv":
-        ours, theirs = next(iter(unseen.items()))
+    unseen = [pair for pair in request.columns.items() if pair[1] not in seen]
+    if unseen and report.records:
+        ours, theirs = unseen[0]
         raise DataError(
-            f"--columns {ours}={theirs}: no record of {request.source} has the key {quoted(theirs)}",
+            f"--columns {ours}={theirs}: no record of {request.source} has the key {quoted(theirs)}"
+            f"{nearest(theirs, seen)} (they have: {has_of(sorted(seen)[:KEYS_TOLD])})",
             "name a key that is there, or leave this one out",
         )
     if request.images is not None and report.questions and not store.looked_up:
@@ -146,24 +151,18 @@ def _refuse_idle(request: ImportRequest, report: ExchangeReport, unseen: dict[st
 
 
 def _items(
-    request: ImportRequest,
-    files: dict[str, list[Path]],
-    report: ExchangeReport,
-    writer: _Writer,
-    unseen: dict[str, str],
+    request: ImportRequest, files: dict[str, list[Path]], report: ExchangeReport, writer: _Writer, seen: set[str]
 ) -> Iterator[_Item]:
     """Read the records and cut them into questions; what cannot be used goes to the writer.
 
-    Columns of `--columns` that a record has are taken out of `unseen`.
+    The keys of the records go to `seen` where `--columns` is given.
     """
     used: Counter[str] = Counter()
     for file_split, paths in files.items():
         for path in paths:
             names = names_for(path, request.columns)
-            for number, label, record in records(path, request.layout, request.columns):
+            for number, label, record in records(path, request.layout, request.columns, seen):
                 report.records += 1
-                for ours in [name for name, column in unseen.items() if isinstance(record, dict) and column in record]:
-                    del unseen[ours]
                 where, numbered = f"{path} {label} {number}", f"{path.stem}/{number:06d}"
                 try:
                     if isinstance(record, RowProblem):
@@ -226,7 +225,7 @@ def _keep_images(
 
 
 class _Writer:
-    """Writes questions, and what was left out or changed, line by line; names become final at a good end."""
+    """Writes questions, and what was left out, line by line; names become final at a good end."""
 
     def __init__(self, output: Path, report: ExchangeReport) -> None:
         self._output, self._report = output, report
@@ -244,7 +243,7 @@ class _Writer:
         for name in final:
             (self._output / f"{name}{PARTIAL}").replace(self._output / name)
         if kind is None:
-            self._report.files += [self._output / name for name in self._open if name not in (LEFT_OUT, CHANGED)]
+            self._report.files += [self._output / name for name in self._open if name != LEFT_OUT]
 
     def put(self, item: _Item, images: list[str] | RowProblem) -> None:
         """Write one question, or why not."""
@@ -258,9 +257,6 @@ class _Writer:
             return
         self._line(f"{item.split}.jsonl", row)
         self._report.questions[item.split] += 1
-        if item.question.note:
-            self._report.changed.setdefault(item.question.note, []).append(item.id)
-            self._line(CHANGED, {"id": item.id, "change": item.question.note, "where": item.where})
 
     def drop(self, item: LeftOut) -> None:
         """Name what cannot be used."""

@@ -8,17 +8,42 @@ dataset_info.json); ms-swift: "Custom dataset" (`messages`, `images`, `query`, `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from vlm_sft.data.sample import Sample
-from vlm_sft.data.sources.records import PLACEHOLDER, Question, questions_of
+from vlm_sft.common.errors import DataError
+from vlm_sft.data.boxes import ABSOLUTE
+from vlm_sft.data.sample import IMAGE_MARK, Sample, pieces, placed_turns, with_marks
+from vlm_sft.data.sources.records import Question, questions_of
 from vlm_sft.data.sources.refusals import refuse
-from vlm_sft.data.sources.rows import RowProblem, reference_answers
+from vlm_sft.data.sources.rows import RowProblem
 
 FORMATS = ("trl", "llamafactory", "msswift", "csv", "jsonl")
 MARK_IN_TEXT = "text holds the image mark"
 SUPERVISED_NOTE = "LLaMA-Factory also learns the earlier answers of a conversation, unless mask_history: true"
+
+
+def layout_of(source: Path) -> str:
+    """The layout that the name of a file says, or that it has as the kind of data that it is.
+
+    Raises:
+        DataError: neither.
+    """
+    from vlm_sft.data.sources.files import TABLES, data_files, is_pattern, kind_of, saved_folder
+
+    if kind_of(source) in TABLES:
+        return "csv"
+    if saved_folder(source) or kind_of(source) in (".tar", ".arrow"):
+        return "jsonl"
+    if source.is_dir() or is_pattern(str(source)):
+        files = [file for paths in data_files(source).values() for file in paths]
+        kinds = {kind_of(file) for file in files}
+        if kinds <= {".tar"} or all(file.name.startswith("metadata.") for file in files):
+            return "jsonl"
+        if kinds <= set(TABLES):
+            return "csv"
+    raise DataError(f"--format is missing, and the name of {source} says none", f"pass one of {', '.join(FORMATS)}")
 
 
 @dataclass(frozen=True)
@@ -56,11 +81,7 @@ def read_record(record: Any, layout: str, names: Names) -> list[Question]:
         record = _from_llamafactory(record, names)
     elif layout == "msswift":
         record = _from_msswift(record)
-    questions = questions_of(record)
-    answers = record.get("answers")
-    if "question" not in record and len(questions) == 1 and isinstance(answers, list) and answers:
-        questions = [replace(questions[0], answers=reference_answers(answers))]
-    return questions
+    return questions_of(record)
 
 
 def _from_llamafactory(record: dict[str, Any], names: Names) -> dict[str, Any]:
@@ -77,7 +98,7 @@ def _from_llamafactory(record: dict[str, Any], names: Names) -> dict[str, Any]:
         messages = _from_alpaca(record, columns)
     if system:
         messages = [{"role": "system", "content": system}, *messages]
-    kept = {key: record[key] for key in ("id", "split", "answers") if key in record}
+    kept = {key: record[key] for key in ("id", "split", "answers", "boxes") if key in record}
     return kept | {"messages": messages, "images": images}
 
 
@@ -136,7 +157,7 @@ def _from_msswift(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_of(question: Question, images: list[str], sample_id: str, split: str) -> dict[str, Any]:
-    """One question as a line of our own JSONL.
+    """One question as a line of our own JSONL: a plain record, or messages where an image stands behind words.
 
     Args:
         question: the question.
@@ -145,19 +166,45 @@ def row_of(question: Question, images: list[str], sample_id: str, split: str) ->
         split: the part that is reported separately; "" for none.
 
     Raises:
-        RowProblem: a plain record cannot say it: its question begins with the image mark as a word.
+        RowProblem: it cannot be said: it holds the image mark as a word, and shows no image.
     """
     row: dict[str, Any] = {"id": sample_id}
-    row |= {"image": images[0]} if len(images) == 1 else {"images": images} if images else {}
-    row |= {"question": question.question, "answer": question.target}
+    plain = row | ({"image": images[0]} if len(images) == 1 else {"images": images} if images else {})
+    plain |= {"question": question.question, "answer": question.target}
+    if question.history:
+        plain["history"] = [{"role": turn.role, "content": turn.text} for turn in question.history]
+    plain |= {"system": question.system} if question.system else {}
+    said = not question.places and (IMAGE_MARK not in question.question or _reads_as(question, plain))
+    row = plain if said else row | {"messages": _with_parts(question, images)}
+    if not (said or images):
+        raise RowProblem(MARK_IN_TEXT, f"a text row cannot hold {IMAGE_MARK} as a word in its question")
     if question.answers != (question.target,):
         row["answers"] = list(question.answers)
-    if question.history:
-        row["history"] = [{"role": turn.role, "content": turn.text} for turn in question.history]
-    if PLACEHOLDER in question.question and questions_of(row)[0].question != question.question:
-        raise RowProblem(MARK_IN_TEXT, f"the question would be read without {PLACEHOLDER} from a plain record")
     row |= {} if question.weight == 1 else {"weight": question.weight}
-    return row | {key: value for key, value in (("system", question.system), ("split", split)) if value}
+    row |= {"boxes": ABSOLUTE} if question.boxes else {}
+    return row | ({"split": split} if split else {})
+
+
+def _reads_as(question: Question, row: dict[str, Any]) -> bool:
+    """Whether a plain record is read as a question without places."""
+    try:
+        read = questions_of(row)[0]
+    except RowProblem:
+        return False
+    return (read.question, read.places) == (question.question, ())
+
+
+def _with_parts(question: Question, images: list[str]) -> list[dict[str, Any]]:
+    """A conversation whose images are parts of their turns, which hold no marks then."""
+    names = iter(images)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": question.system}] if question.system else []
+    for role, text, places in placed_turns(question.history, question.question, len(images), question.places):
+        content = [
+            {"type": "image", "image": next(names)} if piece is None else {"type": "text", "text": piece}
+            for piece in pieces(text, places)
+        ]
+        messages.append({"role": role, "content": content} | ({"loss": False} if role == "assistant" else {}))
+    return [*messages, {"role": "assistant", "content": question.target}]
 
 
 def write_record(sample: Sample, images: list[str], layout: str, style: str) -> dict[str, Any]:
@@ -172,8 +219,8 @@ def write_record(sample: Sample, images: list[str], layout: str, style: str) -> 
     Raises:
         RowProblem: the layout cannot say this.
     """
-    if layout in ("llamafactory", "msswift") and any(PLACEHOLDER in text for text in sample.texts):
-        raise RowProblem(MARK_IN_TEXT, f"a text holds {PLACEHOLDER}, which means an image there")
+    if layout in ("llamafactory", "msswift") and any(IMAGE_MARK in text for text in sample.texts):
+        raise RowProblem(MARK_IN_TEXT, f"a text holds {IMAGE_MARK}, which means an image there")
     own_id = sample.id.removeprefix(f"{sample.dataset}/")
     record = _WRITERS[layout](sample, images, style)
     extra: dict[str, Any] = {"id": own_id}
@@ -181,50 +228,48 @@ def write_record(sample: Sample, images: list[str], layout: str, style: str) -> 
         extra["answers"] = list(sample.answers)
     if sample.split and layout != "jsonl":
         extra["split"] = sample.split
+    if sample.boxes is not None:
+        extra["boxes"] = ABSOLUTE
     return extra | record
 
 
 def _messages(
-    sample: Sample, mark: str, role: str = "role", content: str = "content", names: Mapping[str, str] | None = None
+    sample: Sample, role: str = "role", content: str = "content", names: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """The whole conversation; the images stand before its first words, and earlier answers are not learned."""
-    turns = [("user", sample.question), ("assistant", sample.target)]
-    turns = [*((turn.role, turn.text) for turn in sample.history), *turns]
+    """The whole conversation with a mark for each image; earlier answers are not learned."""
     named = names or {}
-    messages: list[dict[str, Any]] = []
-    first = next(index for index, turn in enumerate(turns) if turn[0] == "user")
-    for index, (who, text) in enumerate(turns):
-        message: dict[str, Any] = {role: named.get(who, who), content: mark + text if index == first else text}
-        if who == "assistant" and index < len(turns) - 1:
-            message["loss"] = False
-        messages.append(message)
-    return messages
+    messages = [
+        {role: named.get(who, who), content: with_marks(text, places)} | ({"loss": False} if who == "assistant" else {})
+        for who, text, places in sample.turns()
+    ]
+    return [*messages, {role: named.get("assistant", "assistant"), content: sample.target}]
 
 
 def _to_msswift(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
     system = [{"role": "system", "content": sample.system}] if sample.system else []
-    return {"messages": [*system, *_messages(sample, PLACEHOLDER * len(images))], "images": images}
+    return {"messages": [*system, *_messages(sample)], "images": images}
 
 
 def _to_llamafactory(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
-    mark = PLACEHOLDER * len(images)
     system = {"system": sample.system} if sample.system else {}
     if style == "sharegpt":
         names = {"user": "human", "assistant": "gpt"}
-        return {"conversations": _messages(sample, mark, "from", "value", names), "images": images} | system
+        return {"conversations": _messages(sample, "from", "value", names), "images": images} | system
     if sample.history:
         raise RowProblem("conversation", "an alpaca record cannot say that earlier answers are context only")
-    return {"instruction": mark + sample.question, "input": "", "output": sample.target, "images": images} | system
+    ((_, text, places),) = sample.turns()
+    return {"instruction": with_marks(text, places), "input": "", "output": sample.target, "images": images} | system
 
 
 def _to_trl(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
     """Prompt and completion: TRL learns the completion only."""
-    system = [("system", sample.system)] if sample.system else []
-    turns = [*system, *((turn.role, turn.text) for turn in sample.history), ("user", sample.question)]
-    first = next(index for index, turn in enumerate(turns) if turn[0] == "user")
+    system = [("system", sample.system, ())] if sample.system else []
     prompt = [
-        {"role": role, "content": [*([_part("image")] * len(images) if index == first else []), _part("text", text)]}
-        for index, (role, text) in enumerate(turns)
+        {
+            "role": role,
+            "content": [_part("image") if piece is None else _part("text", piece) for piece in pieces(text, places)],
+        }
+        for role, text, places in [*system, *sample.turns()]
     ]
     return {
         "images": images,
@@ -242,14 +287,18 @@ def _to_csv(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
         raise RowProblem("several images", f"a row of a CSV holds one image, not {len(images)}")
     if sample.history or sample.system:
         raise RowProblem("conversation", "a row of a CSV holds neither earlier turns nor a system text")
+    if sample.boxes is not None:
+        raise RowProblem("boxes", "a row of a CSV cannot declare boxes")
     if set(sample.answers) != {sample.target}:
         raise RowProblem("several answers", f"a row of a CSV holds one answer, not {len(set(sample.answers))}")
-    _to_jsonl(sample, images, style)  # read as a plain record too
+    if sample.places or "question" not in _to_jsonl(sample, images, style):
+        raise RowProblem(MARK_IN_TEXT, f"a row of a CSV says of its image and of {IMAGE_MARK} only what stands first")
     return {"image": images[0], "question": sample.question, "answer": sample.target, "split": sample.split}
 
 
 def _to_jsonl(sample: Sample, images: list[str], style: str) -> dict[str, Any]:
-    question = Question((), sample.question, sample.target, sample.answers, sample.history, sample.system)
+    texts = (sample.question, sample.target, sample.answers, sample.history, sample.system)
+    question = Question((), *texts, weight=sample.weight, places=sample.places, boxes=sample.boxes is not None)
     own_id = sample.id.removeprefix(f"{sample.dataset}/")
     return row_of(question, images, own_id, sample.split)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft.common.artifacts import LEFT_OUT
-from vlm_sft.common.errors import RunError
+from vlm_sft.common.errors import DataError, RunError
+from vlm_sft.data.audit import enforce
 from vlm_sft.data.exchange.image_folder import FOLDER
 from vlm_sft.data.sample import LeftOut
 
@@ -53,6 +54,17 @@ class ExchangeReport:
             "cautions": {caution: len(subjects) for caution, subjects in self.cautions.items()},
             "changed": {note: len(ids) for note, ids in self.changed.items()},
         }
+
+
+def check_limits(limit: int | None, max_left_out: float) -> None:
+    """Refuse numbers that cannot be meant, before the long work.
+
+    Raises:
+        DataError: the limit is below 1, or the share is not between 0 and 1.
+    """
+    enforce([], 0, max_left_out)
+    if limit is not None and limit < 1:
+        raise DataError(f"--limit {limit} is below 1", "give a number of questions, or leave it out")
 
 
 def claim_output(output: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_sft.common.errors import quoted
 from vlm_sft.data.sample import ImageRef, Sample
-from vlm_sft.data.sources.hub import TableSource, load_table
+from vlm_sft.data.sources.hub import TableSource, load_table, one_question
 from vlm_sft.data.sources.rows import RowProblem, clean_text
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import LoadedSplit
@@ -41,7 +41,7 @@ SOURCE = TableSource(
     roles={"train": "train", "validation": "validation", "test": "test"},
     columns=("query", "label", "human_or_machine"),
     hold_out_fraction=0.05,
-    to_sample=to_sample,
+    to_samples=one_question(to_sample),
 )
 
 

@@ -1,6 +1,6 @@
-"""Tables of rows with an image column: from the Hub or from local parquet, memory-mapped.
+"""Tables of rows with columns of images: from the Hub or from local parquet, memory-mapped.
 
-ChartQA and TextVQA share this reader; each gives a `TableSource` that says its columns and how a row becomes a sample.
+The published sets share this reader; each gives a `TableSource` that says its columns and how a row becomes samples.
 """
 
 from __future__ import annotations
@@ -8,19 +8,20 @@ from __future__ import annotations
 import hashlib
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_sft.common.errors import DataError, quoted
 from vlm_sft.data.sample import ImageRef, LeftOut, Sample
+from vlm_sft.data.sources.arrow_tables import native_file
+from vlm_sft.data.sources.files import files_by_split
 from vlm_sft.data.sources.rows import RowProblem, finish_split, left_out
-from vlm_sft.data.sources.shards import native_file
 from vlm_sft.data.sources.spec import DatasetSpec
-from vlm_sft.data.sources.splits import LoadedSplit, files_by_split, plan_split
+from vlm_sft.data.sources.splits import LoadedSplit, plan_split
 from vlm_sft.data.sources.stream import first_rows, split_stream
 from vlm_sft.data.threads import map_images
 
@@ -30,9 +31,18 @@ if TYPE_CHECKING:
 PROBE_SECONDS = 6.0  # a Hub that has not answered by then counts as unreachable
 
 
+Row = Mapping[str, Any]
+ToSamples = Callable[[Row, tuple[ImageRef, ...], str], Sequence[Sample | RowProblem]]
+
+
+def one_question(to_sample: Callable[[dict[str, Any], ImageRef, str], Sample]) -> ToSamples:
+    """The reader of a table that has one question and one image a row."""
+    return lambda row, images, sample_id: [to_sample(dict(row), images[0], sample_id)]
+
+
 @dataclass(frozen=True, slots=True)
 class TableSource:
-    """A published data set of rows with an image column.
+    """A published data set of rows with images.
 
     Attributes:
         name: the data set.
@@ -40,10 +50,13 @@ class TableSource:
         hub_ids: Hub ids in the order in which they are tried.
         official: for each of our splits, the split's name on the Hub. Splits that cannot be used are not in it.
         roles: for each split that a local file may be named after, the split of ours that it serves.
-        columns: required columns besides "image".
+        columns: required columns besides those of images.
         hold_out_fraction: share of the train images held out where there is no validation split.
-        to_sample: (row, image, id) -> Sample; raises RowProblem.
-        config: the configuration on the Hub, where a repository has several.
+        to_samples: (row, images, id) -> the samples of a row, or why one cannot be used; raises RowProblem.
+        config: the configuration on the Hub, where a repository has several; several are put in a row.
+        image_columns: where images are.
+        images_of: (row) -> which of these a row needs.
+        passed_over: beginnings of the names of local files that are no part of the benchmark.
     """
 
     name: str
@@ -53,28 +66,39 @@ class TableSource:
     roles: Mapping[str, str]
     columns: tuple[str, ...]
     hold_out_fraction: float
-    to_sample: Callable[[dict[str, Any], ImageRef, str], Sample]
-    config: str | None = None
+    to_samples: ToSamples
+    config: str | tuple[str, ...] | None = None
+    image_columns: tuple[str, ...] = ("image",)
+    images_of: Callable[[Row], Sequence[str]] = lambda row: ("image",)
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def all_columns(self) -> tuple[str, ...]:
+        """Columns of images, then those of texts."""
+        return (*self.image_columns, *self.columns)
 
 
 @dataclass(frozen=True, slots=True)
 class RowBytes:
-    """Reads the encoded image of one row when called; a small object, so that data loader workers can receive it."""
+    """Reads one encoded image of a row when called; a small object, so that data loader workers can receive it."""
 
     rows: Dataset
     index: int
+    column: str
     folder: Path | None
 
     def __call__(self) -> bytes:
         """Return the bytes; a row that only names a file is read from beside the table."""
-        image = self.rows[self.index]["image"]
+        image = self.rows[self.index][self.column]
         if image is None:
             raise FileNotFoundError("the row has no image")
         if image["bytes"] is not None:
             return bytes(image["bytes"])
         if not image["path"] or self.folder is None:
             raise FileNotFoundError("the row has no image")
-        return (self.folder / image["path"]).read_bytes()
+        # A table may stand in data/ beside the folder that its paths begin with.
+        near = self.folder / image["path"]
+        return (near if near.is_file() else self.folder.parent / image["path"]).read_bytes()
 
 
 def load_table(source: TableSource, spec: DatasetSpec, split: str) -> LoadedSplit:
@@ -98,7 +122,7 @@ def load_table(source: TableSource, spec: DatasetSpec, split: str) -> LoadedSpli
     else:
         files = _local_files(source, spec.path)
         plan = plan_split(files, split, f"{source.name}@{spec.path}")
-        dataset, counts = open_parquet(files[plan.source], ("image", *source.columns), plan.source)
+        dataset, counts = open_parquet(files[plan.source], source.image_columns, source.columns, plan.source)
         label, folder = str(spec.path), files[plan.source][0].parent
         starts = [0, *accumulate(counts)]
         wheres = [(start, str(file)) for start, file in zip(starts, files[plan.source], strict=False)]
@@ -110,7 +134,11 @@ def load_table(source: TableSource, spec: DatasetSpec, split: str) -> LoadedSpli
 
 
 def _local_files(source: TableSource, path: Path) -> dict[str, list[Path]]:
-    named = files_by_split(path, (".parquet",))
+    found_by_split = files_by_split(path, (".parquet",)).items()
+    named = {
+        name: [file for file in found if not file.name.startswith(source.passed_over)] for name, found in found_by_split
+    }
+    named = {name: found for name, found in named.items() if found}
     files = {source.roles[name]: found for name, found in named.items() if name in source.roles}
     if not files:
         raise DataError(
@@ -120,12 +148,14 @@ def _local_files(source: TableSource, path: Path) -> dict[str, list[Path]]:
     return files
 
 
-def open_parquet(files: list[Path], columns: tuple[str, ...], split: str) -> tuple[Dataset, list[int]]:
+def open_parquet(
+    files: list[Path], image_columns: tuple[str, ...], columns: tuple[str, ...], split: str
+) -> tuple[Dataset, list[int]]:
     """Open parquet files as one memory-mapped table (converted once into the datasets cache).
 
     Args:
         files: the files, in order.
-        columns: columns that must be there; others are not loaded.
+        image_columns, columns: columns of images and others that must be there; what else there is is not loaded.
         split: what the files hold, for the progress bar of the conversion.
 
     Returns:
@@ -138,7 +168,7 @@ def open_parquet(files: list[Path], columns: tuple[str, ...], split: str) -> tup
     import pyarrow
     import pyarrow.parquet
 
-    counts, problems = [], []
+    counts, problems, columns = [], [], (*image_columns, *columns)
     for file in files:
         try:
             with native_file(file) as stream, pyarrow.parquet.ParquetFile(stream) as table:
@@ -161,7 +191,7 @@ def open_parquet(files: list[Path], columns: tuple[str, ...], split: str) -> tup
             f"{files[0].parent}: the parquet files cannot be read: {cause}",
             "download them again; the files of one split must share one schema",
         ) from error
-    return _undecoded(table, str(files[0])), counts
+    return _undecoded(table, image_columns, str(files[0])), counts
 
 
 def open_hub(source: TableSource, hub_split: str, rows: int | None = None) -> tuple[Dataset, str]:
@@ -176,29 +206,25 @@ def open_hub(source: TableSource, hub_split: str, rows: int | None = None) -> tu
         The memory-mapped table with undecoded images, and the Hub id it came from.
 
     Raises:
-        DataError: the Hub cannot be reached and nothing is cached, or no id can be loaded.
+        DataError: the Hub cannot be reached and nothing is cached, no id can be loaded, or a number of rows is
+            asked for of a set of several configurations.
     """
-    import datasets
-
+    if rows is not None and isinstance(source.config, tuple):
+        raise DataError(f"{source.name}@stream: it has {len(source.config)} parts", f"write {source.name} alone")
     online = hub_reachable()
     failures = []
     for hub_id in source.hub_ids:
         try:
-            with _offline(not online):
-                table = (
-                    datasets.load_dataset(hub_id, source.config, split=hub_split)
-                    if rows is None
-                    else first_rows(hub_id, source.config, hub_split, rows)
-                )
+            with offline(not online):
+                table = _rows_of(source, hub_id, hub_split, rows)
             _require_columns(table, source, hub_id)
-            columns = ["image", *source.columns]
-            return _undecoded(table.select_columns(columns), hub_id), hub_id
+            return _undecoded(table.select_columns(list(source.all_columns)), source.image_columns, hub_id), hub_id
         except DataError as error:
             failures.append(error.what)
         except Exception as error:  # the Hub client raises dozens of unrelated classes
             failures.append(f"{hub_id}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     fix = (
-        f"pass {source.name}@FOLDER with parquet files in that schema (columns image, {', '.join(source.columns)}), "
+        f"pass {source.name}@FOLDER with parquet files in that schema (columns {', '.join(source.all_columns)}), "
         "or set HF_HOME to the cache of a machine that has downloaded it"
     )
     if not online:
@@ -208,6 +234,18 @@ def open_hub(source: TableSource, hub_split: str, rows: int | None = None) -> tu
             fix,
         )
     raise DataError(f"{source.title} cannot be loaded from the Hub: {'; '.join(failures)}", fix)
+
+
+def _rows_of(source: TableSource, hub_id: str, hub_split: str, rows: int | None) -> Dataset:
+    """A split on the Hub: all of it, or its first rows."""
+    import datasets
+
+    if rows is not None:
+        assert not isinstance(source.config, tuple)
+        return first_rows(hub_id, source.config, hub_split, rows)
+    configs = source.config if isinstance(source.config, tuple) else (source.config,)
+    tables = [datasets.load_dataset(hub_id, config, split=hub_split) for config in configs]
+    return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
 
 
 def hub_reachable() -> bool:
@@ -233,7 +271,7 @@ def hub_reachable() -> bool:
 
 
 @contextmanager
-def _offline(active: bool) -> Iterator[None]:
+def offline(active: bool) -> Iterator[None]:
     """Make the Hub client look into its cache only: without this it retries for minutes."""
     import datasets
     from huggingface_hub import constants
@@ -248,49 +286,67 @@ def _offline(active: bool) -> Iterator[None]:
 
 
 def _require_columns(table: Dataset, source: TableSource, where: str) -> None:
-    missing = [name for name in ("image", *source.columns) if name not in table.column_names]
+    missing = [name for name in source.all_columns if name not in table.column_names]
     if missing:
         raise DataError(
             f"{where} has no column {', '.join(map(repr, missing))} (it has: {', '.join(table.column_names)})"
         )
 
 
-def _undecoded(table: Dataset, where: str) -> Dataset:
+def _undecoded(table: Dataset, columns: Sequence[str], where: str) -> Dataset:
     """Leave images encoded: their bytes then stay in the memory-mapped file until they are needed."""
     import datasets
 
-    try:
-        return table.cast_column("image", datasets.Image(decode=False))
-    except Exception as error:  # pyarrow and datasets raise different classes for each wrong type
-        raise DataError(
-            f"{where}: column 'image' is {table.features['image']}, not images",
-            "it must hold the encoded bytes: struct<bytes: binary, path: string>",
-        ) from error
+    for column in columns:
+        try:
+            table = table.cast_column(column, datasets.Image(decode=False))
+        except Exception as error:  # pyarrow and datasets raise different classes for each wrong type
+            raise DataError(
+                f"{where}: column {column!r} is {table.features[column]}, not images",
+                "it must hold the encoded bytes: struct<bytes: binary, path: string>",
+            ) from error
+    return table
 
 
 def _read_rows(
     source: TableSource, table: Dataset, official: str, wheres: list[tuple[int, str]], folder: Path | None
 ) -> tuple[list[Sample], list[LeftOut]]:
     """Hash every image once and turn the rows into samples; refs of equal images share one reader."""
-    pictures = table.select_columns(["image"])
+    pictures = {name: table.select_columns([name]) for name in source.image_columns}
     starts = [start for start, _ in wheres]
-    readers = [RowBytes(pictures, index, folder) for index in range(len(table))]
-    keys = map_images(_key, readers, len(readers), f"hashing {source.title} images")
+    rows = table.select_columns(list(source.columns))
+    needed = [source.images_of(row) for row in rows] if len(pictures) > 1 else [source.image_columns] * len(table)
+    readers = [[RowBytes(pictures[name], index, name, folder) for name in names] for index, names in enumerate(needed)]
+    flat = list(chain.from_iterable(readers))
+    keys = iter(map_images(_key, flat, len(flat), f"hashing {source.title} images"))
     samples: list[Sample] = []
     left: list[LeftOut] = []
     refs: dict[str, ImageRef] = {}
-    for index, row in enumerate(table.select_columns(list(source.columns))):
+    for index, row in enumerate(rows):
         start, file = wheres[bisect_right(starts, index) - 1]
         where, sample_id = f"{file} row {index - start}", f"{source.name}/{official}/{index:06d}"
+        found = list(zip(islice(keys, len(readers[index])), readers[index], strict=True))
         try:
-            key = keys[index]
-            if isinstance(key, Exception):
-                raise RowProblem("image missing", f"the image cannot be read: {key}")
-            ref = refs.setdefault(key, ImageRef(key, where, readers[index]))
-            samples.append(source.to_sample(row, ref, sample_id))
+            images = tuple(_ref(refs, key, where, reader) for key, reader in found)
+            for number, one in enumerate(source.to_samples(row, images, sample_id)):
+                if isinstance(one, RowProblem):
+                    left.append(left_out(f"{sample_id}/{number}", where, one))
+                else:
+                    samples.append(one)
         except RowProblem as problem:
             left.append(left_out(sample_id, where, problem))
     return samples, left
+
+
+def _ref(refs: dict[str, ImageRef], key: str | OSError, where: str, reader: RowBytes) -> ImageRef:
+    """The reference to an image; equal ones share it.
+
+    Raises:
+        RowProblem: the image cannot be read.
+    """
+    if isinstance(key, OSError):
+        raise RowProblem("image missing", f"the image cannot be read: {key}")
+    return refs.setdefault(key, ImageRef(key, where, reader))
 
 
 def _key(reader: RowBytes) -> str | OSError:

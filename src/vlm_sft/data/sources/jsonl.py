@@ -1,36 +1,32 @@
-"""Your own data: JSON lines (or a JSON list) and image files."""
+"""Your own data: files of records, in any of the kinds of `readers`, and their images."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm_sft.common.artifacts import parse_json, writable
-from vlm_sft.common.errors import DataError
+from vlm_sft.common.artifacts import writable
+from vlm_sft.common.errors import DataError, nearest, quoted
+from vlm_sft.data.boxes import box_outside, widest
 from vlm_sft.data.images import check_image
-from vlm_sft.data.sample import NOTE, OUTSIDE, UNREADABLE, ImageRef, LeftOut, Sample
-from vlm_sft.data.sources.foreign import refuse_compressed
+from vlm_sft.data.sample import OUTSIDE, RECORD, UNREADABLE, ImageRef, LeftOut, Sample
+from vlm_sft.data.sources.columns import KEYS_TOLD, has_of
+from vlm_sft.data.sources.files import data_files, root_of
 from vlm_sft.data.sources.locate import StoredImage, lies_outside, locate_image
+from vlm_sft.data.sources.readers import records_of_file, require_table
 from vlm_sft.data.sources.records import Question, questions_of, require_image
-from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, left_out
-from vlm_sft.data.sources.shards import parquet_records
-from vlm_sft.data.sources.spec import JSON_SUFFIXES, DatasetSpec
-from vlm_sft.data.sources.splits import (
-    HOLD_OUT_FRACTION,
-    SPLIT_WORDS,
-    LoadedSplit,
-    files_by_split,
-    folder_files,
-    plan_split,
-    split_of_name,
-)
+from vlm_sft.data.sources.rows import RowProblem, clean_text, finish_split, left_out, other_values
+from vlm_sft.data.sources.spec import HUB, DatasetSpec
+from vlm_sft.data.sources.splits import HOLD_OUT_FRACTION, SPLIT_WORDS, LoadedSplit, plan_split
+from vlm_sft.data.sources.stream import split_stream
 from vlm_sft.data.threads import map_images
+
+LOOKED_AT = 1000  # rows of a streamed set that say how long its answers are
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +39,7 @@ class Line:
         folder: the folder that image paths are relative to.
         part: the split for reporting, or a word like "train" that assigns the line to a split.
         question: the parsed question.
+        record: what else its record holds; empty in training data.
     """
 
     id: str
@@ -50,6 +47,7 @@ class Line:
     folder: Path
     part: str
     question: Question
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load(spec: DatasetSpec, split: str) -> LoadedSplit:
@@ -60,31 +58,32 @@ def load(spec: DatasetSpec, split: str) -> LoadedSplit:
     tenth where there is no test part either.
 
     Args:
-        spec: its path is a .jsonl, .json or .parquet file, or a folder of them.
+        spec: its path is a file, a folder or a pattern, as of `data_files`.
         split: "train", "validation" or "test".
 
     Raises:
         DataError: a file cannot be read, or not one line can be used.
     """
-    assert spec.path is not None
-    files = _split_files(spec.path)
-    lines: dict[str, list[Line]] = {}
-    left: dict[str, list[LeftOut]] = {}
-    for file_split, paths in files.items():
-        for path in paths:
-            _read_file(spec, path, file_split, lines, left)
+    files = _files(spec, split)
+    lines, left = _read_all(spec, files, keep_records=split != "train")
     available = [name for name in {*lines, *left} if lines.get(name) or name in files]
-    plan = plan_split(available, split, str(spec.path))
+    place = f"{HUB}{spec.hub}" if spec.hub else str(spec.path)
+    plan = plan_split(_fetchable(spec) if spec.stream is not None else available, split, place)
     chosen = lines.get(plan.source, [])
     images = _read_images(chosen)
     samples, unread = _samples(spec, chosen, images)
     gone = left.get(plan.source, []) + unread
-    origin = f"{spec.name} {plan.source} from {spec.path}"
+    origin = f"{spec.name} {plan.source} from {place}"
+    if spec.stream is not None:
+        origin += f" (streamed: its first rows, {spec.stream:,} at most, mixed within a buffer)"
+        plan, samples = split_stream(plan, samples, HOLD_OUT_FRACTION)
     return finish_split(plan, samples, gone, HOLD_OUT_FRACTION, origin)
 
 
 def answer_texts(spec: DatasetSpec) -> tuple[list[str], set[str]]:
     """What the answers of own data look like, over all its splits; no image is read.
+
+    Of a set that is streamed the first `LOOKED_AT` rows of each split are looked at.
 
     Returns:
         The answer of every question that is learned, and all different answers that are accepted.
@@ -92,42 +91,80 @@ def answer_texts(spec: DatasetSpec) -> tuple[list[str], set[str]]:
     Raises:
         DataError: a file cannot be read.
     """
-    assert spec.path is not None
-    lines: dict[str, list[Line]] = {}
-    for split, paths in _split_files(spec.path).items():
-        for path in paths:
-            _read_file(spec, path, split, lines, {})
+    if spec.stream is not None:
+        spec = replace(spec, stream=LOOKED_AT)
+    lines, _ = _read_all(spec, _files(spec, None))
     questions = [line.question for part in lines.values() for line in part]
     accepted = {answer for question in questions for answer in (question.target, *question.answers)}
-    return [question.target for question in questions], accepted
+    boxed = [widest(question.target) if question.boxes else question.target for question in questions]
+    return boxed, accepted
 
 
-def _split_files(path: Path) -> dict[str, list[Path]]:
-    """Files by split; beside a single train file its siblings count ("x_train.jsonl" -> "x_val.jsonl")."""
-    endings: tuple[str, ...] = JSON_SUFFIXES
-    if path.is_dir():  # .json files beside others are mostly settings
-        there = {file.suffix for file in folder_files(path)}
-        endings = next(((ending,) for ending in (".jsonl", ".parquet") if ending in there), endings)
-    files = files_by_split(path, endings)
-    if path.is_dir() or split_of_name(path.name) != "train":
-        return files
-    for word, split in SPLIT_WORDS.items():
-        sibling = path.with_name(re.sub("train(ing)?", word, path.name, count=1, flags=re.IGNORECASE))
-        if split != "train" and split not in files and sibling.is_file():
-            files[split] = [sibling]
+def _files(spec: DatasetSpec, split: str | None) -> dict[str, list[Path]]:
+    """The files of own data by split; of a set that is streamed only those that `split` is made of, None for all."""
+    if not spec.hub:
+        assert spec.path is not None
+        return data_files(spec.path)
+    from vlm_sft.data.sources import hub_sets
+
+    if spec.stream is None:
+        files = hub_sets.hub_files(spec.hub)
+    else:
+        names = hub_sets.hub_splits(spec.hub)
+        wanted = names if split is None else [plan_split(names, split, f"{HUB}{spec.hub}").source]
+        files = {name: hub_sets.streamed_files(spec.hub, names[name], spec.stream) for name in wanted}
+    require_table(next(iter(files.values()))[0], spec.columns, spec.alone, f"{HUB}{spec.hub}")
     return files
 
 
+def _fetchable(spec: DatasetSpec) -> list[str]:
+    """The splits that a streamed set has, whether they were fetched or not."""
+    from vlm_sft.data.sources.hub_sets import hub_splits
+
+    return list(hub_splits(spec.hub))
+
+
+def _read_all(
+    spec: DatasetSpec, files: dict[str, list[Path]], keep_records: bool = False
+) -> tuple[dict[str, list[Line]], dict[str, list[LeftOut]]]:
+    """Parse the files of own data: its lines and what was left out, each by split.
+
+    Raises:
+        DataError: a file cannot be read, or a column of `--columns` is in none of them.
+    """
+    lines: dict[str, list[Line]] = {}
+    left: dict[str, list[LeftOut]] = {}
+    seen: set[str] = set()
+    for file_split, paths in files.items():
+        for path in paths:
+            _read_file(spec, path, file_split, lines, left, seen, keep_records)
+    gone = next((theirs for theirs in spec.columns.values() if theirs not in seen), None)
+    if gone is not None and spec.alone and any([*lines.values(), *left.values()]):
+        raise DataError(
+            f"--columns: no record of {spec.path} has the key {quoted(gone)}{nearest(gone, seen)} (they have: "
+            f"{has_of(sorted(seen)[:KEYS_TOLD])})",
+            "name a key that is there, or leave this one out",
+        )
+    return lines, left
+
+
 def _read_file(
-    spec: DatasetSpec, path: Path, file_split: str, lines: dict[str, list[Line]], left: dict[str, list[LeftOut]]
+    spec: DatasetSpec,
+    path: Path,
+    file_split: str,
+    lines: dict[str, list[Line]],
+    left: dict[str, list[LeftOut]],
+    seen: set[str],
+    keep_records: bool,
 ) -> None:
     """Parse one file into `lines` and `left`, by split."""
     used: Counter[str] = Counter()
-    root = spec.path if spec.path and spec.path.is_dir() else path.parent
+    root = root_of(spec.path) if spec.path else path.parent
     tag = writable("/".join(path.relative_to(root).with_suffix("").parts))
     lines.setdefault(file_split, [])
-    for number, label, record in records_of_file(path):
-        where, base = f"{path} {label} {number}", f"{spec.name}/{tag}/{number:06d}"
+    shown = f"{HUB}{spec.hub} {path.stem}" if spec.hub else str(path)
+    for number, label, record in records_of_file(path, spec.columns, spec.alone, checked=not spec.hub, seen=seen):
+        where, base = f"{shown} {label} {number}", f"{spec.name}/{tag}/{number:06d}"
         try:
             if isinstance(record, RowProblem):
                 raise record
@@ -138,61 +175,13 @@ def _read_file(
             left.setdefault(file_split, []).append(left_out(base, where, problem))
             continue
         split = SPLIT_WORDS.get(part.lower(), file_split)
+        rest = other_values(record) if keep_records else {}
         for question in questions:
             turn_id = base if len(questions) == 1 else f"{base}/turn{question.turn}"
             if question.problem:
                 left.setdefault(split, []).append(left_out(turn_id, where, question.problem))
             else:
-                lines.setdefault(split, []).append(Line(turn_id, where, path.parent, part, question))
-
-
-def records_of_file(path: Path, pictures: Sequence[str] = ()) -> Iterator[tuple[int, str, Any]]:
-    """Yield number, "line", "item" or "row", and the record or the RowProblem that stands in for it.
-
-    Args:
-        path: JSON lines, a JSON list, or parquet, whose images stay in the file as `StoredImage`.
-        pictures: columns of parquet that hold images besides those of the usual names.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    if path.suffix == ".parquet":
-        for number, row in enumerate(parquet_records(path, pictures)):
-            yield number, "row", row
-        return
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
-    refuse_compressed(path, data[:6])
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    whole = _whole_document(path, data)
-    if whole is not None:
-        for number, record in enumerate(whole, start=1):
-            yield number, "item", record
-        return
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, "line", parse_json(line.decode("utf-8"), strict=False, unique=True)
-        except UnicodeDecodeError as error:
-            yield number, "line", RowProblem("line is not UTF-8", str(error))
-        except ValueError as error:
-            yield number, "line", RowProblem("broken JSON line", f"not JSON: {error}")
-
-
-def _whole_document(path: Path, data: bytes) -> list[Any] | None:
-    """The records of a file that is one JSON list (or one object over several lines); None for JSON lines."""
-    if not data.lstrip().startswith(b"[") and path.suffix != ".json":
-        return None
-    try:
-        document = parse_json(data.decode("utf-8"), strict=False, unique=True)
-    except ValueError as error:
-        if data.lstrip().startswith(b"["):
-            raise DataError(f"{path} is not JSON: {error}", "correct the file, or write one record a line") from error
-        return None
-    return document if isinstance(document, list) else [document]
+                lines.setdefault(split, []).append(Line(turn_id, where, path.parent, part, question, rest))
 
 
 def _record_id(name: str, record: dict[str, Any], numbered: str, used: Counter[str]) -> str:
@@ -237,14 +226,43 @@ def _read_image(folder: Path, image: Any) -> ImageRef | RowProblem:
         return RowProblem(UNREADABLE, error.what)
 
 
+def _homes(spec: DatasetSpec) -> tuple[Path, ...]:
+    """The folders that the images of own data belong in: that of its files, or the caches of the Hub."""
+    if spec.path is not None:
+        return (root_of(spec.path),)
+    import datasets
+
+    return (
+        Path(datasets.config.HF_CACHE_HOME),
+        Path(datasets.config.HF_DATASETS_CACHE),
+        Path(spec.hub.partition(":")[0]),
+    )
+
+
+def _box_size(question: Question, images: list[ImageRef]) -> tuple[int, int] | None:
+    """Width and height in pixels that the boxes of a question are within; None where it declares none.
+
+    Raises:
+        RowProblem: one is not.
+    """
+    if not question.boxes:
+        return None
+    (image,) = images
+    size = (image.width, image.height)
+    texts = (question.question, *question.answers, question.target, *(turn.text for turn in question.history))
+    outside = box_outside(texts, size)
+    if outside:
+        raise RowProblem("box outside of its image", f"{outside} in {image.source} ({size[0]} x {size[1]} pixels)")
+    return size
+
+
 def _samples(
     spec: DatasetSpec, lines: list[Line], images: dict[tuple[Path, str], ImageRef | RowProblem]
 ) -> tuple[list[Sample], list[LeftOut]]:
-    assert spec.path is not None
     samples: list[Sample] = []
     left: list[LeftOut] = []
-    root = spec.path if spec.path.is_dir() else spec.path.parent
-    outside = {ref.source for ref in images.values() if isinstance(ref, ImageRef) and lies_outside(ref, root)}
+    homes = _homes(spec)
+    outside = {ref.source for ref in images.values() if isinstance(ref, ImageRef) and lies_outside(ref, *homes)}
     for line in lines:
         question = line.question
         refs = []
@@ -254,11 +272,14 @@ def _samples(
                 if isinstance(ref, RowProblem):
                     raise ref
                 refs.append(ref)
+            boxes = _box_size(question, refs)
         except RowProblem as problem:
             left.append(left_out(line.id, line.where, problem))
             continue
         part = "" if line.part.lower() in SPLIT_WORDS else line.part
-        metadata: dict[str, Any] = {"where": line.where} | ({NOTE: question.note} if question.note else {})
+        metadata: dict[str, Any] = {"where": line.where}
+        if line.record:
+            metadata[RECORD] = line.record
         if outside and (away := [ref.source for ref in refs if ref.source in outside]):
             metadata[OUTSIDE] = away
         samples.append(
@@ -274,6 +295,8 @@ def _samples(
                 question.system,
                 metadata,
                 question.weight,
+                question.places,
+                boxes,
             )
         )
     return samples, left

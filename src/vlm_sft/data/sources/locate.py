@@ -11,12 +11,11 @@ from typing import Any
 
 from vlm_sft.common.errors import QUOTED_CHARACTERS, quoted
 from vlm_sft.data.sample import ImageRef
+from vlm_sft.data.sources.columns import IMAGE_NAMES, flag_for
 from vlm_sft.data.sources.rows import RowProblem
 from vlm_sft.data.video import VIDEO, VIDEO_FIX, is_video_name
 
-RENAMING = "name it: vlm-sft data import FILE --format jsonl --columns {} --output FOLDER"
-IMAGE_NAMES = ("image", "image_path", "image_file", "file_name", "filename", "file", "path", "picture", "img")
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 _BEGINNINGS = {
     b"\x89PNG": "png",
     b"\xff\xd8\xff": "jpeg",
@@ -61,8 +60,9 @@ def no_image(record: Mapping[str, Any]) -> RowProblem:
     likely = likely_images(record)
     if likely and is_video_name(record[likely[0]]):
         return video_problem(quoted(likely[0]))
-    columns = RENAMING.format(f"image={str(likely[0])[:QUOTED_CHARACTERS] if likely else 'KEY'}")
-    return RowProblem("no image", f"the question has no image under image or images; {keys_of(record)}; {columns}")
+    flag = flag_for(["image"], record, {"image": str(likely[0])[:QUOTED_CHARACTERS]} if likely else None)
+    what = f"the question has no image under image or images; {keys_of(record)}; name it: {flag}"
+    return RowProblem("no image", what)
 
 
 def likely_images(record: Mapping[str, Any]) -> list[Any]:
@@ -76,7 +76,7 @@ def _shows_image(key: Any, value: Any) -> bool:
         return False
     if isinstance(value, str):
         looks = (
-            value.lower().endswith(_ENDINGS)
+            value.lower().endswith(PICTURE_ENDINGS)
             or is_video_name(value)
             or value.startswith("data:image")
             or base64_kind(value) != ""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from vlm_sft.common.errors import quoted
 from vlm_sft.data.sample import ImageRef, Sample, Turn
-from vlm_sft.data.sources.hub import TableSource, load_table
+from vlm_sft.data.sources import mmmu
+from vlm_sft.data.sources.hub import TableSource, ToSamples, load_table, one_question
+from vlm_sft.data.sources.mmmu import LETTER
 from vlm_sft.data.sources.rows import RowProblem, clean_text, most_common
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import LoadedSplit
 
-LETTER = "Answer with the option's letter from the given choices directly."
 HOLD_OUT = 0.05  # of the images, where a set has no part for validation
 
 _Row = Mapping[str, Any]
@@ -83,18 +84,64 @@ def _ocrbench(row: _Row, image: ImageRef, sample_id: str) -> Sample:
     return sample
 
 
+def _ocrvqa(row: _Row, images: tuple[ImageRef, ...], sample_id: str) -> list[Sample | RowProblem]:
+    """A row of OCR-VQA: a book cover with several questions, each with one answer.
+
+    Mishra et al. 2019, "OCR-VQA: Visual Question Answering by Reading Text in Images" (ICDAR).
+    """
+    questions, answers = list(row["questions"] or ()), list(row["answers"] or ())
+    if len(questions) != len(answers) or not questions:
+        raise RowProblem("no answer to each question", f"{len(questions)} questions, {len(answers)} answers")
+    samples: list[Sample | RowProblem] = []
+    for number, (asked, told) in enumerate(zip(questions, answers, strict=True)):
+        try:
+            question, answer = clean_text(asked, "question"), clean_text(told, "answer")
+            samples.append(Sample(f"{sample_id}/{number}", "ocrvqa", "", images, question, answer, (answer,)))
+        except RowProblem as problem:
+            samples.append(problem)
+    return samples
+
+
+CHARXIV_KINDS = {1: "text in chart", 2: "text in general", 3: "number in chart", 4: "number in general"}
+_CHARXIV_FORMS = {
+    1: "Answer with text that is written in the chart; separate several terms with commas.",
+    2: "Answer with one of the options if the question has some, else with a short phrase.",
+    3: "Answer with a number that is written in the chart.",
+}
+
+
+def _charxiv(row: _Row, image: ImageRef, sample_id: str) -> Sample:
+    """A reasoning question of CharXiv, with the form of its answer behind it, in words of ours."""
+    (answer,) = _answers(row, "reasoning_a")
+    kind = row["reasoning_a_type"]
+    if kind not in CHARXIV_KINDS:
+        raise RowProblem("unknown kind of answer", f"reasoning_a_type is {quoted(kind)}, not 1 to 4")
+    places = len(answer.partition(".")[2])
+    number = f"Answer with a number with {places} decimal places." if places else "Answer with a whole number."
+    question = f"{clean_text(row['reasoning_q'], 'question')}\n{_CHARXIV_FORMS.get(kind, number)}"
+    metadata = {"question_type": CHARXIV_KINDS[kind]}
+    return Sample(sample_id, "charxiv", "", (image,), question, answer, (answer,), metadata=metadata)
+
+
+def _chartmuseum(row: _Row, image: ImageRef, sample_id: str) -> Sample:
+    """A row of ChartMuseum; it is reported by kind of reasoning."""
+    sample = _plain("chartmuseum", row, image, sample_id)
+    sample.metadata["question_type"] = str(row["reasoning_type"])
+    return sample
+
+
 def _source(
     name: str,
     title: str,
     hub_id: str,
     splits: Mapping[str, str],
     columns: Sequence[str],
-    to_sample: Callable[[dict[str, Any], ImageRef, str], Sample],
+    to_samples: ToSamples,
     config: str | None = None,
 ) -> TableSource:
-    """A table; `splits` gives for each split of ours its name on the Hub, which local files have, too."""
-    roles = {official: ours for ours, official in splits.items()}
-    return TableSource(name, title, (hub_id,), splits, roles, tuple(columns), HOLD_OUT, to_sample, config)
+    """A table; `splits` gives for each split of ours its name on the Hub."""
+    roles = {ours: ours for ours in splits}
+    return TableSource(name, title, (hub_id,), splits, roles, tuple(columns), HOLD_OUT, to_samples, config)
 
 
 # Test sets without public answers are not in these tables: where there is no other, scores are those of validation.
@@ -107,7 +154,7 @@ SOURCES = {
             "lmms-lab/DocVQA",
             {"validation": "validation"},
             ("question", "answers", "question_types"),
-            partial(_document, "docvqa", "question_types"),
+            one_question(partial(_document, "docvqa", "question_types")),
             "DocVQA",
         ),
         _source(
@@ -116,7 +163,7 @@ SOURCES = {
             "lmms-lab/DocVQA",
             {"validation": "validation"},
             ("question", "answers", "answer_type"),
-            partial(_document, "infographicvqa", "answer_type"),
+            one_question(partial(_document, "infographicvqa", "answer_type")),
             "InfographicVQA",
         ),
         _source(
@@ -125,16 +172,18 @@ SOURCES = {
             "ahmed-masry/ChartQAPro",
             {"test": "test"},
             ("Question", "Answer", "Question Type", "Year", "Paragraph"),
-            _chartqapro,
+            one_question(_chartqapro),
         ),
-        _source("ai2d", "AI2D", "lmms-lab/ai2d", {"test": "test"}, ("question", "options", "answer"), _ai2d),
+        _source(
+            "ai2d", "AI2D", "lmms-lab/ai2d", {"test": "test"}, ("question", "options", "answer"), one_question(_ai2d)
+        ),
         _source(
             "realworldqa",
             "RealWorldQA",
             "lmms-lab/RealWorldQA",
             {"test": "test"},
             ("question", "answer"),
-            partial(_plain, "realworldqa"),
+            one_question(partial(_plain, "realworldqa")),
         ),
         _source(
             "ocrbench",
@@ -142,7 +191,32 @@ SOURCES = {
             "echo840/OCRBench",
             {"test": "test"},
             ("dataset", "question", "question_type", "answer"),
-            _ocrbench,
+            one_question(_ocrbench),
+        ),
+        _source(
+            "ocrvqa",
+            "OCR-VQA",
+            "howard-hou/OCR-VQA",
+            {"train": "train", "validation": "validation", "test": "test"},
+            ("questions", "answers"),
+            _ocrvqa,
+        ),
+        mmmu.SOURCE,
+        _source(
+            "charxiv",
+            "CharXiv",
+            "princeton-nlp/CharXiv",
+            {"validation": "validation"},
+            ("reasoning_q", "reasoning_a", "reasoning_a_type"),
+            one_question(_charxiv),
+        ),
+        _source(
+            "chartmuseum",
+            "ChartMuseum",
+            "lytang/ChartMuseum",
+            {"validation": "dev", "test": "test"},
+            ("question", "answer", "reasoning_type"),
+            one_question(_chartmuseum),
         ),
     )
 }

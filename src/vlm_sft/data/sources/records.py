@@ -6,21 +6,29 @@ Formats: `messages` (+ `images`), LLaVA/ShareGPT `conversations`, `prompt` + `co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_sft.common.errors import quoted
-from vlm_sft.data.sample import Turn
-from vlm_sft.data.sources.locate import RENAMING, keys_of, likely_images, no_image
+from vlm_sft.data.boxes import ABSOLUTE
+from vlm_sft.data.sample import Place, Turn
+from vlm_sft.data.sources.columns import flag_for
+from vlm_sft.data.sources.locate import keys_of, likely_images, no_image
 from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem, clean_text, loss_weight, most_common, reference_answers
+from vlm_sft.data.sources.turns import (
+    LISTED,
+    Message,
+    listed_turns,
+    plain_question,
+    refuse_more_marks,
+    text_message,
+    unusual,
+)
 
-PLACEHOLDER = "<image>"
-MOVED = "an image stands behind words of its conversation; here images come first"
+TALKS = ("messages", "conversations")
 IMAGE_PARTS = ("image", "image_url")
-_LEADING_MARKS = re.compile(rf"(\s*{PLACEHOLDER})+\s*")
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
@@ -37,8 +45,9 @@ class Question:
         question, target, answers, history, system: as in `Sample`.
         turn: number of the assistant turn in its conversation, from 1.
         problem: why this turn cannot be used; None when it can.
-        note: what is not exactly as the record has it; "" when everything is.
         weight: of the answer in the loss.
+        places: as in `Sample`.
+        boxes: whether lists of four numbers in its texts are boxes, in pixels of its image.
     """
 
     images: tuple[Any, ...]
@@ -49,18 +58,9 @@ class Question:
     system: str = ""
     turn: int = 1
     problem: RowProblem | None = None
-    note: str = ""
     weight: float = 1.0
-
-
-@dataclass(slots=True)
-class _Message:
-    role: str
-    text: str
-    images: list[Any] = field(default_factory=list)
-    marks: int = 0  # placeholders that stand for an image of the record's own list
-    behind: bool = False  # an image stands behind words of this message
-    weight: float = 1.0  # of an answer in the loss; 0 for one that is context only ("loss": false, or a weight of 0)
+    places: tuple[Place, ...] = ()
+    boxes: bool = False
 
 
 def questions_of(record: Any) -> list[Question]:
@@ -70,21 +70,53 @@ def questions_of(record: Any) -> list[Question]:
         record: one JSON value.
 
     Returns:
-        One question an assistant turn; a turn that cannot be used carries its problem.
+        One question an assistant turn; a turn that cannot be used carries its problem. A list under `answers` holds
+        all accepted answers of a conversation with one answer to learn.
 
     Raises:
         RowProblem: the whole record cannot be used.
     """
     if not isinstance(record, dict):
         raise RowProblem("not a record", f"a JSON object is needed, not {type(record).__name__}")
+    record = record | {key: listed_turns(record[key]) for key in TALKS if key in record}
     refuse(record)
-    for key in ("messages", "conversations"):
+    questions = _cut(record)
+    answers = record.get("answers")
+    if "question" not in record and len(questions) == 1 and isinstance(answers, list) and answers:
+        questions = [replace(questions[0], answers=reference_answers(answers))]
+    return [_with_boxes(question) for question in questions] if _declares_boxes(record) else questions
+
+
+def _declares_boxes(record: dict[str, Any]) -> bool:
+    """Whether a record says that its texts hold boxes; a key of this name that is no word is metadata.
+
+    Raises:
+        RowProblem: it says so in a word that is not known.
+    """
+    value = record.get("boxes")
+    if isinstance(value, str) and value.strip() and value != ABSOLUTE:
+        raise RowProblem(
+            "boxes are not absolute", f'"boxes" is {quoted(value)}; known is "{ABSOLUTE}": pixels of the original image'
+        )
+    return value == ABSOLUTE
+
+
+def _with_boxes(question: Question) -> Question:
+    if question.problem or len(question.images) == 1:
+        return replace(question, boxes=True)
+    shown = f'"boxes" is declared, and it shows {len(question.images)} images: boxes are those of one'
+    return replace(question, problem=RowProblem("boxes without one image", shown))
+
+
+def _cut(record: dict[str, Any]) -> list[Question]:
+    """The questions of a record by its format, before its other accepted answers are read."""
+    for key in TALKS:
         if key in record:
             return _conversation(_messages(record[key], key, not _has_image_parts(record[key])), _image_list(record))
     if "prompt" in record and "completion" in record:
         prompt, completion = record["prompt"], record["completion"]
         messages = (
-            [_text_message("user", prompt)]
+            [text_message("user", prompt)]
             if isinstance(prompt, str)
             else _messages(prompt, "prompt", not _has_image_parts(prompt))
         )
@@ -93,7 +125,7 @@ def questions_of(record: Any) -> list[Question]:
         messages += (
             _messages(completion, "completion")
             if isinstance(completion, list)
-            else [_Message("assistant", clean_text(completion, "answer"))]
+            else [Message("assistant", clean_text(completion, "answer"))]
         )
         return _conversation(messages, _image_list(record))
     if "question" in record:
@@ -101,7 +133,7 @@ def questions_of(record: Any) -> list[Question]:
     raise RowProblem(
         "missing key",
         "a record needs messages, conversations, prompt and completion, or image, question "
-        f"and answer; {keys_of(record)}; {RENAMING.format('question=KEY,answer=KEY')}",
+        f"and answer; {keys_of(record)}; name them: {flag_for(('question', 'answer'), record)}",
     )
 
 
@@ -138,43 +170,19 @@ def _plain(record: dict[str, Any]) -> Question:
         raise RowProblem(
             "missing key",
             "the record has a question, but neither answer nor answers; "
-            f"{keys_of(record)}; {RENAMING.format('answer=KEY')}",
+            f"{keys_of(record)}; name it: {flag_for(('answer',), record)}",
         )
     images = _image_list(record)
-    message = _plain_question(clean_text(record["question"], "question"), len(images))
+    history = _history(record)
+    question, places = plain_question(clean_text(record["question"], "question"), len(images), history)
+    clean_text(question, "question")
     listed = record.get("answers")
     if listed is None:
         listed = record.get("answer")
     answers = reference_answers(listed)
     target = clean_text(record["answer"], "answer") if isinstance(record.get("answer"), (str, int, float)) else ""
     system = clean_text(record["system"], "system text") if record.get("system") else ""
-    return Question(
-        tuple(images),
-        clean_text(message.text, "question"),
-        target or most_common(answers),
-        answers,
-        _history(record),
-        system,
-        note=MOVED if message.behind else "",
-    )
-
-
-def _plain_question(text: str, images: int) -> _Message:
-    """The question of a plain record: `<image>` before all words, or alone in a line, is a mark; else it is a word.
-
-    Raises:
-        RowProblem: it stands there more often than there are images.
-    """
-    _refuse_more_marks(text.count(PLACEHOLDER), images)
-    lead = _LEADING_MARKS.match(text)
-    lines = text[lead.end() if lead else 0 :].split("\n")
-    kept = [line for line in lines if not _LEADING_MARKS.fullmatch(line)]
-    return _Message("user", "\n".join(kept), behind=len(kept) < len(lines))
-
-
-def _refuse_more_marks(marks: int, images: int) -> None:
-    if marks > images:
-        raise RowProblem("more placeholders than images", f"{PLACEHOLDER} {marks} times, {images} images")
+    return Question(tuple(images), question, target or most_common(answers), answers, history, system, places=places)
 
 
 def _history(record: dict[str, Any]) -> tuple[Turn, ...]:
@@ -183,7 +191,7 @@ def _history(record: dict[str, Any]) -> tuple[Turn, ...]:
         return ()
     turns = []
     for message in _messages(record["history"], "history", marked=False):
-        if message.images or message.marks or message.role == "system":
+        if message.images or message.role == "system":
             raise RowProblem("history is not text", "history holds texts of user and assistant; images come before it")
         turns.append(Turn(message.role, clean_text(message.text, "history")))
     return tuple(turns)
@@ -198,19 +206,6 @@ def _image_list(record: dict[str, Any]) -> list[Any]:
     return []
 
 
-def _without_placeholders(text: str) -> str:
-    """Take the image marks out, with the space that set them apart from the words."""
-    return re.sub(rf"\s*{PLACEHOLDER}\s*", lambda found: "\n" if "\n" in found.group() else " ", text).strip()
-
-
-def _text_message(role: str, text: str, marked: bool = True) -> _Message:
-    """A message of text; only a user places images, so in other texts `<image>` is a word like any other."""
-    if role != "user" or not marked:
-        return _Message(role, text.strip())
-    before = text.rpartition(PLACEHOLDER)[0].replace(PLACEHOLDER, "")
-    return _Message(role, _without_placeholders(text), marks=text.count(PLACEHOLDER), behind=bool(before.strip()))
-
-
 def _has_image_parts(messages: Any) -> bool:
     """Whether a conversation places its images by parts of the type image: then its texts hold no marks."""
     contents = (
@@ -222,13 +217,13 @@ def _has_image_parts(messages: Any) -> bool:
     return any(isinstance(part, dict) and part.get("type") in IMAGE_PARTS for part in parts)
 
 
-def _messages(value: Any, key: str, marked: bool = True) -> list[_Message]:
+def _messages(value: Any, key: str, marked: bool = True) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise RowProblem("missing key", f"{key} must be a list with at least one message")
     return [_message(item, f"{key}[{position}]", marked) for position, item in enumerate(value)]
 
 
-def _message(item: Any, where: str, marked: bool) -> _Message:
+def _message(item: Any, where: str, marked: bool) -> Message:
     if not isinstance(item, dict):
         raise RowProblem("not a message", f"{where} must be an object with a role and a content")
     role = item.get("role", item.get("from"))
@@ -238,39 +233,30 @@ def _message(item: Any, where: str, marked: bool) -> _Message:
         raise RowProblem("unknown role", f"{where} has the role {quoted(role)}; known are {known}")
     weight = 0.0 if item.get("loss") is False else loss_weight(item, where)
     if content is None or isinstance(content, str):
-        message = _text_message(ROLES[role], content or "", marked)
+        message = text_message(ROLES[role], content or "", marked)
         message.weight = weight
         return message
     if not isinstance(content, list):
         raise RowProblem("not a message", f"{where} has a content that is neither text nor a list of parts")
-    message = _Message(ROLES[role], "", weight=weight)
-    texts: list[str] = []
+    message = Message(ROLES[role], "", weight=weight)
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            inner = _text_message(message.role, part["text"], marked)
-            message.behind |= inner.behind or bool(inner.marks and any(texts))
-            texts.append(inner.text)
-            message.marks += inner.marks
+            message.add_marked(part["text"]) if marked and message.role == "user" else message.add_text(part["text"])
         elif kind in IMAGE_PARTS:
-            message.behind |= any(texts)
             inline = next((part[name] for name in IMAGE_PARTS if part.get(name)), None)
-            if inline is not None:
-                message.images.append(inline)
-            elif any(part.get(name) for name in ("bytes", "path", "url")):
-                message.images.append(part)
-            else:
-                message.marks += 1
+            if inline is None:
+                inline = part if any(part.get(name) for name in ("bytes", "path", "url")) else LISTED
+            message.add_image(inline)
         else:
             raise _unknown_part(where, part)
-    message.text = "\n".join(text for text in texts if text)
-    return message
+    return message.ended()
 
 
 def _unknown_part(where: str, part: Any) -> RowProblem:
     """Why a part of a content cannot be read."""
     if not isinstance(part, dict):
-        return RowProblem("unknown part", f"{where} has a part that is no object: {quoted(part)}")
+        return RowProblem("unknown part", f"{where} has a part that is not an object: {quoted(part)}")
     if "type" not in part:
         return RowProblem("unknown part", f"{where} has a part without a type; {keys_of(part)}")
     if part["type"] != "text":
@@ -285,46 +271,59 @@ def _unknown_part(where: str, part: Any) -> RowProblem:
     )
 
 
-def _conversation(messages: list[_Message], listed: list[Any]) -> list[Question]:
+def _conversation(messages: list[Message], listed: list[Any]) -> list[Question]:
     """One question an assistant turn, with the turns before it as history and the images shown so far."""
     marks = sum(message.marks for message in messages)
-    _refuse_more_marks(marks, len(listed))
-    waiting = listed[len(listed) - marks :]  # those that a placeholder places; the others come before everything
-    seen: list[Any] = listed[: len(listed) - marks]
-    system, question = "", ""
+    refuse_more_marks(marks, len(listed))
+    # Those that no mark places come before everything.
+    seen = [(image, Place(0, 0)) for image in listed[: len(listed) - marks]]
+    waiting = iter(listed[len(listed) - marks :])
+    system, asked = "", Message("user", "")
     history: list[Turn] = []
     found: list[Question] = []
-    note, number = "", 0
+    number = 0
     for message in messages:
-        if message.behind or (history and (message.images or message.marks)):
-            note = MOVED
-        seen += message.images + waiting[: message.marks]
-        waiting = waiting[message.marks :]
+        message.images = [next(waiting) if image is LISTED else image for image in message.images]
         if message.role == "system":
+            _refuse_image(message, "a system text")
             system = f"{system}\n{message.text}".strip()
         elif message.role == "user":
-            question = f"{question}\n{message.text}".strip()
+            asked.add(message)
         else:
             number += 1
+            shown = [*seen, *_placed(asked, len(history))]
             if message.weight:
-                turn = _turn(tuple(seen), question, message.text, tuple(history), system, number)
-                found.append(replace(turn, note=note, weight=message.weight))
-            history += [Turn("user", question), Turn("assistant", message.text)]
-            question = ""
+                turn = _turn(shown, asked.text, message, tuple(history), system, number)
+                found.append(replace(turn, weight=message.weight))
+            seen = [*shown, *_placed(message, len(history) + 1)]
+            history += [Turn("user", asked.text), Turn("assistant", message.text)]
+            asked = Message("user", "")
     if not found:
         raise RowProblem("missing answer", "the conversation has no turn of the assistant that is to be learned")
     return found
 
 
+def _placed(message: Message, turn: int) -> list[tuple[Any, Place]]:
+    return [(image, Place(turn, at)) for image, at in zip(message.images, message.at, strict=True)]
+
+
+def _refuse_image(message: Message, where: str) -> None:
+    if message.images:
+        raise RowProblem(f"image in {where}", f"an image stands in {where}; only turns before an answer hold images")
+
+
 def _turn(
-    images: tuple[Any, ...], question: str, answer: str, history: tuple[Turn, ...], system: str, number: int
+    shown: list[tuple[Any, Place]], question: str, answer: Message, history: tuple[Turn, ...], system: str, number: int
 ) -> Question:
-    problem = None
+    problem, target = None, answer.text
     try:
         for text in (system, *(turn.text for turn in history)):
             if text:
                 clean_text(text, "history")
-        question, answer = clean_text(question, "question"), clean_text(answer, "answer")
+        clean_text(question, "question")
+        target = clean_text(target, "answer")
+        _refuse_image(answer, "an answer")
     except RowProblem as found:
         problem = found
-    return Question(images, question, answer, (answer,), history, system, number, problem)
+    images, places = [image for image, _ in shown], unusual([place for _, place in shown], 0)
+    return Question(tuple(images), question, target, (target,), history, system, number, problem, places=places)

@@ -42,7 +42,7 @@ def load_split(spec: DatasetSpec, split: str, at_most: int | None = None) -> Loa
         return demo.load(spec, split, at_most)
     if spec.stream is not None:
         if at_most is None:
-            what = f"{spec.name}@stream: without a limit the whole set would be fetched"
+            what = f"{spec.hub or spec.name}@stream: without a limit the whole set would be downloaded"
             raise DataError(what, "pass --max_train and --max_eval (eval, data check: --limit), or leave @stream out")
         spec = replace(spec, stream=at_most)
     return LOADERS.get(spec.name, jsonl.load)(spec, split)

@@ -12,6 +12,10 @@ from vlm_sft.common.errors import DataError, bounded, quoted, without_secrets
 from vlm_sft.data.sample import LeftOut, Sample, counted, distinct_images
 from vlm_sft.data.sources.splits import LoadedSplit, MissingSplitError, SplitPlan, apply_plan, shared_images
 
+READ_KEYS = frozenset(  # of a record, into a sample
+    "id image images question answer answers history system weight split "
+    "messages conversations prompt completion".split()
+)
 DETAIL_CHARACTERS = 600  # of one reason, whatever it quotes
 WITHOUT = {"validation": "--eval_strategy no", "test": "--eval_benchmarks none"}  # of vlm-sft train
 
@@ -72,6 +76,19 @@ def reference_answers(value: Any) -> tuple[str, ...]:
     )
 
 
+def other_values(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record holds besides its question, answers and images, as far as JSON can write it."""
+    return {key: value for key, value in record.items() if key not in READ_KEYS and value is not None and _plain(value)}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_plain, value.values()))
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
 def left_out(sample_id: str, where: str, problem: RowProblem) -> LeftOut:
     """Name one unusable row; texts are made safe to write as UTF-8."""
     return LeftOut(writable(sample_id), problem.reason, writable(f"{where}: {problem.detail}"))
@@ -81,14 +98,14 @@ def loss_weight(record: Mapping[str, Any], where: str = "the record") -> float:
     """The weight of a record, or of one answer, in the loss: its key `weight`; 1 where it has none.
 
     Raises:
-        RowProblem: it is no finite number, or below 0.
+        RowProblem: it is not a finite number, or below 0.
     """
     value = record.get("weight")
     if value is None:
         return 1.0
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
     if not number:
-        raise RowProblem("weight is no number", f"{where} has the weight {quoted(value)}; it must be 0 or more")
+        raise RowProblem("weight is not a number", f"{where} has the weight {quoted(value)}; it must be 0 or more")
     return float(value)
 
 

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_sft.common.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT, REPEATS, RUN, read_json
-from vlm_sft.common.errors import DataError, RunError, quoted
+from vlm_sft.common.artifacts import CHANGED, EXCHANGE, IMPORT, LEFT_OUT, REPEATS
+from vlm_sft.common.errors import DataError, quoted
 from vlm_sft.data.sample import LeftOut, Sample
-from vlm_sft.data.sources.foreign import TABLES, refuse_compressed
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
@@ -84,7 +83,7 @@ def plan_split(available: Iterable[str], split: str, name: str) -> SplitPlan:
     if split in has and (split != "train" or "validation" in has):
         return SplitPlan(split, "all")
     if split == "test" and "validation" in has:
-        return SplitPlan("validation", "all", note="there is no test split; the validation split stands in for it")
+        return SplitPlan("validation", "all", note="there is no test split; the validation split is used instead")
     if "train" in has:
         held = tuple(name for name in ("validation", "test") if name not in has)
         note = "" if split == "train" else f"held out of train for {split}, by a seeded draw of its images"
@@ -98,62 +97,6 @@ def split_of_name(name: str) -> str | None:
     """The split that a file or folder name speaks of ("val-00000-of-00002.parquet" -> "validation"), or None."""
     words = re.split(r"[^a-z]+", Path(name).stem.lower())
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
-
-
-def folder_files(path: Path) -> list[Path]:
-    """The files of a data set's folder and its subfolders, sorted: none that is hidden or was written by our commands.
-
-    A run may have its output folder in the folder of its data.
-    """
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    ours = {file.parent for file in files if file.name == RUN and file.parent != path and _is_record(file)}
-    return [
-        file
-        for file in files
-        if file.name not in NO_DATA
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        and ours.isdisjoint(file.parents)
-    ]
-
-
-def _is_record(file: Path) -> bool:
-    """Whether a file is a run.json of ours, and not data of that name."""
-    try:
-        return {"schema", "command", "status"} <= read_json(file).keys()
-    except RunError:
-        return False
-
-
-def files_by_split(path: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
-    """Sort the data files under `path` by the split that their names (or their folders' names) speak of.
-
-    Args:
-        path: one file, or a folder that is searched with its subfolders.
-        suffixes: file endings to take, e.g. (".parquet",).
-
-    Returns:
-        Files in sorted order by split; files that name no split count as train.
-
-    Raises:
-        DataError: there is no such file.
-    """
-    if path.is_file():
-        return {split_of_name(path.name) or "train": [path]}
-    found: dict[str, list[Path]] = {}
-    for file in folder_files(path):
-        inside = file.relative_to(path).parts
-        if Path(file.stem).suffix in suffixes:  # train.jsonl.gz beside the others would be passed over
-            refuse_compressed(file)
-        if file.suffix not in suffixes:
-            continue
-        split = next((found_split for part in reversed(inside) if (found_split := split_of_name(part))), "train")
-        found.setdefault(split, []).append(file)
-    if not found:
-        fix = "pass the file, or the folder that holds it"
-        if not set(TABLES) & set(suffixes) and any(file.suffix.lower() in TABLES for file in folder_files(path)):
-            fix = f"import its tables: vlm-sft data import {path} --format csv --output FOLDER"
-        raise DataError(f"{path} holds no {' or '.join(suffixes)} file", fix)
-    return found
 
 
 def apply_plan(

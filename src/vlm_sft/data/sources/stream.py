@@ -35,8 +35,9 @@ def first_rows(hub_id: str, config: str | None, hub_split: str, rows: int) -> Da
     import datasets
 
     features = datasets.load_dataset(hub_id, config, split=hub_split, streaming=True).features
-    if features is not None and isinstance(features.get("image"), datasets.Image):
-        features["image"] = datasets.Image(decode=False)
+    for name in _pictures(features):
+        assert features is not None
+        features[name] = datasets.Image(decode=False)
     made = datasets.Dataset.from_generator(
         _rows,
         features=features,
@@ -47,12 +48,19 @@ def first_rows(hub_id: str, config: str | None, hub_split: str, rows: int) -> Da
     return made
 
 
+def _pictures(features: Any) -> list[str]:
+    """The columns of images; their bytes stay as they are."""
+    import datasets
+
+    return [name for name, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
+
+
 def _rows(hub_id: str, config: str | None, hub_split: str, rows: int) -> Iterator[dict[str, Any]]:
     import datasets
 
     table = datasets.load_dataset(hub_id, config, split=hub_split, streaming=True)
-    if table.features is None or "image" in table.features:
-        table = table.cast_column("image", datasets.Image(decode=False))
+    for name in ["image"] if table.features is None else _pictures(table.features):
+        table = table.cast_column(name, datasets.Image(decode=False))
     # Newer versions fill the buffer from several shards at once, which opens more of them than the rows need.
     one = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in signature(table.shuffle).parameters else {}
     yield from table.shuffle(seed=STREAM_SEED, buffer_size=max(1, min(BUFFER_ROWS, rows)), **one).take(rows)

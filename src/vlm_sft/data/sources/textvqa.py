@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_sft.data.sample import ImageRef, Sample
-from vlm_sft.data.sources.hub import TableSource, load_table
+from vlm_sft.data.sources.hub import TableSource, load_table, one_question
 from vlm_sft.data.sources.rows import RowProblem, clean_text, most_common
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import LoadedSplit
@@ -51,7 +51,7 @@ SOURCE = TableSource(
     roles={"train": "train", "validation": "test"},
     columns=("question", "answers", "question_id", "image_id"),
     hold_out_fraction=0.03,
-    to_sample=to_sample,
+    to_samples=one_question(to_sample),
 )
 
 

@@ -77,7 +77,7 @@ def _is_lora_linear(module: Any) -> bool:
     if type(module) is not Linear:
         return False
     weight: Any = module.base_layer.weight
-    return _peft_agrees(stream_dtype(weight), weight.device)
+    return not is_partitioned(weight) and _peft_agrees(stream_dtype(weight), weight.device)
 
 
 @cache
@@ -110,8 +110,7 @@ def _covered_adapter(module: Any, rows: torch.Tensor) -> str | None:
         return None
     fits = _fits_cpu if rows.device.type == "cpu" else _fits_gpu
     adapter = [linears[1].weight, linears[2].weight]
-    shared_out = is_partitioned(base.weight, *adapter)
-    return names[0] if not shared_out and linears[2].bias is None and fits(rows, base, adapter) else None
+    return names[0] if linears[2].bias is None and fits(rows, base, adapter) else None
 
 
 def _fits_cpu(rows: torch.Tensor, base: torch.nn.Linear, adapter: list[torch.Tensor]) -> bool:

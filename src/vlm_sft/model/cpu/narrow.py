@@ -24,7 +24,7 @@ def narrow_products(model: Any) -> int:
     """Let a model that was loaded in bfloat16 compute in float32 between its products; returns how many do so.
 
     Args:
-        model: as transformers made it; changed in place. Any other number format, device or ZeRO-3 leaves it as it is.
+        model: as transformers made it; changed in place. Another format or device, or divided weights, leave it so.
     """
     embedding = model.get_input_embeddings()
     weight = getattr(embedding, "weight", None)

@@ -168,7 +168,7 @@ _PARTS = {
 def fused_parts(model: torch.nn.Module, device: torch.device) -> Iterator[tuple[str, int, str | None]]:
     """Let RMSNorms compute in one kernel, and gated MLPs their activation and product.
 
-    The projections of an MLP stay modules, whatever wraps them; norms whose weights ZeRO-3 has partitioned are left
+    The projections of an MLP stay modules, whatever wraps them; norms whose weights are divided are left
     alone.
 
     Args:

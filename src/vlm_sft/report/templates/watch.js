@@ -1,10 +1,12 @@
 "use strict";
-// A page that is served asks now and then whether the run has gone on, and loads itself anew when it has. Meanwhile it
-// counts what no file tells: how long the run has taken, and for how long nothing was written.
+// A page that is served asks now and then whether the run has gone on. What a training adds is exchanged in place; for
+// anything else the page loads itself anew. Meanwhile it counts what no file tells: how long the run has taken, how long
+// it should take still, and for how long nothing was written.
 (() => {
   const SECONDS = 2, SILENT_SECONDS = 600;
-  const known = document.querySelector("meta[name=report-version]").content;
-  const changed = Number(document.querySelector("meta[name=report-changed]").content);
+  const meta = (page, name) => page.querySelector(`meta[name=report-${name}]`).content;
+  let known = meta(document, "version"), changed = Number(meta(document, "changed"));
+  const frame = meta(document, "frame");
   const live = document.getElementById("live");
   const two = (number) => String(number).padStart(2, "0");
   const duration = (seconds) => {
@@ -19,16 +21,33 @@
     for (const cell of document.querySelectorAll("[data-since]")) {
       cell.textContent = duration(now - Date.parse(cell.dataset.since) / 1000);
     }
+    for (const cell of document.querySelectorAll("[data-until]")) {
+      const left = Number(cell.dataset.until) - now;
+      cell.textContent = left > 1 ? `about ${duration(left)}` : "any moment";
+    }
     if ("running" in live.dataset) {
       live.textContent = `This page follows the run while it goes on; its files changed ${duration(silent)} ago`
         + (silent > SILENT_SECONDS ? ": it may have ended without a word." : ".");
     }
   };
+  const exchange = (page) => {
+    for (const part of document.querySelectorAll("[data-live]")) {
+      part.replaceWith(page.querySelector(`[data-live="${part.dataset.live}"]`));
+    }
+    known = meta(page, "version");
+    changed = Number(meta(page, "changed"));
+    tick();
+  };
   let ticking = setInterval(tick, 1000);
   const ask = async () => {
     try {
       const answer = await fetch("/version", { cache: "no-store" });
-      if (answer.ok && (await answer.text()) !== known) return location.reload();
+      if (answer.ok && (await answer.text()) !== known) {
+        const text = await (await fetch("/", { cache: "no-store" })).text();
+        const page = new DOMParser().parseFromString(text, "text/html");
+        if (meta(page, "frame") !== frame) return location.reload();
+        exchange(page);
+      }
       ticking = ticking || setInterval(tick, 1000);
     } catch {
       ticking = clearInterval(ticking);

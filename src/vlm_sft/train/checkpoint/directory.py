@@ -58,7 +58,7 @@ def choose_resume(folder: Path, resume: str | None) -> Path | None:
             problems = checkpoint_problems(path)
             if not problems:
                 return path
-            warn(f"{path} is not resumed from: {'; '.join(problems[:3])}")
+            warn(f"{path} cannot be resumed: {'; '.join(problems[:3])}")
         return None
     path = Path(resume)
     if path not in checkpoints(path.parent):
@@ -66,7 +66,7 @@ def choose_resume(folder: Path, resume: str | None) -> Path | None:
         raise RunError(f"--resume {resume}: no checkpoint folder", f"in {folder}: {have}; or use --resume auto")
     problems = checkpoint_problems(path)
     if problems:
-        raise RunError(f"--resume {resume}: {'; '.join(problems[:3])}", "use --resume auto for the newest whole one")
+        raise RunError(f"--resume {resume}: {'; '.join(problems[:3])}", "use --resume auto for the newest intact one")
     return path
 
 

@@ -184,8 +184,8 @@ class CheckpointSaver:
         text = f"the checkpoint of step {step} cannot be written to {self.folder}: {problem}"
         self.policy.on_failure(text)
         if self.policy.on_error == STOP:
-            raise RunError(text, "make room, then go on with --resume; earlier checkpoints are as they were")
-        warn(f"{text}; the training goes on, and what it does until the next checkpoint would be lost in a crash")
+            raise RunError(text, "free some space, then continue with --resume; earlier checkpoints are intact")
+        warn(f"{text}; training continues, but a crash before the next checkpoint would lose its progress")
 
     def restore(self, checkpoint: Path) -> tuple[TrainerState, dict[str, Any]]:
         """Restore weights, optimizer and learning rate from a checkpoint, which must have been verified.
@@ -199,7 +199,9 @@ class CheckpointSaver:
         if state.best_global_step:
             state.best_model_checkpoint = agree(lambda: self._find_best(state, checkpoint))
             if state.best_model_checkpoint is None:
-                warn(f"the best checkpoint, of step {state.best_global_step}, is gone or damaged: it is forgotten")
+                warn(
+                    f"the best checkpoint, of step {state.best_global_step}, is missing or damaged and no longer counts"
+                )
                 BestCheckpoint().put(state)
         self._saved_best = BestCheckpoint.of(state)
         return state, load_state(checkpoint / PROGRESS)
@@ -244,7 +246,7 @@ class CheckpointSaver:
         if problem:
             raise RunError(
                 f"the adapter cannot be written to {self.folder}: {problem}",
-                "make room, then go on with --resume auto: the last checkpoint holds the training",
+                "free some space, then continue with --resume auto from the last checkpoint",
             )
 
     def _publish_result(self, partial: Path, step: int) -> None:

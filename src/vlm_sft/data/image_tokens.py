@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
+
+from vlm_sft.data.encode import Encoder, picture_sizes
+from vlm_sft.data.processor import visual_tokens
+from vlm_sft.data.sample import Sample
+
 
 def qwen_grid(height: int, width: int, patch: int, merge: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Rows and columns of patches that the Qwen-VL processors make of an image.
@@ -30,3 +36,23 @@ def qwen_grid(height: int, width: int, patch: int, merge: int, min_pixels: int, 
         grow = math.sqrt(min_pixels / (height * width))
         rows, columns = math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
     return rows // patch, columns // patch
+
+
+def grid_tensors(encoder: Encoder, sample: Sample) -> dict[str, torch.Tensor]:
+    """The grids that the processor would report for a sample's images.
+
+    {} for a text row, and for a processor whose rule is not known.
+
+    Raises:
+        SampleError: it refuses one of them.
+    """
+    images = encoder.processor.image_processor
+    size = dict(getattr(images, "size", None) or {})
+    if not sample.images or not hasattr(images, "merge_size") or not {"shortest_edge", "longest_edge"} <= set(size):
+        return {}
+    bounds = (images.patch_size, images.merge_size, size["shortest_edge"], size["longest_edge"])
+    grids = []
+    for image, (width, height) in zip(sample.images, picture_sizes(sample), strict=True):
+        visual_tokens(encoder.processor, width, height, f"{image.source} ({width} x {height} pixels)")
+        grids.append([1, *qwen_grid(height, width, *bounds)])
+    return {"image_grid_thw": torch.tensor(grids)}

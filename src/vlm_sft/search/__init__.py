@@ -1,0 +1,1 @@
+"""A sweep: trainings of one's own data with other settings, and which setting to take."""
