@@ -53,6 +53,8 @@ def flags_of(place: Path, output: Path, *more: str) -> list[str]:
         "false",
         "--save_total_limit",
         "9",
+        "--feature_cache",  # kept whatever this machine's rates say: a test strikes them
+        "1GB",
         *more,
     )
     at = found.index("--eval_samples")
