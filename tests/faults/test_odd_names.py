@@ -106,7 +106,7 @@ def test_a_training_and_what_follows(place: Path, run: Run) -> None:
 )
 def test_what_the_libraries_cannot_open_is_told_first(place: Path, run: Run, words: list[str]) -> None:
     text = run(*words, code=2)
-    assert "bytes that are not UTF-8" in text and "take another name" in text
+    assert "not valid UTF-8" in text and "fix:" in text
     assert not (place / f"{ODD}-out").exists()
 
 
