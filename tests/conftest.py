@@ -41,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before any test is collected, so that every process which is started has it."""
     # No test's numbers hang on a measurement: `--bf16 auto` finds a processor without bfloat16, unless a test says so.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    # No test asks the Hub, whose silence is waited for half a minute each time; those about it say so.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     config.stash[_FOLDER] = os.environ[VARIABLE] = tempfile.mkdtemp(prefix="vlm_sft_tests.")
 
 

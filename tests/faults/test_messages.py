@@ -117,11 +117,11 @@ def test_missing_column(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_no_network(
     offline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if offline:
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    else:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", bool(offline))
+    if not offline:
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the Hub's repetitions
     refused(train("nobody/no-such-model-7B", "easy_vqa", tmp_path / "m"), capsys, "nobody/no-such-model-7B", "pocket")
 
 

@@ -111,7 +111,7 @@ def finished(output: Path) -> list[str]:
 @pytest.mark.parametrize("encoding", [pytest.param("latin-1", marks=pytest.mark.slow), "ascii"])
 def test_a_terminal_without_our_characters_ends_no_training(encoding: str, place: Path, tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log:
-        command = training(place, tmp_path / "run")
+        command = training(place, tmp_path / "run", "--verbose")
         assert run_with(command, log, subprocess.STDOUT, {"PYTHONIOENCODING": encoding, "LC_ALL": "C"}) == 0
     assert finished(tmp_path / "run") == []
     said = (tmp_path / "log").read_text(encoding)

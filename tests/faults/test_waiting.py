@@ -89,7 +89,7 @@ def test_what_one_rank_cannot_write_the_others_make_themselves(
     faults = Injected(tmp_path / "faults", Fault("write", f"{cache}/tokens/*.safetensors*", rank="1"))
     line = flags(injected_place, output, cache)
     facts = finished(injected_warm.start_ranks(line, log, faults.variables), log, output)
-    assert line_with(log.read_text(), "warning (rank 1): ", "not kept", cache)
+    assert line_with(log.read_text(), "warning (rank 1): ", "cannot be stored", cache)
     assert facts["engine"]["processed_images"] == len(COLOURS)
     assert facts["engine"]["tokenised_images"] > len(COLOURS)
 

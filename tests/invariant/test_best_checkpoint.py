@@ -280,7 +280,7 @@ def test_the_loss_of_one_data_set_chooses_the_checkpoint(
     for flags, told in (
         (("--dataset", both, "--metric_for_best_model", "eval_loss_nobody"), "eval_loss_own, eval_loss_other"),
         (("--dataset", both, "--metric_for_best_model", "eval_loss_other", "--max_eval", "1"), "no question of"),
-        (("--guard", "eval_loss_other:1"), "is no benchmark"),
+        (("--guard", "eval_loss_other:1"), "not a benchmark"),
     ):
         assert train(place, "refused", *flags)[0] == 2
         assert told in capsys.readouterr().err

@@ -217,6 +217,7 @@ def test_sentences_are_not_asked_for_as_a_word_or_phrase(place: Path, capsys: py
                     "1",
                     "--eval_benchmarks",
                     "none",
+                    "--verbose",
                     "--report_to",
                     "none",
                 ]

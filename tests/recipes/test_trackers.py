@@ -103,7 +103,7 @@ def test_nothing_is_sent_and_the_places_are_told(tracked: Tracked) -> None:
     assert f"TensorBoard: tensorboard --logdir {tracked.folder / 'runs'}" in tracked.output
     assert not (tracked.folder.parent / "home" / ".local" / "share" / "wandb").exists()
     run = artifacts.read_json(tracked.folder / artifacts.RUN)
-    assert [note.split(" of ")[0] for note in run["notes"]] == ["2 optimizer steps"], "it says how few they are"
+    assert len(run["notes"]) == 1 and "2 optimizer steps" in run["notes"][0], "it says how few they are"
     assert run["bytes"]["logs"] > 100_000
 
 

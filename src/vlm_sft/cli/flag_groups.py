@@ -45,6 +45,7 @@ GROUPS = (
                 "eval_benchmarks",
             ),
             *("eval_samples", "max_length", "oversized", "prompt_template", "system", "max_new_tokens"),
+            *("judge", "judge_model"),
         ),
     ),
     FlagGroup(

@@ -21,7 +21,6 @@ from vlm_sft.data.sample import Place, Sample, Turn
 
 Size = tuple[int, int]  # width and height
 
-ABSOLUTE = "absolute"  # a record's value of "boxes": pixels of its image
 PIXELS, THOUSANDTHS = "pixels of the resized image", "thousandths of width and height"
 CONVENTIONS = {"qwen2_vl": THOUSANDTHS, "qwen2_5_vl": PIXELS, "qwen3_vl": THOUSANDTHS, "qwen3_vl_moe": THOUSANDTHS}
 _TOLERANCE = 1  # pixels by which an annotation may stand out of its image

@@ -22,6 +22,7 @@ UNPLACEABLE = "image cannot stand between words"
 CONTROL_TEXT = "text cannot be told from a control token"
 OVERSIZED = "longer than the limit, and oversized is leave_out"  # no mistake: it was asked for
 UNSCALABLE = "longer than the limit however small its images are"
+ABSOLUTE = "absolute"  # a record's value of "boxes": pixels of its image
 IMAGE_MARK = "<image>"  # stands for an image in a text that people read or write
 OUTSIDE = "outside"  # key of a sample's metadata: paths of its images that lie outside of the data's folder
 RECORD = "record"  # key of a sample's metadata: what the user's record holds besides, for a metric

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from vlm_sft.common.errors import EvaluationError
-from vlm_sft.evaluate import statistics
+
+if TYPE_CHECKING:
+    import numpy as np
 
 EXTRA = "pip install 'vlm-sft[captions]'"
 CAPTION_RULES = {
@@ -88,6 +88,10 @@ def corpus_bleu(rows: Sequence[_Row]) -> dict[str, Any]:
     Returns:
         `n`, `accuracy` (the score, 0 to 1), `interval` ([low, high], 95 %).
     """
+    import numpy as np
+
+    from vlm_sft.evaluate import statistics
+
     pairs = [(words(row["prediction"]), [words(answer) for answer in row["answers"]]) for row in rows]
     counted = _bleu(pairs).ctest
     nearest = [min((abs(length - one["testlen"]), length) for length in one["reflen"])[1] for one in counted]
@@ -101,6 +105,8 @@ def corpus_bleu(rows: Sequence[_Row]) -> dict[str, Any]:
 
 def _bleu_of_counts(sums: np.ndarray) -> np.ndarray:
     """BLEU-4 of summed counts: matching n-grams of 1 to 4 words, all of them, length, nearest reference length."""
+    import numpy as np
+
     correct, guessed = sums[..., :_ORDER], sums[..., _ORDER : 2 * _ORDER]
     length, reference = sums[..., 2 * _ORDER], sums[..., 2 * _ORDER + 1]
     precision = np.prod((correct + 1e-15) / (guessed + 1e-9), axis=-1) ** (1 / _ORDER)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_sft.common.errors import DataError
-from vlm_sft.data.boxes import ABSOLUTE
-from vlm_sft.data.sample import IMAGE_MARK, Sample, pieces, placed_turns, with_marks
+from vlm_sft.data.sample import ABSOLUTE, IMAGE_MARK, Sample, pieces, placed_turns, with_marks
 from vlm_sft.data.sources.records import Question, questions_of
 from vlm_sft.data.sources.refusals import refuse
 from vlm_sft.data.sources.rows import RowProblem

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_sft.common.errors import quoted
-from vlm_sft.data.boxes import ABSOLUTE
-from vlm_sft.data.sample import Place, Turn
+from vlm_sft.data.sample import ABSOLUTE, Place, Turn
 from vlm_sft.data.sources.columns import flag_for
 from vlm_sft.data.sources.locate import keys_of, likely_images, no_image
 from vlm_sft.data.sources.refusals import refuse
