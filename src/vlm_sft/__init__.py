@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlm_sft.api.exchange import check_data as check_data
     from vlm_sft.api.exchange import export_data as export_data
     from vlm_sft.api.exchange import import_data as import_data
     from vlm_sft.api.finished import Run as Run
@@ -40,6 +41,7 @@ _PLACES = {
     "recommend": "api.planning",
     "verify": "api.finished",
     "demo": "api.models",
+    "check_data": "api.exchange",
     "import_data": "api.exchange",
     "export_data": "api.exchange",
     "open_run": "api.finished",

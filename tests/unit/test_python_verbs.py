@@ -47,6 +47,25 @@ def test_an_option_without_effect_is_refused_in_python_too(
     assert not list(tmp_path.iterdir())
 
 
+def test_data_is_checked_as_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        Path(f"{number}.png").write_bytes(png((40 * number, 90, 9), (32, 32)))
+    rows = [{"image": f"{number}.png", "question": "What?", "answer": f"thing {number}"} for number in range(4)]
+    rows.append(rows[0] | {"answer": "something else"})
+    found = vs.check_data(rows, split="all", output_dir="from_rows")
+    assert found.report.samples == 5 and not found.left_out and len(found.repeats) == 1
+    assert found.preview.is_file() and "5" in found._repr_html_()
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "check", "rows.jsonl", "--split", "all", "--output_dir", "from_file"]) == 0
+    ours, theirs = (json.loads(Path(name, "data.json").read_text()) for name in ("from_rows", "from_file"))
+    same = ("split", "samples", "images", "questions_per_image", "left_out_fraction")
+    assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
+    rows[1]["image"] = "none.png"
+    with pytest.raises(DataError, match="none.png"):
+        vs.check_data(rows, split="all", output_dir="again")
+
+
 def test_data_goes_out_and_in_as_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,13 +1,16 @@
-"""Data sets of other programs, in and out, from Python: `vlm-sft data import` and `data export` as functions."""
+"""Data sets checked, and those of other programs in and out, from Python: `vlm-sft data` as functions."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from vlm_sft.api.keywords import columns_text
+from vlm_sft.api.process_state import restored
+from vlm_sft.api.rows import dataset_argument
 from vlm_sft.common.errors import DataError, nearest
 from vlm_sft.common.idle import refuse_idle
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION
@@ -17,6 +20,8 @@ from vlm_sft.data.exchange.importer import import_data as carry_out
 from vlm_sft.data.exchange.layouts import FORMATS, layout_of
 from vlm_sft.data.exchange.report import ExchangeReport
 from vlm_sft.data.exchange.tables import parse_layout_columns
+from vlm_sft.planning.data_check import CheckRequest, DataCheck
+from vlm_sft.planning.data_check import check_data as carry_out_check
 
 STYLES = ("sharegpt", "alpaca")
 
@@ -102,6 +107,44 @@ def export_data(
     request = ExportRequest(format, Path(output), chosen, max_left_out=max_left_out)
     chosen = _known("split", split, ("all", "train", "validation", "test"))
     return export_named(str(dataset), request, chosen, limit, columns_text({"columns": columns}).get("columns"))
+
+
+def check_data(
+    data: Any,
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    base_model: str | None = None,
+    max_length: int | None = None,
+    limit: int | None = None,
+    max_left_out: float = MAX_LEFT_OUT_FRACTION,
+    output_dir: str | Path | None = None,
+) -> DataCheck:
+    """Check data without training: read everything, decode every image, find repeats, write a preview.
+
+    Args:
+        data: as of `finetune`: rows, a data set, a frame, a path, names.
+        split: "train", "validation", "test", or "all".
+        columns: what the columns of own data are called: {"image": "picture"}.
+        base_model: also look for images and texts that this model's processor cannot take.
+        max_length: with a base model, name the samples of more than so many tokens.
+        limit: check a seeded sample of at most so many questions.
+        max_left_out: share of unusable questions that is no error, 0 to 1.
+        output_dir: where counts and preview go; None for outputs/data_check/NAME-SPLIT.
+
+    Returns:
+        Counts, what is left out, repeats, and the place of the preview.
+
+    Raises:
+        DataError: the data cannot be read, or more is left out than is allowed.
+        RunError: the output folder cannot be written.
+    """
+    chosen = _known("split", split, ("train", "validation", "test", "all"))
+    named = columns_text({"columns": columns}).get("columns")
+    folder = None if output_dir is None else Path(output_dir)
+    with restored(), tempfile.TemporaryDirectory(prefix="vlm_sft_rows") as rows:
+        text = dataset_argument(data, Path(rows) / "rows")
+        return carry_out_check(CheckRequest(text, chosen, named, folder, base_model, max_length, limit, max_left_out))
 
 
 def _known(name: str, value: Any, choices: tuple[str, ...]) -> str:
