@@ -161,7 +161,7 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     assert HOSTILE in {question[3] for question in page.held["questions"]}
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
     assert page.text.count(HOSTILE) >= 8
-    assert "The status of this run is none that this program knows." in page.text
+    assert "vlm-sft does not know the status that run.json gives." in page.text
     assert "\x00" not in text and "(score 0.3)" in page.text
     assert any("$\\frac{<b>$: base 61.0 %" in a["aria-label"] for a in page.all("svg"))
 

@@ -99,7 +99,7 @@ def test_question_types_show_what_improved_and_what_did_not(tmp_path: Path) -> N
     weakest = next(line for line in summed.advice if "charts" in line)
     assert "shape" in weakest and "50.0 %" in weakest
     text = page_of(folder, tmp_path).text
-    assert "What improved on charts , and what did not" in text and "+100.0" in text
+    assert "Accuracy on charts by question type" in text and "+100.0" in text
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_question_types_show_what_improved_and_what_did_not(tmp_path: Path) -> N
     [
         ([(10, 3.0), (20, 2.0), (80, 1.0)], 80, "still falling"),
         ([(10, 1.0), (20, 0.5), (80, 0.9)], 80, "lowest at step 20 of 80"),
-        ([(10, 1.0), (20, 0.5), (80, 0.505)], 80, "level from step 20"),
+        ([(10, 1.0), (20, 0.5), (80, 0.505)], 80, "flat from step 20"),
         ([], 12, "12 optimizer steps"),
     ],
 )

@@ -110,15 +110,15 @@ def test_forecast_guard_and_histograms_are_shown(tmp_path: Path) -> None:
         "Time 4 min 10 s 3 min 20 s to 5 min 00 s 3 min 20 s +25.0 % within",
         "Peak memory 2.00 GB 1.00 GB to 3.00 GB 1.60 GB +25.0 % within",
         "5.00 MB 4.90 MB to 5.10 MB 2.50 MB +100.0 % outside",
-        "made from: probe",
+        "Based on: probe",
         "Peak memory: logits 256 MB",
         "nothing else runs",
     ):
         assert fact in page.text, fact
     labels = " ".join(svg["aria-label"] for svg in page.all("svg"))
     assert "textvqa: base 50.0 %, limit 40.0 %, lowest 35.0 %; lost too much at step 30." in labels
-    assert "Tokens of an answer: 15 questions, supervised tokens from 2 to 4, most often 3." in labels
-    assert "Questions on one image: 3,920 images, questions from 1 to 4, most often 1." in labels
+    assert "Tokens per answer: 15 questions, supervised tokens from 2 to 4, most often 3." in labels
+    assert "Questions per image: 3,920 images, questions from 1 to 4, most often 1." in labels
     assert "Gradient norm from 0.2 at step 1 to 0.2 at step 30" in labels
     assert "Disk: forecast 5.00 MB, actual 2.50 MB." in labels
 
@@ -243,7 +243,7 @@ def test_page_of_many_runs(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
     parts = {"comparison", "quality", "curves", "parameters", "predictions", "runs"}
     assert parts | {"run1", "run3-environment"} <= set(ids)
-    assert "What differs between the runs; 7 other parameters are the same in all" in page.text
+    assert "Parameters that differ between the runs; 7 others are the same in all" in page.text
     assert "first 0.0001 second 0.0003 third 0.0003" in page.text
     assert "Recommended on own : third" in page.text
     labels = " ".join(svg["aria-label"] for svg in page.all("svg"))

@@ -64,9 +64,9 @@ def test_the_page_follows_the_run(served: tuple[Path, int]) -> None:
     status, text = ask(port)
     version = ask(port, "/version")[1]
     page = Page(text)
-    assert status == 200 and "This page follows the run while it goes on" in page.text
+    assert status == 200 and "This page updates while the run continues" in page.text
     assert "had not finished" not in page.text, "it goes on, and the page with it"
-    assert "This run goes on" in page.text and "Wall time so far" in page.text
+    assert "This run is in progress" in page.text and "Wall time so far" in page.text
     assert [a["content"] for a in page.all("meta") if a.get("name") == "report-version"] == [version]
     assert "connect-src 'self'" in text and ask(port)[1] == text and ask(port, "/version")[1] == version
     with (folder / artifacts.METRICS).open("a") as stream:
@@ -79,8 +79,8 @@ def test_a_page_of_runs_that_are_over_says_so(served: tuple[Path, int]) -> None:
     folder, port = served
     artifacts.write_json(folder / artifacts.RUN, record("interrupted"))
     page = Page(ask(port)[1])
-    assert "Nothing here goes on any more" in page.text and "follows the run while" not in page.text
-    assert "marked as interrupted" in page.text and "Wall time so far" not in page.text
+    assert "No run is in progress" in page.text and "updates while the run" not in page.text
+    assert "This run was interrupted" in page.text and "Wall time so far" not in page.text
     assert not [a for a in page.all("td") if "data-since" in a]
 
 
@@ -96,14 +96,14 @@ def test_the_wall_time_goes_on_between_two_writes(served: tuple[Path, int]) -> N
         browser.open(f"http://127.0.0.1:{port}/")
         assert browser.run(cells) == ["2 h 08 min"] * 2
         before = browser.run(live)
-        assert re.search(r"while it goes on; its files changed \d+ s ago\.$", before), before
+        assert re.search(r"while the run continues; its files changed \d+ s ago\.$", before), before
         browser.run("new Promise(done => setTimeout(done, 2500))")
         assert browser.run(live) != before
         old = time.time() - 3600
         for path in folder.rglob("*"):
             os.utime(path, (old, old))
         browser.open(f"http://127.0.0.1:{port}/")
-        assert re.search(r"changed 1 h 00 min ago: it may have ended without a word\.$", browser.run(live))
+        assert re.search(r"changed 1 h 00 min ago: it may have stopped without a message\.$", browser.run(live))
         assert browser.messages == []
 
 

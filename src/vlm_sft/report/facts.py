@@ -27,7 +27,7 @@ def summary_rows(run: RunReport) -> Rows:
             ("Evaluation loss", _mixture(run)),
             ("Steps", formats.count(record.steps)),
             ("Best step", f"{best.step:,} ({best.metric} {formats.number(best.value)})" if best else ""),
-            ("Ended early", record.stopped_early),
+            ("Stopped early", record.stopped_early),
             ("Started", record.started),
             ("Finished", record.finished),
             (WALL_SO_FAR if run.status == RUNNING else "Wall time", formats.duration(record.wall_seconds)),
@@ -118,7 +118,7 @@ def _settings(run: RunReport) -> dict[str, str]:
             "device": record.device,
             "processes": formats.count(record.world_size),
             "parallel": record.parallel,
-            "number type": record.dtype,
+            "data type": record.dtype,
         }
     )
     return {**about, **run.recipe}
@@ -136,7 +136,7 @@ def environment_rows(run: RunReport) -> Rows:
             ("Processes", formats.count(record.world_size)),
             ("Parallel", record.parallel),
             ("Attention", record.attention),
-            ("Number type", record.dtype),
+            ("Data type", record.dtype),
             ("Trained parameters", _trained(record.trainable_parameters, record.total_parameters)),
             *(
                 (f"LoRA: {key}", value)
@@ -162,7 +162,7 @@ def data_rows(run: RunReport) -> list[tuple[str, str, str]]:
     columns: list[tuple[str, Callable[[DataPart], str]]] = [
         ("Questions", lambda part: formats.count(part.samples)),
         ("Images", lambda part: formats.count(part.images)),
-        ("Questions on one image", _sharing),
+        ("Questions per image", _sharing),
         ("Answer tokens (supervised)", lambda part: formats.count(part.supervised_tokens)),
         ("Image tokens", lambda part: formats.count(part.image_tokens)),
         ("Prompt tokens", lambda part: formats.count(part.prompt_tokens)),

@@ -21,9 +21,9 @@ SMOOTH_FROM_POINTS = 200
 METRIC_PREFIX = "eval_"
 NO_METRICS = ("eval_loss", "eval_seconds", "eval_questions_per_second", "eval_answer_seconds")
 TOKEN_HISTOGRAMS = {
-    "image_tokens": ("Tokens of an image", "image tokens", "images"),
-    "question_tokens": ("Tokens of a question and its answer", "tokens", "questions"),
-    "answer_tokens": ("Tokens of an answer", "supervised tokens", "questions"),
+    "image_tokens": ("Tokens per image", "image tokens", "images"),
+    "question_tokens": ("Tokens per question and answer", "tokens", "questions"),
+    "answer_tokens": ("Tokens per answer", "supervised tokens", "questions"),
 }
 MOST_QUESTIONS = 40
 Columns = dict[str, list[tuple[int, float]]]
@@ -253,7 +253,7 @@ def data_drawings(part: DataPart | None, prefix: str) -> list[Drawing]:
         return []
     sharing = _sharing(part.questions_per_image)
     drawings = [
-        None if sharing is None else histogram_drawing(sharing, "Questions on one image", "questions", "images", prefix)
+        None if sharing is None else histogram_drawing(sharing, "Questions per image", "questions", "images", prefix)
     ]
     for key, (title, x_label, y_label) in TOKEN_HISTOGRAMS.items():
         if key in part.token_histograms:

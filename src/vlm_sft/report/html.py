@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from vlm_sft.common import artifacts, formats
 from vlm_sft.common.errors import RunError
@@ -169,8 +169,14 @@ def _environment() -> Environment:
         shorten=formats.shorten,
         number=formats.number,
         markup=Markup,
+        flags=_flags,
     )
     return environment
+
+
+def _flags(text: str) -> Markup:
+    """A text whose command line flags stay whole where a line breaks."""
+    return Markup(re.sub(r"(?<!\S)--\w[\w-]*", r'<span class="flag">\g<0></span>', str(escape(text))))
 
 
 def _view(run: RunReport, key: str, number_of_runs: int, served: bool) -> RunView:

@@ -150,8 +150,8 @@ def _training_advice(run: RunReport) -> list[str]:
     lines = []
     if record.steps is not None and record.steps < FEW_STEPS:
         lines.append(
-            f"The training took {record.steps:,} optimizer steps; below about {FEW_STEPS} there is little to learn in. "
-            "A smaller --global_batch_size or a larger --num_train_epochs gives more."
+            f"The training ran only {record.steps:,} optimizer steps; fewer than about {FEW_STEPS} rarely teach much. "
+            "Lower --global_batch_size or raise --num_train_epochs."
         )
     if len(losses) < 3:
         return lines
@@ -162,12 +162,12 @@ def _training_advice(run: RunReport) -> list[str]:
         )
     elif last > best * (1 + ROSE):
         lines.append(
-            f"The evaluation loss was lowest at step {best_step:,} of {last_step:,} and rose from there: more data, or "
-            "fewer epochs; --load_best_model_at_end true keeps the best checkpoint."
+            f"The evaluation loss was lowest at step {best_step:,} of {last_step:,} and rose afterwards: use more "
+            "data or fewer epochs. --load_best_model_at_end true keeps the best checkpoint."
         )
     else:
         lines.append(
-            f"The evaluation loss was level from step {best_step:,} on: more epochs alone will not bring much; more or "
+            f"The evaluation loss was flat from step {best_step:,} on: more epochs alone are unlikely to help; more or "
             "better data may."
         )
     return lines
@@ -185,8 +185,8 @@ def _weakest(types: dict[str, list[TypeScore]]) -> list[str]:
         if wrong < 1:
             continue
         lines.append(
-            f"Most is left on {benchmark} in questions of the type {worst.name}: {formats.percent(worst.tuned)} of "
-            f"{worst.n:,}. Look at them below (question type: {worst.name}), and train on more of their kind."
+            f"{benchmark} has the most to gain in questions of type {worst.name}: {formats.percent(worst.tuned)} of "
+            f"{worst.n:,} are right. Filter the predictions below by this type, and train on more questions like them."
         )
     return lines
 

@@ -132,4 +132,4 @@ def _answer(answer: Answer | None) -> tuple[str, str]:
     """What a model answered, and whether that was "right" or "wrong"; "" where it was not asked."""
     if answer is None:
         return formats.NOTHING, ""
-    return formats.shorten(answer.text, 300) + (" [cut at the limit of tokens]" if answer.cut else ""), answer.verdict
+    return formats.shorten(answer.text, 300) + (" [cut at the token limit]" if answer.cut else ""), answer.verdict

@@ -40,7 +40,7 @@
     }
     head.append(make("strong", right(answer) ? "good" : "bad", near(answer) ? data.near : verdict(answer)));
     if (answer[1] !== 0 && answer[1] !== 1) head.append(` (score ${answer[1]})`);
-    if (answer[2]) head.append(", cut at the limit of tokens");
+    if (answer[2]) head.append(", cut at the token limit");
     const text = answer[0].trim() ? make("p", "", answer[0]) : make("p", "quiet", "(empty answer)");
     text.dir = "auto";
     box.append(text);

@@ -26,8 +26,8 @@
       cell.textContent = left > 1 ? `about ${duration(left)}` : "any moment";
     }
     if ("running" in live.dataset) {
-      live.textContent = `This page follows the run while it goes on; its files changed ${duration(silent)} ago`
-        + (silent > SILENT_SECONDS ? ": it may have ended without a word." : ".");
+      live.textContent = `This page updates while the run continues; its files changed ${duration(silent)} ago`
+        + (silent > SILENT_SECONDS ? ": it may have stopped without a message." : ".");
     }
   };
   const exchange = (page) => {
