@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DeepSpeed on the machines of a host file; start it on the first of them. Further arguments go to the training.
+# DeepSpeed on the machines of a host file; start it on the first machine. Further arguments go to the training.
 #   examples/clusters/deepspeed.sh --output_dir /shared/outputs/best
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

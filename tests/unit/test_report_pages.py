@@ -230,6 +230,7 @@ def test_runs_with_other_questions_are_not_compared(tmp_path: Path) -> None:
     (choice,) = choices(collect_runs([few, trained(tmp_path / "all", 20, 95)]), ["own"])
     assert choice.recommended is not None and choice.recommended.name == "all"
     assert "few did not answer the same questions and could not be compared with it." in choice.reasons
+    assert choice.reasons[0].endswith("and no cheaper one is known to be as good.")
 
 
 def test_page_of_many_runs(tmp_path: Path) -> None:

@@ -126,20 +126,24 @@ def _recommend(
     result = results.pop(chosen.name, None)
     skipped = [_skipped(name, other) for name, other in results.items()]
     if result is None:
-        recommended, reasons = _best(best, after)
+        recommended, reasons = _best(best, after, None not in results.values())
         return recommended, best, reasons + (skipped[-3:] if recommended else [])
     if result["interval"][1] > UNCLEAR:
         return None, best, [_unclear(chosen, best, result), *skipped]
     return chosen, best, [*_good_enough(chosen, best, result), *skipped]
 
 
-def _best(best: Candidate, rows: Sequence[tuple[Any, ...]]) -> tuple[Candidate | None, list[str]]:
-    """The best candidate, or None on too few images, where nothing cheaper is as good; and why."""
+def _best(best: Candidate, rows: Sequence[tuple[Any, ...]], compared: bool) -> tuple[Candidate | None, list[str]]:
+    """The best candidate, or None on too few images, where nothing cheaper is as good; and why.
+
+    `compared`: every cheaper one was; else the text claims nothing of them.
+    """
     clusters = len({row[2] or row[0] for row in rows})
     if 0 < clusters < FEWEST_CLUSTERS:
         reason = f"{len(rows):,} questions on {clusters:,} independent images are too few to judge."
         return None, [f"{best.name} answers best ({formats.percent(best.accuracy)}), but {reason}"]
-    rest = "needs no training" if best.is_base else "every cheaper one is significantly worse"
+    judged = "every cheaper one is significantly worse" if compared else "no cheaper one is known to be as good"
+    rest = "needs no training" if best.is_base else judged
     return best, [f"{best.name} answers best ({formats.percent(best.accuracy)}), and {rest}."]
 
 
