@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from tests import tiny_models
-from tests.parity.test_exactness import SEPARATE, Gradients, gradients, undiminished
+from tests.parity.exact_packs import LIMIT, Truth, assert_exact
+from tests.parity.test_exactness import SEPARATE, gradients, undiminished
 from tests.questions import PROMPT, pack, picture, questions, tiny
 from vlm_sft.cli.main import main
 from vlm_sft.common.errors import SampleError
@@ -33,7 +34,6 @@ from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.load import set_attention
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "llava"]
-LIMIT = 1e-10
 IMAGE = {"type": "image"}
 MOVING = (
     "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content | selectattr('type', 'equalto', 'image') %}"
@@ -100,9 +100,6 @@ def alone(model: Any, encoder: Encoder, sample: Sample, messages: list[dict[str,
     return F.cross_entropy(logits[0, start - 1 : end - 1], ids[0, start:end], reduction="none")
 
 
-Truth = list[list[tuple[torch.Tensor, Gradients]]]
-
-
 @functools.cache
 def case(family: str) -> tuple[Any, list[EncodedGroup], Truth]:
     """A tiny model, its groups, and what plain transformers gives each question alone; a usual group stands first."""
@@ -125,16 +122,7 @@ def case(family: str) -> tuple[Any, list[EncodedGroup], Truth]:
 
 def check(family: str, bundles: list[Bundle], mode: PackMode) -> None:
     model, groups, truth = case(family)
-    set_attention(model.get_base_model(), SHARED_SDPA if mode.kind == "blockwise" else "sdpa")
-    batch = pack(bundles, groups, torch.float64)
-    with undiminished(), packed_forward.packed(batch, mode, 0):
-        losses = packed_forward.token_losses(model, batch, mode)
-        found = gradients(model, losses.sum())
-    expected = [truth[bundle.group][number] for bundle in bundles for number in bundle.questions]
-    torch.testing.assert_close(losses, torch.cat([one for one, _ in expected]), rtol=LIMIT, atol=LIMIT)
-    for name, gradient in found.items():
-        total = torch.stack([one[name] for _, one in expected]).sum(0)
-        assert (gradient - total).norm() <= LIMIT * total.norm(), name
+    assert_exact(model, groups, truth, bundles, mode)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.parity.exact_packs import LIMIT, assert_exact
 from tests.parity.test_exactness import SEPARATE, Gradients, alone, gradients, undiminished
 from tests.questions import pack, picture, questions, tiny
 from tests.text_rows import text_row
@@ -29,7 +30,6 @@ from vlm_sft.model.load import set_attention
 from vlm_sft.model.vision_features import TowerCounter
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "llava"]
-LIMIT = 1e-10
 TEXTS = [
     text_row("red bars 2019?", "12", 0),
     text_row("how many?", "red", 1),
@@ -75,16 +75,7 @@ def case(family: str) -> tuple[Any, Encoder, list[EncodedGroup], list[list[tuple
 
 def check(family: str, bundles: list[Bundle], mode: PackMode) -> None:
     model, _, groups, truth = case(family)
-    set_attention(model.get_base_model(), SHARED_SDPA if mode.kind == "blockwise" else "sdpa")
-    batch = pack(bundles, groups, torch.float64)
-    with undiminished(), packed_forward.packed(batch, mode, 0):
-        losses = packed_forward.token_losses(model, batch, mode)
-        found = gradients(model, losses.sum())
-    expected = [truth[bundle.group][number] for bundle in bundles for number in bundle.questions]
-    torch.testing.assert_close(losses, torch.cat([one for one, _ in expected]), rtol=LIMIT, atol=LIMIT)
-    for name, gradient in found.items():
-        total = torch.stack([one[name] for _, one in expected]).sum(0)
-        assert (gradient - total).norm() <= LIMIT * total.norm(), name
+    assert_exact(model, groups, truth, bundles, mode)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
