@@ -108,9 +108,9 @@ def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> flo
     https://rrc.cvc.uab.es), which lmms-eval and VLMEvalKit share.
 
     Rule: case is ignored, white space stripped and runs of it made one space; similarity is
-    1 - edit distance / length of the longer text. The length is that of the texts as they stand, in upper case: outer and
-    double spaces count, and `ß` counts twice. The best over the answers counts, and 0 when it is below the threshold.
-    A similarity equal to the threshold counts, as in the script; the paper's formula would drop it.
+    1 - edit distance / length of the longer text. The length is that of the texts as they stand, in upper case: outer
+    and double spaces count, and `ß` counts twice. The best over the answers counts, and 0 when it is below the
+    threshold. A similarity equal to the threshold counts, as in the script; the paper's formula would drop it.
 
     Args:
         prediction: the model's answer.
