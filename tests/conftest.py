@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.processes import Warm
+from tests.processes import Warm, measure_briefly
 from vlm_sft.data.cache.directory import VARIABLE
 
 # Families in which nothing is new that no other family has: all but one test of exactness is slow.
@@ -49,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that repeat for one more family what others have shown."""
+    measure_briefly()
     for item in items:
         family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
         if family in REPEATING and item.name != f"test_packs_of_one_to_ten_questions[{family}-blockwise-float32]":

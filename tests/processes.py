@@ -129,6 +129,13 @@ def start_deepspeed(flags: list[str], log: Path) -> Started:
     return start([*several, *flags, "--deepspeed", "zero2"], log)
 
 
+def measure_briefly() -> None:
+    """Have this process measure its device for milliseconds: a short run would measure longer than it trains."""
+    from vlm_sft.planning import device_rates
+
+    device_rates.ROUND_SECONDS = device_rates.PAUSE_SECONDS = 0.015
+
+
 class Warm:
     """A process with the libraries imported, that forks a run in a fraction of a second; itself started when needed.
 
@@ -255,4 +262,4 @@ class Warm:
         if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()
-            self._process.wait(30)
+            self._process.wait(120)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import vlm_sft.train.run  # noqa: F401  what takes seconds to import
+from tests.processes import measure_briefly
 
 RUNNING: set[int] = set()
 
@@ -60,6 +61,7 @@ def main() -> None:
     """Serve until the input ends."""
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
 
+    measure_briefly()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, wherever the tests were started
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.write("ready\n")

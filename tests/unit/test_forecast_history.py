@@ -33,7 +33,16 @@ from vlm_sft.forecast.calibration import (
 )
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.model.load import find_base
-from vlm_sft.planning.device_rates import MOST_UNREST, TimedCalls, call_seconds, measured_rates, settled, unrest
+from vlm_sft.planning import device_rates
+from vlm_sft.planning.device_rates import (
+    MOST_UNREST,
+    TimedCalls,
+    call_seconds,
+    measured_rates,
+    rates_here,
+    settled,
+    unrest,
+)
 from vlm_sft.planning.run_setting import shape_of
 
 KEY = history_key("cpu", 2, "shape", {"dtype": 4})
@@ -168,8 +177,19 @@ def test_a_busy_machine_is_measured_by_its_quickest_calls_and_says_so() -> None:
     assert 1.0 < unrest([timed(1.25, 0.6, waits=1.0)]) < 2.0
 
 
-def test_this_machine_is_measured_beside_other_programs() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU of the table is not measured")
+def test_a_measurement_holds_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = shape_of(find_base("pocket"))
+    first = rates_here(shape, torch.float32)
+    assert rates_here(shape, torch.float32) is first
+    monkeypatch.setattr(device_rates, "FRESH_SECONDS", 0.0)
+    assert rates_here(shape, torch.float32) is not first
+
+
+def test_this_machine_is_measured_beside_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real measurement, with four busy programs a core beside it."""
+    monkeypatch.setattr(device_rates, "ROUND_SECONDS", 0.24)
+    monkeypatch.setattr(device_rates, "PAUSE_SECONDS", 0.3)
     shape = shape_of(find_base("pocket"))
     spin = [sys.executable, "-c", "while True: pass"]
     others = [subprocess.Popen(spin) for _ in range(4 * (os.cpu_count() or 1))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import pytest
 from vlm_sft.cli.main import main
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import ForecastError, RecipeError, RunError
+from vlm_sft.distributed.launch import launch_words
 from vlm_sft.evaluate.selection import score_of_chosen
 from vlm_sft.forecast.estimate import Estimate
 from vlm_sft.planning.options import TrainOptions
 from vlm_sft.search.judgement import Measured, judge, paired_by_seed
 from vlm_sft.search.median import too_poor
-from vlm_sft.search.outlook import Outlook, within_budget
+from vlm_sft.search.outlook import Outlook, total, within_budget
 from vlm_sft.search.request import SweepOptions, SweepSetting, duration_seconds, grid_values, read_grid, settings_of
+from vlm_sft.search.schedule import VISIBLE, environments
+from vlm_sft.search.trials import start_process
 
 METRIC = "demo_charts_relaxed_accuracy"
 
@@ -76,6 +80,8 @@ def test_a_budget_has_a_unit(text: str, seconds: float) -> None:
         (["--grid", "lora_r=8,16", "--eval_strategy", "no", "--metric", "eval_loss"], "eval_strategy is no"),
         (["--grid", "dataset=demo_charts;demo_text", "--metric", "eval_loss"], "name a benchmark's metric"),
         (["--grid", "lora_r=8,16", "--seeds", "0"], "--seeds 0 is below 1"),
+        (["--grid", "lora_r=,"], "--grid lora_r=',' has no values"),
+        (["--grid", "lora_r=8,16", "--parallel", "0"], "--parallel 0 is below 1"),
         (["--grid", "lora_r=8,16", "--metric", "chartqa/relaxed_accuracy"], "chartqa_relaxed_accuracy"),
     ],
 )
@@ -225,3 +231,33 @@ def test_a_budget_leaves_out_seeds_before_settings() -> None:
     assert (kept, seeds) == (outlooks[:2], [1]) and "lora_r=16" in notes[-1]
     with pytest.raises(ForecastError, match="2 settings with one seed take"):
         within_budget(outlooks, [1, 2, 3], 29)
+
+
+def test_each_trial_at_the_same_time_has_devices_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(VISIBLE, "0,2,GPU-c,3,5")
+    assert environments(None, 2) == [{VISIBLE: "0,2"}, {VISIBLE: "GPU-c,3"}]
+    assert environments(2, 1) == [{VISIBLE: "0"}, {VISIBLE: "2"}] and environments(1, 2) == [{}]
+    with pytest.raises(RunError, match="needs 6 devices, and 5 are visible"):
+        environments(3, 2)
+    monkeypatch.setenv(VISIBLE, "")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert environments(None, 4) == [{}]
+    shares = environments(2, 1)
+    assert len(shares) == 2 and shares[0].keys() == {"OMP_NUM_THREADS"}
+    log = tmp_path / "log"
+    told = f"import os; print(os.environ['{VISIBLE}'])"
+    assert start_process([sys.executable, "-S", "-c", told], log, {VISIBLE: "5"}).wait() == 0
+    assert log.read_text() == "5\n"
+
+
+def test_deepspeed_is_told_the_devices_of_a_trial_beside_others() -> None:
+    alone, beside = launch_words(2, "zero2"), launch_words(2, "zero2", "2,3")
+    assert "--num_gpus=2" in alone and "--include=localhost:2,3" in beside
+    assert any(word.startswith("--master_port=") for word in beside) and "--num_gpus=2" not in beside
+
+
+def test_trials_at_the_same_time_share_the_time() -> None:
+    outlooks = [outlook("4", 10), outlook("8", 20), outlook("16", 40)]
+    assert total(outlooks)[0].value == 70 and total(outlooks, 3)[0].value == pytest.approx(70 / 3)
+    assert total(outlooks, 2)[0].value == pytest.approx(70 * 2 / 3)  # a device is idle in the second round
+    assert within_budget(outlooks, [1, 2, 3], 70, 3) == (outlooks, [1, 2, 3], [])

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from vlm_sft.cli.main import main
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import RunError
 from vlm_sft.search import trials
+from vlm_sft.search.schedule import VISIBLE
 from vlm_sft.train.checkpoint.directory import checkpoints
 
 DATA = [
@@ -29,10 +30,8 @@ DATA = [
     *("--eval_samples", "4", "--global_batch_size", "2", "--eval_strategy", "steps", "--eval_steps", "1"),
     *("--save_strategy", "steps", "--save_steps", "1", "--report_to", "none", "--dataloader_num_workers", "0"),
 ]
-GRID = ["--max_steps", "3", "--grid", "learning_rate=1e-4,2e-3", "--grid", "lora_r=4,8", "--seeds", "2"]
-FIRST = "learning_rate-0.0001_lora_r-4_seed-42"
-SECOND = "learning_rate-0.0001_lora_r-8_seed-42"
-BROKEN = "learning_rate-0.002_lora_r-8_seed-43"
+GRID = ["--max_steps", "2", "--grid", "lora_r=4,8", "--learning_rate", "1e-4", "--seeds", "2"]
+FIRST, SECOND, BROKEN = "lora_r-4_seed-42", "lora_r-8_seed-42", "lora_r-4_seed-43"
 
 
 class Forked:
@@ -51,15 +50,18 @@ class Forked:
 
 
 @pytest.fixture(scope="module")
-def forking(warm: Warm) -> Iterator[None]:
-    """Trials of sweeps in this process are forked."""
-    before = trials.start_process
-    trials.start_process = (
-        lambda words, log: Forked(  # type: ignore[assignment, return-value]
-            warm.start(words[words.index("train") :], log, script=MAIN)
-        )
-    )
-    yield
+def forking(warm: Warm) -> Iterator[list[tuple[Forked, str, int]]]:
+    """Trials of sweeps in this process are forked; listed with their devices, and how many were running then."""
+    before, forked = trials.start_process, []
+
+    def start(words: list[str], log: Path, variables: Mapping[str, str]) -> Forked:
+        others = sum(one.poll() is None for one, *_ in forked)
+        flags = words[words.index("train") :]
+        forked.append((Forked(warm.start(flags, log, variables, script=MAIN)), variables.get(VISIBLE, ""), others))
+        return forked[-1][0]
+
+    trials.start_process = start  # type: ignore[assignment]
+    yield forked
     trials.start_process = before
 
 
@@ -79,38 +81,42 @@ def wait_for(condition: Any, seconds: float = 120) -> None:
 
 
 @pytest.fixture(scope="module")
-def swept(warm: Warm, forking: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A sweep that is killed in its first trial and stopped in its second; then one fails, and is mended."""
+def swept(
+    warm: Warm, forking: list[tuple[Forked, str, int]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """A sweep that is killed in its first trial, stopped in its second, has one fail beside another, and is mended."""
     place = tmp_path_factory.mktemp("sweep")
     folder = place / "sweep"
     parent = warm.start(["sweep", "--output_dir", str(folder), *DATA, *GRID], place / "killed.log", script=MAIN)
-    first = folder / artifacts.TRIALS_FOLDER / FIRST
+    first, second, broken = (folder / artifacts.TRIALS_FOLDER / name for name in (FIRST, SECOND, BROKEN))
     wait_for(lambda: checkpoints(first))
     (child,) = descendants(parent.pid)
     os.kill(parent.pid, signal.SIGKILL)
     wait_for(lambda: not Path(f"/proc/{child}").exists())
     killed = artifacts.read_json(first / artifacts.RUN)
-    second = folder / artifacts.TRIALS_FOLDER / SECOND
     threading.Thread(
         target=lambda: (wait_for(lambda: checkpoints(second)), signal.raise_signal(signal.SIGTERM))
     ).start()
     codes = [sweep(folder, *GRID)]
     stopped = state(folder)
-    broken = folder / artifacts.TRIALS_FOLDER / BROKEN
     broken.write_text("not a folder")
-    codes.append(sweep(folder, *GRID))
-    failed = state(folder)
+    forking.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VISIBLE, "GPU-a,GPU-b,GPU-c")
+        codes.append(sweep(folder, *GRID, "--parallel", "2"))
+    failed, together = state(folder), list(forking)
     broken.unlink()
     seen = first.joinpath(artifacts.RUN).stat().st_mtime_ns
     codes.append(sweep(folder, *GRID))
-    again = first.joinpath(artifacts.RUN).stat().st_mtime_ns == seen
     return {
         "folder": folder,
         "killed": killed,
         "stopped": stopped,
         "failed": failed,
         "codes": codes,
-        "left_alone": again,
+        "devices": [devices for _, devices, _ in together],
+        "together": [others for *_, others in together],
+        "left_alone": first.joinpath(artifacts.RUN).stat().st_mtime_ns == seen,
     }
 
 
@@ -118,7 +124,7 @@ def test_a_killed_sweep_leaves_a_checkpoint_and_goes_on_bit_for_bit(swept: dict[
     assert swept["killed"]["status"] == "interrupted"
     trial = swept["folder"] / artifacts.TRIALS_FOLDER / FIRST
     assert artifacts.read_json(trial / artifacts.RUN)["resumes"]
-    words = [*DATA, "--max_steps", "3", "--learning_rate", "1e-4", "--lora_r", "4", "--seed", "42", "--eval_benchmarks"]
+    words = [*DATA, "--max_steps", "2", "--learning_rate", "1e-4", "--lora_r", "4", "--seed", "42", "--eval_benchmarks"]
     more = ["none", "--metric_for_best_model", "demo_charts_relaxed_accuracy", "--output_dir", str(tmp_path / "alone")]
     assert main(["train", *words, *more]) == 0
     weights = [folder / artifacts.ADAPTER_WEIGHTS for folder in (trial, tmp_path / "alone")]
@@ -135,23 +141,32 @@ def test_a_failed_trial_is_recorded_and_tried_again(swept: dict[str, Any]) -> No
     assert swept["codes"][1:] == [1, 0] and swept["left_alone"]
     by_name = {one["name"]: one for one in swept["failed"]["trials"]}
     assert by_name[BROKEN]["status"] == "failed" and "is a file" in by_name[BROKEN]["reason"]
-    assert sum(one["status"] == "finished" for one in by_name.values()) == 7 and swept["failed"]["failed"] == 1
-    assert len(swept["failed"]["judgement"]["standings"]) == 3  # the setting whose trial failed is not compared
+    assert [one["status"] for one in by_name.values()].count("finished") == 3 and swept["failed"]["failed"] == 1
+    assert len(swept["failed"]["judgement"]["standings"]) == 1  # the setting whose trial failed is not compared
+
+
+def test_trials_at_the_same_time_have_devices_of_their_own(swept: dict[str, Any]) -> None:
+    """The second trial is gone on with on the first device; one fails beside it, and the last one takes its place."""
+    assert swept["devices"] == ["GPU-a", "GPU-b", "GPU-b"] and swept["together"] == [0, 1, 1]
 
 
 def test_the_result_is_written_and_drawn(swept: dict[str, Any]) -> None:
     found = state(swept["folder"])
     assert found["status"] == "finished" and found["seeds"] == [42, 43] and found["failed"] == 0
-    assert [one["status"] for one in found["trials"]] == ["finished"] * 8
+    assert [one["status"] for one in found["trials"]] == ["finished"] * 4
     standings = found["judgement"]["standings"]
-    assert len(standings) == 4 and standings[0]["verdict"] == "best" and standings[0]["seeds"] == 2
+    assert len(standings) == 2 and standings[0]["verdict"] == "best" and standings[0]["seeds"] == 2
     assert found["judgement"]["questions"] == 4
     assert all(one["value"] == pytest.approx(sum(_values(found, one["label"])) / 2) for one in standings)
     assert "--lora_r" in found["next"] and "--eval_benchmarks" not in found["next"]
-    assert set(found["recommended"]) == {"learning_rate", "lora_r"}
+    assert set(found["recommended"]) == {"lora_r"}
     assert found["forecast"]["time_seconds"]["low"] < found["forecast"]["time_seconds"]["value"]
     page = (swept["folder"] / artifacts.SWEEP_PAGE).read_text(encoding="utf-8")
-    assert "sweep of 8 trials" in page and "Quality against time: demo_charts_relaxed_accuracy" in page
+    assert (
+        "Sweep of lora_r" in page
+        and "2 settings x 2 seeds" in page
+        and "Quality against time: demo_charts_relaxed_accuracy" in page
+    )
     assert all(one["label"] in page for one in standings)
 
 
@@ -165,14 +180,19 @@ def test_another_sweep_is_kept_out_of_the_folder(swept: dict[str, Any], capsys: 
     assert "holds another sweep: training: nothing became --lora_alpha 7" in told
 
 
+def test_the_folder_of_a_training_is_refused(swept: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep(swept["folder"] / artifacts.TRIALS_FOLDER / FIRST, *GRID) == 2
+    assert "holds a training, not a sweep" in capsys.readouterr().err
+
+
 def test_a_poor_trial_is_stopped_early_with_a_checkpoint(
-    forking: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    forking: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "sweep"
-    flags = ["--max_steps", "6", "--grid", "learning_rate=1e-4,5e-2", "--seeds", "1", "--metric", "eval_loss"]
+    flags = ["--max_steps", "4", "--grid", "learning_rate=1e-4,5e-2", "--seeds", "1", "--metric", "eval_loss"]
     assert sweep(folder, *flags, "--prune_after_trials", "1", "--prune_after_share", "0.2") == 0
     good, poor = state(folder)["trials"]
-    assert good["status"] == "finished" and poor["status"] == "pruned" and 1 < poor["step"] < 6
+    assert good["status"] == "finished" and poor["status"] == "stopped early" and 0 < poor["step"] < 4
     assert "worse than the median of 1 finished trials" in poor["reason"]
     assert checkpoints(folder / artifacts.TRIALS_FOLDER / poor["name"])
     assert "no other setting to compare it with" in capsys.readouterr().out
@@ -181,7 +201,7 @@ def test_a_poor_trial_is_stopped_early_with_a_checkpoint(
     assert state(folder)["trials"][1] == poor and time.monotonic() - began < 60
 
 
-def test_optuna_chooses_within_the_ranges_from_python_and_goes_on(forking: None, tmp_path: Path) -> None:
+def test_optuna_chooses_within_the_ranges_from_python_and_goes_on(forking: object, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     short: dict[str, Any] = {"base_model": "pocket", "max_steps": 1, "global_batch_size": 2, "report_to": "none"}
     asked: dict[str, Any] = {"ranges": {"learning_rate": (1e-4, 1e-2, "log")}, "grid": {"lora_r": [4, 8]}}

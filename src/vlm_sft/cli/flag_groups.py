@@ -55,7 +55,7 @@ GROUPS = (
             *("prune_after_trials", "prune_after_share"),
         ),
     ),
-    FlagGroup("devices", ("gpus", "gpu_type"), "Without them: this machine."),
+    FlagGroup("devices", ("gpus", "parallel", "gpu_type"), "Without them: this machine."),
     FlagGroup(
         "hypothetical data",
         ("questions", "images", "image_size", "question_tokens", "answer_tokens"),

@@ -103,10 +103,8 @@ def read_launch(local_rank: int | None, deepspeed: str | None, fsdp: bool = Fals
         return Launch(rank, own_rank, world_size, cpu, None, parallel, local_size)
     require_deepspeed()
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        port = str(_free_port())
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     if cpu:
         # transformers and accelerate would pass DeepSpeed by, silently, if this were set.
         os.environ.pop("ACCELERATE_USE_CPU", None)
@@ -264,12 +262,13 @@ def idle_gpus(launch: Launch, words: Sequence[str]) -> str:
     return f"{used}; to use all of them: {line}"
 
 
-def launch_words(world_size: int, parallel: str) -> list[str]:
+def launch_words(world_size: int, parallel: str, devices: str = "") -> list[str]:
     """The program that starts a training in processes of its own: this interpreter, or its launcher.
 
     Args:
         world_size: number of processes.
         parallel: "single", "ddp", or what DeepSpeed starts.
+        devices: numbers of the GPUs to use, with commas, where other trainings run beside this one; "" for the first.
     """
     if world_size == 1:
         return [sys.executable, "-m", "vlm_sft", "train"]
@@ -277,7 +276,15 @@ def launch_words(world_size: int, parallel: str) -> list[str]:
         many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
         return [*many, "-m", "vlm_sft", "train"]
     program = Path(sys.executable).with_name("deepspeed")
-    return [str(program), f"--num_gpus={world_size}", "--module", "vlm_sft", "train"]
+    # DeepSpeed's launcher overrides CUDA_VISIBLE_DEVICES, and its port is the same for all trainings.
+    where = [f"--include=localhost:{devices}", f"--master_port={_free_port()}"] if devices else []
+    return [str(program), *(where or [f"--num_gpus={world_size}"]), "--module", "vlm_sft", "train"]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def quiet_libraries() -> None:

@@ -23,10 +23,12 @@ TOKENS = 1024  # rows of the products that are measured
 FRESH_MEMORY = 4.0  # on a CPU: how much slower an operation is that writes to newly allocated memory
 MEASURED_SPREAD = 1.35
 MOST_UNREST = 8.0
+FRESH_SECONDS = 60.0  # for so long a measurement holds: forecasts that are compared use the same one
+_known: dict[tuple[ModelShape, torch.dtype], tuple[float, Rates]] = {}
 
 
 def rates_here(model: ModelShape, dtype: torch.dtype) -> Rates:
-    """The rates of this machine's device: from the table, or measured at the sizes of a model.
+    """The rates of this machine's device: from the table, or measured at the sizes of a model, at most once a minute.
 
     Args:
         model: its layer gives the sizes of the products.
@@ -36,7 +38,11 @@ def rates_here(model: ModelShape, dtype: torch.dtype) -> Rates:
         known = find_device(torch.cuda.get_device_name())
         if known is not None:
             return table_rates(known)
-    return measured_rates(model, dtype)
+    measured, rates = _known.get((model, dtype), (-FRESH_SECONDS, None))
+    if rates is None or time.monotonic() - measured > FRESH_SECONDS:
+        rates = measured_rates(model, dtype)
+        _known[model, dtype] = time.monotonic(), rates
+    return rates
 
 
 @torch.no_grad()

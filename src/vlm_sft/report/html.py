@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -53,14 +54,31 @@ class Settings:
     """What a sweep says of its settings, above the runs that are its trials.
 
     Attributes:
-        title: of the table.
-        cells: its header and rows.
+        title, about: the first lines of the page.
+        header: of the table of the settings.
+        rows: a setting each: of every cell its text, and what stands smaller below it.
+        left_out: settings that are not in the table, and why.
         choice: which setting to take, with its figure; it stands in place of a choice among the runs.
+        command: trains that setting.
+        trials: name and status of each run, by its folder.
+        naming: how the names of the trials are to be read.
     """
 
     title: str
-    cells: Sequence[Sequence[str]]
+    about: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[tuple[str, str]]]
+    left_out: Sequence[tuple[str, str]]
     choice: quality.Choice
+    command: str
+    trials: Mapping[Path, tuple[str, str]]
+    naming: str
+
+    def called(self, run: RunReport) -> RunReport:
+        """A trial by its name and with its status in the sweep."""
+        name, status = self.trials[run.folder]
+        record = replace(run.record, status=status) if run.record else None
+        return replace(run, name=name, record=record)
 
 
 def write_report(run_folders: list[Path], output: Path, settings: Settings | None = None) -> Path:
@@ -85,6 +103,8 @@ def write_report(run_folders: list[Path], output: Path, settings: Settings | Non
             f"a report cannot be written to {output}", "name a file that ends in .html, such as --output report.html"
         )
     runs = collect_runs([Path(folder) for folder in run_folders])
+    if settings:
+        runs = [settings.called(run) for run in runs]
     return artifacts.write_text_atomic(output, render(runs, settings=settings))
 
 
@@ -119,7 +139,7 @@ def render(
         _environment()
         .get_template("report.html.j2")
         .render(
-            title=f"sweep of {len(runs)} trials" if settings else f"{len(runs)} runs" if many else runs[0].name,
+            title=settings.title if settings else f"{len(runs)} runs" if many else runs[0].name,
             settings=settings,
             views=[
                 _view(run, f"run{number}", len(runs), version is not None) for number, run in enumerate(runs, start=1)
@@ -148,6 +168,7 @@ def render(
     return _clean(page)
 
 
+@cache
 def _environment() -> Environment:
     """The templates, and how they write numbers and texts."""
     environment = Environment(

@@ -106,7 +106,7 @@ def _draw_runs(axes: Axes, trained: Sequence[Candidate], recommended: Candidate 
     beside = [one for one in trained if not one.on_front]
     front = [one for one in trained if one.on_front]
     for group, colour, line, label in (
-        (beside, palette.faint, "none", "run"),
+        (beside, palette.faint, "none", "off the front"),
         (front, palette.first, "solid", "on the front"),
     ):
         for one in group:

@@ -98,13 +98,14 @@ def _outlook(setting: SweepSetting, planned: PlannedRun) -> Outlook:
     )
 
 
-def total(trials: Iterable[Outlook]) -> tuple[Estimate, Estimate, Estimate]:
-    """Time, memory and disk of trials that run one after the other.
+def total(trials: Iterable[Outlook], parallel: int = 1) -> tuple[Estimate, Estimate, Estimate]:
+    """Time, memory of one and disk of trials, so many of which run at a time.
 
     The forecasts of one machine err together, so the ends of their intervals are added, not only their variances.
 
     Args:
         trials: at least one.
+        parallel: how many run at a time.
     """
     listed = list(trials)
     seen: set[str] = set()
@@ -115,7 +116,9 @@ def total(trials: Iterable[Outlook]) -> tuple[Estimate, Estimate, Estimate]:
         seconds.append(_scaled(one.seconds, one.shared_seconds if again else 0.0))
         disk.append(_scaled(one.disk, one.shared_disk if again else 0.0))
     memory = max((one.memory for one in listed), key=lambda one: one.value)
-    return _sum(seconds), memory, _sum(disk)
+    rounds = -(-len(listed) // parallel) / len(listed)  # the last trials may leave devices idle
+    whole = _sum(seconds)
+    return Estimate(*(rounds * end for end in (whole.value, whole.low, whole.high))), memory, _sum(disk)
 
 
 def _scaled(estimate: Estimate, less: float) -> Estimate:
@@ -129,7 +132,7 @@ def _sum(parts: Sequence[Estimate]) -> Estimate:
 
 
 def within_budget(
-    outlooks: Sequence[Outlook], seeds: Sequence[int], budget: float | None
+    outlooks: Sequence[Outlook], seeds: Sequence[int], budget: float | None, parallel: int = 1
 ) -> tuple[list[Outlook], list[int], list[str]]:
     """Leave out what a budget does not allow: seeds first, the last one first, then the settings that take most.
 
@@ -139,6 +142,7 @@ def within_budget(
         outlooks: of the settings.
         seeds: of each setting.
         budget: seconds; None for no limit.
+        parallel: trials at a time.
 
     Returns:
         Settings and seeds that are kept, and one sentence for each cut.
@@ -149,7 +153,7 @@ def within_budget(
     kept, kept_seeds = list(outlooks), list(seeds)
 
     def seconds() -> float:
-        return total(kept * len(kept_seeds))[0].value
+        return total(kept * len(kept_seeds), parallel)[0].value
 
     if budget is None or seconds() <= budget:
         return kept, kept_seeds, []
@@ -173,14 +177,15 @@ def within_budget(
     return kept, kept_seeds, notes
 
 
-def outlook_cells(outlooks: Sequence[Outlook], seeds: int) -> list[list[str]]:
+def outlook_cells(outlooks: Sequence[Outlook], seeds: int, parallel: int) -> list[list[str]]:
     """A table of the trials with their forecasts: header, one row a setting, the sum."""
     rows = [["setting", "trials", "steps", "time of one (90 % interval)", "memory", "disk"]]
     for one in outlooks:
         cells = _time(one.seconds), size(one.memory.value), size(one.disk.value)
         rows.append([one.setting.label, str(seeds), f"{one.steps:,}", *cells])
-    spent, memory, disk = total([*outlooks] * seeds)
-    rows.append(["in sum", str(len(outlooks) * seeds), "", _time(spent), size(memory.value), size(disk.value)])
+    spent, memory, disk = total([*outlooks] * seeds, parallel)
+    name, each = (f"all, {parallel} at a time", " each") if parallel > 1 else ("in sum", "")
+    rows.append([name, str(len(outlooks) * seeds), "", _time(spent), size(memory.value) + each, size(disk.value)])
     return rows
 
 
@@ -198,7 +203,9 @@ def check_disk(outlooks: Sequence[Outlook], train: TrainOptions) -> None:
         )
 
 
-def forecast_facts(outlooks: Sequence[Outlook]) -> dict[str, Any]:
+def forecast_facts(outlooks: Sequence[Outlook], parallel: int) -> dict[str, Any]:
     """The forecast of all trials as JSON values."""
     names = ("time_seconds", "peak_bytes", "disk_bytes")
-    return {name: one.to_dict(name != "time_seconds") for name, one in zip(names, total(outlooks), strict=True)}
+    return {
+        name: one.to_dict(name != "time_seconds") for name, one in zip(names, total(outlooks, parallel), strict=True)
+    }

@@ -95,6 +95,11 @@ class SweepOptions:
         read=duration_seconds,
     )
     gpus: int = option(1, "devices of each trial (default: %(default)s)", "N")
+    parallel: int | None = option(
+        None,
+        "trials at a time, each on devices of its own (default: as many as the GPUs suffice for; one on a CPU)",
+        "N",
+    )
     dry_run: bool = option(False, "print the trials and their forecast, and start nothing")
 
 
@@ -112,6 +117,16 @@ class SweepSetting:
     def label(self) -> str:
         """The setting for a person."""
         return ", ".join(f"{key}={value}" for key, value in self.values)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that vary."""
+        return tuple(key for key, _ in self.values)
+
+    @property
+    def values_alone(self) -> str:
+        """The setting where there is little room: its values, in the order of the keys."""
+        return ", ".join(value for _, value in self.values)
 
     @property
     def name(self) -> str:
@@ -156,6 +171,8 @@ def read_grid(entries: Sequence[str], what: str) -> dict[str, str]:
             mistakes.append(f"--{what} {quoted(name)} is no key of a recipe{nearest(name, [*KEYS, DATASET])}")
         elif key in found:
             mistakes.append(f"--{what} {key} comes twice")
+        elif what == "grid" and not grid_values(text):
+            mistakes.append(f"--grid {key}={quoted(text)} has no values")
         else:
             found[key] = text.strip()
     if mistakes:

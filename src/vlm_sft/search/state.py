@@ -11,7 +11,7 @@ from vlm_sft.common.errors import RunError
 from vlm_sft.common.record import command_line, now
 from vlm_sft.search.judgement import Judgement
 from vlm_sft.search.request import SweepSetting
-from vlm_sft.search.trials import FAILED, PRUNED, WAITING, SweepTrial
+from vlm_sft.search.trials import FINISHED, PRUNED, SKIPPED, WAITING, SweepTrial
 
 SCHEMA = 1
 
@@ -25,22 +25,25 @@ class SweepState:
         pruning: whether trials that were stopped early stay so.
 
     Raises:
-        RunError: the folder holds another sweep; what differs is named.
+        RunError: the folder holds a training, or another sweep; what differs is named.
     """
 
     def __init__(self, folder: Path, asked: dict[str, Any], pruning: bool) -> None:
         self.path = folder / artifacts.SWEEP
         earlier = artifacts.read_json(self.path) if self.path.is_file() else {}
+        if not earlier and (folder / artifacts.RUN).is_file():
+            raise RunError(f"{folder} holds a training, not a sweep", "choose another --output_dir")
         if earlier and earlier.get("asked") != asked:
             raise RunError(
                 f"{folder} holds another sweep: {'; '.join(_differences(earlier.get('asked') or {}, asked))}",
                 "choose another --output_dir, or repeat the command that began this one; values of --grid and --seeds "
                 "may change",
             )
-        known = [item.name for item in fields(SweepTrial)]
-        trials = [SweepTrial(**{name: one[name] for name in known}) for one in earlier.get("trials", ())]
+        names = [item.name for item in fields(SweepTrial)]
+        trials = [SweepTrial(**{name: one[name] for name in names}) for one in earlier.get("trials", ())]
         # What failed is tried again.
-        self._earlier = {one.name: one for one in trials if one.status != FAILED and (pruning or one.status != PRUNED)}
+        known = (FINISHED, WAITING, *((PRUNED, SKIPPED) if pruning else ()))
+        self._earlier = {one.name: one for one in trials if one.status in known}
         self.values: dict[str, Any] = {
             "schema": SCHEMA,
             "status": "running",

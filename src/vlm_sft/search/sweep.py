@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +12,6 @@ from typing import Any
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
 from vlm_sft.common.errors import InterruptedRunError, RecipeError, RunError
-from vlm_sft.common.formats import duration, number, percent
 from vlm_sft.common.record import now
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.distributed.launch import launch_words
@@ -23,17 +22,15 @@ from vlm_sft.planning.validation_plan import LOSS, NO_BENCHMARKS
 from vlm_sft.recipe.load import read_recipe
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.report.markdown import table
-from vlm_sft.search.judgement import Judgement, Measured, judge
-from vlm_sft.search.median import too_poor
-from vlm_sft.search.optuna_search import OptunaSearch, corners
+from vlm_sft.search.judgement import Measured, judge
+from vlm_sft.search.optuna_search import corners
 from vlm_sft.search.outlook import Forecaster, Outlook, check_disk, forecast_facts, outlook_cells, within_budget
 from vlm_sft.search.page import standing_cells, write_page
 from vlm_sft.search.request import DATASET, MEDIAN, OPTUNA, SweepOptions, SweepSetting, settings_of
+from vlm_sft.search.schedule import Schedule, environments
 from vlm_sft.search.state import SweepState
-from vlm_sft.search.trials import FAILED, FINISHED, PRUNED, WAITING, Curve, SweepTrial, read_curve, run_trial, settle
+from vlm_sft.search.trials import FAILED, FINISHED, PRUNED, SweepTrial
 from vlm_sft.train.run_folder import RunLock
-
-SKIPPED = "skipped"
 
 
 class Sweep:
@@ -65,18 +62,19 @@ class Sweep:
         self.greater = recipes[0].best_is_greatest
         self.seeds = [recipes[0].seed + number for number in range(options.seeds)]
         self.folder = options.train.output_dir
+        self.environments = environments(options.parallel, options.gpus)
 
     def recipe(self, setting: SweepSetting) -> Recipe:
         """The recipe of a setting."""
         applied = setting.applied(self.options.train)
         return read_recipe(applied.sft_config, applied.overrides).recipe
 
-    def words(self, setting: SweepSetting, trial: SweepTrial) -> list[str]:
-        """The command line of a trial."""
+    def words(self, setting: SweepSetting, trial: SweepTrial, devices: str) -> list[str]:
+        """The command line of a trial; `devices` are its own where others run beside it."""
         train = setting.applied(self.options.train)
         train = replace(train, overrides={**train.overrides, "seed": trial.seed}, resume="auto")
         parallel = "ddp" if train.deepspeed is None else train.deepspeed
-        start = launch_words(self.options.gpus, parallel)
+        start = launch_words(self.options.gpus, parallel, devices)
         return [*start, *train_words(train), "--output_dir", str(self.place(trial))]
 
     def place(self, trial: SweepTrial) -> Path:
@@ -118,9 +116,9 @@ def check_request(options: SweepOptions) -> None:
     Raises:
         RunError: the first mistake.
     """
-    for name, least in (("seeds", 1), ("trials", 2), ("gpus", 1), ("prune_after_trials", 1)):
-        if getattr(options, name) < least:
-            raise RunError(f"--{name} {getattr(options, name)} is below {least}", f"give {least} or more")
+    for name, least in (("seeds", 1), ("trials", 2), ("gpus", 1), ("parallel", 1), ("prune_after_trials", 1)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise RunError(f"--{name} {value} is below {least}", f"give {least} or more")
     if not 0 <= options.prune_after_share <= 1:
         raise RunError(f"--prune_after_share {options.prune_after_share:g} is no share", "give a number from 0 to 1")
     if options.search == OPTUNA and not options.ranges:
@@ -162,7 +160,7 @@ def sweep(options: SweepOptions) -> SweepState:
         outlooks, seeds, forecaster = plan_trials(asked, state)
         state.write(metric=asked.metric, greater_is_better=asked.greater, seeds=seeds)
         try:
-            tried = carry_out(asked, state, outlooks, seeds, forecaster)
+            tried = Schedule(asked, state, outlooks, seeds, forecaster).carry_out()
         except InterruptedRunError:
             state.write(status="interrupted")
             raise
@@ -172,93 +170,22 @@ def sweep(options: SweepOptions) -> SweepState:
 
 def plan_trials(asked: Sweep, state: SweepState) -> tuple[list[Outlook], list[int], Forecaster]:
     """Print what the trials are and what they take, after the budget has cut them."""
-    options = asked.options
+    options, parallel = asked.options, len(asked.environments)
     forecaster = Forecaster(options.train, options.gpus)
     outlooks = [forecaster.of(setting) for setting in asked.settings]
     if options.search == OPTUNA:  # what a setting takes lies between those of the two ends
         outlooks = [outlooks[number % 2] for number in range(options.trials)]
-    kept, seeds, notes = within_budget(outlooks, asked.seeds, options.budget)
+    kept, seeds, notes = within_budget(outlooks, asked.seeds, options.budget, parallel)
     for note in notes:
         warn(note)
-    say(f"sweep: {len(kept)} settings x {len(seeds)} seeds, compared by {asked.metric} on validation questions")
-    cells = outlook_cells(kept, len(seeds))
+    times = f"{len(kept)} settings x {len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'}"
+    say(f"sweep: {times}, compared by {asked.metric} on validation questions")
+    cells = outlook_cells(kept, len(seeds), parallel)
     say(table([cells[0], *dict.fromkeys(map(tuple, cells[1:]))]))
     check_disk(kept * len(seeds), options.train)
-    state.values["forecast"] = forecast_facts(kept * len(seeds))
+    state.values["forecast"] = forecast_facts(kept * len(seeds), parallel)
     state.outlook = cells
     return kept, seeds, forecaster
-
-
-def _jobs(
-    asked: Sweep, state: SweepState, outlooks: Sequence[Outlook], seeds: Sequence[int]
-) -> Iterator[tuple[SweepSetting, SweepTrial]]:
-    """The trials in their order: of a grid all settings with the first seed, then with the next."""
-    if asked.options.search != OPTUNA:
-        trials = [(one.setting, state.trial(one.setting, seed)) for seed in seeds for one in outlooks]
-        yield from trials
-        return
-    search = OptunaSearch(asked.options, asked.greater, seeds[0])
-    for chosen, setting in search.asked(len(outlooks)):
-        trials = [(setting, state.trial(setting, seed)) for seed in seeds]
-        yield from trials
-        values = [trial.value for _, trial in trials if trial.status == FINISHED and trial.value is not None]
-        pruned = any(trial.status == PRUNED for _, trial in trials)
-        search.tell(chosen, fmean(values) if len(values) == len(seeds) else None, pruned)
-
-
-def carry_out(
-    asked: Sweep, state: SweepState, outlooks: Sequence[Outlook], seeds: Sequence[int], forecaster: Forecaster
-) -> list[SweepSetting]:
-    """Train what is not trained yet, one trial after the other; returns the settings."""
-    count, tried = len(outlooks) * len(seeds), dict[SweepSetting, None]()
-    left = sum(one.seconds.value for one in outlooks) * len(seeds)
-    spent = forecast = 0.0
-    finished: dict[str, Curve] = {}
-    for done, (setting, trial) in enumerate(_jobs(asked, state, outlooks, seeds), start=1):
-        tried[setting] = None
-        recipe, place = asked.recipe(setting), asked.place(trial)
-        expected = forecaster.of(setting).seconds.value
-        label = f"{done} of {count}: {setting.label}, seed {trial.seed}"
-        if trial.status == WAITING and (lost := _pruned(state, setting)):
-            trial.status, trial.reason = SKIPPED, f"{lost} was stopped early"
-        elif trial.status in (WAITING, FINISHED) and not settle(trial, place, recipe):
-            trial.status = WAITING
-            say(f"{label} (log: {place}.log)")
-            run_trial(trial, place, asked.words(setting, trial), recipe, _rule(asked, list(finished.values())))
-            if trial.status == FINISHED:
-                spent, forecast = spent + trial.seconds, forecast + expected
-        if trial.status == FINISHED:
-            finished[trial.name] = read_curve(place, recipe)
-        state.write()
-        left = max(0.0, left - expected)
-        rest = f"; about {duration(left * (spent / forecast if forecast else 1))} left" if done < count else ""
-        say(f"{label}: {_told(asked, trial)}{rest}")
-    return list(tried)
-
-
-def _pruned(state: SweepState, setting: SweepSetting) -> str:
-    """The name of a trial of this setting that was stopped early, or ""."""
-    return next((one.name for one in state.trials if one.setting == setting.label and one.status == PRUNED), "")
-
-
-def _rule(asked: Sweep, finished: Sequence[Curve]) -> Any:
-    """The rule that stops a trial early."""
-    options = asked.options
-
-    def rule(curve: Curve) -> str:
-        if options.prune != MEDIAN:
-            return ""
-        return too_poor(curve, finished, asked.greater, options.prune_after_trials, options.prune_after_share)
-
-    return rule
-
-
-def _told(asked: Sweep, trial: SweepTrial) -> str:
-    """What became of a trial, in words."""
-    if trial.status == FINISHED:
-        show = number if asked.metric == LOSS else percent
-        return f"{asked.metric} {show(trial.value)} in {duration(trial.seconds)}"
-    return f"{trial.status}: {trial.reason}"
 
 
 def conclude(
@@ -269,7 +196,7 @@ def conclude(
     Raises:
         RunError: nothing did.
     """
-    measured = []
+    measured, left_out = [], {}
     for setting in tried:
         trials = [state.trial(setting, seed) for seed in seeds]
         values = [one.value for one in trials if one.status == FINISHED and one.value is not None]
@@ -277,35 +204,37 @@ def conclude(
             places = tuple(asked.place(one) for one in trials)
             seconds, cost = fmean(one.seconds for one in trials), forecaster.of(setting).seconds.value
             measured.append(Measured(setting.label, places, tuple(values), seconds, cost))
-    lost = [one for one in state.trials if one.status in (FAILED, PRUNED, SKIPPED)]
+        else:
+            left_out[setting.label] = "; ".join(_why(one) for one in trials if one.status in (FAILED, PRUNED))
     if not measured:
         state.write(status="failed", finished=now())
-        told = "; ".join(f"{one.name}: {one.status}: {one.reason}" for one in lost)
+        told = "; ".join(f"{label}: {why}" for label, why in left_out.items())
         what = f"no setting came to its end with every seed: {told}"
         raise RunError(what, f"see the logs in {asked.folder / artifacts.TRIALS_FOLDER}")
     state.judgement = found = judge(measured, asked.metric, asked.greater)
     chosen = next(setting for setting in tried if setting.label == found.recommended)
     line = next_line(asked, chosen)
-    failed = sum(one.status == FAILED for one in lost)
+    failed = sum(one.status == FAILED for one in state.trials)
     outcome = {"judgement": found.to_dict(), "recommended": dict(chosen.values), "next": line}
     state.write(status="finished", finished=now(), failed=failed, **outcome)
-    folders = [asked.place(one) for one in state.trials if (asked.place(one) / artifacts.RUN).is_file()]
-    page = write_page(folders, found, asked.metric, asked.folder / artifacts.SWEEP_PAGE)
-    tell(asked, state, found, lost)
+    jobs = [(setting, state.trial(setting, seed)) for setting in tried for seed in seeds]
+    begun = {asked.place(trial): (setting, trial) for setting, trial in jobs}
+    begun = {place: job for place, job in begun.items() if (place / artifacts.RUN).is_file()}
+    page = write_page(asked.folder / artifacts.SWEEP_PAGE, found, asked.metric, begun, left_out, line)
+    say("")
+    say(table(standing_cells(found)))
+    for label, why in left_out.items():
+        (warn if FAILED in why else say)(f"not compared: {label}: {why}")
+    for reason in found.reasons:
+        say(reason)
     say(f"written: {state.path}, {page}")
-    trained = next(asked.place(state.trial(chosen, seed)) for seed in seeds)
-    say(f"its adapter of seed {seeds[0]}: {trained}")
+    say(f"its adapter of seed {seeds[0]}: {asked.place(state.trial(chosen, seeds[0]))}")
     say(f"next: train it, and measure it on the test split, which the sweep has not looked at:\n      {line}")
 
 
-def tell(asked: Sweep, state: SweepState, found: Judgement, lost: Sequence[SweepTrial]) -> None:
-    """Print the table of the settings, what is not in it, and the recommendation."""
-    say("")
-    say(table(standing_cells(found)))
-    for one in lost:
-        (warn if one.status == FAILED else say)(f"{one.name}: {one.status}: {one.reason}")
-    for reason in found.reasons:
-        say(reason)
+def _why(trial: SweepTrial) -> str:
+    """Why the setting of a trial has no place in the comparison."""
+    return f"{trial.status} (seed {trial.seed}): {trial.reason}"
 
 
 def next_line(asked: Sweep, chosen: SweepSetting) -> str:

@@ -1,4 +1,4 @@
-"""One training of a sweep: a process of its own in a folder of its own, that is followed and may be stopped early."""
+"""One training of a sweep: a process of its own in a folder of its own, followed, and stopped early if too poor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from vlm_sft.common.errors import GuardError, InterruptedRunError, RunError, bou
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.train.run_folder import RunLock
 
-WAITING, FINISHED, PRUNED, FAILED = "waiting", "finished", "pruned", "failed"
+WAITING, FINISHED, PRUNED, FAILED, SKIPPED = "waiting", "finished", "stopped early", "failed", "skipped"
 LOOK_SECONDS = 0.2
 PATIENCE_SECONDS = 120.0  # for a trial of a sweep that was killed to save its checkpoint and end
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl
@@ -37,11 +37,11 @@ class SweepTrial:
         name: of its folder.
         setting: label of the setting.
         seed: of its recipe.
-        status: "waiting", "finished", "pruned" or "failed".
+        status: "waiting", "finished", "stopped early", "failed" or "skipped".
         value: the metric of what it kept.
         step: optimizer steps that it took.
         seconds: wall seconds of its stages, from data to the last step.
-        reason: why it was stopped early, or failed.
+        reason: why it was stopped early, skipped, or failed.
     """
 
     name: str
@@ -98,14 +98,20 @@ def kept_step(folder: Path) -> int | None:
     return int(best["step"]) if best and chosen else None
 
 
-def start_process(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+def start_process(words: list[str], log: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a training in a process group of its own, whose output goes to the end of `log`.
 
     On Linux it is asked to stop, with a checkpoint, when this process is gone.
     """
     with log.open("ab") as stream:
         return subprocess.Popen(
-            words, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_bound
+            words,
+            stdout=stream,
+            stderr=stream,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | variables,
+            start_new_session=True,
+            preexec_fn=_bound,
         )
 
 
@@ -115,59 +121,73 @@ def _bound() -> None:
         _LIBC.prctl(_DEATH_SIGNAL, signal.SIGTERM)
 
 
-def run_trial(
-    trial: SweepTrial, folder: Path, words: list[str], recipe: Recipe, too_poor: Callable[[Curve], str]
-) -> None:
-    """Train to the end, or until it is too poor; what became of it is noted in `trial`.
+class RunningTrial:
+    """A trial in a process of its own, which is followed through the metrics that it writes.
 
     Args:
-        trial: what is trained.
+        trial: what is trained; what becomes of it is noted there.
         folder: of the run; its log lies beside it.
         words: the command line.
         recipe: of the run.
-        too_poor: says of the evaluations so far why the training is not worth its end; "" where it is.
-
-    Raises:
-        InterruptedRunError: a signal stopped this process or the training, which can go on.
+        variables: added to the environment, such as the devices that the trial has for itself.
     """
-    log = folder.with_name(folder.name + ".log")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _wait_until_free(folder)
-    begin = log.stat().st_size if log.is_file() else 0
-    reason, seen = "", 0
-    with _interruptible():
-        process = start_process(words, log)
-        try:
-            while process.poll() is None:
-                time.sleep(LOOK_SECONDS)
-                curve = read_curve(folder, recipe)
-                if not reason and len(curve) > seen:
-                    seen, reason = len(curve), too_poor(curve)
-                    if reason:
-                        os.killpg(process.pid, signal.SIGTERM)
-        except KeyboardInterrupt:
-            say("stopping the trial after a checkpoint")
-            _end(process)
-            raise InterruptedRunError("the sweep was stopped", "go on with it: the same command again") from None
-    code = process.wait()
-    if code == 0 and settle(trial, folder, recipe):
-        return
-    trial.step = _newest_step(folder)
-    trial.status, trial.reason = (PRUNED, reason) if reason else (FAILED, _failure(log, begin, code))
-    if code == InterruptedRunError.exit_code and not reason:
-        trial.status = WAITING
-        raise InterruptedRunError(f"the trial {trial.name} was stopped", "go on with it: the same command again")
 
+    def __init__(
+        self, trial: SweepTrial, folder: Path, words: list[str], recipe: Recipe, variables: Mapping[str, str]
+    ) -> None:
+        self.trial, self.folder, self._recipe = trial, folder, recipe
+        self._log = folder.with_name(folder.name + ".log")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _wait_until_free(folder)
+        self._begin = self._log.stat().st_size if self._log.is_file() else 0
+        self._reason, self._seen = "", 0
+        self._process = start_process(words, self._log, variables)
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask a training to stop, and wait until it has."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+    def is_over(self, too_poor: Callable[[Curve], str]) -> bool:
+        """Look after it: stop it where it is too poor; True once it has ended.
+
+        Args:
+            too_poor: says of the evaluations so far why the training is not worth its end; "" where it is.
+
+        Raises:
+            InterruptedRunError: someone else stopped the training, which can go on.
+        """
+        code = self._process.poll()
+        if code is not None:
+            self._note(code)
+            return True
+        curve = read_curve(self.folder, self._recipe)
+        if not self._reason and len(curve) > self._seen:
+            self._seen, self._reason = len(curve), too_poor(curve)
+            if self._reason:
+                self.ask_to_stop()
+        return False
+
+    def _note(self, code: int) -> None:
+        """Note what became of it."""
+        trial = self.trial
+        if code == 0 and settle(trial, self.folder, self._recipe):
+            return
+        trial.step = _newest_step(self.folder)
+        if self._reason:
+            trial.status, trial.reason = PRUNED, self._reason
+        elif code == InterruptedRunError.exit_code:
+            raise InterruptedRunError(f"the trial {trial.name} was stopped", "go on with it: the same command again")
+        else:
+            trial.status, trial.reason = FAILED, _failure(self._log, self._begin, code)
+
+    def ask_to_stop(self) -> None:
+        """Ask it to write a checkpoint and end."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        self._process.wait()
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Take the signals by which a scheduler ends a program as Ctrl-C is taken."""
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
