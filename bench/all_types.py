@@ -31,7 +31,7 @@ import transformers
 from PIL import Image
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
-from common import RESULTS, ROOT, commit, origin, write_block
+from common import RESULTS, ROOT, commit, made_at, origin, write_block
 from tests import tiny_models
 from tests.tiny_models_parts import QWEN_TEMPLATE, byte_tokenizer, llava_processor
 from tiny_configs import IMAGE, TOKENS, tiny_config
