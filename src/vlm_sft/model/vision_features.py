@@ -249,7 +249,7 @@ def joined_features(images: Sequence[Mapping[str, torch.Tensor]]) -> ImageFeatur
     if injected := [(layer, values(f"{INJECTED}.{layer}.")) for layer in layers(INJECTED)]:
         return ImageFeatures(deepstack_features=injected)
     deep = [values(f"{DEEPSTACK}.{layer}.") for layer in layers(DEEPSTACK)]
-    return ImageFeatures(pooler_output=values(POOLED), deepstack_features=deep or None)  # type: ignore[arg-type]
+    return ImageFeatures(pooler_output=values(POOLED), deepstack_features=deep)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
