@@ -141,8 +141,11 @@ def suffix(device: str) -> str:
     return "-cuda" if device == "cuda" else ""
 
 
-def environment(threads: int, folder: Path, device: str) -> dict[str, str]:
-    """The environment variables of a side: its threads, one GPU or none, no hub, no cache of an earlier run."""
+def environment(side: str, threads: int, folder: Path, device: str) -> dict[str, str]:
+    """The environment variables of a side: its threads, one GPU or none, no hub, no cache of an earlier run.
+
+    Our side is the package of this checkout, whatever the environment has installed.
+    """
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if device == "cuda" else ""
     return os.environ | {
         "OMP_NUM_THREADS": str(threads),
@@ -152,7 +155,7 @@ def environment(threads: int, folder: Path, device: str) -> dict[str, str]:
         "MODELSCOPE_CACHE": str(folder / "modelscope"),
         "USE_HF": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": "",
+        "PYTHONPATH": str(ROOT / "src") if side == OURS else "",
     }
 
 
@@ -172,9 +175,8 @@ def run_side(args: argparse.Namespace, label: str, jobs: list[dict[str, Any]], p
         with log.open("w", encoding="utf-8") as stream:
             worker = str(ROOT / "bench" / "peers" / "worker.py")
             command = [str(python), worker, str(folder / "job.json"), str(folder / "result.json")]
-            code = subprocess.run(
-                command, env=environment(args.threads, folder, args.device), stdout=stream, stderr=subprocess.STDOUT
-            ).returncode
+            variables = environment(side, args.threads, folder, args.device)
+            code = subprocess.run(command, env=variables, stdout=stream, stderr=subprocess.STDOUT).returncode
         if code:
             end = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-8:])
             warn(f"{label} ended with code {code}; {log} ends with\n{end}")
