@@ -39,6 +39,12 @@ def commit(result: dict[str, Any]) -> str:
     return (result["git"]["hash"] or "unknown")[:7] + (" (dirty)" if result["git"]["dirty"] else "")
 
 
+def made_at(entries: list[dict[str, Any]]) -> str:
+    """The commits of the entries of a result, each of which holds its own."""
+    commits = sorted({one["commit"] for one in entries})
+    return f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+
+
 def write_block(name: str, title: str, table: str, page: Path = README) -> None:
     """Replace the table between the marks of one benchmark in a page; a missing section is added."""
     begin, end = marks(name)

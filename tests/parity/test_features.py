@@ -6,6 +6,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from tests import tiny_models
-from tests.questions import questions, tiny
+from tests.questions import picture, questions, tiny
 from tests.tiny_models import FAMILIES, TAKES_FEATURES
 from vlm_sft.common.errors import RunError
 from vlm_sft.data.cache.encoded import DataCache
@@ -146,6 +147,16 @@ def test_deepstack_features_are_kept(tmp_path: Path) -> None:
     keep(model, data, cache)
     names = {name for name in data[0].tensors if name.startswith(PREFIX)}
     assert f"{PREFIX}pooled.0" in names and any("deepstack" in name for name in names)
+
+
+def test_many_pictures_of_a_question_keep_their_order(tmp_path: Path) -> None:
+    model, encoder = tiny("qwen2_5_vl", torch.float32, SHARED_SDPA)
+    cache = DataCache(encoder, tmp_path, "tiny")
+    sample = replace(questions(0, 1)[0], images=tuple(picture(seed, (28, 28)) for seed in range(12)))
+    data = PreparedData([sample], encoder, "preparing", cache)
+    online = logits(model, collate([Bundle(0, (0,))], data), data)
+    assert keep(model, data, cache).used
+    assert torch.equal(online, logits(model, collate([Bundle(0, (0,))], data), data))
 
 
 def test_a_second_run_computes_nothing(tmp_path: Path) -> None:

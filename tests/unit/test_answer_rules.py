@@ -43,6 +43,26 @@ from vlm_sft.evaluate.mmmu_rule import mmmu, named_option
         ("[2013, 2015]", "[2013, 2014]", ["YES"], 0.5),  # one flag holds for all parts
         ("[2013, 2015]", "[2013, 2014]", ["YES", "NO"], 1.0),
         ("anything", "[New York]", [], 0.0),
+        ("straxe", "straße", ["NO"], 1 - 1 / 7),  # the length is that of the text in upper case
+        ("a  B ", "A b", ["NO"], 1.0),
+        ("12 %", "12", ["NO"], 1.0),
+        ("1,000", "1000", ["NO"], 1 - 1 / 5),  # a comma makes a text of a number
+        ("$5", "5", ["NO"], 0.0),
+        ("nan", "5", ["NO"], 0.0),
+        ("5\n.", "5", ["NO"], 1.0),  # full stops go first, then line ends
+        ("5.\n", "5", ["NO"], 1.0),  # a number, line end and all
+        ("ab.\n", "ab", ["NO"], 1 - 1 / 3),  # the full stop before the line end stays
+        (" ['a', 'b'] ", "[a, b]", ["NO"], 1.0),
+        ("['a', 'b',]", "['a', 'b']", ["NO"], 1.0),
+        ("('a', 'b')", "['a', 'b']", ["NO"], 0.0),  # a tuple is no list
+        ("[]", "[]", ["NO"], 1.0),  # nor is nothing: two texts
+        ("[2013]", "2013", ["NO"], 1.0),
+        ("2014", "2013", ["NO", "YES"], 1.0),  # the flag of another part
+        ("2013.0", "2013", ["YES"], 0.0),
+        ("[0x" + "f" * 5000 + "]", "1", ["NO"], 0.0),  # no text of Python's can hold that number
+        ("1", "[{[1]: 2}]", ["NO"], 0.0),
+        ("[" * 9000, "1", ["NO"], 0.0),
+        (r"['\d']", r"['\d']", ["NO"], 1.0),
     ],
 )
 def test_chartqapro(prediction: str, gold: str, year: list[str], score: float) -> None:

@@ -162,8 +162,11 @@ def test_a_gpu_trains_in_half_precision_and_is_the_only_one_seen(
     assert job.on_gpu and job.dtype == "bfloat16"
     assert not Job(**asked | {"device": "cpu"}, output="out").on_gpu
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert throughput.environment(2, tmp_path, "cuda")["CUDA_VISIBLE_DEVICES"] == "3"
-    assert throughput.environment(2, tmp_path, "cpu")["CUDA_VISIBLE_DEVICES"] == ""
+    assert throughput.environment("trl", 2, tmp_path, "cuda")["CUDA_VISIBLE_DEVICES"] == "3"
+    assert throughput.environment("trl", 2, tmp_path, "cpu")["CUDA_VISIBLE_DEVICES"] == ""
+    assert throughput.environment("trl", 2, tmp_path, "cpu")["PYTHONPATH"] == ""
+    own = throughput.environment("ours", 2, tmp_path, "cpu")["PYTHONPATH"]
+    assert Path(own) == ROOT / "src"  # the checkout that is measured, not the one that is installed
     nothing_counted = measured([counts()], [4.0], warm_up={"flops": [], "epochs": [counts()]})
     assert summary(nothing_counted, EXPECTED, SIZES, 6)["flops_by_arithmetic"] == 1.0
 

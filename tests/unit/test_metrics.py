@@ -153,6 +153,18 @@ def test_exact_match_ignores_case_and_outer_space_only():
         ("a  b", ["A B"], 1.0),
         ("kitten", ["sitting"], 1 - 3 / 7),
         ("the answer is 5 of course", ["5"], 0.0),
+        ("abcx ", ["abcd"], 1 - 1 / 5),  # the length is that of the texts as they stand: a space behind counts
+        ("abcx", ["  abcd"], 1 - 1 / 6),
+        ("a  b  x", ["a b c"], 1 - 1 / 7),
+        ("cat\n\n", ["CAT"], 1.0),  # the distance is that of the tidied texts
+        ("", ["   "], 1.0),
+        ("straxe", ["straße"], 1 - 1 / 7),  # in upper case: STRASSE
+        ("ß", [""], 0.5),  # one letter apart, two long
+        ("ab xy", ["ab cd  "], 1 - 2 / 7),
+        ("ab c", ["abc", "abd"], 1 - 1 / 4),
+        ("1.5", ["1,5"], 1 - 1 / 3),
+        ("abc", ["abc", ""], 1.0),
+        ("ABC.", ["abc"], 0.75),
     ],
 )
 def test_anls_examples(prediction, answers, score):
@@ -207,8 +219,8 @@ def test_registry_knows_each_benchmark_and_its_rule():
         "exact_match": "exact_match",
     }
     chartqa = BENCHMARKS["chartqa"]
-    assert chartqa.metric("1990", ["2015", "7"]) == 1.0  # the first answer is the gold
-    assert chartqa.metric("7", ["2015", "7"]) == 0.0
+    assert [chartqa.metric(text, ["2015", "yes"]) for text in ("1990", "YES", "no")] == [1.0, 1.0, 0.0]  # any answer
+    assert chartqa.secondary["strict_year_accuracy"]("2014", ["2015", "2014"]) == 1.0
     assert {name: metric("1990", ["2015"]) for name, metric in chartqa.secondary.items()} == {
         "strict_year_accuracy": 0.0,
         "exact_match": 0.0,

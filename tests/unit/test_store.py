@@ -65,6 +65,13 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     assert same(read(copied, "c"), RECORDS["c"])
 
 
+def test_numbered_tensors_come_back_in_their_order(tmp_path: Path) -> None:
+    record = {f"features.pooled.{number}": torch.tensor([number]) for number in range(12)}
+    filled(tmp_path, {"a": record})
+    (folder,) = (tmp_path / "images").iterdir()
+    assert list(read(reopened(folder), "a")) == list(record)
+
+
 def test_shards_are_cut_and_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "SHARD_RECORDS", 2)
     folder = filled(tmp_path)

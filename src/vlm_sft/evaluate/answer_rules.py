@@ -8,8 +8,10 @@ from __future__ import annotations
 import ast
 import re
 import string
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 TOLERANCE = 0.05  # relative, of a number in ChartQAPro
 SIMILAR = 0.5  # normalised edit distance from which on a text of ChartQAPro is another one
@@ -79,24 +81,31 @@ def chartqapro(prediction: str, answers: Sequence[str], year: Sequence[str] = ()
 def _quoted(text: str) -> str:
     """A list of bare words as a list of Python's texts; the text itself where that is none."""
     found = re.match(r"^\[(.*)\]$", text.strip())
-    if not found:
-        return text
-    try:
-        return str(ast.literal_eval(f"[{_BARE.sub(_in_quotes, found[1])}]"))
-    except (SyntaxError, ValueError):
-        return text
+    value = _literal(f"[{_BARE.sub(_in_quotes, found[1])}]") if found else None
+    return text if value is None else str(value)
 
 
 def _in_quotes(found: re.Match[str]) -> str:
     return f"'{found[1]}'"
 
 
+def _literal(text: str) -> Any:
+    """What Python reads in a text; None where that is nothing, or nothing with a list in it."""
+    if "[" not in text:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd backslashes and numbers, which a model may write
+            value = ast.literal_eval(text)
+        str(value)  # a number may be too long to be written
+    except Exception:  # whatever Python makes of a model's answer
+        return None
+    return value
+
+
 def _parts(text: str, alone: str) -> list[str]:
     """The parts of a text that reads as a Python list with something in it, else `alone`."""
-    try:
-        value = ast.literal_eval(text)
-    except Exception:  # whatever Python makes of a model's answer
-        return [alone]
+    value = _literal(text)
     return [str(part).strip(" '") for part in value] or [alone] if isinstance(value, list) else [alone]
 
 
@@ -112,8 +121,8 @@ def _chart_part(gold: str, text: str) -> float:
             return float(numbers[1] == 0)
         return float(abs(numbers[1] - numbers[0]) / abs(numbers[0]) <= TOLERANCE)
     left, right = (" ".join(part.lower().split()) for part in (text, gold))
-    longer = max(len(left), len(right))
-    distance = edit_distance(left, right) / longer if longer else 0.0
+    length = max(len(left.upper()), len(right.upper()))  # `ß` counts twice, as in the reference's package `anls`
+    distance = edit_distance(left, right) / length if length else 0.0
     return 1 - distance if distance < SIMILAR else 0.0
 
 

@@ -76,6 +76,8 @@ class _Shard:
             if 8 + size + end > len(self._bytes):
                 raise ValueError("it is cut off")
             self._fields[int(row)].append((field, value["dtype"], value["shape"], 8 + size + begin))
+        for fields in self._fields:
+            fields.sort(key=lambda field: _by_numbers(field[0]))  # safetensors has "10" before "2"
 
     def problem(self, row: int) -> str:
         """Why a record is not what was written; "" where it is, which is looked at once."""
@@ -299,6 +301,11 @@ def _remove(index: Path, reason: str) -> None:
     for path in (index, index.with_suffix(".safetensors")):
         with suppress(OSError):  # a disk that cannot be read may not be writable either
             path.unlink(missing_ok=True)
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """What names are sorted by where the numbers in them count as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _record_check(record: Record) -> str:
