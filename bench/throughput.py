@@ -27,9 +27,20 @@ from transformers import AutoProcessor
 
 import cases as benchcases
 import shapes as benchshapes
-from common import DATA, README, RESULTS, ROOT, origin, write_block
+from common import DATA, README, RESULTS, ROOT, origin, write_block, write_record
 from peers.environment import DEFAULT_FOLDER, REQUIREMENTS, make
-from throughput_results import OURS, check, is_narrow, label_of, median_row, readme_table, side_of, summary, tables
+from throughput_results import (
+    OURS,
+    check,
+    covered,
+    is_narrow,
+    label_of,
+    median_row,
+    readme_table,
+    side_of,
+    summary,
+    tables,
+)
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
 
@@ -270,6 +281,20 @@ def measure(args: argparse.Namespace, case: str, shape: str) -> dict[str, Any]:
     }
 
 
+def keep(result: dict[str, Any], work_dir: Path, ending: str) -> Path:
+    """Record a result where it is a comparison of no less than was recorded; else leave it in the work folder.
+
+    Returns:
+        The file.
+    """
+    path = RESULTS / f"throughput_{result['case']}_{result['shape']}{ending}.json"
+    found = {side_of(label) for label in result["sides"]}
+    if result["shape"] not in TRIALS and OURS in found and len(found) > 1:
+        return write_record(path, result, covered, work_dir)
+    warn(f"{result['case']}, {result['shape']}: no comparison for the tables; {path.name} is in the work folder")
+    return artifacts.write_json(work_dir / path.name, result)
+
+
 def main() -> int:
     """Measure, write a result file for each case and shape, and the tables."""
     args = parse()
@@ -280,9 +305,7 @@ def main() -> int:
                 say(f"{case} is skipped: {args.data} is not there; pass --data with a folder of ChartQA parquet files")
                 continue
             result = origin() | {"threads": args.threads, "batch": args.batch} | measure(args, case, shape)
-            folder = args.work_dir if shape in TRIALS else RESULTS
-            name = f"throughput_{case}_{shape}{suffix(args.device)}.json"
-            written.append(artifacts.write_json(folder / name, result))
+            written.append(keep(result, args.work_dir, suffix(args.device)))
     write_block("throughput", "Training speed beside other trainers", tables(RESULTS))
     write_block("speed", "Speed", readme_table(RESULTS), ROOT / "README.md")
     say(f"written: {', '.join(map(str, [*written, README, ROOT / 'README.md']))}")
