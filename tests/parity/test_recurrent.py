@@ -57,7 +57,7 @@ def test_batches_hold_every_token_once_and_pad_little() -> None:
     batches = state_batches(ENDS, torch.device("cpu"))
     tokens = torch.cat([batch.tokens.flatten() for batch in (*batches.prefixes, *batches.questions)])
     assert torch.equal(tokens[batches.places], torch.arange(ENDS[-1][-1]))
-    assert len(tokens) <= ENDS[-1][-1] / 0.75
+    assert len(tokens) <= ENDS[-1][-1] / 0.75 + 32
     lengths = torch.cat([batch.lengths for batch in batches.questions])
     assert lengths[batches.order].tolist() == [3, 1, 8, 2, 35, 3]
 
@@ -67,7 +67,7 @@ def test_a_convolution_goes_on_from_fewer_tokens_than_its_window() -> None:
     inputs = torch.randn(2, 5, 3)
 
     def convolved(some: torch.Tensor, lengths: list[int], before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output, tail = short_convolution(layer, some, Sequences([some], torch.tensor(lengths), None, True), before)
+        output, tail = short_convolution(layer, some, Sequences((some,), torch.tensor(lengths), None, True), before)
         assert tail is not None
         return output, tail
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from vlm_sft.model.cpu.causal_convolution import causal_convolution
 from vlm_sft.model.cpu.delta_rule import delta_rule
+from vlm_sft.model.cpu.gated_norm import gated_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Sequences:
         goes_on: whether the state behind them is wanted.
     """
 
-    streams: list[torch.Tensor]
+    streams: tuple[torch.Tensor, ...]
     lengths: torch.Tensor
     valid: torch.Tensor | None
     goes_on: bool
@@ -128,7 +129,10 @@ class GatedDeltaNet:
     def finish(self, module: Any, mixed: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """The gated norm of each head, and the output projection."""
         width = module.head_v_dim
-        normed = module.norm(mixed.reshape(-1, width), gate.reshape(-1, width))
+        heads, gates = mixed.reshape(-1, width), gate.reshape(-1, width)
+        normed = gated_norm(module.norm, heads, gates)
+        if normed is None:
+            normed = module.norm(heads, gates)
         return module.out_proj(normed.reshape(1, *mixed.shape))
 
 

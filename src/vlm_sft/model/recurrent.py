@@ -95,22 +95,22 @@ def _mixed(mixer: Mixer, module: Any, hidden: torch.Tensor, recurrence: Recurren
 
 def _pack(mixer: Mixer, module: Any, streams: list[torch.Tensor], recurrence: Recurrence) -> torch.Tensor:
     """Outputs (L, V) for the streams (L, …) of a pack."""
-    batches = recurrence.batches(streams[0].device)
+    batches, kept = recurrence.batches(streams[0].device), recurrence.kept
+    divided = iter(zip(*map(batches.divide, streams), strict=True))
     outputs: list[torch.Tensor] = []
 
     def scan(batch: StateBatch, begin: State, goes_on: bool) -> State | None:
-        taken = [batch.take(stream) for stream in streams]
-        output, behind = mixer.scan(module, Sequences(taken, batch.lengths, batch.valid, goes_on), begin)
-        outputs.append(output.flatten(0, 1))
+        output, behind = mixer.scan(module, Sequences(next(divided), batch.lengths, batch.valid, goes_on), begin)
+        outputs.append(output)
         return behind
 
     layer = mixer.convolution(module)
     first = [scan(batch, first_state(layer, len(batch.lengths), streams[0]), True) for batch in batches.prefixes]
-    prefixes, kept = joined_states(first), recurrence.kept
+    prefixes = joined_states(first)
     behind = [scan(batch, prefixes.rows(batch.parents), kept is not None) for batch in batches.questions]
     if kept is not None:
         kept[module] = joined_states(behind).rows(batches.order)
-    return torch.cat(outputs).index_select(0, batches.places)
+    return batches.join(outputs)
 
 
 def _step(mixer: Mixer, module: Any, streams: list[torch.Tensor], recurrence: Recurrence) -> torch.Tensor:
@@ -118,7 +118,7 @@ def _step(mixer: Mixer, module: Any, streams: list[torch.Tensor], recurrence: Re
     kept, fed = recurrence.kept, recurrence.fed
     assert kept is not None and fed is not None, "a generation step continues from a pack"
     before = kept[module]
-    tokens = Sequences([stream[:, None] for stream in streams], torch.ones_like(fed), None, True)
+    tokens = Sequences(tuple(stream[:, None] for stream in streams), torch.ones_like(fed), None, True)
     output, after = mixer.scan(module, tokens, before.rows(fed))
     assert after is not None, "tokens that go on leave a state"
     before.inputs.index_copy_(0, fed, after.inputs)

@@ -82,11 +82,6 @@ class _Chunk(NamedTuple):
     before: torch.Tensor | None
     after: torch.Tensor | None
 
-    @property
-    def written(self) -> torch.Tensor:
-        """(B, C, D), the keys as the memory behind the chunk still has them."""
-        return self.units[:, :, 1] * (self.total[:, -1:] - self.total).exp_()
-
 
 class _DeltaRule(torch.autograd.Function):
     """What `delta_rule` computes, in float32 or float64."""
@@ -156,6 +151,11 @@ def _by_head(values: torch.Tensor) -> torch.Tensor:
     return values.transpose(1, 2).flatten(0, 1)
 
 
+def _written(units: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """(B, C, D), keys as the memory behind a chunk still has them."""
+    return units[:, :, 1] * (total[:, -1:] - total).exp_()
+
+
 def _forward(
     mixed: torch.Tensor,
     decay: torch.Tensor,
@@ -182,12 +182,11 @@ def _forward(
         read = (units.flatten(1, 2) @ before).unflatten(1, (size, 2)).mul_(total.exp()[..., None])
         change = inverse @ (values - read[:, :, 1]).mul_(rate)
         output = torch.baddbmm(read[:, :, 0], weights[:, :, 0], change, beta=scale, alpha=scale)
-    chunk = _Chunk(shrink, units, values, rate, total, decays, weights, inverse, change, before, None)
+    after = None
     if wanted:
-        new = chunk.written.mT
+        new = _written(units, total).mT
         after = new @ change if before is None else (before * total[:, -1:].exp()).baddbmm_(new, change)
-        chunk = chunk._replace(after=after)
-    return output, chunk
+    return output, _Chunk(shrink, units, values, rate, total, decays, weights, inverse, change, before, after)
 
 
 def _backward(
@@ -206,7 +205,7 @@ def _backward(
     torch.mul(of_output, sizes[2] ** -0.5, out=slopes[:, :, 0])
     of_change = weights[:, :, 0].mT @ slopes[:, :, 0]
     if of_after is not None:
-        of_change.baddbmm_(chunk.written, of_after)
+        of_change.baddbmm_(_written(units, total), of_after)
     torch.mul(inverse.mT @ of_change, -rate, out=slopes[:, :, 1])
     of_weights = (slopes.flatten(1, 2) @ change.mT).unflatten(1, (-1, 2)).mul_(decays[:, :, None])
     of_weights[:, :, 1].diagonal(dim1=1, dim2=2).zero_()
