@@ -1,7 +1,7 @@
 """CPU seconds (user and system) of every phase of every test: `CPU_SECONDS=cpu.tsv pytest -p tests.cpu_seconds …`.
 
 Unlike times of the clock they hardly depend on what else the machine does. A process counts in the phase in which it
-was waited for: what was forked from the warm process where that is closed, behind the worker's last test.
+was waited for, also one that was forked from the warm process.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Generator
 
 import pytest
 
+from tests.processes import Warm
+
 
 def used() -> float:
-    """CPU seconds of this process and of its processes that have ended."""
+    """CPU seconds of this process, of its processes that have ended, and of forked runs."""
     found = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in found)
+    return sum(one.ru_utime + one.ru_stime for one in found) + Warm.cpu_seconds
 
 
 def _measured(item: pytest.Item, phase: str) -> Generator[None, object, object]:

@@ -141,11 +141,17 @@ class Warm:
 
     Args:
         more: further variables in its environment.
+
+    Attributes:
+        cpu_seconds: of all runs that were waited for, of processes that still serve.
     """
+
+    cpu_seconds = 0.0
 
     def __init__(self, more: Mapping[str, str] | None = None) -> None:
         self._environment = environment() | dict(more or {})  # of now: a test may change it before the first fork
         self._process: subprocess.Popen[str] | None = None
+        self._counted = 0.0
 
     def _fork(self, order: dict[str, object]) -> int:
         """Have one forked; returns its process id."""
@@ -207,9 +213,11 @@ class Warm:
             while not ended:
                 if exited.is_file() and (text := exited.read_text()):
                     exited.unlink()
-                    code, peak_kib = map(int, text.split())
-                    ended.append(code)
-                    started.peak_mib = peak_kib // 1024
+                    code, peak_kib, cpu_seconds = text.split()
+                    ended.append(int(code))
+                    started.peak_mib = int(peak_kib) // 1024
+                    Warm.cpu_seconds += float(cpu_seconds)
+                    self._counted += float(cpu_seconds)
                 elif time.monotonic() >= end:
                     return None
                 else:
@@ -263,3 +271,4 @@ class Warm:
             assert self._process.stdin is not None
             self._process.stdin.close()
             self._process.wait(120)
+            Warm.cpu_seconds -= self._counted  # from now on the system counts them

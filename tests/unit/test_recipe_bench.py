@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import recipe_runs
 from recipe_results import averaged, collect, file_name
 from recipe_runs import (
     RECIPES,
@@ -25,6 +26,7 @@ from recipe_runs import (
     run_missing,
     train_command,
 )
+from tests.processes import MAIN, Warm
 from vlm_sft.cli import train
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import RunError
@@ -128,8 +130,21 @@ def test_file_names(tmp_path: Path) -> None:
     assert file_name("ablation", real) == "ablation-Qwen_Qwen2.5-VL-7B-Instruct-chartqa+textvqa.json"
 
 
-def test_a_real_benchmark_is_continued(tmp_path: Path) -> None:
+def test_a_command_that_fails_is_named_with_its_output(tmp_path: Path) -> None:
+    recipe_runs.execute([sys.executable, "-S", "-c", "print('done')"], tmp_path / "logs" / "one.log")
+    assert (tmp_path / "logs" / "one.log").read_text() == "done\n"
+    with pytest.raises(RunError, match=r"two\.log"):
+        recipe_runs.execute([sys.executable, "-S", "-c", "raise SystemExit(3)"], tmp_path / "two.log")
+
+
+def test_a_real_benchmark_is_continued(tmp_path: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training of pocket through the command line, and another row that comes to the same."""
+
+    def execute(command: list[str], log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        assert warm.start(command[command.index("vlm_sft") + 1 :], log, script=MAIN).wait(300) == 0, log.read_text()
+
+    monkeypatch.setattr(recipe_runs, "execute", execute)
     settings = replace(SETTINGS, work_dir=tmp_path / "work", seeds=(1,))
     arms = recipe_arms(settings)[5:7]
     claim(settings)

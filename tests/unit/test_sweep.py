@@ -20,7 +20,7 @@ from vlm_sft.search.judgement import Measured, judge, paired_by_seed
 from vlm_sft.search.median import too_poor
 from vlm_sft.search.outlook import Outlook, total, within_budget
 from vlm_sft.search.request import SweepOptions, SweepSetting, duration_seconds, grid_values, read_grid, settings_of
-from vlm_sft.search.schedule import VISIBLE, environments
+from vlm_sft.search.trial_queue import VISIBLE, environments
 from vlm_sft.search.trials import start_process
 
 METRIC = "demo_charts_relaxed_accuracy"

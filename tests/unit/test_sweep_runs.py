@@ -22,7 +22,7 @@ from vlm_sft.cli.main import main
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import RunError
 from vlm_sft.search import trials
-from vlm_sft.search.schedule import VISIBLE
+from vlm_sft.search.trial_queue import VISIBLE
 from vlm_sft.train.checkpoint.directory import checkpoints
 
 DATA = [

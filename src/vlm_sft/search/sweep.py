@@ -27,8 +27,8 @@ from vlm_sft.search.optuna_search import corners
 from vlm_sft.search.outlook import Forecaster, Outlook, check_disk, forecast_facts, outlook_cells, within_budget
 from vlm_sft.search.page import standing_cells, write_page
 from vlm_sft.search.request import DATASET, MEDIAN, OPTUNA, SweepOptions, SweepSetting, settings_of
-from vlm_sft.search.schedule import Schedule, environments
 from vlm_sft.search.state import SweepState
+from vlm_sft.search.trial_queue import TrialQueue, environments
 from vlm_sft.search.trials import FAILED, FINISHED, PRUNED, SweepTrial
 from vlm_sft.train.run_folder import RunLock
 
@@ -160,7 +160,7 @@ def sweep(options: SweepOptions) -> SweepState:
         outlooks, seeds, forecaster = plan_trials(asked, state)
         state.write(metric=asked.metric, greater_is_better=asked.greater, seeds=seeds)
         try:
-            tried = Schedule(asked, state, outlooks, seeds, forecaster).carry_out()
+            tried = TrialQueue(asked, state, outlooks, seeds, forecaster).carry_out()
         except InterruptedRunError:
             state.write(status="interrupted")
             raise

@@ -32,6 +32,8 @@ from vlm_sft.data.sources.splits import SPLITS
 KINDS = ("demo_charts", "demo_text")
 CHART_QUESTION_COUNTS = (3, 4, 5, 6)
 SIGN_QUESTION_COUNTS = (2, 3, 4)
+# Pictures whose questions are held in memory, about 10 kB each: a run asks for the same splits several times.
+CACHED_QUESTIONS = 2048
 # Encoded pictures held in memory, about 5 kB each: as many as a few batches have.
 CACHED_PICTURES = 512
 
@@ -62,7 +64,8 @@ def demo_samples(kind: str, split: str, count: int, seed: int = 0) -> list[Sampl
         if len(samples) >= count:
             break
         for sample in _picture_samples(kind, split, index, seed):
-            samples.append(replace(sample, id=f"{_prefix(kind, split, seed)}/{len(samples):06d}"))
+            name = f"{_prefix(kind, split, seed)}/{len(samples):06d}"
+            samples.append(replace(sample, id=name, metadata=dict(sample.metadata)))
     return samples[:count]
 
 
@@ -91,8 +94,13 @@ def picture_stream(kind: str, split: str, index: int, seed: int = 0) -> Random:
     return Random(f"{kind}/{split}/{seed}/{index}")
 
 
-def _picture_samples(kind: str, split: str, index: int, seed: int) -> Iterator[Sample]:
+@lru_cache(maxsize=CACHED_QUESTIONS)
+def _picture_samples(kind: str, split: str, index: int, seed: int) -> tuple[Sample, ...]:
     """The samples of one picture, still without their ids."""
+    return tuple(_drawn(kind, split, index, seed))
+
+
+def _drawn(kind: str, split: str, index: int, seed: int) -> Iterator[Sample]:
     rng = picture_stream(kind, split, index, seed)
     spec: ChartSpec | SignSpec = random_chart(rng) if kind == "demo_charts" else random_sign(rng)
     source = f"synthetic picture {index} of {_prefix(kind, split, seed)}"

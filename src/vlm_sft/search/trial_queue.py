@@ -73,7 +73,7 @@ def environments(parallel: int | None, gpus: int) -> list[dict[str, str]]:
     return [{VISIBLE: ",".join(devices[place * gpus : (place + 1) * gpus])} for place in range(count)]
 
 
-class Schedule:
+class TrialQueue:
     """What is left to train, and what is being trained.
 
     Args:
