@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import vlm_sft as vs
-from tests.processes import MAIN, Started, Warm, descendants
+from tests.processes import MAIN, Forked, Warm, descendants
 from vlm_sft.cli.main import main
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import RunError
@@ -32,21 +32,6 @@ DATA = [
 ]
 GRID = ["--max_steps", "2", "--grid", "lora_r=4,8", "--learning_rate", "1e-4", "--seeds", "2"]
 FIRST, SECOND, BROKEN = "lora_r-4_seed-42", "lora_r-8_seed-42", "lora_r-4_seed-43"
-
-
-class Forked:
-    """A forked training with what the sweep uses of a process."""
-
-    def __init__(self, started: Started) -> None:
-        self.pid, self._started = started.pid, started
-
-    def poll(self) -> int | None:
-        return self._started.wait(0.0)
-
-    def wait(self) -> int:
-        code = self._started.wait(300)
-        assert code is not None
-        return code
 
 
 @pytest.fixture(scope="module")
