@@ -174,10 +174,10 @@ def test_a_poor_trial_is_stopped_early_with_a_checkpoint(
     forking: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "sweep"
-    flags = ["--max_steps", "4", "--grid", "learning_rate=1e-4,5e-2", "--seeds", "1", "--metric", "eval_loss"]
+    flags = ["--max_steps", "3", "--grid", "learning_rate=1e-4,5e-2", "--seeds", "1", "--metric", "eval_loss"]
     assert sweep(folder, *flags, "--prune_after_trials", "1", "--prune_after_share", "0.2") == 0
     good, poor = state(folder)["trials"]
-    assert good["status"] == "finished" and poor["status"] == "stopped early" and 0 < poor["step"] < 4
+    assert good["status"] == "finished" and poor["status"] == "stopped early" and 0 < poor["step"] < 3
     assert "worse than the median of 1 finished trials" in poor["reason"]
     assert checkpoints(folder / artifacts.TRIALS_FOLDER / poor["name"])
     assert "no other setting to compare it with" in capsys.readouterr().out
