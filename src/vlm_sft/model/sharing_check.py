@@ -44,7 +44,7 @@ from vlm_sft.model.forward_patch import evaluating, reason_of
 from vlm_sft.model.load import is_blockwise
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
 from vlm_sft.model.recurrent import unshared_states
-from vlm_sft.model.vision_features import encode_images
+from vlm_sft.model.vision_features import encode_images, trained_projector
 
 # Root mean square difference of the logits, relative to their spread, that rounding explains.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -260,20 +260,29 @@ def sharing_error(model: AnyModel, encoder: Encoder, kind: Kind) -> float:
 
 
 def features_doubt(model: AnyModel, encoder: Encoder) -> str:
-    """Why kept vision features may not stand for the pixels; "" for a declared family, and where a check finds none.
+    """Why kept vision features may not stand for the pixels; "" where nothing speaks against it.
+
+    A declared family is not checked, unless its projector is trained: how that can be run alone is found by structure.
 
     Args:
         model, encoder: as for `choose_mode`.
     """
     base = packed_forward.unwrap(model)
-    if base.config.model_type in FAMILIES:
+    projected = bool(trained_projector(model))
+    if base.config.model_type in FAMILIES and not projected:
         return ""
     if is_partitioned(*base.parameters()):
-        return "those of an unknown family cannot be checked while its weights are divided over the ranks"
+        whose = "inputs of a trained projector" if projected else "those of an unknown family"
+        return f"{whose} cannot be checked while the weights are divided over the ranks"
     try:
         error = features_error(model, encoder)
     except Exception as failure:  # an unknown architecture may raise anything
-        return f"they cannot be computed by themselves ({reason_of(failure)})"
+        what = (
+            "the trained projector cannot be run apart from its tower"
+            if projected
+            else "they cannot be computed by themselves"
+        )
+        return f"{what} ({reason_of(failure)})"
     if error <= TOLERANCE[base.get_input_embeddings().weight.dtype]:
         return ""
     return f"answers differ behind them (by {error:.2g} of the logits)"
