@@ -33,7 +33,7 @@ from vlm_sft.model.parts import ALL
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.model.sharded import divide_model, load_to_divide
-from vlm_sft.model.sharing_check import choose_mode
+from vlm_sft.model.sharing_check import choose_mode, formats_of
 from vlm_sft.model.trainable import checkpoint_layers, described, save_tuned, tune
 from vlm_sft.model.vision_features import tower_modules
 from vlm_sft.planning.options import CONTINUE
@@ -165,7 +165,7 @@ def build_training(
     with run.record.timed("train"):
         model, optimize = _load(run, plan)
         mode = choose_mode(model, plan.data.encoder)
-        _record_model(run, model, mode.shares)
+        _record_model(run, plan.base, model, mode.shares)
         planner = plan.planner.computed_as(mode.separate_rows)
         eval_planner = plan.eval_planner.computed_as(mode.separate_rows) if plan.eval_planner else None
         if mode.note:
@@ -236,13 +236,13 @@ def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
     return model, optimize
 
 
-def _record_model(run: TrainingRun, model: Any, shares: bool) -> None:
-    """Check the kernels that this process will use, and record which they are."""
+def _record_model(run: TrainingRun, base: Base, model: Any, shares: bool) -> None:
+    """Check the kernels that this process will use, and record which they are and in what number format."""
     kernels, notes = choose_kernels(model, torch.device(run.launch.device))
     for note in notes:
         say(note)
         run.record.note(note)
-    run.record.update(image_sharing=shares, kernels=kernels)
+    run.record.update(image_sharing=shares, kernels=kernels, **formats_of(base, model))
 
 
 def _write_model(
