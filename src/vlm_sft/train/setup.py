@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, TrainerCallback
+from transformers import TrainerCallback
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.artifacts import checkpoint_step
@@ -28,6 +28,7 @@ from vlm_sft.model.cpu.matmul import mixed_precision
 from vlm_sft.model.embedding_noise import add_noise
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.gpu.kernels import choose_kernels
+from vlm_sft.model.hub import model_config
 from vlm_sft.model.load import Base, load_model
 from vlm_sft.model.parts import ALL
 from vlm_sft.model.positions import Positions
@@ -212,7 +213,7 @@ def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
         kind = DividedOptimization if launch.fsdp else TorchOptimization
         optimize = partial(kind, recipe=recipe, schedule=plan.schedule, launch=launch, dtype=base.dtype)
     else:
-        width = hidden_size_of(AutoConfig.from_pretrained(base.path, trust_remote_code=False))
+        width = hidden_size_of(model_config(base.path))
         config = resolve_config(launch, recipe, base.dtype == torch.bfloat16, width)
         # Before the weights: ZeRO-3 shares them out over the ranks while they are loaded.
         loading = partition_while_loading(config)
