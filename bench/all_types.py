@@ -31,7 +31,7 @@ import transformers
 from PIL import Image
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
-from common import RESULTS, ROOT, commit, origin, write_block
+from common import RESULTS, ROOT, commit, made_at, origin, write_block
 from tests import tiny_models
 from tests.tiny_models_parts import QWEN_TEMPLATE, byte_tokenizer, llava_processor
 from tiny_configs import IMAGE, TOKENS, tiny_config
@@ -237,14 +237,13 @@ def table(result: dict[str, Any]) -> str:
         rows.append(f"| `{found['type']}` | {built(found)} | {word} | {in_markdown(told)} |")
     lines = [
         f"Made with transformers {result['versions']['transformers']} and torch {result['versions']['torch']}, "
-        f"commit {' and '.join(sorted({found['commit'] for found in result['types']}))}: "
-        f"{', '.join(f'{count} {word}' for word, count in sorted(counts.items()))}.",
+        f"{made_at(result['types'])}: {', '.join(f'{count} {word}' for word, count in sorted(counts.items()))}.",
         "",
-        "The processor in these folders is not the family's own. So `stops` does not say that the family cannot be "
-        "trained with its own processor, which is not shown here: it says that the run ends in one line. `not built "
-        "small`: the default configuration, made small, builds no model, and the folder has no weights.",
+        "These model folders hold random weights and, for lack of the family's own, the processor of another family. A "
+        "run that stops shows only that it ends with one clear message. `not built small`: a small version of the "
+        "default configuration builds no model, so the folder has no weights.",
         "",
-        "| type | language model on random tokens | `vlm-sft train` | what it says |",
+        "| type | language model on random tokens | `vlm-sft train` | message |",
         "|---|---|---|---|",
     ]
     return "\n".join([*lines, *rows])

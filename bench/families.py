@@ -5,7 +5,8 @@
 
 Every stage is the public command on a model folder that plain transformers wrote. The models know nothing, so only
 equalities count: tokens against the processor's own, shared against separate questions, the answers of the opened
-adapter against those of the run, the merged folder against the adapter.
+adapter against those of the run, the merged folder against the adapter. Families that are examined again replace their
+earlier entries in the result file; the others stay.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from common import RESULTS, ROOT, commit, origin, write_block
+from common import RESULTS, ROOT, commit, made_at, origin, write_block
 from tests import tiny_models
 from tests.questions import PROMPT, questions
 from vlm_sft.cli.main import main as command
@@ -223,11 +224,11 @@ def merged(work: Path) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Markdown table of the families, and the sentences of those that do not share."""
     lines = [
-        f"Made with transformers {result['versions']['transformers']} and torch {result['versions']['torch']}, "
-        f"{result['device']}, commit {commit(result)}.",
+        f"Made with transformers {result['versions']['transformers']} and torch {result['versions']['torch']} on a "
+        f"{result['device']}, {made_at(result['families'])}.",
         "",
-        "| family | tokens and mask | image shared | trained, evaluated | opened again | merged "
-        "| frozen features kept | last layer trimmed |",
+        "| family | tokens and mask | image shared | trained | opened again | merged | features cached "
+        "| last layer trimmed |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [row(found) for found in result["families"]]
@@ -242,11 +243,11 @@ def notes(families: list[dict[str, Any]]) -> list[str]:
     for found in there:
         if found["targets"] != usual:
             told.append(
-                f"{found['family']}: by default LoRA is on {', '.join(f'`{name}`' for name in found['targets'])}."
+                f"{found['family']}: LoRA goes to {', '.join(f'`{name}`' for name in found['targets'])} by default."
             )
     counted = [f"`{found['family']}`" for found in there if not found["sized"]]
     if counted:
-        told.append(f"The forecast counts the sizes of {', '.join(counted)} on the model itself: it is rougher there.")
+        told.append(f"For {', '.join(counted)}, the forecast counts sizes on the model itself, which is less precise.")
     return told
 
 
@@ -254,15 +255,15 @@ def row(found: dict[str, Any]) -> str:
     """One line of the table."""
     if "missing" in found:
         return f"| `{found['family']}` | {found['missing']} |" + " |" * 6
-    shares = f"yes (differs by {found['difference']:.0e})" if found["shares"] else "no, see below"
+    shares = f"yes ({found['difference']:.0e})" if found["shares"] else "no, see below"
     wrong = found["other_tokens"]
     cells = [
         f"`{found['family']}`",
-        f"{found['questions'] - wrong} of {found['questions']} the processor's own",
+        f"{found['questions'] - wrong} of {found['questions']}",
         shares,
-        stage(found.get("train"), lambda part: f"{part['steps']} steps, {part['evaluated']} answers each"),
-        stage(found.get("reload"), lambda part: f"{part['identical']} of {part['questions']} answers the same"),
-        stage(found.get("merge"), lambda part: f"{part['identical_answers']} of {part['questions']} answers the same"),
+        stage(found.get("train"), lambda part: f"{part['steps']} steps, {part['evaluated']} answers"),
+        stage(found.get("reload"), lambda part: f"{part['identical']} of {part['questions']}"),
+        stage(found.get("merge"), lambda part: f"{part['identical_answers']} of {part['questions']}"),
         f"no: {found['features']}" if found["features"] else "yes",
         "yes" if found["trimmed"] else "no",
     ]
@@ -283,16 +284,16 @@ def main() -> None:
         torch.set_num_threads(1)
         found = []
         for family in args.families.split(","):
-            if family in tiny_models.LACKING:
-                found.append({"family": family, "missing": tiny_models.LACKING[family]})
-                continue
             work = args.work / family
             shutil.rmtree(work, ignore_errors=True)
-            found.append(examine(family, work))
+            lacking = tiny_models.LACKING.get(family)
+            one = {"family": family, "missing": lacking} if lacking else examine(family, work)
+            found.append({**one, "commit": commit(origin())})
             say(row(found[-1]))
-        if set(args.families.split(",")) < {*tiny_models.FAMILIES, *tiny_models.LACKING}:
-            return say("only some families: no result is written")
-        artifacts.write_json(RESULT, {**origin(), "families": found})
+        known = {one["family"]: one for one in artifacts.read_json(RESULT)["families"]} if RESULT.is_file() else {}
+        known |= {one["family"]: one for one in found}
+        every = [*tiny_models.FAMILIES, *tiny_models.LACKING]
+        artifacts.write_json(RESULT, {**origin(), "families": [known[name] for name in every if name in known]})
         say(f"result: {RESULT}")
     write_block("families", "What works for which", table(artifacts.read_json(RESULT)), PAGE)
     return say(f"table: {PAGE}")

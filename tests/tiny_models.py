@@ -49,6 +49,7 @@ from tests import (
     tiny_models_ocr,
     tiny_models_ocr2,
     tiny_models_recurrent,
+    tiny_models_types,
     tiny_models_windows,
 )
 from tests.tiny_models_parts import (
@@ -327,6 +328,7 @@ LATER = {
     **tiny_models_experts.FAMILIES,
     **tiny_models_ocr.FAMILIES,
     **tiny_models_ocr2.FAMILIES,
+    **tiny_models_types.FAMILIES,
 }
 FAMILIES = {
     "qwen2_5_vl": qwen2_5_vl,
@@ -345,6 +347,7 @@ LACKING = {
     **tiny_models_windows.LACKING,
     **tiny_models_ocr.LACKING,
     **tiny_models_ocr2.LACKING,
+    **tiny_models_types.LACKING,
 }
 
 

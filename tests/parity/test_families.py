@@ -102,13 +102,12 @@ def test_what_does_not_work_is_told() -> None:
         "train": {"exit_code": 2},
     }
     assert bench.row(found) == (
-        "| `odd` | 7 of 9 the processor's own | no, see below | no (exit code 2) | not reached | not reached "
-        "| no: why | no |"
+        "| `odd` | 7 of 9 | no, see below | no (exit code 2) | not reached | not reached | no: why | no |"
     )
     entries = [{**found, "targets": ["q_proj"], "sized": True}, {**found, "targets": ["wq"], "sized": False}, lacking]
     assert bench.notes(entries)[2:] == [
-        "odd: by default LoRA is on `wq`.",
-        "The forecast counts the sizes of `odd` on the model itself: it is rougher there.",
+        "odd: LoRA goes to `wq` by default.",
+        "For `odd`, the forecast counts sizes on the model itself, which is less precise.",
     ]
 
 

@@ -26,6 +26,7 @@ from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.data.sources.registry import load_split
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.model import packed_forward
+from vlm_sft.model.families import STATEFUL, TOKENWISE, layer_kinds
 from vlm_sft.model.sharing_check import TOLERANCE
 from vlm_sft.model.vision_features import as_weights
 
@@ -129,7 +130,11 @@ def folder_answers(
 
 @torch.no_grad()
 def _generate(model: Any, inputs: dict[str, Any], config: GenerationConfig) -> GreedyAnswer:
-    output = model.generate(**inputs, generation_config=config, return_dict_in_generate=True, output_logits=True)
+    # transformers' cache asks an attention layer how long the sequence is; a model without one goes on from its tokens.
+    cached = not {*STATEFUL, *TOKENWISE}.issuperset(layer_kinds(packed_forward.unwrap(model).config))
+    output = model.generate(
+        **inputs, generation_config=config, return_dict_in_generate=True, output_logits=True, use_cache=cached
+    )
     prompt = inputs["input_ids"][0].cpu()
     logits = torch.cat([step.float().cpu() for step in output.logits])
     return GreedyAnswer(prompt, output.sequences[0, len(prompt) :].cpu(), logits)

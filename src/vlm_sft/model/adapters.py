@@ -21,7 +21,7 @@ from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.parts import PartLora, linear_paths
 from vlm_sft.model.protocols import VisionLanguageModel
 from vlm_sft.model.saved_adapter import check_adapter_folder, misfit, require_places
-from vlm_sft.model.vision_features import decoder_of
+from vlm_sft.model.vision_features import decoder_of, head_of
 
 ALL_LINEAR = "all-linear"
 
@@ -85,7 +85,7 @@ def resolve_targets(model: VisionLanguageModel, names: Sequence[str]) -> Targets
     """
     root = language_model_path(model) + "."
     modules = dict(model.named_modules())
-    head = model.get_output_embeddings()  # in some families a part of the language model; it has no adapter anywhere
+    head = head_of(model)  # in some families a part of the language model; it has no adapter anywhere
     inside = {path: carrier for path, carrier in linear_paths(modules, root).items() if modules[path] is not head}
     available = sorted({path.rsplit(".", 1)[-1] for path in inside})
     experts = expert_parameters(model, root)

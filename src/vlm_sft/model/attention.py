@@ -173,16 +173,19 @@ def shared_windows(
     Args:
         module: the attention layer.
         query, key, value: (1, H, L, D).
-        attention_mask: not used.
+        attention_mask: used where there are no windows.
         dropout: attention dropout probability.
         scaling: factor on the products; 1 / sqrt(D) when None.
-        cu_seq_lens_q: (windows + 1,) cumulative lengths.
-        **kwargs: not used.
+        cu_seq_lens_q: (windows + 1,) cumulative lengths; None for one image alone (RADIO).
+        **kwargs: passed to transformers where there are no windows.
 
     Returns:
         (1, L, H, D) and None.
     """
-    assert cu_seq_lens_q is not None, "a tower of this kind passes the ends of its windows"
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     sizes = _window_sizes(cu_seq_lens_q)
     states = [tensor[0].transpose(0, 1).split(sizes) for tensor in (query, key, value)]
     outputs: list[torch.Tensor | None] = [None] * len(sizes)

@@ -18,6 +18,7 @@ DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
 # Names in the layer_types of transformers' configurations.
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 STATEFUL = ("linear_attention", "mamba", "conv")
+TOKENWISE = ("moe", "mlp")  # layers of a feed-forward part alone: no token sees another there
 WINDOW, CHUNK = "sliding_window", "attention_chunk_size"  # settings of the language model
 ROUTER_SWITCH = "output_router_logits"  # a setting, and an argument of models that compute a router loss
 _ATTENTION = ("q_proj", "v_proj", "o_proj")
@@ -107,6 +108,7 @@ FAMILIES = {
         projector=("mm_projector",), targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     ),
     "deepseek_ocr2": Family(),
+    "nemotron_h_omni": Family(targets=(*_ATTENTION, "in_proj")),
     "paligemma": Family(reason="its image tokens read the question", answer_type=1),
 }
 
@@ -225,7 +227,7 @@ def declared_mode(config: Any, kind: Kind, unshared: str = "") -> PackMode | Non
         The mode; None for an unknown family whose layers have names that are known: it has to be checked.
     """
     family = family_of(config)
-    others = [name for name in layer_kinds(config) if name not in (FULL, SLIDING, CHUNKED, *STATEFUL)]
+    others = [name for name in layer_kinds(config) if name not in (FULL, SLIDING, CHUNKED, *STATEFUL, *TOKENWISE)]
     if family.reason:
         return separate_mode(config, family.reason)
     if unshared:
@@ -256,7 +258,7 @@ def sharing_mode(config: Any, kind: Kind) -> PackMode:
             blocks=name in (family.image_blocks or (name,)),
         )
         for name in layer_kinds(config)
-        if name not in STATEFUL
+        if name not in (*STATEFUL, *TOKENWISE)
     )
     named, value = family.blocks_where or ("", None)
     blocks = bool(family.image_blocks) and (not named or getattr(text, named, None) == value)
@@ -280,8 +282,8 @@ def masks_for(config: Any, mode: PackMode, build: Callable[[Reach], T]) -> T | d
     masks = {reach.layers: build(reach) for reach in mode.reaches}
     if len(masks) == 1:
         return masks[mode.reaches[0].layers]
-    # Layers that carry a state follow the layout of the pack, not a mask.
-    return masks | dict.fromkeys(name for name in layer_kinds(config) if name in STATEFUL)
+    # Layers that carry a state follow the layout of the pack, not a mask; layers without attention need neither.
+    return masks | dict.fromkeys(name for name in layer_kinds(config) if name in (*STATEFUL, *TOKENWISE))
 
 
 def router_coefficient(base: Any) -> float:

@@ -28,7 +28,7 @@ from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.repeated_images import row_images
 from vlm_sft.model.router_loss import question_losses, recorded
 from vlm_sft.model.state_batches import Recurrence
-from vlm_sft.model.vision_features import image_inputs, inner_model, unwrap
+from vlm_sft.model.vision_features import head_of, image_inputs, inner_model, unwrap
 from vlm_sft.recipe.schema import Recipe
 
 _IMAGE_TYPE = 1  # token type of image tokens, in all processors that have token types
@@ -122,7 +122,7 @@ def forward(model: AnyModel, batch: PackedBatch, mode: PackMode, **extra: Any) -
     extra = {"use_cache": False, **switched_off(unwrap(model)), **extra}
     if not mode.shares:
         rows = current_pack().padded or padded_rows(batch)
-        with scoring_rows(unwrap(model).get_output_embeddings(), rows.predict, rows.tokens.shape):
+        with scoring_rows(head_of(model), rows.predict, rows.tokens.shape):
             output = model(**separate_inputs(model, batch, rows), **extra)
         output.logits = scored(output.logits, rows)
         return output
@@ -138,7 +138,7 @@ def _scored_at(model: AnyModel, rows: torch.Tensor | int, **inputs: Any) -> Any:
         return model(logits_to_keep=rows, **inputs)
     if isinstance(rows, int):
         return model(**inputs)
-    with scoring_rows(base.get_output_embeddings(), rows, inputs["input_ids"].shape):
+    with scoring_rows(head_of(base), rows, inputs["input_ids"].shape):
         return model(**inputs)
 
 
@@ -235,7 +235,7 @@ def token_losses(model: AnyModel, batch: PackedBatch, mode: PackMode, smoothing:
         (S,), cross entropy of each supervised token in nats, computed in float32 or better.
     """
     base = unwrap(model)
-    head = base.get_output_embeddings()
+    head = head_of(base)
     if mode.shares and is_trimmed(base) and cross_entropy.is_covered(head):
         hidden = inner_model(base)(use_cache=False, **shared_inputs(model, batch, mode))[0]
         return cross_entropy.token_losses(hidden[0], head, batch.targets, smoothing)

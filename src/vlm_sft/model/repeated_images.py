@@ -26,7 +26,7 @@ from vlm_sft.model.vision_features import (
 )
 
 # Tensors of a processor with a row for each image, or each part of one that the tower gives an item for.
-_ONE_AN_IMAGE = ("image_grid_thw", "image_sizes", "image_grids", "pixel_values")
+_ONE_AN_IMAGE = ("image_grid_thw", "image_grid_hw", "image_sizes", "image_grids", "pixel_values")
 _BY_IMAGE = ("last_hidden_state", "pooler_output", "deepstack_features")  # of a tower's output
 
 

@@ -65,7 +65,8 @@ class TowerCounter:
         self._handle = tower.register_forward_pre_hook(self._count, with_kwargs=True) if tower is not None else None
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sized = kwargs.get("grid_thw", kwargs.get("pixel_values", args[0] if args else None))
+        named = (kwargs[name] for name in ("grid_thw", "image_grid_hw", "pixel_values") if name in kwargs)
+        sized = next(named, args[0] if args else None)
         self.calls += 1
         self.images += len(sized) if isinstance(sized, torch.Tensor) and sized.dim() else 0
 
@@ -93,6 +94,13 @@ def decoder_of(model: AnyModel) -> Any:
     """The language model without its head, which Llama 4 takes for a part of it."""
     decoder = unwrap(model).get_decoder()
     return decoder.model if hasattr(decoder, "lm_head") else decoder
+
+
+def head_of(model: AnyModel) -> Any:
+    """The projection to the vocabulary, which Nemotron-H Omni takes for a part of its language model; None without."""
+    base = unwrap(model)
+    head = base.get_output_embeddings()
+    return base.get_decoder().get_output_embeddings() if head is None else head
 
 
 def tower_modules(model: AnyModel) -> dict[str, torch.nn.Module]:
@@ -244,7 +252,7 @@ def joined_features(images: Sequence[Mapping[str, torch.Tensor]]) -> ImageFeatur
     if injected := [(layer, values(f"{INJECTED}.{layer}.")) for layer in layers(INJECTED)]:
         return ImageFeatures(deepstack_features=injected)
     deep = [values(f"{DEEPSTACK}.{layer}.") for layer in layers(DEEPSTACK)]
-    return ImageFeatures(pooler_output=values(POOLED), deepstack_features=deep or None)  # type: ignore[arg-type]
+    return ImageFeatures(pooler_output=values(POOLED), deepstack_features=deep)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from vlm_sft.model.hub import model_config
 from vlm_sft.model.layout import without_weights
 from vlm_sft.model.load import Base
 from vlm_sft.model.parts import PROJECTOR_LORA, VISION_LORA, part_linears
-from vlm_sft.model.vision_features import decoder_of
+from vlm_sft.model.vision_features import decoder_of, head_of
 from vlm_sft.planning.training_run import TrainingRun
 
 
@@ -49,7 +49,7 @@ def _counted_shape(config: Any) -> ModelShape:
     embedding = model.get_input_embeddings().weight.numel()
     inside = {id(parameter) for parameter in decoder.parameters()}
     language = sum(parameter.numel() for parameter in decoder.parameters()) - embedding
-    head = model.get_output_embeddings()
+    head = head_of(model)
     tied = head is None or head.weight is model.get_input_embeddings().weight
     inside |= set() if head is None else {id(parameter) for parameter in head.parameters()}
     outside = [parameter for parameter in model.parameters() if id(parameter) not in inside]

@@ -26,7 +26,7 @@ def summary_rows(run: RunReport) -> Rows:
             ("Data", ", ".join(record.datasets)),
             ("Evaluation loss", _mixture(run)),
             ("Steps", formats.count(record.steps)),
-            ("Best step", f"{best.step:,} ({best.metric} {formats.number(best.value)})" if best else ""),
+            ("Best checkpoint", f"step {best.step:,} ({best.metric} {formats.number(best.value)})" if best else ""),
             ("Stopped early", record.stopped_early),
             ("Started", record.started),
             ("Finished", record.finished),

@@ -133,7 +133,7 @@ def is_covered(head: Any) -> bool:
     """Whether `token_losses` computes a model's head: a plain linear layer that is whole and not trained.
 
     Args:
-        head: what `get_output_embeddings` of the model gives.
+        head: what `vision_features.head_of` the model gives.
     """
     if type(head) is not torch.nn.Linear or head.bias is not None or is_plain():
         return False

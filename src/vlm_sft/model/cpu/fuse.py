@@ -24,6 +24,7 @@ from vlm_sft.model.cpu.gated_mlp import fuse_gated
 from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE
 from vlm_sft.model.forward_patch import agree_at_scales, exchange_forward, probe_rows
 from vlm_sft.model.gpu.aligned_mlp import align_gated
+from vlm_sft.model.vision_features import head_of
 
 _FEW_ROWS = 32  # beyond it both products take as long
 
@@ -77,7 +78,7 @@ def _patch_forward(module: Any, patches: torch.Tensor) -> torch.Tensor | None:
 def fuse_head(model: torch.nn.Module) -> int:
     """Let the projection to the vocabulary start from the weights for few rows; returns how many were changed."""
     try:
-        head = model.get_output_embeddings()  # type: ignore[operator]
+        head = head_of(model)
     except Exception:  # no model of transformers, or one without a head
         return 0
     return exchange_forward([head], _is_plain_linear, _head_forward) if isinstance(head, torch.nn.Module) else 0

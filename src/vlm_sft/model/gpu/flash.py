@@ -92,15 +92,14 @@ def flash_windows(
     Args:
         module, query, key, value, attention_mask, dropout, scaling, cu_seq_lens_q: as `shared_windows`.
         max_length_q: patches of the longest window; counted when None.
-        **kwargs: not used.
+        **kwargs: passed on where `shared_windows` computes.
 
     Returns:
         (1, L, H, D) and None.
     """
     query, key, value = autocast_states(query, key, value)
-    if dropout or not _fits(query):
-        return shared_windows(module, query, key, value, attention_mask, dropout, scaling, cu_seq_lens_q)
-    assert cu_seq_lens_q is not None, "a tower of this kind passes the ends of its windows"
+    if dropout or cu_seq_lens_q is None or not _fits(query):
+        return shared_windows(module, query, key, value, attention_mask, dropout, scaling, cu_seq_lens_q, **kwargs)
     longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else int(max_length_q)
     ends = cu_seq_lens_q.to(torch.int32)
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
