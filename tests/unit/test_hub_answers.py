@@ -48,6 +48,7 @@ def test_an_answer_is_kept_and_cannot_be_changed(
     monkeypatch.setattr(
         AutoConfig, "from_pretrained", lambda path, **more: real(base if path == NAME else path, **more)
     )
+    asked.clear()
     forget_answers()
     first = model_config(NAME)
     first.model_type = "other"
