@@ -189,9 +189,7 @@ def _carry_out(
         say(note)
     tasks, left_out = load_tasks(_specs(options), options.limit, options.split, rules)
     encoder = encoder_of(base)
-    rule = LengthRule.recorded(base.prompt, base.context, options.max_length, options.oversized)
-    if rule.text and (options.max_length, options.oversized) == (None, None):
-        say(f"questions that are too long: {rule.text}, as in the training (the same flags say otherwise)")
+    rule = _length_rule(options, base)
     total = sum(len(task.samples) for task in tasks)
     tasks, refused, too_long = usable_tasks(tasks, encoder, rule)
     left_out += refused
@@ -238,6 +236,14 @@ def _carry_out(
         say(f"next: compare with another evaluation: vlm-sft compare OTHER {place} --baseline OTHER")
     barrier("end")
     return results
+
+
+def _length_rule(options: EvalOptions, base: Base) -> LengthRule:
+    """What is done with questions that are too long; says so where no flag does."""
+    rule = LengthRule.recorded(base.prompt, base.context, options.max_length, options.oversized)
+    if rule.text and (options.max_length, options.oversized) == (None, None):
+        say(f"questions that are too long: {rule.text}, as in the training (the same flags say otherwise)")
+    return rule
 
 
 def _check_vllm(launch: Launch, options: EvalOptions) -> None:
