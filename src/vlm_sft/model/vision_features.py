@@ -21,17 +21,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm_sft.common.errors import DataError
-from vlm_sft.data.cache.feature_names import BEFORE_PROJECTOR, KEPT, PREFIX, features_of, is_pixels
+from vlm_sft.data.cache.feature_names import BEFORE_PROJECTOR, KEPT, is_pixels
 from vlm_sft.data.cache.pixel_codec import unpack_pixels
 from vlm_sft.data.cache.store import Record
-from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.attention import attention_name
 from vlm_sft.model.cpu.matmul import mixed_precision, stream_dtype
 from vlm_sft.model.families import family_of
 from vlm_sft.model.forward_patch import evaluating
-from vlm_sft.model.projector_inputs import INPUT, called_modules, marked, projected, row_numbers
+from vlm_sft.model.projector_inputs import called_modules, marked, row_numbers
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
 
 POOLED, DEEPSTACK, INJECTED, INDICATORS = "pooled", "deepstack", "injected", "indicators"
@@ -140,48 +138,10 @@ def loose_parameters(model: AnyModel) -> dict[str, torch.nn.Parameter]:
     return dict(inner_model(model).named_parameters(recurse=False))
 
 
-def image_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, Any]:
-    """The images of a pack as arguments of the model: its features where the pack has them, else its pixels.
-
-    Args:
-        model: computes the features of images whose kept ones turned out to be damaged.
-        batch: the pack.
-    """
-    images = [image for image in batch.tensors if image]  # a text row has none
-    if not images:
-        return {}
-    features = [features_of(image) for image in images]
-    if not any(features):
-        return as_weights(model, joined_tensors(images))
-    features = [found or _features_now(model, image) for found, image in zip(features, images, strict=True)]
-    if any(name.startswith(INPUT) for name in features[0]):
-        features = projected(_projectors(model), features)
-    # Where the model finds the positions itself it needs the sizes of the images too.
-    sizes = [
-        {name: value for name, value in image.items() if not (name.startswith(PREFIX) or is_pixels(name))}
-        for image in images
-    ]
-    return {"mm_encoder_outputs": {"image": joined_features(features)}, **joined_tensors(sizes)}
-
-
 def as_weights(model: AnyModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a processor made, in the format of the weights where it is bfloat16 (Llama 4's tower does not see to it)."""
     dtype = unwrap(model).get_input_embeddings().weight.dtype
     return {name: value.to(dtype) if value.dtype == torch.bfloat16 else value for name, value in inputs.items()}
-
-
-def _features_now(model: AnyModel, image: Mapping[str, torch.Tensor]) -> Record:
-    """The features of one image, from its pixels.
-
-    Raises:
-        DataError: the tower is divided, and the other ranks do not know of this image.
-    """
-    if is_partitioned(*(parameter for tower in tower_modules(model).values() for parameter in tower.parameters())):
-        raise DataError("cached vision features are damaged", "start again with --resume auto: they are computed again")
-    device = next(iter(image.values())).device
-    with whole_tower(model, str(device)):
-        (found,) = encode_images(model, [image])
-    return {name: value.to(device) for name, value in found.items()}
 
 
 def joined_tensors(images: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -349,7 +309,7 @@ def features_problem(model: AnyModel) -> str:
     return ""
 
 
-def _projectors(model: AnyModel) -> list[torch.nn.Module]:
+def projector_modules(model: AnyModel) -> list[torch.nn.Module]:
     """The modules of a family's projector that are called; [] where it is not known."""
     modules = inner_model(model).named_modules()
     return list(called_modules(part for path, part in modules if path in family_of(unwrap(model).config).projector))
@@ -357,7 +317,7 @@ def _projectors(model: AnyModel) -> list[torch.nn.Module]:
 
 def trained_projector(model: AnyModel) -> list[torch.nn.Module]:
     """The projector's modules where anything in them is trained; [] elsewhere."""
-    projectors = _projectors(model)
+    projectors = projector_modules(model)
     trained = any(parameter.requires_grad for part in projectors for parameter in part.parameters())
     return projectors if trained else []
 
