@@ -29,10 +29,10 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
 from vlm_sft.model import feature_precompute, packed_forward
 from vlm_sft.model.families import PackMode
-from vlm_sft.model.feature_precompute import Decision, _measure, use_features
+from vlm_sft.model.feature_precompute import Decision, _measure, features_problem, tower_settings, use_features
 from vlm_sft.model.load import SHARED_SDPA, set_attention
 from vlm_sft.model.sharing_check import choose_mode
-from vlm_sft.model.vision_features import TowerCounter, features_problem, start_training, tower_settings
+from vlm_sft.model.vision_features import TowerCounter, start_training
 
 pytestmark = pytest.mark.skipif(not TAKES_FEATURES, reason="this transformers takes no kept features")
 

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model.cpu import cross_entropy
 from vlm_sft.model.families import PackMode, Reach, family_of, masks_for, router_coefficient, switched_off
-from vlm_sft.model.image_inputs import image_inputs
 from vlm_sft.model.last_layer import is_trimmed
 from vlm_sft.model.mixers import State
 from vlm_sft.model.pack_context import PackContext, PackLayout, branch_mask, computing, current_pack
@@ -29,7 +28,7 @@ from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.repeated_images import row_images
 from vlm_sft.model.router_loss import question_losses, recorded
 from vlm_sft.model.state_batches import Recurrence
-from vlm_sft.model.vision_features import head_of, inner_model, unwrap
+from vlm_sft.model.vision_features import head_of, image_inputs, inner_model, unwrap
 from vlm_sft.recipe.schema import Recipe
 
 _IMAGE_TYPE = 1  # token type of image tokens, in all processors that have token types

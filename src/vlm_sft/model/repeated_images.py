@@ -13,11 +13,11 @@ import torch
 from vlm_sft.data.cache.feature_names import features_of, is_pixels
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.image_inputs import image_inputs
 from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.vision_features import (
     as_weights,
     features_by_image,
+    image_inputs,
     inner_model,
     joined_features,
     joined_tensors,

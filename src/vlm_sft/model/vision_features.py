@@ -7,29 +7,26 @@ a projector that is trained behind a frozen tower never changes either (`project
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm_sft.data.cache.feature_names import BEFORE_PROJECTOR, KEPT, is_pixels
+from vlm_sft.common.errors import DataError
+from vlm_sft.data.cache.feature_names import PREFIX, features_of, is_pixels
 from vlm_sft.data.cache.pixel_codec import unpack_pixels
 from vlm_sft.data.cache.store import Record
+from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.attention import attention_name
 from vlm_sft.model.cpu.matmul import mixed_precision, stream_dtype
 from vlm_sft.model.families import family_of
 from vlm_sft.model.forward_patch import evaluating
-from vlm_sft.model.projector_inputs import called_modules, marked, row_numbers
+from vlm_sft.model.projector_inputs import INPUT, called_modules, marked, projected, row_numbers
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
 
 POOLED, DEEPSTACK, INJECTED, INDICATORS = "pooled", "deepstack", "injected", "indicators"
@@ -138,10 +135,48 @@ def loose_parameters(model: AnyModel) -> dict[str, torch.nn.Parameter]:
     return dict(inner_model(model).named_parameters(recurse=False))
 
 
+def image_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, Any]:
+    """The images of a pack as arguments of the model: its features where the pack has them, else its pixels.
+
+    Args:
+        model: computes the features of images whose kept ones turned out to be damaged.
+        batch: the pack.
+    """
+    images = [image for image in batch.tensors if image]  # a text row has none
+    if not images:
+        return {}
+    features = [features_of(image) for image in images]
+    if not any(features):
+        return as_weights(model, joined_tensors(images))
+    features = [found or _features_now(model, image) for found, image in zip(features, images, strict=True)]
+    if any(name.startswith(INPUT) for name in features[0]):
+        features = projected(projector_modules(model), features)
+    # Where the model finds the positions itself it needs the sizes of the images too.
+    sizes = [
+        {name: value for name, value in image.items() if not (name.startswith(PREFIX) or is_pixels(name))}
+        for image in images
+    ]
+    return {"mm_encoder_outputs": {"image": joined_features(features)}, **joined_tensors(sizes)}
+
+
 def as_weights(model: AnyModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a processor made, in the format of the weights where it is bfloat16 (Llama 4's tower does not see to it)."""
     dtype = unwrap(model).get_input_embeddings().weight.dtype
     return {name: value.to(dtype) if value.dtype == torch.bfloat16 else value for name, value in inputs.items()}
+
+
+def _features_now(model: AnyModel, image: Mapping[str, torch.Tensor]) -> Record:
+    """The features of one image, from its pixels.
+
+    Raises:
+        DataError: the tower is divided, and the other ranks do not know of this image.
+    """
+    if is_partitioned(*(parameter for tower in tower_modules(model).values() for parameter in tower.parameters())):
+        raise DataError("cached vision features are damaged", "start again with --resume auto: they are computed again")
+    device = next(iter(image.values())).device
+    with whole_tower(model, str(device)):
+        (found,) = encode_images(model, [image])
+    return {name: value.to(device) for name, value in found.items()}
 
 
 def joined_tensors(images: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -290,25 +325,6 @@ def _parts(output: Any) -> dict[str, Sequence[torch.Tensor]]:
     return {POOLED: output.pooler_output} | {f"{DEEPSTACK}.{layer}": values for layer, values in enumerate(deep)}
 
 
-def features_problem(model: AnyModel) -> str:
-    """Why a model cannot use kept features; "" when it can."""
-    base = unwrap(model)
-    name = type(base).__name__
-    if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
-        return f"{name} of transformers {version('transformers')} does not take them"
-    towers = tower_modules(model)
-    if not towers or not hasattr(inner_model(model), "get_image_features"):
-        return f"{name} has no separate vision tower"
-    behind = {id(part) for projector in trained_projector(model) for part in projector.modules()}
-    parts = [part for tower in towers.values() for part in tower.modules() if id(part) not in behind]
-    if any(parameter.requires_grad for part in parts for parameter in part.parameters(recurse=False)):
-        return "the vision tower is trained"
-    # An adapter with a tower or projector of its own gives other features than its base, behind the same switch.
-    if any(isinstance(part, BaseTunerLayer | ModulesToSaveWrapper) for part in parts):
-        return "the adapter has its own vision tower or projector"
-    return ""
-
-
 def projector_modules(model: AnyModel) -> list[torch.nn.Module]:
     """The modules of a family's projector that are called; [] where it is not known."""
     modules = inner_model(model).named_modules()
@@ -320,33 +336,6 @@ def trained_projector(model: AnyModel) -> list[torch.nn.Module]:
     projectors = projector_modules(model)
     trained = any(parameter.requires_grad for part in projectors for parameter in part.parameters())
     return projectors if trained else []
-
-
-def tower_settings(model: AnyModel) -> dict[str, Any]:
-    """All that the features of an image depend on, besides its pixels; call it inside `whole_tower`."""
-    base = unwrap(model)
-    digest = hashlib.sha256()
-    trained = tuple(f"{path}." for path in family_of(base.config).projector) if trained_projector(model) else ()
-    values = {
-        name: value
-        for path, part in tower_modules(model).items()
-        for name, value in part.state_dict(prefix=f"{path}.").items()
-        if not name.startswith(trained)
-    }
-    for name, value in (values | loose_parameters(model)).items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    weight = next(base.get_input_embeddings().parameters())
-    vision = getattr(base.config, "vision_config", base.config)
-    device = next(next(iter(tower_modules(model).values())).parameters()).device
-    return {
-        "model": type(base).__name__,
-        "tower": digest.hexdigest(),
-        "dtype": " in ".join(dict.fromkeys((str(weight.dtype), str(stream_dtype(weight))))),
-        "attention": attention_name(vision),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch": torch.__version__,
-    } | ({KEPT: BEFORE_PROJECTOR} if trained else {})
 
 
 @contextmanager
