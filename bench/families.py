@@ -116,7 +116,7 @@ def other_tokens(encoder: Encoder, samples: list[Sample]) -> int:
 
 def conversation(encoder: Encoder, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of the processor's own call: the question alone, and the question with its answer."""
-    processor, prompt = encoder.processor, encoder.prompt.fill(sample.question)
+    processor, prompt = encoder.processor, encoder.prompt.template.replace("{question}", sample.question)
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": sample.target}]}
     asked = processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)

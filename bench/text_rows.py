@@ -95,8 +95,8 @@ def measure(work: Path, count: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The table of docs/DATA.md."""
     lines = [
-        "| rows | tokens | reading, s | tokens and plan, s | 20 steps of 64 rows, s | peak memory | cache | device | "
-        "commit |",
+        "| rows | tokens | read, s | tokenize and plan, s | train 20 steps of 64 rows, s | peak memory | cache "
+        "| device | commit |",
         "|---:|---:|---:|---:|---:|---:|---:|---|---|",
     ]
     for one in result["runs"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,24 @@ def test_a_benchmark_without_a_base_has_no_gain(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"base": None}
     assert gain(replace(run.benchmarks[0], **changes)) == ""
     assert gain(replace(run.benchmarks[0], difference_interval=None)).endswith("(+15.4)")
+
+
+@pytest.mark.parametrize("adapter", ["outputs/mine", None])
+def test_the_folder_of_an_evaluation_shows_its_results(tmp_path: Path, adapter: str | None) -> None:
+    folder = tmp_path / "judged"
+    answered(folder, [("value", "1", "2", ["2"], 0.0, 1.0)] * 3)
+    side = "tuned" if adapter else "base"
+    (folder / "evaluation" / side / "charts").rename(folder / "charts")
+    shutil.rmtree(folder / "evaluation")
+    artifacts.write_json(
+        folder / "charts" / artifacts.RESULTS,
+        {"n": 3, "metric": "exact", "accuracy": 0.625, "interval": [0.5, 0.75], "seconds": 4.0},
+    )
+    facts = {"status": "finished", "command": ["vlm-sft", "eval"], "base_model": "pocket", "wall_seconds": 9.0}
+    artifacts.write_json(folder / artifacts.RUN, {"schema": 1, **facts, "adapter": adapter})
+    page = page_of(folder, tmp_path)
+    assert "62.5 % [50.0, 75.0] of 3 questions" in page.text and "9.0 s of evaluation" in page.text
+    assert f"vlm-sft compare OTHER {folder.name} --baseline OTHER" in page.text
+    assert ("with adapter outputs/mine" in page.text) == bool(adapter)
+    assert len(page.held["questions"]) == 3 and "not been evaluated" not in page.text
+    assert not {"run1-training", "run1-data", "run1-parameters"} & {one.get("id") for one in page.all("section")}

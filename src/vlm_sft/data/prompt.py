@@ -51,10 +51,6 @@ class PromptSettings:
         """The template of own data and free questions, or that of the benchmarks."""
         return self.template if self.own_template is None or not own else self.own_template
 
-    def fill(self, question: str, own: bool = False) -> str:
-        """Return the user's text for one question."""
-        return self.template_for(own).replace("{question}", question)
-
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, with the schema number; without what is done with samples that are too long."""
         return {"schema": 1, **{key: value for key, value in asdict(self).items() if key not in LENGTH_KEYS}}

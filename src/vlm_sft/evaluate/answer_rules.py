@@ -189,8 +189,9 @@ def chosen_option(prediction: str, options: Mapping[str, str]) -> str | None:
 def choice_or_word(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
     """Score RealWorldQA: the option where a letter is expected, else the word, ignoring case and a full stop behind it.
 
-    Source: xAI 2024 (RealWorldQA), which comes without a rule; options are told as in `multiple_choice`, by letter or
-    text, and words are compared as lmms-eval does (`tasks/realworldqa/utils.py`).
+    Source: xAI 2024 (RealWorldQA), which comes without a rule. A multiple choice, of which the letter is expected, is
+    scored as VLMEvalKit does (`multiple_choice`), another question as lmms-eval does (`tasks/realworldqa/utils.py`).
+    lmms-eval looks for letters by a list of phrases of its own instead; short answers score alike.
     """
     gold = answers[0].strip()
     if len(gold) == 1 and gold in string.ascii_uppercase:

@@ -282,7 +282,13 @@ BENCHMARKS: dict[str, Benchmark] = {
             max_new_tokens=128,
             grading=chartmuseum_grading,
         ),
-        Benchmark("realworldqa", "realworldqa_accuracy", choice_or_word, "RealWorldQA: the right letter or word"),
+        Benchmark(
+            "realworldqa",
+            "realworldqa_accuracy",
+            choice_or_word,
+            "RealWorldQA: the right option, by its letter or its text, or the right word",
+            needs=("options",),
+        ),
         Benchmark(
             "ocrbench",
             "ocrbench_accuracy",

@@ -23,6 +23,7 @@ def summary_rows(run: RunReport) -> Rows:
         [
             ("Recipe", record.recipe_name),
             ("Base model", record.base_model),
+            ("Adapter", record.adapter),
             ("Data", ", ".join(record.datasets)),
             ("Evaluation loss", _mixture(run)),
             ("Steps", formats.count(record.steps)),

@@ -77,7 +77,7 @@ def summarize(run: RunReport) -> RunSummary:
     order = [one.name for one in run.benchmarks if one.name in by_type]
     types = {name: _type_scores(by_type[name]) for name in dict.fromkeys([*order, *by_type])}
     return RunSummary(
-        claims=claims_of(run.benchmarks),
+        claims=tuple(map(_accuracy, run.benchmarks)) if run.is_evaluation else claims_of(run.benchmarks),
         cost=_cost(run),
         types={name: rows for name, rows in types.items() if rows},
         more_types={name: len(rows) - TYPES_SHOWN for name, rows in by_type.items() if len(rows) > TYPES_SHOWN},
@@ -109,6 +109,14 @@ def claims_of(benchmarks: Iterable[Benchmark], of: str = "") -> tuple[tuple[str,
     )
 
 
+def _accuracy(benchmark: Benchmark) -> tuple[str, str, str]:
+    """The headline of one model on one benchmark."""
+    score = benchmark.tuned or benchmark.base
+    assert score is not None, "an evaluation is of one of them"
+    told = f"{formats.percent(score.accuracy)} {formats.percent_interval(score.interval)}".strip()
+    return benchmark.name, "same", f"{told} of {formats.count(benchmark.n)} questions"
+
+
 def gain(benchmark: Benchmark) -> str:
     """What one benchmark gained, in a line; "" where base or tuned was not evaluated."""
     base, tuned, name = benchmark.base, benchmark.tuned, benchmark.name
@@ -125,6 +133,8 @@ def _cost(run: RunReport) -> str:
     record = run.record
     if record is None:
         return ""
+    if run.is_evaluation:
+        return f"{formats.duration(record.wall_seconds)} of evaluation"
     parts = []
     if record.training_seconds is not None:
         parts.append(f"{formats.duration(record.training_seconds)} of training")
@@ -190,9 +200,10 @@ def _training_advice(run: RunReport) -> list[str]:
             "The evaluation loss was still falling at the last step: more epochs may help (--num_train_epochs)."
         )
     elif last > best * (1 + ROSE):
+        kept = run.recipe.get("load_best_model_at_end", "").lower() == "true"
         lines.append(
-            f"The evaluation loss was lowest at step {best_step:,} of {last_step:,} and rose afterwards: use more "
-            "data or fewer epochs. --load_best_model_at_end true keeps the best checkpoint."
+            f"The evaluation loss was lowest at step {best_step:,} of {last_step:,} and rose afterwards: use more data "
+            "or fewer epochs." + ("" if kept else " --load_best_model_at_end true keeps the best checkpoint.")
         )
     else:
         lines.append(
@@ -234,9 +245,15 @@ def _weakest(types: dict[str, list[TypeScore]]) -> list[str]:
 def _commands(run: RunReport) -> list[tuple[str, str]]:
     """Command lines for what comes next, with this run's own folder."""
     record = run.record
-    if record is None or run.status != "finished" or not any(one.tuned for one in run.benchmarks):
+    if (
+        record is None
+        or run.status != "finished"
+        or not (run.is_evaluation or any(one.tuned for one in run.benchmarks))
+    ):
         return []
     folder = shlex.quote(record.output_dir or run.name)
+    if run.is_evaluation:
+        return [("Compare it with another evaluation", f"vlm-sft compare OTHER {folder} --baseline OTHER")]
     adapter = f"--adapter {folder}"
     return [
         ("Ask it about your own image", f'vlm-sft ask IMAGE "QUESTION" {adapter}'),

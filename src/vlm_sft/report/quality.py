@@ -84,7 +84,7 @@ def _candidates(
     found: dict[str, Candidate] = {}
     for run in runs:
         row = next((one for one in run.benchmarks if one.name == benchmark), None)
-        if row is None or run.record is None:
+        if row is None or run.record is None or run.is_evaluation:
             continue
         predictions = tuple(one for one in run.predictions if one.benchmark == benchmark)
         base = f"base model {run.record.base_model}".strip()
