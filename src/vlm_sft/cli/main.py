@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         whose output was lost: 141 where nobody reads it any more (as `head` leaves others), else 1.
     """
     secure_streams()
-    argv = _launcher_flag_last(list(sys.argv[1:] if argv is None else argv))
+    argv = _launcher_flag_last(list(sys.argv[1:] if argv is None else argv)) or ["--help"]
     verb = next((word for word in argv if not word.startswith("-")), "")
     try:
         args = build_parser(verb).parse_args(argv)
