@@ -180,9 +180,8 @@ def plan_trials(asked: Sweep, state: SweepState) -> tuple[list[Outlook], list[in
     kept, seeds, notes = within_budget(outlooks, asked.seeds, options.budget)
     for note in notes:
         warn(note)
-    say(
-        f"sweep: {plural(len(kept), 'setting')} x {plural(len(seeds), 'seed')}, compared by {asked.metric} on validation questions"
-    )
+    size = f"{plural(len(kept), 'setting')} x {plural(len(seeds), 'seed')}"
+    say(f"sweep: {size}, compared by {asked.metric} on validation questions")
     cells = outlook_cells(kept, len(seeds))
     say(table([cells[0], *dict.fromkeys(map(tuple, cells[1:]))]))
     check_disk(kept * len(seeds), options.train)
