@@ -71,6 +71,23 @@ class Started:
                 end(pid, signal.SIGKILL)
 
 
+class Forked:
+    """A forked run with what a program uses of `subprocess.Popen`."""
+
+    def __init__(self, started: Started) -> None:
+        self.pid, self._started = started.pid, started
+
+    def poll(self) -> int | None:
+        """The exit code, or None."""
+        return self._started.wait(0.0)
+
+    def wait(self) -> int:
+        """The exit code, waited for."""
+        code = self._started.wait(300)
+        assert code is not None
+        return code
+
+
 class Together(Started):
     """Ranks of one run, taken as one process: it ends with the last of them, with the first code that is not 0."""
 

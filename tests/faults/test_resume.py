@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.faults.damage import damage_everything
 from tests.faults.harness import Reference, Tally, arguments, make_place, torture
-from tests.processes import SCRIPT, Warm, environment
+from tests.processes import MAIN, SCRIPT, Forked, Warm
 from tests.wording import line_with
+from vlm_sft.cli.main import main
+from vlm_sft.train import resume_check
 from vlm_sft.train.checkpoint.directory import checkpoints
 
 
@@ -178,37 +180,48 @@ def test_two_runs_fill_one_cache(warm: Warm, place: Path, reference: Reference, 
 
 
 def test_verify_proves_it_on_the_runs_own_configuration(
-    warm: Warm, place: Path, reference: Reference, tmp_path: Path
+    warm: Warm,
+    place: Path,
+    reference: Reference,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The first of its trainings starts as a user's would, the two that are killed and resumed are forked."""
+    real = subprocess.run
+
+    def begin(words: list[str], **streams: Any) -> Forked:
+        return Forked(warm.start(words[words.index("train") :], Path(streams["stdout"].name), script=MAIN))
+
+    def run(words: list[str], **streams: Any) -> Any:
+        if "undisturbed" in streams["stdout"].name:
+            return real(words, **streams)
+        return SimpleNamespace(returncode=begin(words, **streams).wait())
+
+    monkeypatch.setattr(resume_check, "subprocess", SimpleNamespace(run=run, Popen=begin))
     shutil.copytree(place / "reference", tmp_path / "run")
-    done = warm.run("verify", tmp_path / "run")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "adapter: bit-identical" in done.stdout
+    assert main(["verify", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    assert "adapter: bit-identical" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "verify" / "verify.json").read_text())["resume_is_exact"] is True
 
 
 def test_a_write_that_fails_leaves_earlier_checkpoints_as_they_were(
-    place: Path, reference: Reference, tmp_path: Path
+    warm: Warm, place: Path, reference: Reference, tmp_path: Path
 ) -> None:
     """A file size limit below that of the optimizer: the kernel refuses the write in the middle of a checkpoint."""
     output = interrupted(place, tmp_path / "run")
     before = {path: path.read_bytes() for path in output.glob("checkpoint-*/*")}
     size = (output / "checkpoint-6" / "optimizer.safetensors").stat().st_size
-    code = (
-        "import os, resource, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import resource, runpy, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size - 100}, {size - 100}))\n"
-        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     )
-    flags = arguments(place, output, "--on_save_error", "stop")
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(SCRIPT), *flags],
-        env={**environment(), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        preexec_fn=os.setsid,
-    )
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert line_with(done.stderr, "error: ", "checkpoint of step 8 ")
-    assert "File too large" in done.stderr and "Traceback" not in done.stderr
+    log = tmp_path / "log"
+    code = warm.start(arguments(place, output, "--on_save_error", "stop"), log, script=script).wait(200)
+    told = log.read_text()
+    assert code == 2, told[-2000:]
+    assert line_with(told, "error: ", "checkpoint of step 8 ")
+    assert "File too large" in told and "Traceback" not in told
     assert {path: path.read_bytes() for path in output.glob("checkpoint-*/*")} == before

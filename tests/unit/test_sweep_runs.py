@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import vlm_sft as vs
-from tests.processes import MAIN, Started, Warm, descendants
+from tests.processes import MAIN, Forked, Warm, descendants
 from vlm_sft.cli.main import main
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import RunError
@@ -32,21 +32,6 @@ DATA = [
 ]
 GRID = ["--max_steps", "2", "--grid", "lora_r=4,8", "--learning_rate", "1e-4", "--seeds", "2"]
 FIRST, SECOND, BROKEN = "lora_r-4_seed-42", "lora_r-8_seed-42", "lora_r-4_seed-43"
-
-
-class Forked:
-    """A forked training with what the sweep uses of a process."""
-
-    def __init__(self, started: Started) -> None:
-        self.pid, self._started = started.pid, started
-
-    def poll(self) -> int | None:
-        return self._started.wait(0.0)
-
-    def wait(self) -> int:
-        code = self._started.wait(300)
-        assert code is not None
-        return code
 
 
 @pytest.fixture(scope="module")
@@ -189,10 +174,10 @@ def test_a_poor_trial_is_stopped_early_with_a_checkpoint(
     forking: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "sweep"
-    flags = ["--max_steps", "4", "--grid", "learning_rate=1e-4,5e-2", "--seeds", "1", "--metric", "eval_loss"]
+    flags = ["--max_steps", "3", "--grid", "learning_rate=1e-4,5e-2", "--seeds", "1", "--metric", "eval_loss"]
     assert sweep(folder, *flags, "--prune_after_trials", "1", "--prune_after_share", "0.2") == 0
     good, poor = state(folder)["trials"]
-    assert good["status"] == "finished" and poor["status"] == "stopped early" and 0 < poor["step"] < 4
+    assert good["status"] == "finished" and poor["status"] == "stopped early" and 0 < poor["step"] < 3
     assert "worse than the median of 1 finished trials" in poor["reason"]
     assert checkpoints(folder / artifacts.TRIALS_FOLDER / poor["name"])
     assert "no other setting to compare it with" in capsys.readouterr().out

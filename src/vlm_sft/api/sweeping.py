@@ -82,7 +82,7 @@ def sweep(
         output_dir: folder of the sweep; the next free outputs/sweep-N by default. The same call with the folder of a
             sweep that was stopped goes on with it.
         **keywords: the options of `vlm-sft sweep`: `seeds`, `metric`, `search`, `trials`, `prune`, `budget` ("4h"),
-            `gpus`, `dry_run`, …; and those of `finetune`. Trials are processes of their own.
+            `gpus`, `parallel`, `dry_run`, …; and those of `finetune`. Trials are processes of their own.
 
     Returns:
         A table of the settings, with `recommended`; of a dry run of the forecasts.

@@ -175,7 +175,7 @@ def tell_parts(
 ) -> None:
     """Print how many questions and images each part of the data has; print and record which of them overlap."""
     validated = evaluation + (validation.samples if validation else [])
-    parts = {"training": train, "validation": validated} | {f"table ({task.name})": task.samples for task in tasks}
+    parts = {"training": train, "validation": validated} | {f"test ({task.name})": task.samples for task in tasks}
     sets = ", ".join(spec.name + (" (synthetic)" if is_synthetic(spec.name) else "") for spec in run.specs)
     say(
         f"data: {sets}: "
@@ -309,7 +309,7 @@ def find_run_base(options: TrainOptions, recipe: Recipe, specs: list[DatasetSpec
     base = fit_prompt(base, specs, options.prompt_template is not None, token_limits(options, specs))
     for note in base.notes:
         say(note)
-    return base
+    return replace(base, prompt=replace(base.prompt, max_length=recipe.max_length, oversized=recipe.oversized))
 
 
 def _write_data_facts(

@@ -130,6 +130,7 @@ def render(
         its own, named by their hash in its content security policy.
     """
     many = len(runs) > 1
+    drawn = len(runs) <= RUNS_WITH_FIGURES and settings is None  # a trial has a report of its own
     names = benchmark_names(runs)
     choices = [settings.choice] if settings else quality.choices(runs, names) if many else []
     leading = [one.name for choice in choices for one in choice.candidates if one.on_front and not one.is_base]
@@ -143,9 +144,7 @@ def render(
         .render(
             title=settings.title if settings else f"{len(runs)} runs" if many else runs[0].name,
             settings=settings,
-            views=[
-                _view(run, f"run{number}", len(runs), version is not None) for number, run in enumerate(runs, start=1)
-            ],
+            views=[_view(run, f"run{number}", drawn, version is not None) for number, run in enumerate(runs, start=1)],
             comparison=_comparison(runs, names) if many else {},
             choices=choices,
             overlays=comparison.overlays(runs, list(dict.fromkeys(leading))) if many else [],
@@ -211,8 +210,7 @@ def _moment(text: str) -> Markup:
     return Markup('<time datetime="{}">{}</time>').format(exact, shown)
 
 
-def _view(run: RunReport, key: str, number_of_runs: int, served: bool) -> RunView:
-    drawn = number_of_runs <= RUNS_WITH_FIGURES
+def _view(run: RunReport, key: str, drawn: bool, served: bool) -> RunView:
     record = run.record
     curves = (
         (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from vlm_sft.common.formats import duration, number, p_value, percent, percent_interval, points, points_interval
+from vlm_sft.common.formats import duration, number, p_value, percent, percent_interval, plural, points, points_interval
 from vlm_sft.forecast.pareto import pareto_front
 from vlm_sft.report.html import Settings, write_report
 from vlm_sft.report.quality import Choice
@@ -80,8 +80,8 @@ def write_page(
     seeds, questions = found.standings[0].seeds, f"{found.questions:,} " if found.questions else ""
     settings = Settings(
         title=f"Sweep of {keys.replace(', ', ' and ') if keys.count(',') == 1 else keys}",
-        about=f"{len(places) + len(left_out)} settings x {seeds} seed{'s' if seeds > 1 else ''}, compared by "
-        f"{metric} on {questions}validation questions",
+        about=f"{plural(len(places) + len(left_out), 'setting')} x {plural(seeds, 'seed')}, compared by {metric} on "
+        f"{questions}validation questions",
         header=HEADER,
         rows=[_cells(one, bool(found.questions)) for one in found.standings],
         left_out=list(left_out.items()),
