@@ -34,10 +34,10 @@ from vlm_sft.data.sample import Sample
 from vlm_sft.forecast.shapes import FAMILIES as SIZED
 from vlm_sft.model.default_targets import default_targets
 from vlm_sft.model.families import FAMILIES as DECLARED
+from vlm_sft.model.feature_precompute import features_problem
 from vlm_sft.model.last_layer import is_trimmed
 from vlm_sft.model.load import find_base, load_model
 from vlm_sft.model.sharing_check import choose_mode, sharing_error
-from vlm_sft.model.vision_features import features_problem
 
 RESULT = RESULTS / "families.json"
 PAGE = ROOT / "docs" / "FAMILIES.md"

@@ -6,10 +6,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from vlm_sft.common.errors import ModelError, quoted
 from vlm_sft.model.families import FAMILIES
+from vlm_sft.model.hub import model_config
 from vlm_sft.model.protocols import VisionLanguageModel
 
 
@@ -60,7 +61,7 @@ def without_weights(config: PreTrainedConfig, **settings: Any) -> Any:
 
 def empty_model(path: str, **settings: Any) -> Any:
     """The architecture of a base model without weights; settings as of `without_weights`."""
-    return without_weights(AutoConfig.from_pretrained(path, trust_remote_code=False), **settings)
+    return without_weights(model_config(path), **settings)
 
 
 def layout_problem(model: VisionLanguageModel) -> str | None:
