@@ -76,6 +76,9 @@ FAMILIES = {
     "gemma4": Family(
         image_blocks=(SLIDING,), blocks_where=("use_bidirectional_attention", "vision"), projector=("embed_vision",)
     ),
+    "gemma4_unified": Family(
+        image_blocks=(SLIDING,), blocks_where=("use_bidirectional_attention", "vision"), projector=("embed_vision",)
+    ),
     "llama4": Family(),
     "cohere2_vision": Family(),
     "aya_vision": Family(),
@@ -113,9 +116,9 @@ FAMILIES = {
 
 # By model_type of the language model: those that the families above are proven with. InternVL and LLaVA take any.
 PROVEN_TEXTS = {
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gemma3n_text", "gemma4_text", "cohere2"),
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text"),
     *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_5_text", "qwen3_5_moe_text"),
-    *("glm4v_text", "glm_ocr_text", "llama4_text", "lfm2", "lfm3", "exaone4", "molmo2_text", "hunyuan_vl_text"),
+    *("cohere2", "glm4v_text", "glm_ocr_text", "llama4_text", "lfm2", "lfm3", "exaone4", "molmo2_text", "hunyuan_vl_text"),
     *("deepseek_v3", "deepseek_ocr2_text", "ernie4_5_vl_moe_text", "paddleocr_vl_text", "nemotron_h"),
     *("granite4_vision_text", "granite_docling_text"),
 }
@@ -226,6 +229,11 @@ def layer_kinds(config: Any) -> list[str]:
     return [CHUNKED if any(layer_values(text, CHUNK)) else FULL]
 
 
+def other_layers(config: Any) -> list[str]:
+    """The kinds of layers in a language model that are not known here: sparse attention with an index, and so on."""
+    return [name for name in layer_kinds(config) if name not in (FULL, SLIDING, CHUNKED, *STATEFUL, *TOKENWISE)]
+
+
 def declared_mode(config: Any, kind: Kind, unshared: str = "") -> PackMode | None:
     """Decide from the table and the configuration alone.
 
@@ -237,8 +245,7 @@ def declared_mode(config: Any, kind: Kind, unshared: str = "") -> PackMode | Non
     Returns:
         The mode; None for a model that is not proven and whose layers have names that are known: it has to be checked.
     """
-    family = family_of(config)
-    others = [name for name in layer_kinds(config) if name not in (FULL, SLIDING, CHUNKED, *STATEFUL, *TOKENWISE)]
+    family, others = family_of(config), other_layers(config)
     if family.reason:
         return separate_mode(config, family.reason)
     if unshared:

@@ -92,6 +92,8 @@ def layout_problem(model: VisionLanguageModel) -> str | None:
     """
     if model.config.is_encoder_decoder:
         return "a separate decoder writes the answer"
+    if getattr(model.config.get_text_config(), "cross_attention_layers", None):
+        return "its language model looks at images by cross-attention and has no tokens for them"
     inner, decoder = getattr(model, "model", None), model.get_decoder()
     if inner is None or decoder is inner or all(part is not decoder for part in inner.modules()):
         return f"{type(model).__name__} does not hold its vision tower and its language model side by side in `model`"

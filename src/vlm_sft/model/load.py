@@ -29,7 +29,7 @@ from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS, assign_attention, assign_windows, attention_name
 from vlm_sft.model.cpu.fuse import fuse_modules
 from vlm_sft.model.cpu.narrow import narrow_products
-from vlm_sft.model.families import DEFAULT_BASE, declared_mode, layer_values
+from vlm_sft.model.families import DEFAULT_BASE, declared_mode, layer_values, other_layers
 from vlm_sft.model.forward_patch import holds, is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.last_layer import trim_last_layer
@@ -357,7 +357,8 @@ def _stop_ids(path: str) -> tuple[int, ...]:
 
 def set_attention(model: VisionLanguageModel, attention: str) -> None:
     """Let the language model compute packs, attending through one of our functions; a tower with windows, too."""
-    assign_attention(model, attention)
+    # Sparse attention makes its masks for transformers' functions only, by their names.
+    assign_attention(model, "sdpa" if other_layers(model.config) else attention)
     scale_by_index(model.modules())  # no faster form: sharing needs it
     if is_plain():
         return
