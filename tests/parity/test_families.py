@@ -45,6 +45,17 @@ SIGNS = {
     "video_llama_3": "<|image_pad|>",
     "hunyuan_vl": "<image_start>",
     "deepseek_vl": "<image_placeholder>",
+    "deepseek_vl_hybrid": "<image_placeholder>",
+    "janus": "<image_placeholder>",
+    "aria": "<|img|>",
+    "qwen2_5_omni_thinker": "<|vision_start|>",
+    "qwen3_omni_moe_thinker": "<|vision_start|>",
+    "cosmos3_edge": "<|vision_start|>",
+    "cosmos3_omni": "<|vision_start|>",
+    "hyperclovax_vision_v2": "<|vision_start|>",
+    "step3p7": "<im_patch>",
+    "minicpmv4_7": "<unk_image>",
+    "minicpm_ocr": "<unk_image>",
 }
 SHARING = [family for family in NEWER if not FAMILIES[family].reason]
 

@@ -76,9 +76,6 @@ FAMILIES = {
     "gemma4": Family(
         image_blocks=(SLIDING,), blocks_where=("use_bidirectional_attention", "vision"), projector=("embed_vision",)
     ),
-    "gemma4_unified": Family(
-        image_blocks=(SLIDING,), blocks_where=("use_bidirectional_attention", "vision"), projector=("embed_vision",)
-    ),
     "llama4": Family(),
     "cohere2_vision": Family(),
     "aya_vision": Family(),
@@ -110,17 +107,43 @@ FAMILIES = {
     ),
     "deepseek_ocr2": Family(),
     "nemotron_h_omni": Family(targets=(*_ATTENTION, "in_proj")),
+    "llava_next_video": Family(),
+    "video_llava": Family(),
+    "janus": Family(projector=("aligner",)),
+    "deepseek_vl_hybrid": Family(projector=("aligner",)),
+    "aria": Family(),
+    "glm4v_moe": Family(projector=("visual.merger",)),
+    "glmga": Family(projector=("visual.merger",)),
+    "qwen2_5_omni_thinker": Family(projector=("visual.merger",)),
+    "qwen3_omni_moe_thinker": Family(projector=("visual.merger", "visual.merger_list")),
+    "cosmos3_edge": Family(projector=("projector",)),
+    "cosmos3_omni": Family(projector=("visual.merger", "visual.deepstack_merger_list")),
+    "hyperclovax_vision_v2": Family(projector=("projector",)),
+    "step3p7": Family(),
+    "minicpmv4_7": Family(projector=("merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
+    "minicpm_ocr": Family(projector=("merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
     "paligemma": Family(reason="its image tokens read the question", answer_type=1),
 }
 
 
 # By model_type of the language model: those that the families above are proven with. InternVL and LLaVA take any.
 PROVEN_TEXTS = {
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text"),
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gemma3n_text", "gemma4_text"),
     *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_5_text", "qwen3_5_moe_text"),
-    *("cohere2", "glm4v_text", "glm_ocr_text", "llama4_text", "lfm2", "lfm3", "exaone4", "molmo2_text", "hunyuan_vl_text"),
+    *(
+        "cohere2",
+        "glm4v_text",
+        "glm_ocr_text",
+        "llama4_text",
+        "lfm2",
+        "lfm3",
+        "exaone4",
+        "molmo2_text",
+        "hunyuan_vl_text",
+    ),
     *("deepseek_v3", "deepseek_ocr2_text", "ernie4_5_vl_moe_text", "paddleocr_vl_text", "nemotron_h"),
-    *("granite4_vision_text", "granite_docling_text"),
+    *("granite4_vision_text", "granite_docling_text", "aria_text", "glm4v_moe_text", "qwen2_5_omni_text"),
+    *("qwen3_omni_moe_text", "cosmos3_edge_text", "hyperclovax", "step3p5"),
 }
 # By model_type of the language model: its decoder layer is x + attention(norm(x)), then + mlp(norm(·)), nothing else.
 PLAIN_LAYERS = {
