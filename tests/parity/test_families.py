@@ -117,8 +117,8 @@ def test_what_does_not_work_is_told() -> None:
     )
     entries = [{**found, "targets": ["q_proj"], "sized": True}, {**found, "targets": ["wq"], "sized": False}, lacking]
     assert bench.notes(entries)[2:] == [
-        "odd: LoRA goes to `wq` by default.",
-        "For `odd`, the forecast counts sizes on the model itself, which is less precise.",
+        "By default, LoRA goes to `wq` in `odd`.",
+        "The forecast knows the sizes of `odd`. Elsewhere it counts them on the model itself, more roughly.",
     ]
 
 
