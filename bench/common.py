@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from vlm_sft.common import artifacts  # noqa: E402
+from vlm_sft.common.console import warn  # noqa: E402
 from vlm_sft.common.record import device_name, git_state, now, versions  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data" / "chartqa_real"
@@ -17,6 +19,7 @@ RESULTS = ROOT / "bench" / "results"
 README = ROOT / "bench" / "README.md"
 # By benchmarks that were run before.
 WRITTEN = ("bench/results", "bench/README.md", "docs", "src/vlm_sft/forecast/measured")
+PARTIAL = ROOT / "outputs" / "bench"  # results of runs that do less than recorded ones
 
 
 def origin() -> dict[str, Any]:
@@ -32,6 +35,39 @@ def origin() -> dict[str, Any]:
         "versions": versions(),
         "git": git_state(WRITTEN),
     }
+
+
+def write_record(
+    path: Path,
+    result: dict[str, Any],
+    covered: Callable[[dict[str, Any]], Mapping[str, float]],
+    partial: Path = PARTIAL,
+) -> Path:
+    """Write a result, but never in the place of a recorded one that covers more.
+
+    Args:
+        path: of the record, which tables are made from.
+        result: what this run found.
+        covered: what a result is about and how much of each: {"trl": 3} for three rounds of one side.
+        partial: folder that takes the result where the record is kept; the record is deleted by hand, or stays.
+
+    Returns:
+        The file that was written.
+    """
+    before = covered(artifacts.read_json(path)) if path.is_file() else {}
+    now_covered = covered(result)
+    less = [
+        f"{name}: {now_covered.get(name, 0):g} of {count:g}"
+        for name, count in before.items()
+        if now_covered.get(name, 0) < count
+    ]
+    if less:
+        kept, path = path, partial / path.name
+        warn(
+            f"this run covers less than {kept.name}, which is kept ({'; '.join(less)}); its result: {path}; to replace "
+            "the record by a smaller one, delete it first"
+        )
+    return artifacts.write_json(path, result)
 
 
 def commit(result: dict[str, Any]) -> str:

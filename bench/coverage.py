@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from common import RESULTS, commit, origin, write_block
+from common import RESULTS, commit, origin, write_block, write_record
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say
 from vlm_sft.evaluate import statistics
@@ -143,6 +143,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def covered(result: dict[str, Any]) -> dict[str, float]:
+    """What a result is about: simulations of each combination."""
+    return {"trials": result["trials"]}
+
+
 def main() -> int:
     """Simulate all combinations and record them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,8 +159,8 @@ def main() -> int:
         cell(world, images, correlation, args.trials, args.seed)
         for world, correlation, images in product(WORLDS, CORRELATIONS, IMAGES)
     ]
-    artifacts.write_json(RESULT, result)
-    write_block("coverage", "Intervals with few images", table(result))
+    write_record(RESULT, result, covered)
+    write_block("coverage", "Intervals with few images", table(artifacts.read_json(RESULT)))
     say(table(result))
     return 0
 

@@ -35,10 +35,10 @@ from vlm_sft.data.sample import Sample
 from vlm_sft.forecast.shapes import FAMILIES as SIZED
 from vlm_sft.model.default_targets import default_targets
 from vlm_sft.model.families import FAMILIES as DECLARED
+from vlm_sft.model.feature_precompute import features_problem
 from vlm_sft.model.last_layer import is_trimmed
 from vlm_sft.model.load import find_base, load_model
 from vlm_sft.model.sharing_check import choose_mode, sharing_error
-from vlm_sft.model.vision_features import features_problem
 
 RESULT = RESULTS / "families.json"
 PAGE = ROOT / "docs" / "FAMILIES.md"
@@ -117,7 +117,7 @@ def other_tokens(encoder: Encoder, samples: list[Sample]) -> int:
 
 def conversation(encoder: Encoder, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of the processor's own call: the question alone, and the question with its answer."""
-    processor, prompt = encoder.processor, encoder.prompt.fill(sample.question)
+    processor, prompt = encoder.processor, encoder.prompt.template.replace("{question}", sample.question)
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": sample.target}]}
     asked = processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)

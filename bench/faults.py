@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, commit, origin, write_block
+from common import RESULTS, ROOT, commit, origin, write_block, write_record
 from tests.faults.damage import FAULTS, damage_everything, starve, strike
 from tests.faults.harness import MOMENTS, Reference, Tally, arguments, make_place, torture
 from tests.faults.injection import layer
@@ -58,8 +58,9 @@ def main() -> int:
     record = json.loads(RECORD.read_text()) if args.add and RECORD.is_file() else {"parts": {}, "damage": {}}
     with tempfile.TemporaryDirectory(prefix="vlm_sft_faults") as name:
         record, troubles = _carry_out(args, make_place(Path(name)), record)
-    write_block("faults", "What the fault harness found", table(_kept(record)), PAGE)
-    say(f"record: {RECORD}\ntable: {PAGE}")
+    path = _kept(record)
+    write_block("faults", "What the fault harness found", table(artifacts.read_json(RECORD)), PAGE)
+    say(f"record: {path}\ntable: {PAGE}")
     for trouble in troubles:
         say(f"trouble: {trouble}")
     return 1 if troubles else 0
@@ -98,7 +99,8 @@ def _carry_out(args: argparse.Namespace, place: Path, record: dict[str, Any]) ->
             record = _merged(record, name, tally)
             troubles += tally.trouble
         if args.soak:
-            record = _kept(_merged(record, SOAK, tally := soak(warm.start, place, args.soak, rng)))
+            record = _merged(record, SOAK, tally := soak(warm.start, place, args.soak, rng))
+            _kept(record)
             troubles += tally.trouble
         tally = Tally()
         for number in range(args.disk):
@@ -155,11 +157,15 @@ def _reference_of(begin: Callable[[list[str], Path], Started], place: Path, name
     return Reference.of(output)
 
 
-def _kept(record: dict[str, Any]) -> dict[str, Any]:
+def _kept(record: dict[str, Any]) -> Path:
     """Write the record, with where it comes from."""
-    record = record | origin()
-    artifacts.write_json(RECORD, record)
-    return record
+    return write_record(RECORD, record | origin(), covered)
+
+
+def covered(record: dict[str, Any]) -> dict[str, float]:
+    """How much was done of each part."""
+    parts = {name: sum(part["kills"].values()) for name, part in record["parts"].items()}
+    return parts | {name: done for name, (done, _) in record["damage"].items()}
 
 
 def _merged(record: dict[str, Any], name: str, tally: Tally) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from scipy import stats
 
-from common import README, RESULTS, ROOT, commit, origin, write_block
+from common import README, RESULTS, ROOT, commit, origin, write_block, write_record
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say
 
@@ -127,6 +127,12 @@ def interval(differences: list[float]) -> str:
     return f"{mean:+.1f} [{mean - reach:+.1f}, {mean + reach:+.1f}]"
 
 
+def covered(result: dict[str, Any]) -> dict[str, float]:
+    """What a result is about: seeds of each cap, questions."""
+    caps = {f"cap {cap}": result["seeds"] for cap in result["caps"]}
+    return caps | {name: result[name] for name in ("max_train", "max_eval")}
+
+
 def main() -> None:
     """Run what is missing and write the result file and the table."""
     args = parse()
@@ -138,10 +144,8 @@ def main() -> None:
                 runs.append(run(args, cap, seed))
                 say(f"cap {cap}, seed {seed}: {runs[-1]['base']:.1f} -> {runs[-1]['tuned']:.1f} %")
         settings = ("dataset", "max_train", "max_eval", "global_batch_size", "learning_rate", "seeds")
-        artifacts.write_json(
-            RESULT, {**origin(), **{name: getattr(args, name) for name in settings}, "caps": caps, "runs": runs}
-        )
-        say(f"result: {RESULT}")
+        result = origin() | {name: getattr(args, name) for name in settings} | {"caps": caps, "runs": runs}
+        say(f"result: {write_record(RESULT, result, covered, args.work)}")
     write_block("grouping", "Questions of one image in one step", table(json.loads(RESULT.read_text(encoding="utf-8"))))
     say(f"table: {README}")
 

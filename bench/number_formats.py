@@ -22,7 +22,7 @@ from typing import Any
 
 from scipy import stats
 
-from common import RESULTS, ROOT, commit, origin, write_block
+from common import RESULTS, ROOT, commit, origin, write_block, write_record
 from recipe_results import averaged
 from shapes import build, fetch_tokenizer
 from vlm_sft.common import artifacts
@@ -120,6 +120,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def covered(result: dict[str, Any]) -> dict[str, float]:
+    """What a result is about: questions of each row, seeds."""
+    return {f"{row['model']} {row['benchmark']}": row["n"] for row in result["rows"]} | {"seeds": result["seeds"]}
+
+
 def main() -> None:
     """Run what is missing and write the result file and the table."""
     args = parse()
@@ -140,8 +145,7 @@ def main() -> None:
             "training": [*COMMON[2:], *TRAINING],
             "note": args.note,
         }
-        artifacts.write_json(RESULT, {**origin(), **settings, "rows": rows})
-        say(f"result: {RESULT}")
+        say(f"result: {write_record(RESULT, origin() | settings | {'rows': rows}, covered, args.work)}")
     write_block("number_formats", "", table(json.loads(RESULT.read_text(encoding="utf-8"))), PAGE)
     say(f"table: {PAGE}")
 

@@ -13,8 +13,9 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from common import DATA, README, RESULTS, ROOT, commit, origin, write_block
+from common import DATA, README, RESULTS, ROOT, commit, origin, write_block, write_record
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say
 from vlm_sft.common.formats import percent, percent_interval, points, points_interval
@@ -56,6 +57,11 @@ def tables() -> str:
     return "\n".join(lines)
 
 
+def covered(result: dict[str, Any]) -> dict[str, float]:
+    """What a result is about: questions and steps."""
+    return {"questions": result["benchmark"]["n"], "steps": result["steps"]}
+
+
 def main() -> int:
     """Train, evaluate, write the result file and the table."""
     from vlm_sft.planning.options import TrainOptions
@@ -86,9 +92,10 @@ def main() -> int:
             "benchmark": results["benchmarks"]["chartqa"],
         }
         result["benchmark"].pop("analysis", None)
-        path = artifacts.write_json(RESULTS / f"real_chartqa_{args.sft_config.stem}.json", result)
-        say(f"written: {path.relative_to(ROOT)} and {README.relative_to(ROOT)}")
+        path = RESULTS / f"real_chartqa_{args.sft_config.stem}.json"
+        say(f"result: {write_record(path, result, covered)}")
     write_block("real_chartqa", "pocket on real ChartQA rows", tables())
+    say(f"table: {README}")
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import RESULTS, ROOT, origin
+from common import RESULTS, ROOT, origin, write_record
 from recipe_runs import LORA, NOTES, RECIPES, Arm, Settings, base_folder, finished
 from vlm_sft.common import artifacts
 from vlm_sft.data.sources.spec import parse_datasets
@@ -45,9 +45,20 @@ def file_name(kind: str, settings: Settings) -> str:
 def write(kind: str, settings: Settings, arms: Sequence[Arm], note: str | None) -> Path:
     """Write the result file with a note for its readers, and the recipes' also where the package reads it."""
     result, name = collect(kind, settings, arms) | {"note": note}, file_name(kind, settings)
-    if kind == "recipes":
+    path = write_record(RESULTS / name, result, covered, settings.work_dir)
+    if kind == "recipes" and path.parent == RESULTS:
         artifacts.write_json(MEASURED / name, result)
-    return artifacts.write_json(RESULTS / name, result)
+    return path
+
+
+def covered(result: dict[str, Any]) -> dict[str, float]:
+    """What a result is about: trainings of each row, the questions they saw, and those of each benchmark."""
+    found: dict[str, float] = {}
+    for row in result["rows"]:
+        name = f"{row['arm']} {row['recipe']} ({row['variant']})"
+        found[name] = len(row["seeds"])
+        found[f"{name}, questions"] = row.get("questions_seen") or 0
+    return found | {f"questions of {name}": one["n"] for name, one in result["base"]["benchmarks"].items()}
 
 
 def collect(kind: str, settings: Settings, arms: Sequence[Arm]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def measure(kind: str, settings: Settings, arms: list[Arm], at_most: int | None,
             bar.advance()
     path = write(kind, settings, arms, note)
     write_documents()
-    say(f"written: {path.relative_to(ROOT)} and the tables of docs/ (from all files in {RESULTS.relative_to(ROOT)})")
+    say(f"written: {path} and the tables of docs/ (from all files in {RESULTS.relative_to(ROOT)})")
     left = len(missing(settings, arms))
     again = f"the same command again, for the {left} missing trainings"
     say(f"next: {again if left else 'read docs/CONFIGS_COMPARISON.md'}")

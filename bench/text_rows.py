@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, commit, origin, write_block
+from common import RESULTS, ROOT, commit, origin, write_block, write_record
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say
 
@@ -95,8 +95,8 @@ def measure(work: Path, count: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The table of docs/DATA.md."""
     lines = [
-        "| rows | tokens | reading, s | tokens and plan, s | 20 steps of 64 rows, s | peak memory | cache | device | "
-        "commit |",
+        "| rows | tokens | read, s | tokenize and plan, s | train 20 steps of 64 rows, s | peak memory | cache "
+        "| device | commit |",
         "|---:|---:|---:|---:|---:|---:|---:|---|---|",
     ]
     for one in result["runs"]:
@@ -109,15 +109,21 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + (f"\n\n{result['note']}" if result["note"] else "")
 
 
+def covered(result: dict[str, Any]) -> dict[str, float]:
+    """What a result is about: numbers of rows."""
+    return {f"{run['rows']:,} rows": 1 for run in result["runs"]}
+
+
 def main() -> None:
     """Measure and write the result file and the table."""
     args = parse()
     if not args.tables:
         counts = sorted(map(int, args.rows.split(",")))
         runs = [measure(args.work, count) for count in counts]
-        artifacts.write_json(RESULT, origin() | {"note": args.note, "steps": STEPS, "batch": BATCH, "runs": runs})
+        result = origin() | {"note": args.note, "steps": STEPS, "batch": BATCH, "runs": runs}
+        say(f"result: {write_record(RESULT, result, covered, args.work)}")
     write_block("text_rows", "Many text rows", table(artifacts.read_json(RESULT)), PAGE)
-    say(f"written: {RESULT.relative_to(ROOT)}, {PAGE.relative_to(ROOT)}")
+    say(f"table: {PAGE}")
 
 
 if __name__ == "__main__":

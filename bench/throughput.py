@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,20 @@ from transformers import AutoProcessor
 
 import cases as benchcases
 import shapes as benchshapes
-from common import DATA, README, RESULTS, ROOT, origin, write_block
+from common import DATA, README, RESULTS, ROOT, origin, write_block, write_record
 from peers.environment import DEFAULT_FOLDER, REQUIREMENTS, make
-from throughput_results import OURS, check, is_narrow, label_of, median_row, readme_table, side_of, summary, tables
+from throughput_results import (
+    OURS,
+    check,
+    covered,
+    is_narrow,
+    label_of,
+    median_row,
+    readme_table,
+    side_of,
+    summary,
+    tables,
+)
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
 
@@ -141,8 +153,11 @@ def suffix(device: str) -> str:
     return "-cuda" if device == "cuda" else ""
 
 
-def environment(threads: int, folder: Path, device: str) -> dict[str, str]:
-    """The environment variables of a side: its threads, one GPU or none, no hub, no cache of an earlier run."""
+def environment(side: str, threads: int, folder: Path, device: str, tree: Path = ROOT) -> dict[str, str]:
+    """The environment variables of a side: its threads, one GPU or none, no hub, no cache of an earlier run.
+
+    Our side is the package of a checkout, whatever the environment has installed.
+    """
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if device == "cuda" else ""
     return os.environ | {
         "OMP_NUM_THREADS": str(threads),
@@ -152,12 +167,21 @@ def environment(threads: int, folder: Path, device: str) -> dict[str, str]:
         "MODELSCOPE_CACHE": str(folder / "modelscope"),
         "USE_HF": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": "",
+        "PYTHONPATH": str(tree / "src") if side == OURS else "",
     }
 
 
-def run_side(args: argparse.Namespace, label: str, jobs: list[dict[str, Any]], path: Path) -> dict[str, Any] | None:
+def run_side(
+    args: argparse.Namespace, label: str, jobs: list[dict[str, Any]], path: Path, tree: Path = ROOT
+) -> dict[str, Any] | None:
     """One training of one side in a process of its own; earlier results are not taken: rounds are paired in time.
+
+    Args:
+        args: the command line.
+        label: the side and its number format.
+        jobs: the small training before, and the one that is timed.
+        path: takes the result; the log stands beside it.
+        tree: the checkout whose worker and package train.
 
     Returns:
         Its result; None when it failed: the log's end has been shown.
@@ -170,11 +194,10 @@ def run_side(args: argparse.Namespace, label: str, jobs: list[dict[str, Any]], p
         artifacts.write_json(folder / "job.json", {"jobs": [side, *outputs]})
         log = path.with_suffix(".log")
         with log.open("w", encoding="utf-8") as stream:
-            worker = str(ROOT / "bench" / "peers" / "worker.py")
+            worker = str(tree / "bench" / "peers" / "worker.py")
             command = [str(python), worker, str(folder / "job.json"), str(folder / "result.json")]
-            code = subprocess.run(
-                command, env=environment(args.threads, folder, args.device), stdout=stream, stderr=subprocess.STDOUT
-            ).returncode
+            variables = environment(side, args.threads, folder, args.device, tree)
+            code = subprocess.run(command, env=variables, stdout=stream, stderr=subprocess.STDOUT).returncode
         if code:
             end = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-8:])
             warn(f"{label} ended with code {code}; {log} ends with\n{end}")
@@ -184,45 +207,92 @@ def run_side(args: argparse.Namespace, label: str, jobs: list[dict[str, Any]], p
     return result
 
 
-def measure(args: argparse.Namespace, case: str, shape: str) -> dict[str, Any]:
-    """All rounds of all sides on one case and shape, the sides in turn."""
+@dataclass(frozen=True)
+class Work:
+    """What a case and a shape ask for.
+
+    Attributes:
+        model: folder of the model.
+        sizes: parameters of its parts.
+        expected: the work of an epoch as the family's processor alone tells it.
+        warm_up, rows: folders of the small and the timed training.
+        max_pixels: bound on an image's area in pixels.
+        results: folder of the single results.
+    """
+
+    model: Path
+    sizes: dict[str, int]
+    expected: dict[str, int]
+    warm_up: Path
+    rows: Path
+    max_pixels: int
+    results: Path
+
+    def jobs(self, args: argparse.Namespace, label: str, epochs: int) -> list[dict[str, Any]]:
+        """The small training and the timed one of a side."""
+        return [
+            job(args, label, self.model, rows, self.max_pixels, count)
+            for rows, count in ((self.warm_up, 1), (self.rows, epochs))
+        ]
+
+
+def prepare(args: argparse.Namespace, case: str, shape: str) -> Work:
+    """Build the model and write the rows of a case, where they are not there yet."""
     max_pixels = benchcases.CASES[case].max_pixels
-    tokenizer = benchshapes.fetch_tokenizer(args.envs / "tokenizer")
     model = args.work_dir / "models" / f"{shape}-{max_pixels}{suffix(args.device)}"
-    benchshapes.build(shape, model, tokenizer, max_pixels, args.device)
+    benchshapes.build(shape, model, benchshapes.fetch_tokenizer(args.envs / "tokenizer"), max_pixels, args.device)
     processor = AutoProcessor.from_pretrained(model)  # a family may choose another tokenizer than was saved
     family = benchshapes.SHAPES[shape].family
     rows, expected = rows_of(args, case, args.questions or QUESTIONS[shape], processor, family)
     warm_up, _ = rows_of(args, case, WARM_UP_QUESTIONS, processor, family)
-    sizes = artifacts.read_json(model / "bench.json")
     folder = args.work_dir / "results" / f"{case}-{shape}-{expected['questions']}{suffix(args.device)}"
     folder.mkdir(parents=True, exist_ok=True)
+    return Work(model, artifacts.read_json(model / "bench.json"), expected, warm_up, rows, max_pixels, folder)
+
+
+def measure(args: argparse.Namespace, case: str, shape: str) -> dict[str, Any]:
+    """All rounds of all sides on one case and shape, the sides in turn."""
+    work = prepare(args, case, shape)
     labels = [label_of(side, name) for side in args.sides for name in args.formats]
     found: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
     for number in range(1, args.rounds + 1):
         for label in (label for label in labels if number <= args.rounds_of.get(side_of(label), args.rounds)):
             epochs = args.epochs if side_of(label) == OURS else args.peer_epochs
-            jobs = [job(args, label, model, warm_up, max_pixels, 1), job(args, label, model, rows, max_pixels, epochs)]
-            result = run_side(args, label, jobs, folder / f"{label.replace(' ', '-')}-round{number}.json")
+            path = work.results / f"{label.replace(' ', '-')}-round{number}.json"
+            result = run_side(args, label, work.jobs(args, label, epochs), path)
             if result is None:
                 continue
-            row = summary(result, expected, sizes, args.epochs)
+            row = summary(result, work.expected, work.sizes, args.epochs)
             found[label].append(row)
             say(f"{case}, {shape}, round {number}, {label}: {row['cold']:.2f} questions/s cold, {row['warm']:.2f} warm")
     sides = {label: median_row(rounds) for label, rounds in found.items() if rounds}
-    refused = check(sides, expected)
+    refused = check(sides, work.expected)
     for side, reasons in refused.items():
         warn(f"{case}, {shape}: {side} is not reported: {'; '.join(reasons)}")
     return {
         "case": case,
         "shape": shape,
-        "sizes": sizes,
-        "expected": expected,
+        "sizes": work.sizes,
+        "expected": work.expected,
         "rounds": args.rounds,
         "epochs": args.epochs,
         "sides": {side: row for side, row in sides.items() if side not in refused},
         "refused": refused,
     }
+
+
+def keep(result: dict[str, Any], work_dir: Path, ending: str) -> Path:
+    """Record a result where it is a comparison of no less than was recorded; else leave it in the work folder.
+
+    Returns:
+        The file.
+    """
+    path = RESULTS / f"throughput_{result['case']}_{result['shape']}{ending}.json"
+    found = {side_of(label) for label in result["sides"]}
+    if result["shape"] not in TRIALS and OURS in found and len(found) > 1:
+        return write_record(path, result, covered, work_dir)
+    warn(f"{result['case']}, {result['shape']}: no comparison for the tables; {path.name} is in the work folder")
+    return artifacts.write_json(work_dir / path.name, result)
 
 
 def main() -> int:
@@ -235,9 +305,7 @@ def main() -> int:
                 say(f"{case} is skipped: {args.data} is not there; pass --data with a folder of ChartQA parquet files")
                 continue
             result = origin() | {"threads": args.threads, "batch": args.batch} | measure(args, case, shape)
-            folder = args.work_dir if shape in TRIALS else RESULTS
-            name = f"throughput_{case}_{shape}{suffix(args.device)}.json"
-            written.append(artifacts.write_json(folder / name, result))
+            written.append(keep(result, args.work_dir, suffix(args.device)))
     write_block("throughput", "Training speed beside other trainers", tables(RESULTS))
     write_block("speed", "Speed", readme_table(RESULTS), ROOT / "README.md")
     say(f"written: {', '.join(map(str, [*written, README, ROOT / 'README.md']))}")

@@ -194,6 +194,14 @@ def _shared_work(row: dict[str, Any], expected: dict[str, int]) -> list[str]:
     return reasons
 
 
+def covered(result: dict[str, Any]) -> dict[str, float]:
+    """What a result is about: rounds of each side, also of those that were refused, questions and epochs."""
+    sides = {name: 1.0 for name in result["refused"]} | {
+        name: float(row["rounds"]) for name, row in result["sides"].items()
+    }
+    return sides | {"questions": result["expected"]["questions"], "epochs": result["epochs"]}
+
+
 def ratios(sides: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
     """How many times faster than each peer our side is, each in its fastest format: the median over paired rounds."""
     found = fastest(sides)

@@ -19,12 +19,13 @@ from vlm_sft.common.errors import DeviceMemoryError, NumericalError
 from vlm_sft.data.collate import collate
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.packing import Bundle
-from vlm_sft.model import packed_forward
+from vlm_sft.model import packed_forward, step_gradients
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.step_gradients import StepGradients
 from vlm_sft.planning.training_run import FaultPolicy
-from vlm_sft.train import loop
+from vlm_sft.train import health, loop
+from vlm_sft.train.event_log import EventLog
 from vlm_sft.train.health import AdapterWatch, SpikeDetector
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +56,35 @@ def test_gradients_are_those_of_backward(data: PreparedData) -> None:
     assert {one.data_ptr() for one in kept} == {one.data_ptr() for one in computed.sums}, "no copies of gradients"
     found = torch.autograd.grad(surrogate, computed.parameters)
     assert all(torch.equal(one, other) for one, other in zip(found, computed.sums, strict=True))
+
+
+def test_the_ranks_meet_once_beside_their_gradients(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vote tells which gradients there are anywhere: a rank without images has none of a trained tower."""
+    met: list[int] = []
+
+    def of_both(tensor: torch.Tensor) -> torch.Tensor:
+        """What two ranks would have, if the other had every gradient but the last, and the same numbers."""
+        met.append(tensor.numel())
+        if len(met) == 1:
+            tensor[4:-1] += 1.0
+        return tensor
+
+    monkeypatch.setattr(health, "sum_ranks", of_both)
+    monkeypatch.setattr(step_gradients, "sum_ranks", of_both)
+    made = training.trainer(data, tmp_path).model
+    found = StepGradients(made, PackMode(), 0, 1.0, contextlib.nullcontext)
+    own = torch.ones_like(found.parameters[1])
+    found.sums[1] = own.clone()
+    voting = health.Health(EventLog(tmp_path / "events.jsonl"), 3, lambda: False, torch.device("cpu"), 2)
+    assert voting.vote(1, found)
+    found.average(2)
+    count = len(found.parameters)
+    # In the first steps of a training they meet to find matrices that are not trained, too.
+    assert met == [4 + count, count, sum(one.numel() for one in found.parameters[:-1])]
+    assert found.sums[-1] is None and torch.equal(found.sums[1], own / 2)
+    assert all(not value.any() for value in (found.sums[0], found.sums[2]))
 
 
 def optimizer_state(trainer: Any) -> list[torch.Tensor]:

@@ -164,3 +164,13 @@ def test_an_undeclared_family_that_fails_in_bfloat16_is_computed_in_float32(
     monkeypatch.setattr(Qwen2_5_VLPatchMerger, "forward", products_of_its_own)
     assert main([*asked["train"], *narrow]) == 0
     assert capsys.readouterr().out.count(told) == 1
+    run = Path(asked["train"][asked["train"].index("--output_dir") + 1])
+    assert main(["eval", "--adapter", str(run), *asked["eval"][asked["eval"].index("--benchmark") :]]) == 0
+    again = told in capsys.readouterr().out  # as the training: loaded in bfloat16 where this processor has it
+    evaluated = Path(asked["eval"][asked["eval"].index("--output_dir") + 1])
+    formats = [
+        [json.loads((folder / "run.json").read_text()).get(key) for key in ("dtype", "loaded_dtype")]
+        for folder in (tmp_path / "narrow", run, evaluated)
+    ]
+    assert formats[:2] == [["bfloat16", None], ["float32", "bfloat16"]]
+    assert formats[2] == ["float32", "bfloat16" if again else None]

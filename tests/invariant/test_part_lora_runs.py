@@ -91,12 +91,28 @@ def test_the_adapter_answers_merged_and_alone(
     assert report["vllm"]["loads"] and report["vllm"]["enable_tower_connector_lora"] is True
 
 
-def test_a_projector_alone(base: Path, tmp_path: Path) -> None:
-    assert train(base, tmp_path / "run", "--train", "projector_lora", "--eval_benchmarks", "none") == 0
-    recorded = facts(tmp_path / "run")
+def test_a_projector_behind_a_tower_whose_output_is_kept(base: Path, tmp_path: Path) -> None:
+    """One question a step: the tower sees an image alone with and without a cache, so every bit is the same."""
+    flags = ("--train", "projector_lora", "--global_batch_size", "1", "--eval_steps", "4")
+    found = {}
+    for kept in ("1GB", "off"):
+        run = tmp_path / kept
+        assert train(base, run, *flags, "--feature_cache", kept) == 0
+        found[kept] = facts(run)
+    recorded = found["1GB"]
     assert recorded["lora"]["matched_modules"] == 0 and list(recorded["lora"]["parts"]) == ["projector_lora"]
-    assert all(".merger." in name for name in load_file(tmp_path / "run" / WEIGHTS))
-    assert "the projector is trained" in recorded["engine"]["feature_cache"]["training"]["reason"]
+    assert all(".merger." in name for name in load_file(tmp_path / "1GB" / WEIGHTS))
+    decisions = recorded["engine"]["feature_cache"]
+    assert decisions["training"]["used"] and decisions["training"]["computed"] > 0
+    assert (
+        not decisions["evaluation"]["used"] and "its own vision tower or projector" in decisions["evaluation"]["reason"]
+    )
+    assert recorded["engine"]["training_tower"]["calls"] == 0 < found["off"]["engine"]["training_tower"]["calls"]
+    assert same(tmp_path / "1GB" / WEIGHTS, tmp_path / "off" / WEIGHTS)
+    answers = (predictions(tmp_path / kept / "evaluation" / "tuned" / "demo_charts") for kept in ("1GB", "off"))
+    assert next(answers) == next(answers)
+    told = recorded["forecast"]["assumptions"]
+    assert any("inputs of the projector are cached" in line for line in told)
 
 
 def test_contradictions(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,7 +103,13 @@ def alone(model: Any, encoder: Encoder, sample: Sample) -> torch.Tensor:
     """Token losses of one question: the full processor call on the whole conversation, the model's own positions."""
     processor, pictures = encoder.processor, [decode_rgb(ref.load(), ref.source) for ref in sample.images]
     messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": encoder.prompt.fill(sample.question)}]}
+        {
+            "role": "user",
+            "content": [
+                {"type": "image"},
+                {"type": "text", "text": encoder.prompt.template.replace("{question}", sample.question)},
+            ],
+        }
     ]
     answer = {"role": "assistant", "content": [{"type": "text", "text": sample.target}]}
     asked = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

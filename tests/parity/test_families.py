@@ -23,8 +23,9 @@ from vlm_sft.data.packing import Bundle
 from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import FAMILIES, PackMode, declared_mode
+from vlm_sft.model.feature_precompute import tower_settings
 from vlm_sft.model.load import find_base
-from vlm_sft.model.vision_features import joined_tensors, tower_settings, unwrap
+from vlm_sft.model.vision_features import joined_tensors, unwrap
 from vlm_sft.planning.run_setting import shape_of
 
 NEWER = list(tiny_models.LATER)

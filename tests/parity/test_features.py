@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 from tests import tiny_models
-from tests.questions import picture, questions, tiny
+from tests.parity.test_part_lora import tuned
+from tests.questions import PROMPT, picture, questions, tiny
 from tests.tiny_models import FAMILIES, TAKES_FEATURES
 from vlm_sft.common.errors import RunError
 from vlm_sft.data.cache.encoded import DataCache
@@ -27,10 +29,10 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
 from vlm_sft.model import feature_precompute, packed_forward
 from vlm_sft.model.families import PackMode
-from vlm_sft.model.feature_precompute import Decision, _measure, use_features
-from vlm_sft.model.load import SHARED_SDPA
+from vlm_sft.model.feature_precompute import Decision, _measure, features_problem, tower_settings, use_features
+from vlm_sft.model.load import SHARED_SDPA, set_attention
 from vlm_sft.model.sharing_check import choose_mode
-from vlm_sft.model.vision_features import TowerCounter, features_problem, start_training, tower_settings
+from vlm_sft.model.vision_features import TowerCounter, start_training
 
 pytestmark = pytest.mark.skipif(not TAKES_FEATURES, reason="this transformers takes no kept features")
 
@@ -157,6 +159,70 @@ def test_many_pictures_of_a_question_keep_their_order(tmp_path: Path) -> None:
     online = logits(model, collate([Bundle(0, (0,))], data), data)
     assert keep(model, data, cache).used
     assert torch.equal(online, logits(model, collate([Bundle(0, (0,))], data), data))
+
+
+def gradients(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) -> dict[str, torch.Tensor]:
+    """The losses of a pack, and the gradients of everything that is trained."""
+    model.zero_grad()
+    with packed_forward.packed(batch, mode, 0):
+        losses = packed_forward.token_losses(model, batch, mode)
+        losses.sum().backward()
+    grown = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    return {"losses": losses.detach(), **grown}
+
+
+@pytest.mark.parametrize("threads", [1], indirect=True)
+@pytest.mark.parametrize("train", ["language,projector_lora", "projector"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "smolvlm", "llava", "ovis2", "llama4"])
+def test_a_trained_projector_is_fed_from_the_cache(family: str, train: str, threads: int, tmp_path: Path) -> None:
+    """Several mergers, a projector that is called twice, one that the model calls itself: bit for bit."""
+    if family not in FAMILIES or (family, train) == ("ovis2", "language,projector_lora"):  # an embedding takes no LoRA
+        pytest.skip("nothing to compare")
+    model, processor, _ = tuned(family, train=train, lora_dropout=0)
+    set_attention(model.get_base_model(), SHARED_SDPA)
+    encoder = Encoder(processor, PROMPT)
+    cache = DataCache(encoder, tmp_path, family)
+    data = PreparedData(
+        [one for seed, size in enumerate(SIZES) for one in questions(seed, 2, size)], encoder, "", cache
+    )
+    start_training(model)
+    mode = mode_of(model, encoder)
+    chosen = [[Bundle(group, (0, 1)) for group in range(len(data))], [Bundle(1, (0,))]]
+    online = [gradients(model, collate(bundles, data), mode) for bundles in chosen]
+    decision = keep(model, data, cache)
+    assert decision.used and decision.computed == len(SIZES), decision
+    with torch.no_grad():  # what is trained changes nothing of what is kept
+        moved = [(value, value.clone()) for value in model.parameters() if value.requires_grad]
+        before = tower_settings(model)
+        for value, _ in moved:
+            value.zero_()
+        assert tower_settings(model) == before
+        for value, former in moved:
+            value.copy_(former)
+    use = TowerCounter(model)
+    for bundles, expected in zip(chosen, online, strict=True):
+        batch = collate(bundles, data)
+        assert not any(name.startswith("pixel_") for image in batch.tensors for name in image)
+        found = gradients(model, batch, mode)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+        assert any("projector" in name or "merger" in name or "connector" in name or "table" in name for name in found)
+    assert use.calls == 0
+    (entry,) = (tmp_path / "features").iterdir()
+    assert json.loads((entry / "entry.json").read_text())["settings"]["kept"] == "inputs of the projector"
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"), [("llava_next", "no rows of what the projector"), ("mistral3", "takes more than the output")]
+)
+def test_a_projector_that_cannot_be_run_apart(family: str, reason: str, tmp_path: Path) -> None:
+    if family not in FAMILIES:
+        pytest.skip(tiny_models.LACKING[family])
+    model, processor, _ = tuned(family, train="projector")
+    encoder = Encoder(processor, PROMPT)
+    cache = DataCache(encoder, tmp_path, family)
+    decision = use_features(model, cache, [(questions(0, 1), 6)], LARGE)
+    assert not decision.used and "cannot be run apart from its tower" in decision.reason and reason in decision.reason
 
 
 def test_a_second_run_computes_nothing(tmp_path: Path) -> None:

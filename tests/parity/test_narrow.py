@@ -24,8 +24,9 @@ from vlm_sft.model.cpu.lora_linear import _covered_adapter
 from vlm_sft.model.cpu.matmul import multiply, narrows, stream_dtype
 from vlm_sft.model.cpu.narrow import narrow_products
 from vlm_sft.model.families import PackMode, declared_mode
+from vlm_sft.model.feature_precompute import tower_settings
 from vlm_sft.model.load import ready
-from vlm_sft.model.vision_features import encode_images, tower_settings, whole_tower
+from vlm_sft.model.vision_features import encode_images, whole_tower
 from vlm_sft.recipe.schedule import resolve_schedule
 from vlm_sft.train.optimization import TorchOptimization
 

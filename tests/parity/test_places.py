@@ -106,7 +106,9 @@ def case(family: str) -> tuple[Any, list[EncodedGroup], Truth]:
     model, encoder = tiny(family, torch.float64, "sdpa")
     usual = questions(0, 2)
     written = {sample.id: messages for sample, messages in CASES}
-    written |= {sample.id: [user(IMAGE, text(PROMPT.fill(sample.question)))] for sample in usual}
+    written |= {
+        sample.id: [user(IMAGE, text(PROMPT.template.replace("{question}", sample.question)))] for sample in usual
+    }
     members = group_by_image([*usual, *(sample for sample, _ in CASES)])
     assert [len(group) for group in members] == [2, 3, 1, 1, 1]
     truth: Truth = []

@@ -41,7 +41,9 @@ def alone_as_talk(model: Any, encoder: Encoder, sample: Sample) -> torch.Tensor:
     """Token losses of the last answer of a conversation: the processor's call on all of it, nothing else."""
     processor, eos = encoder.processor, encoder.tokenizer.eos_token_id
     shown = {"images": [[decode_rgb(ref.load(), ref.source) for ref in sample.images]]} if sample.images else {}
-    turns = [(turn.role, turn.text) for turn in sample.history] + [("user", encoder.prompt.fill(sample.question))]
+    turns = [(turn.role, turn.text) for turn in sample.history] + [
+        ("user", encoder.prompt.template.replace("{question}", sample.question))
+    ]
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
     messages[0]["content"][:0] = [{"type": "image"} for _ in sample.images]
     answer = {"role": "assistant", "content": [{"type": "text", "text": sample.target}]}

@@ -281,14 +281,18 @@ def test_benchmarks_keep_their_wording_beside_own_data() -> None:
     image = ImageRef.from_bytes(png("red", (64, 64)), "red.png")
     asked = {
         name: encoder.prompt_text(Sample("1", name, "", (image,), "What?", "", ()))
-        for name in ("chartqa", "textvqa", "demo_charts", "mine", "ask")
+        for name in ("chartqa", "textvqa", "demo_charts", "mine", "ask", "ai2d", "ocrbench")
     }
     assert [name for name, text in asked.items() if "single word or phrase" in text] == [
         "chartqa",
         "textvqa",
         "demo_charts",
     ]
-    pair = [Sample(str(n), name, "", (image,), "What?", "x", ("x",)) for n, name in enumerate(("chartqa", "mine"))]
+    other = Encoder(find_base("pocket").processor, PromptSettings(template="Q: {question}"))
+    assert "Q: What?" in other.prompt_text(Sample("1", "ai2d", "", (image,), "What?", "", ()))
+    pair = [
+        Sample(str(n), name, "", (image,), "What?", "x", ("x",)) for n, name in enumerate(("chartqa", "mine", "ai2d"))
+    ]
     group = encoder.encode(pair)
     for sample, question in zip(pair, group.questions, strict=True):
         alone = encoder.encode([sample])

@@ -126,6 +126,33 @@ def test_images_are_scaled_until_their_questions_fit(place: Path, capsys: pytest
     assert "10 questions on 9 images" in told.out and "2 of 11 samples are longer" in told.err
 
 
+def test_an_adapter_is_asked_as_it_was_trained(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no flag says otherwise, in `eval`, `ask` and `export`; a checkpoint and an export carry it too."""
+    flags = ("--max_length", str(LIMIT), "--oversized", "scale", "--max_left_out", "0.1", "--eval_benchmarks", "none")
+    code, run = train(place, "travels", *flags, "--learning_rate", "0.05")
+    assert code == 0
+    exported = place / "exported"
+    assert main(["export", "--adapter", str(run), "--output_dir", str(exported), "--questions", "1"]) == 0
+    assert f"those that are too long: --max_length {LIMIT} --oversized scale, as in" in capsys.readouterr().out
+    for folder in (run, run / "checkpoint-1", exported):
+        saved = json.loads((folder / "prompt.json").read_text())
+        assert (saved["max_length"], saved["oversized"]) == (LIMIT, "scale")
+    asked = ["eval", "--benchmark", str(place / "rows"), "--max_left_out", "0.1"]
+    shown = {}
+    for name, more in (("recorded", ()), ("other", ("--oversized", "keep"))):
+        assert main([*asked, *more, "--adapter", str(exported), "--output_dir", str(place / name)]) == 0
+        told = capsys.readouterr().out
+        assert (f"too long: --max_length {LIMIT} --oversized scale, as in the training" in told) == (name == "recorded")
+        rows = lines(place / name / "rows" / "predictions.jsonl")
+        shown[name] = {row["image_pixels"] for row in rows if "huge" in row["id"]}
+        assert len(rows) == (10 if name == "recorded" else 11)
+    assert shown["other"] == {6_000_000} and max(shown["recorded"]) < 200_000
+    for more, words in (((), "the pictures are scaled down to"), (("--oversized", "keep"), "it is asked as it is")):
+        command = ["ask", str(place / "rows" / "huge.png"), "Which colour? " * 4, "--adapter", str(run), *more]
+        assert main(command) == 0
+        assert words in capsys.readouterr().err
+
+
 def test_an_evaluation_and_a_check_have_the_same_rule(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ("--base_model", str(place / "model"))
     asked = ["eval", *model, "--benchmark", str(place / "rows"), *SETTINGS, "--max_length", str(LIMIT)]

@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jinja2.sandbox
 import pytest
 import torch
-from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-)
-from transformers.processing_utils import ProcessorMixin
+from transformers import AutoModelForImageTextToText
 
-import cases
+import coverage
+import faults
+import grouping
+import real_chartqa
+import recipe_results
+import text_rows
 import throughput
-from cases import Row, choose, expected_work
+import throughput_results
+from cases import choose
 from common import RESULTS, ROOT, with_block
-from peers import environment, measure, ours_sft
+from peers import environment
 from peers.worker import Job
 from shapes import SHAPES, TEMPLATE, config, parameter_counts
-from tests import tiny_models
 from throughput_results import (
     arithmetic_flops,
     check,
@@ -44,9 +37,17 @@ from throughput_results import (
     summary,
     tables,
 )
-from vlm_sft.model.cpu import cross_entropy
-from vlm_sft.train.loop import TrainingLoop
 
+SCRIPTS = {
+    "throughput_": throughput_results,
+    "faults": faults,
+    "grouping": grouping,
+    "coverage": coverage,
+    "text_rows": text_rows,
+    "real_chartqa": real_chartqa,
+    "recipes-": recipe_results,
+    "ablation-": recipe_results,
+}
 SIZES = {"language": 100, "vision": 10, "embedding": 1000, "total": 1110}
 EXPECTED = {
     "questions": 8,
@@ -162,8 +163,11 @@ def test_a_gpu_trains_in_half_precision_and_is_the_only_one_seen(
     assert job.on_gpu and job.dtype == "bfloat16"
     assert not Job(**asked | {"device": "cpu"}, output="out").on_gpu
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert throughput.environment(2, tmp_path, "cuda")["CUDA_VISIBLE_DEVICES"] == "3"
-    assert throughput.environment(2, tmp_path, "cpu")["CUDA_VISIBLE_DEVICES"] == ""
+    assert throughput.environment("trl", 2, tmp_path, "cuda")["CUDA_VISIBLE_DEVICES"] == "3"
+    assert throughput.environment("trl", 2, tmp_path, "cpu")["CUDA_VISIBLE_DEVICES"] == ""
+    assert throughput.environment("trl", 2, tmp_path, "cpu")["PYTHONPATH"] == ""
+    own = throughput.environment("ours", 2, tmp_path, "cpu")["PYTHONPATH"]
+    assert Path(own) == ROOT / "src"  # the checkout that is measured, not the one that is installed
     nothing_counted = measured([counts()], [4.0], warm_up={"flops": [], "epochs": [counts()]})
     assert summary(nothing_counted, EXPECTED, SIZES, 6)["flops_by_arithmetic"] == 1.0
 
@@ -232,16 +236,16 @@ def test_speedups_are_paired_round_by_round() -> None:
     assert ratios({"trl": sides["trl"]}, "cold") == {}
 
 
-def test_tables_name_the_best_peer_the_origin_and_who_was_refused(tmp_path: Path) -> None:
-    slow = peer(preparation_seconds=12.0)
-    result = {
+def compared(sides: dict[str, Any], questions: int = 8) -> dict[str, Any]:
+    """A result file."""
+    return {
         "case": "chartqa",
         "shape": "small",
         "sizes": SIZES | {"total": 48_000_000},
-        "expected": EXPECTED,
+        "expected": EXPECTED | {"questions": questions},
         "rounds": 1,
         "epochs": 6,
-        "sides": {"ours": ours(), "trl": slow, "msswift": peer()},
+        "sides": sides,
         "threads": 2,
         "batch": 16,
         "refused": {"llamafactory": ["a loss of 13.0"]},
@@ -250,6 +254,10 @@ def test_tables_name_the_best_peer_the_origin_and_who_was_refused(tmp_path: Path
         "command": ["python", "bench/throughput.py"],
         "versions": {"torch": "2.15"},
     }
+
+
+def test_tables_name_the_best_peer_the_origin_and_who_was_refused(tmp_path: Path) -> None:
+    result = compared({"ours": ours(), "trl": peer(preparation_seconds=12.0), "msswift": peer()})
     (tmp_path / "throughput_chartqa_small.json").write_text(json.dumps(result))
     text = tables(tmp_path)
     assert "| chartqa | small, 48 M | 8 / 4 | msswift | 1.5x | 2.2x | 4.0x |" in text
@@ -258,6 +266,39 @@ def test_tables_name_the_best_peer_the_origin_and_who_was_refused(tmp_path: Path
     told = readme_table(tmp_path)
     assert "| ChartQA, 2.0 questions an image | Qwen2.5-VL of 48 M | 4.00 | 1.85 | not run | 1.33 |" in told
     assert told.splitlines()[2].endswith("| **2.2x** |")
+
+
+def test_a_run_that_covers_less_than_the_record_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(throughput, "RESULTS", tmp_path / "results")
+    record = tmp_path / "results" / "throughput_chartqa_small.json"
+    work = tmp_path / "work"
+
+    def kept(sides: dict[str, Any], questions: int = 8) -> Path:
+        return throughput.keep(compared(sides, questions), work, "")
+
+    assert kept({"ours": ours()}) == work / record.name and not record.exists()  # nothing to compare with
+    assert "no comparison for the tables" in capsys.readouterr().err
+    assert kept({"ours": ours(), "trl": peer(), "msswift": peer()}) == record
+    known = record.read_bytes()
+    assert kept({"ours": ours(), "trl": peer()}) == work / record.name
+    told = capsys.readouterr().err
+    assert "msswift: 0 of 1" in told and str(work / record.name) in told
+    assert kept({"ours": ours(), "trl": peer(), "msswift": peer()}, questions=4) == work / record.name
+    assert "questions: 4 of 8" in capsys.readouterr().err
+    assert kept({"ours": ours()}) == work / record.name
+    assert record.read_bytes() == known and list(json.loads((work / record.name).read_text())["sides"]) == ["ours"]
+    assert kept({"ours": ours(), "trl": peer(), "msswift": peer()}, questions=16) == record
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_record_says_how_much_it_covers(name: str) -> None:
+    paths = sorted(RESULTS.glob(f"{name}*.json"))
+    assert paths
+    for path in paths:
+        counts = SCRIPTS[name].covered(json.loads(path.read_text(encoding="utf-8")))
+        assert counts and all(count > 0 for count in counts.values())
 
 
 def test_the_first_page_shows_the_recorded_speeds() -> None:
@@ -281,119 +322,6 @@ def test_unknown_names_on_the_command_line_are_told(
     with pytest.raises(SystemExit):
         throughput.parse()
     assert "--sides axolotl: not one of ours, trl, llamafactory, msswift" in capsys.readouterr().err
-
-
-@pytest.fixture
-def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The measuring wrappers, taken off again after the test."""
-    for owner in (owner for family in measure.counted_classes() for owner in family):
-        monkeypatch.setattr(owner, "forward", owner.forward)
-    for owner, name in ((Trainer, "train"), (TrainingLoop, "run"), (cross_entropy, "token_losses")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-    for owner in (AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin):
-        monkeypatch.setattr(owner, "from_pretrained", owner.__dict__["from_pretrained"])
-    measure.install()
-    yield
-
-
-def test_a_meter_counts_what_a_training_really_processes(
-    counting: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    model, processor = tiny_models.build("qwen2_5_vl")
-    monkeypatch.setattr(measure, "IMAGE_TOKEN", model.config.image_token_id)
-    Image.new("RGB", (112, 56), "red").save(tmp_path / "a.png")
-    rows = [Row(str(tmp_path / "a.png"), "What colour?", "red"), Row(str(tmp_path / "a.png"), "A circle?", "no")]
-    expected = expected_work(rows, processor)
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        + row.answer
-        + "<|im_end|>\n"
-        for row in rows
-    ]
-    pictures = [[Image.open(row.image)] for row in rows]
-
-    def collate(chosen: list[int]) -> dict[str, torch.Tensor]:
-        batch = processor(
-            text=[texts[i] for i in chosen], images=[pictures[i] for i in chosen], padding=True, return_tensors="pt"
-        )
-        supervised = [expected_answer(processor, rows[i]) for i in chosen]
-        labels = torch.full_like(batch["input_ids"], -100)
-        for row, (length, count) in enumerate(zip(batch["attention_mask"].sum(1).tolist(), supervised, strict=True)):
-            kept = slice(-count, None) if processor.tokenizer.padding_side == "left" else slice(length - count, length)
-            labels[row, kept] = batch["input_ids"][row, kept]
-        return {**batch, "labels": labels}
-
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "out"),
-        num_train_epochs=2,
-        per_device_train_batch_size=2,
-        learning_rate=1e-9,
-        use_cpu=True,
-        report_to="none",
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
-    meter = measure.Meter()
-    with measure.measuring(meter):
-        Trainer(model, arguments, train_dataset=[0, 1], data_collator=collate).train()
-    result = meter.result()
-    assert len(result["epoch_seconds"]) == 2 and result["preparation"] == {}
-    for epoch in result["epochs"]:
-        assert epoch["language_tokens"] - epoch["padding"] == expected["tokens"]
-        assert epoch["image_tokens"] == expected["image_tokens"] == 16
-        assert epoch["patches"] == expected["patches"] == 4 * 16
-        assert epoch["tower_calls"] == 1 and epoch["tower_images"] == 2
-        assert epoch["supervised"] == expected["supervised"]
-    assert result["epoch_loss"] == pytest.approx(result["logged_loss"], rel=1e-4)
-
-
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5"])
-def test_our_side_is_followed_through_its_own_loop(counting: None, tmp_path: Path, family: str) -> None:
-    side = 56 if family == "qwen2_5_vl" else 64
-    model = tiny_models.save(family, tmp_path / "base")
-    rows = cases.write(cases.Case("drawn", "drawn"), 8, tmp_path / "rows", tmp_path)
-    processor = AutoProcessor.from_pretrained(model)
-    processor.chat_template = TEMPLATE
-    processor.save_pretrained(model)
-    processor.image_processor.size = {"shortest_edge": 784, "longest_edge": side * side}
-    counted = FlopCounterMode(display=False, custom_mapping=measure.product_flops())
-    meter = measure.Meter(total_flops=counted.get_total_flops)
-    job = Job(
-        model=str(model),
-        rows=str(tmp_path / "rows"),
-        output=str(tmp_path / "out"),
-        epochs=2,
-        batch=4,
-        micro_batch=4,
-        max_pixels=side * side,
-        learning_rate=1e-6,
-        rank=4,
-        alpha=8,
-        targets=("q_proj", "v_proj", "o_proj"),
-    )
-    with counted, measure.measuring(meter):
-        ours_sft.train(job)
-    result = meter.result() | {"peak_memory_bytes": 1, "matrix_peak": 1e9, "versions": {}}
-    sizes = parameter_counts(AutoModelForImageTextToText.from_pretrained(model))
-    row = median_row([summary(result | {"warm_up": result}, expected_work(rows, processor), sizes, 2)])
-    assert check({"ours": row}, expected_work(rows, processor)) == {}
-    assert len(result["epoch_seconds"]) == len(result["epoch_loss"]) == 2 and len(result["logged_loss"]) == 4
-    times = zip(result["data_wait_seconds"], result["epoch_seconds"], strict=True)
-    assert all(0 < waited < took for waited, took in times)
-    assert result["epoch_loss"][0] == pytest.approx(sum(result["logged_loss"][:2]) / 2, rel=0.1)
-    assert row["flops_by_arithmetic"] > 0.2 and row["trainable_parameters"] > 0
-
-
-def expected_answer(processor: Any, row: Row) -> int:
-    """Tokens of the answer with what the template puts behind it."""
-    return len(processor.tokenizer(row.answer + "<|im_end|>\n")["input_ids"])
 
 
 def test_each_side_is_compared_in_its_fastest_number_format() -> None:

@@ -14,7 +14,8 @@ import pytest
 from tests.pictures import COLOURS, png
 from vlm_sft.cli.main import main
 from vlm_sft.common.errors import EvaluationError
-from vlm_sft.evaluate.captions import caption_scores, corpus_bleu, words
+from vlm_sft.evaluate.caption_words import words
+from vlm_sft.evaluate.captions import caption_scores, corpus_bleu
 from vlm_sft.evaluate.own_metrics import rule_of
 from vlm_sft.evaluate.statistics import bootstrap, mean_interval
 
@@ -26,17 +27,40 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("A man's T-shirt, isn't it?", "a man 's t-shirt is n't it"),
-        ("Costs 3.50 (or 1,200)!", "costs 3.50 or 1,200"),
-        ("They\u2019re \u201cfine\u201d \u2014 caf\u00e9", "they 're fine caf\u00e9"),
-        ("", ""),
-    ],
-)
+# What PTBTokenizer 3.4.1 gives, called as the COCO evaluation calls it.
+PTB = r"""
+A man's T-shirt, isn't it? | a man 's t-shirt is n't it
+Costs $3.50 (or 1,200)! | costs $ 3.50 -lrb- or 1,200 -rrb-
+They’re “fine” — café | they 're fine café
+a so-called "man" (the one) & [x] {y} | a so-called man -lrb- the one -rrb- & -lsb- x -rsb- -lcb- y -rcb-
+10% off! only $9.99!! | 10 % off only $ 9.99 !!
+room #5, route #66 #fun @home | room # 5 route # 66 #fun @home
+what? what?? what?! no way!? ... .. | what what ?? what ?! no way !?
+at 5:00 a.m. in L.A., 3:45pm 10am 16:9 | at 5:00 a.m. in l.a. 3:45 pm 10am 16:9
+St. Louis vs. Mr. Smith Jr. on James Street. | st. louis vs. mr. smith jr. on james street
+no. 5 and No.7 and no 5 and no. | no. 5 and no. 7 and no 5 and no
+the man is ill. time to wash. a mass. Ill. Mass. | the man is ill time to wash a mass ill. mass.
+plan B. is good. in 1990. it | plan b. is good in 1990 it
+cannot can't cant gonna gimme 'tis | can not ca n't cant gon na gim me 't is
+o'clock o'neill ma'am y'all rock'n'roll rock 'n' roll | o'clock o'neill ma'am y' all rock 'n' roll rock 'n' roll
+it's its' dogs' dog's '90s 90's in '85 model '7 | it 's its dogs dog 's '90s 90 's in '85 model 7
+5'10" 6' 10" 6ft 8 1/2 x 11 | 5 10 6 10 6ft 8 1/2 x 11
+½ cup £5 €5 5¢ 98.6° | 1/2 cup # 5 $ 5 5 cents 98.6 °
+a,b c , d 1,000 3,5 w/ a/b 24/7 / | a b c d 1,000 3,5 w / a/b 24/7 /
+x-ray - a -- b 3-year-old 7-up 12-25-10 -5 +5 .5 | x-ray a b 3-year-old 7-up 12-25-10 -5 +5 .5
+AT&T at&t a&b A&W | at&t at & t a & b a&w
+word;word word:word word.word www.site.com, | word word word word word.word www.site.com
+me@site.com <br> *x* ** ~ ^ + = < c++ c# | me@site.com <br> * x * ** ~ ^ + = < c++ c#
+"""
+
+
+@pytest.mark.parametrize(("text", "expected"), [line.split(" | ") for line in PTB.strip().splitlines()])
 def test_words_of_a_caption(text: str, expected: str) -> None:
     assert words(text) == expected
+
+
+def test_a_caption_without_words() -> None:
+    assert words("") == words(" . , “” - ") == ""
 
 
 def test_scores_of_each_caption() -> None:

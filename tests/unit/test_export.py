@@ -46,7 +46,10 @@ def report_of(folder: Path) -> dict[str, Any]:
 def plain_logits(model: Any, processor: Any) -> torch.Tensor:
     """Logits for one question about a grey gradient, by plain transformers alone."""
     picture = Image.linear_gradient("L").resize((90, 60)).convert("RGB")
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT.fill("How many?")}]}
+    message = {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "text", "text": PROMPT.template.replace("{question}", "How many?")}],
+    }
     text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     inputs = processor(text=[text], images=[[picture]], return_tensors="pt")
     with torch.no_grad():

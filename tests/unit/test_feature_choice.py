@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from vlm_sft.data.engine_options import EngineOptions
 from vlm_sft.data.packing import EpochPlanner, GroupLengths
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.distributed.launch import Launch
-from vlm_sft.forecast.flops import Adapter
+from vlm_sft.forecast.flops import Adapter, Work
 from vlm_sft.forecast.hardware import Rates
+from vlm_sft.forecast.memory import feature_bytes
 from vlm_sft.forecast.setting import Setting
 from vlm_sft.forecast.shapes import find_published
+from vlm_sft.forecast.time import image_seconds
 from vlm_sft.model.feature_choice import FeatureCost
 from vlm_sft.planning.forecast_inputs import RunData, forecast_inputs
 from vlm_sft.planning.options import TrainOptions
@@ -73,3 +76,10 @@ def test_the_forecast_counts_the_looks_of_evaluations(every: int, kept: bool, tm
     inputs = forecast_inputs(run, facts, None, (), setting, prepared_already=True)
     assert inputs.images.to_encode.count == 128 and inputs.images.keep_features is kept
     assert not inputs.images.keep_benchmark_features, "there is no benchmark"
+    for adapter, possible in ((Adapter(16, (), projector_r=8), True), (Adapter(16, (), vision_r=8), False)):
+        found = forecast_inputs(run, facts, None, (), replace(setting, adapter=adapter), prepared_already=True)
+        assert found.images.keep_features is (kept and possible)
+    before = replace(setting, adapter=Adapter(16, (), projector_r=8))
+    assert feature_bytes(before, 100) == 100 * 4 * 1280 * 4 and feature_bytes(setting, 100) == 100 * 2048 * 4
+    steps = [image_seconds(one, Work(visual=100), kept=True, training=True) for one in (setting, before)]
+    assert steps[0] == 0 < steps[1] < image_seconds(before, Work(packs=1, visual=100), kept=False, training=True)

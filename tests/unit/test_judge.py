@@ -17,6 +17,7 @@ from tests.pictures import COLOURS, png
 from vlm_sft.cli.main import main
 from vlm_sft.common.errors import EvaluationError
 from vlm_sft.evaluate import judge as judging
+from vlm_sft.evaluate import judge_program
 from vlm_sft.evaluate.grading import chartmuseum_grading, charxiv_grading, general_grading
 from vlm_sft.evaluate.judge import parse_judge
 
@@ -31,7 +32,7 @@ for number, line in enumerate(sys.stdin):
         sys.exit(3)
     right = row["answers"][0].lower() in row["prediction"].lower()
     verdict = json.dumps({"score": 0.5 + right / 2, "reason": "seen"})
-    print("no JSON" if row["prediction"] == "odd" else verdict, flush=True)
+    print('{"score": null}' if row["prediction"] == "odd" else verdict, flush=True)
 """
 
 
@@ -62,7 +63,7 @@ def test_a_program_grades_and_nothing_is_asked_twice(capsys: pytest.CaptureFixtu
     flags = ["--metric", "judge", "--judge", COMMAND, "--predictions", "p.jsonl"]
     assert main(["score", *flags, "--per_item", "items.jsonl"]) == 0
     told = capsys.readouterr()
-    assert "1 of 3 verdicts of the judge could not be read" in told.err and "'q3': 'no JSON'" in told.err
+    assert "1 of 3 verdicts of the judge could not be read" in told.err and """'q3': '{"score": null}'""" in told.err
     assert [json.loads(line)["score"] for line in Path("items.jsonl").read_text().splitlines()] == [1.0, 0.5, 0.0]
     assert "unjudged, count as wrong" in told.out
     kept = [json.loads(line) for line in Path("p.jsonl.judge.jsonl").read_text().splitlines()]
@@ -85,6 +86,48 @@ def test_a_program_that_ends_leaves_its_verdicts(capsys: pytest.CaptureFixture[s
     assert "cannot be started" in capsys.readouterr().err
 
 
+VERDICT = 'print(json.dumps({"score": 1}), flush=True)'
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (
+            "print('loading a model', flush=True)\nfor line in sys.stdin: " + VERDICT,
+            "'loading a model', no JSON object",
+        ),
+        ("for line in sys.stdin: print('rubbish', flush=True)", "answered 'q1' with 'rubbish'"),
+        ("for line in sys.stdin: print(flush=True)", "answered 'q1' with ''"),
+        ("for line in sys.stdin: sys.stdout.buffer.write(b'\\xff\\n'), sys.stdout.flush()", "no JSON object"),
+        (f"for line in sys.stdin: {VERDICT}; {VERDICT}", "more lines than it was asked for"),
+        ("for line in sys.stdin: print('{\"score\": 7}', flush=True)", "none of its 2 verdicts could be read"),
+        ("sys.exit('no key')", "ended at 'q1' (exit code 1)"),
+        (f"sys.stdin.readline(); {VERDICT}; sys.stdout.close(); os.close(1)", "ended at 'q2' (exit code 0)"),
+        ("time.sleep(60)", "no answer about 'q1' within 1 s"),
+        ("subprocess.run(['sleep', '60'])", "no answer about 'q1' within 1 s"),  # what it started ends with it
+    ],
+)
+def test_no_verdict_of_a_program_that_is_out_of_step(
+    program: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(judge_program, "PATIENCE", 1.0)
+    Path("bad.py").write_text(f"import json, os, subprocess, sys, time\n{program}\n")
+    write("p.jsonl", [row(1, "red"), row(2, "blue")])
+    flags = ["--predictions", "p.jsonl", "--per_item", "items.jsonl"]
+    assert main(["score", "--metric", "judge", "--judge", f"{sys.executable} bad.py", *flags]) == 2
+    told = capsys.readouterr().err
+    assert words in told and "fix:" in told and "Traceback" not in told
+    kept = Path("p.jsonl.judge.jsonl").read_text()
+    assert not Path("items.jsonl").exists() and kept.count("score") == words.count("q2")
+
+
+def test_a_program_that_stays_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_program, "GRACE", 0.5)
+    Path("stays.py").write_text(f"import json, sys, time\nfor line in sys.stdin: {VERDICT}\ntime.sleep(60)\n")
+    write("p.jsonl", [row(1, "red")])
+    assert vs.score(None, "p.jsonl", metric="judge", judge=f"{sys.executable} stays.py")["judge"]["accuracy"] == 1.0
+
+
 class Model(BaseHTTPRequestHandler):
     """An OpenAI-compatible server that grades by whether the answer is in the text; it is busy at first."""
 
@@ -92,6 +135,7 @@ class Model(BaseHTTPRequestHandler):
     keys: list[str | None] = []
     busy = 1
     elsewhere = False
+    slow = threading.Event()
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -111,6 +155,15 @@ class Model(BaseHTTPRequestHandler):
         prompt = request["messages"][0]["content"]
         if request["model"] == "unknown":
             self.answer(404, {"error": "no such model"})
+            return
+        if request["model"] == "slow":
+            Model.slow.wait(5)
+            return
+        if request["model"] == "page":
+            self.answer(200, "<html>")
+            return
+        if request["model"] == "mute":
+            self.answer(200, {"choices": [{"message": {"content": None}}]})
             return
         text = "<think>{maybe}</think> Verdict: " + json.dumps({"score": int("Answer to grade: red" in prompt)})
         self.answer(200, {"choices": [{"message": {"content": "?" if "Colour 3" in prompt else text}}]})
@@ -162,6 +215,29 @@ def test_a_model_at_an_address_grades(
     assert "HTTP 302" in capsys.readouterr().err and all(one["path"].endswith("/completions") for one in Model.asked)
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("slow", "timed out"),
+        ("page", "no chat completion: '\"<html>\"'"),
+        ("mute", "none of its 1 verdicts could be read"),
+    ],
+)
+def test_a_server_that_gives_no_verdict_is_an_error(
+    server: str, model: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(judging.time, "sleep", lambda _: None)
+    monkeypatch.setattr(judging, "SECONDS", 0.2)
+    Model.busy = 0
+    Model.slow.clear()
+    write("p.jsonl", [row(1, "red")])
+    flags = ["--metric", "judge", "--judge", server, "--judge_model", model, "--predictions", "p.jsonl"]
+    assert main(["score", *flags]) == 2
+    Model.slow.set()
+    told = capsys.readouterr().err
+    assert words in told and server in told and "Traceback" not in told
+
+
 def test_an_address_that_never_answers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(judging.time, "sleep", waits.append)
@@ -180,6 +256,12 @@ def test_an_address_that_never_answers_is_an_error(monkeypatch: pytest.MonkeyPat
         (["--metric", "judge", "--judge", "http://127.0.0.1:9"], "which model?"),
         (["--metric", "judge", "--judge", COMMAND, "--judge_model", "x"], "--judge_model is for an address"),
         (["--metric", "judge", "--judge_model", "x"], "there is no --judge"),
+        (["--metric", "judge", "--judge", "python 'x"], "--judge python 'x: No closing quotation"),
+        (["--metric", "judge", "--judge", " "], "it is empty"),
+        (["--metric", "judge", "--judge", "htp://localhost/v1"], "there is no program htp://localhost/v1"),
+        (["--metric", "judge", "--judge", "http:///v1", "--judge_model", "x"], "http:///v1: there is no host"),
+        (["--metric", "judge", "--judge", "http://[x/v1", "--judge_model", "x"], "--judge http://[x/v1: Invalid IPv6"),
+        (["--metric", "judge", "--judge", "http://h:x/v1", "--judge_model", "x"], "--judge http://h:x/v1: Port"),
     ],
 )
 def test_mistakes_in_the_flags(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

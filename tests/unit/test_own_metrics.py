@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 import vlm_sft as vs
 from tests.pictures import COLOURS, png
+from tests.unit.test_sources_published import table
 from vlm_sft.cli.main import main
 from vlm_sft.common.errors import EvaluationError, RecipeError
 from vlm_sft.data.sources.spec import parse_datasets
+from vlm_sft.evaluate.metrics import BENCHMARKS
 from vlm_sft.evaluate.own_metrics import RULES, metric_text, parse_metrics, recorded_sources, rule_of
 from vlm_sft.planning.fingerprint import differences
 from vlm_sft.planning.options import TrainOptions
-from vlm_sft.planning.validation_plan import check_request, own_rules
+from vlm_sft.planning.validation_plan import check_request, own_rules, plan_validation
 from vlm_sft.recipe.load import load_recipe
 
 BY_LENGTH = '''
@@ -55,6 +58,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VLM_SFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path, module
 
 
@@ -198,6 +202,45 @@ def test_the_metric_that_chooses_belongs_to_the_data(place: tuple[Path, str]) ->
         check_request(load_recipe(None, {"metric_for_best_model": "exact_match"}), specs, options)
     with pytest.raises(RecipeError, match="metric_for_best_model mine:f is of no benchmark"):
         check_request(load_recipe(None, {"metric_for_best_model": "mine:f"}), specs, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "row"),
+    [
+        ("ai2d", "test", {"question": "What?", "options": ["a fox", "a hare"], "answer": "1"}),
+        ("docvqa", "validation", {"question": "Who?", "answers": ["ITC"], "question_types": ["form"]}),
+    ],
+)
+def test_a_benchmark_that_is_not_trained_on_chooses_and_guards(
+    place: tuple[Path, str], name: str, split: str, row: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Most published benchmarks have questions for a test only, so they cannot be in --dataset."""
+    there = f"{name}@{table(place[0] / name, split, [row] * 4)}"
+    specs, metric = parse_datasets("mine.jsonl"), BENCHMARKS[name].metric_name
+    recipe = load_recipe(None, {"metric_for_best_model": metric, "load_best_model_at_end": True})
+    for options in (
+        TrainOptions(output_dir=Path("unused"), eval_benchmarks=there, eval_samples=3),
+        TrainOptions(output_dir=Path("unused"), guard=f"{there}:2", eval_samples=3),
+    ):
+        plan, left_out = plan_validation(recipe, specs, check_request(recipe, specs, options), options)
+        assert plan is not None and [task.name for task in plan.tasks] == ["mine", name] and not left_out
+        assert [len(task.samples) for task in plan.tasks] == [2, 3] and plan.metric == metric
+        assert ("test questions only" in capsys.readouterr().err) is (split == "test")
+    with pytest.raises(RecipeError, match="in --dataset mine@mine.jsonl, --eval_benchmarks or --guard"):
+        check_request(recipe, specs, TrainOptions(output_dir=Path("unused")))
+
+
+def test_a_training_is_chosen_by_ai2d(place: tuple[Path, str]) -> None:
+    row = {"question": "What?", "options": ["a fox", "a hare"], "answer": "1"}
+    there = f"ai2d@{table(place[0] / 'ai2d', 'test', [row] * 4)}"
+    flags = ["--base_model", "pocket", "--dataset", "mine.jsonl", "--output_dir", "run", "--report_to", "none"]
+    flags += ["--max_steps", "1", "--eval_steps", "1", "--save_steps", "1", "--load_best_model_at_end", "true"]
+    flags += ["--eval_benchmarks", there, "--metric_for_best_model", "ai2d_accuracy", "--guard", f"{there}:100"]
+    assert main(["train", *flags, "--warmup_ratio", "0", "--max_new_tokens", "4"]) == 0
+    (told,) = [row["eval_ai2d_accuracy"] for row in lines(Path("run/metrics.jsonl")) if "eval_ai2d_accuracy" in row]
+    guard = json.loads(Path("run/guard.json").read_text())
+    assert guard["metric"] == "ai2d_accuracy" and guard["evaluations"][0]["value"] == told
+    assert guard["evaluations"][0]["guards"][0]["benchmark"] == "ai2d" and guard["best_step"] == 1
 
 
 def test_multiple_choice_of_own_records_finds_its_options(place: tuple[Path, str]) -> None:

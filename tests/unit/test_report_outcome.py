@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tests.report_runs import Page, make_run
 from vlm_sft.common import artifacts
 from vlm_sft.report.collect import collect_runs
 from vlm_sft.report.html import write_report
-from vlm_sft.report.outcome import gain, summarize
+from vlm_sft.report.outcome import CLAIMS, claims_of, gain, summarize
 from vlm_sft.report.predictions import NEAR, read_predictions
 
 
@@ -73,9 +74,13 @@ def test_clear_cases_come_first_and_near_ones_have_a_count_and_a_filter(tmp_path
 def test_the_page_begins_with_its_headline(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "run"), tmp_path)
     told = page.text.index("easy_vqa 61.0 to 76.4 % (+15.4 ± 2.0)")
+    assert page.text.index("Fine-tuning helped") < told
     assert (
         told < page.text.index("1 min 57 s of training, 120 thousand parameters trained") < page.text.index("Results")
     )
+    moment = next(one for one in page.all("time"))
+    assert moment["datetime"] == "2026-01-02T10:00:00+00:00" and "2 Jan 2026, 10:00 UTC" in page.text
+    assert "2026-01-02T10" not in page.text, "people do not read such dates"
     assert page.text.index("Outcome") < page.text.index("What to do next")
     assert len([one for one in page.all("ul") if "highlights" in one.get("class", "")]) == 1
 
@@ -100,6 +105,30 @@ def test_question_types_show_what_improved_and_what_did_not(tmp_path: Path) -> N
     assert "shape" in weakest and "50.0 %" in weakest
     text = page_of(folder, tmp_path).text
     assert "Accuracy on charts by question type" in text and "+100.0" in text
+    lost = [(kind, before, after, truth, after_score, score) for kind, before, after, truth, score, after_score in rows]
+    answered(folder, lost)
+    (run,) = collect_runs([folder])
+    assert any("got worse in colour 100.0 to 0.0 %" in line for line in summarize(run).advice)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "interval", "claim", "direction"),
+    [
+        ("better", (0.1, 0.2), "Fine-tuning helped", "better"),
+        ("worse", (-0.2, -0.1), "Fine-tuning made it worse", "worse"),
+        ("no significant difference", (-0.1, 0.1), "Fine-tuning made no clear difference", "same"),
+        ("too few to judge", (0.1, 0.2), "Too few questions to judge", "same"),
+    ],
+)
+def test_the_headline_says_whether_fine_tuning_helped(
+    tmp_path: Path, verdict: str, interval: tuple[float, float], claim: str, direction: str
+) -> None:
+    (run,) = collect_runs([make_run(tmp_path / "run")])
+    one = replace(run.benchmarks[0], verdict=verdict, difference_interval=interval)
+    ((told, way, gains),) = claims_of([one, replace(one, base=None)], "mine")
+    assert (told, way) == (f"{claim} (mine)", direction) and gains.startswith("easy_vqa 61.0 to 76.4 %")
+    several = claims_of([one, replace(one, verdict="better", difference_interval=(0.1, 0.2), name="other")])
+    assert several[0][0] == CLAIMS["better"], "good news first"
 
 
 @pytest.mark.parametrize(
@@ -132,3 +161,24 @@ def test_a_benchmark_without_a_base_has_no_gain(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"base": None}
     assert gain(replace(run.benchmarks[0], **changes)) == ""
     assert gain(replace(run.benchmarks[0], difference_interval=None)).endswith("(+15.4)")
+
+
+@pytest.mark.parametrize("adapter", ["outputs/mine", None])
+def test_the_folder_of_an_evaluation_shows_its_results(tmp_path: Path, adapter: str | None) -> None:
+    folder = tmp_path / "judged"
+    answered(folder, [("value", "1", "2", ["2"], 0.0, 1.0)] * 3)
+    side = "tuned" if adapter else "base"
+    (folder / "evaluation" / side / "charts").rename(folder / "charts")
+    shutil.rmtree(folder / "evaluation")
+    artifacts.write_json(
+        folder / "charts" / artifacts.RESULTS,
+        {"n": 3, "metric": "exact", "accuracy": 0.625, "interval": [0.5, 0.75], "seconds": 4.0},
+    )
+    facts = {"status": "finished", "command": ["vlm-sft", "eval"], "base_model": "pocket", "wall_seconds": 9.0}
+    artifacts.write_json(folder / artifacts.RUN, {"schema": 1, **facts, "adapter": adapter})
+    page = page_of(folder, tmp_path)
+    assert "62.5 % [50.0, 75.0] of 3 questions" in page.text and "9.0 s of evaluation" in page.text
+    assert f"vlm-sft compare OTHER {folder.name} --baseline OTHER" in page.text
+    assert ("with adapter outputs/mine" in page.text) == bool(adapter)
+    assert len(page.held["questions"]) == 3 and "not been evaluated" not in page.text
+    assert not {"run1-training", "run1-data", "run1-parameters"} & {one.get("id") for one in page.all("section")}

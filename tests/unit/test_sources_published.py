@@ -13,6 +13,7 @@ import pytest
 from tests.pictures import png
 from vlm_sft.common.errors import DataError, EvaluationError
 from vlm_sft.data.sample import Place, Turn
+from vlm_sft.data.sources.mmmu import PHRASE
 from vlm_sft.data.sources.published import LETTER, SOURCES
 from vlm_sft.data.sources.registry import LOADERS, load_split
 from vlm_sft.data.sources.spec import KNOWN, PUBLISHED, TABLE_SETS, parse_datasets
@@ -99,9 +100,19 @@ def test_ai2d_asks_for_the_letter(tmp_path: Path) -> None:
 
 
 def test_realworldqa_and_ocrbench(tmp_path: Path) -> None:
-    folder = table(tmp_path / "real", "test", [{"question": "Left?\nA. Yes\nB. No", "answer": "B"}])
+    rows = [
+        {"question": "Way?\n\nA. Left\nB. Straight on\nAnswer with the letter.", "answer": "B"},
+        {"question": "How many? A. Smith counts.\nA. 1\nC. 3", "answer": "A"},
+        {"question": "Green?", "answer": "Yes"},
+    ]
+    folder = table(tmp_path / "real", "test", rows)
     (task,), _ = load_tasks(parse_datasets(f"realworldqa@{folder}"), None)
-    assert task.benchmark.score("B.", task.samples[0].answers, task.samples[0].metadata) == 1.0
+    choice, gap, word = task.samples
+    assert choice.metadata["options"] == ["Left", "Straight on"] and "options" not in gap.metadata | word.metadata
+    scores = [
+        task.benchmark.score(text, choice.answers, choice.metadata) for text in ("B.", "straight on", "left", "A")
+    ]
+    assert scores == [1, 1, 0, 0] and task.benchmark.score("yes.", word.answers, word.metadata) == 1.0
     row = {"dataset": "HME100k", "question": "Formula?", "question_type": "Formula", "answer": ["x^2"]}
     folder = table(tmp_path / "ocr", "test", [row])
     (task,), _ = load_tasks(parse_datasets(f"ocrbench@{folder}"), None)
@@ -150,7 +161,12 @@ def test_mmmu(tmp_path: Path) -> None:
     assert choice.metadata["options"][1] == "it's blue, unlike <image 1>"
     replies = ("B", "I would choose (B)", "the answer is clearly it's blue, unlike <image 1>", "no idea", "A")
     assert [task.benchmark.score(text, choice.answers, choice.metadata) for text in replies] == [1, 1, 1, 0, 0]
-    assert opened.answers == ("3.5", "7/2") and len(opened.images) == 1 and opened.metadata["question_type"] == "open"
+    assert (
+        opened.question == f"How much in ?\n{PHRASE}"
+        and opened.answers == ("3.5", "7/2")
+        and len(opened.images) == 1
+        and opened.metadata["question_type"] == "open"
+    )
     replies = ("It is 3.50.", "so x = 7/2", "4")
     assert [task.benchmark.score(text, opened.answers, opened.metadata) for text in replies] == [1, 1, 0]
     assert [(one.id, one.reason) for one in left] == [

@@ -90,6 +90,8 @@ def demo(
     port: int = PORT,
     max_new_tokens: int | None = None,
     allow_other_base: bool = False,
+    max_length: int | None = None,
+    oversized: str | None = None,
 ) -> Any:
     """Serve a page to this machine on which one uploads an image, asks, and compares base and tuned (extra `demo`).
 
@@ -99,6 +101,8 @@ def demo(
         port: of the page.
         max_new_tokens: limit of an answer in tokens; None for that of the adapter or the base.
         allow_other_base: the base may be another one than the adapter was trained on.
+        max_length, oversized: tokens of a question, and "scale" to scale pictures of longer ones down, or "keep"; None
+            for what the adapter's training had.
 
     Returns:
         The gradio.Blocks, which is served already: `close()` ends it, `block_thread()` waits for Ctrl+C.
@@ -109,15 +113,15 @@ def demo(
     """
     require_gradio()
     with restored():
-        return open_page(_opened(base_model, adapter, max_new_tokens, allow_other_base), port)
+        return open_page(_opened(base_model, adapter, max_new_tokens, allow_other_base, max_length, oversized), port)
 
 
-def _opened(base_model: str | None, adapter: Any, max_new_tokens: int | None, allow_other_base: bool) -> Asker:
+def _opened(base_model: str | None, adapter: Any, *settings: Any) -> Asker:
     """What answers: a base, and the adapter of a run."""
     folder = Path(adapter) if adapter is not None else None
     if folder is not None and artifacts.holds_full_model(folder):
         base_model, folder = str(folder), None
-    return open_asker(base_model, folder, False, max_new_tokens, allow_other_base)
+    return open_asker(base_model, folder, False, *settings)
 
 
 def ask(
@@ -127,6 +131,8 @@ def ask(
     adapter: Any = None,
     max_new_tokens: int | None = None,
     allow_other_base: bool = False,
+    max_length: int | None = None,
+    oversized: str | None = None,
 ) -> Answers:
     """Load a model and ask it; `Run.ask` keeps the model loaded.
 
@@ -138,6 +144,8 @@ def ask(
         adapter: a `Run`, or the folder of an adapter; None asks the base alone.
         max_new_tokens: limit of an answer in tokens; None for that of the adapter or the base.
         allow_other_base: the base may be another one than the adapter was trained on.
+        max_length, oversized: tokens of a question, and "scale" to scale pictures of longer ones down, or "keep"; None
+            for what the adapter's training had.
 
     Raises:
         DataError: an image cannot be read, or images and questions do not pair.
@@ -152,4 +160,4 @@ def ask(
     """
     pairs = pairs_of(images, questions)
     with restored():
-        return answered(_opened(base_model, adapter, max_new_tokens, allow_other_base), pairs)
+        return answered(_opened(base_model, adapter, max_new_tokens, allow_other_base, max_length, oversized), pairs)

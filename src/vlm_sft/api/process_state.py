@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from vlm_sft.common.hub_answers import forget_answers
+
 
 @contextmanager
 def restored() -> Iterator[None]:
@@ -28,6 +30,7 @@ def restored() -> Iterator[None]:
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    forget_answers()
     try:
         with warnings.catch_warnings():
             yield

@@ -6,7 +6,9 @@ import argparse
 import shlex
 from pathlib import Path
 
-from vlm_sft.cli.eval import add_other_base_argument
+from vlm_sft.cli.eval import add_length_arguments, add_other_base_argument
+
+MODEL_FLAGS = ("base_model", "adapter", "flash_attn", "max_new_tokens", "allow_other_base", "max_length", "oversized")
 
 HELP = "ask questions about an image; with an adapter, base and tuned answer side by side"
 
@@ -36,6 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hub id, folder, or 'pocket' (default: the one that the adapter names; 'pocket' without an adapter)",
     )
     add_other_base_argument(parser)
+    add_length_arguments(parser, ("keep", "scale"))
     parser.add_argument(
         "--max_new_tokens",
         type=int,
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             what = f"{bounded(str(path), 200)}: {error.strerror or error}"
             raise DataError(what, "pass the path of a picture") from error
-    asker = open_asker(args.base_model, args.adapter, args.flash_attn, args.max_new_tokens, args.allow_other_base)
+    asker = open_asker(**{name: getattr(args, name) for name in MODEL_FLAGS})
     shown = [f"{image.source}, {image.width} x {image.height} pixels" for image in images]
     say(f"{'; '.join(shown)}, asked of {asker.title}")
     for answer in asker.ask(images, args.questions):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vlm_sft.cli.ask import add_model_arguments
+from vlm_sft.cli.ask import MODEL_FLAGS, add_model_arguments
 from vlm_sft.evaluate.demo_page import PORT
 
 HELP = "open a local page to upload an image, ask, and compare base and tuned"
@@ -22,6 +22,6 @@ def run(args: argparse.Namespace) -> int:
     from vlm_sft.evaluate.interactive import open_asker
 
     require_gradio()
-    asker = open_asker(args.base_model, args.adapter, args.flash_attn, args.max_new_tokens, args.allow_other_base)
+    asker = open_asker(**{name: getattr(args, name) for name in MODEL_FLAGS})
     open_page(asker, args.port).block_thread()
     return 0

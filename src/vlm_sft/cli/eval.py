@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from vlm_sft.common.options import add_options, read_options
 from vlm_sft.data.engine_options import CacheOptions
+from vlm_sft.data.prompt import OVERSIZED
 from vlm_sft.data.sources.spec import COLUMNS_HELP, KNOWN
 from vlm_sft.evaluate.options import PROMPT, AnswerOptions
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prompt_arguments(parser, "instead of the adapter's or the base's own")
     parser.add_argument("--min_pixels", type=int, metavar="N", help="instead of the adapter's own")
     parser.add_argument("--max_pixels", type=int, metavar="N", help="instead of the adapter's own")
-    _add_length_arguments(parser)
+    add_length_arguments(parser, OVERSIZED)
     parser.add_argument(
         "--allow_prompt_mismatch",
         action="store_true",
@@ -66,20 +67,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
-def _add_length_arguments(parser: argparse.ArgumentParser) -> None:
+def add_length_arguments(parser: argparse.ArgumentParser, policies: Sequence[str]) -> None:
     """Add the flags of questions that are too long; recipes have keys of the same names."""
+    said = {
+        "keep": "asked as they are",
+        "leave_out": "left out",
+        "scale": "asked with their images scaled down until they fit",
+    }
     parser.add_argument(
         "--max_length",
         type=int,
         metavar="N",
-        help="tokens of a question with its images and its expected answer (default: what the model's positions reach)",
+        help="tokens of a question with its images and expected answer (default: as in the adapter's training, else "
+        "what the model's positions reach)",
     )
     parser.add_argument(
         "--oversized",
-        choices=("keep", "leave_out", "scale"),
-        default="keep",
-        help="what is done with longer questions: asked as they are, left out, or asked with their images scaled down "
-        "until they fit (default: %(default)s)",
+        choices=policies,
+        help=f"what is done with longer questions: {', or '.join(said[name] for name in policies)} (default: as in the "
+        "adapter's training, else keep)",
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from vlm_sft.cli.parser import build_parser
 from vlm_sft.common.console import lost_streams, secure_streams
 from vlm_sft.common.errors import InterruptedRunError, VlmSftError, quoted
+from vlm_sft.common.hub_answers import forget_answers
 
 # Verbs that leave nothing but what they print: without their reader they have not done what they were asked for.
 PRINTING = ("plan", "recommend", "score", "ask", "completion")
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         whose output was lost: 141 where nobody reads it any more (as `head` leaves others), else 1.
     """
     secure_streams()
+    forget_answers()
     argv = _launcher_flag_last(list(sys.argv[1:] if argv is None else argv))
     verb = next((word for word in argv if not word.startswith("-")), "")
     try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
+
 NOTHING = "–"  # shown where an artifact holds no value
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")  # in any locale
 
 
 def percent(fraction: float | None) -> str:
@@ -68,6 +71,21 @@ def duration(seconds: float | None) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(seconds / 3600)
     return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def moment(text: str) -> str:
+    """A recorded moment as a date and a time of day: "2026-11-28T08:46:51+00:00" is "28 Nov 2026, 08:46 UTC".
+
+    Args:
+        text: in ISO 8601 with its offset; anything else is returned as it is.
+    """
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    offset = when.utcoffset()
+    zone = "" if offset is None else " UTC" if offset == timedelta(0) else f" {when:%z}"
+    return f"{when.day} {_MONTHS[when.month - 1]} {when:%Y, %H:%M}{zone}"
 
 
 def size(byte_count: float | None) -> str:

@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -105,6 +105,11 @@ def bfloat16_flags() -> tuple[str, ...]:
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
     flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
     return tuple(flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags)
+
+
+def loaded_in_bfloat16(record: Mapping[str, Any]) -> bool:
+    """Whether a run loaded its weights in bfloat16, whatever it computed in then, from its run.json."""
+    return bool(record.get("loaded_dtype", record.get("dtype")) == "bfloat16")
 
 
 def peak_memory_bytes() -> int:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from vlm_sft.data.chat import Message, message
-from vlm_sft.data.prompt import PromptSettings
+from vlm_sft.data.prompt import SHORT_ANSWER_TEMPLATE, PromptSettings
 from vlm_sft.data.sample import PlacedTurn, Sample
 from vlm_sft.data.sources.spec import is_own
 
 # Two user texts that share no first token: what their sequences share is the part before the question.
 PROBES = ("A", "9")
+# Their questions say what form the answer has (a letter, a formula, …), or the benchmark's own scripts add nothing.
+COMPLETE = frozenset(("ai2d", "charxiv", "mmmu", "ocrbench", "realworldqa"))
+
+
+def template_of(prompt: PromptSettings, dataset: str) -> str:
+    """The template that questions of a data set are put in: "{question}" where they say themselves what is wanted.
+
+    Args:
+        prompt: a template other than the toolkit's own holds for all benchmarks.
+        dataset: as of `Sample`.
+    """
+    complete = dataset in COMPLETE and prompt.template == SHORT_ANSWER_TEMPLATE
+    return "{question}" if complete else prompt.template_for(is_own(dataset))
 
 
 def conversation(sample: Sample, prompt: PromptSettings, question: str | None = None) -> list[Message]:
@@ -39,6 +52,6 @@ def _with_system(sample: Sample, prompt: PromptSettings, turns: list[PlacedTurn]
 def _filled(sample: Sample, prompt: PromptSettings, question: str | None) -> list[PlacedTurn]:
     """As `Sample.turns`, with the question in the prompt template; images before a question stay before both."""
     *history, (role, text, places) = sample.turns(question)
-    own = is_own(sample.dataset)
-    before = prompt.template_for(own).index("{question}")
-    return [*history, (role, prompt.fill(text, own), tuple(at and before + at for at in places))]
+    template = template_of(prompt, sample.dataset)
+    before = template.index("{question}")
+    return [*history, (role, template.replace("{question}", text), tuple(at and before + at for at in places))]

@@ -19,12 +19,11 @@ from PIL import Image
 from vlm_sft.common.errors import ModelError, SampleError
 from vlm_sft.data.boxes import Convention
 from vlm_sft.data.chat import TEXT_KEYS, Chat, Message
-from vlm_sft.data.conversation import PROBES, conversation, probe_conversation
+from vlm_sft.data.conversation import PROBES, conversation, probe_conversation, template_of
 from vlm_sft.data.images import pictures_of, sources_of
 from vlm_sft.data.processor import apply_pixel_bounds, blamed_on, end_ids, image_token_id, visual_tokens
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import UNPLACEABLE, Sample
-from vlm_sft.data.sources.spec import is_own
 
 ImageSource = Callable[[Sample], dict[str, torch.Tensor]]  # the processor's output for a sample's pictures
 # Width and height in pixels of pictures on which the image processor is compared with the whole processor.
@@ -362,7 +361,7 @@ class Encoder:
 
     def _probe_tokens(self, sample: Sample) -> list[np.ndarray]:
         """Tokens of the sample's conversation with each probe for a question, not expanded."""
-        key = (sample.system, len(sample.images), is_own(sample.dataset))
+        key = (sample.system, len(sample.images), template_of(self.prompt, sample.dataset))
         kept = not (sample.history or sample.places)
         if not kept or key not in self._probes:
             asked = [conversation(sample, self.prompt, sample.opening_words + probe) for probe in PROBES]

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from vlm_sft.common.errors import QUOTED_CHARACTERS, SampleError, bounded
 from vlm_sft.data.audit import check_images
@@ -19,6 +19,7 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.image_tokens import grid_tensors
 from vlm_sft.data.images import scaled
 from vlm_sft.data.processor import visual_tokens
+from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import OVERSIZED, UNSCALABLE, LeftOut, Sample
 
 Policy = Literal["keep", "leave_out", "scale"]
@@ -41,6 +42,25 @@ class LengthRule:
     max_length: int | None = None
     context: int | None = None
     policy: Policy = "keep"
+
+    @classmethod
+    def recorded(
+        cls, prompt: PromptSettings, context: int | None, max_length: int | None = None, oversized: str | None = None
+    ) -> LengthRule:
+        """The rule that travels with an adapter or a model.
+
+        Args:
+            prompt: its settings.
+            context: as of `LengthRule`.
+            max_length, oversized: of a user, which take their places; None leaves them.
+        """
+        return cls(max_length or prompt.max_length, context, cast(Policy, oversized or prompt.oversized))
+
+    @property
+    def text(self) -> str:
+        """As flags; "" where nothing is asked for."""
+        length = f"--max_length {self.max_length} " if self.max_length else ""
+        return f"{length}--oversized {self.policy}" if length or self.policy != KEEP else ""
 
     @property
     def limit(self) -> int | None:

@@ -10,6 +10,8 @@ from vlm_sft.common import artifacts
 from vlm_sft.common.errors import ModelError, quoted
 
 SHORT_ANSWER_TEMPLATE = "{question}\nAnswer the question using a single word or phrase."
+OVERSIZED = ("keep", "leave_out", "scale")  # what may be done with samples that are too long
+LENGTH_KEYS = ("max_length", "oversized")
 PROMPT_KEYS = ("template", "own_template", "system", "min_pixels", "max_pixels")  # what changes an answer's wording
 
 
@@ -24,6 +26,7 @@ class PromptSettings:
         max_new_tokens: upper bound of a generated answer, in tokens, where a benchmark does not say otherwise.
         own_template: instead of `template` for own data and free questions; None where both are asked alike.
         answer_tokens: tokens of the longest answer of the own data that it was trained on; None where there was none.
+        max_length, oversized: what its training did with samples that are too long, as in its recipe.
     """
 
     template: str = SHORT_ANSWER_TEMPLATE
@@ -33,6 +36,8 @@ class PromptSettings:
     max_new_tokens: int = 32
     own_template: str | None = None
     answer_tokens: int | None = None
+    max_length: int | None = None
+    oversized: str = OVERSIZED[0]
 
     def __post_init__(self) -> None:
         for template in (self.template, self.own_template):
@@ -46,17 +51,14 @@ class PromptSettings:
         """The template of own data and free questions, or that of the benchmarks."""
         return self.template if self.own_template is None or not own else self.own_template
 
-    def fill(self, question: str, own: bool = False) -> str:
-        """Return the user's text for one question."""
-        return self.template_for(own).replace("{question}", question)
-
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, with the schema number."""
-        return {"schema": 1, **asdict(self)}
+        """Return JSON values, with the schema number; without what is done with samples that are too long."""
+        return {"schema": 1, **{key: value for key, value in asdict(self).items() if key not in LENGTH_KEYS}}
 
     def save(self, folder: str | Path) -> Path:
         """Write prompt.json into `folder`."""
-        return artifacts.write_json(Path(folder) / artifacts.PROMPT, self.to_dict())
+        given = {key: getattr(self, key) for key in LENGTH_KEYS if getattr(self, key) != getattr(PromptSettings(), key)}
+        return artifacts.write_json(Path(folder) / artifacts.PROMPT, self.to_dict() | given)
 
     @classmethod
     def find(cls, folder: str | Path) -> PromptSettings | None:
@@ -77,6 +79,9 @@ class PromptSettings:
             )
         for key in values.keys() & known.keys():
             _check_type(path, key, values[key], str(known[key]))
+        if values.get("oversized", OVERSIZED[0]) not in OVERSIZED:
+            what = f"{path}: oversized is {quoted(values['oversized'])}, not one of {', '.join(OVERSIZED)}"
+            raise ModelError(what, "copy the file again, or delete it")
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def with_texts(self, template: str | None, system: str | None) -> PromptSettings:

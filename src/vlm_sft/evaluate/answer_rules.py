@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlm_sft.common.errors import EvaluationError, quoted
+
 TOLERANCE = 0.05  # relative, of a number in ChartQAPro
 SIMILAR = 0.5  # normalised edit distance from which on a text of ChartQAPro is another one
 HANDWRITTEN_FORMULAS = "HME100k"  # the part of OCRBench in which case counts and spaces do not
 FORMULA_QUESTION = "Handwritten Mathematical Expression Recognition"  # its type of question
 FEWEST_OPTIONS = 5  # A to E, where a question does not say which options it has
-_LAST_WORDS = 5  # an option's letter has to be one of so many last words
+_LAST_WORDS = 4  # an option's letter has to be one of so many last words
 _NO_CHOICE = "Z"  # an answer that refuses, or says so, chooses nothing
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -48,7 +50,8 @@ def edit_distance(first: str, second: str) -> int:
 def chartqapro(prediction: str, answers: Sequence[str], year: Sequence[str] = (), question_type: str = "") -> float:
     """Score ChartQAPro's relaxed accuracy: numbers within 5 %, years exactly, other texts by ANLS, lists part by part.
 
-    Source: Masry et al. 2025 (ChartQAPro, arXiv 2504.05506), as in `evaluate_predictions.py` of its repository.
+    Source: Masry et al. 2025 (ChartQAPro, arXiv 2504.05506), as in `evaluate_predictions.py` of its repository, which
+    VLMEvalKit shares. lmms-eval compares fact checks and choices exactly, and strips spaces first.
 
     Rule: the last answer counts. Of both texts, full stops and then line ends are taken off the ends. A text that reads
     as a Python list is one (in the expected answer also with bare words), anything else a list of one. Parts are
@@ -138,27 +141,45 @@ def multiple_choice(prediction: str, answers: Sequence[str], options: Sequence[s
 
     Source: the exact matching of VLMEvalKit (`vlmeval/utils/matching_util.py`: `can_infer_option`, then
     `can_infer_text`), without a model that judges what neither finds: such an answer is wrong. Options keep their
-    order; none are shuffled.
+    order; none are shuffled. The branch for answers that report a failed call of an interface is left out.
 
     Rule: an answer that holds one of four refusals is wrong. The marks `.()[],:;!*#{}` become spaces. If exactly one
-    letter of the options is a word of the answer, and one of the last five, it is chosen; if none is, and `Z` is, the
-    answer is wrong. Next, the letter A to D behind the first `answer is` that one follows is chosen; case is ignored
-    there and the letter may begin a word, so `the answer is a bus` chooses A, as in the reference. If nothing is
-    chosen so, and the answer is at most twice as long as all options together, the option whose text it holds (case
-    ignored) is chosen, where that is exactly one.
+    letter of the options is a word of the answer, and one of its last four words where it first stands, it is chosen;
+    if none is, and `Z` is, the answer is wrong. Next, the letter A to D behind the first `answer is` that one follows
+    is chosen; case is ignored there and the letter may begin a word, so `the answer is a bus` chooses A, as in the
+    reference. If nothing is chosen so, and the answer is at most twice as long as all options together, the option
+    whose text it holds (case ignored) is chosen, where that is exactly one.
 
     Args:
         prediction: the model's answer.
-        answers: the letter of the right option first.
+        answers: the letter of the right option first, or its text.
         options: their texts, A first; without them the letters A to E are known, and no texts.
 
     Returns:
         1.0 or 0.0.
+
+    Raises:
+        EvaluationError: the right option is none of them.
     """
-    gold = answers[0].strip().upper()
-    count = len(options) or max(FEWEST_OPTIONS, string.ascii_uppercase.find(gold) + 1)
-    letters = string.ascii_uppercase[:count]
-    return float(chosen_option(prediction, dict(zip(letters, options or [""] * count, strict=True))) == gold)
+    gold = right_option(answers[0], options)
+    if not gold:
+        raise EvaluationError(f"the right option is {quoted(answers[0])}, which is none", "give its letter or its text")
+    letters = string.ascii_uppercase[: len(options) or max(FEWEST_OPTIONS, string.ascii_uppercase.find(gold) + 1)]
+    return float(chosen_option(prediction, dict(zip(letters, options or [""] * len(letters), strict=False))) == gold)
+
+
+def right_option(answer: str, options: Sequence[str]) -> str:
+    """The letter of the option that an expected answer is: by its letter, else by its text, ignoring case; "" for none.
+
+    Args:
+        answer: the expected one.
+        options: their texts, A first; any letter is one where there are none.
+    """
+    answer = answer.strip()
+    if len(answer) == 1 and answer.upper() in string.ascii_uppercase[: len(options) or None]:
+        return answer.upper()
+    same = [option.strip().lower() == answer.lower() for option in options[: len(string.ascii_uppercase)]]
+    return string.ascii_uppercase[same.index(True)] if same.count(True) == 1 else ""
 
 
 def chosen_option(prediction: str, options: Mapping[str, str]) -> str | None:
@@ -172,7 +193,7 @@ def chosen_option(prediction: str, options: Mapping[str, str]) -> str | None:
         return None
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", prediction).split()
     named = [letter for letter in options if letter in words]
-    if len(named) == 1 and words.index(named[0]) > len(words) - _LAST_WORDS:
+    if len(named) == 1 and words.index(named[0]) >= len(words) - _LAST_WORDS:
         return named[0]
     if not named and _NO_CHOICE in words:
         return None
@@ -189,8 +210,9 @@ def chosen_option(prediction: str, options: Mapping[str, str]) -> str | None:
 def choice_or_word(prediction: str, answers: Sequence[str], options: Sequence[str] = ()) -> float:
     """Score RealWorldQA: the option where a letter is expected, else the word, ignoring case and a full stop behind it.
 
-    Source: xAI 2024 (RealWorldQA), which comes without a rule; options are told as in `multiple_choice`, by letter or
-    text, and words are compared as lmms-eval does (`tasks/realworldqa/utils.py`).
+    Source: xAI 2024 (RealWorldQA), which comes without a rule. A multiple choice, of which the letter is expected, is
+    scored as VLMEvalKit does (`multiple_choice`), another question as lmms-eval does (`tasks/realworldqa/utils.py`).
+    lmms-eval looks for letters by a list of phrases of its own instead; short answers score alike.
     """
     gold = answers[0].strip()
     if len(gold) == 1 and gold in string.ascii_uppercase:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_sft.common.errors import EvaluationError
+from vlm_sft.evaluate.caption_words import words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,18 +19,8 @@ CAPTION_RULES = {
     "rouge_l": "ROUGE-L against all references, 0 to 1",
 }
 _ORDER = 4  # words of the longest n-gram
-_WORD = re.compile(r"\w+?(?=n't\b)|n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-.,/]\w+)*")
 
 _Row = Mapping[str, Any]
-
-
-def words(text: str) -> str:
-    """A caption in the form in which captions are compared: its words in lower case, with one space between them.
-
-    Source: a rule of ours in place of the Penn Treebank tokenizer of the COCO evaluation, which needs Java. As there,
-    punctuation goes, hyphens and the points of numbers stay within a word, and `n't`, `'s`, `'re`, … are words.
-    """
-    return " ".join(_WORD.findall(text.lower().replace("\u2019", "'")))
 
 
 def caption_scores(rule: str, rows: Sequence[_Row], verdicts: Path | None = None) -> list[float]:

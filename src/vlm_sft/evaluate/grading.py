@@ -49,8 +49,9 @@ def charxiv_grading(row: Mapping[str, Any]) -> str:
 def chartmuseum_grading(row: Mapping[str, Any]) -> str:
     """The prompt for ChartMuseum.
 
-    Source: Tang et al. 2025 (ChartMuseum, arXiv 2505.13444); the words are ours. As there, only what stands within
-    `<answer>` counts where an answer has that tag.
+    Source: Tang et al. 2025 (ChartMuseum, arXiv 2505.13444); the words are ours. As there (`evaluate.py`), only what
+    stands within `<answer>` counts where an answer has that tag. One without it counts whole, where it is empty there:
+    the models here are not asked for the tag.
     """
     tagged = _ANSWER.search(row["prediction"])
     return _prompt(CHARTMUSEUM_RULES, row, tagged[1].strip() if tagged else row["prediction"])

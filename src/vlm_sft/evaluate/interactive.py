@@ -12,6 +12,7 @@ import torch
 
 from vlm_sft.common.console import warn
 from vlm_sft.common.errors import DataError, ModelError, quoted
+from vlm_sft.data.oversized import LengthRule, fit
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import ImageRef, Sample, group_by_image
 from vlm_sft.data.sources.rows import RowProblem
@@ -42,10 +43,14 @@ class Asker:
         backend: the loaded model, wrapped by the adapter or not.
         adapter: its folder, or None.
         max_new_tokens: limit of an answer in tokens.
+        rule: how long a question may be; the images of longer ones are scaled down where it says so.
     """
 
-    def __init__(self, backend: SharedPrefixBackend, adapter: Path | None, max_new_tokens: int) -> None:
+    def __init__(
+        self, backend: SharedPrefixBackend, adapter: Path | None, max_new_tokens: int, rule: LengthRule | None = None
+    ) -> None:
         self.backend = backend
+        self.rule = rule
         self.tuned = adapter is not None
         self.base_name = backend.base.name
         self.title = f"{self.base_name} and {adapter}" if adapter else self.base_name
@@ -65,12 +70,27 @@ class Asker:
             ModelError: the chat template cannot show an image where a question has it.
         """
         shown = (images,) if isinstance(images, ImageRef) else tuple(images)
-        samples = [_sample(str(number), shown, text) for number, text in enumerate(questions)]
+        samples = self._fitted([_sample(str(number), shown, text) for number, text in enumerate(questions)])
         with self._one_at_a_time:
             with self.backend.model.disable_adapter() if self.tuned else nullcontext():
                 base = self._texts(samples)
             tuned = self._texts(samples) if self.tuned else [None] * len(samples)
         return [Answer(*row) for row in zip(questions, base, tuned, strict=True)]
+
+    def _fitted(self, samples: list[Sample]) -> list[Sample]:
+        """Questions as they are put to the model; warns of those that are too long."""
+        if self.rule is None or not self.rule.text:
+            return samples
+        fitted = fit(samples, self.backend.encoder, self.rule, "questions")
+        for row in fitted.found:
+            said = quoted(samples[int(row.id)].question)
+            if row.done == "scaled":
+                sizes = ", ".join("{} x {}".format(*size) for size in row.scaled_sizes)
+                warn(f"{said}: the pictures are scaled down to {sizes} pixels ({self.rule.name}, --oversized scale)")
+            else:
+                warn(f"{said}: its {row.tokens:,} tokens are more than {self.rule.name}; it is asked as it is")
+        found = {sample.id: sample for sample in fitted.samples}
+        return [found.get(sample.id, sample) for sample in samples]
 
     def _texts(self, samples: list[Sample]) -> list[str]:
         (replies,) = self.backend.answers([group_by_image(samples)], self.max_new_tokens)
@@ -98,6 +118,8 @@ def open_asker(
     flash_attn: bool = False,
     max_new_tokens: int | None = None,
     allow_other_base: bool = False,
+    max_length: int | None = None,
+    oversized: str | None = None,
 ) -> Asker:
     """Load what answers.
 
@@ -107,6 +129,7 @@ def open_asker(
         flash_attn: use FlashAttention where it can run.
         max_new_tokens: limit of an answer in tokens; None for that of the prompt settings.
         allow_other_base: the base may be another one than the adapter was trained on.
+        max_length, oversized: as in a recipe; None for what travels with the adapter or the base. Nothing is left out.
 
     Raises:
         ModelError: base or adapter cannot be found or do not fit.
@@ -128,4 +151,5 @@ def open_asker(
     if adapter is not None:
         model = load_adapter(model, adapter)
     limit = max_new_tokens or base.prompt.max_new_tokens
-    return Asker(SharedPrefixBackend(base, model), adapter, limit)
+    rule = LengthRule.recorded(base.prompt, base.context, max_length, oversized)
+    return Asker(SharedPrefixBackend(base, model), adapter, limit, rule)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm_sft.common.errors import EvaluationError, quoted
+from vlm_sft.evaluate.answer_rules import multiple_choice, right_option
 from vlm_sft.evaluate.metrics import Benchmark
 
 LISTS = ("year", "options")  # what a rule may need besides the answers: lists of texts; the rest is text
@@ -51,7 +52,14 @@ def why_unusable(item: Any, benchmark: Benchmark) -> str:
         listed = isinstance(item.get(key), list) and all(isinstance(part, str) for part in item[key])
         if item.get(key) is not None and not (listed if key in LISTS else isinstance(item[key], str)):
             return f"{key!r} is {_json_name(item[key])}, not {'a list of texts' if key in LISTS else 'text'}"
-    return _why_answers_unusable(item["answers"], benchmark)
+    reason = _why_answers_unusable(item["answers"], benchmark)
+    if (
+        not reason
+        and benchmark.metric is multiple_choice
+        and not right_option(item["answers"][0], item.get("options") or ())
+    ):
+        reason = f"the right answer is {quoted(item['answers'][0])}: no letter of an option, and no option's text"
+    return reason
 
 
 def _why_answers_unusable(answers: Any, benchmark: Benchmark) -> str:

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
 import shlex
-import subprocess
+import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+from urllib.parse import urlsplit
 
 from vlm_sft.common import artifacts, console
 from vlm_sft.common.errors import EvaluationError, bounded, quoted, without_secrets
+from vlm_sft.evaluate.judge_program import OutOfStep, asked_program
 
 HOW_TO_JUDGE = "pass --judge COMMAND, or --judge http://…/v1 --judge_model NAME"
 KEYS = ("VLM_SFT_JUDGE_KEY", "OPENAI_API_KEY")  # variables with the key of the address, the first that is set
 TRIES = 5  # of one request; in between 1, 2, 4 and 8 seconds, or what the server asks for
 READINGS = 2  # requests for one verdict, where the first reply cannot be read
 REQUESTS_AT_ONCE = 8
-SECONDS = 120.0  # for one reply
+SECONDS = 120.0  # for one reply of a server
 LONGEST_WAIT = 60.0  # seconds that a server may ask for
 NAMED = 5  # ids of unreadable verdicts in the warning
 _SCORE = re.compile(r'\{[^{}]*"score"[^{}]*\}')
@@ -61,7 +66,7 @@ def parse_judge(place: str | None, model: str | None) -> Judge | None:
     """Read `--judge` and `--judge_model`.
 
     Raises:
-        EvaluationError: an address without a model, or a model without an address.
+        EvaluationError: an address without a model or host, a model without an address, a command that is none.
     """
     if place is None:
         if model is not None:
@@ -72,9 +77,26 @@ def parse_judge(place: str | None, model: str | None) -> Judge | None:
         raise EvaluationError(f"--judge {without_secrets(place)}: which model?", "pass --judge_model NAME")
     if not judge.online and model is not None:
         raise EvaluationError("--judge_model is for an address, and --judge is a command", "leave it out")
-    if not judge.online and not shlex.split(place):
-        raise EvaluationError("--judge is empty", "pass a command, or http(s)://… of an OpenAI-compatible server")
+    shown = without_secrets(place)
+    try:
+        begin = _host(place) if judge.online else next(iter(shlex.split(place)), "")
+    except ValueError as error:
+        raise EvaluationError(f"--judge {shown}: {error}", HOW_TO_JUDGE) from error
+    if not begin:
+        raise EvaluationError(f"--judge {shown}: {'there is no host' if judge.online else 'it is empty'}", HOW_TO_JUDGE)
+    if not judge.online and shutil.which(begin) is None:
+        raise EvaluationError(f"--judge {shown}: it cannot be started: there is no program {begin}", HOW_TO_JUDGE)
     return judge
+
+
+def _host(address: str) -> str:
+    """The host of an address, "" where it has none.
+
+    Raises:
+        ValueError: it is no address, or its port is none.
+    """
+    parts = urlsplit(address)
+    return (parts.hostname or "") if parts.port is None or parts.port else ""
 
 
 def judged_scores(
@@ -92,34 +114,59 @@ def judged_scores(
         One score a row, 0 to 1; NaN where the verdict could not be read, which a warning counts and names.
 
     Raises:
-        EvaluationError: the judge cannot be started or reached, refuses, or ends; the verdicts so far are kept.
+        EvaluationError: the judge cannot be started or reached, refuses, ends, is silent, or none of its replies can be
+            read; the verdicts so far are kept.
     """
     keys = [_key(judge, row, prompt_of(row)) for row in rows]
     known = _read(verdicts)
     waiting = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
     if waiting:
         console.say(f"judging {len(waiting):,} answers: {without_secrets(judge.place)} {judge.model or ''}".rstrip())
-    ask = _asked_online if judge.online else _asked_command
     unread: dict[str, str] = {}
     with _opened(verdicts) as stream, console.progress(len(waiting), "judging", "answers") as bar:
-        for key, reply in ask(judge, prompt_of, waiting):
-            score, reason = _verdict(reply)
-            bar.advance(1)
-            if math.isnan(score):
-                unread[key] = reply
-                continue
-            known[key] = score
+        start = stream.tell() if stream is not None else 0
+        try:
+            for key, reply in _replies(judge, prompt_of, waiting):
+                score, reason = _verdict(reply)
+                bar.advance(1)
+                if math.isnan(score):
+                    unread[key] = reply
+                    continue
+                known[key] = score
+                if stream is not None:
+                    line = {"key": key, "id": waiting[key]["id"], "score": score, "reason": reason}
+                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    stream.flush()
+        except OutOfStep:
             if stream is not None:
-                line = {"key": key, "id": waiting[key]["id"], "score": score, "reason": reason}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-                stream.flush()
+                stream.truncate(start)
+            raise
     if unread:
-        named = ", ".join(f"{quoted(waiting[key]['id'])}: {quoted(unread[key])}" for key in list(unread)[:NAMED])
-        console.warn(
-            f"{len(unread):,} of {len(rows):,} verdicts of the judge could not be read and count as wrong, marked "
-            f"unjudged; run again to ask for them again ({named}{', …' if len(unread) > NAMED else ''})"
-        )
+        replies = [f"{quoted(waiting[key]['id'])}: {quoted(reply)}" for key, reply in unread.items()]
+        _tell_unread(judge, replies, len(rows), any(key in known for key in keys))
     return [known.get(key, math.nan) for key in keys]
+
+
+def _tell_unread(judge: Judge, replies: Sequence[str], count: int, others: bool) -> None:
+    """Warn of verdicts that could not be read.
+
+    Args:
+        judge: whose they are.
+        replies: what it said, each with the id of the answer.
+        count: how many answers there are.
+        others: whether there is a verdict on any of them.
+
+    Raises:
+        EvaluationError: there is none.
+    """
+    named = ", ".join(replies[:NAMED]) + (", …" if len(replies) > NAMED else "")
+    if not others:
+        what = f"--judge {without_secrets(judge.place)}: none of its {count:,} verdicts could be read ({named})"
+        raise EvaluationError(what, 'it has to answer {"score": 0 to 1}; at an address, try another --judge_model')
+    console.warn(
+        f"{len(replies):,} of {count:,} verdicts of the judge could not be read and count as wrong, marked unjudged; "
+        f"run again to ask for them again ({named})"
+    )
 
 
 def _key(judge: Judge, row: Row, prompt: str) -> str:
@@ -136,18 +183,18 @@ def _read(verdicts: Path | None) -> dict[str, float]:
         for line in verdicts.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                known[str(entry["key"])] = float(entry["score"])
+                key, score = str(entry["key"]), float(entry["score"])
             except (ValueError, KeyError, TypeError):
                 continue
+            if 0 <= score <= 1:
+                known[key] = score
     return known
 
 
 def _opened(verdicts: Path | None) -> Any:
     """The file of verdicts, to be added to; nothing where there is none."""
-    from contextlib import nullcontext
-
     if verdicts is None:
-        return nullcontext()
+        return contextlib.nullcontext()
     verdicts.parent.mkdir(parents=True, exist_ok=True)
     if verdicts.is_file() and not verdicts.read_bytes().endswith(b"\n") and verdicts.stat().st_size:
         with verdicts.open("a", encoding="utf-8") as torn:
@@ -168,52 +215,25 @@ def _verdict(reply: str) -> tuple[float, str]:
     return math.nan, ""
 
 
-def _asked_command(judge: Judge, prompt_of: Callable[[Row], str], rows: Mapping[str, Row]) -> Iterator[tuple[str, str]]:
-    """Give a program one line a row, and yield the line that it answers with."""
-    if not rows:
-        return
-    try:
-        process = subprocess.Popen(
-            shlex.split(judge.place), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-        )
-    except OSError as error:
-        what = f"--judge {judge.place}: it cannot be started: {error.strerror}"
-        raise EvaluationError(what, "pass a command that runs here") from error
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        for key, row in rows.items():
-            line = {name: row[name] for name in ("id", "question", "prediction", "answers")}
-            reply = _exchange(process.stdin, process.stdout, json.dumps(line | {"prompt": prompt_of(row)}))
-            if not reply:
-                what = f"--judge {judge.place} ended at {quoted(row['id'])} (exit code {process.wait()})"
-                raise EvaluationError(what, "let it answer every line with one line of JSON, then run again")
-            yield key, reply.strip()
-    finally:
-        process.stdin.close()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _exchange(to: IO[str], back: IO[str], line: str) -> str:
-    """Write one line and read one; "" where the program has ended."""
-    try:
-        to.write(line + "\n")
-        to.flush()
-        return back.readline()
-    except BrokenPipeError:
-        return ""
+def _replies(judge: Judge, prompt_of: Callable[[Row], str], rows: Mapping[str, Row]) -> Iterator[tuple[str, str]]:
+    """Ask about rows, and yield each one's key with what the judge replies."""
+    if judge.online:
+        return _asked_online(judge, prompt_of, rows)
+    lines = {
+        key: {name: row[name] for name in ("id", "question", "prediction", "answers")} | {"prompt": prompt_of(row)}
+        for key, row in rows.items()
+    }
+    return asked_program(judge.place, f"--judge {without_secrets(judge.place)}", lines)
 
 
 def _asked_online(judge: Judge, prompt_of: Callable[[Row], str], rows: Mapping[str, Row]) -> Iterator[tuple[str, str]]:
     """Ask a model about several rows at once, and yield its replies as they come."""
+    stopped = threading.Event()
 
     def reply(row: Row) -> str:
         text = ""
         for _ in range(READINGS):
-            text = _complete(judge, prompt_of(row))
+            text = _complete(judge, prompt_of(row), stopped)
             if not math.isnan(_verdict(text)[0]):
                 break
         return text
@@ -224,6 +244,7 @@ def _asked_online(judge: Judge, prompt_of: Callable[[Row], str], rows: Mapping[s
             for future in as_completed(asked):
                 yield asked[future], future.result()
         finally:
+            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -234,8 +255,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         """Follow nothing."""
 
 
-def _complete(judge: Judge, prompt: str) -> str:
-    """One reply of a model, through an OpenAI-compatible chat completion.
+def _complete(judge: Judge, prompt: str, stopped: threading.Event) -> str:
+    """One reply of a model, through an OpenAI-compatible chat completion; no try follows once it is stopped.
 
     Raises:
         EvaluationError: the server refuses, or does not answer after `TRIES` requests.
@@ -244,7 +265,7 @@ def _complete(judge: Judge, prompt: str) -> str:
     address += "" if address.endswith("/chat/completions") else "/chat/completions"
     body = {"model": judge.model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
     headers = {"Content-Type": "application/json"}
-    if key := next((os.environ[name] for name in KEYS if os.environ.get(name)), ""):
+    if key := next((os.environ[name].strip() for name in KEYS if os.environ.get(name)), ""):
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(address, json.dumps(body).encode(), headers)
     opener = urllib.request.build_opener(_NoRedirect)
@@ -259,10 +280,13 @@ def _complete(judge: Judge, prompt: str) -> str:
             if error.code not in _RETRIED:
                 break
             wait = _asked_wait(error.headers.get("Retry-After"), wait)
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (OSError, HTTPException) as error:
             problem = f"{type(error).__name__}: {error}"
-        if number + 1 < TRIES:
-            time.sleep(wait)
+        except ValueError as error:
+            problem = str(error)
+        if stopped.is_set() or number + 1 == TRIES:
+            break
+        time.sleep(wait)
     raise EvaluationError(
         f"--judge {without_secrets(address)}: {bounded(without_secrets(problem), 500)}",
         f"check address, --judge_model and the key in {' or '.join(KEYS)}; run again: the verdicts so far are kept",
@@ -270,8 +294,15 @@ def _complete(judge: Judge, prompt: str) -> str:
 
 
 def _content(data: bytes) -> str:
-    """The text of a chat completion."""
-    return str(json.loads(data)["choices"][0]["message"]["content"] or "")
+    """The text of a chat completion.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return str(json.loads(data)["choices"][0]["message"]["content"] or "")
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"no chat completion: {quoted(data.decode('utf-8', 'replace').strip())}") from error
 
 
 def _asked_wait(header: str | None, default: float) -> float:

@@ -41,7 +41,8 @@ def relaxed_correctness(prediction: str, gold: str) -> bool:
     """Decide ChartQA's relaxed correctness: numbers within 5 %, everything else equal but for case.
 
     Source: Masry et al. 2022 (ChartQA, arXiv 2203.10244, section 5.1), after Methani et al. 2020 (PlotQA); in the form
-    of pix2struct's `relaxed_correctness`, which other evaluators share.
+    of `relaxed_correctness` of pix2struct (`pix2struct/metrics.py`), which lmms-eval and VLMEvalKit share. As in
+    VLMEvalKit, the prediction is stripped; of several labels any will do.
 
     Rule, on `prediction.strip()` and the label as it stands:
       1. `62%` is 0.62; otherwise a number is what `float` accepts (`1e3`, `1_000`; not `1,000` or `$5`).
@@ -87,7 +88,8 @@ def relaxed_correctness_strict_years(prediction: str, gold: str) -> bool:
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """Score 1 when the prediction equals one of the answers, ignoring case and surrounding white space.
 
-    Source: the plain accuracy that easy-VQA and ChartQA's secondary measure use.
+    Source: the plain accuracy of OCR-VQA, as in VLMEvalKit (`vlmeval/dataset/utils/vqa_eval.py`, "accuracy"); easy-VQA
+    and ChartQA's secondary measure use it too.
 
     Args:
         prediction: the model's answer.
@@ -282,7 +284,13 @@ BENCHMARKS: dict[str, Benchmark] = {
             max_new_tokens=128,
             grading=chartmuseum_grading,
         ),
-        Benchmark("realworldqa", "realworldqa_accuracy", choice_or_word, "RealWorldQA: the right letter or word"),
+        Benchmark(
+            "realworldqa",
+            "realworldqa_accuracy",
+            choice_or_word,
+            "RealWorldQA: the right option, by its letter or its text, or the right word",
+            needs=("options",),
+        ),
         Benchmark(
             "ocrbench",
             "ocrbench_accuracy",

@@ -45,7 +45,7 @@ def mmmu(prediction: str, answers: Sequence[str], options: Sequence[str] = (), q
     if not options and question_type != MULTIPLE_CHOICE:
         return float(_open_matches(prediction, answers))
     letters = string.ascii_uppercase[: len(options) or _LETTERS_UNKNOWN]
-    texts = dict(zip(letters, options or [""] * len(letters), strict=True))
+    texts = dict(zip(letters, options or [""] * len(letters), strict=False))
     return float(named_option(prediction, texts) == answers[0].strip())
 
 

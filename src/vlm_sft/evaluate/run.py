@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -18,7 +18,7 @@ from vlm_sft.common.idle import Idle
 from vlm_sft.common.record import RunRecord, device_name
 from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.engine_options import CacheOptions
-from vlm_sft.data.oversized import KEEP, LengthRule, Policy, lines, to_json
+from vlm_sft.data.oversized import LengthRule, lines, to_json
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import counted
 from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets, refuse_weights
@@ -47,6 +47,7 @@ from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.layout import empty_model
 from vlm_sft.model.load import Base, find_base
 from vlm_sft.model.saved_adapter import check_adapter_folder, recorded_bf16, require_fit
+from vlm_sft.model.sharing_check import formats_of
 from vlm_sft.model.vllm_rules import not_for_vllm, splitting_problem
 
 
@@ -67,7 +68,8 @@ class EvalOptions:
         metric: the rule of own data, as of `parse_metrics`; None for exact match.
         judge, judge_model: who grades the answers where the rule says so, as of `parse_judge`.
         prompt_template, system, min_pixels, max_pixels: instead of what travels with the adapter or the base.
-        max_length, oversized: how long a question may be, and what is done with longer ones, as in a recipe.
+        max_length, oversized: how long a question may be, and what is done with longer ones, as in a recipe; None for
+            what travels with the adapter or the base.
         allow_prompt_mismatch: these may differ from what the adapter was trained with.
         allow_other_base: the base may be another one than the adapter was trained on.
         tokens_per_pack: token budget of one forward pass; None for the device's.
@@ -97,7 +99,7 @@ class EvalOptions:
     min_pixels: int | None = None
     max_pixels: int | None = None
     max_length: int | None = None
-    oversized: str = KEEP
+    oversized: str | None = None
     allow_prompt_mismatch: bool = False
     allow_other_base: bool = False
     tokens_per_pack: int | None = None
@@ -187,7 +189,7 @@ def _carry_out(
         say(note)
     tasks, left_out = load_tasks(_specs(options), options.limit, options.split, rules)
     encoder = encoder_of(base)
-    rule = LengthRule(options.max_length, base.context, cast(Policy, options.oversized))
+    rule = _length_rule(options, base)
     total = sum(len(task.samples) for task in tasks)
     tasks, refused, too_long = usable_tasks(tasks, encoder, rule)
     left_out += refused
@@ -234,6 +236,14 @@ def _carry_out(
         say(f"next: compare with another evaluation: vlm-sft compare OTHER {place} --baseline OTHER")
     barrier("end")
     return results
+
+
+def _length_rule(options: EvalOptions, base: Base) -> LengthRule:
+    """What is done with questions that are too long; says so where no flag does."""
+    rule = LengthRule.recorded(base.prompt, base.context, options.max_length, options.oversized)
+    if rule.text and (options.max_length, options.oversized) == (None, None):
+        say(f"questions that are too long: {rule.text}, as in the training (the same flags say otherwise)")
+    return rule
 
 
 def _check_vllm(launch: Launch, options: EvalOptions) -> None:
@@ -285,7 +295,7 @@ def _backend(options: EvalOptions, base: Base, launch: Launch, tasks: list[Task]
     samples = [sample for task in tasks for sample in task.samples]
     backend, cache = open_backend(base, options.adapter, launch, options.shard_weights, caches, samples)
     caches.describe([cache])
-    record.update(engine=caches.facts)
+    record.update(engine=caches.facts, **formats_of(base, backend.model))
     return backend
 
 

@@ -34,7 +34,8 @@ def _contractions() -> dict[str, str]:
 def vqa_normalize(text: str) -> str:
     """Bring an answer into the form in which VQA and TextVQA answers are compared.
 
-    Source: Antol et al. 2015 (VQA), Singh et al. 2019 (TextVQA, arXiv 1904.08920); in the form of MMF's m4c evaluator.
+    Source: Antol et al. 2015 (VQA), Singh et al. 2019 (TextVQA, arXiv 1904.08920); in the form of MMF's
+    `mmf/utils/m4c_evaluators.py: EvalAIAnswerProcessor`, which lmms-eval shares.
 
     Rule:
       1. lower case; `,` and `?` removed; `'s` becomes ` 's`; stripped; newline and tab become spaces; stripped.

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from vlm_sft.common import artifacts
 from vlm_sft.export.source import Source
+from vlm_sft.model.hub import model_config
 from vlm_sft.model.load import Base
 
 AUTO = "auto"
@@ -25,7 +25,7 @@ def export_dtype(name: str, base: Base) -> torch.dtype:
     """
     if name != AUTO:
         return DTYPES[name]
-    stored = AutoConfig.from_pretrained(base.path, trust_remote_code=False).dtype
+    stored = model_config(base.path).dtype
     return torch.bfloat16 if stored in (torch.bfloat16, torch.float16) else torch.float32
 
 

@@ -24,6 +24,7 @@ from vlm_sft.common.idle import Idle
 from vlm_sft.common.record import now, versions
 from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.data.encode import Encoder
+from vlm_sft.data.oversized import LengthRule, fit
 from vlm_sft.data.sample import Sample
 from vlm_sft.distributed.launch import quiet_libraries
 from vlm_sft.export.hub import push
@@ -234,6 +235,10 @@ def _reference(model: Any, source: Source, questions: int) -> _Reference:
     """Ask the adapter, and its base."""
     encoder = encoder_of(source.base)
     samples, origin = find_questions(source.run, questions, encoder)
+    rule = LengthRule.recorded(source.base.prompt, source.base.context)
+    if rule.text:
+        samples = fit(samples, encoder, rule, "questions").samples or samples
+        origin += f"; those that are too long: {rule.text}, as in the training"
     say(f"comparing on {len(samples)} questions: {origin}")
     tuned = our_answers(model, encoder, samples, "adapter")
     with model.disable_adapter():

@@ -12,7 +12,14 @@ from vlm_sft.forecast import disk, memory
 from vlm_sft.forecast.calibration import MEMORY, PROBE, TABLE, Calibration
 from vlm_sft.forecast.inputs import AnsweringWork, ForecastInputs, ImageLoad
 from vlm_sft.forecast.setting import RankLayout, Setting
-from vlm_sft.forecast.time import answering_seconds, forward_seconds, optimizer_seconds, tower_seconds, training_seconds
+from vlm_sft.forecast.time import (
+    answering_seconds,
+    forward_seconds,
+    image_seconds,
+    optimizer_seconds,
+    tower_seconds,
+    training_seconds,
+)
 
 DATA, LOAD, FEATURES = "preparing the data", "loading the model", "vision features"
 STEPS, LOSSES, ANSWERS = "training steps", "evaluation losses", "answers during training"
@@ -103,11 +110,10 @@ def time_items(inputs: ForecastInputs) -> dict[str, float]:
         items[DATA] = images.processing_seconds * images.to_process.count / ranks.count
     if images.keep_features:
         items[FEATURES] = tower_seconds(setting, images.to_encode.work) / ranks.count
-    else:
-        items[STEPS] += tower_seconds(setting, training, training=True)
+    items[STEPS] += image_seconds(setting, training, images.keep_features, training=True)
     if passes.evaluation is not None:
         losses = passes.evaluation.slowest.times(passes.evaluations)
-        online = 0.0 if images.keep_features else tower_seconds(setting, losses)
+        online = image_seconds(setting, losses, images.keep_features)
         items[LOSSES] = forward_seconds(setting, losses) + online + passes.evaluations * PASS_SECONDS
     if passes.validation:
         items[ANSWERS] = _answering_seconds(setting, passes.validation, images.keep_features)
@@ -146,7 +152,7 @@ def _answering_seconds(setting: Setting, benchmarks: Sequence[AnsweringWork], fe
     total = 0.0
     for one in benchmarks:
         answers = answering_seconds(setting, one.work.times(1 / setting.ranks.count), one.steps)
-        online = 0.0 if features else tower_seconds(setting, one.work) / setting.ranks.count
+        online = image_seconds(setting, one.work, features) / setting.ranks.count
         total += one.times * (answers + online + PASS_SECONDS)
     return total
 
@@ -228,9 +234,10 @@ def _corrected_memory(inputs: ForecastInputs, calibration: Calibration) -> dict[
 def assumptions(inputs: ForecastInputs, calibration: Calibration) -> tuple[str, ...]:
     """What the numbers rest on, one line each."""
     setting, rates = inputs.setting, inputs.setting.rates
+    kept = "vision features" if setting.adapter.frozen_tower else "inputs of the projector"
     lines = [
         f"{rates.name}: {rates.flops / 1e9:,.0f} GFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s; {rates.source}",
-        "vision features are cached: the tower runs once per image"
+        f"{kept} are cached: the tower runs once per image"
         if inputs.images.keep_features
         else "the vision tower runs again for every image of every step",
     ]

@@ -116,9 +116,10 @@ def logit_bytes(setting: Setting, supervised: float) -> float:
 def image_bytes(setting: Setting, work: Work, features: bool) -> float:
     """Bytes of the images of one pack: their features, or pixels with what the tower computes of them."""
     vision, text = setting.model.vision, setting.model.text
-    if features:
-        return feature_bytes(setting, work.visual)
     kept = work.visual * text.hidden * setting.stream_bytes
+    if features:
+        size = feature_bytes(setting, work.visual)
+        return size if setting.adapter.frozen_tower else kept + 3 * size  # the projector's norm and inner values, too
     pixels = work.visual * vision.patches_per_token * vision.patch_values * 4
     if setting.adapter.frozen_tower and setting.rates.gpu:
         return pixels + kept  # what the tower needs is free again when the language model begins
@@ -136,8 +137,11 @@ def _tower_values(setting: Setting, work: Work) -> float:
 
 
 def feature_bytes(setting: Setting, visual: float) -> float:
-    """Bytes of the vision features of some visual tokens."""
-    return visual * (1 + setting.model.vision.extra_features) * setting.model.text.hidden * setting.stream_bytes
+    """Bytes of what is kept of some visual tokens: their vision features, or what goes into a trained projector."""
+    vision = setting.model.vision
+    frozen = setting.adapter.frozen_tower
+    values = setting.model.text.hidden if frozen else vision.patches_per_token * vision.hidden
+    return visual * (1 + vision.extra_features) * values * setting.stream_bytes
 
 
 def cache_bytes(setting: Setting, tokens: float) -> float:

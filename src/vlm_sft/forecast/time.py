@@ -108,6 +108,18 @@ def tower_seconds(setting: Setting, work: Work, training: bool = False) -> float
     return _pass_seconds(rates, products + simple, launches)
 
 
+def image_seconds(setting: Setting, work: Work, kept: bool, training: bool = False) -> float:
+    """Seconds of the images of some packs: the tower's; where its output is kept, those of a trained projector."""
+    if not kept:
+        return tower_seconds(setting, work, training)
+    if setting.adapter.frozen_tower:
+        return 0.0
+    products = 2 * setting.model.vision.token_weights * work.visual
+    if training:
+        products += tower_backward_flops(setting.model, work.visual, work.visual_squares, setting.adapter)
+    return _products(setting.rates, products)
+
+
 def answering_seconds(setting: Setting, work: Work, tokens: float) -> float:
     """Seconds of answering by generation.
 

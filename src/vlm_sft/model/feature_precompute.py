@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 
 from vlm_sft.common.console import progress
 from vlm_sft.common.errors import DataError, InterruptedRunError, RunError, VlmSftError
 from vlm_sft.common.formats import size
 from vlm_sft.data.cache.encoded import DataCache, record_key
-from vlm_sft.data.cache.feature_names import AUTO, OFF, feature_record
+from vlm_sft.data.cache.feature_names import AUTO, BEFORE_PROJECTOR, KEPT, OFF, feature_record
 from vlm_sft.data.cache.store import CacheFullError, Record, Store, record_bytes
 from vlm_sft.data.cache.team import Team
 from vlm_sft.data.sample import Sample
+from vlm_sft.model.attention import attention_name
+from vlm_sft.model.cpu.matmul import stream_dtype
+from vlm_sft.model.families import family_of
 from vlm_sft.model.feature_choice import FeatureCost
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.sharing_check import features_doubt
-from vlm_sft.model.vision_features import encode_images, features_problem, tower_settings, whole_tower
+from vlm_sft.model.vision_features import (
+    encode_images,
+    inner_model,
+    loose_parameters,
+    tower_modules,
+    trained_projector,
+    unwrap,
+    whole_tower,
+)
 
 BATCH_PATCHES = 8192  # patches of one tower call in the preparation pass
 PROBES = 4  # images that each rank measures on
@@ -100,6 +116,52 @@ def use_features(
         return Decision(False, problem, len(samples))
     cache.features = store
     return decision
+
+
+def features_problem(model: AnyModel) -> str:
+    """Why a model cannot use kept features; "" when it can."""
+    base = unwrap(model)
+    name = type(base).__name__
+    if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
+        return f"{name} of transformers {version('transformers')} does not take them"
+    towers = tower_modules(model)
+    if not towers or not hasattr(inner_model(model), "get_image_features"):
+        return f"{name} has no separate vision tower"
+    behind = {id(part) for projector in trained_projector(model) for part in projector.modules()}
+    parts = [part for tower in towers.values() for part in tower.modules() if id(part) not in behind]
+    if any(parameter.requires_grad for part in parts for parameter in part.parameters(recurse=False)):
+        return "the vision tower is trained"
+    # An adapter with a tower or projector of its own gives other features than its base, behind the same switch.
+    if any(isinstance(part, BaseTunerLayer | ModulesToSaveWrapper) for part in parts):
+        return "the adapter has its own vision tower or projector"
+    return ""
+
+
+def tower_settings(model: AnyModel) -> dict[str, Any]:
+    """All that the features of an image depend on, besides its pixels; call it inside `whole_tower`."""
+    base = unwrap(model)
+    digest = hashlib.sha256()
+    trained = tuple(f"{path}." for path in family_of(base.config).projector) if trained_projector(model) else ()
+    values = {
+        name: value
+        for path, part in tower_modules(model).items()
+        for name, value in part.state_dict(prefix=f"{path}.").items()
+        if not name.startswith(trained)
+    }
+    for name, value in (values | loose_parameters(model)).items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    weight = next(base.get_input_embeddings().parameters())
+    vision = getattr(base.config, "vision_config", base.config)
+    device = next(next(iter(tower_modules(model).values())).parameters()).device
+    return {
+        "model": type(base).__name__,
+        "tower": digest.hexdigest(),
+        "dtype": " in ".join(dict.fromkeys((str(weight.dtype), str(stream_dtype(weight))))),
+        "attention": attention_name(vision),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+    } | ({KEPT: BEFORE_PROJECTOR} if trained else {})
 
 
 def _everywhere(team: Team, work: Callable[[], Result]) -> Result:

@@ -7,11 +7,12 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from vlm_sft.common.errors import ModelError, quoted
 from vlm_sft.model.attention import assign_attention, attention_names
 from vlm_sft.model.families import FAMILIES
+from vlm_sft.model.hub import model_config
 from vlm_sft.model.protocols import VisionLanguageModel
 
 T = TypeVar("T")
@@ -64,7 +65,7 @@ def without_weights(config: PreTrainedConfig, **settings: Any) -> Any:
 
 def empty_model(path: str, **settings: Any) -> Any:
     """The architecture of a base model without weights; settings as of `without_weights`."""
-    return without_weights(AutoConfig.from_pretrained(path, trust_remote_code=False), **settings)
+    return without_weights(model_config(path), **settings)
 
 
 def through_sdpa(opened: Callable[..., T], path: str) -> T:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -14,7 +13,6 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
@@ -32,6 +30,7 @@ from vlm_sft.model.cpu.narrow import narrow_products
 from vlm_sft.model.families import DEFAULT_BASE, declared_mode, layer_values, other_layers
 from vlm_sft.model.forward_patch import holds, is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
+from vlm_sft.model.hub import model_config, opened
 from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.layout import empty_model, require_layout, through_sdpa
 from vlm_sft.model.model_folder import require_model
@@ -184,7 +183,7 @@ def load_processor(path: str, name: str) -> Any:
     Raises:
         ModelError: it cannot be opened or takes no images.
     """
-    processor = _open(lambda: AutoProcessor.from_pretrained(path, trust_remote_code=False), name)
+    processor = opened(lambda: AutoProcessor.from_pretrained(path, trust_remote_code=False), name)
     if getattr(processor, "image_processor", None) is None:
         raise ModelError(f"--base_model {name}: its processor takes no images", "use an image-text-to-text model")
     return processor
@@ -221,7 +220,7 @@ def find_base(
         require_4bit()
     path = resolve_path(name)
     dtype = default_dtype(bf16)
-    config = _open(lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), name)
+    config = model_config(path, name)
     _require_image_text(type(config), config.model_type, name)
     require_layout(config, name)
     # Layers with wider heads than the narrowest ones are computed by SDPA where FlashAttention does not take them.
@@ -273,7 +272,7 @@ def read_model(base: Base, device: str = "cpu") -> Any:
     """As `load_model`, without what this package exchanges in it."""
     compare_whole_shapes(base.path)
     placed = _in_4bit(base) if base.load_in_4bit else {} if device == "cpu" else {"device_map": {"": device}}
-    opened = partial(
+    load = partial(
         AutoModelForImageTextToText.from_pretrained,
         base.path,
         dtype=base.dtype,
@@ -282,7 +281,7 @@ def read_model(base: Base, device: str = "cpu") -> Any:
         output_loading_info=True,
         **placed,
     )
-    model, found = _open(lambda: through_sdpa(opened, base.path), base.name)
+    model, found = opened(lambda: through_sdpa(load, base.path), base.name)
     # transformers would give such weights random values.
     if absent := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         raise ModelError(
@@ -373,28 +372,3 @@ def set_attention(model: VisionLanguageModel, attention: str) -> None:
 def _takes_windows(module: Any) -> bool:
     """Whether a module of a tower is told where its windows begin."""
     return hasattr(module, "config") and "cu_seqlens" in inspect.signature(module.forward).parameters
-
-
-def _open(load: Callable[[], Any], name: str) -> Any:
-    """Run a loader of transformers and turn its failures into one message."""
-    try:
-        return load()
-    except Exception as error:  # what a broken folder raises in transformers and tokenizers can be anything
-        text = str(error)
-        offline = any(word in text for word in ("connect", "offline", "resolve", "internet", "Connection"))
-        if offline and not Path(name).exists():
-            raise ModelError(
-                f"--base_model {name}: the Hugging Face Hub cannot be reached and the model is not in the local cache",
-                f"pass a folder that holds the model (--base_model /path/to/model), or {POCKET!r} for the embedded one",
-            ) from error
-        if "trust_remote_code" in text:
-            raise ModelError(
-                f"--base_model {name}: it contains Python code, which is never run",
-                "use a model of a family that transformers itself has",
-            ) from error
-        lines = text.strip().splitlines() or [type(error).__name__]
-        first_line = " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
-        if not isinstance(error, OSError | ValueError):  # their texts are written for users
-            first_line = f"{type(error).__name__}: {first_line}"
-        what = f"--base_model {name} cannot be opened: {first_line}"
-        raise ModelError(what, "check the name or the folder") from error

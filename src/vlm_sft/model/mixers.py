@@ -11,14 +11,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-# Tokens that transformers' own form of the delta rule computes at once; on CPUs 32 take half the time of its 64.
-_LONGEST_CHUNK, _SHORTEST_CHUNK = 32, 8
+from vlm_sft.model.cpu.causal_convolution import causal_convolution
+from vlm_sft.model.cpu.delta_rule import delta_rule
+from vlm_sft.model.cpu.gated_norm import gated_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,32 @@ class State:
         return State(self.inputs.index_select(0, index), memory)
 
 
-def joined_states(states: Sequence[State]) -> State:
-    """The states of several batches as those of one."""
-    memories = [state.memory for state in states if state.memory is not None]
-    return State(torch.cat([state.inputs for state in states]), torch.cat(memories) if memories else None)
+def joined_states(states: Sequence[State | None]) -> State:
+    """The states of several batches, which all go on, as those of one."""
+    found = [state for state in states if state is not None]
+    memories = [state.memory for state in found if state.memory is not None]
+    return State(torch.cat([state.inputs for state in found]), torch.cat(memories) if memories else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """What goes through a layer from token to token.
+
+    Attributes:
+        streams: (n, T, …) each, what `Mixer.project` gave for the tokens.
+        lengths: (n,) int64, tokens of each sequence; those behind are padding.
+        valid: (n, T) bool, False at padding; None where there is none.
+        goes_on: whether the state behind them is wanted.
+    """
+
+    streams: tuple[torch.Tensor, ...]
+    lengths: torch.Tensor
+    valid: torch.Tensor | None
+    goes_on: bool
+
+    def masked(self, stream: torch.Tensor) -> torch.Tensor:
+        """A stream (n, T, H), zero at padding."""
+        return stream if self.valid is None else stream * self.valid[..., None]
 
 
 class Mixer(Protocol):
@@ -61,10 +85,8 @@ class Mixer(Protocol):
     def project(self, module: Any, hidden: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """What each token gives: streams (L, …) that go from token to token, and what its output is gated with."""
 
-    def scan(
-        self, module: Any, streams: list[torch.Tensor], lengths: torch.Tensor, valid: torch.Tensor | None, state: State
-    ) -> tuple[torch.Tensor, State]:
-        """Go through n sequences from a state: streams (n, T, …) to outputs (n, T, V), and the state behind them."""
+    def scan(self, module: Any, batch: Sequences, state: State) -> tuple[torch.Tensor, State | None]:
+        """Go through n sequences from a state: to outputs (n, T, V), and the state behind them if they go on."""
 
     def convolution(self, module: Any) -> torch.nn.Conv1d:
         """The short convolution, over the first stream."""
@@ -94,45 +116,52 @@ class GatedDeltaNet:
         """Over queries, keys and values."""
         return module.conv1d
 
-    def scan(
-        self, module: Any, streams: list[torch.Tensor], lengths: torch.Tensor, valid: torch.Tensor | None, state: State
-    ) -> tuple[torch.Tensor, State]:
+    def scan(self, module: Any, batch: Sequences, state: State) -> tuple[torch.Tensor, State | None]:
         """Convolve, then update one matrix a head by the delta rule; padding changes no state."""
-        inputs, rate, decay = streams
-        if valid is not None:
-            rate, decay = rate * valid[..., None], decay * valid[..., None]
-        mixed, tail = short_convolution(module.conv1d, inputs, lengths, state.inputs)
-        width, channels = module.head_k_dim, module.key_dim
-        query, key, value = F.silu(mixed).split([channels, channels, module.value_dim], dim=-1)
-        rule, settings = _delta_rule(module, inputs.shape[1])
-        output, memory = rule(
-            query.unflatten(-1, (-1, width)),
-            key.unflatten(-1, (-1, width)),
-            value.unflatten(-1, (-1, module.head_v_dim)),
-            g=decay,
-            beta=rate,
-            initial_state=state.memory,
-            output_final_state=True,
-            use_qk_l2norm_in_kernel=True,
-            **settings,
-        )
-        return output.flatten(2), State(tail, memory)
+        inputs, rate, decay = batch.streams
+        rate, decay = batch.masked(rate), batch.masked(decay)
+        mixed, tail = short_convolution(module.conv1d, inputs, batch, state.inputs)
+        sizes = (module.num_k_heads, module.num_v_heads, module.head_k_dim)
+        rule = delta_rule if inputs.device.type == "cpu" else partial(_library_rule, module)
+        output, memory = rule(F.silu(mixed), decay, rate, state.memory, sizes, batch.goes_on)
+        return output, None if tail is None else State(tail, memory)
 
     def finish(self, module: Any, mixed: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """The gated norm of each head, and the output projection."""
         width = module.head_v_dim
-        normed = module.norm(mixed.reshape(-1, width), gate.reshape(-1, width))
+        heads, gates = mixed.reshape(-1, width), gate.reshape(-1, width)
+        normed = gated_norm(module.norm, heads, gates)
+        if normed is None:
+            normed = module.norm(heads, gates)
         return module.out_proj(normed.reshape(1, *mixed.shape))
 
 
-def _delta_rule(module: Any, tokens: int) -> tuple[Any, dict[str, int]]:
-    """The function that transformers computes the rule with (flash-linear-attention's where that is installed)."""
-    kind = "chunk_gated_delta_rule" if tokens > 1 else "recurrent_gated_delta_rule"
+def _library_rule(
+    module: Any,
+    mixed: torch.Tensor,
+    decay: torch.Tensor,
+    rate: torch.Tensor,
+    memory: torch.Tensor | None,
+    sizes: tuple[int, int, int],
+    goes_on: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `delta_rule` computes, by the function of transformers (flash-linear-attention's where it is installed)."""
+    key_heads, heads, channels = sizes
+    width = key_heads * channels
+    query, key, value = mixed.split([width, width, mixed.shape[2] - 2 * width], dim=2)
+    kind = "chunk_gated_delta_rule" if mixed.shape[1] > 1 else "recurrent_gated_delta_rule"
     rule = getattr(module, kind, None) or _library(module, f"torch_{kind}")
-    if tokens == 1:
-        return rule, {}
-    chunk = min(_LONGEST_CHUNK, max(_SHORTEST_CHUNK, 1 << (tokens - 1).bit_length()))
-    return rule, {"chunk_size": chunk}
+    output, behind = rule(
+        query.unflatten(2, (key_heads, channels)),
+        key.unflatten(2, (key_heads, channels)),
+        value.unflatten(2, (heads, -1)),
+        g=decay,
+        beta=rate,
+        initial_state=memory,
+        output_final_state=goes_on,
+        use_qk_l2norm_in_kernel=True,
+    )
+    return output.flatten(2), behind
 
 
 class Mamba2:
@@ -154,19 +183,15 @@ class Mamba2:
         """Over values, keys and queries."""
         return module.conv1d
 
-    def scan(
-        self, module: Any, streams: list[torch.Tensor], lengths: torch.Tensor, valid: torch.Tensor | None, state: State
-    ) -> tuple[torch.Tensor, State]:
+    def scan(self, module: Any, batch: Sequences, state: State) -> tuple[torch.Tensor, State | None]:
         """Convolve, then update the state; a step of size zero, at padding, changes nothing."""
-        inputs, step = streams
-        if valid is not None:
-            step = step * valid[..., None]
-        mixed, tail = short_convolution(module.conv1d, inputs, lengths, state.inputs)
+        inputs, step = batch.streams
+        mixed, tail = short_convolution(module.conv1d, inputs, batch, state.inputs)
         width = module.n_groups * module.ssm_state_size
         values, key, query = module.act(mixed).split([module.intermediate_size, width, width], dim=-1)
         output, memory = _library(module, "mamba2_chunk_scan")(
             values.unflatten(-1, (-1, module.head_dim)),
-            step,
+            batch.masked(step),
             -module.A_log.float().exp(),
             key.unflatten(-1, (module.n_groups, -1)),
             query.unflatten(-1, (module.n_groups, -1)),
@@ -176,7 +201,7 @@ class Mamba2:
             initial_states=state.memory,
             return_final_states=True,
         )
-        return output.flatten(2), State(tail, memory)
+        return output.flatten(2), None if tail is None else State(tail, memory)
 
     def finish(self, module: Any, mixed: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """The gated norm, and the output projection."""
@@ -202,12 +227,10 @@ class ShortConvolution:
         """Over gated values."""
         return module.conv
 
-    def scan(
-        self, module: Any, streams: list[torch.Tensor], lengths: torch.Tensor, valid: torch.Tensor | None, state: State
-    ) -> tuple[torch.Tensor, State]:
+    def scan(self, module: Any, batch: Sequences, state: State) -> tuple[torch.Tensor, State | None]:
         """Convolve."""
-        mixed, tail = short_convolution(module.conv, streams[0], lengths, state.inputs)
-        return mixed, State(tail)
+        mixed, tail = short_convolution(module.conv, batch.streams[0], batch, state.inputs)
+        return mixed, None if tail is None else State(tail)
 
     def finish(self, module: Any, mixed: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """The gate, and the output projection."""
@@ -215,31 +238,35 @@ class ShortConvolution:
 
 
 def short_convolution(
-    layer: torch.nn.Conv1d, inputs: torch.Tensor, lengths: torch.Tensor, before: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    layer: torch.nn.Conv1d, inputs: torch.Tensor, batch: Sequences, before: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A causal depthwise convolution that continues n sequences.
 
     Args:
         layer: with a window of K tokens.
         inputs: (n, T, D).
-        lengths: (n,) int64, tokens of each sequence; those behind are padding.
+        batch: the sequences.
         before: (n, K - 1, D), the inputs before the first.
 
     Returns:
-        The outputs, (n, T, D), and the last K - 1 inputs of each sequence.
+        The outputs, (n, T, D), and the last K - 1 inputs of each sequence if they go on.
     """
-    whole = torch.cat([before, inputs], dim=1)
     width = before.shape[1]
-    last = lengths[:, None] + torch.arange(width, device=lengths.device)[None, :]
-    tail = whole.gather(1, last[..., None].expand(-1, -1, whole.shape[2]))
-    channels = whole.transpose(1, 2).to(layer.weight.dtype)
-    if whole.is_cuda and whole.shape[2] % 8 == 0 and find_spec("causal_conv1d") is not None:
-        from causal_conv1d import causal_conv1d_fn
+    mixed = causal_convolution(layer, inputs, before)
+    if mixed is not None and not batch.goes_on:
+        return mixed, None
+    whole = torch.cat([before, inputs], dim=1)
+    if mixed is None:
+        channels = whole.transpose(1, 2).to(layer.weight.dtype)
+        if whole.is_cuda and whole.shape[2] % 8 == 0 and find_spec("causal_conv1d") is not None:
+            from causal_conv1d import causal_conv1d_fn
 
-        mixed = causal_conv1d_fn(channels, layer.weight.squeeze(1), layer.bias)[:, :, width:]
-    else:
-        mixed = F.conv1d(channels, layer.weight, layer.bias, groups=layer.groups)
-    return mixed.transpose(1, 2).to(inputs.dtype), tail
+            mixed = causal_conv1d_fn(channels, layer.weight.squeeze(1), layer.bias)[:, :, width:]
+        else:
+            mixed = F.conv1d(channels, layer.weight, layer.bias, groups=layer.groups)
+        mixed = mixed.transpose(1, 2).to(inputs.dtype)
+    last = batch.lengths[:, None] + torch.arange(width, device=inputs.device)[None, :]
+    return mixed, whole.gather(1, last[..., None].expand(-1, -1, whole.shape[2]))
 
 
 def first_state(layer: torch.nn.Conv1d, count: int, stream: torch.Tensor) -> State:

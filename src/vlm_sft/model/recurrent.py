@@ -17,7 +17,7 @@ import torch
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.families import STATEFUL
 from vlm_sft.model.forward_patch import agrees, holds, is_exchanged, is_plain, replace_forward
-from vlm_sft.model.mixers import MIXERS, Mixer, State, first_state, joined_states
+from vlm_sft.model.mixers import MIXERS, Mixer, Sequences, State, first_state, joined_states
 from vlm_sft.model.pack_context import current_pack
 from vlm_sft.model.protocols import VisionLanguageModel
 from vlm_sft.model.state_batches import Recurrence, StateBatch
@@ -95,22 +95,22 @@ def _mixed(mixer: Mixer, module: Any, hidden: torch.Tensor, recurrence: Recurren
 
 def _pack(mixer: Mixer, module: Any, streams: list[torch.Tensor], recurrence: Recurrence) -> torch.Tensor:
     """Outputs (L, V) for the streams (L, …) of a pack."""
-    batches = recurrence.batches(streams[0].device)
+    batches, kept = recurrence.batches(streams[0].device), recurrence.kept
+    divided = iter(zip(*map(batches.divide, streams), strict=True))
     outputs: list[torch.Tensor] = []
 
-    def scan(batch: StateBatch, begin: State) -> State:
-        taken = [batch.take(stream) for stream in streams]
-        output, behind = mixer.scan(module, taken, batch.lengths, batch.valid, begin)
-        outputs.append(output.flatten(0, 1))
+    def scan(batch: StateBatch, begin: State, goes_on: bool) -> State | None:
+        output, behind = mixer.scan(module, Sequences(next(divided), batch.lengths, batch.valid, goes_on), begin)
+        outputs.append(output)
         return behind
 
     layer = mixer.convolution(module)
-    first = [scan(batch, first_state(layer, len(batch.lengths), streams[0])) for batch in batches.prefixes]
+    first = [scan(batch, first_state(layer, len(batch.lengths), streams[0]), True) for batch in batches.prefixes]
     prefixes = joined_states(first)
-    behind = [scan(batch, prefixes.rows(batch.parents)) for batch in batches.questions]
-    if recurrence.kept is not None:
-        recurrence.kept[module] = joined_states(behind).rows(batches.order)
-    return torch.cat(outputs).index_select(0, batches.places)
+    behind = [scan(batch, prefixes.rows(batch.parents), kept is not None) for batch in batches.questions]
+    if kept is not None:
+        kept[module] = joined_states(behind).rows(batches.order)
+    return batches.join(outputs)
 
 
 def _step(mixer: Mixer, module: Any, streams: list[torch.Tensor], recurrence: Recurrence) -> torch.Tensor:
@@ -118,9 +118,9 @@ def _step(mixer: Mixer, module: Any, streams: list[torch.Tensor], recurrence: Re
     kept, fed = recurrence.kept, recurrence.fed
     assert kept is not None and fed is not None, "a generation step continues from a pack"
     before = kept[module]
-    output, after = mixer.scan(
-        module, [stream[:, None] for stream in streams], torch.ones_like(fed), None, before.rows(fed)
-    )
+    tokens = Sequences(tuple(stream[:, None] for stream in streams), torch.ones_like(fed), None, True)
+    output, after = mixer.scan(module, tokens, before.rows(fed))
+    assert after is not None, "tokens that go on leave a state"
     before.inputs.index_copy_(0, fed, after.inputs)
     if after.memory is not None:
         before.memory.index_copy_(0, fed, after.memory.to(before.memory.dtype))

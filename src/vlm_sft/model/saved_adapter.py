@@ -22,7 +22,7 @@ from vlm_sft.common.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT, MA
 from vlm_sft.common.console import warn
 from vlm_sft.common.errors import ModelError, RunError
 from vlm_sft.common.manifest import folder_problems, read_manifest
-from vlm_sft.common.record import bfloat16_flags
+from vlm_sft.common.record import bfloat16_flags, loaded_in_bfloat16
 from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.layout import empty_model
@@ -130,7 +130,7 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def recorded_bf16(folder: Path) -> bool | str:
-    """The `bf16` of `find_base` for what a run has trained: on a CPU, what the run computed in.
+    """The `bf16` of `find_base` for what a run has trained: on a CPU, what the run loaded its base in.
 
     Args:
         folder: an adapter, a checkpoint or a fully trained model; without a run's record, or where this processor has
@@ -140,7 +140,7 @@ def recorded_bf16(folder: Path) -> bool | str:
     if torch.cuda.is_available() or not bfloat16_flags() or not (run / RUN).is_file():
         return "auto"
     try:
-        return read_json(run / RUN).get("dtype") == "bfloat16"
+        return loaded_in_bfloat16(read_json(run / RUN))
     except RunError:
         return "auto"  # a damaged record does not keep whole weights from answering
 

@@ -41,13 +41,14 @@ from vlm_sft.model.families import (
     sharing_mode,
 )
 from vlm_sft.model.forward_patch import evaluating, reason_of
-from vlm_sft.model.load import is_blockwise
+from vlm_sft.model.load import Base, is_blockwise
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
 from vlm_sft.model.recurrent import unshared_states
-from vlm_sft.model.vision_features import encode_images
+from vlm_sft.model.vision_features import encode_images, trained_projector
 
 # Root mean square difference of the logits, relative to their spread, that rounding explains.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_WIDENED = "vlm_sft_widened"  # attribute of a model that failed in bfloat16 and computes in float32
 _SHARE = 3  # a window or chunk is at most this part of the shortest sequence
 _SIZES = ((72, 56), (56, 96))  # of the images, in pixels
 _QUESTIONS = ("What is it?", "How many of them are there, and where?", "Why?")
@@ -186,7 +187,22 @@ def _widen_if_it_fails(model: AnyModel, encoder: Encoder) -> None:
         raise
     except Exception as failure:  # an unknown architecture may raise anything
         base.float()
+        setattr(base, _WIDENED, True)
         say(f"{base.config.model_type} fails with its products in bfloat16 ({reason_of(failure)}): float32 is computed")
+
+
+def formats_of(base: Base, model: AnyModel) -> dict[str, str]:
+    """What run.json says of number formats.
+
+    Args:
+        base: what was loaded.
+        model: of it, after `choose_mode`, wrapped or not.
+
+    Returns:
+        `dtype`: what computes; and `loaded_dtype` where the weights were loaded in another format, which failed.
+    """
+    widened = hasattr(packed_forward.unwrap(model), _WIDENED)
+    return {"dtype": "float32", "loaded_dtype": base.dtype_name} if widened else {"dtype": base.dtype_name}
 
 
 @torch.no_grad()
@@ -261,20 +277,29 @@ def sharing_error(model: AnyModel, encoder: Encoder, kind: Kind) -> float:
 
 
 def features_doubt(model: AnyModel, encoder: Encoder) -> str:
-    """Why kept vision features may not stand for the pixels; "" for a declared family, and where a check finds none.
+    """Why kept vision features may not stand for the pixels; "" where nothing speaks against it.
+
+    A declared family is not checked, unless its projector is trained: how that can be run alone is found by structure.
 
     Args:
         model, encoder: as for `choose_mode`.
     """
     base = packed_forward.unwrap(model)
-    if is_proven(base.config):
+    projected = bool(trained_projector(model))
+    if is_proven(base.config) and not projected:
         return ""
     if is_partitioned(*base.parameters()):
-        return "those of an unknown family cannot be checked while its weights are divided over the ranks"
+        whose = "inputs of a trained projector" if projected else "those of an unknown family"
+        return f"{whose} cannot be checked while the weights are divided over the ranks"
     try:
         error = features_error(model, encoder)
     except Exception as failure:  # an unknown architecture may raise anything
-        return f"they cannot be computed by themselves ({reason_of(failure)})"
+        what = (
+            "the trained projector cannot be run apart from its tower"
+            if projected
+            else "they cannot be computed by themselves"
+        )
+        return f"{what} ({reason_of(failure)})"
     if error <= TOLERANCE[base.get_input_embeddings().weight.dtype]:
         return ""
     return f"answers differ behind them (by {error:.2g} of the logits)"

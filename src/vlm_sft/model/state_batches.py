@@ -6,6 +6,7 @@ begins, and the questions are a batch too. Padding stands behind the tokens, so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 
 from vlm_sft.data.collate import moved_to
 
-# A sequence joins a batch when it has at least this share of the tokens of the longest one, which it is padded to.
-_LEAST_SHARE = 0.75
+# The padding of a batch is at most this share of its places, or so many places: a batch of its own costs as much.
+_MOST_PADDING, _FREE_PADDING = 0.25, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,25 +35,61 @@ class StateBatch:
     valid: torch.Tensor | None
     parents: torch.Tensor
 
-    def take(self, stream: torch.Tensor) -> torch.Tensor:
-        """What the tokens of a stream (L, …) are in this batch, (n, T, …)."""
-        return stream.index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape)
-
 
 @dataclass(frozen=True, slots=True)
 class StateBatches:
     """A whole pack as batches.
 
     Attributes:
-        prefixes, questions: in the order in which they are computed.
-        places: (L,) int64, where each token of the pack is in the flattened outputs of all batches, in that order.
+        prefixes, questions: in the order in which they are computed; one after the other they have P places.
+        tokens: (P,) int64, the token of the pack at each place.
+        places: (L,) int64, the place of each token of the pack.
+        padding: (padded places,) int64.
         order: (questions,) int64, where each question of the pack is among those of the batches.
     """
 
     prefixes: list[StateBatch]
     questions: list[StateBatch]
+    tokens: torch.Tensor
     places: torch.Tensor
+    padding: torch.Tensor
     order: torch.Tensor
+
+    def divide(self, stream: torch.Tensor) -> list[torch.Tensor]:
+        """A stream (L, …) of the pack for each batch, (n, T, …), prefixes first.
+
+        Its gradient at padding is not looked at: padding changes no output and no state.
+        """
+        shapes = [batch.tokens.shape for batch in (*self.prefixes, *self.questions)]
+        placed = _Moved.apply(stream, self.tokens, self.places, None)
+        return [
+            part.unflatten(0, shape)
+            for part, shape in zip(placed.split(list(map(math.prod, shapes))), shapes, strict=True)
+        ]
+
+    def join(self, outputs: list[torch.Tensor]) -> torch.Tensor:
+        """What `divide` divided, from the outputs (n, T, …) of all batches: (L, …)."""
+        placed = torch.cat([output.flatten(0, 1) for output in outputs])
+        return _Moved.apply(placed, self.places, self.tokens, self.padding)
+
+
+class _Moved(torch.autograd.Function):
+    """Rows of a matrix in another order; their gradients, too, are taken by index, which is faster than adding up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, there: torch.Tensor, back: torch.Tensor, unused: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Rows `there` of the matrix; `back` are their places among them, `unused` the rows that are not taken."""
+        ctx.save_for_backward(back, unused)
+        return rows.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """Gradient of the rows."""
+        back, unused = ctx.saved_tensors
+        slopes = gradients[0].index_select(0, back)
+        return slopes if unused is None else slopes.index_fill_(0, unused, 0), None, None, None
 
 
 @dataclass(slots=True)
@@ -105,17 +142,23 @@ def state_batches(ends: Sequence[Sequence[int]], device: torch.device) -> StateB
         first += longest * len(spans)
     order = torch.empty(len(questions), dtype=torch.int64)
     order[[one for group in asked for one in group]] = torch.arange(len(questions))
-    return StateBatches(
-        batches[: len(groups)], batches[len(groups) :], moved_to(device, places), moved_to(device, order)
-    )
+    padded = torch.ones(first, dtype=torch.bool)
+    padded[places] = False
+    tokens = torch.cat([batch.tokens.flatten() for batch in batches])
+    indexes = (moved_to(device, index) for index in (places, padded.nonzero()[:, 0], order))
+    return StateBatches(batches[: len(groups)], batches[len(groups) :], tokens, *indexes)
 
 
 def _similar(lengths: Sequence[int]) -> list[list[int]]:
     """Put sequences of similar length together, the longest ones first."""
     groups: list[list[int]] = []
+    padding = 0
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if not groups or lengths[index] < _LEAST_SHARE * lengths[groups[-1][0]]:
+        longest = lengths[groups[-1][0]] if groups else 0
+        padding += longest - lengths[index]
+        if not groups or padding > max(_FREE_PADDING, _MOST_PADDING * longest * (len(groups[-1]) + 1)):
             groups.append([])
+            padding = 0
         groups[-1].append(index)
     return groups
 

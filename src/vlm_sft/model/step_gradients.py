@@ -36,6 +36,7 @@ class StepGradients:
     Attributes:
         parameters: the trained ones.
         sums: their gradients so far; None where a parameter had none.
+        anywhere: whether any rank has a gradient of each, which the vote of the ranks tells.
         splits: packs that did not fit and were cut: sample ids and sizes in tokens.
         too_large: the pack that does not fit even so; the step cannot be computed.
     """
@@ -58,6 +59,7 @@ class StepGradients:
         self.device = next(model.parameters()).device
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.sums: list[torch.Tensor | None] = [None] * len(self.parameters)
+        self.anywhere: Sequence[bool] = ()
         self.splits: list[dict[str, Any]] = []
         self.too_large: dict[str, Any] | None = None
         self.sample_ids: list[str] = []
@@ -141,14 +143,12 @@ class StepGradients:
         return dict(zip(names, self.sums, strict=True))
 
     def average(self, world_size: int) -> None:
-        """Replace the gradients by their mean over the ranks; every rank must call it.
+        """Replace the gradients by their mean over the ranks, once they have voted; every rank must call it.
 
         One that no rank has stays None, as on one process: an optimizer would move its weights by their momentum.
         """
-        has = [float(gradient is not None) for gradient in self.sums]
-        known = [rank > 0 for rank in sum_ranks(torch.tensor(has, device=self.device)).tolist()]
         for index, parameter in enumerate(self.parameters):
-            if known[index] and self.sums[index] is None:
+            if self.anywhere[index] and self.sums[index] is None:
                 self.sums[index] = torch.zeros_like(parameter)
         sums = [gradient for gradient in self.sums if gradient is not None]
         for bucket in _buckets(sums):

@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from vlm_sft.model.hub import model_config
 
 
 class _TransposeToFit(Transpose):
@@ -38,7 +40,7 @@ def compare_whole_shapes(path: str) -> None:
     """
     if not is_deepspeed_zero3_enabled():
         return
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = model_config(str(path))
     for kind in (config.model_type, *(part.model_type for part in _parts(config))):
         mapping = get_checkpoint_conversion_mapping(kind) or []
         checking = [step for step in mapping if any(_checks_shape(work) for work in getattr(step, "operations", ()))]

@@ -1,23 +1,20 @@
 """Frozen vision features: how they come out of the vision tower and go into the model.
 
 While nothing in the vision tower is trained, its output for an image never changes. transformers takes it as
-`mm_encoder_outputs`, exactly where the tower's own output would enter, so a pack with features runs no tower.
+`mm_encoder_outputs`, where the tower's own output would enter, so a pack with features runs no tower. What goes into
+a projector that is trained behind a frozen tower never changes either (`projector_inputs.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm_sft.common.errors import DataError
@@ -26,10 +23,10 @@ from vlm_sft.data.cache.pixel_codec import unpack_pixels
 from vlm_sft.data.cache.store import Record
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.attention import attention_name
 from vlm_sft.model.cpu.matmul import mixed_precision, stream_dtype
 from vlm_sft.model.families import family_of
 from vlm_sft.model.forward_patch import evaluating
+from vlm_sft.model.projector_inputs import INPUT, called_modules, marked, projected, row_numbers
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
 
 POOLED, DEEPSTACK, INJECTED, INDICATORS = "pooled", "deepstack", "injected", "indicators"
@@ -151,8 +148,9 @@ def image_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, Any]:
     features = [features_of(image) for image in images]
     if not any(features):
         return as_weights(model, joined_tensors(images))
-    pairs = zip(features, images, strict=True)
-    features = [found or _features_now(model, image) for found, image in pairs]
+    features = [found or _features_now(model, image) for found, image in zip(features, images, strict=True)]
+    if any(name.startswith(INPUT) for name in features[0]):
+        features = projected(projector_modules(model), features)
     # Where the model finds the positions itself it needs the sizes of the images too.
     sizes = [
         {name: value for name, value in image.items() if not (name.startswith(PREFIX) or is_pixels(name))}
@@ -261,16 +259,25 @@ def encode_images(model: AnyModel, images: Sequence[Mapping[str, torch.Tensor]])
         images: the processor's tensors of each image, packed or not.
 
     Returns:
-        For each image its features, on the CPU, in the number format of the language model's hidden states.
+        For each image its features in the language model's number format, or inputs of a trained projector; on the CPU.
+
+    Raises:
+        ModelError: the trained projector cannot be run apart from the tower.
     """
     base = unwrap(model)
+    projectors = trained_projector(model)
+    if projectors and len(images) > 1:
+        return [record for image in images for record in encode_images(model, [image])]
     weight = next(base.get_input_embeddings().parameters())
     dtype = stream_dtype(weight)
     device = next(next(iter(tower_modules(model).values())).parameters()).device
     whole = as_weights(model, joined_tensors([unpack_pixels(image) for image in images]))
     arguments = {name: value.to(device) for name, value in whole.items()}
-    with mixed_precision(device, weight.dtype):
+    with mixed_precision(device, weight.dtype), marked(projectors) as inputs:
         output = tower_output(model, arguments)
+    if inputs:
+        record = inputs | row_numbers(features_by_image(output, images)[0])
+        return [{name: value.cpu().contiguous() for name, value in record.items()}]
 
     def kept(value: torch.Tensor) -> torch.Tensor:
         return value.to("cpu", dtype).contiguous()
@@ -292,8 +299,7 @@ def features_by_image(output: Any, images: Sequence[Mapping[str, torch.Tensor]])
         output: of the tower.
         images: the processor's tensors of each image; one image where the tower returns one tensor.
     """
-    # Llama 4 takes what its tower puts out, and projects it itself.
-    pooled = getattr(output, "pooler_output", None)
+    pooled = getattr(output, "pooler_output", None)  # Llama 4 has none: it projects its tower's output itself
     if pooled is None and not getattr(output, "deepstack_features", None):
         pooled = output.last_hidden_state
     if isinstance(pooled, torch.Tensor):
@@ -319,57 +325,17 @@ def _parts(output: Any) -> dict[str, Sequence[torch.Tensor]]:
     return {POOLED: output.pooler_output} | {f"{DEEPSTACK}.{layer}": values for layer, values in enumerate(deep)}
 
 
-def features_problem(model: AnyModel) -> str:
-    """Why a model cannot use kept features; "" when it can."""
-    base = unwrap(model)
-    name = type(base).__name__
-    if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
-        return f"{name} of transformers {version('transformers')} does not take them"
-    towers = tower_modules(model)
-    if not towers or not hasattr(inner_model(model), "get_image_features"):
-        return f"{name} has no separate vision tower"
-    if any(parameter.requires_grad for module in towers.values() for parameter in module.parameters()):
-        return _trained_part(base, towers)
-    # An adapter with a tower or projector of its own gives other features than its base, behind the same switch.
-    parts = [part for tower in towers.values() for part in tower.modules()]
-    if any(isinstance(part, BaseTunerLayer | ModulesToSaveWrapper) for part in parts):
-        return "the adapter has its own vision tower or projector"
-    return ""
+def projector_modules(model: AnyModel) -> list[torch.nn.Module]:
+    """The modules of a family's projector that are called; [] where it is not known."""
+    modules = inner_model(model).named_modules()
+    return list(called_modules(part for path, part in modules if path in family_of(unwrap(model).config).projector))
 
 
-def _trained_part(base: Any, towers: Mapping[str, torch.nn.Module]) -> str:
-    """Why features cannot be kept while something behind the pixels is trained: they are the projector's outputs."""
-    projectors = [
-        module for path, module in inner_model(base).named_modules() if path in family_of(base.config).projector
-    ]
-    own = {id(parameter) for module in projectors for parameter in module.parameters()}
-    tower = [parameter for module in towers.values() for parameter in module.parameters() if id(parameter) not in own]
-    if any(parameter.requires_grad for parameter in tower):
-        return "the vision tower is trained"
-    return "the projector is trained, and cached features are its output"
-
-
-def tower_settings(model: AnyModel) -> dict[str, Any]:
-    """All that the features of an image depend on, besides its pixels; call it inside `whole_tower`."""
-    base = unwrap(model)
-    digest = hashlib.sha256()
-    values = {
-        f"{p}.{name}": value for p, part in tower_modules(model).items() for name, value in part.state_dict().items()
-    }
-    for name, value in (values | loose_parameters(model)).items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    weight = next(base.get_input_embeddings().parameters())
-    vision = getattr(base.config, "vision_config", base.config)
-    device = next(next(iter(tower_modules(model).values())).parameters()).device
-    return {
-        "model": type(base).__name__,
-        "tower": digest.hexdigest(),
-        "dtype": " in ".join(dict.fromkeys((str(weight.dtype), str(stream_dtype(weight))))),
-        "attention": attention_name(vision),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch": torch.__version__,
-    }
+def trained_projector(model: AnyModel) -> list[torch.nn.Module]:
+    """The projector's modules where anything in them is trained; [] elsewhere."""
+    projectors = projector_modules(model)
+    trained = any(parameter.requires_grad for part in projectors for parameter in part.parameters())
+    return projectors if trained else []
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from vlm_sft.common.errors import RunError
 from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.data.cache.directory import ENTRY, FEATURES, IMAGES, entry_weights, settings_key
 from vlm_sft.data.cache.encoded import image_settings, record_key
+from vlm_sft.data.cache.feature_names import BEFORE_PROJECTOR, KEPT
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
 
@@ -29,9 +30,9 @@ class CachedImages:
         self._pixels = _keys(root / IMAGES / settings_key(self.settings))
         self._features = self._feature_keys(weights_fingerprint(base))
 
-    def _feature_keys(self, weights: str) -> set[str]:
-        """Images that have features of these weights, behind this image processor."""
-        found: set[str] = set()
+    def _feature_keys(self, weights: str) -> dict[bool, set[str]]:
+        """Images that have features of these weights, behind this image processor; True: inputs of the projector."""
+        found: dict[bool, set[str]] = {False: set(), True: set()}
         for marker in (self.root / FEATURES).glob(f"*/{ENTRY}"):
             try:
                 entry = read_json(marker)
@@ -41,16 +42,17 @@ class CachedImages:
             own = {name: value for name, value in self.settings.items() if name != "versions"}
             same = settings_key(own) == settings_key({name: settings.get(name) for name in own})  # as JSON: () is []
             if same and weights in entry_weights(entry):
-                found |= _keys(marker.parent)
+                found[settings.get(KEPT) == BEFORE_PROJECTOR] |= _keys(marker.parent)
         return found
 
     def without_images(self, samples: Sequence[Sample]) -> list[Sample]:
         """Those whose processed image is not there."""
         return [sample for sample in samples if record_key(sample.image_key) not in self._pixels]
 
-    def without_features(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Those whose vision features are not there."""
-        return [sample for sample in samples if record_key(sample.image_key) not in self._features]
+    def without_features(self, samples: Sequence[Sample], before_projector: bool = False) -> list[Sample]:
+        """Those whose vision features are not there, or what goes into the projector."""
+        found = self._features[before_projector]
+        return [sample for sample in samples if record_key(sample.image_key) not in found]
 
 
 def _keys(folder: Path) -> set[str]:

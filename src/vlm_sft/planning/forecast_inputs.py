@@ -202,7 +202,8 @@ def _image_plan(
     to_encode, later = training, benchmarks
     to_process = [] if prepared_already else one_an_image([*data.train_images, *data.eval_images])
     if data.cached is not None:
-        to_encode, later = data.cached.without_features(training), data.cached.without_features(benchmarks)
+        before = not setting.adapter.frozen_tower
+        to_encode, later = (data.cached.without_features(part, before) for part in (training, benchmarks))
         to_process = data.cached.without_images(to_process)
     first = {record_key(sample.image_key) for sample in to_encode}
     later = [sample for sample in later if record_key(sample.image_key) not in first]
@@ -214,7 +215,9 @@ def _image_plan(
         data.image_seconds,
         engine.prepared_cache,
     )
-    if not setting.adapter.frozen_tower or engine.feature_cache == OFF:
+    frozen = setting.adapter.frozen_tower
+    divided = setting.ranks.shared_weights > 1  # then a trained projector is not run apart from the model
+    if setting.adapter.trained_tower or (divided and not frozen) or engine.feature_cache == OFF:
         return plan
     free = free_bytes(engine.cache_dir or default_cache_dir())
 
@@ -226,8 +229,10 @@ def _image_plan(
     return replace(
         plan,
         keep_features=kept(plan.to_encode, len(training) + made_up.count, looks),
-        # The base and the adapter both look at the images of a benchmark.
-        keep_benchmark_features=bool(tasks) and kept(plan.benchmarks, len(benchmarks), 2.0 * len(benchmarks)),
+        # The base and the adapter both look at the images of a benchmark; behind a projector of its own it sees others.
+        keep_benchmark_features=frozen
+        and bool(tasks)
+        and kept(plan.benchmarks, len(benchmarks), 2.0 * len(benchmarks)),
     )
 
 

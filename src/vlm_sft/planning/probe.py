@@ -27,7 +27,7 @@ from vlm_sft.forecast import estimate
 from vlm_sft.forecast.calibration import PROBE, PROBE_SPREAD, Calibration
 from vlm_sft.forecast.flops import Pack, Work, pack_work
 from vlm_sft.forecast.inputs import ForecastInputs
-from vlm_sft.forecast.time import answering_seconds, forward_seconds, tower_seconds, training_seconds
+from vlm_sft.forecast.time import answering_seconds, forward_seconds, image_seconds, tower_seconds, training_seconds
 from vlm_sft.model import packed_forward
 from vlm_sft.model.cpu.matmul import mixed_precision
 from vlm_sft.model.families import PackMode
@@ -131,8 +131,8 @@ class Probe:
     @staticmethod
     def _training_seconds(work: Work, inputs: ForecastInputs) -> float:
         """Seconds of training passes by the table, with the tower where packs hold pixels."""
-        tower = 0.0 if inputs.images.keep_features else tower_seconds(inputs.setting, work, training=True)
-        return training_seconds(inputs.setting, work) + tower
+        images = image_seconds(inputs.setting, work, inputs.images.keep_features, training=True)
+        return training_seconds(inputs.setting, work) + images
 
     def _work(self, pack: Pack, data: PreparedData) -> Work:
         return pack_work(pack, data.lengths, data.visual_tokens, not self.mode.shares)
@@ -192,7 +192,7 @@ class Probe:
                 continue
             measured += took
             work = self._work(pack, data)
-            online = 0.0 if self.inputs.images.keep_features else tower_seconds(self.inputs.setting, work)
+            online = image_seconds(self.inputs.setting, work, self.inputs.images.keep_features)
             expected += forward_seconds(self.inputs.setting, work) + online
         return measured / expected
 

@@ -309,7 +309,7 @@ def find_run_base(options: TrainOptions, recipe: Recipe, specs: list[DatasetSpec
     base = fit_prompt(base, specs, options.prompt_template is not None, token_limits(options, specs))
     for note in base.notes:
         say(note)
-    return base
+    return replace(base, prompt=replace(base.prompt, max_length=recipe.max_length, oversized=recipe.oversized))
 
 
 def _write_data_facts(

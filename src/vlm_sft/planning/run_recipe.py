@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from transformers import AutoConfig
-
+from vlm_sft.common.errors import ModelError
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.model.default_targets import default_targets
+from vlm_sft.model.hub import model_config
 from vlm_sft.model.load import resolve_path
 from vlm_sft.model.parts import LANGUAGE
 from vlm_sft.planning.options import TrainOptions
@@ -38,8 +38,8 @@ def read_run_recipe(options: TrainOptions) -> LoadedRecipe:
     if key.name in loaded.flags or recipe.target_modules != key.default or LANGUAGE not in recipe.train:
         return loaded
     try:
-        config = AutoConfig.from_pretrained(resolve_path(options.base_model), trust_remote_code=False)
-    except Exception:  # whatever keeps it from being opened is told when the base is looked for
+        config = model_config(resolve_path(options.base_model), options.base_model)
+    except ModelError:  # whatever keeps it from being opened is told when the base is looked for
         return loaded
     targets = default_targets(config)
     if targets == key.default:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from vlm_sft.common.errors import ModelError
 from vlm_sft.common.record import device_name
@@ -18,6 +17,7 @@ from vlm_sft.model.families import layer_values
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.gpu import liger
 from vlm_sft.model.gpu.flash import gathered_heads
+from vlm_sft.model.hub import model_config
 from vlm_sft.model.layout import without_weights
 from vlm_sft.model.load import Base
 from vlm_sft.model.parts import PROJECTOR_LORA, VISION_LORA, part_linears
@@ -27,7 +27,7 @@ from vlm_sft.planning.training_run import TrainingRun
 
 def shape_of(base: Base) -> ModelShape:
     """The sizes of a base model: from its configuration, or counted where the family is unknown."""
-    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    config = model_config(base.path)
     return model_shape(config.to_dict()) or _counted_shape(config)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from vlm_sft.common.console import warn
 from vlm_sft.common.errors import DataError, RecipeError
 from vlm_sft.data.sample import LeftOut, Sample
 from vlm_sft.data.sources.spec import DatasetSpec, parse_beside
+from vlm_sft.data.sources.splits import MissingSplitError
 from vlm_sft.evaluate.guard import Guard, parse_guards
 from vlm_sft.evaluate.metrics import Benchmark
 from vlm_sft.evaluate.own_metrics import chosen_rules
@@ -25,7 +27,7 @@ class ValidationPlan:
     """What is answered at each evaluation.
 
     Attributes:
-        tasks: the questions; those of the training data first.
+        tasks: the questions; those of the training data first, then those that a guard or the metric needs besides.
         guards: what may be lost on which of them.
         metric: what chooses the best checkpoint, as of `metric_for_best_model`.
     """
@@ -68,24 +70,25 @@ def check_request(recipe: Recipe, specs: list[DatasetSpec], options: TrainOption
     Args:
         recipe: says which metric chooses the best checkpoint.
         specs: the training data.
-        options: has the guards, the number of samples and the metric of own data.
+        options: has the guards, the benchmarks of the end, the number of samples and the metric of own data.
 
     Returns:
         The guards.
 
     Raises:
-        RecipeError: the metric belongs to no benchmark of the data, a guard has nothing to choose from, or the number
+        RecipeError: the metric belongs to nothing that is answered, a guard has nothing to choose from, or the number
             of samples is below 1.
         EvaluationError, DataError: the argument of guards or metrics has mistakes.
     """
     guard, samples, rules = options.guard, options.eval_samples, own_rules(options, specs)
-    known = {name: rules_of(name, rules).metric_name for name in names_of(specs)}
-    metric = recipe.metric_for_best_model
-    losses = [f"{LOSS}_{name}" for name in known] if len(known) > 1 else []
-    if metric not in (have := [LOSS, *losses, *known.values()]):
+    known = [rules_of(name, rules).metric_name for name in answered_names(options, specs)]
+    metric, trained = recipe.metric_for_best_model, names_of(specs)
+    losses = [f"{LOSS}_{name}" for name in trained] if len(trained) > 1 else []
+    if metric not in (have := [LOSS, *losses, *known]):
         kind = "data set beside others" if is_loss(metric) else "benchmark"
+        where = "" if is_loss(metric) else ", --eval_benchmarks or --guard"
         raise RecipeError(
-            f"metric_for_best_model {metric} is of no {kind} in --dataset {dataset_text(specs)}",
+            f"metric_for_best_model {metric} is of no {kind} in --dataset {dataset_text(specs)}{where}",
             f"choose from {', '.join(dict.fromkeys(have))}"
             + ("; --metric gives your own data another" if any(spec.own for spec in specs) else ""),
         )
@@ -135,9 +138,31 @@ def plan_validation(
         return None, []
     limit = samples or EVAL_SAMPLES
     tasks, left_out = load_tasks(specs, limit, "validation", rules)
+    beside = {spec.name: spec for guard in guards for spec in parse_beside(guard.source, specs)}
+    metric = recipe.metric_for_best_model
+    if not is_loss(metric) and metric not in _metrics_of([*specs, *beside.values()], rules):
+        ending = parse_beside(str(options.eval_benchmarks), specs)  # only there, as `check_request` has seen
+        beside |= {spec.name: spec for spec in ending if metric in _metrics_of([spec], rules)}
     have = {task.name for task in tasks}
-    for source in dict.fromkeys(guard.source for guard in guards if guard.name not in have):
-        more, broken = load_tasks(parse_beside(source, specs), limit, "validation", rules)
+    for spec in (spec for spec in beside.values() if not have.issuperset(names_of([spec]))):
+        more, broken = _questions_beside(spec, limit, rules)
         tasks += [task for task in more if task.name not in have]
         left_out += broken
-    return ValidationPlan(tasks, guards, recipe.metric_for_best_model), left_out
+    return ValidationPlan(tasks, guards, metric), left_out
+
+
+def _metrics_of(specs: Sequence[DatasetSpec], rules: Mapping[str, Benchmark]) -> list[str]:
+    """The metrics of the benchmarks that data sets are."""
+    return [rules_of(name, rules).metric_name for name in names_of(specs)]
+
+
+def _questions_beside(
+    spec: DatasetSpec, limit: int, rules: Mapping[str, Benchmark]
+) -> tuple[list[Task], list[LeftOut]]:
+    """The validation questions of what is not trained on; of its test split, with a word, where it has no other."""
+    try:
+        return load_tasks([spec], limit, "validation", rules)
+    except MissingSplitError:
+        found = load_tasks([spec], limit, "test", rules)
+    warn(f"{spec.name}: there are test questions only, and they help to choose the best checkpoint")
+    return found

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.errors import RunError
+from vlm_sft.report.evaluation import answers_of, benchmark_folders, one_model
 from vlm_sft.report.fields import Fields, finite
 from vlm_sft.report.predictions import read_predictions
 from vlm_sft.report.records import (
@@ -83,11 +84,23 @@ def _collect(folder: Path, name: str) -> RunReport:
     if (fields := _read_object(folder / artifacts.GUARD, problems)) is not None:
         report.guard = tuple(_parse_guard(fields))
     report.predictions = read_predictions(folder, problems)
+    _read_evaluation(report)
     for file in (artifacts.RECIPE, artifacts.DATA, artifacts.RESULTS, artifacts.ADAPTER_WEIGHTS):
         if (folder / file).is_file():
             with (folder / file).open("rb") as stream:
                 report.checksums[file] = hashlib.file_digest(stream, "sha256").hexdigest()
     return report
+
+
+def _read_evaluation(report: RunReport) -> None:
+    """What `vlm-sft eval` wrote, where the folder is not that of a training."""
+    folders = [] if report.benchmarks or report.predictions or report.recipe else benchmark_folders(report.folder)
+    tuned = bool(report.record and report.record.adapter)
+    for folder in folders:
+        if (fields := _read_object(folder / artifacts.RESULTS, report.problems)) is not None:
+            report.benchmarks += (one_model(folder.name, fields, tuned),)
+        report.predictions += tuple(answers_of(folder, tuned, report.problems))
+    report.is_evaluation = bool(folders)
 
 
 def _read_object(path: Path, problems: list[str]) -> Fields | None:
@@ -140,6 +153,7 @@ def _parse_run(fields: Fields) -> RunRecord:
         seconds=fields.numbers("seconds"),
         output_dir=fields.text("output_dir"),
         base_model=fields.text("base_model"),
+        adapter=fields.text("adapter"),
         datasets=fields.texts("datasets"),
         device=fields.text("device"),
         world_size=fields.whole("world_size"),

@@ -105,67 +105,19 @@ def _tables(runs: Sequence[RunReport], choices: Sequence[quality.Choice]) -> dic
 
 def _results(runs: Sequence[RunReport]) -> Table:
     """Accuracies and differences as fractions, splits on lines of their own."""
-    rows: Table = [
-        [
-            "run",
-            "benchmark",
-            "split",
-            "synthetic",
-            "n",
-            "base",
-            "base_low",
-            "base_high",
-            "tuned",
-            "tuned_low",
-            "tuned_high",
-            "difference",
-            "difference_low",
-            "difference_high",
-            "p_value",
-            "verdict",
-        ]
-    ]
+    ends = ("", "_low", "_high")
+    scores = [f"{name}{end}" for name in ("base", "tuned", "difference") for end in ends]
+    rows: Table = [["run", "benchmark", "split", "synthetic", "n", *scores, "p_value", "verdict"]]
     for run in runs:
         for one in run.benchmarks:
-            low, high = one.difference_interval or (None, None)
-            rows.append(
-                [
-                    run.name,
-                    one.name,
-                    "",
-                    "yes" if one.synthetic else "no",
-                    one.n,
-                    *_score(one.base),
-                    *_score(one.tuned),
-                    one.difference,
-                    low,
-                    high,
-                    one.p_value,
-                    one.verdict,
-                ]
-            )
+            synthetic = "yes" if one.synthetic else "no"
+            difference = [one.difference, *(one.difference_interval or (None, None))]
+            counted = [*_score(one.base), *_score(one.tuned), *difference]
+            rows.append([run.name, one.name, "", synthetic, one.n, *counted, one.p_value, one.verdict])
             for split in one.splits:
                 gain = None if split.base is None or split.tuned is None else split.tuned - split.base
-                rows.append(
-                    [
-                        run.name,
-                        one.name,
-                        split.name,
-                        "yes" if one.synthetic else "no",
-                        split.n,
-                        split.base,
-                        None,
-                        None,
-                        split.tuned,
-                        None,
-                        None,
-                        gain,
-                        None,
-                        None,
-                        None,
-                        "",
-                    ]
-                )
+                alone = [cell for value in (split.base, split.tuned, gain) for cell in (value, None, None)]
+                rows.append([run.name, one.name, split.name, synthetic, split.n, *alone, None, ""])
     return rows
 
 

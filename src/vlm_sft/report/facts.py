@@ -23,10 +23,11 @@ def summary_rows(run: RunReport) -> Rows:
         [
             ("Recipe", record.recipe_name),
             ("Base model", record.base_model),
+            ("Adapter", record.adapter),
             ("Data", ", ".join(record.datasets)),
             ("Evaluation loss", _mixture(run)),
             ("Steps", formats.count(record.steps)),
-            ("Best step", f"{best.step:,} ({best.metric} {formats.number(best.value)})" if best else ""),
+            ("Best checkpoint", f"step {best.step:,} ({best.metric} {formats.number(best.value)})" if best else ""),
             ("Stopped early", record.stopped_early),
             ("Started", record.started),
             ("Finished", record.finished),

@@ -19,12 +19,13 @@ from vlm_sft.report import comparison, facts, figures, quality
 from vlm_sft.report.browser import browser
 from vlm_sft.report.collect import benchmark_names, collect_runs
 from vlm_sft.report.live import LiveView, live_view
-from vlm_sft.report.outcome import summarize
+from vlm_sft.report.outcome import claims_of, summarize
 from vlm_sft.report.predictions import NEAR, OUTCOMES, tally, tally_near
 from vlm_sft.report.records import Benchmark, RunReport
 from vlm_sft.report.svg import Drawing
 
 LEFT_OUT_SHOWN = 20
+_MOMENT = r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d)"
 RUNS_WITH_FIGURES = 12  # beyond, the figures that compare runs have to do: each run has several of its own
 
 
@@ -114,6 +115,7 @@ def render(
     leading = [one.name for choice in choices for one in choice.candidates if one.on_front and not one.is_base]
     tallies = [(run.name, name, counts) for run in runs for name, counts in tally(run.predictions).items()]
     near = {(run.name, name): n for run in runs for name, n in tally_near(run.predictions).items()}
+    outcome = None if many else summarize(runs[0])
     scripts = [_script("report.js"), *([_script("watch.js")] if version is not None else [])]
     page = (
         _environment()
@@ -132,7 +134,8 @@ def render(
             tallies=tallies,
             near=near,
             near_label=NEAR,
-            outcome=None if many else summarize(runs[0]),
+            outcome=outcome,
+            claims=outcome.claims if outcome else _claims(runs, [] if settings else choices),
             outcomes=[one for one in OUTCOMES if any(one in counts for _, _, counts in tallies)],
             left_out_shown=LEFT_OUT_SHOWN,
             runs_with_figures=RUNS_WITH_FIGURES,
@@ -169,14 +172,22 @@ def _environment() -> Environment:
         shorten=formats.shorten,
         number=formats.number,
         markup=Markup,
-        flags=_flags,
+        inline=_inline,
+        moment=_moment,
     )
     return environment
 
 
-def _flags(text: str) -> Markup:
-    """A text whose command line flags stay whole where a line breaks."""
-    return Markup(re.sub(r"(?<!\S)--\w[\w-]*", r'<span class="flag">\g<0></span>', str(escape(text))))
+def _inline(text: str) -> Markup:
+    """A text whose command line flags stay whole where a line breaks, and whose moments are dates."""
+    flags = re.sub(r"(?<!\S)--\w[\w-]*", r'<span class="flag">\g<0></span>', str(escape(text)))
+    return Markup(re.sub(_MOMENT, lambda found: _moment(found[0]), flags))
+
+
+def _moment(text: str) -> Markup:
+    """A recorded moment, which the page's script shows in the reader's own time zone."""
+    shown, exact = escape(formats.moment(text)), escape(text)
+    return Markup('<time datetime="{}">{}</time>').format(exact, shown)
 
 
 def _view(run: RunReport, key: str, number_of_runs: int, served: bool) -> RunView:
@@ -211,6 +222,17 @@ def _view(run: RunReport, key: str, number_of_runs: int, served: bool) -> RunVie
         since=record.started if record and running else "",
         live=live_view(run, shown) if running else None,
     )
+
+
+def _claims(runs: Sequence[RunReport], choices: Sequence[quality.Choice]) -> list[tuple[str, str, str]]:
+    """Whether fine-tuning helped, on each benchmark by the run that is recommended or else answers best."""
+    told: list[tuple[str, str, str]] = []
+    for choice in choices:
+        trained = [one for one in choice.candidates if not one.is_base]
+        best = max(trained, key=lambda one: (one is choice.recommended, one.accuracy))
+        rows = [row for run in runs if run.name == best.name for row in run.benchmarks if row.name == choice.benchmark]
+        told += claims_of(rows, best.name)
+    return told
 
 
 def _comparison(

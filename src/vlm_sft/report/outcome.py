@@ -7,13 +7,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vlm_sft.common import formats
-from vlm_sft.evaluate.compare import compare_rows
+from vlm_sft.evaluate.compare import TOO_FEW, compare_rows
 from vlm_sft.report.predictions import Prediction
 from vlm_sft.report.records import Benchmark, RunReport
 
 TYPES_SHOWN = 12  # question types of a benchmark, those with the most questions
 FEWEST = 10  # questions of a type that is called the weakest
 FEW_STEPS = 50  # optimizer steps below which a recipe's learning rate has hardly been reached
+CLAIMS = {
+    "better": "Fine-tuning helped",
+    "worse": "Fine-tuning made it worse",
+    "same": "Fine-tuning made no clear difference",
+    TOO_FEW: "Too few questions to judge",
+}
 ROSE = 0.02  # by which share the evaluation loss has to rise above its best to be called rising
 
 
@@ -45,7 +51,7 @@ class RunSummary:
     """What a page about one run begins with.
 
     Attributes:
-        gains: a line for each benchmark: "easy_vqa 29.9 to 82.4 % (+52.5 ± 3.5)".
+        claims: what came of it, and the benchmarks it is true of, as `claims_of` says.
         cost: time of the training and how much was trained; "" where neither is recorded.
         types: benchmark to its question types, the largest gain first; benchmarks of one type are left out.
         more_types: benchmark to how many types are not shown.
@@ -53,7 +59,7 @@ class RunSummary:
         commands: (what it does, the command line).
     """
 
-    gains: tuple[str, ...]
+    claims: tuple[tuple[str, str, str], ...]
     cost: str
     types: dict[str, list[TypeScore]]
     more_types: dict[str, int]
@@ -71,13 +77,44 @@ def summarize(run: RunReport) -> RunSummary:
     order = [one.name for one in run.benchmarks if one.name in by_type]
     types = {name: _type_scores(by_type[name]) for name in dict.fromkeys([*order, *by_type])}
     return RunSummary(
-        gains=tuple(filter(None, map(gain, run.benchmarks))),
+        claims=tuple(map(_accuracy, run.benchmarks)) if run.is_evaluation else claims_of(run.benchmarks),
         cost=_cost(run),
         types={name: rows for name, rows in types.items() if rows},
         more_types={name: len(rows) - TYPES_SHOWN for name, rows in by_type.items() if len(rows) > TYPES_SHOWN},
-        advice=tuple([*_training_advice(run), *_weakest(types)]),
+        advice=tuple([*_training_advice(run), *_worse(types), *_weakest(types)]),
         commands=tuple(_commands(run)),
     )
+
+
+def claims_of(benchmarks: Iterable[Benchmark], of: str = "") -> tuple[tuple[str, str, str], ...]:
+    """Whether fine-tuning helped, in plain words.
+
+    Args:
+        benchmarks: with base and tuned; others are passed over.
+        of: the run that they are of, where it is not plain.
+
+    Returns:
+        (claim, its direction: `better`, `worse` or `same`, the benchmarks with their gains), good news first.
+    """
+    found: dict[str, list[str]] = {}
+    for one in benchmarks:
+        if line := gain(one):
+            kind = TOO_FEW if one.verdict == TOO_FEW else one.direction
+            found.setdefault(kind, []).append(line)
+    named = f" ({of})" if of else ""
+    return tuple(
+        (claim + named, kind if kind in ("better", "worse") else "same", "; ".join(found[kind]))
+        for kind, claim in CLAIMS.items()
+        if kind in found
+    )
+
+
+def _accuracy(benchmark: Benchmark) -> tuple[str, str, str]:
+    """The headline of one model on one benchmark."""
+    score = benchmark.tuned or benchmark.base
+    assert score is not None, "an evaluation is of one of them"
+    told = f"{formats.percent(score.accuracy)} {formats.percent_interval(score.interval)}".strip()
+    return benchmark.name, "same", f"{told} of {formats.count(benchmark.n)} questions"
 
 
 def gain(benchmark: Benchmark) -> str:
@@ -96,6 +133,8 @@ def _cost(run: RunReport) -> str:
     record = run.record
     if record is None:
         return ""
+    if run.is_evaluation:
+        return f"{formats.duration(record.wall_seconds)} of evaluation"
     parts = []
     if record.training_seconds is not None:
         parts.append(f"{formats.duration(record.training_seconds)} of training")
@@ -161,15 +200,27 @@ def _training_advice(run: RunReport) -> list[str]:
             "The evaluation loss was still falling at the last step: more epochs may help (--num_train_epochs)."
         )
     elif last > best * (1 + ROSE):
+        kept = run.recipe.get("load_best_model_at_end", "").lower() == "true"
         lines.append(
-            f"The evaluation loss was lowest at step {best_step:,} of {last_step:,} and rose afterwards: use more "
-            "data or fewer epochs. --load_best_model_at_end true keeps the best checkpoint."
+            f"The evaluation loss was lowest at step {best_step:,} of {last_step:,} and rose afterwards: use more data "
+            "or fewer epochs." + ("" if kept else " --load_best_model_at_end true keeps the best checkpoint.")
         )
     else:
         lines.append(
             f"The evaluation loss was flat from step {best_step:,} on: more epochs alone are unlikely to help; more or "
             "better data may."
         )
+    return lines
+
+
+def _worse(types: dict[str, list[TypeScore]]) -> list[str]:
+    """The question types that the fine-tuned model answers worse than its base, beyond chance."""
+    lines = []
+    for benchmark, scores in types.items():
+        lost = [one for one in scores if one.verdict == "worse"]
+        if lost:
+            told = ", ".join(f"{one.name} {100 * one.base:.1f} to {formats.percent(one.tuned)}" for one in lost)
+            lines.append(f"{benchmark} got worse in {told}: train on more questions of that type, or for longer.")
     return lines
 
 
@@ -194,9 +245,15 @@ def _weakest(types: dict[str, list[TypeScore]]) -> list[str]:
 def _commands(run: RunReport) -> list[tuple[str, str]]:
     """Command lines for what comes next, with this run's own folder."""
     record = run.record
-    if record is None or run.status != "finished" or not any(one.tuned for one in run.benchmarks):
+    if (
+        record is None
+        or run.status != "finished"
+        or not (run.is_evaluation or any(one.tuned for one in run.benchmarks))
+    ):
         return []
     folder = shlex.quote(record.output_dir or run.name)
+    if run.is_evaluation:
+        return [("Compare it with another evaluation", f"vlm-sft compare OTHER {folder} --baseline OTHER")]
     adapter = f"--adapter {folder}"
     return [
         ("Ask it about your own image", f'vlm-sft ask IMAGE "QUESTION" {adapter}'),

@@ -84,7 +84,7 @@ def _candidates(
     found: dict[str, Candidate] = {}
     for run in runs:
         row = next((one for one in run.benchmarks if one.name == benchmark), None)
-        if row is None or run.record is None:
+        if row is None or run.record is None or run.is_evaluation:
             continue
         predictions = tuple(one for one in run.predictions if one.benchmark == benchmark)
         base = f"base model {run.record.base_model}".strip()
@@ -124,10 +124,14 @@ def _recommend(
 
     chosen = cheapest_not_worse((one for one in ordered if one.on_front), best, worse)
     result = results.pop(chosen.name, None)
-    skipped = [_skipped(name, other) for name, other in results.items()]
+    named = {one.name: one for one in ordered}
+    skipped = [
+        _skipped(named[name], other)
+        for name, other in sorted(results.items(), key=lambda one: not named[one[0]].is_base)
+    ]
     if result is None:
         recommended, reasons = _best(best, after, None not in results.values())
-        return recommended, best, reasons + (skipped[-3:] if recommended else [])
+        return recommended, best, reasons + (skipped[:3] if recommended else [])
     if result["interval"][1] > UNCLEAR:
         return None, best, [_unclear(chosen, best, result), *skipped]
     return chosen, best, [*_good_enough(chosen, best, result), *skipped]
@@ -142,18 +146,28 @@ def _best(best: Candidate, rows: Sequence[tuple[Any, ...]], compared: bool) -> t
     if 0 < clusters < FEWEST_CLUSTERS:
         reason = f"{len(rows):,} questions on {clusters:,} independent images are too few to judge."
         return None, [f"{best.name} answers best ({formats.percent(best.accuracy)}), but {reason}"]
-    judged = "every cheaper one is significantly worse" if compared else "no cheaper one is known to be as good"
-    rest = "needs no training" if best.is_base else judged
-    return best, [f"{best.name} answers best ({formats.percent(best.accuracy)}), and {rest}."]
+    right = formats.percent(best.accuracy)
+    if best.is_base:
+        return best, [f"Fine-tuning did not help: no run answers better than the {best.name} ({right})."]
+    judged = "every run that costs less is significantly worse" if compared else "no cheaper one is known to be as good"
+    return best, [f"{best.name} answers best ({right}), and {judged}."]
 
 
 def _good_enough(candidate: Candidate, best: Candidate, result: dict[str, Any]) -> list[str]:
     """Why a cheaper candidate is taken instead of the best one."""
-    reasons = [
-        f"{best.name} answers best ({formats.percent(best.accuracy)}), but {candidate.name} "
-        f"({_difference(result)}, {formats.p_value(result['p_value'])}) is not significantly worse on the same "
-        f"{result['n']:,} questions and {_cheaper(candidate, best)}."
-    ]
+    highest, sure = formats.percent(best.accuracy), formats.p_value(result["p_value"])
+    if candidate.is_base:
+        reason = (
+            f"Fine-tuning is not shown to help: {best.name} answers best ({highest}), but the {candidate.name} "
+            f"({_difference(result)}, {sure}) is not significantly worse on the same {result['n']:,} questions."
+        )
+    else:
+        reason = (
+            f"{best.name} answers best ({highest}), but {candidate.name} ({_difference(result)}, {sure}) is not "
+            f"significantly worse on the same {result['n']:,} questions and trains in "
+            f"{formats.duration(candidate.seconds)} instead of {formats.duration(best.seconds)}."
+        )
+    reasons = [reason]
     smallest = result["smallest_detectable_difference"]
     if smallest:
         reasons.append(
@@ -162,12 +176,19 @@ def _good_enough(candidate: Candidate, best: Candidate, result: dict[str, Any]) 
     return reasons
 
 
-def _skipped(name: str, result: dict[str, Any] | None) -> str:
+def _named(candidate: Candidate) -> str:
+    """A candidate within a sentence."""
+    return f"the {candidate.name}" if candidate.is_base else candidate.name
+
+
+def _skipped(candidate: Candidate, result: dict[str, Any] | None) -> str:
     """Why a cheaper candidate is not taken."""
     if result is None:
-        return f"{name} did not answer the same questions and could not be compared with it."
-    sure = formats.p_value(result["p_value"])
-    return f"{name} costs less and is significantly worse ({_difference(result)}, {sure})."
+        return f"{candidate.name} did not answer the same questions and could not be compared with it."
+    behind = f"{_difference(result)}, {formats.p_value(result['p_value'])}"
+    if candidate.is_base:
+        return f"Fine-tuning helped: the {candidate.name} is significantly worse ({behind})."
+    return f"{candidate.name} trained in {formats.duration(candidate.seconds)} and is significantly worse ({behind})."
 
 
 def _difference(result: dict[str, Any]) -> str:
@@ -180,17 +201,11 @@ def _unclear(candidate: Candidate, best: Candidate, result: dict[str, Any]) -> s
     most = formats.points(result["interval"][1])[1:]
     judged = "are too few to judge" if result["verdict"] == TOO_FEW else "cannot tell them apart"
     return (
-        f"{best.name} answers best ({formats.percent(best.accuracy)}); {candidate.name} ({_difference(result)}) is "
+        f"{best.name} answers best ({formats.percent(best.accuracy)}); {_named(candidate)} ({_difference(result)}) is "
         f"cheaper and may be worse by up to {most}: {result['n']:,} questions on {result['clusters']:,} "
         f"independent images {judged}. About {result['questions_needed']:,} questions on "
         f"{result['clusters_needed']:,} images would."
     )
-
-
-def _cheaper(candidate: Candidate, best: Candidate) -> str:
-    if candidate.is_base:
-        return "needs no training"
-    return f"trains in {formats.duration(candidate.seconds)} instead of {formats.duration(best.seconds)}"
 
 
 def _rows(predictions: tuple[Prediction, ...], side: str) -> tuple[tuple[str, float, str, str, tuple[str, ...]], ...]:

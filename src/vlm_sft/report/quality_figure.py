@@ -63,7 +63,6 @@ def quality_drawing(
         prefix: makes the ids inside the SVG unique in the page.
     """
     trained = [one for one in candidates if not one.is_base]
-    bases = [one for one in candidates if one.is_base]
     front = [one for one in trained if one.on_front]
     if not trained:
         return None
@@ -72,48 +71,8 @@ def quality_drawing(
     def draw(palette: Palette) -> Figure:
         height = 3.0 + 0.12 * max(0, len(named) - ROOMY_NAMES)
         figure, axes = canvas(palette, "training time", "accuracy, %", height)
-        for place, base in enumerate(bases):
-            if base.interval is not None:
-                axes.axhspan(*(100 * end for end in base.interval), color=palette.second, alpha=0.14, linewidth=0)
-            axes.axhline(
-                100 * base.accuracy,
-                color=palette.second,
-                linewidth=1.4,
-                linestyle=(0, (5, 3)),
-                label=None if place else "base",
-            )
-        for group, colour, label in (
-            ([one for one in trained if not one.on_front], palette.faint, "run"),
-            (front, palette.first, "on the front"),
-        ):
-            for one in group:
-                if one.interval is not None:
-                    axes.plot(
-                        [one.seconds] * 2, [100 * end for end in one.interval], color=colour, linewidth=1.2, alpha=0.7
-                    )
-            if group:
-                axes.plot(
-                    [one.seconds for one in group],
-                    [100 * one.accuracy for one in group],
-                    color=colour,
-                    marker="o",
-                    markersize=6,
-                    linestyle="solid" if group is front else "none",
-                    linewidth=1.2,
-                    label=label,
-                )
-        if recommended is not None and not recommended.is_base:
-            axes.plot(
-                [recommended.seconds],
-                [100 * recommended.accuracy],
-                marker="o",
-                markersize=RING,
-                linestyle="none",
-                markerfacecolor="none",
-                markeredgecolor=palette.text,
-                markeredgewidth=1.4,
-                label="recommended",
-            )
+        _draw_base(axes, [one for one in candidates if one.is_base], palette)
+        _draw_runs(axes, trained, recommended, palette)
         axes.set_ylim(*_limits(candidates))
         _time_axis(axes, [one.seconds for one in trained])
         legend(axes, palette, columns=4)
@@ -131,6 +90,44 @@ def quality_drawing(
     if recommended is not None:
         words.append(f"Recommended: {recommended.name}.")
     return rendered(f"Quality against time: {benchmark}", " ".join(words), draw, prefix)
+
+
+def _draw_base(axes: Axes, bases: Sequence[Candidate], palette: Palette) -> None:
+    """The untrained models: lines with their intervals."""
+    for place, base in enumerate(bases):
+        if base.interval is not None:
+            axes.axhspan(*(100 * end for end in base.interval), color=palette.second, alpha=0.14, linewidth=0)
+        style: dict[str, Any] = {"color": palette.second, "linewidth": 1.4, "linestyle": (0, (5, 3))}
+        axes.axhline(100 * base.accuracy, **style, label=None if place else "base")
+
+
+def _draw_runs(axes: Axes, trained: Sequence[Candidate], recommended: Candidate | None, palette: Palette) -> None:
+    """The trained models: points with their intervals, those on the front joined, and a ring around the recommended."""
+    beside = [one for one in trained if not one.on_front]
+    front = [one for one in trained if one.on_front]
+    for group, colour, line, label in (
+        (beside, palette.faint, "none", "run"),
+        (front, palette.first, "solid", "on the front"),
+    ):
+        for one in group:
+            if one.interval is not None:
+                ends = [100 * end for end in one.interval]
+                axes.plot([one.seconds] * 2, ends, color=colour, linewidth=1.2, alpha=0.7)
+        if group:
+            points = [one.seconds for one in group], [100 * one.accuracy for one in group]
+            axes.plot(*points, color=colour, marker="o", markersize=6, linestyle=line, linewidth=1.2, label=label)
+    if recommended is not None and not recommended.is_base:
+        axes.plot(
+            [recommended.seconds],
+            [100 * recommended.accuracy],
+            marker="o",
+            markersize=RING,
+            linestyle="none",
+            markerfacecolor="none",
+            markeredgecolor=palette.text,
+            markeredgewidth=1.4,
+            label="recommended",
+        )
 
 
 def _limits(candidates: Sequence[Candidate]) -> tuple[float, float]:

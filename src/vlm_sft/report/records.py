@@ -188,6 +188,7 @@ class RunRecord:
     seconds: dict[str, float]
     output_dir: str
     base_model: str
+    adapter: str
     datasets: tuple[str, ...]
     device: str
     world_size: int | None
@@ -272,6 +273,7 @@ class RunReport:
         series: metric name to (step, value) pairs, in the order of the steps.
         checksums: file name to SHA-256, of the files that define the run and its result.
         problems: one sentence for every artifact or value that could not be read.
+        is_evaluation: `vlm-sft eval` wrote it: one model, no training.
         Others: None or empty where the artifact does not exist (yet).
     """
 
@@ -287,6 +289,7 @@ class RunReport:
     predictions: tuple[Prediction, ...] = ()
     checksums: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    is_evaluation: bool = False
 
     @property
     def status(self) -> str:

@@ -99,6 +99,7 @@ class Health:
         stopping: True once the ranks agreed to stop after the present step.
         bad_step: the last step whose numbers were not used; 0 for none.
         last_loss: of the last step whose numbers were used, over all ranks; None before there was one.
+        present: which trained parameters had a gradient on any rank in the last vote.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Health:
         self.stopping = False
         self.bad_step = 0
         self.last_loss: float | None = None
+        self.present: list[bool] = []
         self._stop_requested = stop_requested
         self._device = device
         self._world_size = world_size
@@ -183,6 +185,7 @@ class Health:
         ids: Sequence[str],
         splits: Sequence[dict[str, Any]] = (),
         too_large: Mapping[str, Any] | None = None,
+        present: Sequence[float] = (),
     ) -> bool:
         """Agree on the numbers of one step, before any of them is used.
 
@@ -193,6 +196,8 @@ class Health:
             ids: this rank's questions of the step.
             splits: packs of this rank that were cut in two because they did not fit into memory.
             too_large: the pack that does not fit even so.
+            present: 1.0 for each trained parameter that has a gradient on this rank, 0.0 for others; `self.present`
+                then tells which have one on any rank, without a meeting of its own.
 
         Returns:
             True when all ranks may use their gradients.
@@ -203,7 +208,9 @@ class Health:
         """
         asked = float(self._stop_requested())
         share = loss if bad is None else 0.0
-        wrong, stop, cut, total = self.sums(float(bad is not None), asked, float(len(splits)), share)
+        own = (float(bad is not None), asked, float(len(splits)), share)
+        wrong, stop, cut, total, *counts = self.sums(*own, *present)
+        self.present = [count > 0 for count in counts]
         self.stopping = self.stopping or stop > 0
         if cut:
             self._record_splits(step, splits, too_large)
@@ -229,8 +236,10 @@ class Health:
         """
         loss = float(gradients.loss)
         bad = gradients.problem(loss) if gradients.too_large is None else None
-        if not self.agree(step, loss, bad, gradients.sample_ids, gradients.splits, gradients.too_large):
+        present = [float(gradient is not None) for gradient in gradients.sums]
+        if not self.agree(step, loss, bad, gradients.sample_ids, gradients.splits, gradients.too_large, present):
             return False
+        gradients.anywhere = self.present
         if self._watch is None:
             self._watch = AdapterWatch({n: p for n, p in gradients.model.named_parameters() if p.requires_grad})
         for name in self._watch.look(gradients.named(), self.sums) if self._watch.active else ():

@@ -22,6 +22,7 @@ from vlm_sft.common import artifacts
 from vlm_sft.common.console import say
 from vlm_sft.common.errors import RunError
 from vlm_sft.common.idle import Idle
+from vlm_sft.common.record import loaded_in_bfloat16
 from vlm_sft.distributed.launch import launch_words
 from vlm_sft.train.checkpoint.directory import checkpoint_problems, checkpoints
 
@@ -136,7 +137,7 @@ def trial_flags(run: Path, steps: int) -> list[str]:
         if flag not in _OWN:
             kept += [name, *values]
     if recorded.get("number_format"):  # two measurements might choose differently
-        kept += ["--bf16", str(recorded.get("dtype") == "bfloat16").lower()]
+        kept += ["--bf16", str(loaded_in_bfloat16(recorded)).lower()]
     return [
         *kept,
         "--max_steps",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, TrainerCallback
+from transformers import TrainerCallback
 
 from vlm_sft.common import artifacts
 from vlm_sft.common.artifacts import checkpoint_step
@@ -28,12 +28,13 @@ from vlm_sft.model.cpu.matmul import mixed_precision
 from vlm_sft.model.embedding_noise import add_noise
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.gpu.kernels import choose_kernels
+from vlm_sft.model.hub import model_config
 from vlm_sft.model.load import Base, load_model
 from vlm_sft.model.parts import ALL
 from vlm_sft.model.positions import Positions
 from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.model.sharded import divide_model, load_to_divide
-from vlm_sft.model.sharing_check import choose_mode
+from vlm_sft.model.sharing_check import choose_mode, formats_of
 from vlm_sft.model.trainable import checkpoint_layers, described, save_tuned, tune
 from vlm_sft.model.vision_features import tower_modules
 from vlm_sft.planning.options import CONTINUE
@@ -165,7 +166,7 @@ def build_training(
     with run.record.timed("train"):
         model, optimize = _load(run, plan)
         mode = choose_mode(model, plan.data.encoder)
-        _record_model(run, model, mode.shares)
+        _record_model(run, plan.base, model, mode.shares)
         planner = plan.planner.computed_as(mode.separate_rows)
         eval_planner = plan.eval_planner.computed_as(mode.separate_rows) if plan.eval_planner else None
         if mode.note:
@@ -212,7 +213,7 @@ def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
         kind = DividedOptimization if launch.fsdp else TorchOptimization
         optimize = partial(kind, recipe=recipe, schedule=plan.schedule, launch=launch, dtype=base.dtype)
     else:
-        width = hidden_size_of(AutoConfig.from_pretrained(base.path, trust_remote_code=False))
+        width = hidden_size_of(model_config(base.path))
         config = resolve_config(launch, recipe, base.dtype == torch.bfloat16, width)
         # Before the weights: ZeRO-3 shares them out over the ranks while they are loaded.
         loading = partition_while_loading(config)
@@ -236,13 +237,13 @@ def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
     return model, optimize
 
 
-def _record_model(run: TrainingRun, model: Any, shares: bool) -> None:
-    """Check the kernels that this process will use, and record which they are."""
+def _record_model(run: TrainingRun, base: Base, model: Any, shares: bool) -> None:
+    """Check the kernels that this process will use, and record which they are and in what number format."""
     kernels, notes = choose_kernels(model, torch.device(run.launch.device))
     for note in notes:
         say(note)
         run.record.note(note)
-    run.record.update(image_sharing=shares, kernels=kernels)
+    run.record.update(image_sharing=shares, kernels=kernels, **formats_of(base, model))
 
 
 def _write_model(

@@ -26,6 +26,7 @@ from vlm_sft.data.cache.pixel_codec import PixelFormat, pack_pixels, unpack_pixe
 from vlm_sft.data.cache.store import Record, Store
 from vlm_sft.data.cache.team import ALONE, Team
 from vlm_sft.data.encode import EncodedGroup, EncodedQuestion, Encoder
+from vlm_sft.data.prompt import LENGTH_KEYS
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.spec import is_own
 from vlm_sft.data.threads import ordered_map
@@ -273,7 +274,7 @@ def image_settings(encoder: Encoder) -> dict[str, Any]:
 def token_settings(encoder: Encoder) -> dict[str, Any]:
     """All that the tokens of a question depend on, besides the question."""
     prompt = asdict(encoder.prompt)
-    for limit in ("max_new_tokens", "answer_tokens"):
+    for limit in ("max_new_tokens", "answer_tokens", *LENGTH_KEYS):
         prompt.pop(limit)
     templates = [getattr(owner, "chat_template", None) for owner in (encoder.processor, encoder.tokenizer)]
     return image_settings(encoder) | {

@@ -12,6 +12,7 @@ from typing import TypeVar
 from vlm_sft.common.errors import RunError, quoted
 
 PREFIX = "features."  # of the names of feature tensors among the tensors of an image
+KEPT, BEFORE_PROJECTOR = "kept", "inputs of the projector"  # a setting of entries that hold these instead of features
 AUTO, OFF = "auto", "off"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 Tensor = TypeVar("Tensor")

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_sft.common.errors import quoted
+from vlm_sft.data.prompt import SHORT_ANSWER_TEMPLATE
 from vlm_sft.data.sample import ImageRef, Place, Sample
 from vlm_sft.data.sources.hub import TableSource
 from vlm_sft.data.sources.rows import RowProblem, clean_text
 
+PHRASE = SHORT_ANSWER_TEMPLATE.partition("\n")[2]
 LETTER = "Answer with the option's letter from the given choices directly."
 DISCIPLINES = {
     "Art and Design": "Art Art_Theory Design Music",
@@ -82,6 +84,8 @@ def to_samples(row: Mapping[str, Any], images: tuple[ImageRef, ...], sample_id: 
             raise RowProblem("no such option", what)
         listed = [f"{letter}. {text}" for letter, text in zip(letters, options, strict=True)]
         question = "\n".join([question, *listed, LETTER])
+    else:
+        question = f"{question}\n{PHRASE}"
     named = _ID.fullmatch(str(row["id"]))
     discipline = SUBJECTS.get(named[1], "") if named else ""
     metadata = {"question_type": kind} | ({"options": options} if kind == MULTIPLE_CHOICE else {})

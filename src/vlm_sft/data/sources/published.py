@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from vlm_sft.data.sources.splits import LoadedSplit
 HOLD_OUT = 0.05  # of the images, where a set has no part for validation
 
 _Row = Mapping[str, Any]
+_OPTION = re.compile(r"^([A-Z])\.[ \t]+(\S.*)$", re.MULTILINE)
 
 
 def _answers(row: _Row, key: str) -> tuple[str, ...]:
@@ -75,6 +77,17 @@ def _plain(name: str, row: _Row, image: ImageRef, sample_id: str) -> Sample:
     """A row with a question and an answer."""
     answers = _answers(row, "answer")
     return Sample(sample_id, name, "", (image,), clean_text(row["question"], "question"), answers[0], answers)
+
+
+def _realworldqa(row: _Row, image: ImageRef, sample_id: str) -> Sample:
+    """A row of RealWorldQA; the options of a multiple choice stand in its question, one a line."""
+    sample = _plain("realworldqa", row, image, sample_id)
+    letters, texts = (
+        zip(*_OPTION.findall(sample.question), strict=True) if _OPTION.search(sample.question) else ((), ())
+    )
+    if sample.target in letters and "".join(letters) == string.ascii_uppercase[: len(letters)]:
+        sample.metadata["options"] = [text.strip() for text in texts]
+    return sample
 
 
 def _ocrbench(row: _Row, image: ImageRef, sample_id: str) -> Sample:
@@ -183,7 +196,7 @@ SOURCES = {
             "lmms-lab/RealWorldQA",
             {"test": "test"},
             ("question", "answer"),
-            one_question(partial(_plain, "realworldqa")),
+            one_question(_realworldqa),
         ),
         _source(
             "ocrbench",

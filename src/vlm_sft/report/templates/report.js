@@ -244,6 +244,12 @@
   };
   addEventListener("hashchange", open);
   addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
+  for (const one of document.querySelectorAll("time")) {
+    const moment = new Date(one.dateTime);
+    if (Number.isNaN(moment.getTime())) continue;
+    one.title = one.textContent;
+    one.textContent = moment.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+  }
   document.querySelectorAll("table.sortable").forEach(sortable);
   if (cards && data.runs.some((run) => run.rows.length)) browse();
   open();
