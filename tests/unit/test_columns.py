@@ -125,7 +125,7 @@ def test_a_missing_column_names_those_there_and_the_flag(folder: Path, capsys: C
     for place in ("set.parquet", "hub:some/pictures"):
         assert main(["data", "check", place, "--output_dir", "c"]) == 2
         told = capsys.readouterr().err
-        assert f"{place} has no column for the question and the answer (it has: img, query, label, note)" in told
+        assert f"{place} has no columns for question and answer (it has: img, query, label, note)" in told
         flag = told[told.index("--columns") :].split(";")[0].strip()
         assert main(["data", "check", place, *shlex.split(flag), "--split", "all", "--output_dir", "c"]) == 0
         capsys.readouterr()

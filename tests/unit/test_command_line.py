@@ -63,7 +63,7 @@ def refused(line: str, capsys: Captured) -> str:
         ("trian --output_dir o", "vlm-sft does not know 'trian'; did you mean train?"),
         ("data chek x", "vlm-sft data does not know 'chek'; did you mean check?"),
         ("data cache cleer", "did you mean clear?"),
-        ("", "missing: VERB"),
+        ("ask a.png", "missing: QUESTION\n  fix: write vlm-sft ask IMAGE QUESTION; vlm-sft ask --help"),
         ("eval", "missing: --benchmark, --output_dir"),
         ("train --output_dir", "--output_dir: a value is missing"),
         ("train --output_dir o --on_bad_sample replac", "'replac' is not one of stop, replace; did you mean replace?"),
@@ -88,6 +88,13 @@ def test_the_nearest_word_is_named(
     (tmp_path / "bench.json").write_text("{}")  # a stray file is no answer to the name of a recipe
     assert told in refused(line, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_without_a_verb_the_help_names_them_all(capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([])
+    told = capsys.readouterr().out
+    assert not end.value.code and all(verb in told for verb in ("train", "eval", "report", "ask", "export"))
 
 
 @pytest.mark.parametrize(

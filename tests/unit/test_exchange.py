@@ -268,10 +268,7 @@ def test_a_csv_and_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [content(s)[1] for s in load_split(parse_datasets(str(tmp_path / "out"))[0], "train").samples]
     table.write_text("bild,frage,antwort\nscan 1.png,Was?,rot\n", encoding="utf-8")
     assert main([*flags, "--output", str(tmp_path / "no")]) == 2
-    assert (
-        "no column for the image and the question and the answer (it has: bild, frage, antwort)"
-        in capsys.readouterr().err
-    )
+    assert "no columns for image, question and answer (it has: bild, frage, antwort)" in capsys.readouterr().err
     named = ["--columns", "image=bild,question=frage,answer=antwort", "--output", str(tmp_path / "named")]
     assert main([*flags, *named]) == 0
     assert lines(tmp_path / "named" / "train.jsonl")[0]["answer"] == "rot"

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     secure_streams()
     forget_answers()
-    argv = _launcher_flag_last(list(sys.argv[1:] if argv is None else argv))
+    argv = _launcher_flag_last(list(sys.argv[1:] if argv is None else argv)) or ["--help"]
     verb = next((word for word in argv if not word.startswith("-")), "")
     try:
         args = build_parser(verb).parse_args(argv)

@@ -164,7 +164,17 @@ class Parser(argparse.ArgumentParser):
         words = message.removeprefix("unrecognized arguments: ")
         if words != message:
             message = f"nothing takes {quoted(words)}; a text with spaces stands in quotes"
-        self.fail(message, f"{self.prog} --help describes what it takes")
+        help_line = f"{self.prog} --help describes what it takes"
+        self.fail(message, f"write {self._needed()}; {help_line}" if message.startswith("missing: ") else help_line)
+
+    def _needed(self) -> str:
+        """The shortest command line that is whole."""
+        words = [self.prog]
+        for action in self._actions:
+            if action.required and not isinstance(action, argparse._SubParsersAction):
+                name = str(action.metavar or action.dest.upper())
+                words.append(f"{action.option_strings[-1]} {name}" if action.option_strings else name)
+        return " ".join(words)
 
     def fail(self, what: str, fix: str) -> NoReturn:
         """Tell a mistake as all others are told, and end."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_sft.common.errors import bounded, plain
+from vlm_sft.common.formats import duration
 
 SECONDS_BETWEEN_LINES = 15.0  # of progress, where the output is not a terminal
 SECONDS_WORTH_A_LINE = 2.0  # shorter work is not reported there
@@ -258,7 +259,7 @@ class Bar:
         self._count += count
         if self._bar is not None:
             self._bar.update(count)
-        elif time.monotonic() - self._told > SECONDS_BETWEEN_LINES:
+        elif time.monotonic() - self._told > self._pause():
             self._tell()
 
     def note(self, text: str) -> None:
@@ -274,6 +275,10 @@ class Bar:
         elif time.monotonic() - self._began > SECONDS_WORTH_A_LINE:
             self._tell()
 
+    def _pause(self) -> float:
+        """Seconds between two lines: they become rarer, down to a sixth."""
+        return min(max(SECONDS_BETWEEN_LINES, 0.1 * (self._told - self._began)), 6 * SECONDS_BETWEEN_LINES)
+
     def _tell(self) -> None:
         """Write one line of progress."""
         if not is_main_process():
@@ -282,7 +287,7 @@ class Bar:
         seconds = self._told - self._began
         rate = self._count / max(seconds, 1e-9)
         left = (self._total - self._count) / rate if rate else 0.0
-        end = f", {left:.0f} s left" if self._count < self._total else f" in {seconds:.0f} s"
+        end = f", {duration(left)} left" if self._count < self._total else f" in {duration(seconds)}"
         note = f", {self._note}" if self._note else ""
         line = f"{self._description}: {self._count:,} of {self._total:,} {self._unit}, {rate:.1f}/s{end}{note}"
         sys.stderr.write(plain(line) + "\n")

@@ -13,7 +13,7 @@ import torch
 from vlm_sft.common.artifacts import MERGED_BASE, checkpoint_step
 from vlm_sft.common.console import detail, is_main_process, say, warn
 from vlm_sft.common.errors import ForecastError, RunError
-from vlm_sft.common.formats import duration, relative, size
+from vlm_sft.common.formats import duration, size
 from vlm_sft.common.record import folder_bytes, peak_memory_bytes, resident_bytes
 from vlm_sft.data.cache.directory import cache_bytes
 from vlm_sft.distributed.collectives import agree, gather
@@ -221,6 +221,7 @@ def outcome(forecast: RunForecast, actual: dict[str, Any]) -> list[str]:
     for name, label, show in zip(OUTCOMES, ("time", "memory", "disk"), (duration, size, size), strict=True):
         expected: float = getattr(forecast, name).value
         real = float(actual[name])
-        error = (expected - real) / real if real else None
-        lines.append(f"{label}: forecast {show(expected)}, actual {show(real)} ({relative(error)})")
+        error = (expected - real) / real if real else 0.0
+        off = f"{100 * abs(error):.1f} % too {'high' if error > 0 else 'low'}"
+        lines.append(f"{label}: {show(real)}, forecast {show(expected)} ({off})")
     return ["forecast against outcome: " + "; ".join(lines)]

@@ -175,7 +175,7 @@ def tell_parts(
 ) -> None:
     """Print how many questions and images each part of the data has; print and record which of them overlap."""
     validated = evaluation + (validation.samples if validation else [])
-    parts = {"training": train, "validation": validated} | {f"table ({task.name})": task.samples for task in tasks}
+    parts = {"training": train, "validation": validated} | {f"test ({task.name})": task.samples for task in tasks}
     sets = ", ".join(spec.name + (" (synthetic)" if is_synthetic(spec.name) else "") for spec in run.specs)
     say(
         f"data: {sets}: "

@@ -30,3 +30,13 @@ def locate_recipe(path: str | Path) -> Path:
     path = Path(path)
     stems = {name: stem for stem, name in RECIPES.items()}
     return path if str(path) not in stems or path.is_file() else FILES / f"{stems[str(path)]}.json"
+
+
+def recipe_name(path: str | Path) -> str:
+    """A recipe as a person calls it: the name of one of the package, else its path.
+
+    Args:
+        path: as `locate_recipe` returns it.
+    """
+    path = Path(path)
+    return f"the recipe {RECIPES[path.stem]}" if path.parent == FILES and path.stem in RECIPES else str(path)

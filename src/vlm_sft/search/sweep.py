@@ -12,7 +12,7 @@ from typing import Any
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
 from vlm_sft.common.errors import InterruptedRunError, RecipeError, RunError
-from vlm_sft.common.formats import duration, number, percent
+from vlm_sft.common.formats import duration, number, percent, plural
 from vlm_sft.common.record import now
 from vlm_sft.data.sources.spec import parse_datasets
 from vlm_sft.distributed.launch import launch_words
@@ -180,7 +180,8 @@ def plan_trials(asked: Sweep, state: SweepState) -> tuple[list[Outlook], list[in
     kept, seeds, notes = within_budget(outlooks, asked.seeds, options.budget)
     for note in notes:
         warn(note)
-    say(f"sweep: {len(kept)} settings x {len(seeds)} seeds, compared by {asked.metric} on validation questions")
+    size = f"{plural(len(kept), 'setting')} x {plural(len(seeds), 'seed')}"
+    say(f"sweep: {size}, compared by {asked.metric} on validation questions")
     cells = outlook_cells(kept, len(seeds))
     say(table([cells[0], *dict.fromkeys(map(tuple, cells[1:]))]))
     check_disk(kept * len(seeds), options.train)

@@ -28,6 +28,7 @@ from vlm_sft.planning.options import TrainOptions
 from vlm_sft.planning.run_recipe import read_run_recipe
 from vlm_sft.planning.training_run import TrainingRun
 from vlm_sft.planning.validation_plan import check_request
+from vlm_sft.recipe.builtin import recipe_name
 from vlm_sft.recipe.schema import Recipe
 from vlm_sft.trackers.check import check_trackers
 from vlm_sft.trackers.session import Trackers
@@ -156,7 +157,7 @@ def _open_folder(options: TrainOptions, recipe: Recipe, launch: Launch) -> Path 
 
 def _announce(options: TrainOptions, launch: Launch, notes: list[str], checkpoint: Path | None) -> None:
     """Say what will be done."""
-    source = options.sft_config or "the default recipe"
+    source = recipe_name(options.sft_config) if options.sft_config else "the default recipe"
     say(f"training {options.base_model} on {options.dataset} with {source}")
     detail(f"launch: {launch.world_size} process(es), {launch.parallel}, {'CPU' if launch.cpu else 'GPU'}")
     place = shlex.quote(str(options.output_dir))

@@ -127,8 +127,14 @@ def require_columns(
         likely = {"image": pictures[0]} if pictures and not {"image", "images"} & names else {}
         wanted = [*likely, *(["messages"] if talks else missing)]
         likely |= {"messages": talks[0]} if talks else {}
-        what = f"{place} has no column for the {' and the '.join(missing)} (it has: {has_of(there)})"
+        what = f"{place} has {no_column_for(missing)} (it has: {has_of(there)})"
         raise DataError(what, f"say which they are: {flag_for(wanted, there, likely)}")
+
+
+def no_column_for(missing: Sequence[str]) -> str:
+    """What a table lacks, in words: "no columns for image, question and answer"."""
+    *first, last = missing
+    return f"no columns for {', '.join(first)} and {last}" if first else f"no column for {last}"
 
 
 def _kept(columns: Mapping[str, str], gone: Mapping[str, str]) -> dict[str, str]:

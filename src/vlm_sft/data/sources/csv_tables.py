@@ -13,7 +13,7 @@ from typing import Any
 
 from vlm_sft.common.console import say
 from vlm_sft.common.errors import DataError, bounded, quoted
-from vlm_sft.data.sources.columns import SYNONYMS, flag_for, has_of
+from vlm_sft.data.sources.columns import SYNONYMS, flag_for, has_of, no_column_for
 from vlm_sft.data.sources.compressed import open_data
 from vlm_sft.data.sources.rows import RowProblem
 
@@ -105,15 +105,15 @@ def _columns(path: Path, there: list[str], given: Mapping[str, str], alone: bool
     if missing:
         known = {ours: there[place] for ours, place in chosen.items() if ours in given}
         fix = f"say which they are: {flag_for([*known, *missing], there, known)}"
-        raise DataError(f"{path} has no column for the {' and the '.join(missing)} (it has: {has_of(there)})", fix)
+        raise DataError(f"{path} has {no_column_for(missing)} (it has: {has_of(there)})", fix)
     return chosen
 
 
 def _choice(path: Path, there: list[str], chosen: dict[str, int]) -> str:
     """What is read from where, and what is not read."""
-    read = ", ".join(f"{ours} = {there[place]}" for ours, place in chosen.items())
+    read = ", ".join(ours if there[place] == ours else f"{ours} from {there[place]}" for ours, place in chosen.items())
     rest = [name for place, name in enumerate(there) if place not in chosen.values()]
-    return f"{path}: {read}" + (f"; columns that are not read: {', '.join(rest)}" if rest else "")
+    return f"{path}: reading {read}" + (f"; columns that are not read: {', '.join(rest)}" if rest else "")
 
 
 @cache
