@@ -209,19 +209,20 @@ class Encoder:
             )
 
     def _try_sizes(self, sample: Sample) -> None:
-        """Process blank pictures of unusual sizes, once a size.
+        """Process blank pictures of unusual sizes; every size is looked at once.
 
         Raises:
             SampleError: the processor fails on them.
         """
         sizes = picture_sizes(sample)
-        if sizes in self._tried or not any(map(self._is_unusual, sizes)):
+        if sizes in self._tried:
             return
-        self.chat.process(
-            probe_conversation(sample, self.prompt),
-            [Image.new("RGB", size, "white") for size in sizes],
-            sources_of(sample.images),
-        )
+        if any(map(self._is_unusual, sizes)):
+            self.chat.process(
+                probe_conversation(sample, self.prompt),
+                [Image.new("RGB", size, "white") for size in sizes],
+                sources_of(sample.images),
+            )
         self._tried.add(sizes)
 
     def _is_unusual(self, size: tuple[int, int]) -> bool:
