@@ -266,7 +266,7 @@ class Encoder:
     def _process_whole(self, sample: Sample, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
         """What the processor makes of pictures in a conversation like the sample's, without the text."""
         whole = self.chat.process(probe_conversation(sample, self.prompt), pictures, sources_of(sample.images))
-        return {name: value for name, value in whole.items() if name not in TEXT_KEYS}
+        return {name: torch.as_tensor(value) for name, value in whole.items() if name not in TEXT_KEYS}
 
     def _process_alone(self, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
         """What the image processor makes of pictures, with the settings that the processor gives it."""
@@ -293,6 +293,8 @@ class Encoder:
             probe = probe_conversation(sample, self.prompt)
             whole = self.chat.process(probe, blank, sources_of(sample.images))
             types = whole.get("mm_token_type_ids", whole.get("token_type_ids"))
+            if types is None and grid is not None:  # M-RoPE needs them (Cosmos 3 Edge's processor gives them on demand)
+                types = (whole["input_ids"] == self.image_token_id).int()
             frame = _Frame(
                 whole["input_ids"][0].numpy().astype(np.int32),
                 self.chat.prompt(probe)[1],
