@@ -3,11 +3,12 @@
     python bench/all_types.py [--types aria,janus] [--work DIR]
     python bench/all_types.py --tables     writes the table into docs/FAMILIES.md from the result file
 
-Each type is built from its default configuration with everything made small, with random weights, in a process of its
-own with limits of time and memory. Its language model takes a training step on random tokens. Then `vlm-sft train` is
-run on its folder twice: without a processor, and with one that is not its own (LLaVA's, or Qwen2.5-VL's where the model
-takes grids of patches), as a user might put a folder together. bench/families.py takes the types with a tiny model and
-a processor of their own through every stage. A type that was tried before is replaced in the result file.
+Types of tests/tiny_models_odd.py have a tiny model and a processor of their own. Every other type is built from its
+default configuration with everything made small, and its language model takes a training step on random tokens; its
+folder gets a processor that is not its own (LLaVA's, or Qwen2.5-VL's where the model takes grids of patches), as a user
+might put a folder together. `vlm-sft train` is run on each folder, also without any processor, in a process with limits
+of time and memory. bench/families.py takes the declared families through every stage. A type that was tried before is
+replaced in the result file.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from PIL import Image
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
 from common import RESULTS, ROOT, commit, made_at, origin, write_block
-from tests import tiny_models
+from tests import tiny_models, tiny_models_odd
 from tests.tiny_models_parts import QWEN_TEMPLATE, byte_tokenizer, llava_processor
 from tiny_configs import IMAGE, TOKENS, tiny_config
 from vlm_sft.cli.main import main as command
@@ -97,6 +98,8 @@ def examine(name: str, work: Path) -> dict[str, Any]:
     Returns:
         What was found, as JSON values: `config` and `layout` with "" or why not, `step`, and the outcome of commands.
     """
+    if name in tiny_models_odd.MODELS:
+        return examine_own(name, work)
     found: dict[str, Any] = {"type": name, "config": "", "layout": ""}
     try:
         config = tiny_config(types()[name])
@@ -123,6 +126,25 @@ def examine(name: str, work: Path) -> dict[str, Any]:
     takes_grids = False if found["config"] else "image_grid_thw" in str(type(model).forward.__annotations__)
     save_processor(work / "base", takes_grids)
     return found | {"train": trained(work)}
+
+
+def examine_own(name: str, work: Path) -> dict[str, Any]:
+    """As `examine`, with a processor of the type's own; a run tells how its packs are computed."""
+    model, processor = tiny_models_odd.MODELS[name]()
+    found: dict[str, Any] = {"type": name, "config": "", "layout": "", "own": True}
+    try:
+        require_layout(model.config, name)
+    except ModelError as error:
+        found["layout"] = error.what.partition(": ")[2]
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.save_pretrained(work / "base")
+    found["bare"] = trained(work)
+    processor.save_pretrained(work / "base")
+    found["train"] = trained(work)
+    record = work / "run" / artifacts.RUN
+    if found["train"]["exit_code"] == 0:
+        found["shares"] = artifacts.read_json(record)["image_sharing"]
+    return found
 
 
 def step(model: Any) -> dict[str, Any]:
@@ -223,7 +245,9 @@ def outcome(found: dict[str, Any]) -> tuple[str, str]:
         return "refused", found["layout"]
     train = found["train"]
     if train["exit_code"] == 0:
-        return "trains", "with a processor of another family"
+        if not found.get("own"):
+            return "trains", ""
+        return "trains", "shares images" if found["shares"] else "one question per sequence"
     return "stops", train["message"]
 
 
@@ -234,17 +258,18 @@ def table(result: dict[str, Any]) -> str:
     for found in result["types"]:
         word, told = outcome(found)
         counts[word] = counts.get(word, 0) + 1
-        rows.append(f"| `{found['type']}` | {built(found)} | {word} | {in_markdown(told)} |")
+        owner = "own" if found.get("own") else "–" if word == "refused" else "borrowed"
+        rows.append(f"| `{found['type']}` | {owner} | {built(found)} | {word} | {in_markdown(told)} |")
     lines = [
         f"Made with transformers {result['versions']['transformers']} and torch {result['versions']['torch']}, "
         f"{made_at(result['types'])}: {', '.join(f'{count} {word}' for word, count in sorted(counts.items()))}.",
         "",
-        "These model folders hold random weights and, for lack of the family's own, the processor of another family. A "
-        "run that stops shows only that it ends with one clear message. `not built small`: a small version of the "
-        "default configuration builds no model, so the folder has no weights.",
+        "With its own processor, a type shows whether it can be trained. With the processor of another family, a run "
+        "that stops shows only that it ends with one message. `not built small`: a small version of the default "
+        "configuration builds no model, so the folder has no weights.",
         "",
-        "| type | language model on random tokens | `vlm-sft train` | message |",
-        "|---|---|---|---|",
+        "| type | processor | language model on random tokens | `vlm-sft train` | message |",
+        "|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *rows])
 

@@ -15,6 +15,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -240,15 +241,19 @@ def notes(families: list[dict[str, Any]]) -> list[str]:
     there = [found for found in families if "missing" not in found]
     told = [f"{found['note']}." for found in there if found["note"]]
     usual = there[0]["targets"]
-    for found in there:
-        if found["targets"] != usual:
-            told.append(
-                f"{found['family']}: LoRA goes to {', '.join(f'`{name}`' for name in found['targets'])} by default."
-            )
-    counted = [f"`{found['family']}`" for found in there if not found["sized"]]
-    if counted:
-        told.append(f"For {', '.join(counted)}, the forecast counts sizes on the model itself, which is less precise.")
+    for targets in dict.fromkeys(tuple(found["targets"]) for found in there if found["targets"] != usual):
+        those = _named(found["family"] for found in there if tuple(found["targets"]) == targets)
+        told.append(f"By default, LoRA goes to {_named(targets)} in {those}.")
+    if sized := _named(found["family"] for found in there if found["sized"]):
+        told.append(
+            f"The forecast knows the sizes of {sized}. Elsewhere it counts them on the model itself, more roughly."
+        )
     return told
+
+
+def _named(names: Iterable[str]) -> str:
+    """Names as code, in one line."""
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def row(found: dict[str, Any]) -> str:

@@ -105,8 +105,14 @@ def paddleocr_vl() -> Built:
     return transformers.PaddleOCRVLForConditionalGeneration(config), processor
 
 
-def minicpmv4_6() -> Built:
-    """A MiniCPM-V 4.6: an image and its slices of any shape, merged twice, before a Qwen3.5."""
+def minicpm(name: str, pictures: str, **settings: Any) -> Built:
+    """A MiniCPM: an image and its slices of any shape, before a Qwen3.5.
+
+    Args:
+        name: what its classes begin with.
+        pictures: what those of its image and video processors begin with.
+        **settings: of its configuration.
+    """
     names = {
         "image_token": "<unk_image>",
         "video_token": "<unk_video>",
@@ -119,15 +125,15 @@ def minicpmv4_6() -> Built:
     }
     tokenizer = named_tokenizer(CHATML, names, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     sizes = {"max_slice_nums": 4, "scale_resolution": 64, "patch_size": 14}
-    processor = transformers.MiniCPMV4_6Processor(
-        transformers.MiniCPMV4_6ImageProcessor(**sizes),
-        transformers.MiniCPMV4_6VideoProcessor(**sizes),
+    processor = getattr(transformers, f"{name}Processor")(
+        getattr(transformers, f"{pictures}ImageProcessor")(**sizes),
+        getattr(transformers, f"{pictures}VideoProcessor")(**sizes),
         tokenizer,
         chat_template=chatml("<unk_image>"),
     )
     text = qwen3_5_text(tokenizer)
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
-    config = transformers.MiniCPMV4_6Config(
+    config = getattr(transformers, f"{name}Config")(
         text_config=text | {"model_type": "qwen3_5_text"},
         vision_config={
             "hidden_size": 32,
@@ -136,12 +142,18 @@ def minicpmv4_6() -> Built:
             "num_attention_heads": 2,
             "image_size": 56,
             "patch_size": 14,
+            "insert_layer_id": 0,
         },
         insert_layer_id=0,
-        image_size=64,
+        **settings,
         **token_ids(tokenizer, image_token_id="<unk_image>", video_token_id="<unk_video>"),
     )
-    return transformers.MiniCPMV4_6ForConditionalGeneration(config), processor
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
+
+
+def minicpmv4_6() -> Built:
+    """A MiniCPM-V 4.6: slices that are merged twice."""
+    return minicpm("MiniCPMV4_6", "MiniCPMV4_6", image_size=64)
 
 
 def granite4_vision() -> Built:

@@ -41,7 +41,8 @@ NAVIT_TOWER = {
 }
 
 
-def _text(tokenizer: Any, kind: str, **more: Any) -> dict[str, Any]:
+def text_of(tokenizer: Any, kind: str, **more: Any) -> dict[str, Any]:
+    """A small language model of some kind."""
     return llama_text(tokenizer) | {"model_type": kind, **more}
 
 
@@ -58,7 +59,7 @@ def exaone4_5() -> Built:
     ids = {name: value for name, value in qwen_ids(tokenizer).items() if name in ("image_token_id", "video_token_id")}
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     config = transformers.Exaone4_5_Config(
-        text_config=_text(
+        text_config=text_of(
             tokenizer, "exaone4", num_hidden_layers=3, head_dim=16, sliding_window=24, layer_types=layers
         ),
         vision_config={
@@ -88,7 +89,7 @@ def lighton_ocr() -> Built:
         chat_template=chatml("<|image_pad|>"),
     )
     config = transformers.LightOnOcrConfig(
-        text_config=_text(tokenizer, "qwen3", head_dim=16, sliding_window=None),
+        text_config=text_of(tokenizer, "qwen3", head_dim=16, sliding_window=None),
         vision_config=NAVIT_TOWER | {"model_type": "pixtral", "head_dim": 16, "image_size": 112},
         tie_word_embeddings=False,
         **token_ids(tokenizer, image_token_id="<|image_pad|>"),
@@ -107,7 +108,7 @@ def qianfan_ocr() -> Built:
         chat_template=chatml("<image>"),
     )
     config = transformers.QianfanOCRConfig(
-        text_config=_text(tokenizer, "qwen3", head_dim=16),
+        text_config=text_of(tokenizer, "qwen3", head_dim=16),
         vision_config=NAVIT_TOWER | {"image_size": 56},
         image_seq_length=4,
         **token_ids(tokenizer, image_token_id="<IMG_CONTEXT>"),
@@ -125,7 +126,7 @@ def ovis2() -> Built:
         chat_template=chatml("<image>"),
     )
     config = transformers.Ovis2Config(
-        text_config=_text(tokenizer, "qwen2"),
+        text_config=text_of(tokenizer, "qwen2"),
         vision_config=NAVIT_TOWER | {"image_size": 56, "vocab_size": 48, "hidden_stride": 2},
         hidden_size=64,
         vocab_size=len(tokenizer),
@@ -182,7 +183,7 @@ def video_llama_3() -> Built:
         chat_template=chatml("<|image_pad|>"),
     )
     config = transformers.VideoLlama3Config(
-        text_config=_text(tokenizer, "qwen2", tie_word_embeddings=False),
+        text_config=text_of(tokenizer, "qwen2", tie_word_embeddings=False),
         vision_config=NAVIT_TOWER,
         **token_ids(tokenizer, image_token_id="<|image_pad|>", video_token_id="<|video_pad|>"),
     )
@@ -200,7 +201,7 @@ def idefics2() -> Built:
         chat_template=IDEFICS2_TEMPLATE,
     )
     config = transformers.Idefics2Config(
-        text_config=_text(tokenizer, "mistral", head_dim=16, sliding_window=None),
+        text_config=text_of(tokenizer, "mistral", head_dim=16, sliding_window=None),
         vision_config=NAVIT_TOWER | {"image_size": 84},
         perceiver_config={
             "hidden_size": 64,

@@ -82,7 +82,7 @@ def _glm_text(tokenizer: Any, kind: str) -> dict[str, Any]:
     return text | {"rope_parameters": rope}
 
 
-def _glm(config: Any, model: Any, processor: str, text: str, images: str = "Glm46VImageProcessor") -> Built:
+def glm(config: Any, model: Any, processor: str, text: str, images: str = "Glm46VImageProcessor", **more: Any) -> Built:
     """A GLM: M-RoPE, a tower with an interpolated position embedding and a convolution that merges patches."""
     tokenizer = byte_tokenizer(GLM_TOKENS, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     size = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 64}
@@ -93,7 +93,7 @@ def _glm(config: Any, model: Any, processor: str, text: str, images: str = "Glm4
         chat_template=GLM_TEMPLATE,
     )
     settings = config(
-        text_config=_glm_text(tokenizer, text),
+        text_config=_glm_text(tokenizer, text) | more,
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -120,19 +120,19 @@ def _glm(config: Any, model: Any, processor: str, text: str, images: str = "Glm4
 def glm4v() -> Built:
     """A GLM-4.1V: norms around attention and MLP on both sides."""
     config, model = transformers.Glm4vConfig, transformers.Glm4vForConditionalGeneration
-    return _glm(config, model, "Glm4vProcessor", "glm4v_text", "Glm4vImageProcessor")
+    return glm(config, model, "Glm4vProcessor", "glm4v_text", "Glm4vImageProcessor")
 
 
 def glm46v() -> Built:
     """A GLM-4.6V: the parts of GLM-4.1V put together by a processor of its own."""
     config, model = transformers.Glm46VConfig, transformers.Glm46VForConditionalGeneration
-    return _glm(config, model, "Glm46VProcessor", "glm4v_text")
+    return glm(config, model, "Glm46VProcessor", "glm4v_text")
 
 
 def glm_ocr() -> Built:
     """A GLM-OCR."""
     config, model = transformers.GlmOcrConfig, transformers.GlmOcrForConditionalGeneration
-    return _glm(config, model, "Glm46VProcessor", "glm_ocr_text")
+    return glm(config, model, "Glm46VProcessor", "glm_ocr_text")
 
 
 def _cohere_text(tokenizer: Any) -> dict[str, Any]:

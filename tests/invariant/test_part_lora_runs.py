@@ -115,6 +115,32 @@ def test_a_projector_behind_a_tower_whose_output_is_kept(base: Path, tmp_path: P
     assert any("inputs of the projector are cached" in line for line in told)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "kept"),
+    [
+        ("ddp", True),
+        pytest.param("fsdp", False, marks=pytest.mark.slow),
+        pytest.param("zero2", True, marks=pytest.mark.slow),
+        pytest.param("zero3", False, marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_feed_the_projector_from_the_cache(
+    base: Path, tmp_path: Path, warm: Warm, parallel: str, kept: bool
+) -> None:
+    if parallel.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    more = {"ddp": (), "fsdp": ("--fsdp",)}.get(parallel, ("--deepspeed", parallel))
+    flags = ("--train", "language,projector_lora", "--feature_cache", "1GB", "--eval_benchmarks", "none")
+    assert train(base, tmp_path / "alone", *flags) == 0
+    started = warm.start_both(train_flags(base, tmp_path / "both", *flags, *more), tmp_path / "log")
+    assert started.wait(300) == 0, (tmp_path / "log").read_text()
+    alone, both = load_file(tmp_path / "alone" / WEIGHTS), load_file(tmp_path / "both" / WEIGHTS)
+    for name, tensor in alone.items():
+        assert (both[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+    decision = facts(tmp_path / "both")["engine"]["feature_cache"]["training"]
+    assert decision["used"] is kept and (kept or "divided over the ranks" in decision["reason"])
+
+
 def test_contradictions(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = train(base, tmp_path / "o", "--train", "vision,vision_lora", "--projector_lora_rank", "4")
     refused(capsys, code, "2 mistakes", "the vision tower in full and with LoRA", "no such LoRA")

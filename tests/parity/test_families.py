@@ -46,6 +46,17 @@ SIGNS = {
     "video_llama_3": "<|image_pad|>",
     "hunyuan_vl": "<image_start>",
     "deepseek_vl": "<image_placeholder>",
+    "deepseek_vl_hybrid": "<image_placeholder>",
+    "janus": "<image_placeholder>",
+    "aria": "<|img|>",
+    "qwen2_5_omni_thinker": "<|vision_start|>",
+    "qwen3_omni_moe_thinker": "<|vision_start|>",
+    "cosmos3_edge": "<|vision_start|>",
+    "cosmos3_omni": "<|vision_start|>",
+    "hyperclovax_vision_v2": "<|vision_start|>",
+    "step3p7": "<im_patch>",
+    "minicpmv4_7": "<unk_image>",
+    "minicpm_ocr": "<unk_image>",
 }
 SHARING = [family for family in NEWER if not FAMILIES[family].reason]
 
@@ -107,8 +118,8 @@ def test_what_does_not_work_is_told() -> None:
     )
     entries = [{**found, "targets": ["q_proj"], "sized": True}, {**found, "targets": ["wq"], "sized": False}, lacking]
     assert bench.notes(entries)[2:] == [
-        "odd: LoRA goes to `wq` by default.",
-        "For `odd`, the forecast counts sizes on the model itself, which is less precise.",
+        "By default, LoRA goes to `wq` in `odd`.",
+        "The forecast knows the sizes of `odd`. Elsewhere it counts them on the model itself, more roughly.",
     ]
 
 

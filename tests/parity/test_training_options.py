@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,28 @@ def test_a_resumed_run_draws_the_same_noise(tmp_path: Path) -> None:
     resumed, _ = train("resumed", *noisy, "--resume", str(tmp_path / "whole" / "checkpoint-2"))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     assert abs(loss - quiet) > 1e-4
+
+
+def test_schedules_and_losses_through_the_command(tmp_path: Path) -> None:
+    """The first loss is of the same weights and questions: DFT weights it down, smoothing asks for other words too."""
+    ways = {
+        "cosine_with_min_lr": ("--lr_scheduler_type", "cosine_with_min_lr"),
+        "warmup_stable_decay": ("--lr_scheduler_type", "warmup_stable_decay", "--lr_decay_ratio", "0.5"),
+        "dft": ("--loss_type", "dft"),
+        "smoothed": ("--label_smoothing_factor", "0.3"),
+    }
+    command = "train --base_model pocket --dataset demo_charts --max_steps 4 --max_train 16 --global_batch_size 4 "
+    command += "--learning_rate 0.001 --warmup_ratio 0 --min_lr_ratio 0.2 --logging_steps 1 --eval_strategy no "
+    command += f"--save_strategy no --eval_benchmarks none --report_to none --cache_dir {tmp_path / 'cache'}"
+    losses, rates = {}, {}
+    for name, flags in ways.items():
+        run = tmp_path / name
+        assert main([*command.split(), *flags, "--output_dir", str(run)]) == 0
+        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [row["loss"] for row in logged if "loss" in row][0]
+        rates[name] = [row["learning_rate"] / 0.001 for row in logged if "learning_rate" in row]
+    cosine = [0.2 + 0.8 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert rates["cosine_with_min_lr"] == pytest.approx(cosine)
+    assert rates["warmup_stable_decay"] == pytest.approx([1, 1, 1, 0.2 + 0.8 * (1 - 0.5**0.5)])
+    plain = losses["cosine_with_min_lr"]
+    assert plain == losses["warmup_stable_decay"] and losses["dft"] < 0.9 * plain < 1.1 * plain < losses["smoothed"]

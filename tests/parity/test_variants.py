@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from tests import tiny_models
-from tests.questions import PROMPT, adapted, questions
+from tests import tiny_models, tiny_models_odd
+from tests.parity.test_generation_modes import transformers_answer
+from tests.questions import PROMPT, adapted, pack, questions
+from tests.tiny_models_parts import llama_text
 from vlm_sft.data.encode import Encoder
+from vlm_sft.data.packing import Bundle
+from vlm_sft.evaluate.generate import generate
 from vlm_sft.export.verify import folder_answers, our_answers
-from vlm_sft.model.attention import SHARED_SDPA
-from vlm_sft.model.load import ready
+from vlm_sft.model.attention import PLAIN_ATTENTION, SHARED_SDPA, attention_name
+from vlm_sft.model.families import declared_mode
+from vlm_sft.model.load import find_base, load_model, ready
 from vlm_sft.model.sharing_check import choose_mode, features_error, sharing_error
 
 
 def changed(family: str, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> tuple[Any, Any]:
-    """A tiny model, plain, some of whose settings are others; and its encoder."""
+    """A tiny model, plain, some of whose settings, or whose whole language model, are others; and its encoder."""
     model, processor = tiny_models.build(family)
     settings = model.config.to_dict()
-    settings["text_config"] |= text or {}
+    settings["text_config"] = text if text and "model_type" in text else settings["text_config"] | (text or {})
     settings["vision_config"] |= vision or {}
     torch.manual_seed(0)
     made = type(model)(type(model.config).from_dict(settings)).eval()
@@ -43,3 +50,46 @@ def test_features_of_a_tower_that_adds_none_to_deeper_layers() -> None:
     model, encoder = changed("qwen3_vl", vision={"deepstack_visual_indexes": []})
     ready(model, SHARED_SDPA)
     assert features_error(adapted(model).eval(), encoder) < 1e-6
+
+
+TEXTS: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_language_model_that_takes_no_sdpa_shares_by_its_own_attention(kind: str, tmp_path: Path) -> None:
+    """Capped scores (Gemma 2) and sinks (GPT-OSS) are nothing that SDPA computes."""
+    layers = {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    text = llama_text(tiny_models.build("internvl")[1].tokenizer)
+    model, encoder = changed("internvl", text | layers | TEXTS[kind] | {"model_type": kind})
+    for name, weight in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path)
+    encoder.processor.save_pretrained(tmp_path)
+    opened = load_model(find_base(str(tmp_path), bf16=False))
+    assert attention_name(opened.config.text_config) == PLAIN_ATTENTION
+    assert attention_name(opened.config.vision_config) != PLAIN_ATTENTION
+    assert declared_mode(opened.config, "dense") is None  # InternVL is declared, and not proven with this model
+    assert choose_mode(opened, encoder).kind == "dense" and sharing_error(opened, encoder, "dense") < 1e-5
+    groups = [encoder.encode(questions(0, 2), with_answers=False)]
+    batch = pack([Bundle(0, (0, 1))], groups)
+    together = generate(opened, batch, mode=choose_mode(opened, encoder), max_new_tokens=4, stop_ids=encoder.stop_ids)
+    assert together.tokens == [transformers_answer(model, encoder, sample)[:4] for sample in questions(0, 2)]
+
+
+@pytest.mark.skipif("mistral_large4" not in tiny_models_odd.MODELS, reason="transformers lacks it")
+def test_sparse_attention_keeps_the_function_that_it_makes_masks_for() -> None:
+    model, processor = tiny_models_odd.MODELS["mistral_large4"]()
+    ready(model.eval(), SHARED_SDPA)
+    assert attention_name(model.config.text_config) == "sdpa"
+    assert "layers of indexed_attention" in choose_mode(model, Encoder(processor, PROMPT)).note
+
+
+@pytest.mark.skipif("cosmos3_edge" not in tiny_models.FAMILIES, reason="transformers lacks it")
+def test_token_types_that_a_processor_gives_on_demand_only() -> None:
+    _, processor = tiny_models.build("cosmos3_edge")
+    group = Encoder(processor, PROMPT).encode(questions(0, 1))
+    assert (group.prefix_types == 1).sum() == group.image_tokens > 0

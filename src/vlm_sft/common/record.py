@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,18 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of what the result depends on."""
-    found = {"vlm-sft": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = {name: version_of(name) for name in PACKAGES}
+    found = {name: version for name, version in installed.items() if version is not None}
+    return {"vlm-sft": __version__, "python": platform.python_version()} | found
+
+
+@cache
+def version_of(package: str) -> str | None:
+    """The version of an installed package, read from its files once; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_state(left_out: Sequence[str] = ()) -> dict[str, Any]:

@@ -209,19 +209,20 @@ class Encoder:
             )
 
     def _try_sizes(self, sample: Sample) -> None:
-        """Process blank pictures of unusual sizes, once a size.
+        """Process blank pictures of unusual sizes; every size is looked at once.
 
         Raises:
             SampleError: the processor fails on them.
         """
         sizes = picture_sizes(sample)
-        if sizes in self._tried or not any(map(self._is_unusual, sizes)):
+        if sizes in self._tried:
             return
-        self.chat.process(
-            probe_conversation(sample, self.prompt),
-            [Image.new("RGB", size, "white") for size in sizes],
-            sources_of(sample.images),
-        )
+        if any(map(self._is_unusual, sizes)):
+            self.chat.process(
+                probe_conversation(sample, self.prompt),
+                [Image.new("RGB", size, "white") for size in sizes],
+                sources_of(sample.images),
+            )
         self._tried.add(sizes)
 
     def _is_unusual(self, size: tuple[int, int]) -> bool:
@@ -265,7 +266,7 @@ class Encoder:
     def _process_whole(self, sample: Sample, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
         """What the processor makes of pictures in a conversation like the sample's, without the text."""
         whole = self.chat.process(probe_conversation(sample, self.prompt), pictures, sources_of(sample.images))
-        return {name: value for name, value in whole.items() if name not in TEXT_KEYS}
+        return {name: torch.as_tensor(value) for name, value in whole.items() if name not in TEXT_KEYS}
 
     def _process_alone(self, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
         """What the image processor makes of pictures, with the settings that the processor gives it."""
@@ -292,6 +293,8 @@ class Encoder:
             probe = probe_conversation(sample, self.prompt)
             whole = self.chat.process(probe, blank, sources_of(sample.images))
             types = whole.get("mm_token_type_ids", whole.get("token_type_ids"))
+            if types is None and grid is not None:  # M-RoPE needs them (Cosmos 3 Edge's processor gives them on demand)
+                types = (whole["input_ids"] == self.image_token_id).int()
             frame = _Frame(
                 whole["input_ids"][0].numpy().astype(np.int32),
                 self.chat.prompt(probe)[1],

@@ -17,7 +17,8 @@ from transformers import Cache, DynamicCache, DynamicLayer
 
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model import packed_forward
-from vlm_sft.model.families import PackMode, Reach, cache_argument, masks_for, switched_off
+from vlm_sft.model.attention import masks_for
+from vlm_sft.model.families import PackMode, Reach, cache_argument, switched_off
 from vlm_sft.model.mixers import State
 from vlm_sft.model.pack_context import within
 from vlm_sft.model.protocols import AnyModel
@@ -148,7 +149,7 @@ class _SharedSteps:
 
     def __init__(self, model: AnyModel, batch: PackedBatch, mode: PackMode) -> None:
         self.mode = mode
-        self.config = packed_forward.unwrap(model).config
+        self.base = packed_forward.unwrap(model)
         group, branch = batch.group[batch.predict], batch.branch[batch.predict]
         own = (batch.branch[None, :] == 0) | (batch.branch[None, :] == branch[:, None])
         self.rows = own & (batch.group[None, :] == group[:, None])  # (questions, L): its own prefix and itself
@@ -167,5 +168,5 @@ class _SharedSteps:
         def mask(reach: Reach) -> torch.Tensor:
             return within(visible, reach, now, self.keys)[None, None]
 
-        masks = masks_for(self.config, self.mode, mask)
+        masks = masks_for(self.base, self.mode, mask)
         return {"attention_mask": masks, "position_ids": self.positions[..., fed] + count}

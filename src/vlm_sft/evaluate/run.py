@@ -279,11 +279,15 @@ def _facts(options: EvalOptions, launch: Launch, base: Base) -> dict[str, object
         "split": options.split,
         "device": device_name(),
         "world_size": launch.world_size,
-        "attention": base.attention,
         "dtype": base.dtype_name,
         "load_in_4bit": base.load_in_4bit,
         "backend": options.backend,
-        **({"tensor_parallel_size": options.tensor_parallel_size} if options.backend == "vllm" else {}),
+        # vLLM attends by itself.
+        **(
+            {"tensor_parallel_size": options.tensor_parallel_size}
+            if options.backend == "vllm"
+            else {"attention": base.attention}
+        ),
     }
 
 

@@ -6,6 +6,7 @@ folder, with the folder's own processor. Both answer a few questions greedily.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -117,12 +118,14 @@ def folder_answers(
 ) -> list[GreedyAnswer]:
     """Answers of a plainly opened model to the plain inputs of the folder's own processor."""
     config = greedy(encoder.stop_ids, encoder.tokenizer.pad_token_id)
+    types = "mm_token_type_ids"  # most processors give them to models that take them, some on demand
+    wanted = {f"return_{types}": True} if types in inspect.signature(model.forward).parameters else {}
     answers = []
     with progress(len(samples), label, "questions") as bar:
         for sample in samples:
             pictures = [decode_rgb(image.load(), image.source) for image in sample.images]
             shown = {"images": [pictures]} if pictures else {}
-            inputs = processor(text=[encoder.prompt_text(sample)], **shown, return_tensors="pt")
+            inputs = processor(text=[encoder.prompt_text(sample)], **shown, return_tensors="pt", **wanted)
             answers.append(_generate(model, as_weights(model, inputs.to(model.device)), config))
             bar.advance()
     return answers

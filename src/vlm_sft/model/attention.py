@@ -18,12 +18,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vlm_sft.model.families import FULL_REACH, Reach
+from vlm_sft.model.families import FULL_REACH, STATEFUL, TOKENWISE, PackMode, Reach, layer_kinds
 from vlm_sft.model.forward_patch import is_plain
 from vlm_sft.model.pack_context import PackLayout, current_pack
+from vlm_sft.model.protocols import VisionLanguageModel
 
 SHARED_SDPA = "vlm_sft_sdpa"
 SHARED_WINDOWS = "vlm_sft_flash_windows"  # the name has to contain "flash", see `shared_windows`
+PLAIN_ATTENTION = "eager"  # transformers' own products, for models that cap their scores or add sinks to them
 
 
 def shared_sdpa(
@@ -235,3 +237,53 @@ def assign_windows(config: Any, name: str) -> None:
         name: of the function.
     """
     config._attn_implementation = name
+
+
+def masks_for(
+    base: VisionLanguageModel, mode: PackMode, build: Callable[[Reach], torch.Tensor]
+) -> torch.Tensor | dict[str, torch.Tensor | None]:
+    """The `attention_mask` argument: one mask, or one for each kind of layers where there are several.
+
+    Args:
+        base: the Hugging Face model.
+        mode: how packs are computed.
+        build: makes the mask of one kind of layers, bool.
+    """
+    masks: dict[str, torch.Tensor | None] = {reach.layers: _as_taken(base, build(reach)) for reach in mode.reaches}
+    if len(masks) == 1 and (only := masks[mode.reaches[0].layers]) is not None:
+        return only
+    # Layers that carry a state follow the layout of the pack, not a mask; layers without attention need neither.
+    return masks | dict.fromkeys(name for name in layer_kinds(base.config) if name in (*STATEFUL, *TOKENWISE))
+
+
+def _as_taken(base: VisionLanguageModel, mask: torch.Tensor) -> torch.Tensor:
+    """A mask as the attention function of a language model takes it: transformers' own adds it to the scores."""
+    if attention_name(base.config.get_text_config()) != PLAIN_ATTENTION:
+        return mask
+    dtype = base.get_input_embeddings().weight.dtype
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def assign_attention(model: VisionLanguageModel, text: str) -> None:
+    """Let the language model attend through a function, and every other part through SDPA, where they take these.
+
+    Args:
+        model: with weights or without; changed in place.
+        text: name of the language model's function.
+    """
+    wanted = {part: text if part == "text_config" else "sdpa" for part in model.config.sub_configs}
+    try:
+        model.set_attn_implementation(wanted)
+    except ValueError:  # transformers': a part takes no function but its own
+        for part, name in wanted.items():
+            try:
+                model.set_attn_implementation({part: name})
+            except ValueError:
+                model.set_attn_implementation({part: PLAIN_ATTENTION})
+
+
+def attention_names(model: VisionLanguageModel) -> dict[str, str]:
+    """The names of a model's attention functions as `from_pretrained` takes them: its own under "", then its parts'."""
+    parts = ((part, getattr(model.config, part)) for part in model.config.sub_configs)
+    named = {part: attention_name(config) for part, config in parts if config is not None}
+    return {"": attention_name(model.config), **named}

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from vlm_sft.data.engine_options import Rows
 
 Kind = Literal["blockwise", "dense", "separate"]
-T = TypeVar("T")
 DEFAULT_BASE = "Qwen/Qwen2.5-VL-7B-Instruct"
 # Names in the layer_types of transformers' configurations.
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -109,10 +107,44 @@ FAMILIES = {
     ),
     "deepseek_ocr2": Family(),
     "nemotron_h_omni": Family(targets=(*_ATTENTION, "in_proj")),
+    "llava_next_video": Family(),
+    "video_llava": Family(),
+    "janus": Family(projector=("aligner",)),
+    "deepseek_vl_hybrid": Family(projector=("aligner",)),
+    "aria": Family(),
+    "glm4v_moe": Family(projector=("visual.merger",)),
+    "glmga": Family(projector=("visual.merger",)),
+    "qwen2_5_omni_thinker": Family(projector=("visual.merger",)),
+    "qwen3_omni_moe_thinker": Family(projector=("visual.merger", "visual.merger_list")),
+    "cosmos3_edge": Family(projector=("projector",)),
+    "cosmos3_omni": Family(projector=("visual.merger", "visual.deepstack_merger_list")),
+    "hyperclovax_vision_v2": Family(projector=("projector",)),
+    "step3p7": Family(),
+    "minicpmv4_7": Family(projector=("merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
+    "minicpm_ocr": Family(projector=("merger",), targets=(*_ATTENTION, "in_proj_qkv", "in_proj_z", "out_proj")),
     "paligemma": Family(reason="its image tokens read the question", answer_type=1),
 }
 
 
+# By model_type of the language model: those that the families above are proven with. InternVL and LLaVA take any.
+PROVEN_TEXTS = {
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gemma3n_text", "gemma4_text"),
+    *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_5_text", "qwen3_5_moe_text"),
+    *(
+        "cohere2",
+        "glm4v_text",
+        "glm_ocr_text",
+        "llama4_text",
+        "lfm2",
+        "lfm3",
+        "exaone4",
+        "molmo2_text",
+        "hunyuan_vl_text",
+    ),
+    *("deepseek_v3", "deepseek_ocr2_text", "ernie4_5_vl_moe_text", "paddleocr_vl_text", "nemotron_h"),
+    *("granite4_vision_text", "granite_docling_text", "aria_text", "glm4v_moe_text", "qwen2_5_omni_text"),
+    *("qwen3_omni_moe_text", "cosmos3_edge_text", "hyperclovax", "step3p5"),
+}
 # By model_type of the language model: its decoder layer is x + attention(norm(x)), then + mlp(norm(·)), nothing else.
 PLAIN_LAYERS = {
     "llama",
@@ -186,6 +218,11 @@ class PackMode:
         return self.kind != "separate"
 
 
+def is_proven(config: Any) -> bool:
+    """Whether tests prove a model's family, with this kind of language model; others are checked when they are used."""
+    return config.model_type in FAMILIES and config.get_text_config().model_type in PROVEN_TEXTS
+
+
 def family_of(config: Any) -> Family:
     """The declared differences of a model's family; those of plain causal attention for an unknown one."""
     return FAMILIES.get(config.model_type, Family())
@@ -215,6 +252,11 @@ def layer_kinds(config: Any) -> list[str]:
     return [CHUNKED if any(layer_values(text, CHUNK)) else FULL]
 
 
+def other_layers(config: Any) -> list[str]:
+    """The kinds of layers in a language model that are not known here: sparse attention with an index, and so on."""
+    return [name for name in layer_kinds(config) if name not in (FULL, SLIDING, CHUNKED, *STATEFUL, *TOKENWISE)]
+
+
 def declared_mode(config: Any, kind: Kind, unshared: str = "") -> PackMode | None:
     """Decide from the table and the configuration alone.
 
@@ -224,10 +266,9 @@ def declared_mode(config: Any, kind: Kind, unshared: str = "") -> PackMode | Non
         unshared: kinds of layers that carry a state and compute no packs, from `recurrent.unshared_states`.
 
     Returns:
-        The mode; None for an unknown family whose layers have names that are known: it has to be checked.
+        The mode; None for a model that is not proven and whose layers have names that are known: it has to be checked.
     """
-    family = family_of(config)
-    others = [name for name in layer_kinds(config) if name not in (FULL, SLIDING, CHUNKED, *STATEFUL, *TOKENWISE)]
+    family, others = family_of(config), other_layers(config)
     if family.reason:
         return separate_mode(config, family.reason)
     if unshared:
@@ -239,7 +280,7 @@ def declared_mode(config: Any, kind: Kind, unshared: str = "") -> PackMode | Non
         return separate_mode(config, "all of its tokens see each other in both directions")
     if {WINDOW, CHUNK} & set(getattr(text, "per_layer_attributes", None) or ()):
         return separate_mode(config, "its layers have windows of different lengths")
-    return sharing_mode(config, kind) if config.model_type in FAMILIES else None
+    return sharing_mode(config, kind) if is_proven(config) else None
 
 
 def sharing_mode(config: Any, kind: Kind) -> PackMode:
@@ -269,21 +310,6 @@ def separate_mode(config: Any, reason: str) -> PackMode:
     """The fallback, with a line for the user."""
     note = f"{config.model_type}: {reason}, so every question gets its own copy of the image (slower, same result)"
     return PackMode("separate", note=note)
-
-
-def masks_for(config: Any, mode: PackMode, build: Callable[[Reach], T]) -> T | dict[str, T | None]:
-    """The `attention_mask` argument: one mask, or one for each kind of layers where there are several.
-
-    Args:
-        config: the model's configuration.
-        mode: how packs are computed.
-        build: makes the mask of one kind of layers.
-    """
-    masks = {reach.layers: build(reach) for reach in mode.reaches}
-    if len(masks) == 1:
-        return masks[mode.reaches[0].layers]
-    # Layers that carry a state follow the layout of the pack, not a mask; layers without attention need neither.
-    return masks | dict.fromkeys(name for name in layer_kinds(config) if name in (*STATEFUL, *TOKENWISE))
 
 
 def router_coefficient(base: Any) -> float:

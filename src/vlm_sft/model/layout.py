@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from vlm_sft.common.errors import ModelError, quoted
+from vlm_sft.model.attention import assign_attention, attention_names
 from vlm_sft.model.families import FAMILIES
 from vlm_sft.model.hub import model_config
 from vlm_sft.model.protocols import VisionLanguageModel
+
+T = TypeVar("T")
 
 
 def require_layout(config: PreTrainedConfig, name: str) -> None:
@@ -64,6 +68,23 @@ def empty_model(path: str, **settings: Any) -> Any:
     return without_weights(model_config(path), **settings)
 
 
+def through_sdpa(opened: Callable[..., T], path: str) -> T:
+    """Open a model whose parts attend through SDPA, or by transformers' own products where they take nothing else.
+
+    Args:
+        opened: opens it, with `attn_implementation` as its argument.
+        path: what transformers opens.
+    """
+    try:
+        return opened(attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+    model = empty_model(path)
+    assign_attention(model, "sdpa")
+    return opened(attn_implementation=attention_names(model))
+
+
 def layout_problem(model: VisionLanguageModel) -> str | None:
     """Why a model cannot be used; None where one language model reads the tokens of images among its own.
 
@@ -72,11 +93,9 @@ def layout_problem(model: VisionLanguageModel) -> str | None:
     """
     if model.config.is_encoder_decoder:
         return "a separate decoder writes the answer"
+    if getattr(model.config.get_text_config(), "cross_attention_layers", None):
+        return "its language model looks at images by cross-attention and has no tokens for them"
     inner, decoder = getattr(model, "model", None), model.get_decoder()
     if inner is None or decoder is inner or all(part is not decoder for part in inner.modules()):
         return f"{type(model).__name__} does not hold its vision tower and its language model side by side in `model`"
-    try:
-        model.set_attn_implementation({"text_config": "sdpa"})
-    except ValueError:  # transformers': a language model with an attention of another kind
-        return "its language model takes no attention function but its own"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,15 @@ from vlm_sft.common.console import warn
 from vlm_sft.common.errors import ModelError, RunError, quoted
 from vlm_sft.data.engine_options import Rows
 from vlm_sft.data.prompt import PromptSettings
-from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS, assign_windows, attention_name
+from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS, assign_attention, assign_windows, attention_name
 from vlm_sft.model.cpu.fuse import fuse_modules
 from vlm_sft.model.cpu.narrow import narrow_products
-from vlm_sft.model.families import DEFAULT_BASE, declared_mode, layer_values
+from vlm_sft.model.families import DEFAULT_BASE, declared_mode, layer_values, other_layers
 from vlm_sft.model.forward_patch import holds, is_plain
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.hub import model_config, opened
 from vlm_sft.model.last_layer import trim_last_layer
-from vlm_sft.model.layout import empty_model, require_layout
+from vlm_sft.model.layout import empty_model, require_layout, through_sdpa
 from vlm_sft.model.model_folder import require_model
 from vlm_sft.model.pocket import WEIGHTS
 from vlm_sft.model.protocols import VisionLanguageModel
@@ -270,18 +271,17 @@ def load_model(base: Base, device: str = "cpu") -> Any:
 def read_model(base: Base, device: str = "cpu") -> Any:
     """As `load_model`, without what this package exchanges in it."""
     compare_whole_shapes(base.path)
-    model, found = opened(
-        lambda: AutoModelForImageTextToText.from_pretrained(
-            base.path,
-            dtype=base.dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **(_in_4bit(base) if base.load_in_4bit else {} if device == "cpu" else {"device_map": {"": device}}),
-        ),
-        base.name,
+    placed = _in_4bit(base) if base.load_in_4bit else {} if device == "cpu" else {"device_map": {"": device}}
+    load = partial(
+        AutoModelForImageTextToText.from_pretrained,
+        base.path,
+        dtype=base.dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **placed,
     )
+    model, found = opened(lambda: through_sdpa(load, base.path), base.name)
     # transformers would give such weights random values.
     if absent := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         raise ModelError(
@@ -356,8 +356,8 @@ def _stop_ids(path: str) -> tuple[int, ...]:
 
 def set_attention(model: VisionLanguageModel, attention: str) -> None:
     """Let the language model compute packs, attending through one of our functions; a tower with windows, too."""
-    parts = dict.fromkeys((name for name in model.config.sub_configs if name != "text_config"), "sdpa")
-    model.set_attn_implementation({**parts, "text_config": attention})
+    # Sparse attention makes its masks for transformers' functions only, by their names.
+    assign_attention(model, "sdpa" if other_layers(model.config) else attention)
     scale_by_index(model.modules())  # no faster form: sharing needs it
     if is_plain():
         return

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.data.collate import PackedBatch
+from vlm_sft.model.attention import masks_for
 from vlm_sft.model.cpu import cross_entropy
-from vlm_sft.model.families import PackMode, Reach, family_of, masks_for, router_coefficient, switched_off
+from vlm_sft.model.families import PackMode, Reach, family_of, router_coefficient, switched_off
 from vlm_sft.model.last_layer import is_trimmed
 from vlm_sft.model.mixers import State
 from vlm_sft.model.pack_context import PackContext, PackLayout, branch_mask, computing, current_pack
@@ -153,7 +154,7 @@ def shared_inputs(model: AnyModel, batch: PackedBatch, mode: PackMode) -> dict[s
 
     return {
         "input_ids": batch.input_ids,
-        "attention_mask": masks_for(base.config, mode, mask),
+        "attention_mask": masks_for(base, mode, mask),
         "position_ids": position_ids(model, batch),
         **types,
         **expert_types(base.config, batch.input_ids),

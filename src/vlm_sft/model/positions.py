@@ -57,7 +57,10 @@ class Positions:
             arguments = {name: value for name, value in batch.tensors[image].items() if name in accepted}
             if "mm_token_type_ids" in accepted:
                 arguments["mm_token_type_ids"] = batch.prefix_types[None, start:end]
-            prefix, _ = self._bare.get_rope_index(input_ids=batch.input_ids[:, start:end], **arguments)
+            ids = batch.input_ids[:, start:end]
+            if "attention_mask" in accepted:  # Qwen3-Omni does not do without
+                arguments["attention_mask"] = torch.ones_like(ids)
+            prefix, _ = self._bare.get_rope_index(input_ids=ids, **arguments)
             rows[:, start:end] = prefix[-self._axes :, 0]
             starts[image] = prefix.max() + 1
         rows = torch.where(batch.branch[None] == 0, rows, rows + starts[batch.group][None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from vlm_sft.common.errors import ModelError
 from vlm_sft.distributed.collectives import agree
 from vlm_sft.distributed.fsdp import divide, mark
 from vlm_sft.model.adapters import load_adapter
-from vlm_sft.model.layout import empty_model
+from vlm_sft.model.layout import empty_model, through_sdpa
 from vlm_sft.model.load import Base, read_model, ready
 from vlm_sft.model.vision_features import decoder_of, loose_parameters, tower_modules
 
@@ -68,7 +69,7 @@ def load_to_divide(base: Base) -> Any:
     read: list[Any] = []
     agree(lambda: read.append(read_model(base)))
     if not read:
-        read.append(empty_model(base.path, dtype=base.dtype, attn_implementation="sdpa").eval())
+        read.append(through_sdpa(partial(empty_model, base.path, dtype=base.dtype), base.path).eval())
     model = read[0]
     mark(model)
     return ready(model, base.function)

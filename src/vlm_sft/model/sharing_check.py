@@ -31,12 +31,12 @@ from vlm_sft.model import packed_forward
 from vlm_sft.model.cpu.matmul import mixed_precision, narrows
 from vlm_sft.model.families import (
     CHUNK,
-    FAMILIES,
     WINDOW,
     Kind,
     PackMode,
     declared_mode,
     family_of,
+    is_proven,
     separate_mode,
     sharing_mode,
 )
@@ -69,7 +69,8 @@ def choose_mode(model: AnyModel, encoder: Encoder) -> PackMode:
         ModelError: the model cannot compute a question about an image at all.
     """
     mode = _sharing_mode(model, encoder)
-    declared = family_of(packed_forward.unwrap(model).config).reason
+    config = packed_forward.unwrap(model).config
+    declared = is_proven(config) and family_of(config).reason
     return mode if mode.shares or declared else _with_rows(model, encoder, mode)
 
 
@@ -81,7 +82,7 @@ def _sharing_mode(model: AnyModel, encoder: Encoder) -> PackMode:
     kind: Kind = "blockwise" if is_blockwise(base) else "dense"
     declared = declared_mode(base.config, kind, unshared_states(base))
     if declared is not None:
-        _require_computable(model, encoder, whole=base.config.model_type not in FAMILIES)
+        _require_computable(model, encoder, whole=not is_proven(base.config))
         return declared
     if is_partitioned(*base.parameters()):
         return separate_mode(
@@ -178,7 +179,7 @@ def _widen_if_it_fails(model: AnyModel, encoder: Encoder) -> None:
     """
     base: Any = packed_forward.unwrap(model)
     weight = base.get_input_embeddings().weight
-    if base.config.model_type in FAMILIES or weight.dtype != torch.bfloat16 or not narrows(weight.device):
+    if is_proven(base.config) or weight.dtype != torch.bfloat16 or not narrows(weight.device):
         return
     try:
         _compute_probe(model, encoder)
@@ -285,7 +286,7 @@ def features_doubt(model: AnyModel, encoder: Encoder) -> str:
     """
     base = packed_forward.unwrap(model)
     projected = bool(trained_projector(model))
-    if base.config.model_type in FAMILIES and not projected:
+    if is_proven(base.config) and not projected:
         return ""
     if is_partitioned(*base.parameters()):
         whose = "inputs of a trained projector" if projected else "those of an unknown family"

@@ -209,7 +209,7 @@ def _joined_axis(name: str, image: Mapping[str, torch.Tensor]) -> int:
         return 3
     mask = image.get("pixel_attention_mask")
     told = "image_sizes" in image if mask is None else mask.dim() <= 3  # how many of the tiles are no padding
-    return 1 if image["pixel_values"].dim() == 5 and image[name].dim() > 3 and not told else 0
+    return 1 if image.get("pixel_values", image[name]).dim() == 5 and image[name].dim() > 3 and not told else 0
 
 
 def _padded_cat(values: Sequence[torch.Tensor], axis: int) -> torch.Tensor:

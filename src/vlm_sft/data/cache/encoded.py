@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 
 from vlm_sft.common.console import progress, warn
 from vlm_sft.common.errors import DataError, RunError
+from vlm_sft.common.record import version_of
 from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.data.cache.directory import FEATURES, IMAGES, TOKENS, open_entry
 from vlm_sft.data.cache.pixel_codec import PixelFormat, pack_pixels, unpack_pixels
@@ -267,7 +267,7 @@ def image_settings(encoder: Encoder) -> dict[str, Any]:
     return {
         "processor": type(encoder.processor).__name__,
         "image_processor": [type(images).__name__, images.to_dict()],
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: version_of(name) or "" for name in _PACKAGES},
     }
 
 
@@ -297,13 +297,6 @@ def _tokenizer_hash(tokenizer: Any) -> str:
         text = json.dumps([tokenizer.get_vocab(), added], sort_keys=True)
     settings = json.dumps([type(tokenizer).__name__, tokenizer.init_kwargs], sort_keys=True, default=str)
     return hashlib.sha256((text + settings).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _token_record(group: EncodedGroup) -> Record:
