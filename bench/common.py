@@ -81,6 +81,11 @@ def made_at(entries: list[dict[str, Any]]) -> str:
     return f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
 
 
+def device_of(result: dict[str, Any]) -> str:
+    """The device of a result as a reader is shown it: without trademarks, and "1 thread"."""
+    return str(result["device"]).replace("(R)", "").replace(", 1 threads)", ", 1 thread)")
+
+
 def write_block(name: str, title: str, table: str, page: Path = README) -> None:
     """Replace the table between the marks of one benchmark in a page; a missing section is added."""
     begin, end = marks(name)

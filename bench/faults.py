@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, commit, origin, write_block, write_record
+from common import RESULTS, ROOT, commit, device_of, origin, write_block, write_record
 from tests.faults.damage import FAULTS, damage_everything, starve, strike
 from tests.faults.harness import MOMENTS, Reference, Tally, arguments, make_place, torture
 from tests.faults.injection import layer
@@ -187,7 +187,7 @@ def _merged(record: dict[str, Any], name: str, tally: Tally) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """The tables of the page."""
     lines = [
-        f"Made on {record['device']}, commit {commit(record)}, the last part on {record['made'][:10]}.",
+        f"Made on {device_of(record)}, commit {commit(record)}, the last part on {record['made'][:10]}.",
         "",
         "| how it was launched | killed while | kills | trainings finished | bit-identical to the uninterrupted one | "
         "steps lost, at most |",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, commit, marks, with_block
+from common import RESULTS, ROOT, commit, device_of, marks, with_block
 from recipe_figures import draw, figure_data, shown_data
 from recipe_runs import RECIPES, REFERENCE
 from vlm_sft.common import artifacts
@@ -90,7 +90,7 @@ def measured_on(result: Result) -> str:
         f"{name} {count(asked[key])} questions" if asked[key] else f"{name} all questions"
         for name, key in (("training on", "max_train"), ("evaluation on", "max_eval"))
     ]
-    devices = dict.fromkeys(row["device"] for row in result["rows"] if row["seeds"])
+    devices = dict.fromkeys(device_of(row) for row in result["rows"] if row["seeds"])
     lora = asked["lora"]
     note = f" Note: {result['note'].rstrip('.')}." if result.get("note") else ""
     return (
@@ -165,7 +165,7 @@ def short_table(result: Result) -> str:
     return table(head, shown, (1, 3, 4)) + (
         f"\n\nMeasured with {result['settings']['base_model']} on {rows['best']['train_questions']:,} questions "
         f"({rows['smoketest']['train_questions']:,} for smoketest) at a "
-        f"learning rate of {rate:g}; means of {len(rows['best']['seeds'])} seeds, {rows['best']['device']}."
+        f"learning rate of {rate:g}; means of {len(rows['best']['seeds'])} seeds, {device_of(rows['best'])}."
     )
 
 

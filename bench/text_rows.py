@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, commit, origin, write_block, write_record
+from common import RESULTS, ROOT, commit, device_of, origin, write_block, write_record
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say
 
@@ -104,7 +104,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"| {one['rows']:,} | {one['tokens']:,} | {seconds['data']:.1f} | {seconds['load']:.1f} | "
             f"{seconds['train']:.1f} | {one['peak_bytes'] / 1e9:.2f} GB | {one['cache_bytes'] / 1e6:.1f} MB | "
-            f"{result['device']} | {commit(result)} |"
+            f"{device_of(result)} | {commit(result)} |"
         )
     return "\n".join(lines) + (f"\n\n{result['note']}" if result["note"] else "")
 

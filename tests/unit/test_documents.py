@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from scripts import draw_image_sharing
 from tests.documents import ROOT, arguments_of, blocks, our_lines, pages, parse
+from vlm_sft.cli.main import main
 from vlm_sft.recipe.load import overrides_from, read_recipe
 
 MARKED = {"FIRST_RUN.md", "YOUR_DATA.md", "CHOOSING_A_RECIPE.md", "EVALUATING.md", "TROUBLESHOOTING.md", "API.md"}
@@ -60,6 +62,19 @@ def test_files_that_the_documents_name_exist() -> None:
     for page in pages():
         for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/DATA.md"])
+def test_the_records_shown_are_read_whole(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = [block.text for block in blocks(ROOT / name) if block.language == "json"]
+    rows = "".join(shown)
+    assert rows.count("\n") == len(list(map(json.loads, rows.splitlines()))) >= 2
+    for picture in set(re.findall(r'"(\w+\.png)"', rows)):
+        Image.new("RGB", (1280, 720), "white").save(picture)
+    Path("rows.jsonl").write_text(rows)
+    assert main(["data", "check", "rows.jsonl", "--split", "all", "--max_left_out", "0"]) == 0
+    assert not [path.name for path in tmp_path.rglob("left_out.jsonl") if path.read_text()]
 
 
 def test_the_figure_shows_the_mask_that_the_page_describes() -> None:

@@ -48,8 +48,8 @@ def finetune(
     Args:
         data: a list of dicts (`image`, `question`, `answer`; chat records too), a datasets.Dataset or DatasetDict, a
             pandas or polars frame, a dict of splits with such values, or what `--dataset` takes: paths and names.
-            Keys of other names are told by `columns={"image": "img", …}`. Images are PIL pictures, paths, encoded
-            bytes or NumPy arrays. Where there is no test split, parts are held out by image.
+            `columns={"image": "img", …}` names your own keys. Images are PIL pictures, paths, encoded bytes or NumPy
+            arrays. Without a test split, a part of the images is held out.
         recipe: "smoketest", "1epoch", "2epoch", "5epoch", "best", a JSON or YAML file, a dict of keys, or a `Recipe`.
         base_model: "pocket", a folder or a Hub id.
         output_dir: folder of the run; the next free outputs/run-N by default.
@@ -58,15 +58,15 @@ def finetune(
             the predictions, that return a number, each under its own name, or a dict of names and functions. They do
             not choose the checkpoint.
         **keywords: keys of the recipe, and the options of `TrainOptions` and `EngineOptions`, with the names and checks
-            of the flags of `vlm-sft train`: `learning_rate=2e-4`, `eval_benchmarks="none"`, `resume="auto"`, ….
-            `metric` and `metric_for_best_model` take a function too: one that scores answers to own data, from 0 to 1,
+            of the flags of `vlm-sft train`, such as `learning_rate=2e-4`, `eval_benchmarks="none"`, `resume="auto"`.
+            `metric` and `metric_for_best_model` also take a function that scores answers to your data from 0 to 1,
             defined at the top of a module or notebook.
 
     Returns:
         The run.
 
     Raises:
-        VlmSftError: a mistake in recipe, data, model, folder or launch, in the words of the command line.
+        VlmSftError: a mistake in recipe, data, model, folder or launch, with the message of the command line.
         GuardError: the training finished, but no checkpoint satisfies the guard; `open_run` opens it.
         InterruptedRunError: a signal (Ctrl-C, the notebook's stop button) ended the training after a checkpoint.
 
