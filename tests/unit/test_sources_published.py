@@ -58,11 +58,12 @@ def test_the_names_agree_everywhere() -> None:
 
 
 def test_documents(tmp_path: Path) -> None:
-    row = {"question": "Who? ", "answers": ["ITC", "itc limited", "ITC"], "question_types": ["form", "layout"]}
+    row = {"question": "Who? ", "answers": ["ITC", "itc limited", " ITC"], "question_types": ["form", "layout"]}
     folder = table(tmp_path / "doc", "validation", [row, row | {"answers": []}])
     loaded = load_split(parse_datasets(f"docvqa@{folder}")[0], "test")
     (sample,) = loaded.samples
-    assert (sample.question, sample.target, sample.answers) == ("Who?", "ITC", ("ITC", "itc limited", "ITC"))
+    assert (sample.question, sample.target, sample.answers) == ("Who?", "ITC", ("ITC", "itc limited", " ITC"))
+    assert BENCHMARKS["docvqa"].score("ITX", sample.answers[2:], {}) == 1 - 1 / 4  # ANLS counts the space
     assert sample.metadata["question_type"] == "form / layout" and sample.id == "docvqa/validation/000000"
     assert [one.reason for one in loaded.left_out] == ["empty answer"]
     assert "validation split is used instead" in loaded.description

@@ -10,7 +10,7 @@ from typing import Any
 from vlm_sft.common.errors import quoted
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.data.sources.hub import TableSource, load_table, one_question
-from vlm_sft.data.sources.rows import RowProblem, clean_text
+from vlm_sft.data.sources.rows import RowProblem, clean_text, texts_of
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import LoadedSplit
 
@@ -24,13 +24,10 @@ def to_sample(row: dict[str, Any], image: ImageRef, sample_id: str) -> Sample:
         RowProblem: no question, no label, or an unknown part.
     """
     question = clean_text(row["query"], "question")
-    labels = row["label"] if isinstance(row["label"], list) else [row["label"]]
-    if not labels:
-        raise RowProblem("empty answer", "the label list is empty")
-    answers = tuple(clean_text(label, "answer") for label in labels)
+    answers = texts_of(row["label"], "answer")
     if row["human_or_machine"] not in PARTS:
         raise RowProblem("unknown part", f"human_or_machine is {quoted(row['human_or_machine'])}, not 0 or 1")
-    return Sample(sample_id, "chartqa", PARTS[row["human_or_machine"]], (image,), question, answers[0], answers)
+    return Sample(sample_id, "chartqa", PARTS[row["human_or_machine"]], (image,), question, answers[0].strip(), answers)
 
 
 SOURCE = TableSource(

@@ -13,7 +13,7 @@ from vlm_sft.data.sample import ImageRef, Sample, Turn
 from vlm_sft.data.sources import mmmu
 from vlm_sft.data.sources.hub import TableSource, ToSamples, load_table, one_question
 from vlm_sft.data.sources.mmmu import LETTER
-from vlm_sft.data.sources.rows import RowProblem, clean_text, most_common
+from vlm_sft.data.sources.rows import RowProblem, clean_text, most_common, texts_of
 from vlm_sft.data.sources.spec import DatasetSpec
 from vlm_sft.data.sources.splits import LoadedSplit
 
@@ -23,41 +23,47 @@ _Row = Mapping[str, Any]
 _OPTION = re.compile(r"^([A-Z])\.[ \t]+(\S.*)$", re.MULTILINE)
 
 
-def _answers(row: _Row, key: str) -> tuple[str, ...]:
-    """The answers of a row, at least one.
-
-    Raises:
-        RowProblem: there is none.
-    """
-    listed = row[key] if isinstance(row[key], list) else [row[key]]
-    if not listed:
-        raise RowProblem("empty answer", "the list of answers is empty")
-    return tuple(clean_text(answer, "answer") for answer in listed)
-
-
 def _document(name: str, kinds: str, row: _Row, image: ImageRef, sample_id: str) -> Sample:
     """A row of DocVQA or InfographicVQA; `kinds` is the column of what a question is about."""
-    answers = _answers(row, "answers")
+    answers = texts_of(row["answers"], "answer")
     kind = " / ".join(sorted(map(str, row[kinds] or ())))
     question = clean_text(row["question"], "question")
     return Sample(
-        sample_id, name, "", (image,), question, most_common(answers), answers, metadata={"question_type": kind}
+        sample_id,
+        name,
+        "",
+        (image,),
+        question,
+        most_common([answer.strip() for answer in answers]),
+        answers,
+        metadata={"question_type": kind},
     )
 
 
 def _chartqapro(row: _Row, image: ImageRef, sample_id: str) -> Sample:
     """A row of ChartQAPro: the last of its questions, with the turns before it; its paragraph stands before it."""
-    questions, answers = [_answers(row, key) for key in ("Question", "Answer")]
+    questions, answers = [texts_of(row[key], "answer") for key in ("Question", "Answer")]
     if len(questions) != len(answers):
         raise RowProblem("no answer to each question", f"{len(questions)} questions, {len(answers)} answers")
-    turns = [(Turn("user", asked), Turn("assistant", told)) for asked, told in zip(questions, answers, strict=True)]
+    questions = tuple(question.strip() for question in questions)
+    turns = [
+        (Turn("user", asked), Turn("assistant", told.strip())) for asked, told in zip(questions, answers, strict=True)
+    ]
     paragraph = (row["Paragraph"] or "").strip()
     question = f"{paragraph}\n{questions[-1]}" if paragraph else questions[-1]
     kind = clean_text(row["Question Type"], "question type")
     metadata = {"question_type": kind, "year": [str(flag) for flag in row["Year"] or ()]}
     history = tuple(turn for pair in turns[:-1] for turn in pair)
     return Sample(
-        sample_id, "chartqapro", kind, (image,), question, answers[-1], (answers[-1],), history, metadata=metadata
+        sample_id,
+        "chartqapro",
+        kind,
+        (image,),
+        question,
+        answers[-1].strip(),
+        (answers[-1],),
+        history,
+        metadata=metadata,
     )
 
 
@@ -75,8 +81,8 @@ def _ai2d(row: _Row, image: ImageRef, sample_id: str) -> Sample:
 
 def _plain(name: str, row: _Row, image: ImageRef, sample_id: str) -> Sample:
     """A row with a question and an answer."""
-    answers = _answers(row, "answer")
-    return Sample(sample_id, name, "", (image,), clean_text(row["question"], "question"), answers[0], answers)
+    answers = texts_of(row["answer"], "answer")
+    return Sample(sample_id, name, "", (image,), clean_text(row["question"], "question"), answers[0].strip(), answers)
 
 
 def _realworldqa(row: _Row, image: ImageRef, sample_id: str) -> Sample:
@@ -125,7 +131,7 @@ _CHARXIV_FORMS = {
 
 def _charxiv(row: _Row, image: ImageRef, sample_id: str) -> Sample:
     """A reasoning question of CharXiv, with the form of its answer behind it, in words of ours."""
-    (answer,) = _answers(row, "reasoning_a")
+    answer = clean_text(row["reasoning_a"], "answer")
     kind = row["reasoning_a_type"]
     if kind not in CHARXIV_KINDS:
         raise RowProblem("unknown kind of answer", f"reasoning_a_type is {quoted(kind)}, not 1 to 4")

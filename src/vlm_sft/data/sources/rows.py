@@ -52,6 +52,23 @@ def clean_text(value: Any, what: str) -> str:
     return value.strip()
 
 
+def texts_of(value: Any, what: str) -> tuple[str, ...]:
+    """The texts that a value is or lists, as they stand: a benchmark's rule may count the spaces around an answer.
+
+    Args:
+        value: as of `clean_text`, or a list of such.
+        what: as there.
+
+    Raises:
+        RowProblem: there is none, or one is not usable.
+    """
+    listed = value if isinstance(value, list) else [value]
+    if not listed:
+        raise RowProblem(f"empty {what}", f"the list of {what}s is empty")
+    cleaned = [clean_text(one, what) for one in listed]
+    return tuple(one if isinstance(one, str) else text for one, text in zip(listed, cleaned, strict=True))
+
+
 def most_common(answers: Sequence[str]) -> str:
     """The most frequent answer; of equally frequent ones the first."""
     return Counter(answers).most_common(1)[0][0]

@@ -167,9 +167,11 @@ def _forward(
     """The outputs (B, C, E) of a chunk, from its part of what `delta_rule` is given; `wanted` is the memory behind."""
     pairs, values = _parts(mixed, sizes)
     shrink = torch.linalg.vecdot(pairs, pairs).add_(_EPSILON).rsqrt_()[..., None]
-    units = _by_head((pairs * shrink).repeat_interleave(sizes[1] // sizes[0], 2))
+    (count, size, key_heads, *pair), scale = pairs.shape, sizes[2] ** -0.5
+    units = pairs.new_empty(count, key_heads, sizes[1] // key_heads, size, *pair)
+    torch.mul(pairs.transpose(1, 2)[:, :, None].expand_as(units), shrink.transpose(1, 2)[:, :, None], out=units)
+    units = units.flatten(0, 2)
     values, rate, total = _by_head(values), _by_head(rate[..., None]), _by_head(decay[..., None]).cumsum(1)
-    size, scale = units.shape[1], sizes[2] ** -0.5
     upper = torch.full((size, size), float("-inf"), dtype=total.dtype).triu_(1)
     decays = (total - total.mT).add_(upper).exp_()
     weights = (units.flatten(1, 2) @ units[:, :, 1].mT).unflatten(1, (size, 2)).mul_(decays[:, :, None])
@@ -234,6 +236,8 @@ def _backward(
     rows[:, :, 1] += columns
     of_pairs, of_values = _parts(of_mixed, sizes)
     of_units.addcmul_(units, rows[..., None], value=-1)
-    torch.mul(by_token(of_units).unflatten(2, (sizes[0], -1)).sum(3), shrink, out=of_pairs)
+    if sizes[1] > sizes[0]:
+        of_units = of_units.unflatten(0, (-1, sizes[1] // sizes[0])).sum(1)
+    torch.mul(by_token(of_units), shrink, out=of_pairs)
     torch.neg(by_token(slopes[:, :, 1]), out=of_values)
     return of_before
