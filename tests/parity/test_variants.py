@@ -10,14 +10,15 @@ import torch
 
 from tests import tiny_models, tiny_models_odd
 from tests.parity.test_generation_modes import transformers_answer
-from tests.questions import PROMPT, adapted, pack, questions
+from tests.questions import PROMPT, adapted, pack, questions, tiny
 from tests.tiny_models_parts import llama_text
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
 from vlm_sft.evaluate.generate import generate
 from vlm_sft.export.verify import folder_answers, our_answers
+from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import PLAIN_ATTENTION, SHARED_SDPA, attention_name
-from vlm_sft.model.families import declared_mode
+from vlm_sft.model.families import PackMode, declared_mode
 from vlm_sft.model.load import find_base, load_model, ready
 from vlm_sft.model.sharing_check import choose_mode, features_error, sharing_error
 
@@ -93,3 +94,18 @@ def test_token_types_that_a_processor_gives_on_demand_only() -> None:
     _, processor = tiny_models.build("cosmos3_edge")
     group = Encoder(processor, PROMPT).encode(questions(0, 1))
     assert (group.prefix_types == 1).sum() == group.image_tokens > 0
+
+
+@pytest.mark.skipif("step3p7" not in tiny_models.FAMILIES, reason="transformers lacks it")
+def test_a_small_picture_without_crops_beside_a_large_one_in_separate_rows() -> None:
+    model, encoder = tiny("step3p7", torch.float32, SHARED_SDPA)
+    groups = [encoder.encode(questions(seed, 2, size)) for seed, size in enumerate(((56, 56), (150, 60)))]
+    assert ["pixel_values_local" in group.tensors for group in groups] == [False, True]
+
+    def losses(bundles: list[Bundle]) -> torch.Tensor:
+        batch = pack(bundles, groups)
+        with torch.no_grad(), packed_forward.packed(batch, PackMode("separate"), 0):
+            return packed_forward.token_losses(model.eval(), batch, PackMode("separate"))
+
+    alone = [losses([Bundle(group, (number,))]) for group in (0, 1) for number in (0, 1)]
+    torch.testing.assert_close(losses([Bundle(0, (0, 1)), Bundle(1, (0, 1))]), torch.cat(alone), rtol=1e-4, atol=1e-5)

@@ -152,6 +152,7 @@ def test_the_result_is_written_and_drawn(swept: dict[str, Any]) -> None:
         and "2 settings x 2 seeds" in page
         and "Quality against time: demo_charts_relaxed_accuracy" in page
     )
+    assert "<bdi>Recommended</bdi>" in page
     assert all(one["label"] in page for one in standings)
 
 

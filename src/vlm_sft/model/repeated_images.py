@@ -62,7 +62,8 @@ def _encoded_once(model: AnyModel, images: Sequence[Mapping[str, torch.Tensor]],
     """What the tower puts out, as if it had seen an image for each row; it sees every image once."""
     whole = as_weights(model, joined_tensors(images))
     output = units = None
-    if all(len(whole[name]) == sum(len(image[name]) for image in images) for name in whole):
+    # Some images lack a tensor: small ones have no crops (Step 3.7, Unlimited-OCR).
+    if all(len(whole[name]) == sum(len(image[name]) for image in images if name in image) for name in whole):
         output = tower_output(model, whole)
         units = _units(images, output)
     if output is None or units is None:  # it is not known what belongs to which image
