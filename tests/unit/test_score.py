@@ -67,7 +67,7 @@ def test_table_for_people(tmp_path, capsys):
         ["split", "augmented"],
         ["split", "human"],
     ]
-    assert "0.7500" in lines[1] and "strict_year_accuracy" in lines[4]
+    assert "75.0 %" in lines[1] and "strict_year_accuracy" in lines[4]
 
 
 def test_graded_scores(tmp_path):

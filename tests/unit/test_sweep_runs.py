@@ -151,6 +151,7 @@ def test_the_result_is_written_and_drawn(swept: dict[str, Any]) -> None:
     assert set(found["recommended"]) == {"learning_rate", "lora_r"}
     assert found["forecast"]["time_seconds"]["low"] < found["forecast"]["time_seconds"]["value"]
     page = (swept["folder"] / artifacts.SWEEP_PAGE).read_text(encoding="utf-8")
+    assert "<bdi>Recommended</bdi>" in page
     assert "sweep of 8 trials" in page and "Quality against time: demo_charts_relaxed_accuracy" in page
     assert all(one["label"] in page for one in standings)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from vlm_sft.common import artifacts, console
+from vlm_sft.common import artifacts, console, formats
 from vlm_sft.common.errors import EvaluationError, RunError, quoted
 from vlm_sft.data.answer_limits import room_for
 from vlm_sft.data.sources.spec import is_own
@@ -353,13 +353,15 @@ def format_score(result: dict[str, Any]) -> str:
     """Lay the result of `score_file` or `summarise` out as lines for a person."""
 
     def line(name: str, part: dict[str, Any]) -> str:
-        low, high = part["interval"]
-        return f"{name:<24} {part['n']:>9,}   {part['accuracy']:.4f}   [{low:.4f}, {high:.4f}]"
+        interval = formats.percent_interval(tuple(part["interval"]))
+        return f"{name:<24} {part['n']:>9,}   {formats.percent(part['accuracy']):>7}   {interval}"
 
-    lines = [f"{result['metric']:<24} {'n':>9}   {'mean':<6}   95 % interval", line("all", result)]
+    lines = [f"{result['metric']:<24} {'n':>9}   {'mean':>7}   95 % interval", line("all", result)]
     lines += [line(f"split {name}", part) for name, part in result["splits"].items()]
     lines += [line(name, part) for name, part in result.get("corpus", {}).items()]
-    lines += [f"{name:<24} {result['n']:>9,}   {value:.4f}" for name, value in result["secondary"].items()]
+    for name, value in result["secondary"].items():  # your own rule may return any number
+        shown = formats.percent(value) if 0 <= value <= 1 else formats.number(value)
+        lines.append(f"{name:<24} {result['n']:>9,}   {shown:>7}")
     if result.get("unjudged"):
         lines.append(f"{'unjudged, count as wrong':<24} {result['unjudged']:>9,}")
     if result.get("cut"):

@@ -135,7 +135,7 @@ def render(
             near=near,
             near_label=NEAR,
             outcome=outcome,
-            claims=outcome.claims if outcome else _claims(runs, [] if settings else choices),
+            claims=outcome.claims if outcome else _claims(runs, choices, settings),
             outcomes=[one for one in OUTCOMES if any(one in counts for _, _, counts in tallies)],
             left_out_shown=LEFT_OUT_SHOWN,
             runs_with_figures=RUNS_WITH_FIGURES,
@@ -172,6 +172,7 @@ def _environment() -> Environment:
         shorten=formats.shorten,
         number=formats.number,
         markup=Markup,
+        typeset=formats.typeset,
         inline=_inline,
         moment=_moment,
     )
@@ -224,8 +225,16 @@ def _view(run: RunReport, key: str, number_of_runs: int, served: bool) -> RunVie
     )
 
 
-def _claims(runs: Sequence[RunReport], choices: Sequence[quality.Choice]) -> list[tuple[str, str, str]]:
-    """Whether fine-tuning helped, on each benchmark by the run that is recommended or else answers best."""
+def _claims(
+    runs: Sequence[RunReport], choices: Sequence[quality.Choice], settings: Settings | None
+) -> list[tuple[str, str, str]]:
+    """Whether fine-tuning helped, on each benchmark by the run that is recommended or else answers best.
+
+    Of a sweep: which setting is recommended.
+    """
+    if settings:
+        chosen = settings.choice.recommended
+        return [("Recommended", "same", chosen.name)] if chosen else []
     told: list[tuple[str, str, str]] = []
     for choice in choices:
         trained = [one for one in choice.candidates if not one.is_base]

@@ -58,5 +58,5 @@ def write_page(folders: Sequence[Path], found: Judgement, metric: str, output: P
     best, recommended = candidates[0], next(one for one in candidates if one.name == found.recommended)
     drawing = quality_drawing(metric, candidates, recommended, "sweep") if found.questions else None
     choice = Choice(metric, False, tuple(candidates), recommended, best, found.reasons, drawing)
-    settings = Settings(f"settings by {metric} on validation questions", standing_cells(found), choice)
+    settings = Settings(f"Settings by {metric} on validation questions", standing_cells(found), choice)
     return write_report(list(folders), output, settings)
