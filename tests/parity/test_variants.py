@@ -21,6 +21,7 @@ from vlm_sft.model.attention import PLAIN_ATTENTION, SHARED_SDPA, attention_name
 from vlm_sft.model.families import PackMode, declared_mode
 from vlm_sft.model.load import find_base, load_model, ready
 from vlm_sft.model.sharing_check import choose_mode, features_error, sharing_error
+from vlm_sft.model.vision_features import as_weights, encode_images
 
 
 def changed(family: str, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> tuple[Any, Any]:
@@ -109,3 +110,14 @@ def test_a_small_picture_without_crops_beside_a_large_one_in_separate_rows() -> 
 
     alone = [losses([Bundle(group, (number,))]) for group in (0, 1) for number in (0, 1)]
     torch.testing.assert_close(losses([Bundle(0, (0, 1)), Bundle(1, (0, 1))]), torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif("unlimited_ocr" not in tiny_models_odd.MODELS, reason="transformers lacks it")
+def test_counts_that_a_model_takes_as_lists() -> None:
+    """A large picture has crops, and the model splits them by their counts."""
+    model, processor = tiny_models_odd.MODELS["unlimited_ocr"]()
+    processor.image_processor.max_patches = 2
+    image = Encoder(processor, PROMPT).process_images(questions(0, 1, (700, 1300))[0])
+    assert as_weights(model, image)["num_local_patches"] == [2] and torch.is_tensor(image["num_local_patches"])
+    (features,) = encode_images(ready(model.eval().requires_grad_(False), SHARED_SDPA), [image])
+    assert features

@@ -30,6 +30,7 @@ from vlm_sft.model.projector_inputs import INPUT, called_modules, marked, projec
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
 
 POOLED, DEEPSTACK, INJECTED, INDICATORS = "pooled", "deepstack", "injected", "indicators"
+_LISTS = ("list[int]", "list[list[int]]")
 _POOLED_PATCHES = "image_token_pooling"  # Molmo 2: which patches of which crop make an image token
 
 
@@ -159,10 +160,24 @@ def image_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, Any]:
     return {"mm_encoder_outputs": {"image": joined_features(features)}, **joined_tensors(sizes)}
 
 
-def as_weights(model: AnyModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What a processor made, in the format of the weights where it is bfloat16 (Llama 4's tower does not see to it)."""
-    dtype = unwrap(model).get_input_embeddings().weight.dtype
-    return {name: value.to(dtype) if value.dtype == torch.bfloat16 else value for name, value in inputs.items()}
+def as_weights(model: AnyModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a processor made, in the format of the weights where it is bfloat16 (Llama 4's tower does not see to it).
+
+    Counts that the model takes as lists (Unlimited-OCR) are lists.
+    """
+    base = unwrap(model)
+    dtype = base.get_input_embeddings().weight.dtype
+    accepted = inspect.signature(base.forward).parameters
+    wanted = {name: str(accepted[name].annotation) for name in inputs if name in accepted}
+
+    def taken(name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if wanted.get(name, "").startswith(_LISTS) and "Tensor" not in wanted[name]:
+            return value.tolist()
+        return value.to(dtype) if value.dtype == torch.bfloat16 else value
+
+    return {name: taken(name, value) for name, value in inputs.items()}
 
 
 def _features_now(model: AnyModel, image: Mapping[str, torch.Tensor]) -> Record:
@@ -271,8 +286,8 @@ def encode_images(model: AnyModel, images: Sequence[Mapping[str, torch.Tensor]])
     weight = next(base.get_input_embeddings().parameters())
     dtype = stream_dtype(weight)
     device = next(next(iter(tower_modules(model).values())).parameters()).device
-    whole = as_weights(model, joined_tensors([unpack_pixels(image) for image in images]))
-    arguments = {name: value.to(device) for name, value in whole.items()}
+    whole = joined_tensors([unpack_pixels(image) for image in images])
+    arguments = as_weights(model, {name: value.to(device) for name, value in whole.items()})
     with mixed_precision(device, weight.dtype), marked(projectors) as inputs:
         output = tower_output(model, arguments)
     if inputs:
