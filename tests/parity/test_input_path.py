@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import traceback
@@ -92,10 +93,12 @@ def test_positions_need_no_model(family: str) -> None:
             alone = torch.cat([torch.arange(begin, end), torch.arange(start, stop)])
             expected = torch.arange(len(alone))[None]
             if rope_index is not None:
-                grid = batch.tensors[image]["image_grid_thw"]
-                types = batch.prefix_types[None, alone]
                 ids = batch.input_ids[:, alone]
-                expected = rope_index(ids, mm_token_type_ids=types, image_grid_thw=grid)[0][-len(found) :, 0]
+                given = batch.tensors[image] | {"mm_token_type_ids": batch.prefix_types[None, alone]}
+                given["attention_mask"] = torch.ones_like(ids)
+                wanted = inspect.signature(rope_index).parameters
+                taken = {name: value for name, value in given.items() if name in wanted}
+                expected = rope_index(ids, **taken)[0][-len(found) :, 0]
             assert torch.equal(found.reshape(-1, batch.tokens)[:, alone], expected)
     batch.positions = found
     assert packed_forward.position_ids(model, batch) is found
