@@ -119,6 +119,7 @@ def test_a_layer_that_is_trained_computes_in_float32() -> None:
 def test_dora_and_kept_features() -> None:
     model, processor = narrow_model("qwen2_5_vl")
     group = Encoder(processor, PROMPT).encode(questions(0, 2))
+    model.requires_grad_(False)
     with whole_tower(model, "cpu"):
         (record,) = encode_images(model, [group.tensors])
         settings = tower_settings(model)

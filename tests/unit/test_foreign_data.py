@@ -382,7 +382,7 @@ def test_large_cells_and_bare_base64_of_a_table(folder: Path, capsys: Captured) 
             csv.writer(stream, delimiter=mark).writerows([header, ["1", prefix + text, "What?", "a cat", "A"]])
         output = name.partition(".")[0]
         assert main(["data", "import", name, "--format", "csv", "--output", output]) == 0
-        assert line_with(capsys.readouterr().out, "answer = answer", "not read: index, A")
+        assert line_with(capsys.readouterr().out, "reading image, question, answer;", "not read: index, A")
         row = json.loads(Path(output, "train.jsonl").read_text())
         assert Path(output, row["image"]).read_bytes() == base64.b64decode(text)
     assert check("bare.tsv") == 0 and check("bare") == 0

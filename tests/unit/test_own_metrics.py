@@ -266,6 +266,6 @@ def test_a_sweep_compares_by_a_rule_of_own_data_and_scores_by_it(place: tuple[Pa
     base = ["sweep", "--dataset", "mine.jsonl", "--grid", "lora_r=4,8"]
     for metric, scored_by in (("anls", "anls"), ("eval_loss", None)):
         swept = Sweep(sweep_options(build_parser().parse_args([*base, "--metric", metric])))
-        words = swept.words(swept.settings[0], SweepTrial("one", "one", 1, WAITING))
+        words = swept.words(swept.settings[0], SweepTrial("one", "one", 1, WAITING), "")
         flags = dict(zip(words, words[1:], strict=False))
         assert flags["--metric_for_best_model"] == metric and flags.get("--metric") == scored_by
