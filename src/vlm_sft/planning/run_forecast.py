@@ -222,6 +222,7 @@ def outcome(forecast: RunForecast, actual: dict[str, Any]) -> list[str]:
         expected: float = getattr(forecast, name).value
         real = float(actual[name])
         error = (expected - real) / real if real else 0.0
-        off = f"{100 * abs(error):.1f} % too {'high' if error > 0 else 'low'}" if abs(error) >= 0.0005 else "as forecast"
+        apart = f"{100 * abs(error):.1f} % too {'high' if error > 0 else 'low'}"
+        off = apart if abs(error) >= 0.0005 else "as forecast"
         lines.append(f"{label}: {show(real)}, forecast {show(expected)} ({off})")
     return ["forecast against outcome: " + "; ".join(lines)]
