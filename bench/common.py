@@ -18,7 +18,7 @@ DATA = ROOT.parent / "shared" / "data" / "chartqa_real"
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "bench" / "README.md"
 # By benchmarks that were run before.
-WRITTEN = ("bench/results", "bench/README.md", "docs", "src/vlm_sft/forecast/measured")
+WRITTEN = ("README.md", "bench/results", "bench/README.md", "docs", "src/vlm_sft/forecast/measured")
 PARTIAL = ROOT / "outputs" / "bench"  # results of runs that do less than recorded ones
 
 
