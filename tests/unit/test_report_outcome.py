@@ -182,3 +182,14 @@ def test_the_folder_of_an_evaluation_shows_its_results(tmp_path: Path, adapter: 
     assert ("with adapter outputs/mine" in page.text) == bool(adapter)
     assert len(page.held["questions"]) == 3 and "not been evaluated" not in page.text
     assert not {"run1-training", "run1-data", "run1-parameters"} & {one.get("id") for one in page.all("section")}
+
+
+@pytest.mark.parametrize(("wall", "told"), [(34.0, "34 s in all, 120 thousand"), (0.0, "120 thousand")])
+def test_an_interrupted_run_tells_its_time_and_how_it_goes_on(tmp_path: Path, wall: float, told: str) -> None:
+    folder = make_run(tmp_path / "run")
+    record = artifacts.read_json(folder / artifacts.RUN)
+    artifacts.write_json(
+        folder / artifacts.RUN, record | {"status": "interrupted", "wall_seconds": wall, "seconds": {"train": 2.0}}
+    )
+    text = page_of(folder, tmp_path).text
+    assert told in text and "of training" not in text and "--resume auto" in text
