@@ -72,3 +72,8 @@ def pack(bundles: list[Bundle], groups: list[EncodedGroup], dtype: torch.dtype =
         for image in batch.tensors
     ]
     return batch
+
+
+def asked_types(processor: Any) -> dict[str, bool]:
+    """What a processor is asked for besides texts and pictures: Cosmos 3 Edge's gives its token types on demand."""
+    return {"return_mm_token_type_ids": True} if "Cosmos3Edge" in type(processor).__name__ else {}

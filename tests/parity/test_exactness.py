@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.questions import ask, pack, picture, questions, tiny
+from tests.questions import ask, asked_types, pack, picture, questions, tiny
 from tests.tiny_models import FAMILIES, TAKES_FEATURES, build
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.data.encode import EncodedGroup, Encoder
@@ -118,9 +118,7 @@ def alone(model: Any, encoder: Encoder, sample: Sample) -> torch.Tensor:
         labels = inputs.pop("labels")
     else:
         told = processor.apply_chat_template([*messages, answer], tokenize=False, add_generation_prompt=False)
-        # This processor gives the token types that its model needs on demand only.
-        wanted = {"return_mm_token_type_ids": True} if "Cosmos3Edge" in type(processor).__name__ else {}
-        inputs = dict(processor(text=[told], images=[pictures], return_tensors="pt", **wanted))
+        inputs = dict(processor(text=[told], images=[pictures], return_tensors="pt", **asked_types(processor)))
         start = processor(text=[asked], images=[pictures], return_tensors="pt")["input_ids"].shape[1]
         ids = inputs["input_ids"][0]
         end = start + (ids[start:] == processor.tokenizer.eos_token_id).nonzero()[0].item() + 1

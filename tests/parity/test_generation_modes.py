@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from tests import tiny_models
-from tests.questions import pack, questions, tiny
+from tests.questions import asked_types, pack, questions, tiny
 from tests.tiny_models import FAMILIES
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.images import decode_rgb
@@ -35,9 +35,9 @@ def kinds(family: str) -> tuple[Kind, ...]:
 
 def transformers_answer(model: torch.nn.Module, encoder: Encoder, sample: Sample) -> list[int]:
     pictures = [decode_rgb(ref.load(), ref.source) for ref in sample.images]
-    # Cosmos 3 Edge needs the types of its tokens, and its processor gives them on demand only.
-    types = {"return_mm_token_type_ids": True} if "Cosmos3Edge" in type(encoder.processor).__name__ else {}
-    inputs = encoder.processor(text=[encoder.prompt_text(sample)], images=[pictures], return_tensors="pt", **types)
+    inputs = encoder.processor(
+        text=[encoder.prompt_text(sample)], images=[pictures], return_tensors="pt", **asked_types(encoder.processor)
+    )
     inputs = dict(inputs.to(torch.float32))  # Llama 4's makes bfloat16
     inputs.pop("labels", None)
     stop = list(encoder.stop_ids)
