@@ -95,6 +95,20 @@ def test_faster_forms_cover_it() -> None:
     assert cross_entropy.is_covered(wrapped.get_output_embeddings())
 
 
+def test_the_best_token_is_that_of_scores_that_are_not_rounded() -> None:
+    model, _ = narrow_model("qwen2_5_vl")
+    head = model.get_output_embeddings()
+    torch.manual_seed(0)
+    rows = 8 * torch.randn(1, 300, head.in_features)
+    exact = rows.bfloat16().double() @ head.weight.double().T
+    with torch.no_grad():
+        found, rounded = head(rows), multiply(rows[0], head.weight)
+    assert torch.equal(found.argmax(-1), exact.argmax(-1))
+    assert not torch.equal(rounded.argmax(-1), exact[0].argmax(-1)), "rounding must make ties"
+    torch.testing.assert_close(found.double(), exact, rtol=ROUNDING, atol=ROUNDING)
+    torch.testing.assert_close(head(rows), found, rtol=ROUNDING, atol=ROUNDING)  # recorded: for training
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_round_the_values_once(bias: bool) -> None:
     torch.manual_seed(0)

@@ -7,8 +7,8 @@ keeps an activation for the backward pass and reads it again there. The closed f
 Patch embedding as one matrix product: a convolution whose window is the whole input is one, and the libraries'
 convolutions are several times slower at it.
 
-The vocabulary of a few generated tokens as (weight · rows), on CPUs: the product with the long side first reads the
-weights about once, the other one repacks them in every step.
+The vocabulary of a few generated tokens through oneDNN, on CPUs: it reads the weights about once, MKL repacks them in
+every step.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.cpu.gated_mlp import fuse_gated
-from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE
+from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE, multiply
 from vlm_sft.model.forward_patch import agree_at_scales, exchange_forward, probe_rows
 from vlm_sft.model.gpu.aligned_mlp import align_gated
 from vlm_sft.model.vision_features import head_of
 
-_FEW_ROWS = 32  # beyond it both products take as long
+_FEW_ROWS = 64  # of generated tokens; beyond it both libraries take as long
+_ROUNDED_ROWS = 8  # they are filled up to a multiple, so that few shapes occur
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -76,7 +77,7 @@ def _patch_forward(module: Any, patches: torch.Tensor) -> torch.Tensor | None:
 
 
 def fuse_head(model: torch.nn.Module) -> int:
-    """Let the projection to the vocabulary start from the weights for few rows; returns how many were changed."""
+    """Let the projection to the vocabulary of few rows read its weights once; returns how many were changed."""
     try:
         head = head_of(model)
     except Exception:  # no model of transformers, or one without a head
@@ -89,12 +90,13 @@ def _is_plain_linear(module: torch.nn.Module) -> bool:
 
 
 def _head_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
-    """Logits of a few rows of (…, C) hidden states on a CPU, without gradients: a transposed view of (V, rows)."""
-    rows = hidden_states.numel() // hidden_states.shape[-1]
+    """Logits of a few rows of (…, C) hidden states on a CPU, without gradients."""
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     trained = torch.is_grad_enabled() and (module.weight.requires_grad or hidden_states.requires_grad)
-    if trained or not 1 < rows <= _FEW_ROWS or hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    covered = 1 < len(rows) <= _FEW_ROWS and rows.dtype == module.weight.dtype == torch.float32
+    if trained or not covered or rows.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    logits = torch.mm(module.weight, hidden_states.reshape(rows, -1).T).T
+    logits = multiply(F.pad(rows, (0, 0, 0, -len(rows) % _ROUNDED_ROWS)), module.weight)[: len(rows)]
     return logits.reshape(*hidden_states.shape[:-1], -1)
 
 
@@ -139,6 +141,7 @@ def _norm_forward(offset: float, module: Any, hidden_states: torch.Tensor) -> to
     """Normalise (…, C) values in one step where that is the same and faster."""
     weight = module.weight
     exact = hidden_states.dtype == weight.dtype and hidden_states.dtype in EXACT
-    if not exact or weight.requires_grad or hidden_states.device.type != "cpu":
+    trained = torch.is_grad_enabled() and weight.requires_grad
+    if not exact or trained or hidden_states.device.type != "cpu":
         return None
     return _RMSNorm.apply(hidden_states, weight + offset if offset else weight, _epsilon(module))

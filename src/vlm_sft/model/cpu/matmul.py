@@ -49,18 +49,23 @@ def stream_dtype(weight: torch.Tensor) -> torch.dtype:
 def is_frozen(parameters: Iterable[torch.Tensor | None], dtype: torch.dtype) -> bool:
     """Whether parameters stay as they are and can be computed with here: whole, on a CPU, in one exact number format.
 
-    Beside values in float32 they may be in bfloat16: `multiply` rounds the values.
+    While no gradients are recorded, trained ones stay as they are, too. Beside values in float32 they may be in
+    bfloat16: `multiply` rounds the values.
 
     Args:
         parameters: None for one that a module does not have.
         dtype: of the values that they are computed with.
     """
     formats = (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,)
+    recorded = torch.is_grad_enabled()
     return (
         dtype in EXACT
         and not torch.is_autocast_enabled("cpu")
         and all(
-            one.dtype in formats and one.device.type == "cpu" and not one.requires_grad and not is_partitioned(one)
+            one.dtype in formats
+            and one.device.type == "cpu"
+            and not (recorded and one.requires_grad)
+            and not is_partitioned(one)
             for one in parameters
             if one is not None
         )

@@ -40,7 +40,13 @@ def narrow_products(model: Any) -> int:
         if tensor.dtype == torch.bfloat16 and id(tensor) not in kept:
             tensor.data = tensor.data.float()
     exchange_forward([embedding], lambda _: True, _embed)
-    return exchange_forward(linears, lambda module: module.weight.dtype == torch.bfloat16, _multiply)
+    head = model.get_output_embeddings()
+    scoring = exchange_forward([one for one in linears if one is head], _is_narrow, _score)
+    return scoring + exchange_forward(linears, _is_narrow, _multiply)
+
+
+def _is_narrow(module: torch.nn.Linear) -> bool:
+    return module.weight.dtype == torch.bfloat16
 
 
 def _embed(module: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -74,3 +80,29 @@ def _multiply(module: Any, rows: torch.Tensor) -> torch.Tensor | None:
     else:
         output = _Product.apply(rows.reshape(-1, rows.shape[-1]), weight).reshape(*rows.shape[:-1], -1)
     return output if bias is None else output + bias.to(rows.dtype)
+
+
+def _score(module: Any, rows: torch.Tensor) -> torch.Tensor | None:
+    """Scores of (…, C) rows, (…, V); without gradients the best one of a row is the best before rounding, too."""
+    scores = _multiply(module, rows)
+    if scores is not None and scores.dtype == torch.float32 and module.bias is None and not torch.is_grad_enabled():
+        _settle_ties(scores.flatten(0, -2), rows.flatten(0, -2), module.weight)
+    return scores
+
+
+def _settle_ties(scores: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> None:
+    """Give the tokens that share the best rounded score of a row their scores in float32, in place.
+
+    Rounding keeps the order of scores, so the best before it is among them.
+
+    Args:
+        scores: (R, V), products that were rounded to bfloat16, in float32.
+        rows: (R, C), in float32.
+        weight: (V, C), in bfloat16.
+    """
+    best = scores.max(1, keepdim=True)
+    second = scores.scatter_(1, best.indices, float("-inf")).amax(1, keepdim=True)
+    scores.scatter_(1, best.indices, best.values)
+    for row in (second == best.values)[:, 0].nonzero()[:, 0].tolist():
+        tied = (scores[row] == best.values[row]).nonzero()[:, 0]
+        scores[row, tied] = weight[tied].float() @ rows[row].to(weight.dtype).float()
