@@ -4,6 +4,9 @@ A gated MLP, down(silu(gate(x)) · up(x)) (Shazeer 2020, arXiv:2002.05202), is m
 Computed for all tokens at once it writes four matrices that are larger than a processor's cache and reads them again
 from memory; in blocks of tokens they stay in the cache. With frozen weights the backward pass needs gate(x) and up(x)
 only, and every block has one shape, which is what `matmul.multiply` wants.
+
+With weights in bfloat16, what is between the products stays in it, too: it is rounded before the next one anyway, and
+takes half the memory until the backward pass. Activations are computed in float32 and rounded.
 """
 
 from __future__ import annotations
@@ -14,7 +17,17 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE, TOLERANCE_NARROW, is_frozen, multiply, stream_dtype
+from vlm_sft.model.cpu.matmul import (
+    EXACT,
+    NARROW_BLOCK,
+    TOLERANCE,
+    TOLERANCE_NARROW,
+    gating_operators,
+    is_frozen,
+    multiply,
+    narrow_blocks,
+    stream_dtype,
+)
 from vlm_sft.model.forward_patch import agree_at_scales, exchange_forward, probe_rows
 
 _BLOCK = 512  # tokens
@@ -55,6 +68,47 @@ class _GatedMLP(torch.autograd.Function):
         return torch.cat(slopes), *[None] * 6
 
 
+class _NarrowGatedMLP(torch.autograd.Function):
+    """The same of float32 rows, for weights in bfloat16; biases were in it, too, before they were widened."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
+        """As of `_GatedMLP`."""
+        gate, gate_bias, up, up_bias, down, down_bias = (
+            None if one is None else one.to(torch.bfloat16) for one in parameters
+        )
+        assert gate is not None and up is not None and down is not None
+        operators = None if ctx.needs_input_grad[0] else gating_operators()
+        kept: list[torch.Tensor] = []
+        output = rows.new_empty(len(rows), len(down))
+        for block, part in zip(narrow_blocks(rows), output.split(NARROW_BLOCK), strict=True):
+            if operators is not None:
+                with_activation, with_factor = operators
+                gated = with_activation(block, gate, gate_bias, "swish", [], "")
+                inner = with_factor(block, gated, up, up_bias, "mul")
+            else:
+                gates, ups = F.linear(block, gate, gate_bias), F.linear(block, up, up_bias)
+                inner = F.silu(gates).mul_(ups)
+                kept += [gates, ups]
+            part.copy_(F.linear(inner, down, down_bias)[: len(part)])
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(gate, up, down, *kept)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient of the rows."""
+        gate, up, down, *kept = ctx.saved_tensors
+        slopes = gradients[0].new_empty(len(gradients[0]), gate.shape[1])
+        parts = zip(narrow_blocks(gradients[0]), slopes.split(NARROW_BLOCK), kept[::2], kept[1::2], strict=True)
+        for block, part, gates, ups in parts:
+            products = torch.mm(block, down)
+            of_ups = F.silu(gates).mul_(products)
+            of_gates = torch.ops.aten.silu_backward(products.mul_(ups), gates)
+            part.copy_(torch.mm(of_gates, gate)[: len(part)]).add_(torch.mm(of_ups, up)[: len(part)])
+        return slopes, *[None] * 6
+
+
 def gated_rows(rows: torch.Tensor, parameters: list[torch.Tensor | None]) -> torch.Tensor:
     """A frozen gated MLP of (T, C) rows.
 
@@ -62,7 +116,9 @@ def gated_rows(rows: torch.Tensor, parameters: list[torch.Tensor | None]) -> tor
         rows: (T, C), in float32 or float64.
         parameters: weight and bias of gate, up and down; weights may be in bfloat16 beside float32 rows.
     """
-    return _GatedMLP.apply(rows, *parameters)
+    weights = parameters[::2]
+    narrow = rows.dtype == torch.float32 and all(one is not None and one.dtype == torch.bfloat16 for one in weights)
+    return (_NarrowGatedMLP if narrow else _GatedMLP).apply(rows, *parameters)
 
 
 def fuse_gated(model: torch.nn.Module) -> int:

@@ -2,8 +2,9 @@
 
 Processors with AVX512-BF16 or AMX multiply bfloat16 two to eight times faster than float32, but add, normalise and
 exponentiate it slower. So the weights of linear layers and the embedding stay in bfloat16, which halves them; a layer
-rounds its input, multiplies, and gives float32 back. Norms, softmax, rotary positions, activations, the residual stream
-and what is trained are in float32: more exact than autocast on a GPU, from the same rounded weights.
+rounds its input, multiplies, and gives float32 back. Norms, softmax, rotary positions, the residual stream and what is
+trained are in float32: more exact than autocast on a GPU, from the same rounded weights. Inside a frozen gated MLP
+values stay rounded from one product to the next (`cpu/gated_mlp.py`).
 """
 
 from __future__ import annotations
@@ -55,19 +56,19 @@ def _embed(module: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """The product rows · weightᵀ for float32 rows (R, I) and a frozen weight (O, I) in bfloat16."""
+    """The product rows · weightᵀ + bias for float32 rows (R, I), a frozen weight (O, I) in bfloat16 and bias (O,)."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Compute (R, O)."""
         ctx.save_for_backward(weight)
-        return multiply(rows, weight)
+        return multiply(rows, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Gradient of the rows."""
         (weight,) = ctx.saved_tensors
-        return multiply(gradients[0], weight.T), None
+        return multiply(gradients[0], weight.T), None, None
 
 
 def _multiply(module: Any, rows: torch.Tensor) -> torch.Tensor | None:
@@ -75,10 +76,10 @@ def _multiply(module: Any, rows: torch.Tensor) -> torch.Tensor | None:
     weight, bias = module.weight, module.bias
     if weight.dtype != torch.bfloat16:
         return None
-    if rows.dtype != torch.float32 or (weight.requires_grad and torch.is_grad_enabled()):
-        output = F.linear(rows.to(weight.dtype), weight).to(rows.dtype)
-    else:
-        output = _Product.apply(rows.reshape(-1, rows.shape[-1]), weight).reshape(*rows.shape[:-1], -1)
+    trained = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (weight, bias))
+    if rows.dtype == torch.float32 and not trained:
+        return _Product.apply(rows.reshape(-1, rows.shape[-1]), weight, bias).reshape(*rows.shape[:-1], -1)
+    output = F.linear(rows.to(weight.dtype), weight).to(rows.dtype)
     return output if bias is None else output + bias.to(rows.dtype)
 
 
