@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from tests import tiny_models_windows as windows
+from tests import tiny_models_gemma as gemma
 from tests.tiny_models_experts import OCR2_TEMPLATE
 from tests.tiny_models_more import mistral3
 from tests.tiny_models_ocr import PERCEPTION_TEMPLATE
@@ -63,7 +63,7 @@ def muse_glimmer() -> Built:
 
 def gemma4_unified() -> Built:
     """A Gemma 4 without a tower, whose image tokens see each other in both directions."""
-    _, larger = windows.gemma4_larger()
+    _, larger = gemma.gemma4_larger()
     tokenizer = larger.tokenizer
     pictures = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 3}
     processor = transformers.Gemma4UnifiedProcessor(
@@ -71,7 +71,7 @@ def gemma4_unified() -> Built:
         transformers.Gemma4UnifiedImageProcessor(**pictures),
         tokenizer,
         transformers.Gemma4UnifiedVideoProcessor(**pictures),
-        chat_template=windows.GEMMA_TEMPLATE,
+        chat_template=gemma.GEMMA_TEMPLATE,
         image_seq_length=70,
     )
     layers = ["sliding_attention", "full_attention"] * 2
