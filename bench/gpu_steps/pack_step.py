@@ -19,7 +19,7 @@ from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.dropout import KeyedDropout
 from vlm_sft.model.forward_patch import PLAIN
 from vlm_sft.model.gpu.kernels import choose_kernels
-from vlm_sft.model.load import ready, set_attention
+from vlm_sft.model.load import attention_of, ready, set_attention
 from vlm_sft.model.trainable import checkpoint_layers, tune
 from vlm_sft.model.vision_features import encode_images
 from vlm_sft.recipe.load import load_recipe
@@ -56,7 +56,7 @@ def modes(context: Context) -> None:
         images=len(batch.ends),
         supervised=len(batch.targets),
         patches=patches(batch),
-        attention=context.base.attention,
+        attention=attention_of(weights),
     )
     plain = _tuned(weights, SOME)
     _measure(context, plain, batch, sizes, f"dropout {DROPOUT}, modules of the libraries", DROPOUT)

@@ -134,6 +134,8 @@ def test_stop_and_go_on(warm: Warm, line: list[str], tmp_path: Path) -> None:
     assert code == 75 and "Traceback" not in said, said[-2000:]
     assert time.monotonic() - began < 20
     step = stopped(output, "alone")
+    trained = list(read_jsonl(output / "metrics.jsonl"))[-1]["time"]
+    assert json.loads((output / "run.json").read_text())["seconds"]["train"] >= trained, "of the stage that was stopped"
     assert f"interrupted: stopped by SIGTERM after step {step}, with its checkpoint" in said
     assert f"--output_dir {output}" in said.split("go on with: ")[1] and "--resume auto" in said
     total = str(step + 3)

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from tests import tiny_models, tiny_models_odd
+from tests.faults.test_messages import rows, train, write
 from tests.parity.test_generation_modes import transformers_answer
 from tests.questions import PROMPT, adapted, pack, questions, tiny
 from tests.tiny_models_parts import text_of
+from vlm_sft.common import artifacts
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
 from vlm_sft.evaluate.generate import generate
@@ -69,9 +71,10 @@ def test_a_language_model_that_takes_no_sdpa_shares_by_its_own_attention(kind: s
     for name, weight in model.named_parameters():
         if name.endswith("sinks"):
             torch.nn.init.normal_(weight)
-    model.save_pretrained(tmp_path)
-    encoder.processor.save_pretrained(tmp_path)
-    opened = load_model(find_base(str(tmp_path), bf16=False))
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    encoder.processor.save_pretrained(base)
+    opened = load_model(find_base(str(base), bf16=False))
     assert attention_name(opened.config.text_config) == PLAIN_ATTENTION
     assert attention_name(opened.config.vision_config) != PLAIN_ATTENTION
     assert declared_mode(opened.config, "dense") is None  # InternVL is declared, and not proven with this model
@@ -80,6 +83,20 @@ def test_a_language_model_that_takes_no_sdpa_shares_by_its_own_attention(kind: s
     batch = pack([Bundle(0, (0, 1))], groups)
     together = generate(opened, batch, mode=choose_mode(opened, encoder), max_new_tokens=4, stop_ids=encoder.stop_ids)
     assert together.tokens == [transformers_answer(model, encoder, sample)[:4] for sample in questions(0, 2)]
+    if kind == "gemma2":
+        data = write(tmp_path, list(rows(tmp_path, 8)))
+        flags = (
+            "--max_steps",
+            "1",
+            "--eval_strategy",
+            "no",
+            "--load_best_model_at_end",
+            "false",
+            "--report_to",
+            "none",
+        )
+        assert train(base, data, tmp_path / "run", *flags) == 0
+        assert artifacts.read_json(tmp_path / "run" / artifacts.RUN)["attention"] == PLAIN_ATTENTION
 
 
 @pytest.mark.skipif("mistral_large4" not in tiny_models_odd.MODELS, reason="transformers lacks it")

@@ -184,12 +184,20 @@ def test_the_folder_of_an_evaluation_shows_its_results(tmp_path: Path, adapter: 
     assert not {"run1-training", "run1-data", "run1-parameters"} & {one.get("id") for one in page.all("section")}
 
 
-@pytest.mark.parametrize(("wall", "told"), [(34.0, "34 s in all, 120 thousand"), (0.0, "120 thousand")])
-def test_an_interrupted_run_tells_its_time_and_how_it_goes_on(tmp_path: Path, wall: float, told: str) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "wall", "told"),
+    [
+        ({"data": 1.0, "train": 32.0}, 34.0, "32 s of training, 120 thousand"),
+        ({"data": 1.0}, 34.0, "34 s in all, 120 thousand"),
+        ({}, 0.0, "120 thousand"),
+    ],
+)
+def test_an_interrupted_run_tells_its_time_and_how_it_goes_on(
+    tmp_path: Path, seconds: dict[str, float], wall: float, told: str
+) -> None:
     folder = make_run(tmp_path / "run")
     record = artifacts.read_json(folder / artifacts.RUN)
-    artifacts.write_json(
-        folder / artifacts.RUN, record | {"status": "interrupted", "wall_seconds": wall, "seconds": {"train": 2.0}}
-    )
+    ended = {"status": "interrupted", "wall_seconds": wall, "seconds": seconds}
+    artifacts.write_json(folder / artifacts.RUN, record | ended)
     text = page_of(folder, tmp_path).text
-    assert told in text and "of training" not in text and "--resume auto" in text
+    assert told in text and ("of training" in text) == ("train" in seconds) and "--resume auto" in text

@@ -222,6 +222,13 @@ def test_a_dry_run_of_rows_from_python_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_dry_run_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep(tmp_path / "sweep", "--grid", "lora_r=4,8", "--seeds", "2", "--dry_run") == 0
-    told = capsys.readouterr().out
-    assert "2 settings x 2 seeds" in told and "in sum" in told
+    told = capsys.readouterr()
+    assert "2 settings x 2 seeds" in told.out and "in sum" in told.out
+    assert told.err.count("the model will hardly learn in 8 optimizer steps of 2 questions") == 1
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_names_the_settings_that_take_too_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--grid", "num_train_epochs=1,20", "--seeds", "1", "--dry_run")
+    assert sweep(tmp_path / "sweep", *flags) == 0
+    assert "num_train_epochs=1: the model will hardly learn in 4 optimizer steps" in capsys.readouterr().err

@@ -175,6 +175,7 @@ class RunRecord:
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.path = folder / artifacts.RUN
         self._began = time.monotonic()
+        self._stages: dict[str, float] = {}  # when those that are under way began
         self._warned = False
         self.values: dict[str, Any] = {
             "schema": 1,
@@ -190,17 +191,23 @@ class RunRecord:
             "notes": [],
         }
 
-    def stage(self, name: str, seconds: float) -> None:
-        """Add the wall seconds of one stage."""
-        self.values["seconds"][name] = round(self.values["seconds"].get(name, 0.0) + seconds, 3)
-        self.write()
-
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Record the wall seconds of a stage that ends well."""
-        began = time.monotonic()
-        yield
-        self.stage(name, time.monotonic() - began)
+        """Add the wall seconds of a stage, however it ends; a state that is written meanwhile has those so far."""
+        self._stages[name] = time.monotonic()
+        try:
+            yield
+        finally:
+            self._count_stages()
+            del self._stages[name]
+            self.write()
+
+    def _count_stages(self) -> None:
+        """Add what has passed since the last count to the stages that are under way."""
+        seconds, time_ = self.values["seconds"], time.monotonic()
+        for name, began in self._stages.items():
+            seconds[name] = round(seconds.get(name, 0.0) + time_ - began, 3)
+            self._stages[name] = time_
 
     def update(self, **facts: Any) -> None:
         """Add facts."""
@@ -218,6 +225,7 @@ class RunRecord:
     def write(self) -> None:
         """Write the file."""
         self.values["wall_seconds"] = round(time.monotonic() - self._began, 3)
+        self._count_stages()
         if not is_main_process():
             return
         self._note_lost_streams()

@@ -47,7 +47,7 @@ from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.layout import empty_model
 from vlm_sft.model.load import Base, find_base
 from vlm_sft.model.saved_adapter import check_adapter_folder, recorded_bf16, require_fit
-from vlm_sft.model.sharing_check import formats_of
+from vlm_sft.model.sharing_check import computation_of
 from vlm_sft.model.vllm_rules import not_for_vllm, splitting_problem
 
 
@@ -282,12 +282,7 @@ def _facts(options: EvalOptions, launch: Launch, base: Base) -> dict[str, object
         "dtype": base.dtype_name,
         "load_in_4bit": base.load_in_4bit,
         "backend": options.backend,
-        # vLLM attends by itself.
-        **(
-            {"tensor_parallel_size": options.tensor_parallel_size}
-            if options.backend == "vllm"
-            else {"attention": base.attention}
-        ),
+        **({"tensor_parallel_size": options.tensor_parallel_size} if options.backend == "vllm" else {}),
     }
 
 
@@ -299,7 +294,7 @@ def _backend(options: EvalOptions, base: Base, launch: Launch, tasks: list[Task]
     samples = [sample for task in tasks for sample in task.samples]
     backend, cache = open_backend(base, options.adapter, launch, options.shard_weights, caches, samples)
     caches.describe([cache])
-    record.update(engine=caches.facts, **formats_of(base, backend.model))
+    record.update(engine=caches.facts, **computation_of(base, backend.model))
     return backend
 
 

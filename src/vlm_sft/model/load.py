@@ -77,13 +77,8 @@ class Base:
     context: int | None = None
 
     @property
-    def attention(self) -> str:
-        """What computes the attention: "sdpa" or "flash_attention_2"."""
-        return "flash_attention_2" if self.flash else "sdpa"
-
-    @property
     def flash(self) -> bool:
-        """Whether FlashAttention computes it."""
+        """Whether FlashAttention computes the attention, where the layers of the model take it."""
         return self.function == SHARED_FLASH
 
     @property
@@ -95,6 +90,12 @@ class Base:
 def is_blockwise(model: VisionLanguageModel) -> bool:
     """True when the language model attends through our functions and needs no dense mask."""
     return attention_name(model.config.get_text_config()) in (SHARED_SDPA, SHARED_FLASH)
+
+
+def attention_of(model: VisionLanguageModel) -> str:
+    """What computes the attention of a loaded language model, by transformers' names: "sdpa", "eager" and so on."""
+    name = attention_name(model.config.get_text_config())
+    return {SHARED_SDPA: "sdpa", SHARED_FLASH: "flash_attention_2"}.get(name, name)
 
 
 def resolve_path(name: str) -> str:

@@ -41,7 +41,7 @@ from vlm_sft.model.families import (
     sharing_mode,
 )
 from vlm_sft.model.forward_patch import evaluating, reason_of
-from vlm_sft.model.load import Base, is_blockwise
+from vlm_sft.model.load import Base, attention_of, is_blockwise
 from vlm_sft.model.protocols import AnyModel, VisionLanguageModel
 from vlm_sft.model.recurrent import unshared_states
 from vlm_sft.model.vision_features import encode_images, trained_projector
@@ -191,18 +191,21 @@ def _widen_if_it_fails(model: AnyModel, encoder: Encoder) -> None:
         say(f"{base.config.model_type} fails with its products in bfloat16 ({reason_of(failure)}): float32 is computed")
 
 
-def formats_of(base: Base, model: AnyModel) -> dict[str, str]:
-    """What run.json says of number formats.
+def computation_of(base: Base, model: AnyModel) -> dict[str, str]:
+    """What run.json says of how a model computes.
 
     Args:
         base: what was loaded.
         model: of it, after `choose_mode`, wrapped or not.
 
     Returns:
-        `dtype`: what computes; and `loaded_dtype` where the weights were loaded in another format, which failed.
+        `attention`: its function; `dtype`: what computes; and `loaded_dtype` where the weights were loaded in another
+        format, which failed.
     """
-    widened = hasattr(packed_forward.unwrap(model), _WIDENED)
-    return {"dtype": "float32", "loaded_dtype": base.dtype_name} if widened else {"dtype": base.dtype_name}
+    whole = packed_forward.unwrap(model)
+    widened = hasattr(whole, _WIDENED)
+    formats = {"dtype": "float32", "loaded_dtype": base.dtype_name} if widened else {"dtype": base.dtype_name}
+    return {"attention": attention_of(whole), **formats}
 
 
 @torch.no_grad()

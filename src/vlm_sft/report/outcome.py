@@ -135,11 +135,11 @@ def _cost(run: RunReport) -> str:
     if run.is_evaluation:
         return f"{formats.duration(record.wall_seconds)} of evaluation"
     parts = []
-    if run.status != "finished":  # a stage that did not end has no time of its own
-        ending = "so far" if run.status == "running" else "in all"
-        parts += [f"{formats.duration(record.wall_seconds)} {ending}"] if record.wall_seconds else []
-    elif record.training_seconds is not None:
-        parts.append(f"{formats.duration(record.training_seconds)} of training")
+    so_far = " so far" if run.status == "running" else ""
+    if (trained := record.seconds.get("train")) is not None:
+        parts.append(f"{formats.duration(trained)} of training{so_far}")
+    elif record.wall_seconds:
+        parts.append(f"{formats.duration(record.wall_seconds)}{so_far or ' in all'}")
     if record.trainable_parameters:
         parts.append(f"{_rounded(record.trainable_parameters)} parameters trained")
     return ", ".join(parts)

@@ -17,6 +17,7 @@ from vlm_sft.planning.forecast_inputs import free_space
 from vlm_sft.planning.options import PlanOptions, TrainOptions
 from vlm_sft.planning.plan_report import PlannedRun
 from vlm_sft.planning.run_forecast import refuse_or_warn
+from vlm_sft.planning.run_plan import few_steps
 from vlm_sft.search.request import SweepSetting
 
 SHARED_TIME = (DATA, FEATURES)  # what the first trial on some data does for all of them
@@ -33,6 +34,7 @@ class Outlook:
         seconds, memory, disk: with intervals, of one trial alone; memory of one process.
         shared_seconds, shared_disk: how much of them only the first trial on the data needs.
         steps: optimizer steps.
+        advice: where they are too few to learn from; else "".
     """
 
     setting: SweepSetting
@@ -43,6 +45,7 @@ class Outlook:
     shared_seconds: float
     shared_disk: float
     steps: int
+    advice: str = ""
 
 
 class Forecaster:
@@ -95,6 +98,7 @@ def _outlook(setting: SweepSetting, planned: PlannedRun) -> Outlook:
         shared["time_seconds"],
         shared["disk_bytes"],
         planned.data.schedule.total_steps,
+        few_steps(planned.run.recipe, planned.data.schedule, planned.data.planner),
     )
 
 
@@ -191,6 +195,13 @@ def outlook_cells(outlooks: Sequence[Outlook], seeds: int, parallel: int) -> lis
 
 def _time(estimate: Estimate) -> str:
     return f"{duration(estimate.value)} ({duration(estimate.low)} to {duration(estimate.high)})"
+
+
+def warn_of_few_steps(outlooks: Sequence[Outlook]) -> None:
+    """Warn of settings whose trials can hardly learn, as a training of theirs would."""
+    for advice in dict.fromkeys(one.advice for one in outlooks if one.advice):
+        labels = [one.setting.label for one in outlooks if one.advice == advice]
+        warn(advice if len(labels) == len(outlooks) else f"{'; '.join(dict.fromkeys(labels))}: {advice}")
 
 
 def check_disk(outlooks: Sequence[Outlook], train: TrainOptions) -> None:

@@ -25,7 +25,15 @@ from vlm_sft.recipe.schema import Recipe
 from vlm_sft.report.markdown import table
 from vlm_sft.search.judgement import Measured, judge
 from vlm_sft.search.optuna_search import corners
-from vlm_sft.search.outlook import Forecaster, Outlook, check_disk, forecast_facts, outlook_cells, within_budget
+from vlm_sft.search.outlook import (
+    Forecaster,
+    Outlook,
+    check_disk,
+    forecast_facts,
+    outlook_cells,
+    warn_of_few_steps,
+    within_budget,
+)
 from vlm_sft.search.page import standing_cells, write_page
 from vlm_sft.search.request import DATASET, MEDIAN, OPTUNA, SweepOptions, SweepSetting, settings_of
 from vlm_sft.search.state import SweepState
@@ -183,6 +191,7 @@ def plan_trials(asked: Sweep, state: SweepState) -> tuple[list[Outlook], list[in
     say(f"sweep: {size}, compared by {asked.metric} on validation questions")
     cells = outlook_cells(kept, len(seeds), parallel)
     say(table([cells[0], *dict.fromkeys(map(tuple, cells[1:]))]))
+    warn_of_few_steps(kept)
     check_disk(kept * len(seeds), options.train)
     state.values["forecast"] = forecast_facts(kept * len(seeds), parallel)
     state.outlook = cells

@@ -34,7 +34,7 @@ from vlm_sft.model.packed_forward import Positions
 from vlm_sft.model.parts import ALL
 from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.model.sharded import divide_model, load_to_divide
-from vlm_sft.model.sharing_check import choose_mode, formats_of
+from vlm_sft.model.sharing_check import choose_mode, computation_of
 from vlm_sft.model.trainable import checkpoint_layers, described, save_tuned, tune
 from vlm_sft.model.vision_features import tower_modules
 from vlm_sft.planning.options import CONTINUE
@@ -227,7 +227,7 @@ def _load(run: TrainingRun, plan: Plan) -> tuple[Any, Any]:
         place = run.options.adapter
         # FSDP hands out what rank 0 has; other ranks have no weights yet.
         agree(lambda: take_over(model, place)) if launch.fsdp else take_over(model, place)
-    run.record.update(lora=lora, attention=base.attention, dtype=base.dtype_name)
+    run.record.update(lora=lora, dtype=base.dtype_name)
     if run.checkpointing:
         checkpoint_layers(model)
     if recipe.neftune_noise_alpha:
@@ -243,7 +243,7 @@ def _record_model(run: TrainingRun, base: Base, model: Any, shares: bool) -> Non
     for note in notes:
         say(note)
         run.record.note(note)
-    run.record.update(image_sharing=shares, kernels=kernels, **formats_of(base, model))
+    run.record.update(image_sharing=shares, kernels=kernels, **computation_of(base, model))
 
 
 def _write_model(
