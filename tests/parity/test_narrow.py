@@ -19,7 +19,7 @@ from vlm_sft.data.packing import Bundle, EpochPlanner
 from vlm_sft.model import packed_forward
 from vlm_sft.model.adapters import add_lora, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
-from vlm_sft.model.cpu import cross_entropy, gated_mlp, matmul
+from vlm_sft.model.cpu import cross_entropy, fuse, matmul
 from vlm_sft.model.cpu.lora_linear import _covered_adapter
 from vlm_sft.model.cpu.matmul import multiply, narrows, stream_dtype
 from vlm_sft.model.cpu.narrow import narrow_products
@@ -91,7 +91,7 @@ def test_faster_forms_cover_it() -> None:
     rows = torch.randn(1, 5, model.config.get_text_config().hidden_size)
     layer: Any = model.get_decoder().layers[0]
     assert _covered_adapter(layer.self_attn.q_proj, rows) is not None
-    assert gated_mlp._forward(layer.mlp, rows) is not None
+    assert fuse._gated_forward(layer.mlp, rows) is not None
     assert cross_entropy.is_covered(wrapped.get_output_embeddings())
 
 
@@ -209,7 +209,7 @@ def test_a_gated_mlp_is_the_formula_up_to_rounding(
 ) -> None:
     parameters = gated_mlp_parameters(bias)
     if not fused:
-        monkeypatch.setattr(gated_mlp, "gating_operators", lambda: None)
+        monkeypatch.setattr(fuse, "gating_operators", lambda: None)
     elif matmul.gating_operators() is None:
         pytest.skip("this PyTorch has no such operators")
     rows, weights = torch.randn(tokens, 24, requires_grad=True), torch.randn(tokens, 24)
@@ -219,9 +219,9 @@ def test_a_gated_mlp_is_the_formula_up_to_rounding(
     inner = F.silu(F.linear(exact, gate, gate_bias)) * F.linear(exact, up, up_bias)
     expected = F.linear(inner, down, down_bias)
     (slope,) = torch.autograd.grad((expected * weights).sum(), exact)
-    found = gated_mlp.gated_rows(rows, parameters)
+    found = fuse.gated_rows(rows, parameters)
     (gradient,) = torch.autograd.grad((found * weights).sum(), rows)
-    unrecorded = gated_mlp.gated_rows(rows.detach(), parameters)
+    unrecorded = fuse.gated_rows(rows.detach(), parameters)
     for one, right in ((found, expected), (unrecorded, expected), (gradient, slope)):
         assert one.dtype == torch.float32
         assert (one.detach().double() - right).norm() / right.norm() < 2 * ROUNDING
@@ -241,5 +241,5 @@ def test_a_gated_mlp_has_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = gated_mlp_parameters(bias=False)
     for count in [*range(1, 70), *range(70, 1300, 29)]:
         rows = torch.randn(count, 24, requires_grad=True)
-        gated_mlp.gated_rows(rows, parameters).sum().backward()
+        fuse.gated_rows(rows, parameters).sum().backward()
     assert len(shapes) <= 19 * len({shape[1:] for shape in shapes})

@@ -4,7 +4,7 @@ Processors with AVX512-BF16 or AMX multiply bfloat16 two to eight times faster t
 exponentiate it slower. So the weights of linear layers and the embedding stay in bfloat16, which halves them; a layer
 rounds its input, multiplies, and gives float32 back. Norms, softmax, rotary positions, the residual stream and what is
 trained are in float32: more exact than autocast on a GPU, from the same rounded weights. Inside a frozen gated MLP
-values stay rounded from one product to the next (`cpu/gated_mlp.py`).
+values stay rounded from one product to the next (`cpu/fuse.py`).
 """
 
 from __future__ import annotations
