@@ -32,7 +32,7 @@ from vlm_sft.common.record import bfloat16_flags
 from vlm_sft.data.images import decode_rgb
 from vlm_sft.data.sample import Sample
 from vlm_sft.data.sources.spec import parse_datasets
-from vlm_sft.distributed.launch import CPU_PACK_TOKENS, quiet_libraries
+from vlm_sft.distributed.launch import CPU_ANSWER_TOKENS, quiet_libraries
 from vlm_sft.evaluate.backends import SharedPrefixBackend
 from vlm_sft.evaluate.batching import image_counter, plan_packs
 from vlm_sft.evaluate.tasks import load_tasks
@@ -84,7 +84,7 @@ def whole_images(samples: list[Sample], questions: int) -> list[Sample]:
 def shared(backend: SharedPrefixBackend, samples: list[Sample], limit: int) -> tuple[dict[str, str], float]:
     """Answers of this package and the seconds they took."""
     began = time.perf_counter()
-    packs = plan_packs(samples, image_counter(backend.encoder.processor), CPU_PACK_TOKENS)
+    packs = plan_packs(samples, image_counter(backend.encoder.processor), CPU_ANSWER_TOKENS)
     answers = {sample.id: text for pack in backend.answers(packs, limit) for sample, text, _ in pack}
     return answers, time.perf_counter() - began
 

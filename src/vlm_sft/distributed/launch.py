@@ -188,14 +188,26 @@ def threads_of_a_rank(launch: Launch) -> Iterator[None]:
 
 
 # Token budgets of one forward pass. On a GPU the activations of a 7B model with checkpointing take about 1 GiB at
-# this size; on a CPU larger packs cost memory and gain nothing.
+# this size; on a CPU larger packs cost memory and gain nothing, but where they answer questions: a step of generation
+# takes nearly as long for few questions as for many, and no activations are kept.
 GPU_PACK_TOKENS = 8192
 CPU_PACK_TOKENS = 2048
+CPU_ANSWER_TOKENS = 8192
 
 
 def pack_tokens(launch: Launch) -> int:
     """Token budget of one forward pass where the user gives none."""
     return CPU_PACK_TOKENS if launch.cpu else GPU_PACK_TOKENS
+
+
+def answer_tokens(launch: Launch, blockwise: bool) -> int:
+    """Token budget of a forward pass that answers questions, where the user gives none.
+
+    Args:
+        launch: where it runs.
+        blockwise: attention is computed image by image; otherwise it grows with the square of a pack.
+    """
+    return CPU_ANSWER_TOKENS if launch.cpu and blockwise else pack_tokens(launch)
 
 
 @contextmanager

@@ -58,11 +58,13 @@ class Backend(Protocol):
     Attributes:
         in_step: every rank computes the same number of packs (divided weights); what is too many is thrown away.
         separate: every question gets its own copy of its image's tokens.
+        blockwise: attention is computed image by image.
     """
 
     encoder: Encoder
     in_step: bool
     separate: bool
+    blockwise: bool
 
     def answers(self, packs: Sequence[Pack], max_new_tokens: int) -> Iterator[list[Reply]]:
         """Yield for each pack its questions with their answers.
@@ -85,7 +87,7 @@ class SharedPrefixBackend:
 
     Attributes:
         in_step: every forward pass needs all ranks (weights are divided), so all take the same number.
-        separate: as in `Backend`.
+        separate, blockwise: as in `Backend`.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class SharedPrefixBackend:
         self.mode = mode or choose_mode(model, self.encoder)
         self.in_step = is_partitioned(*model.parameters())
         self.separate = not self.mode.shares
+        self.blockwise = self.mode.kind == "blockwise"
         # Decoding and encoding happen at the same time, and a tokenizer is not made for two threads.
         self._tokenizer = copy.deepcopy(self.encoder.tokenizer)
         self._companion: EncodedGroup | None = None
@@ -226,7 +229,7 @@ class VllmBackend:
 
         self.encoder = encoder_of(base)
         self.in_step = False
-        self.separate = False
+        self.separate = self.blockwise = False
         bounds = {"min_pixels": base.prompt.min_pixels, "max_pixels": base.prompt.max_pixels}
         self._lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
         settings = _lora_settings(base, adapter) if adapter else {}

@@ -23,7 +23,7 @@ from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import counted
 from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets, refuse_weights
 from vlm_sft.distributed.collectives import barrier
-from vlm_sft.distributed.launch import Launch, connected, idle_gpus, pack_tokens, quiet_libraries, read_launch
+from vlm_sft.distributed.launch import Launch, answer_tokens, connected, idle_gpus, quiet_libraries, read_launch
 from vlm_sft.evaluate.backends import Backend, VllmBackend, require_vllm
 from vlm_sft.evaluate.evaluator import Evaluator
 from vlm_sft.evaluate.loading import open_backend
@@ -221,7 +221,8 @@ def _carry_out(
     for line in notes:
         record.note(line)
     backend = _backend(options, base, launch, tasks, record)
-    evaluator = Evaluator(backend, options.tokens_per_pack or pack_tokens(launch), launch.rank, launch.world_size)
+    tokens = options.tokens_per_pack or answer_tokens(launch, backend.blockwise)
+    evaluator = Evaluator(backend, tokens, launch.rank, launch.world_size)
     results = {}
     for task in tasks:
         folder = options.output_dir / task.name

@@ -35,7 +35,7 @@ def answering_work(
     """
     packs = plan_packs(task.samples, count, budget, separate)
     works = [prompt_work(pack, count, separate) for pack in packs]
-    steps = [_generation_steps(pack, task.max_new_tokens) for pack in packs]
+    steps = [generation_steps(pack, task.max_new_tokens) for pack in packs]
     largest = max((work.tokens + work.questions * step for work, step in zip(works, steps, strict=True)), default=0.0)
     texts = sum(
         len((sample.id + sample.question + "".join(sample.answers)).encode())
@@ -71,7 +71,7 @@ def prompt_work(pack: Sequence[Sequence[Sample]], count: Callable[[ImageRef], in
     )
 
 
-def _generation_steps(pack: Sequence[Sequence[Sample]], limit: int) -> int:
+def generation_steps(pack: Sequence[Sequence[Sample]], limit: int) -> int:
     """Steps of generation: the longest answer of the pack with its end, as the data has it."""
     return min(limit, 2 + max(len(sample.target) for group in pack for sample in group) // 2)
 

@@ -146,12 +146,13 @@ def forecast_inputs(
         written_bytes: as in `OutputPlan`.
         done_steps: as in `PassPlan`.
     """
+    answer_tokens = run.answer_tokens(not data.separate)
     passes = PassPlan(
         data.schedule,
         epoch_work(data.planner, data.visual),
         epoch_work(data.eval_planner, data.eval_visual) if data.eval_planner else None,
         _validation_work(run, data, validation, done_steps),
-        tuple(answering_work(task, data.count, run.tokens_per_pack, 2, True, data.separate) for task in tasks),
+        tuple(answering_work(task, data.count, answer_tokens, 2, True, data.separate) for task in tasks),
         max(max(group.questions, default=0) + group.prefix for group in data.planner.lengths),
         done_steps,
     )
@@ -180,9 +181,10 @@ def _validation_work(
     if validation is None:
         return ()
     guarded = {guard.name for guard in validation.guards}
+    tokens = run.answer_tokens(not data.separate)
     coming = sum(step > done_steps for step in data.schedule.evaluation_steps())
     return tuple(
-        answering_work(task, data.count, run.tokens_per_pack, coming + (task.name in guarded), False, data.separate)
+        answering_work(task, data.count, tokens, coming + (task.name in guarded), False, data.separate)
         for task in validation.tasks
     )
 

@@ -36,7 +36,7 @@ from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.step_gradients import StepGradients
 from vlm_sft.model.trainable import checkpoint_layers, tune
 from vlm_sft.model.vision_features import start_training
-from vlm_sft.planning.answering_work import prompt_work
+from vlm_sft.planning.answering_work import generation_steps, prompt_work
 from vlm_sft.planning.run_plan import Plan
 from vlm_sft.planning.training_run import TrainingRun
 
@@ -203,7 +203,6 @@ class Probe:
         count = image_counter(backend.encoder.processor)
         measured = expected = 0.0
         until = time.perf_counter() + ANSWER_SHARE * self.budget
-        forecast = {one.name: one for one in self.inputs.passes.answering}
         for task in tasks:
             packs = plan_packs(task.samples, count, self.run.tokens_per_pack, backend.separate)
             pack = packs[len(packs) // 2]
@@ -211,7 +210,7 @@ class Probe:
             answer()
             took = self._timed(answer)
             work = prompt_work(pack, count, backend.separate)
-            steps = forecast[task.name].steps / max(1, len(packs))
+            steps = generation_steps(pack, task.max_new_tokens)
             # Images of benchmarks are not prepared yet: here they are processed, and the tower runs along.
             measured += max(took - self.inputs.images.processing_seconds * work.images, 0.1 * took)
             expected += answering_seconds(self.inputs.setting, work, steps) + tower_seconds(self.inputs.setting, work)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlm_sft.common.record import RunRecord
 from vlm_sft.data.sources.spec import DatasetSpec
-from vlm_sft.distributed.launch import Launch, pack_tokens
+from vlm_sft.distributed.launch import Launch, answer_tokens, pack_tokens
 from vlm_sft.distributed.signals import StopSignals
 from vlm_sft.forecast.pack_size import Passes
 from vlm_sft.planning.options import AUTO, MAX_BAD_STEPS, TrainOptions
@@ -46,6 +46,11 @@ class TrainingRun:
         if self.passes is not None:
             return self.passes.tokens_per_pack
         return self.recipe.tokens_per_pack or pack_tokens(self.launch)
+
+    def answer_tokens(self, blockwise: bool) -> int:
+        """Token budget of one forward pass that answers questions; `blockwise` as of `launch.answer_tokens`."""
+        chosen = self.recipe.tokens_per_pack is not None or not self.launch.cpu
+        return self.tokens_per_pack if chosen else answer_tokens(self.launch, blockwise)
 
     @property
     def checkpointing(self) -> bool:

@@ -78,8 +78,9 @@ def _answer(
     asked = [sample for task in tasks for sample in task.samples]
     backend, cache = open_backend(base, adapter, launch, run.options.shard_weights, plan.engine, asked)
     model = backend.model
+    tokens = run.answer_tokens(backend.blockwise)
     # A resumed run may have evaluated an earlier adapter: its predictions are replaced.
-    evaluator = Evaluator(backend, run.tokens_per_pack, launch.rank, launch.world_size, replace=True)
+    evaluator = Evaluator(backend, tokens, launch.rank, launch.world_size, replace=True)
     for task in tasks:
         for side in sides:
             tuned = adapter if side == "tuned" else None

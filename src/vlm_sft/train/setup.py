@@ -260,7 +260,7 @@ def _validation(run: TrainingRun, plan: Plan, asked: ValidationPlan | None) -> V
     if asked is None:
         return None
     done = checkpoint_step(run.checkpoint)
-    folder, budget = run.options.output_dir, run.tokens_per_pack
+    folder, budget = run.options.output_dir, run.answer_tokens
     return Validation(asked, plan.base, folder, budget, run.launch, done, plan.cache.image_tensors)
 
 

@@ -8,6 +8,7 @@ checkpoint; a checkpoint that lost more than a guard allows cannot be it. The sa
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Validation:
         plan: what is asked.
         base: the base model with its processor and prompt.
         folder: the run's folder.
-        tokens_per_pack: token budget of one forward pass.
+        tokens_per_pack: token budget of one forward pass, by whether attention is computed image by image.
         launch: ranks and parallelism.
         resumed_step: entries of guard.json after this step are of another continuation.
         images: gives processed images or their features; None processes images when they are asked about.
@@ -47,7 +48,7 @@ class Validation:
         plan: ValidationPlan,
         base: Base,
         folder: Path,
-        tokens_per_pack: int,
+        tokens_per_pack: Callable[[bool], int],
         launch: Launch,
         resumed_step: int,
         images: ImageSource | None = None,
@@ -105,8 +106,8 @@ class Validation:
         return scores
 
     def _evaluator(self, backend: SharedPrefixBackend, stop: StopRequest | None) -> Evaluator:
-        launch = self.launch
-        return Evaluator(backend, self.tokens_per_pack, launch.rank, launch.world_size, replace=True, stop=stop)
+        launch, tokens = self.launch, self.tokens_per_pack(backend.blockwise)
+        return Evaluator(backend, tokens, launch.rank, launch.world_size, replace=True, stop=stop)
 
     def _score_base(self, evaluator: Evaluator, model: Any, stop: StopRequest | None) -> None:
         """Answer the guarded questions once as the base does."""

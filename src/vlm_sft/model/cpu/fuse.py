@@ -33,6 +33,7 @@ from vlm_sft.model.cpu.matmul import (
     NARROW_BLOCK,
     TOLERANCE,
     TOLERANCE_NARROW,
+    filled_up,
     gating_operators,
     is_frozen,
     multiply,
@@ -42,8 +43,6 @@ from vlm_sft.model.cpu.matmul import (
 from vlm_sft.model.forward_patch import agree_at_scales, exchange_forward, probe_rows
 from vlm_sft.model.vision_features import head_of
 
-_FEW_ROWS = 64  # of generated tokens; beyond it both libraries take as long
-_ROUNDED_ROWS = 8  # they are filled up to a multiple, so that few shapes occur
 _BLOCK = 512  # tokens
 _GATED_PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -111,10 +110,10 @@ def _head_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | No
     """Logits of a few rows of (…, C) hidden states on a CPU, without gradients."""
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     trained = torch.is_grad_enabled() and (module.weight.requires_grad or hidden_states.requires_grad)
-    covered = 1 < len(rows) <= _FEW_ROWS and rows.dtype == module.weight.dtype == torch.float32
+    covered = 1 < len(rows) <= NARROW_BLOCK and rows.dtype == module.weight.dtype == torch.float32
     if trained or not covered or rows.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    logits = multiply(F.pad(rows, (0, 0, 0, -len(rows) % _ROUNDED_ROWS)), module.weight)[: len(rows)]
+    logits = multiply(filled_up(rows), module.weight)[: len(rows)]
     return logits.reshape(*hidden_states.shape[:-1], -1)
 
 

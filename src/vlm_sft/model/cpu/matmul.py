@@ -20,7 +20,7 @@ from vlm_sft.model.forward_patch import agrees, is_plain
 EXACT = (torch.float32, torch.float64)  # half precision rounds in between, where the libraries' modules say
 TOLERANCE = 1e-5  # of a faster form in these formats
 TOLERANCE_NARROW = 1e-2  # of a faster form whose products are taken in bfloat16
-NARROW_BLOCK = 512  # rows of a product in bfloat16
+NARROW_BLOCK = 512  # rows of a product in bfloat16, at most
 _STEPS = ((8, 1), (64, 16), (NARROW_BLOCK, 64))  # up to so many rows, they are filled up to a multiple
 _CHECKED_SIZE = 48
 
@@ -108,12 +108,14 @@ def narrow_blocks(rows: torch.Tensor) -> list[torch.Tensor]:
 
     For each shape that it meets oneDNN builds a kernel and keeps it with its memory, so there are few of them.
     """
-    blocks = list(rows.to(torch.bfloat16).split(NARROW_BLOCK))
-    count = len(blocks[-1])
-    step = next(step for most, step in _STEPS if count <= most)
-    if count % step:
-        blocks[-1] = F.pad(blocks[-1], (0, 0, 0, -count % step))
-    return blocks
+    *blocks, last = rows.to(torch.bfloat16).split(NARROW_BLOCK)
+    return [*blocks, filled_up(last)]
+
+
+def filled_up(rows: torch.Tensor) -> torch.Tensor:
+    """At most a block of rows (R, I) with zeros behind them, so that few numbers of rows occur."""
+    step = next(step for most, step in _STEPS if len(rows) <= most)
+    return F.pad(rows, (0, 0, 0, -len(rows) % step)) if len(rows) % step else rows
 
 
 @cache
