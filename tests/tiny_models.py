@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import (
     AutoProcessor,
     Gemma3Config,
@@ -55,12 +54,17 @@ from tests import (
 from tests.tiny_models_parts import (
     LLAVA_TOWER,
     QWEN_TEMPLATE,
-    QWEN_TOKENS,
+    QWEN_TOWER,
+    TEXT,
+    TOWER,
     byte_tokenizer,
-    llama_text,
     llava_processor,
+    llava_tokenizer,
+    m_rope,
     qwen_ids,
+    qwen_tokenizer,
     siglip,
+    text_of,
     token_ids,
 )
 from vlm_sft.model.default_targets import mixer_projections
@@ -106,7 +110,7 @@ PALIGEMMA_TEMPLATE = (
 
 
 def _qwen_processor(kind: type) -> Any:
-    tokenizer = byte_tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = qwen_tokenizer()
     size = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 64}
     images = Qwen2VLImageProcessor(size=size, patch_size=14, merge_size=2)
     return kind(
@@ -118,15 +122,10 @@ def _qwen_processor(kind: type) -> Any:
 
 
 def _qwen_text(vocab: int) -> dict[str, Any]:
-    return {
+    return TEXT | {
         "vocab_size": vocab,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "rope_parameters": m_rope(),
         "tie_word_embeddings": False,
     }
 
@@ -136,17 +135,8 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     processor = _qwen_processor(Qwen2_5_VLProcessor)
     config = Qwen2_5_VLConfig(
         text_config=_qwen_text(len(processor.tokenizer)),
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-        },
+        vision_config=QWEN_TOWER
+        | {"patch_size": 14, "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1]},
         **qwen_ids(processor.tokenizer),
     )
     return Qwen2_5_VLForConditionalGeneration(config), processor
@@ -182,15 +172,8 @@ def smolvlm() -> tuple[Any, Any]:
         chat_template=SMOL_TEMPLATE,
     )
     config = SmolVLMConfig(
-        text_config=llama_text(tokenizer),
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 56,
-            "patch_size": 14,
-        },
+        text_config=text_of(tokenizer, "llama"),
+        vision_config=TOWER | {"image_size": 56, "patch_size": 14},
         scale_factor=2,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=tokenizer.pad_token_id,
@@ -204,15 +187,8 @@ def idefics3() -> tuple[Any, Any]:
     images = Idefics3ImageProcessor(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
     processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=SMOL_TEMPLATE)
     config = Idefics3Config(
-        text_config=llama_text(tokenizer),
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 56,
-            "patch_size": 14,
-        },
+        text_config=text_of(tokenizer, "llama"),
+        vision_config=TOWER | {"image_size": 56, "patch_size": 14},
         scale_factor=2,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
@@ -221,7 +197,7 @@ def idefics3() -> tuple[Any, Any]:
 
 def qwen3_vl() -> tuple[Any, Any]:
     """A Qwen3-VL: interleaved M-RoPE, and features of an early vision block added to the first language layer."""
-    tokenizer = byte_tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = qwen_tokenizer()
     size = {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 48}
     processor = Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size, patch_size=16, merge_size=2),
@@ -250,10 +226,10 @@ def qwen3_vl() -> tuple[Any, Any]:
 
 def llava() -> tuple[Any, Any]:
     """A LLaVA 1.5: CLIP tower without its class token, Llama."""
-    tokenizer = byte_tokenizer(["<image>", "<pad>", "</s>"], eos_token="</s>", pad_token="<pad>")
+    tokenizer = llava_tokenizer()
     processor = llava_processor(tokenizer)
     config = LlavaConfig(
-        text_config=llama_text(tokenizer),
+        text_config=text_of(tokenizer, "llama"),
         vision_config=LLAVA_TOWER,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
@@ -269,13 +245,10 @@ def gemma3() -> tuple[Any, Any]:
     images = Gemma3ImageProcessor(size={"height": 56, "width": 56})
     processor = Gemma3Processor(images, tokenizer, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
     config = Gemma3Config(
-        text_config={
+        text_config=TEXT
+        | {
             "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 96,
             "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
             "head_dim": 16,
             "sliding_window": 24,
             "query_pre_attn_scalar": 16,
@@ -302,17 +275,8 @@ def paligemma() -> tuple[Any, Any]:
     images.image_seq_length = 9
     processor = PaliGemmaProcessor(images, tokenizer, chat_template=PALIGEMMA_TEMPLATE)
     config = PaliGemmaConfig(
-        text_config={
-            "model_type": "gemma",
-            "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
+        text_config=TEXT
+        | {"model_type": "gemma", "vocab_size": len(tokenizer), "head_dim": 16, "pad_token_id": tokenizer.pad_token_id},
         vision_config=siglip(42) | {"projection_dim": 64},
         projection_dim=64,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -343,7 +307,7 @@ FAMILIES = {
 }
 # Why a family cannot be built here.
 LACKING = {
-    **dict.fromkeys(tiny_models_more.LACKING, f"transformers {transformers.__version__} lacks it"),
+    **tiny_models_more.LACKING,
     **tiny_models_windows.LACKING,
     **tiny_models_ocr.LACKING,
     **tiny_models_ocr2.LACKING,

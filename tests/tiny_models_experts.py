@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import transformers
 
-from tests.tiny_models_parts import byte_tokenizer, qwen_ids, token_ids
+from tests.tiny_models_parts import TEXT, TOWER, Built, byte_tokenizer, qwen_ids, token_ids
 from tests.tiny_models_recurrent import QWEN3_5_TOWER, qwen3_5_processor, qwen3_5_text
-
-Built = tuple[Any, Any]
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
@@ -17,24 +13,24 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 def qwen3_vl_moe() -> Built:
     """A Qwen3-VL-MoE: a dense layer between layers of experts, features of an early vision block added."""
     processor = qwen3_5_processor()
-    text = EXPERTS | {
-        "vocab_size": len(processor.tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "mlp_only_layers": [1],
-        "max_position_embeddings": 4096,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [2, 3, 3],
-            "mrope_interleaved": True,
-        },
-        "tie_word_embeddings": False,
-    }
+    text = (
+        EXPERTS
+        | TEXT
+        | {
+            "vocab_size": len(processor.tokenizer),
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "mlp_only_layers": [1],
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 3, 3],
+                "mrope_interleaved": True,
+            },
+            "tie_word_embeddings": False,
+        }
+    )
     config = transformers.Qwen3VLMoeConfig(
         text_config=text,
         vision_config=QWEN3_5_TOWER | {"depth": 3, "deepstack_visual_indexes": [1]},
@@ -86,13 +82,10 @@ def ernie4_5_vl_moe() -> Built:
         chat_template=ERNIE_TEMPLATE,
     )
     config = transformers.Ernie4_5_VLMoeConfig(
-        text_config={
+        text_config=TEXT
+        | {
             "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 96,
             "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
             "moe_intermediate_size": [24, 16],
             "moe_k": 2,
             "moe_num_experts": 4,
@@ -138,14 +131,12 @@ def kimi_k25() -> Built:
         chat_template=KIMI_TEMPLATE,
     )
     config = transformers.Kimi_K25Config(
-        text_config={
+        text_config=TEXT
+        | {
             "model_type": "deepseek_v3",
             "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 96,
             "moe_intermediate_size": 24,
             "num_hidden_layers": 3,
-            "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "n_shared_experts": 1,
             "n_routed_experts": 8,
@@ -209,23 +200,14 @@ def deepseek_ocr2() -> Built:
             "mlp_dim": 24,
             "downsample_channels": [16, 32],
         },
-        "encoder_config": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-        },
+        "encoder_config": TOWER | {"num_key_value_heads": 2},
     }
     config = transformers.DeepseekOcr2Config(
-        text_config={
+        text_config=TEXT
+        | {
             "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 96,
             "moe_intermediate_size": 24,
             "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
             "n_shared_experts": 1,

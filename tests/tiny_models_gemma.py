@@ -7,9 +7,8 @@ from typing import Any
 import torch
 import transformers
 
-from tests.tiny_models_parts import byte_tokenizer, token_ids
+from tests.tiny_models_parts import TEXT, TOWER, Built, byte_tokenizer, token_ids
 
-Built = tuple[Any, Any]
 # The tokens around pictures and sounds.
 GEMMA_NAMES = {
     "image_token": "<|image|>",
@@ -34,14 +33,10 @@ def _gemma_tokenizer() -> Any:
 
 
 def _gemma_text(tokenizer: Any, layers: list[str]) -> dict[str, Any]:
-    return {
+    return TEXT | {
         "vocab_size": len(tokenizer),
         "vocab_size_per_layer_input": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 96,
         "num_hidden_layers": len(layers),
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "head_dim": 16,
         "hidden_size_per_layer_input": 8,
         "sliding_window": 24,
@@ -73,11 +68,8 @@ def _gemma4(**text: Any) -> Built:
     layers = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     config = transformers.Gemma4Config(
         text_config=_gemma_text(tokenizer, layers) | text,
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
+        vision_config=TOWER
+        | {
             "num_key_value_heads": 2,
             "head_dim": 16,
             "patch_size": 4,

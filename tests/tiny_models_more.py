@@ -5,17 +5,22 @@ Classes are looked up when a model is built, so an older transformers lacks sing
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import transformers
 
-from tests.tiny_models_parts import QWEN_TEMPLATE, byte_tokenizer, llama_text, siglip, token_ids
+from tests.tiny_models_parts import (
+    CHATML,
+    TEXT,
+    TOWER,
+    Builders,
+    Built,
+    byte_tokenizer,
+    chatml,
+    lacking,
+    siglip,
+    text_of,
+    token_ids,
+)
 
-Built = tuple[Any, Any]
-CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# The same conversation, with one token where the image stands.
-PLACEHOLDER_TEMPLATE = QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "{image}")
 MISTRAL_TOKENS = ["<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
 MISTRAL_TEMPLATE = (
     "<s>{% for m in messages %}{% if m.role == 'assistant' %}{% for c in m.content %}{{ c.text }}{% endfor %}</s>"
@@ -36,14 +41,6 @@ MOLMO_TOKENS = [
 ]
 
 
-def _chatml(image: str) -> str:
-    return PLACEHOLDER_TEMPLATE.replace("{image}", image)
-
-
-def _qwen2_text(tokenizer: Any) -> dict[str, Any]:
-    return llama_text(tokenizer) | {"model_type": "qwen2"}
-
-
 def llava_onevision() -> Built:
     """A LLaVA-OneVision: an image and its tiles, unpadded, with a trained vector at the end of every row."""
     tokenizer = byte_tokenizer([*CHATML, "<image>", "<video>"], eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -55,10 +52,10 @@ def llava_onevision() -> Built:
         transformers.LlavaOnevisionVideoProcessor(size=size),
         num_image_tokens=9,
         vision_feature_select_strategy="full",
-        chat_template=_chatml("<image>"),
+        chat_template=chatml("<image>"),
     )
     config = transformers.LlavaOnevisionConfig(
-        text_config=_qwen2_text(tokenizer),
+        text_config=text_of(tokenizer, "qwen2"),
         vision_config=siglip(42),
         image_grid_pinpoints=tiles,
         **token_ids(tokenizer, image_token_index="<image>", video_token_index="<video>"),
@@ -83,18 +80,11 @@ def internvl() -> Built:
         tokenizer,
         transformers.InternVLVideoProcessor(size=size),
         image_seq_length=4,
-        chat_template=_chatml("<IMG_CONTEXT>"),
+        chat_template=chatml("<IMG_CONTEXT>"),
     )
     config = transformers.InternVLConfig(
-        text_config=_qwen2_text(tokenizer),
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 56,
-            "patch_size": 14,
-        },
+        text_config=text_of(tokenizer, "qwen2"),
+        vision_config=TOWER | {"image_size": 56, "patch_size": 14},
         image_seq_length=4,
         tie_word_embeddings=False,
         **token_ids(tokenizer, image_token_id="<IMG_CONTEXT>"),
@@ -113,17 +103,8 @@ def mistral3() -> Built:
         chat_template=MISTRAL_TEMPLATE,
     )
     config = transformers.Mistral3Config(
-        text_config=llama_text(tokenizer) | {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
-        vision_config={
-            "model_type": "pixtral",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "head_dim": 16,
-            "image_size": 112,
-            "patch_size": 14,
-        },
+        text_config=text_of(tokenizer, "mistral", head_dim=16, sliding_window=None),
+        vision_config=TOWER | {"model_type": "pixtral", "head_dim": 16, "image_size": 112, "patch_size": 14},
         tie_word_embeddings=False,
         **token_ids(tokenizer, image_token_index="[IMG]"),
     )
@@ -148,20 +129,11 @@ def lfm2_vl() -> Built:
     images = transformers.Lfm2VlImageProcessor(
         tile_size=64, min_tiles=2, max_tiles=3, min_image_tokens=2, max_image_tokens=6, encoder_patch_size=16
     )
-    processor = transformers.Lfm2VlProcessor(images, tokenizer, chat_template=_chatml("<image>"))
+    processor = transformers.Lfm2VlProcessor(images, tokenizer, chat_template=chatml("<image>"))
     config = transformers.Lfm2VlConfig(
-        text_config=llama_text(tokenizer)
-        | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-        vision_config={
-            "model_type": "siglip2_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "patch_size": 16,
-            "num_patches": 16,
-            "vision_use_head": False,
-        },
+        text_config=text_of(tokenizer, "lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+        vision_config=TOWER
+        | {"model_type": "siglip2_vision_model", "patch_size": 16, "num_patches": 16, "vision_use_head": False},
         projector_hidden_size=48,
         tie_word_embeddings=False,
         **token_ids(tokenizer, image_token_id="<image>"),
@@ -177,29 +149,11 @@ def molmo2() -> Built:
         transformers.Molmo2ImageProcessor(size=size, max_crops=4, overlap_margins=[0, 1], patch_size=14),
         transformers.Molmo2VideoProcessor(size=size),
         tokenizer,
-        chat_template=_chatml("<|image|>"),
+        chat_template=chatml("<|image|>"),
     )
     config = transformers.Molmo2Config(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "additional_vocab_size": 0,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-        },
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "image_size": [42, 42],
-            "patch_size": 14,
-        },
+        text_config=TEXT | {"vocab_size": len(tokenizer), "additional_vocab_size": 0, "head_dim": 16},
+        vision_config=TOWER | {"num_key_value_heads": 2, "head_dim": 16, "image_size": [42, 42], "patch_size": 14},
         adapter_config={
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -223,12 +177,12 @@ def molmo2() -> Built:
 
 
 # Family to the class that a transformers which has it exports, and its builder.
-_BUILDERS: dict[str, tuple[str, Callable[[], Built]]] = {
+_BUILDERS: Builders = {
     "llava_onevision": ("LlavaOnevisionForConditionalGeneration", llava_onevision),
     "internvl": ("InternVLForConditionalGeneration", internvl),
     "mistral3": ("Mistral3ForConditionalGeneration", mistral3),
     "lfm2_vl": ("Lfm2VlForConditionalGeneration", lfm2_vl),
     "molmo2": ("Molmo2ForConditionalGeneration", molmo2),
 }
-FAMILIES = {name: build for name, (needed, build) in _BUILDERS.items() if hasattr(transformers, needed)}
-LACKING = tuple(name for name in _BUILDERS if name not in FAMILIES)
+LACKING = lacking(_BUILDERS)
+FAMILIES = {name: build for name, (_, build) in _BUILDERS.items() if name not in LACKING}

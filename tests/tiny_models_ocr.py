@@ -5,25 +5,29 @@ Classes are looked up when a model is built, so an older transformers lacks sing
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import transformers
 
 from tests.tiny_models_parts import (
+    CHATML,
     LLAVA_TOWER,
     QWEN_TEMPLATE,
-    QWEN_TOKENS,
+    TOWER,
+    Builders,
+    Built,
     byte_tokenizer,
-    llama_text,
+    chatml,
+    lacking,
+    m_rope,
+    named_tokenizer,
     qwen_ids,
+    qwen_tokenizer,
+    text_of,
     token_ids,
 )
 from tests.tiny_models_recurrent import qwen3_5_text
 
-Built = tuple[Any, Any]
-CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PADDLE_TEMPLATE = (
     "<s>{% for m in messages %}{% if m.role == 'assistant' %}Assistant:\n{% for c in m.content %}"
     "{{ c.text }}{% endfor %}</s>{% else %}User: {% for c in m.content %}{% if c.type == 'image' %}"
@@ -45,21 +49,9 @@ PERCEPTION_TEMPLATE = (
 )
 
 
-def named_tokenizer(special: list[str], names: dict[str, str], **kwargs: Any) -> Any:
-    """A byte-level tokenizer some of whose special tokens have names, as `tokenizer.image_token`."""
-    tokenizer = byte_tokenizer(special, extra_special_tokens=names, **kwargs)
-    tokenizer.add_tokens([token for token in special if token not in tokenizer.get_vocab()], special_tokens=True)
-    return tokenizer
-
-
-def chatml(image: str) -> str:
-    """Qwen's conversation with other tokens where the image stands."""
-    return QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", image)
-
-
 def granite_text(tokenizer: Any) -> dict[str, Any]:
     """A language model whose embeddings, attention, residuals and scores have factors of their own."""
-    text = {name: value for name, value in llama_text(tokenizer).items() if name != "model_type"}
+    text = text_of(tokenizer)
     return text | {
         "num_hidden_layers": 6,
         "embedding_multiplier": 3.0,
@@ -79,21 +71,10 @@ def paddleocr_vl() -> Built:
     processor = transformers.PaddleOCRVLProcessor(
         transformers.PaddleOCRVLImageProcessor(size=size), tokenizer, chat_template=PADDLE_TEMPLATE
     )
-    text = {name: value for name, value in llama_text(tokenizer).items() if name != "model_type"}
+    text = text_of(tokenizer)
     config = transformers.PaddleOCRVLConfig(
-        text_config=text
-        | {
-            "head_dim": 16,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-        },
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 56,
-            "patch_size": 14,
-        },
+        text_config=text | {"head_dim": 16, "rope_parameters": m_rope()},
+        vision_config=TOWER | {"image_size": 56, "patch_size": 14},
         **token_ids(
             tokenizer,
             image_token_id="<|IMAGE_PLACEHOLDER|>",
@@ -135,15 +116,7 @@ def minicpm(name: str, pictures: str, **settings: Any) -> Built:
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     config = getattr(transformers, f"{name}Config")(
         text_config=text | {"model_type": "qwen3_5_text"},
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 56,
-            "patch_size": 14,
-            "insert_layer_id": 0,
-        },
+        vision_config=TOWER | {"image_size": 56, "patch_size": 14, "insert_layer_id": 0},
         insert_layer_id=0,
         **settings,
         **token_ids(tokenizer, image_token_id="<unk_image>", video_token_id="<unk_video>"),
@@ -154,6 +127,16 @@ def minicpm(name: str, pictures: str, **settings: Any) -> Built:
 def minicpmv4_6() -> Built:
     """A MiniCPM-V 4.6: slices that are merged twice."""
     return minicpm("MiniCPMV4_6", "MiniCPMV4_6", image_size=64)
+
+
+def minicpmv4_7() -> Built:
+    """A MiniCPM-V 4.7: the slices of MiniCPM-V 4.6."""
+    return minicpm("MiniCPMV4_7", "MiniCPMV4_6", image_size=64)
+
+
+def minicpm_ocr() -> Built:
+    """A MiniCPM-OCR: slices whose number the size of the letters decides."""
+    return minicpm("MiniCPMOcr", "MiniCPMOcr")
 
 
 def granite4_vision() -> Built:
@@ -217,7 +200,7 @@ def granite_docling() -> Built:
 
 def lfm3_vl() -> Built:
     """An LFM3-VL: short convolutions, layers that look back 24 tokens, and full attention."""
-    tokenizer = byte_tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = qwen_tokenizer()
     size = {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 24}
     processor = transformers.Lfm3VlProcessor(
         transformers.Qwen2VLImageProcessor(size=size, patch_size=16, merge_size=2),
@@ -226,23 +209,15 @@ def lfm3_vl() -> Built:
         chat_template=QWEN_TEMPLATE,
     )
     config = transformers.Lfm3VlConfig(
-        text_config=llama_text(tokenizer)
+        text_config=text_of(tokenizer, "lfm3")
         | {
-            "model_type": "lfm3",
             "num_hidden_layers": 3,
             "head_dim": 16,
             "sliding_window": 24,
             "layer_types": ["conv", "full_attention", "sliding_attention"],
             "conv_L_cache": 4,
         },
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "layer_types": ["conv", "full_attention"],
-        },
+        vision_config=TOWER | {"num_key_value_heads": 1, "layer_types": ["conv", "full_attention"]},
         projector_hidden_size=48,
         tie_word_embeddings=False,
         **qwen_ids(tokenizer),
@@ -263,7 +238,7 @@ def fast_vlm() -> Built:
     )
     tower = {"inference_mode": True, "layers": [1] * 5, "embed_dims": [32] * 5}
     config = transformers.FastVlmConfig(
-        text_config=llama_text(tokenizer) | {"model_type": "qwen2"},
+        text_config=text_of(tokenizer, "qwen2"),
         vision_config={
             "model_type": "timm_wrapper",
             "architecture": "fastvit_mci3",
@@ -291,7 +266,7 @@ def perception_lm() -> Built:
     )
     tower = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": [56, 56], "ref_feat_shape": [4, 4]}
     config = transformers.PerceptionLMConfig(
-        text_config=llama_text(tokenizer),
+        text_config=text_of(tokenizer, "llama"),
         vision_config={
             "model_type": "timm_wrapper",
             "architecture": "vit_pe_lang_large_patch14_448",
@@ -305,28 +280,16 @@ def perception_lm() -> Built:
     return transformers.PerceptionLMForConditionalGeneration(config), processor
 
 
-# Family to the class that a transformers which has it exports, and its builder.
-Builders = dict[str, tuple[str, Callable[[], Built]]]
 _BUILDERS: Builders = {
     "paddleocr_vl": ("PaddleOCRVLForConditionalGeneration", paddleocr_vl),
     "minicpmv4_6": ("MiniCPMV4_6ForConditionalGeneration", minicpmv4_6),
+    "minicpmv4_7": ("MiniCPMV4_7ForConditionalGeneration", minicpmv4_7),
+    "minicpm_ocr": ("MiniCPMOcrForConditionalGeneration", minicpm_ocr),
     "granite4_vision": ("Granite4VisionForConditionalGeneration", granite4_vision),
     "granite_docling": ("GraniteDoclingForConditionalGeneration", granite_docling),
     "lfm3_vl": ("Lfm3VlForConditionalGeneration", lfm3_vl),
     "fast_vlm": ("FastVlmForConditionalGeneration", fast_vlm),
     "perception_lm": ("PerceptionLMForConditionalGeneration", perception_lm),
 }
-_TIMM = ("fast_vlm", "perception_lm")  # their towers come from timm
-
-
-def lacking(builders: Builders) -> dict[str, str]:
-    """Why families cannot be built here, by family."""
-    reason = f"transformers {transformers.__version__} lacks it"
-    found = {name: reason for name, (needed, _) in builders.items() if not hasattr(transformers, needed)}
-    if find_spec("timm") is None:
-        found |= {name: "its vision tower needs timm" for name in _TIMM if name in builders}
-    return found
-
-
 LACKING = lacking(_BUILDERS)
 FAMILIES = {name: build for name, (_, build) in _BUILDERS.items() if name not in LACKING}

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import transformers
 
-from tests.tiny_models_ocr import CHATML, Builders, Built, chatml, lacking, named_tokenizer
 from tests.tiny_models_parts import (
+    CHATML,
     LLAVA_TEMPLATE,
     LLAVA_TOWER,
     QWEN_TEMPLATE,
-    QWEN_TOKENS,
+    TOWER,
+    Builders,
+    Built,
     byte_tokenizer,
-    llama_text,
+    chatml,
+    lacking,
     llava_processor,
+    llava_tokenizer,
+    named_tokenizer,
     qwen_ids,
+    qwen_tokenizer,
     siglip,
+    text_of,
     token_ids,
 )
 
@@ -32,23 +37,12 @@ HUNYUAN_TEMPLATE = (
     "{% if m.role == 'assistant' %}<assistant_end>{% else %}<user_end>{% endif %}{% endfor %}"
 )
 OVIS_TOKENS = ["<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
-NAVIT_TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "patch_size": 14,
-}
-
-
-def text_of(tokenizer: Any, kind: str, **more: Any) -> dict[str, Any]:
-    """A small language model of some kind."""
-    return llama_text(tokenizer) | {"model_type": kind, **more}
+NAVIT_TOWER = TOWER | {"patch_size": 14}
 
 
 def exaone4_5() -> Built:
     """An EXAONE 4.5: a Qwen2.5-VL tower with grouped keys, and two layers of three that look back 24 tokens."""
-    tokenizer = byte_tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = qwen_tokenizer()
     size = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 64}
     processor = transformers.Exaone4_5_Processor(
         transformers.Qwen2VLImageProcessor(size=size, patch_size=14, merge_size=2),
@@ -139,7 +133,7 @@ def ovis2() -> Built:
 
 def llava_next() -> Built:
     """A LLaVA-NeXT: an image and its tiles, unpadded, with a trained vector at the end of every row."""
-    tokenizer = byte_tokenizer(["<image>", "<pad>", "</s>"], eos_token="</s>", pad_token="<pad>")
+    tokenizer = llava_tokenizer()
     tiles = [[42, 84], [84, 42], [84, 84]]
     processor = transformers.LlavaNextProcessor(
         transformers.LlavaNextImageProcessor(
@@ -152,7 +146,7 @@ def llava_next() -> Built:
         chat_template=LLAVA_TEMPLATE,
     )
     config = transformers.LlavaNextConfig(
-        text_config=llama_text(tokenizer),
+        text_config=text_of(tokenizer, "llama"),
         vision_config=LLAVA_TOWER,
         image_grid_pinpoints=tiles,
         **token_ids(tokenizer, image_token_index="<image>"),
@@ -162,9 +156,9 @@ def llava_next() -> Built:
 
 def vipllava() -> Built:
     """A ViP-LLaVA: features of several layers of a CLIP tower side by side."""
-    tokenizer = byte_tokenizer(["<image>", "<pad>", "</s>"], eos_token="</s>", pad_token="<pad>")
+    tokenizer = llava_tokenizer()
     config = transformers.VipLlavaConfig(
-        text_config=llama_text(tokenizer),
+        text_config=text_of(tokenizer, "llama"),
         vision_config=LLAVA_TOWER,
         vision_feature_layer=[-2, 1],
         **token_ids(tokenizer, image_token_index="<image>"),
@@ -174,7 +168,7 @@ def vipllava() -> Built:
 
 def video_llama_3() -> Built:
     """A VideoLLaMA 3: images of any shape, merged by interpolation, Qwen2 with ordinary positions."""
-    tokenizer = byte_tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = qwen_tokenizer()
     size = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 24}
     processor = transformers.VideoLlama3Processor(
         transformers.VideoLlama3ImageProcessor(size=size, merge_size=2),
@@ -227,7 +221,7 @@ def deepseek_vl() -> Built:
         chat_template=LLAVA_TEMPLATE.replace("<image>", "<image_placeholder>"),
     )
     config = transformers.DeepseekVLConfig(
-        text_config=llama_text(tokenizer),
+        text_config=text_of(tokenizer, "llama"),
         vision_config=siglip(42),
         tie_word_embeddings=False,
         **token_ids(tokenizer, image_token_id="<image_placeholder>"),
@@ -243,7 +237,7 @@ def hunyuan_vl() -> Built:
     processor = transformers.HunYuanVLProcessor(
         transformers.HunYuanVLImageProcessor(size=size), tokenizer, chat_template=HUNYUAN_TEMPLATE
     )
-    text = {name: value for name, value in llama_text(tokenizer).items() if name != "model_type"}
+    text = text_of(tokenizer)
     rope = {
         "rope_type": "dynamic",
         "rope_theta": 10000.0,

@@ -6,13 +6,25 @@ from typing import Any
 
 import transformers
 
-from tests import tiny_models_windows as windows
+from tests import tiny_models_gemma as gemma
 from tests.tiny_models_experts import OCR2_TEMPLATE
 from tests.tiny_models_more import mistral3
-from tests.tiny_models_ocr import CHATML, PERCEPTION_TEMPLATE, Builders, Built, chatml, lacking, named_tokenizer
-from tests.tiny_models_parts import LLAVA_TEMPLATE, byte_tokenizer, llama_text, qwen_ids, token_ids
+from tests.tiny_models_ocr import PERCEPTION_TEMPLATE
+from tests.tiny_models_parts import (
+    CHATML,
+    LLAVA_TEMPLATE,
+    TOWER,
+    Builders,
+    Built,
+    byte_tokenizer,
+    chatml,
+    lacking,
+    named_tokenizer,
+    qwen_ids,
+    text_of,
+    token_ids,
+)
 from tests.tiny_models_recurrent import QWEN3_5_TOWER, qwen3_5_processor, qwen3_5_text
-from tests.tiny_models_types import TOWER, rest
 
 MUSE_TOKENS = [
     "<|patch|>",
@@ -40,7 +52,7 @@ def muse_glimmer() -> Built:
     )
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     config = transformers.MuseGlimmerConfig(
-        text_config=rest(tokenizer, num_hidden_layers=3, head_dim=16, sliding_window=24, layer_types=layers),
+        text_config=text_of(tokenizer, num_hidden_layers=3, head_dim=16, sliding_window=24, layer_types=layers),
         vision_config=TOWER | {"pos_emb_height": 8, "pos_emb_width": 8, "max_position_embeddings": 64},
         out_hidden_size=128,
         projector_hidden_size=48,
@@ -51,7 +63,7 @@ def muse_glimmer() -> Built:
 
 def gemma4_unified() -> Built:
     """A Gemma 4 without a tower, whose image tokens see each other in both directions."""
-    _, larger = windows.gemma4_larger()
+    _, larger = gemma.gemma4_larger()
     tokenizer = larger.tokenizer
     pictures = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 3}
     processor = transformers.Gemma4UnifiedProcessor(
@@ -59,12 +71,12 @@ def gemma4_unified() -> Built:
         transformers.Gemma4UnifiedImageProcessor(**pictures),
         tokenizer,
         transformers.Gemma4UnifiedVideoProcessor(**pictures),
-        chat_template=windows.GEMMA_TEMPLATE,
+        chat_template=gemma.GEMMA_TEMPLATE,
         image_seq_length=70,
     )
     layers = ["sliding_attention", "full_attention"] * 2
     config = transformers.Gemma4UnifiedConfig(
-        text_config=rest(
+        text_config=text_of(
             tokenizer, num_hidden_layers=4, head_dim=16, global_head_dim=32, sliding_window=24, layer_types=layers
         ),
         vision_config={
@@ -102,7 +114,7 @@ def minimax_m3_vl() -> Built:
     experts = {"dense_intermediate_size": 48, "shared_intermediate_size": 24, "num_local_experts": 4}
     layers = ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]
     config = transformers.MiniMaxM3VLConfig(
-        text_config=rest(
+        text_config=text_of(
             tokenizer,
             num_hidden_layers=3,
             layer_types=layers,
@@ -125,7 +137,7 @@ def mistral_large4() -> Built:
     latent = {"kv_lora_rank": 32, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
     index = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "head_dim": 8}
     config = transformers.MistralLarge4Config(
-        text_config=rest(
+        text_config=text_of(
             processor.tokenizer,
             num_hidden_layers=3,
             num_key_value_heads=4,
@@ -176,7 +188,7 @@ def unlimited_ocr() -> Built:
     }
     experts = {"n_routed_experts": 4, "n_shared_experts": 1, "mlp_layer_types": ["dense", "sparse", "sparse"]}
     config = transformers.UnlimitedOcrConfig(
-        text_config=rest(tokenizer, num_hidden_layers=3, sliding_window=8, **EXPERTS, **experts),
+        text_config=text_of(tokenizer, num_hidden_layers=3, sliding_window=8, **EXPERTS, **experts),
         vision_config={"sam_config": details, "encoder_config": TOWER},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
@@ -211,7 +223,7 @@ def emu3() -> Built:
         "attn_resolutions": [3],
     }
     config = transformers.Emu3Config(
-        text_config=rest(tokenizer), vq_config=book | {"num_attention_heads": 1}, vocabulary_map=places
+        text_config=text_of(tokenizer), vq_config=book | {"num_attention_heads": 1}, vocabulary_map=places
     )
     return transformers.Emu3ForConditionalGeneration(config), processor
 
@@ -229,7 +241,7 @@ def chameleon() -> Built:
     )
     processor.chat_template = LLAVA_TEMPLATE
     config = transformers.ChameleonConfig(
-        **rest(tokenizer),
+        **text_of(tokenizer),
         vq_config=CODES | {"embed_dim": 8, "num_embeddings": 26, "resolution": 32},
         vocabulary_map={name: tokenizer.convert_tokens_to_ids(name) for name in (*codes, "<image>")},
         eos_token_id=tokenizer.eos_token_id,
@@ -246,7 +258,7 @@ def fuyu() -> Built:
         transformers.FuyuImageProcessor(size={"height": 60, "width": 60}, patch_size=side), tokenizer
     )
     config = transformers.FuyuConfig(
-        text_config=llama_text(tokenizer) | {"model_type": "persimmon"},
+        text_config=text_of(tokenizer, "persimmon"),
         image_size=60,
         patch_size=15,
         **token_ids(tokenizer, image_token_id="|SPEAKER|"),
@@ -264,7 +276,7 @@ def got_ocr2() -> Built:
     )
     tower = {"output_channels": 16, "global_attn_indexes": [1], "mlp_dim": 24, "image_size": 64, "patch_size": 16}
     config = transformers.GotOcr2Config(
-        text_config=llama_text(tokenizer) | {"model_type": "qwen2"},
+        text_config=text_of(tokenizer, "qwen2"),
         vision_config=tower | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1},
         image_seq_length=1,
         **token_ids(tokenizer, image_token_index="<imgpad>"),
@@ -300,7 +312,7 @@ def mllama() -> Built:
     }
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     config = transformers.MllamaConfig(
-        text_config=rest(tokenizer, num_hidden_layers=3, cross_attention_layers=[1], rope_parameters=rope),
+        text_config=text_of(tokenizer, num_hidden_layers=3, cross_attention_layers=[1], rope_parameters=rope),
         vision_config=tower,
         **token_ids(tokenizer, image_token_index="<|image|>"),
     )

@@ -9,25 +9,22 @@ import transformers
 from tests.tiny_models_parts import (
     LLAVA_TOWER,
     QWEN_TEMPLATE,
-    QWEN_TOKENS,
-    byte_tokenizer,
-    llama_text,
+    QWEN_TOWER,
+    TEXT,
+    Built,
     llava_processor,
+    llava_tokenizer,
     qwen_ids,
+    qwen_tokenizer,
+    text_of,
 )
-
-Built = tuple[Any, Any]
 
 
 def qwen3_5_text(tokenizer: Any) -> dict[str, Any]:
     """A language model with layers of Gated DeltaNet and of full attention in turn."""
-    return {
+    return TEXT | {
         "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 96,
         "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "head_dim": 16,
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
@@ -48,7 +45,7 @@ def qwen3_5_text(tokenizer: Any) -> dict[str, Any]:
 
 def qwen3_5_processor() -> Any:
     """The processor of Qwen3.5: that of Qwen3-VL."""
-    tokenizer = byte_tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = qwen_tokenizer()
     size = {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 48}
     return transformers.Qwen3VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(size=size, patch_size=16, merge_size=2),
@@ -58,15 +55,7 @@ def qwen3_5_processor() -> Any:
     )
 
 
-QWEN3_5_TOWER = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "out_hidden_size": 64,
-    "patch_size": 16,
-    "num_position_embeddings": 64,
-}
+QWEN3_5_TOWER = QWEN_TOWER | {"patch_size": 16, "num_position_embeddings": 64}
 
 
 def qwen3_5() -> Built:
@@ -80,10 +69,9 @@ def qwen3_5() -> Built:
 
 def mamba2() -> Built:
     """A LLaVA whose language model is a Granite 4 hybrid: layers of Mamba-2 and of full attention in turn."""
-    tokenizer = byte_tokenizer(["<image>", "<pad>", "</s>"], eos_token="</s>", pad_token="<pad>")
+    tokenizer = llava_tokenizer()
     processor = llava_processor(tokenizer)
-    text = llama_text(tokenizer) | {
-        "model_type": "granitemoehybrid",
+    text = text_of(tokenizer, "granitemoehybrid") | {
         "num_hidden_layers": 4,
         "shared_intermediate_size": 96,
         "num_local_experts": 0,

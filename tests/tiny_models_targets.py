@@ -7,16 +7,15 @@ from typing import Any
 import transformers
 
 from tests import tiny_models_more
-from tests.tiny_models_parts import llama_text
+from tests.tiny_models_parts import TOWER, text_of
 
 
 def mistral4() -> tuple[Any, Any]:
     """A Mistral 3 around Mistral 4: latent attention, whose values are narrower than its keys, and experts."""
     _, processor = tiny_models_more.mistral3()
     before = transformers.Mistral3Config(
-        text_config=llama_text(processor.tokenizer)
+        text_config=text_of(processor.tokenizer, "mistral4")
         | {
-            "model_type": "mistral4",
             "num_key_value_heads": 4,
             "q_lora_rank": 24,
             "kv_lora_rank": 16,
@@ -30,16 +29,7 @@ def mistral4() -> tuple[Any, Any]:
             "n_group": 1,
             "topk_group": 1,
         },
-        vision_config={
-            "model_type": "pixtral",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "head_dim": 16,
-            "image_size": 112,
-            "patch_size": 14,
-        },
+        vision_config=TOWER | {"model_type": "pixtral", "head_dim": 16, "image_size": 112, "patch_size": 14},
         image_token_index=processor.tokenizer.convert_tokens_to_ids("[IMG]"),
         tie_word_embeddings=False,
     )

@@ -7,30 +7,38 @@ from typing import Any
 import transformers
 
 from tests import tiny_models_windows as windows
-from tests.tiny_models_ocr import CHATML, Builders, Built, chatml, lacking, minicpm, named_tokenizer
-from tests.tiny_models_ocr2 import llava_next, text_of
+from tests.tiny_models_ocr2 import llava_next
 from tests.tiny_models_parts import (
+    CHATML,
     LLAVA_TEMPLATE,
     LLAVA_TOWER,
     QWEN_TEMPLATE,
     QWEN_TOKENS,
+    QWEN_TOWER,
+    TOWER,
+    Builders,
+    Built,
     byte_tokenizer,
-    llama_text,
+    chatml,
+    lacking,
+    llava_tokenizer,
+    m_rope,
+    named_tokenizer,
     qwen_ids,
+    qwen_tokenizer,
     siglip,
+    text_of,
     token_ids,
 )
 from tests.tiny_models_recurrent import qwen3_5_processor
 
 QWEN_SIZE = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 64}
-QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
 DEEP_TOWER = QWEN_TOWER | {
     "depth": 3,
     "patch_size": 16,
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [0, 1],
 }
-TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 PLACEHOLDER = LLAVA_TEMPLATE.replace("<image>", "<image_placeholder>")
 OMNI_NAMES = {
     "image_token": "<|image_pad|>",
@@ -49,16 +57,6 @@ AUDIO_TOWER = {
     "output_dim": 64,
     "num_mel_bins": 128,
 }
-
-
-def rest(tokenizer: Any, **more: Any) -> dict[str, Any]:
-    """A small language model of the kind that its family has."""
-    return {name: value for name, value in llama_text(tokenizer).items() if name != "model_type"} | more
-
-
-def m_rope(**more: Any) -> dict[str, Any]:
-    """Rotary positions on three axes."""
-    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], **more}
 
 
 def nemotron_h_omni() -> Built:
@@ -114,7 +112,7 @@ def nemotron_h_omni() -> Built:
 def llava_next_video() -> Built:
     """A LLaVA-NeXT-Video, asked about images."""
     tiles = [[42, 84], [84, 42], [84, 84]]
-    tokenizer = byte_tokenizer(["<image>", "<video>", "<pad>", "</s>"], eos_token="</s>", pad_token="<pad>")
+    tokenizer = llava_tokenizer("<video>")
     _, image = llava_next()
     processor = transformers.LlavaNextVideoProcessor(
         transformers.LlavaNextVideoVideoProcessor(size={"shortest_edge": 42}),
@@ -126,7 +124,7 @@ def llava_next_video() -> Built:
         chat_template=LLAVA_TEMPLATE,
     )
     config = transformers.LlavaNextVideoConfig(
-        text_config=llama_text(tokenizer),
+        text_config=text_of(tokenizer, "llama"),
         vision_config=LLAVA_TOWER,
         image_grid_pinpoints=tiles,
         **token_ids(tokenizer, image_token_index="<image>", video_token_index="<video>"),
@@ -136,7 +134,7 @@ def llava_next_video() -> Built:
 
 def video_llava() -> Built:
     """A Video-LLaVA, asked about images."""
-    tokenizer = byte_tokenizer(["<image>", "<video>", "<pad>", "</s>"], eos_token="</s>", pad_token="<pad>")
+    tokenizer = llava_tokenizer("<video>")
     size: dict[str, Any] = {"size": {"shortest_edge": 42}, "crop_size": {"height": 42, "width": 42}}
     processor = transformers.VideoLlavaProcessor(
         transformers.VideoLlavaImageProcessor(**size),
@@ -148,7 +146,7 @@ def video_llava() -> Built:
         chat_template=LLAVA_TEMPLATE,
     )
     config = transformers.VideoLlavaConfig(
-        text_config=llama_text(tokenizer),
+        text_config=text_of(tokenizer, "llama"),
         vision_config=LLAVA_TOWER,
         **token_ids(tokenizer, image_token_index="<image>", video_token_index="<video>"),
     )
@@ -178,7 +176,7 @@ def janus() -> Built:
         "image_token_embed_dim": 64,
     }
     config = transformers.JanusConfig(
-        text_config=llama_text(tokenizer),
+        text_config=text_of(tokenizer, "llama"),
         vision_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **tower},
         vq_config=codes,
         tie_word_embeddings=False,
@@ -211,7 +209,7 @@ def deepseek_vl_hybrid() -> Built:
         "patch_size": 16,
     }
     config = transformers.DeepseekVLHybridConfig(
-        text_config=llama_text(tokenizer),
+        text_config=text_of(tokenizer, "llama"),
         vision_config=siglip(64) | {"patch_size": 16},
         high_res_vision_config=details,
         tie_word_embeddings=False,
@@ -272,7 +270,7 @@ def qwen2_5_omni_thinker() -> Built:
         chat_template=QWEN_TEMPLATE,
     )
     config = transformers.Qwen2_5OmniThinkerConfig(
-        text_config=rest(tokenizer, rope_parameters=m_rope(), tie_word_embeddings=False),
+        text_config=text_of(tokenizer, rope_parameters=m_rope(), tie_word_embeddings=False),
         audio_config=AUDIO_TOWER,
         vision_config=QWEN_TOWER | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
         **_omni_ids(tokenizer, "index"),
@@ -292,7 +290,7 @@ def qwen3_omni_moe_thinker() -> Built:
         chat_template=QWEN_TEMPLATE,
     )
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    text = rest(tokenizer, head_dim=16, rope_parameters=m_rope(mrope_interleaved=True), tie_word_embeddings=False)
+    text = text_of(tokenizer, head_dim=16, rope_parameters=m_rope(mrope_interleaved=True), tie_word_embeddings=False)
     config = transformers.Qwen3OmniMoeThinkerConfig(
         text_config=text | experts | {"num_hidden_layers": 3},
         audio_config=AUDIO_TOWER | {"downsample_hidden_size": 16},
@@ -304,7 +302,7 @@ def qwen3_omni_moe_thinker() -> Built:
 
 def cosmos3_edge() -> Built:
     """A Cosmos 3 Edge: M-RoPE, and a processor that gives token types on demand only."""
-    tokenizer = byte_tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = qwen_tokenizer()
     size = {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 48}
     processor = transformers.Cosmos3EdgeProcessor(
         transformers.Cosmos3EdgeImageProcessor(size=size),
@@ -313,7 +311,7 @@ def cosmos3_edge() -> Built:
         chat_template=QWEN_TEMPLATE,
     )
     config = transformers.Cosmos3EdgeConfig(
-        text_config=rest(tokenizer, head_dim=16, rope_parameters=m_rope()),
+        text_config=text_of(tokenizer, head_dim=16, rope_parameters=m_rope()),
         vision_config=TOWER | {"patch_size": 16, "num_patches": 16},
         projector_hidden_size=48,
         **qwen_ids(tokenizer),
@@ -325,9 +323,9 @@ def cosmos3_omni() -> Built:
     """A Cosmos 3 Omni: a Qwen3-VL for what it says."""
     processor = qwen3_5_processor()
     tokenizer = processor.tokenizer
-    rope = m_rope(mrope_interleaved=True)
+    text = text_of(tokenizer, head_dim=16, num_hidden_layers=3, tie_word_embeddings=False)
     config = transformers.Cosmos3OmniConfig(
-        text_config=rest(tokenizer, head_dim=16, num_hidden_layers=3, rope_parameters=rope, tie_word_embeddings=False),
+        text_config=text | {"rope_parameters": m_rope(mrope_interleaved=True)},
         vision_config=DEEP_TOWER,
         **qwen_ids(tokenizer),
     )
@@ -336,7 +334,7 @@ def cosmos3_omni() -> Built:
 
 def hyperclovax_vision_v2() -> Built:
     """A HyperCLOVA X Vision 2: a Qwen2.5-VL tower and ordinary positions."""
-    tokenizer = byte_tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = qwen_tokenizer()
     processor = transformers.HyperCLOVAXVisionV2Processor(
         transformers.Qwen2VLImageProcessor(size=QWEN_SIZE, patch_size=14, merge_size=2),
         tokenizer,
@@ -372,21 +370,11 @@ def step3p7() -> Built:
     }
     layers = {"sliding_window": 24, "layer_types": ["full_attention", "sliding_attention"]}
     config = transformers.Step3p7Config(
-        text_config=rest(tokenizer, head_dim=16, **experts, **layers),
+        text_config=text_of(tokenizer, head_dim=16, **experts, **layers),
         vision_config=TOWER | {"image_size": 112, "patch_size": 14, "mlp_ratio": 1.5, "max_position_embeddings": 64},
         **token_ids(tokenizer, image_token_id="<im_patch>"),
     )
     return transformers.Step3p7ForConditionalGeneration(config), processor
-
-
-def minicpmv4_7() -> Built:
-    """A MiniCPM-V 4.7: the slices of MiniCPM-V 4.6."""
-    return minicpm("MiniCPMV4_7", "MiniCPMV4_6", image_size=64)
-
-
-def minicpm_ocr() -> Built:
-    """A MiniCPM-OCR: slices whose number the size of the letters decides."""
-    return minicpm("MiniCPMOcr", "MiniCPMOcr")
 
 
 # Family to the class that a transformers which has it exports, and its builder.
@@ -405,10 +393,6 @@ _BUILDERS: Builders = {
     "cosmos3_omni": ("Cosmos3OmniForConditionalGeneration", cosmos3_omni),
     "hyperclovax_vision_v2": ("HyperCLOVAXVisionV2ForConditionalGeneration", hyperclovax_vision_v2),
     "step3p7": ("Step3p7ForConditionalGeneration", step3p7),
-    "minicpmv4_7": ("MiniCPMV4_7ForConditionalGeneration", minicpmv4_7),
-    "minicpm_ocr": ("MiniCPMOcrForConditionalGeneration", minicpm_ocr),
 }
-# Tested in full with the slow tests only: see `conftest.pytest_collection_modifyitems`.
-SIMILAR = set(_BUILDERS) - {"nemotron_h_omni", "qwen3_omni_moe_thinker"}
 LACKING = lacking(_BUILDERS)
 FAMILIES = {name: build for name, (_, build) in _BUILDERS.items() if name not in LACKING}

@@ -6,16 +6,23 @@ transformers lacks single families, not this module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import transformers
 
 from tests.tiny_models_gemma import gemma3n, gemma4, gemma4_larger
-from tests.tiny_models_parts import byte_tokenizer, llama_text, siglip, token_ids
+from tests.tiny_models_parts import (
+    QWEN_TOWER,
+    Builders,
+    Built,
+    byte_tokenizer,
+    lacking,
+    m_rope,
+    siglip,
+    text_of,
+    token_ids,
+)
 
-Built = tuple[Any, Any]
 GLM_TOKENS = [
     "<|endoftext|>",
     "<|user|>",
@@ -77,9 +84,8 @@ LLAMA4_TEMPLATE = (
 
 
 def _glm_text(tokenizer: Any, kind: str) -> dict[str, Any]:
-    text = llama_text(tokenizer) | {"model_type": kind, "head_dim": 16, "max_position_embeddings": 4096}
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}
-    return text | {"rope_parameters": rope}
+    rope = m_rope(partial_rotary_factor=1.0)
+    return text_of(tokenizer, kind, head_dim=16, max_position_embeddings=4096, rope_parameters=rope)
 
 
 def glm(config: Any, model: Any, processor: str, text: str, images: str = "Glm46VImageProcessor", **more: Any) -> Built:
@@ -94,16 +100,7 @@ def glm(config: Any, model: Any, processor: str, text: str, images: str = "Glm46
     )
     settings = config(
         text_config=_glm_text(tokenizer, text) | more,
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "image_size": 56,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-        },
+        vision_config=QWEN_TOWER | {"image_size": 56, "patch_size": 14, "spatial_merge_size": 2},
         **token_ids(
             tokenizer,
             image_token_id="<|image|>",
@@ -136,14 +133,8 @@ def glm_ocr() -> Built:
 
 
 def _cohere_text(tokenizer: Any) -> dict[str, Any]:
-    return llama_text(tokenizer) | {
-        "model_type": "cohere2",
-        "num_hidden_layers": 3,
-        "head_dim": 16,
-        "sliding_window": 20,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "logit_scale": 0.5,
-    }
+    layers = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    return text_of(tokenizer, "cohere2", head_dim=16, sliding_window=20, logit_scale=0.5, **layers)
 
 
 def _cohere_tokenizer(names: dict[str, str]) -> Any:
@@ -210,8 +201,7 @@ def llama4() -> Built:
         pixel_shuffle_ratio=0.5,
         chat_template=LLAMA4_TEMPLATE,
     )
-    text = llama_text(tokenizer) | {
-        "model_type": "llama4_text",
+    text = text_of(tokenizer, "llama4_text") | {
         "head_dim": 16,
         "num_hidden_layers": 4,
         "intermediate_size": 48,
@@ -244,7 +234,7 @@ def llama4() -> Built:
     return transformers.Llama4ForConditionalGeneration(config), processor
 
 
-_BUILDERS: dict[str, tuple[str, Callable[[], Built]]] = {
+_BUILDERS: Builders = {
     "glm4v": ("Glm4vForConditionalGeneration", glm4v),
     "glm46v": ("Glm46VForConditionalGeneration", glm46v),
     "glm_ocr": ("GlmOcrForConditionalGeneration", glm_ocr),
@@ -255,13 +245,5 @@ _BUILDERS: dict[str, tuple[str, Callable[[], Built]]] = {
     "gemma3n": ("Gemma3nForConditionalGeneration", gemma3n),
 }
 VARIANTS = {"gemma4_larger": gemma4_larger}
-_TIMM = ("gemma3n",)  # their towers come from timm
-FAMILIES: dict[str, Callable[[], Built]] = {}
-LACKING: dict[str, str] = {}
-for _name, (_needed, _build) in _BUILDERS.items():
-    if not hasattr(transformers, _needed):
-        LACKING[_name] = f"transformers {transformers.__version__} lacks it"
-    elif _name in _TIMM and find_spec("timm") is None:
-        LACKING[_name] = "its vision tower needs timm"
-    else:
-        FAMILIES[_name] = _build
+LACKING = lacking(_BUILDERS)
+FAMILIES = {name: build for name, (_, build) in _BUILDERS.items() if name not in LACKING}

@@ -28,7 +28,7 @@ from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.forecast.hardware import find_device
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import Base, choose_attention, ready
-from vlm_sft.model.positions import Positions
+from vlm_sft.model.packed_forward import Positions
 from vlm_sft.model.step_gradients import StepGradients
 
 REPEATS = 3  # timed passes after the first

@@ -13,8 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import shapes
 from gpu_steps.context import Context, median_seconds, one_pass, patches, relative, timed_passes
-from vlm_sft.data.cache.feature_names import feature_record
-from vlm_sft.data.cache.pixel_codec import CODES, PixelFormat, compress
+from vlm_sft.data.cache.image_tensors import CODES, PixelFormat, compress, feature_record
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.dropout import KeyedDropout

@@ -26,7 +26,7 @@ from vlm_sft.model.adapters import add_lora, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.load import set_attention
-from vlm_sft.model.positions import Positions
+from vlm_sft.model.packed_forward import Positions
 from vlm_sft.model.sharded import divide_model
 from vlm_sft.model.trainable import save_tuned
 from vlm_sft.planning.training_run import FaultPolicy

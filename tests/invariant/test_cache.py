@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.processes import Warm
 from tests.questions import PROMPT, questions
 from tests.tiny_models import build, save
 from vlm_sft.data.cache.encoded import DataCache
@@ -161,15 +160,15 @@ def test_an_unreadable_image_is_left_out(tmp_path: Path) -> None:
         assert "gone.png" in data.left_out[1].detail
 
 
-def test_two_processes_may_fill_one_cache(tmp_path: Path) -> None:
-    code = (
+def test_two_processes_may_fill_one_cache(warm: Warm, tmp_path: Path) -> None:
+    script, folder = tmp_path / "fill.py", tmp_path / "cache"
+    script.write_text(
         "import sys\nfrom pathlib import Path\nfrom tests.invariant.test_cache import prepare, samples\n"
         "data, _ = prepare(Path(sys.argv[1]), samples())\nassert len(data) == 4"
     )
-    root = Path(__file__).parents[2]
-    started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root) for _ in range(2)]
-    assert [process.wait(timeout=240) for process in started] == [0, 0]
-    data, cache = prepare(tmp_path, samples())
+    started = [warm.start([str(folder)], tmp_path / name, script=script) for name in ("one", "other")]
+    assert [process.wait(240) for process in started] == [0, 0], (tmp_path / "one").read_text()
+    data, cache = prepare(folder, samples())
     assert work(cache) == (0, 0) and "pixel_values" in data[3].tensors
 
 

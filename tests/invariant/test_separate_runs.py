@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests import tiny_models
 from vlm_sft.cli.main import main
-from vlm_sft.data.cache.feature_names import AUTO
+from vlm_sft.data.engine_options import AUTO
 from vlm_sft.model.feature_choice import FeatureCost
 from vlm_sft.model.padded_rows import PaddedRows, padded_rows
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
-from vlm_sft.model.cpu.gated_mlp import gated_parameters
+from vlm_sft.model.cpu.fuse import gated_parameters
 from vlm_sft.model.forward_patch import PLAIN
 from vlm_sft.model.gpu.aligned_mlp import _gated, align_gated, widened
 

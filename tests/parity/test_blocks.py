@@ -17,7 +17,7 @@ from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.model import packed_forward
 from vlm_sft.model.adapters import add_lora, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
-from vlm_sft.model.cpu import cross_entropy, gated_mlp, matmul
+from vlm_sft.model.cpu import cross_entropy, fuse, matmul
 from vlm_sft.model.families import PackMode
 from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.load import set_attention
@@ -194,7 +194,7 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(values)) * self.up_proj(values))
 
 
-@pytest.mark.parametrize("tokens", [3, gated_mlp._BLOCK, 2 * gated_mlp._BLOCK + 100])
+@pytest.mark.parametrize("tokens", [3, fuse._BLOCK, 2 * fuse._BLOCK + 100])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", LIMIT)
 def test_blocks_of_a_gated_mlp_have_the_values_and_gradients_of_the_module(
@@ -205,8 +205,8 @@ def test_blocks_of_a_gated_mlp_have_the_values_and_gradients_of_the_module(
     values = torch.randn(1, tokens, 12, dtype=dtype, requires_grad=True)
     expected = module(values)
     (slope,) = torch.autograd.grad(expected.cos().sum(), values)
-    assert gated_mlp.fuse_gated(module) == 1
-    assert gated_mlp.fuse_gated(module) == 0  # once is enough
+    assert fuse.fuse_gated(module) == 1
+    assert fuse.fuse_gated(module) == 0  # once is enough
     found = module(values)
     limit = LIMIT[dtype]
     torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
@@ -217,9 +217,9 @@ def test_blocks_of_a_gated_mlp_have_the_values_and_gradients_of_the_module(
 
 
 def test_other_activations_and_trained_projections_are_left_to_the_module() -> None:
-    assert gated_mlp.fuse_gated(GatedMLP(False, nn.GELU())) == 0
+    assert fuse.fuse_gated(GatedMLP(False, nn.GELU())) == 0
     module = GatedMLP(False, nn.SiLU())
-    assert gated_mlp.fuse_gated(module) == 1
+    assert fuse.fuse_gated(module) == 1
     module.up_proj.weight.requires_grad_(True)
     module(torch.randn(2, 12)).sum().backward()
     assert module.up_proj.weight.grad is not None and module.up_proj.weight.grad.norm() > 0
@@ -228,15 +228,15 @@ def test_other_activations_and_trained_projections_are_left_to_the_module() -> N
 def test_the_gated_mlps_of_language_model_and_tower_are_found() -> None:
     model, _ = build("qwen2_5_vl")
     expected = len(model.get_decoder().layers) + len(model.model.visual.blocks)
-    assert gated_mlp.fuse_gated(model) == expected
-    assert gated_mlp.fuse_gated(build("gemma3")[0]) == 0  # GELU
+    assert fuse.fuse_gated(model) == expected
+    assert fuse.fuse_gated(build("gemma3")[0]) == 0  # GELU
 
 
 def test_an_adapter_on_the_projections_is_trained_after_fusing() -> None:
     base, processor = build("qwen2_5_vl")
     set_attention(base, SHARED_SDPA)
     towers = len(base.model.visual.blocks)
-    assert gated_mlp.fuse_gated(base) == towers + len(base.get_decoder().layers)
+    assert fuse.fuse_gated(base) == towers + len(base.get_decoder().layers)
     targets = resolve_targets(base, ["model.language_model.layers.0.mlp.gate_proj", "self_attn.q_proj"])
     model = add_lora(base, targets, r=4, alpha=8, dropout=0.0, seed=0, base_name="tiny")
     encoder = Encoder(processor, PromptSettings())

@@ -21,7 +21,7 @@ from tests.questions import PROMPT, picture, questions, tiny
 from tests.tiny_models import FAMILIES, TAKES_FEATURES
 from vlm_sft.common.errors import RunError
 from vlm_sft.data.cache.encoded import DataCache
-from vlm_sft.data.cache.feature_names import PREFIX, is_pixels
+from vlm_sft.data.cache.image_tensors import FEATURE_PREFIX, is_pixels
 from vlm_sft.data.cache.team import Team
 from vlm_sft.data.collate import PackedBatch, collate
 from vlm_sft.data.dataset import PreparedData
@@ -121,7 +121,7 @@ def test_features_are_what_the_tower_computes(family: str, threads: int, tmp_pat
     batches = packs(model, data)
     kept = [logits(model, batch, data) for batch in batches]
     assert use.calls == 0
-    assert all(any(name.startswith(PREFIX) for name in image) for batch in batches for image in batch.tensors)
+    assert all(any(name.startswith(FEATURE_PREFIX) for name in image) for batch in batches for image in batch.tensors)
     assert not any(name.startswith("pixel_") for batch in batches for image in batch.tensors for name in image)
     # Where the tower was called with the same images, the values are the same bits, on one thread. In another batch
     # some processors' matrix products round differently (with few rows), and so do several threads.
@@ -147,8 +147,8 @@ def test_the_online_tower_is_counted(tmp_path: Path) -> None:
 def test_deepstack_features_are_kept(tmp_path: Path) -> None:
     model, data, cache = prepared("qwen3_vl", tmp_path)
     keep(model, data, cache)
-    names = {name for name in data[0].tensors if name.startswith(PREFIX)}
-    assert f"{PREFIX}pooled.0" in names and any("deepstack" in name for name in names)
+    names = {name for name in data[0].tensors if name.startswith(FEATURE_PREFIX)}
+    assert f"{FEATURE_PREFIX}pooled.0" in names and any("deepstack" in name for name in names)
 
 
 def test_many_pictures_of_a_question_keep_their_order(tmp_path: Path) -> None:

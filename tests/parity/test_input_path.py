@@ -19,7 +19,7 @@ from tests import tiny_models
 from tests.questions import PROMPT, questions, tiny
 from vlm_sft.common.errors import RecipeError
 from vlm_sft.data.cache.encoded import DataCache
-from vlm_sft.data.cache.feature_names import PREFIX
+from vlm_sft.data.cache.image_tensors import FEATURE_PREFIX
 from vlm_sft.data.collate import PackedBatch, collate, split_pack
 from vlm_sft.data.dataset import PreparedData
 from vlm_sft.data.encode import Encoder
@@ -32,7 +32,7 @@ from vlm_sft.model.cpu import matmul
 from vlm_sft.model.families import FAMILIES, PackMode
 from vlm_sft.model.feature_precompute import use_features
 from vlm_sft.model.last_layer import trim_last_layer
-from vlm_sft.model.positions import Positions
+from vlm_sft.model.packed_forward import Positions
 from vlm_sft.model.step_gradients import StepGradients
 from vlm_sft.model.vision_features import encode_images, inner_model
 from vlm_sft.planning.options import TrainOptions
@@ -163,7 +163,7 @@ def test_features_are_kept_of_coded_pixels(tmp_path: Path, family: str) -> None:
         assert decision.used and decision.computed == len(SIZES), decision
         kept.append([data[index].tensors for index in range(len(SIZES))])
     for exact, ours in zip(*kept, strict=True):
-        assert exact.keys() == ours.keys() and any(name.startswith(PREFIX) for name in ours)
+        assert exact.keys() == ours.keys() and any(name.startswith(FEATURE_PREFIX) for name in ours)
         assert all(torch.equal(exact[name], ours[name]) for name in exact)
 
 
@@ -219,7 +219,7 @@ def test_a_pack_is_computed_without_waiting(
         features = encode_images(model, batch.tensors)
         sizes = [image["image_grid_thw"] for image in batch.tensors]
         batch.tensors = [
-            {PREFIX + name: value for name, value in image.items()} | {"image_grid_thw": size}
+            {FEATURE_PREFIX + name: value for name, value in image.items()} | {"image_grid_thw": size}
             for image, size in zip(features, sizes, strict=True)
         ]
     gradients = StepGradients(model, PackMode(), 0, 1.0, lambda: torch.autocast("cpu", enabled=False))

@@ -19,7 +19,7 @@ from vlm_sft.data.packing import Bundle, EpochPlanner
 from vlm_sft.model import packed_forward
 from vlm_sft.model.adapters import add_lora, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
-from vlm_sft.model.cpu import cross_entropy, gated_mlp
+from vlm_sft.model.cpu import cross_entropy, fuse
 from vlm_sft.model.cpu.lora_linear import _covered_adapter
 from vlm_sft.model.cpu.matmul import multiply, narrows, stream_dtype
 from vlm_sft.model.cpu.narrow import narrow_products
@@ -91,7 +91,7 @@ def test_faster_forms_cover_it() -> None:
     rows = torch.randn(1, 5, model.config.get_text_config().hidden_size)
     layer: Any = model.get_decoder().layers[0]
     assert _covered_adapter(layer.self_attn.q_proj, rows) is not None
-    assert gated_mlp._forward(layer.mlp, rows) is not None
+    assert fuse._gated_forward(layer.mlp, rows) is not None
     assert cross_entropy.is_covered(wrapped.get_output_embeddings())
 
 

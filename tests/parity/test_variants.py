@@ -12,7 +12,7 @@ from tests import tiny_models, tiny_models_odd
 from tests.faults.test_messages import rows, train, write
 from tests.parity.test_generation_modes import transformers_answer
 from tests.questions import PROMPT, adapted, pack, questions, tiny
-from tests.tiny_models_parts import llama_text
+from tests.tiny_models_parts import text_of
 from vlm_sft.common import artifacts
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
@@ -66,7 +66,7 @@ TEXTS: dict[str, dict[str, Any]] = {
 def test_a_language_model_that_takes_no_sdpa_shares_by_its_own_attention(kind: str, tmp_path: Path) -> None:
     """Capped scores (Gemma 2) and sinks (GPT-OSS) are nothing that SDPA computes."""
     layers = {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
-    text = llama_text(tiny_models.build("internvl")[1].tokenizer)
+    text = text_of(tiny_models.build("internvl")[1].tokenizer)
     model, encoder = changed("internvl", text | layers | TEXTS[kind] | {"model_type": kind})
     for name, weight in model.named_parameters():
         if name.endswith("sinks"):

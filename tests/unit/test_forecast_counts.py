@@ -33,7 +33,7 @@ from vlm_sft.forecast.shapes import find_published, model_shape, published_model
 from vlm_sft.model import packed_forward
 from vlm_sft.model.adapters import add_lora, parameter_counts, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
-from vlm_sft.model.cpu.gated_mlp import fuse_gated
+from vlm_sft.model.cpu.fuse import fuse_gated
 from vlm_sft.model.cpu.narrow import narrow_products
 from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.load import set_attention

@@ -16,7 +16,7 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
 from vlm_sft.model import families, packed_forward, sharing_check
 from vlm_sft.model.attention import SHARED_SDPA
-from vlm_sft.model.cpu import fuse, gated_mlp
+from vlm_sft.model.cpu import fuse
 from vlm_sft.model.forward_patch import is_exchanged
 from vlm_sft.model.gpu import liger
 from vlm_sft.model.load import ready
@@ -189,7 +189,7 @@ def test_modules_of_one_class_with_other_settings_are_compared_each(monkeypatch:
     assert count == 2 and "other values" in str(problem)
     assert [is_exchanged(module) for module in model] == [True, False, True]
     model = nn.ModuleList([MLP(), MLP(10.0), MLP()])
-    assert gated_mlp.fuse_gated(model) == 2
+    assert fuse.fuse_gated(model) == 2
 
 
 @pytest.mark.parametrize("odd_head", [False, True])

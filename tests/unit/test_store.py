@@ -19,9 +19,9 @@ from vlm_sft.common.errors import RunError
 from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.data.cache import store as store_module
 from vlm_sft.data.cache.directory import ENTRY, clear_entries, entry_weights, list_entries, open_entry, settings_key
-from vlm_sft.data.cache.feature_names import parse_feature_cache
-from vlm_sft.data.cache.pixel_codec import CODES, PixelFormat, compress, restore
+from vlm_sft.data.cache.image_tensors import CODES, PixelFormat, compress, restore
 from vlm_sft.data.cache.store import CacheFullError, Record, Store
+from vlm_sft.data.engine_options import parse_feature_cache
 
 RECORDS: dict[str, Record] = {
     "a": {"x": torch.arange(6, dtype=torch.int32).view(2, 3), "y": torch.randn(4).to(torch.bfloat16)},

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vlm_sft.data.cache.pixel_codec import stays_on_cpu, unpack_pixels
+from vlm_sft.data.cache.image_tensors import stays_on_cpu, unpack_pixels
 from vlm_sft.data.encode import EncodedGroup
 from vlm_sft.data.epoch_order import conversations
 from vlm_sft.data.packing import Bundle

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vlm_sft.common.errors import RunError, quoted
 from vlm_sft.common.options import option
-from vlm_sft.data.cache.feature_names import AUTO, parse_feature_cache
 
 # How questions that cannot share an image run together, each with its own copy of the image's tokens: as one batch
 # padded to the longest, as batches of equal length, or one question a forward pass.
 Rows = Literal["padded", "equal", "single"]
+AUTO, OFF = "auto", "off"  # of the cache of vision features
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_feature_cache(text: str) -> int | str:
+    """Read `--feature_cache`.
+
+    Args:
+        text: "auto", "off", or a size such as "20GB" (powers of ten) or "500000000".
+
+    Returns:
+        "auto", "off" or a budget in bytes.
+
+    Raises:
+        RunError: it is none of them.
+    """
+    if text in (AUTO, OFF):
+        return text
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size <= 0:
+        raise RunError(f"--feature_cache {quoted(text)} is not a size", "pass auto, off, or a size such as 20GB")
+    return size
 
 
 @dataclass(frozen=True)

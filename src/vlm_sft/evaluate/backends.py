@@ -14,7 +14,7 @@ import torch
 from vlm_sft.common.artifacts import ADAPTER_CONFIG, read_json
 from vlm_sft.common.console import warn
 from vlm_sft.common.errors import ModelError
-from vlm_sft.data.cache.feature_names import features_of
+from vlm_sft.data.cache.image_tensors import features_of
 from vlm_sft.data.collate import PackedBatch, collate
 from vlm_sft.data.encode import EncodedGroup, Encoder, ImageSource
 from vlm_sft.data.images import decode_rgb

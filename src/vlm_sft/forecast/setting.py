@@ -74,7 +74,7 @@ class Setting:
 
     @property
     def blockwise(self) -> bool:
-        """Whether frozen gated MLPs are computed in blocks (`model/cpu/gated_mlp.py`): on a CPU, if they are whole."""
+        """Whether frozen gated MLPs are computed in blocks (`model/cpu/fuse.py`): on a CPU, if they are whole."""
         return not self.rates.gpu and not self.adapter.everything and self.ranks.shared_weights == 1
 
     @property

@@ -17,10 +17,9 @@ from typing import Any
 from vlm_sft.common.console import detail
 from vlm_sft.data.cache.directory import default_cache_dir
 from vlm_sft.data.cache.encoded import DataCache
-from vlm_sft.data.cache.feature_names import AUTO, OFF
 from vlm_sft.data.cache.team import ALONE, Team
 from vlm_sft.data.encode import Encoder
-from vlm_sft.data.engine_options import CacheOptions, EngineOptions
+from vlm_sft.data.engine_options import AUTO, OFF, CacheOptions, EngineOptions
 from vlm_sft.data.sample import Sample
 from vlm_sft.distributed.collectives import agree, barrier, gather
 from vlm_sft.distributed.launch import Launch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlm_sft.common.formats import size
-from vlm_sft.data.cache.feature_names import AUTO
+from vlm_sft.data.engine_options import AUTO
 
 DISK_SHARE = 0.5  # of the free disk that `--feature_cache auto` may fill
 

@@ -22,9 +22,10 @@ from vlm_sft.common.console import progress
 from vlm_sft.common.errors import DataError, InterruptedRunError, RunError, VlmSftError
 from vlm_sft.common.formats import size
 from vlm_sft.data.cache.encoded import DataCache, record_key
-from vlm_sft.data.cache.feature_names import AUTO, BEFORE_PROJECTOR, KEPT, OFF, feature_record
+from vlm_sft.data.cache.image_tensors import BEFORE_PROJECTOR, KEPT, feature_record
 from vlm_sft.data.cache.store import CacheFullError, Record, Store, record_bytes
 from vlm_sft.data.cache.team import Team
+from vlm_sft.data.engine_options import AUTO, OFF
 from vlm_sft.data.sample import Sample
 from vlm_sft.model.attention import attention_name
 from vlm_sft.model.cpu.matmul import stream_dtype

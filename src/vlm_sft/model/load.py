@@ -29,6 +29,7 @@ from vlm_sft.model.cpu.fuse import fuse_modules
 from vlm_sft.model.cpu.narrow import narrow_products
 from vlm_sft.model.families import DEFAULT_BASE, declared_mode, layer_values, other_layers
 from vlm_sft.model.forward_patch import holds, is_plain
+from vlm_sft.model.gpu.aligned_mlp import align_gated
 from vlm_sft.model.gpu.flash import FLASH_WINDOWS, SHARED_FLASH, flash_problem
 from vlm_sft.model.hub import model_config, opened
 from vlm_sft.model.last_layer import trim_last_layer
@@ -308,6 +309,7 @@ def ready(model: Any, function: str) -> Any:
     narrow_products(model)
     trim_last_layer(model)
     fuse_modules(model)
+    align_gated(model)
     return model
 
 

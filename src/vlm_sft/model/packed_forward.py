@@ -20,11 +20,11 @@ from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model.attention import masks_for
 from vlm_sft.model.cpu import cross_entropy
 from vlm_sft.model.families import PackMode, Reach, family_of, router_coefficient, switched_off
+from vlm_sft.model.forward_patch import bare_copy
 from vlm_sft.model.last_layer import is_trimmed
 from vlm_sft.model.mixers import State
 from vlm_sft.model.pack_context import PackContext, PackLayout, branch_mask, computing, current_pack
 from vlm_sft.model.padded_rows import PaddedRows, padded_rows, scored, scoring_rows
-from vlm_sft.model.positions import Positions
 from vlm_sft.model.protocols import AnyModel
 from vlm_sft.model.repeated_images import row_images
 from vlm_sft.model.router_loss import question_losses, recorded
@@ -35,8 +35,59 @@ from vlm_sft.recipe.schema import Recipe
 _IMAGE_TYPE = 1  # token type of image tokens, in all processors that have token types
 
 
+class Positions:
+    """Computes the rotary positions of a pack's tokens: those of each question alone behind its image.
+
+    A family of M-RoPE finds them with some sixty small operations per image, several of which wait for a GPU. They
+    follow from the tokens and the sizes of the images alone, so data workers compute them on CPUs, beside the training:
+    this has the model's settings and none of its weights, and may go to another process.
+
+    Args:
+        model: the model, wrapped or not.
+    """
+
+    def __init__(self, model: AnyModel) -> None:
+        inner = inner_model(model)
+        self._bare: Any = None
+        if hasattr(inner, "get_rope_index"):
+            self._bare = bare_copy(inner)
+            self._axes = family_of(inner.config).position_axes
+
+    def __call__(self, batch: PackedBatch) -> torch.Tensor:
+        """Positions of a pack.
+
+        Args:
+            batch: the pack.
+
+        Returns:
+            (3, 1, L) int64 where the model has `get_rope_index` (M-RoPE of the Qwen-VL family; HunyuanOCR has four
+            axes): the prefix gets its rows, and a question starts at the prefix's largest position + 1, the same on
+            all rows. Else (1, L).
+        """
+        if self._bare is None:
+            return batch.index[None]
+        rows = batch.offset.repeat(self._axes, 1)
+        starts = torch.zeros(len(batch.ends), dtype=torch.long, device=rows.device)
+        accepted = inspect.signature(self._bare.get_rope_index).parameters
+        for image, (start, end, *_) in enumerate(batch.ends):
+            if not batch.tensors[image]:  # text alone counts up, on all rows alike
+                starts[image] = end - start
+                continue
+            arguments = {name: value for name, value in batch.tensors[image].items() if name in accepted}
+            if "mm_token_type_ids" in accepted:
+                arguments["mm_token_type_ids"] = batch.prefix_types[None, start:end]
+            ids = batch.input_ids[:, start:end]
+            if "attention_mask" in accepted:  # Qwen3-Omni does not do without
+                arguments["attention_mask"] = torch.ones_like(ids)
+            prefix, _ = self._bare.get_rope_index(input_ids=ids, **arguments)
+            rows[:, start:end] = prefix[-self._axes :, 0]
+            starts[image] = prefix.max() + 1
+        rows = torch.where(batch.branch[None] == 0, rows, rows + starts[batch.group][None])
+        return rows[:, None]
+
+
 def position_ids(model: AnyModel, batch: PackedBatch) -> torch.Tensor:
-    """Positions of every token of a pack: those of the batch, or else computed here, see `positions.Positions`."""
+    """Positions of every token of a pack: those of the batch, or else computed here, see `Positions`."""
     return Positions(model)(batch) if batch.positions is None else batch.positions
 
 

@@ -15,7 +15,7 @@ import torch
 class InnerModel(Protocol):
     """The part without the head: a vision tower, a projector and a language model side by side.
 
-    Families of M-RoPE also have `get_rope_index`, see `positions.Positions`.
+    Families of M-RoPE also have `get_rope_index`, see `packed_forward.Positions`.
 
     Attributes:
         config: the configuration of the whole model.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vlm_sft.data.cache.feature_names import features_of, is_pixels
+from vlm_sft.data.cache.image_tensors import features_of, is_pixels
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.protocols import AnyModel

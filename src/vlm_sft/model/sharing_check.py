@@ -20,7 +20,7 @@ from PIL import Image
 
 from vlm_sft.common.console import say
 from vlm_sft.common.errors import ModelError
-from vlm_sft.data.cache.feature_names import feature_record
+from vlm_sft.data.cache.image_tensors import feature_record
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.engine_options import Rows

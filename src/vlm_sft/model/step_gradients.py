@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vlm_sft.data.cache.pixel_codec import is_about_codes
+from vlm_sft.data.cache.image_tensors import is_about_codes
 from vlm_sft.data.collate import PackedBatch, split_pack
 from vlm_sft.distributed.collectives import sum_ranks
 from vlm_sft.model import packed_forward

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm_sft.common.errors import DataError
-from vlm_sft.data.cache.feature_names import PREFIX, features_of, is_pixels
-from vlm_sft.data.cache.pixel_codec import unpack_pixels
+from vlm_sft.data.cache.image_tensors import FEATURE_PREFIX, features_of, is_pixels, unpack_pixels
 from vlm_sft.data.cache.store import Record
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.distributed.zero import is_partitioned
@@ -154,7 +153,7 @@ def image_inputs(model: AnyModel, batch: PackedBatch) -> dict[str, Any]:
         features = projected(projector_modules(model), features)
     # Where the model finds the positions itself it needs the sizes of the images too.
     sizes = [
-        {name: value for name, value in image.items() if not (name.startswith(PREFIX) or is_pixels(name))}
+        {name: value for name, value in image.items() if not (name.startswith(FEATURE_PREFIX) or is_pixels(name))}
         for image in images
     ]
     return {"mm_encoder_outputs": {"image": joined_features(features)}, **joined_tensors(sizes)}

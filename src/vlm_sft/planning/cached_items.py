@@ -10,7 +10,7 @@ from vlm_sft.common.errors import RunError
 from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.data.cache.directory import ENTRY, FEATURES, IMAGES, entry_weights, settings_key
 from vlm_sft.data.cache.encoded import image_settings, record_key
-from vlm_sft.data.cache.feature_names import BEFORE_PROJECTOR, KEPT
+from vlm_sft.data.cache.image_tensors import BEFORE_PROJECTOR, KEPT
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.sample import Sample
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from vlm_sft.data.cache.directory import default_cache_dir
 from vlm_sft.data.cache.encoded import record_key
-from vlm_sft.data.cache.feature_names import OFF
 from vlm_sft.data.encode import Encoder, picture_sizes
+from vlm_sft.data.engine_options import OFF
 from vlm_sft.data.packing import EpochPlanner
 from vlm_sft.data.sample import ImageRef, Sample
 from vlm_sft.evaluate.batching import image_counter

@@ -15,7 +15,7 @@ from vlm_sft.common.manifest import read_manifest
 from vlm_sft.common.record import bfloat16_flags
 from vlm_sft.distributed.collectives import agree
 from vlm_sft.forecast.shapes import ModelShape
-from vlm_sft.model.cpu.gated_mlp import gated_rows
+from vlm_sft.model.cpu.fuse import gated_rows
 from vlm_sft.model.cpu.matmul import narrows
 from vlm_sft.model.families import FAMILIES
 from vlm_sft.model.load import Base

@@ -79,16 +79,20 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def told(score: Score | None) -> str:
+    """A cell of the table: percent with the interval; a dash for what was not evaluated."""
+    return formats.NOTHING if score is None else score.told
+
+
 def _rows(benchmark: Benchmark) -> list[tuple[str, ...]]:
-    name = f"{benchmark.name} (synthetic)" if benchmark.synthetic else benchmark.name
     sure = f"({TOO_FEW})" if benchmark.verdict == TOO_FEW else formats.points_interval(benchmark.difference_interval)
     difference = f"{formats.points(benchmark.difference)} {sure}"
     rows: list[tuple[str, ...]] = [
         (
-            name,
+            benchmark.title,
             formats.count(benchmark.n),
-            _score(benchmark.base),
-            _score(benchmark.tuned),
+            told(benchmark.base),
+            told(benchmark.tuned),
             difference.strip(),
             formats.duration(benchmark.seconds),
         )
@@ -112,12 +116,6 @@ def _cut(benchmark: Benchmark) -> str:
     """How many answers of base and tuned the limit of tokens ended."""
     scores = (benchmark.base, benchmark.tuned)
     return ", ".join(formats.NOTHING if score is None else f"{score.cut:,}" for score in scores)
-
-
-def _score(score: Score | None) -> str:
-    if score is None:
-        return formats.NOTHING
-    return f"{formats.percent(score.accuracy)} {formats.percent_interval(score.interval)}".strip()
 
 
 def _line(cells: list[str], widths: list[int]) -> str:

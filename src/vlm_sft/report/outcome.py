@@ -113,8 +113,7 @@ def _accuracy(benchmark: Benchmark) -> tuple[str, str, str]:
     """The headline of one model on one benchmark."""
     score = benchmark.tuned or benchmark.base
     assert score is not None, "an evaluation is of one of them"
-    told = f"{formats.percent(score.accuracy)} {formats.percent_interval(score.interval)}".strip()
-    return benchmark.name, "same", f"{told} of {formats.count(benchmark.n)} questions"
+    return benchmark.name, "same", f"{score.told} of {formats.count(benchmark.n)} questions"
 
 
 def gain(benchmark: Benchmark) -> str:

@@ -28,6 +28,11 @@ class Score:
     seconds: float | None
     cut: int = 0
 
+    @property
+    def told(self) -> str:
+        """Percent with the interval, e.g. "62.1 [58.0, 66.1]"."""
+        return f"{formats.percent(self.accuracy)} {formats.percent_interval(self.interval)}".strip()
+
 
 @dataclass(frozen=True, slots=True)
 class SplitScore:
@@ -63,6 +68,11 @@ class Benchmark:
     also_trained: int = 0  # questions about images that were trained on
     max_new_tokens: int | None = None
     answer_tokens: int | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name, which says of drawn data that it is."""
+        return f"{self.name} (synthetic)" if self.synthetic else self.name
 
     @property
     def cut_notes(self) -> tuple[str, ...]:

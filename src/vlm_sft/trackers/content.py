@@ -14,10 +14,10 @@ from PIL import Image
 from vlm_sft.common import artifacts, formats
 from vlm_sft.common.errors import DataError, RunError
 from vlm_sft.report.collect import parse_results
-from vlm_sft.report.markdown import table
+from vlm_sft.report.markdown import table, told
 from vlm_sft.report.pictures import scaled
 from vlm_sft.report.predictions import Answer, Prediction, choose, read_predictions
-from vlm_sft.report.records import Benchmark, Score
+from vlm_sft.report.records import Benchmark
 from vlm_sft.trackers.card import draw_card
 
 SAMPLES = 8  # answered questions that are shown
@@ -89,11 +89,11 @@ class Outcome:
         """The results table as texts, in the order of `TABLE`: percent with 95 % intervals, percentage points."""
         return [
             (
-                f"{one.name} (synthetic)" if one.synthetic else one.name,
+                one.title,
                 one.metric,
                 formats.count(one.n),
-                _score(one.base),
-                _score(one.tuned),
+                told(one.base),
+                told(one.tuned),
                 f"{formats.points(one.difference)} {formats.points_interval(one.difference_interval)}".strip(),
                 one.verdict,
             )
@@ -104,12 +104,6 @@ class Outcome:
     def shown(self) -> list[Shown]:
         """A mix of right and wrong answers of base and tuned, the same for the same predictions."""
         return [_shown(one) for one in choose(read_predictions(self.folder, []), SAMPLES)]
-
-
-def _score(score: Score | None) -> str:
-    if score is None:
-        return formats.NOTHING
-    return f"{formats.percent(score.accuracy)} {formats.percent_interval(score.interval)}".strip()
 
 
 def _shown(one: Prediction) -> Shown:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from vlm_sft.forecast import estimate as forecasts
 from vlm_sft.planning.run_forecast import ForecastTracker
 from vlm_sft.recipe.metric_names import EVALUATION_METRICS, is_loss
 from vlm_sft.train.event_log import PatientLines
+from vlm_sft.train.health import Health
 
 _RENAMED = {"eval_runtime": "eval_seconds", "eval_samples_per_second": "eval_questions_per_second"}
 _DROPPED = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
@@ -134,15 +135,15 @@ class Progress(TrainerCallback):
     Args:
         planner: tells how many questions there are.
         total_steps: optimizer steps of the training.
-        newest_loss: tells the loss of the newest step; None before the first.
+        health: has the loss of the newest step.
     """
 
-    def __init__(self, planner: EpochPlanner, total_steps: int, newest_loss: Callable[[], float | None]) -> None:
+    def __init__(self, planner: EpochPlanner, total_steps: int, health: Health) -> None:
         self.planner = planner
         self.total = planner.questions_after(total_steps)
         self.bar: Bar | None = None
         self.shown = 0
-        self._newest_loss = newest_loss
+        self._health = health
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Open the bar."""
@@ -167,7 +168,7 @@ class Progress(TrainerCallback):
     def _advance(self, step: int) -> None:
         """Move the bar to a step."""
         if self.bar is not None:
-            loss = self._newest_loss()
+            loss = self._health.last_loss
             if loss is not None:
                 self.bar.note(f"loss {loss:.4f}")
             done = self.planner.questions_after(step)

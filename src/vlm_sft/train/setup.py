@@ -30,8 +30,8 @@ from vlm_sft.model.families import PackMode
 from vlm_sft.model.gpu.kernels import choose_kernels
 from vlm_sft.model.hub import model_config
 from vlm_sft.model.load import Base, load_model
+from vlm_sft.model.packed_forward import Positions
 from vlm_sft.model.parts import ALL
-from vlm_sft.model.positions import Positions
 from vlm_sft.model.saved_adapter import changes_nothing
 from vlm_sft.model.sharded import divide_model, load_to_divide
 from vlm_sft.model.sharing_check import choose_mode, computation_of
@@ -269,7 +269,7 @@ def _callbacks(
 ) -> list[TrainerCallback]:
     """What is told of a training."""
     metrics = MetricsFile(run.options.output_dir / artifacts.METRICS, planner, checkpoint_step(run.checkpoint))
-    shown = Progress(planner, loop.plan.schedule.total_steps, lambda: loop.health.last_loss)
+    shown = Progress(planner, loop.plan.schedule.total_steps, loop.health)
     return [shown, *([metrics] if is_main_process() else []), Clock(forecast), *trackers.callbacks()]
 
 

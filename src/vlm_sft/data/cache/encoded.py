@@ -22,7 +22,7 @@ from vlm_sft.common.errors import DataError, RunError
 from vlm_sft.common.record import version_of
 from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.data.cache.directory import FEATURES, IMAGES, TOKENS, open_entry
-from vlm_sft.data.cache.pixel_codec import PixelFormat, pack_pixels, unpack_pixels
+from vlm_sft.data.cache.image_tensors import PixelFormat, pack_pixels, unpack_pixels
 from vlm_sft.data.cache.store import Record, Store
 from vlm_sft.data.cache.team import ALONE, Team
 from vlm_sft.data.encode import EncodedGroup, EncodedQuestion, Encoder

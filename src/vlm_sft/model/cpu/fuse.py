@@ -7,6 +7,11 @@ keeps an activation for the backward pass and reads it again there. The closed f
 Patch embedding as one matrix product: a convolution whose window is the whole input is one, and the libraries'
 convolutions are several times slower at it.
 
+A frozen gated MLP, down(silu(gate(x)) · up(x)) (Shazeer 2020, arXiv:2002.05202), block by block, on CPUs: it is most of
+a language model's arithmetic. Computed for all tokens at once it writes four matrices that are larger than a
+processor's cache and reads them again from memory; in blocks of tokens they stay in the cache. The backward pass needs
+gate(x) and up(x) only, and every block has one shape, which is what `matmul.multiply` wants.
+
 The vocabulary of a few generated tokens as (weight · rows), on CPUs: the product with the long side first reads the
 weights about once, the other one repacks them in every step.
 """
@@ -20,13 +25,13 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.cpu.gated_mlp import fuse_gated
-from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE
+from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE, TOLERANCE_NARROW, is_frozen, multiply, stream_dtype
 from vlm_sft.model.forward_patch import agree_at_scales, exchange_forward, probe_rows
-from vlm_sft.model.gpu.aligned_mlp import align_gated
 from vlm_sft.model.vision_features import head_of
 
 _FEW_ROWS = 32  # beyond it both products take as long
+_BLOCK = 512  # tokens
+_GATED_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -52,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def fuse_modules(model: torch.nn.Module) -> int:
     """Change the modules of a model that have a faster form; returns how many were changed."""
-    return fuse_norms(model) + fuse_patches(model) + fuse_head(model) + fuse_gated(model) + align_gated(model)
+    return fuse_norms(model) + fuse_patches(model) + fuse_head(model) + fuse_gated(model)
 
 
 def fuse_patches(model: torch.nn.Module) -> int:
@@ -142,3 +147,88 @@ def _norm_forward(offset: float, module: Any, hidden_states: torch.Tensor) -> to
     if not exact or weight.requires_grad or hidden_states.device.type != "cpu":
         return None
     return _RMSNorm.apply(hidden_states, weight + offset if offset else weight, _epsilon(module))
+
+
+class _GatedMLP(torch.autograd.Function):
+    """down(silu(gate(x)) · up(x)) of (T, C) rows, for weights that are not trained."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
+        """Compute rows; `parameters` are weight and bias of gate, up and down."""
+        gate, gate_bias, up, up_bias, down, down_bias = parameters
+        assert gate is not None and up is not None and down is not None
+        kept: list[torch.Tensor] = []
+        outputs = []
+        for block in rows.split(_BLOCK):
+            whole = len(block) == _BLOCK
+            gates, ups = multiply(block, gate, gate_bias, whole), multiply(block, up, up_bias, whole)
+            outputs.append(multiply(F.silu(gates).mul_(ups), down, down_bias, whole))
+            if ctx.needs_input_grad[0]:
+                kept += [gates, ups]
+        ctx.save_for_backward(gate, up, down, *kept)
+        return torch.cat(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient of the rows."""
+        gate, up, down, *kept = ctx.saved_tensors
+        slopes = []
+        for index, block in enumerate(gradients[0].split(_BLOCK)):
+            whole = len(block) == _BLOCK
+            gates, ups = kept[2 * index : 2 * index + 2]
+            products = multiply(block, down.T, None, whole)
+            of_ups = F.silu(gates).mul_(products)
+            of_gates = torch.ops.aten.silu_backward(products.mul_(ups), gates)
+            slopes.append(multiply(of_gates, gate.T, None, whole).add_(multiply(of_ups, up.T, None, whole)))
+        return torch.cat(slopes), *[None] * 6
+
+
+def gated_rows(rows: torch.Tensor, parameters: list[torch.Tensor | None]) -> torch.Tensor:
+    """A frozen gated MLP of (T, C) rows.
+
+    Args:
+        rows: (T, C), in float32 or float64.
+        parameters: weight and bias of gate, up and down; weights may be in bfloat16 beside float32 rows.
+    """
+    return _GatedMLP.apply(rows, *parameters)
+
+
+def fuse_gated(model: torch.nn.Module) -> int:
+    """Let the gated MLPs of a model compute block by block; returns how many were changed.
+
+    A module counts as one when it has the three projections, nothing else that is trained, and gives the values of the
+    formula with SiLU.
+    """
+    return exchange_forward(model.modules(), _is_gated, _gated_forward)
+
+
+def gated_parameters(module: Any) -> list[torch.Tensor | None] | None:
+    """Weight and bias of gate, up and down; None where one of them is not a plain linear layer (any more)."""
+    linears = [getattr(module, name, None) for name in _GATED_PARTS]
+    if any(type(linear) is not torch.nn.Linear for linear in linears):
+        return None
+    return [parameter for linear in linears for parameter in (linear.weight, linear.bias)]  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def _is_gated(module: torch.nn.Module) -> bool:
+    parameters = gated_parameters(module)
+    if parameters is None or len(list(module.parameters())) != sum(one is not None for one in parameters):
+        return False
+    weight = parameters[0]
+    assert weight is not None
+    dtype = stream_dtype(weight)
+    if weight.device.type != "cpu" or dtype not in EXACT or is_partitioned(weight):
+        return False
+    rows = probe_rows(weight, weight.shape[1]).to(dtype)
+    tolerance = TOLERANCE if weight.dtype == dtype else TOLERANCE_NARROW
+    return agree_at_scales(lambda values: gated_rows(values, parameters), module, rows, tolerance)
+
+
+def _gated_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """Forward of (…, C) hidden states, while the module is frozen."""
+    parameters = gated_parameters(module)
+    if parameters is None or not is_frozen(parameters, hidden_states.dtype):
+        return None
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    return gated_rows(rows, parameters).reshape(*hidden_states.shape[:-1], -1)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.cpu.gated_mlp import gated_parameters
+from vlm_sft.model.cpu.fuse import gated_parameters
 from vlm_sft.model.forward_patch import agree_at_scales, exchange_forward, probe_rows
 
 HALF = (torch.bfloat16, torch.float16)

@@ -1,8 +1,10 @@
-"""Pixel tensors as 8-bit codes where that loses nothing.
+"""The tensors of an image as they are stored and travel: pixels as 8-bit codes, or frozen vision features.
 
 A processor's pixel values are 8-bit colours, rescaled and normalised by channel, as float32; Qwen's processors also
 repeat every picture for the two frames of a video patch. So 256 values a channel and one byte a pixel say everything:
 an eighth of the bytes. What does not fit exactly, bit for bit, is stored as it is.
+
+An image that has features has no pixels. `model/vision_features.py` computes them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import torch
 PIXELS = "pixel_values"
 CODES, TABLE, SHAPE = "codes", "table", "shape"
 _LEVELS = 256
+FEATURE_PREFIX = "features."  # of the names of feature tensors among the tensors of an image
+KEPT, BEFORE_PROJECTOR = "kept", "inputs of the projector"  # a setting of entries that hold these instead of features
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,3 +144,23 @@ def is_about_codes(name: str) -> bool:
 def stays_on_cpu(name: str) -> bool:
     """Whether a tensor of a packed image is read by the CPU alone."""
     return name == f"{PIXELS}.{SHAPE}"
+
+
+def is_pixels(name: str) -> bool:
+    """True for the large tensors of a processor that only the vision tower reads."""
+    return name.startswith("pixel_")
+
+
+def feature_record(
+    features: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What an image has instead of its pixels: its features, and the small tensors that positions need."""
+    small = {name: value for name, value in tensors.items() if not is_pixels(name)}
+    return small | {FEATURE_PREFIX + name: value for name, value in features.items()}
+
+
+def features_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The features among the tensors of an image, by their own names; {} for an image with pixels."""
+    return {
+        name.removeprefix(FEATURE_PREFIX): value for name, value in tensors.items() if name.startswith(FEATURE_PREFIX)
+    }
