@@ -54,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
     # No test asks the Hub, whose silence is waited for half a minute each time; those about it say so.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # PyTorch 2.8 starts compilers once bitsandbytes is imported; nothing is compiled here.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     config.stash[_FOLDER] = os.environ[VARIABLE] = tempfile.mkdtemp(prefix="vlm_sft_tests.")
 
 
