@@ -62,11 +62,11 @@ def load(name: str, work: Path, bf16: bool) -> tuple[Base, Any]:
     """A base and its model: the embedded one, or a random shape written into the folder `work`."""
     if name == "pocket":
         base = find_base("pocket", bf16=bf16)
-        return base, load_model(base).eval()
+        return base, load_model(base).requires_grad_(False).eval()
     tokenizer = shapes.fetch_tokenizer(work / "tokenizer")
     folder = shapes.build(name, work / "work" / f"generation-{name}", tokenizer, SHAPE_PIXELS)
     base = find_base(str(folder), bf16=bf16)
-    model = load_model(base).eval()
+    model = load_model(base).requires_grad_(False).eval()
     with torch.no_grad():
         model.model.language_model.norm.weight.mul_(SPREAD)
     return base, model

@@ -19,7 +19,7 @@ from vlm_sft.data.packing import Bundle, EpochPlanner
 from vlm_sft.model import packed_forward
 from vlm_sft.model.adapters import add_lora, resolve_targets
 from vlm_sft.model.attention import SHARED_SDPA
-from vlm_sft.model.cpu import cross_entropy, fuse
+from vlm_sft.model.cpu import cross_entropy, fuse, matmul
 from vlm_sft.model.cpu.lora_linear import _covered_adapter
 from vlm_sft.model.cpu.matmul import multiply, narrows, stream_dtype
 from vlm_sft.model.cpu.narrow import narrow_products
@@ -93,6 +93,20 @@ def test_faster_forms_cover_it() -> None:
     assert _covered_adapter(layer.self_attn.q_proj, rows) is not None
     assert fuse._gated_forward(layer.mlp, rows) is not None
     assert cross_entropy.is_covered(wrapped.get_output_embeddings())
+
+
+def test_the_best_token_is_that_of_scores_that_are_not_rounded() -> None:
+    model, _ = narrow_model("qwen2_5_vl")
+    head = model.get_output_embeddings()
+    torch.manual_seed(0)
+    rows = 8 * torch.randn(1, 300, head.in_features)
+    exact = rows.bfloat16().double() @ head.weight.double().T
+    with torch.no_grad():
+        found, rounded = head(rows), multiply(rows[0], head.weight)
+    assert torch.equal(found.argmax(-1), exact.argmax(-1))
+    assert not torch.equal(rounded.argmax(-1), exact[0].argmax(-1)), "rounding must make ties"
+    torch.testing.assert_close(found.double(), exact, rtol=ROUNDING, atol=ROUNDING)
+    torch.testing.assert_close(head(rows), found, rtol=ROUNDING, atol=ROUNDING)  # recorded: for training
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -176,3 +190,56 @@ def test_products_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(multiply(rows, weight), exact, rtol=ROUNDING, atol=ROUNDING)
     shapes.discard((0, 48))  # no kernel
     assert len(shapes) <= 19
+
+
+def gated_mlp_parameters(bias: bool) -> list[torch.Tensor | None]:
+    """Weight and bias of gate, up and down, frozen; the biases are values of bfloat16, as those of a loaded model."""
+    torch.manual_seed(0)
+    sizes = [(40, 24), (40, 24), (24, 40)]
+    weights = [(torch.randn(size) / size[1] ** 0.5).bfloat16() for size in sizes]
+    biases = [torch.randn(size[0]).bfloat16().float() if bias else None for size in sizes]
+    return [one for pair in zip(weights, biases, strict=True) for one in pair]
+
+
+@pytest.mark.parametrize("tokens", [3, matmul.NARROW_BLOCK, 2 * matmul.NARROW_BLOCK + 100])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gated_mlp_is_the_formula_up_to_rounding(
+    tokens: int, bias: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = gated_mlp_parameters(bias)
+    if not fused:
+        monkeypatch.setattr(fuse, "gating_operators", lambda: None)
+    elif matmul.gating_operators() is None:
+        pytest.skip("this PyTorch has no such operators")
+    rows, weights = torch.randn(tokens, 24, requires_grad=True), torch.randn(tokens, 24)
+    exact = rows.detach().double().requires_grad_()
+    gate, gate_bias, up, up_bias, down, down_bias = (None if one is None else one.double() for one in parameters)
+    assert gate is not None and up is not None and down is not None
+    inner = F.silu(F.linear(exact, gate, gate_bias)) * F.linear(exact, up, up_bias)
+    expected = F.linear(inner, down, down_bias)
+    (slope,) = torch.autograd.grad((expected * weights).sum(), exact)
+    found = fuse.gated_rows(rows, parameters)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), rows)
+    unrecorded = fuse.gated_rows(rows.detach(), parameters)
+    for one, right in ((found, expected), (unrecorded, expected), (gradient, slope)):
+        assert one.dtype == torch.float32
+        assert (one.detach().double() - right).norm() / right.norm() < 2 * ROUNDING
+    assert torch.equal(found, unrecorded) != fused, "one rounding less where no gradients are recorded"
+
+
+def test_a_gated_mlp_has_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: set[tuple[int, ...]] = set()
+    for owner, name in ((torch, "mm"), (F, "linear")):
+        product = getattr(owner, name)
+
+        def noted(rows: torch.Tensor, *others: Any, product: Any = product) -> torch.Tensor:
+            shapes.add((len(rows), *others[0].shape))
+            return product(rows, *others)
+
+        monkeypatch.setattr(owner, name, noted)
+    parameters = gated_mlp_parameters(bias=False)
+    for count in [*range(1, 70), *range(70, 1300, 29)]:
+        rows = torch.randn(count, 24, requires_grad=True)
+        fuse.gated_rows(rows, parameters).sum().backward()
+    assert len(shapes) <= 19 * len({shape[1:] for shape in shapes})

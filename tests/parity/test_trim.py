@@ -170,7 +170,7 @@ def test_towers_without_windows_keep_their_function() -> None:
     assert adapted(model).get_base_model().config.get_text_config()._attn_implementation == SHARED_SDPA
 
 
-@pytest.mark.parametrize("rows", [1, 2, 32, 33])
+@pytest.mark.parametrize("rows", [1, 2, 13, 64, 65])
 def test_a_head_of_few_rows_is_the_projection(rows: int) -> None:
     model, _ = build("qwen2_5_vl")
     head = model.lm_head
@@ -181,7 +181,7 @@ def test_a_head_of_few_rows_is_the_projection(rows: int) -> None:
         assert fuse_head(model) == 0  # once is enough
         found = head(hidden)
     assert found.shape == expected.shape
-    assert found.is_contiguous() == (rows in (1, 33))  # the others are a view of (V, rows)
+    assert found.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     trained = head(hidden.requires_grad_())  # with gradients it is the module's own
     trained.sum().backward()

@@ -131,11 +131,15 @@ def generate(
 
 
 def _choose(logits: torch.Tensor, near_tie: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best token of each row of (Q, V) logits, and whether the second best was closer than `near_tie`."""
+    """The best token of each row of (Q, V) logits, and whether the second best was closer than `near_tie`.
+
+    The logits are used up.
+    """
     if not near_tie:
         return logits.argmax(-1), torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     best = logits.max(dim=-1)
-    return best.indices, (logits > (best.values - near_tie)[:, None]).sum(dim=-1) > 1
+    others = logits.scatter_(-1, best.indices[:, None], float("-inf"))
+    return best.indices, others.amax(dim=-1) > best.values - near_tie
 
 
 class _SharedSteps:

@@ -12,8 +12,11 @@ a language model's arithmetic. Computed for all tokens at once it writes four ma
 processor's cache and reads them again from memory; in blocks of tokens they stay in the cache. The backward pass needs
 gate(x) and up(x) only, and every block has one shape, which is what `matmul.multiply` wants.
 
-The vocabulary of a few generated tokens as (weight · rows), on CPUs: the product with the long side first reads the
-weights about once, the other one repacks them in every step.
+With weights in bfloat16, what is between its products stays in it, too: it is rounded before the next one anyway, and
+takes half the memory until the backward pass. Activations are computed in float32 and rounded.
+
+The vocabulary of a few generated tokens through oneDNN, on CPUs: it reads the weights about once, MKL repacks them in
+every step.
 """
 
 from __future__ import annotations
@@ -25,11 +28,22 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
-from vlm_sft.model.cpu.matmul import EXACT, TOLERANCE, TOLERANCE_NARROW, is_frozen, multiply, stream_dtype
+from vlm_sft.model.cpu.matmul import (
+    EXACT,
+    NARROW_BLOCK,
+    TOLERANCE,
+    TOLERANCE_NARROW,
+    gating_operators,
+    is_frozen,
+    multiply,
+    narrow_blocks,
+    stream_dtype,
+)
 from vlm_sft.model.forward_patch import agree_at_scales, exchange_forward, probe_rows
 from vlm_sft.model.vision_features import head_of
 
-_FEW_ROWS = 32  # beyond it both products take as long
+_FEW_ROWS = 64  # of generated tokens; beyond it both libraries take as long
+_ROUNDED_ROWS = 8  # they are filled up to a multiple, so that few shapes occur
 _BLOCK = 512  # tokens
 _GATED_PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -81,7 +95,7 @@ def _patch_forward(module: Any, patches: torch.Tensor) -> torch.Tensor | None:
 
 
 def fuse_head(model: torch.nn.Module) -> int:
-    """Let the projection to the vocabulary start from the weights for few rows; returns how many were changed."""
+    """Let the projection to the vocabulary of few rows read its weights once; returns how many were changed."""
     try:
         head = head_of(model)
     except Exception:  # no model of transformers, or one without a head
@@ -94,12 +108,13 @@ def _is_plain_linear(module: torch.nn.Module) -> bool:
 
 
 def _head_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
-    """Logits of a few rows of (…, C) hidden states on a CPU, without gradients: a transposed view of (V, rows)."""
-    rows = hidden_states.numel() // hidden_states.shape[-1]
+    """Logits of a few rows of (…, C) hidden states on a CPU, without gradients."""
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     trained = torch.is_grad_enabled() and (module.weight.requires_grad or hidden_states.requires_grad)
-    if trained or not 1 < rows <= _FEW_ROWS or hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    covered = 1 < len(rows) <= _FEW_ROWS and rows.dtype == module.weight.dtype == torch.float32
+    if trained or not covered or rows.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    logits = torch.mm(module.weight, hidden_states.reshape(rows, -1).T).T
+    logits = multiply(F.pad(rows, (0, 0, 0, -len(rows) % _ROUNDED_ROWS)), module.weight)[: len(rows)]
     return logits.reshape(*hidden_states.shape[:-1], -1)
 
 
@@ -144,7 +159,8 @@ def _norm_forward(offset: float, module: Any, hidden_states: torch.Tensor) -> to
     """Normalise (…, C) values in one step where that is the same and faster."""
     weight = module.weight
     exact = hidden_states.dtype == weight.dtype and hidden_states.dtype in EXACT
-    if not exact or weight.requires_grad or hidden_states.device.type != "cpu":
+    trained = torch.is_grad_enabled() and weight.requires_grad
+    if not exact or trained or hidden_states.device.type != "cpu":
         return None
     return _RMSNorm.apply(hidden_states, weight + offset if offset else weight, _epsilon(module))
 
@@ -183,6 +199,47 @@ class _GatedMLP(torch.autograd.Function):
         return torch.cat(slopes), *[None] * 6
 
 
+class _NarrowGatedMLP(torch.autograd.Function):
+    """The same of float32 rows, for weights in bfloat16; biases were in it, too, before they were widened."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
+        """As of `_GatedMLP`."""
+        gate, gate_bias, up, up_bias, down, down_bias = (
+            None if one is None else one.to(torch.bfloat16) for one in parameters
+        )
+        assert gate is not None and up is not None and down is not None
+        operators = None if ctx.needs_input_grad[0] else gating_operators()
+        kept: list[torch.Tensor] = []
+        output = rows.new_empty(len(rows), len(down))
+        for block, part in zip(narrow_blocks(rows), output.split(NARROW_BLOCK), strict=True):
+            if operators is not None:
+                with_activation, with_factor = operators
+                gated = with_activation(block, gate, gate_bias, "swish", [], "")
+                inner = with_factor(block, gated, up, up_bias, "mul")
+            else:
+                gates, ups = F.linear(block, gate, gate_bias), F.linear(block, up, up_bias)
+                inner = F.silu(gates).mul_(ups)
+                kept += [gates, ups]
+            part.copy_(F.linear(inner, down, down_bias)[: len(part)])
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(gate, up, down, *kept)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient of the rows."""
+        gate, up, down, *kept = ctx.saved_tensors
+        slopes = gradients[0].new_empty(len(gradients[0]), gate.shape[1])
+        parts = zip(narrow_blocks(gradients[0]), slopes.split(NARROW_BLOCK), kept[::2], kept[1::2], strict=True)
+        for block, part, gates, ups in parts:
+            products = torch.mm(block, down)
+            of_ups = F.silu(gates).mul_(products)
+            of_gates = torch.ops.aten.silu_backward(products.mul_(ups), gates)
+            part.copy_(torch.mm(of_gates, gate)[: len(part)]).add_(torch.mm(of_ups, up)[: len(part)])
+        return slopes, *[None] * 6
+
+
 def gated_rows(rows: torch.Tensor, parameters: list[torch.Tensor | None]) -> torch.Tensor:
     """A frozen gated MLP of (T, C) rows.
 
@@ -190,7 +247,9 @@ def gated_rows(rows: torch.Tensor, parameters: list[torch.Tensor | None]) -> tor
         rows: (T, C), in float32 or float64.
         parameters: weight and bias of gate, up and down; weights may be in bfloat16 beside float32 rows.
     """
-    return _GatedMLP.apply(rows, *parameters)
+    weights = parameters[::2]
+    narrow = rows.dtype == torch.float32 and all(one is not None and one.dtype == torch.bfloat16 for one in weights)
+    return (_NarrowGatedMLP if narrow else _GatedMLP).apply(rows, *parameters)
 
 
 def fuse_gated(model: torch.nn.Module) -> int:

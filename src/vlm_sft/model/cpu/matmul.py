@@ -20,8 +20,8 @@ from vlm_sft.model.forward_patch import agrees, is_plain
 EXACT = (torch.float32, torch.float64)  # half precision rounds in between, where the libraries' modules say
 TOLERANCE = 1e-5  # of a faster form in these formats
 TOLERANCE_NARROW = 1e-2  # of a faster form whose products are taken in bfloat16
-_BLOCK = 512  # rows of a product in bfloat16
-_STEPS = ((8, 1), (64, 16), (_BLOCK, 64))  # up to so many rows, they are filled up to a multiple
+NARROW_BLOCK = 512  # rows of a product in bfloat16
+_STEPS = ((8, 1), (64, 16), (NARROW_BLOCK, 64))  # up to so many rows, they are filled up to a multiple
 _CHECKED_SIZE = 48
 
 
@@ -49,18 +49,23 @@ def stream_dtype(weight: torch.Tensor) -> torch.dtype:
 def is_frozen(parameters: Iterable[torch.Tensor | None], dtype: torch.dtype) -> bool:
     """Whether parameters stay as they are and can be computed with here: whole, on a CPU, in one exact number format.
 
-    Beside values in float32 they may be in bfloat16: `multiply` rounds the values.
+    While no gradients are recorded, trained ones stay as they are, too. Beside values in float32 they may be in
+    bfloat16: `multiply` rounds the values.
 
     Args:
         parameters: None for one that a module does not have.
         dtype: of the values that they are computed with.
     """
     formats = (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,)
+    recorded = torch.is_grad_enabled()
     return (
         dtype in EXACT
         and not torch.is_autocast_enabled("cpu")
         and all(
-            one.dtype in formats and one.device.type == "cpu" and not one.requires_grad and not is_partitioned(one)
+            one.dtype in formats
+            and one.device.type == "cpu"
+            and not (recorded and one.requires_grad)
+            and not is_partitioned(one)
             for one in parameters
             if one is not None
         )
@@ -91,18 +96,45 @@ def multiply(
 
 
 def _in_few_shapes(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The product rows · weightᵀ of float32 rows (R, I) and a weight (O, I) in bfloat16, as float32 (R, O).
-
-    In blocks, the last one filled up: for each shape that it meets oneDNN builds a kernel and keeps it with its memory.
-    """
-    rounded = rows.to(weight.dtype)
+    """The product rows · weightᵀ of float32 rows (R, I) and a weight (O, I) in bfloat16, as float32 (R, O)."""
     output = rows.new_empty(len(rows), len(weight))
-    for block, part in zip(rounded.split(_BLOCK), output.split(_BLOCK), strict=True):
-        count = len(block)
-        step = next(step for most, step in _STEPS if count <= most)
-        filled = F.pad(block, (0, 0, 0, -count % step)) if count % step else block
-        part.copy_(torch.mm(filled, weight.T)[:count])
+    for block, part in zip(narrow_blocks(rows), output.split(NARROW_BLOCK), strict=True):
+        part.copy_(torch.mm(block, weight.T)[: len(part)])
     return output
+
+
+def narrow_blocks(rows: torch.Tensor) -> list[torch.Tensor]:
+    """Rows (R, I) in bfloat16 and in blocks, the last one filled up.
+
+    For each shape that it meets oneDNN builds a kernel and keeps it with its memory, so there are few of them.
+    """
+    blocks = list(rows.to(torch.bfloat16).split(NARROW_BLOCK))
+    count = len(blocks[-1])
+    step = next(step for most, step in _STEPS if count <= most)
+    if count % step:
+        blocks[-1] = F.pad(blocks[-1], (0, 0, 0, -count % step))
+    return blocks
+
+
+@cache
+def gating_operators() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]] | None:
+    """Operators of oneDNN for x · wᵀ + b in bfloat16 with an activation, and with a factor: rounded behind them only.
+
+    None where this PyTorch has none, or ones that give other values.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(2, _CHECKED_SIZE, _CHECKED_SIZE, generator=generator).bfloat16()
+    bias = weight[0]
+    try:
+        with_activation = torch.ops.mkldnn._linear_pointwise.default
+        with_factor = torch.ops.mkldnn._linear_pointwise.binary
+        found = [with_activation(rows, weight, bias, "swish", [], ""), with_factor(rows, rows, weight, bias, "mul")]
+    except Exception:  # private operators, as in `_onednn`
+        return None
+    exact = F.linear(rows.float(), weight.float(), bias.float())
+    expected = [F.silu(exact), exact * rows.float()]
+    same = all(agrees(ours, one, TOLERANCE_NARROW) for ours, one in zip(found, expected, strict=True))
+    return (with_activation, with_factor) if same else None
 
 
 @cache

@@ -2,8 +2,9 @@
 
 Processors with AVX512-BF16 or AMX multiply bfloat16 two to eight times faster than float32, but add, normalise and
 exponentiate it slower. So the weights of linear layers and the embedding stay in bfloat16, which halves them; a layer
-rounds its input, multiplies, and gives float32 back. Norms, softmax, rotary positions, activations, the residual stream
-and what is trained are in float32: more exact than autocast on a GPU, from the same rounded weights.
+rounds its input, multiplies, and gives float32 back. Norms, softmax, rotary positions, the residual stream and what is
+trained are in float32: more exact than autocast on a GPU, from the same rounded weights. Inside a frozen gated MLP
+values stay rounded from one product to the next (`cpu/fuse.py`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,13 @@ def narrow_products(model: Any) -> int:
         if tensor.dtype == torch.bfloat16 and id(tensor) not in kept:
             tensor.data = tensor.data.float()
     exchange_forward([embedding], lambda _: True, _embed)
-    return exchange_forward(linears, lambda module: module.weight.dtype == torch.bfloat16, _multiply)
+    head = model.get_output_embeddings()
+    scoring = exchange_forward([one for one in linears if one is head], _is_narrow, _score)
+    return scoring + exchange_forward(linears, _is_narrow, _multiply)
+
+
+def _is_narrow(module: torch.nn.Linear) -> bool:
+    return module.weight.dtype == torch.bfloat16
 
 
 def _embed(module: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -49,19 +56,19 @@ def _embed(module: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """The product rows · weightᵀ for float32 rows (R, I) and a frozen weight (O, I) in bfloat16."""
+    """The product rows · weightᵀ + bias for float32 rows (R, I), a frozen weight (O, I) in bfloat16 and bias (O,)."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Compute (R, O)."""
         ctx.save_for_backward(weight)
-        return multiply(rows, weight)
+        return multiply(rows, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Gradient of the rows."""
         (weight,) = ctx.saved_tensors
-        return multiply(gradients[0], weight.T), None
+        return multiply(gradients[0], weight.T), None, None
 
 
 def _multiply(module: Any, rows: torch.Tensor) -> torch.Tensor | None:
@@ -69,8 +76,34 @@ def _multiply(module: Any, rows: torch.Tensor) -> torch.Tensor | None:
     weight, bias = module.weight, module.bias
     if weight.dtype != torch.bfloat16:
         return None
-    if rows.dtype != torch.float32 or (weight.requires_grad and torch.is_grad_enabled()):
-        output = F.linear(rows.to(weight.dtype), weight).to(rows.dtype)
-    else:
-        output = _Product.apply(rows.reshape(-1, rows.shape[-1]), weight).reshape(*rows.shape[:-1], -1)
+    trained = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (weight, bias))
+    if rows.dtype == torch.float32 and not trained:
+        return _Product.apply(rows.reshape(-1, rows.shape[-1]), weight, bias).reshape(*rows.shape[:-1], -1)
+    output = F.linear(rows.to(weight.dtype), weight).to(rows.dtype)
     return output if bias is None else output + bias.to(rows.dtype)
+
+
+def _score(module: Any, rows: torch.Tensor) -> torch.Tensor | None:
+    """Scores of (…, C) rows, (…, V); without gradients the best one of a row is the best before rounding, too."""
+    scores = _multiply(module, rows)
+    if scores is not None and scores.dtype == torch.float32 and module.bias is None and not torch.is_grad_enabled():
+        _settle_ties(scores.flatten(0, -2), rows.flatten(0, -2), module.weight)
+    return scores
+
+
+def _settle_ties(scores: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> None:
+    """Give the tokens that share the best rounded score of a row their scores in float32, in place.
+
+    Rounding keeps the order of scores, so the best before it is among them.
+
+    Args:
+        scores: (R, V), products that were rounded to bfloat16, in float32.
+        rows: (R, C), in float32.
+        weight: (V, C), in bfloat16.
+    """
+    best = scores.max(1, keepdim=True)
+    second = scores.scatter_(1, best.indices, float("-inf")).amax(1, keepdim=True)
+    scores.scatter_(1, best.indices, best.values)
+    for row in (second == best.values)[:, 0].nonzero()[:, 0].tolist():
+        tied = (scores[row] == best.values[row]).nonzero()[:, 0]
+        scores[row, tied] = weight[tied].float() @ rows[row].to(weight.dtype).float()
