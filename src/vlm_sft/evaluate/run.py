@@ -221,8 +221,7 @@ def _carry_out(
     for line in notes:
         record.note(line)
     backend = _backend(options, base, launch, tasks, record)
-    tokens = options.tokens_per_pack or answer_tokens(launch, backend.blockwise)
-    evaluator = Evaluator(backend, tokens, launch.rank, launch.world_size)
+    evaluator = _evaluator(options, launch, backend)
     results = {}
     for task in tasks:
         folder = options.output_dir / task.name
@@ -285,6 +284,11 @@ def _facts(options: EvalOptions, launch: Launch, base: Base) -> dict[str, object
         "backend": options.backend,
         **({"tensor_parallel_size": options.tensor_parallel_size} if options.backend == "vllm" else {}),
     }
+
+
+def _evaluator(options: EvalOptions, launch: Launch, backend: Backend) -> Evaluator:
+    tokens = options.tokens_per_pack or answer_tokens(launch, backend.blockwise)
+    return Evaluator(backend, tokens, launch.rank, launch.world_size)
 
 
 def _backend(options: EvalOptions, base: Base, launch: Launch, tasks: list[Task], record: RunRecord) -> Backend:
