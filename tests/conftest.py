@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.faults.injection import can_inject, layer
 from tests.processes import Warm, measure_briefly
 from vlm_sft.data.cache.directory import VARIABLE
 
@@ -74,8 +75,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[Warm]:
-    """A process with the libraries loaded, of which commands and runs are forked; started when first needed."""
-    server = Warm()
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """A process with the libraries loaded, of which commands and runs are forked; started when first needed.
+
+    It has the layer of injected faults, which does nothing without rules.
+    """
+    server = Warm(layer(tmp_path_factory.mktemp("layer")) if can_inject() else None)
     yield server
     server.close()

@@ -128,7 +128,8 @@ _TIMM = ("fast_vlm", "gemma3n", "perception_lm")  # their towers come from timm
 def lacking(builders: Builders) -> dict[str, str]:
     """Why families cannot be built here, by family."""
     reason = f"transformers {transformers.__version__} lacks it"
-    found = {name: reason for name, (needed, _) in builders.items() if not hasattr(transformers, needed)}
+    exported = set(dir(transformers))  # to ask for an attribute would load its family
+    found = {name: reason for name, (needed, _) in builders.items() if needed not in exported}
     if find_spec("timm") is None:
         found |= {name: "its vision tower needs timm" for name in _TIMM if name in builders}
     return found

@@ -60,10 +60,20 @@ def _rule(fault: Fault, counter: Path) -> str:
     return "|".join(map(str, parts))
 
 
+def can_inject() -> bool:
+    """Whether the layer can be built here."""
+    return compiler_here() is not None and Path("/proc/self/fd").is_dir()
+
+
+def compiler_here() -> str | None:
+    """A C compiler."""
+    return shutil.which("cc") or shutil.which("gcc")
+
+
 def layer(folder: Path) -> dict[str, str]:
     """Build the layer; the variables that load it into a process. Skips the test where that cannot be done."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or not Path("/proc/self/fd").is_dir():
+    compiler = compiler_here()
+    if compiler is None or not can_inject():
         pytest.skip("faults are injected by a layer that takes a C compiler and Linux")
     library = folder / "injected.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE)], check=True)
