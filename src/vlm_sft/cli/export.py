@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vlm_sft.cli.eval import add_other_base_argument
+from vlm_sft.common.options import add_options
+from vlm_sft.evaluate.options import EvalOptions
 
 HELP = "make a merged model or an adapter folder that other programs open, verified, with a model card"
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base_model", metavar="MODEL", help="Hub id, folder, or 'pocket' (default: the one that the adapter names)"
     )
-    add_other_base_argument(parser)
+    add_options(parser, EvalOptions, only=("allow_other_base",))
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
