@@ -12,6 +12,8 @@ from vlm_sft.data.engine_options import CacheOptions
 from vlm_sft.data.prompt import OVERSIZED
 from vlm_sft.data.sources.spec import COLUMNS_HELP
 
+ALLOW_OTHER_BASE = "the base may be another one than the adapter was trained on"  # of every verb with --adapter
+
 
 def unescaped(text: str) -> str:
     """A text as a shell passes it: a backslash and an n stand for a new line."""
@@ -102,7 +104,7 @@ class EvalOptions(AnswerOptions):
     allow_prompt_mismatch: bool = option(
         False, "prompt and image settings may differ from those of the adapter's training"
     )
-    allow_other_base: bool = option(False, "the base may be another one than the adapter was trained on")
+    allow_other_base: bool = option(False, ALLOW_OTHER_BASE)
     tokens_per_pack: int | None = option(None, "token budget of one forward pass", "N")
     flash_attn: bool = option(False, "FlashAttention (bfloat16, GPUs from Ampere on)")
     load_in_4bit: bool = option(
