@@ -20,8 +20,9 @@ from vlm_sft.data.exchange.importer import import_data as carry_out
 from vlm_sft.data.exchange.layouts import FORMATS, layout_of
 from vlm_sft.data.exchange.report import ExchangeReport
 from vlm_sft.data.exchange.tables import parse_layout_columns
-from vlm_sft.planning.data_check import CheckRequest, DataCheck
+from vlm_sft.planning.data_check import DataCheck
 from vlm_sft.planning.data_check import check_data as carry_out_check
+from vlm_sft.planning.options import CheckRequest
 
 STYLES = ("sharegpt", "alpaca")
 
