@@ -145,7 +145,7 @@ def check_data(
     folder = None if output_dir is None else Path(output_dir)
     with restored(), tempfile.TemporaryDirectory(prefix="vlm_sft_rows") as rows:
         text = dataset_argument(data, Path(rows) / "rows")
-        return carry_out_check(CheckRequest(text, chosen, named, folder, base_model, max_length, limit, max_left_out))
+        return carry_out_check(CheckRequest(text, named, chosen, folder, base_model, max_length, limit, max_left_out))
 
 
 def _known(name: str, value: Any, choices: tuple[str, ...]) -> str:

@@ -256,10 +256,10 @@ class CheckRequest:
     """
 
     dataset: str
+    columns: str | None = option(None, COLUMNS_HELP, "NAME=COLUMN,…")
     split: str = option(
         "train", "which split to check (default: %(default)s)", choices=("train", "validation", "test", "all")
     )
-    columns: str | None = option(None, COLUMNS_HELP, "NAME=COLUMN,…")
     output_dir: Path | None = option(None, "folder to write to (default: outputs/data_check/NAME-SPLIT)", "DIR")
     base_model: str | None = option(
         None,
