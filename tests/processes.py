@@ -150,7 +150,7 @@ def measure_briefly() -> None:
     """Have this process measure its device for milliseconds: a short run would measure longer than it trains."""
     from vlm_sft.planning import device_rates
 
-    device_rates.ROUND_SECONDS = device_rates.PAUSE_SECONDS = 0.015
+    device_rates.PIECE_SECONDS = device_rates.PAUSE_SECONDS = 0.005
 
 
 class Warm:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import ROOT, SCRIPT, Warm, free_port
+from tests.processes import ROOT, SCRIPT, Started, Warm, free_port
 from tests.questions import questions
 from vlm_sft.common.errors import RunError
 from vlm_sft.distributed.launch import read_launch
@@ -26,6 +28,7 @@ from vlm_sft.forecast.disk import RUN_BYTES
 from vlm_sft.model.pocket import WEIGHTS
 
 BIN = Path(sys.executable).parent
+SAME = 2e-5  # of a tensor's norm, in float32
 IMAGES, PER_IMAGE = 9, 3  # two of the images are held out; three steps of eight questions, the last with fewer
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -123,7 +126,7 @@ def alone(line: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return weights
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = 2e-5) -> None:
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = SAME) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         # The norm, not the largest element: Adam divides a gradient by its own size, so an element whose gradient is
@@ -136,6 +139,21 @@ def test_torchrun_gives_the_same_adapter(line: list[str], alone: dict[str, torch
     assert_same(launch(command, tmp_path / "run", [*line, "--probe"]), alone)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (facts["parallel"], facts["forecast"]["basis"]) == ("ddp", "probe")
+
+
+def test_two_ranks_in_bfloat16_are_as_near_as_the_guide_says(line: list[str], tmp_path: Path, warm: Warm) -> None:
+    def adapter_of(start: Callable[[list[str], Path], Started], name: str) -> dict[str, torch.Tensor]:
+        run, log = tmp_path / name, tmp_path / f"{name}.log"
+        started = start([*line, "--bf16", "true", "--output_dir", str(run)], log)
+        assert started.wait(280) == 0, log.read_text()[-3000:]
+        facts = json.loads((run / "run.json").read_text())
+        assert (facts["dtype"], facts["parallel"]) == ("bfloat16", "ddp" if name == "both" else "single")
+        return load_file(run / "adapter_model.safetensors")
+
+    guide = (ROOT / "docs" / "SEVERAL_GPUS.md").read_text()
+    bounds = re.search(r"at most ([\d.]+) % of its norm in float32 and ([\d.]+) % in bfloat16", guide)
+    assert bounds is not None and float(bounds[1]) / 100 == pytest.approx(SAME)
+    assert_same(adapter_of(warm.start_both, "both"), trained(warm.start, "alone"), float(bounds[2]) / 100)
 
 
 @pytest.mark.parametrize(

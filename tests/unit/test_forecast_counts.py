@@ -38,6 +38,7 @@ from vlm_sft.model.cpu.narrow import narrow_products
 from vlm_sft.model.last_layer import trim_last_layer
 from vlm_sft.model.load import set_attention
 from vlm_sft.model.sharing_check import choose_mode
+from vlm_sft.planning.run_setting import _counted_shape
 
 TARGETS = ("q_proj", "v_proj", "o_proj")
 RATES = Rates("test", 1e12, 1e11, 1e-6, 10**10, False, "made up", 1.3)
@@ -50,10 +51,15 @@ HUB_PARAMETERS = {
 }
 
 
+def targets_of(family: str) -> tuple[str, ...]:
+    """The modules that get LoRA: below the first of them no layer keeps anything, and Qwen3.5's has a state."""
+    return ("in_proj_qkv", "in_proj_z", "out_proj", *TARGETS) if family == "qwen3_5" else TARGETS
+
+
 def adapted(family: str, dropout: float = 0.0) -> tuple[Any, Encoder]:
     model, processor = tiny_models.build(family)
     set_attention(model, SHARED_SDPA)
-    targets = resolve_targets(model, TARGETS)
+    targets = resolve_targets(model, targets_of(family))
     return add_lora(model, targets, r=4, alpha=8, dropout=dropout, seed=0, base_name="tiny"), Encoder(
         processor, PromptSettings()
     )
@@ -94,17 +100,26 @@ def test_parameters_and_operations(family: str) -> None:
     assert said == pytest.approx(counter.get_total_flops(), rel=2e-3)
 
 
-@pytest.mark.parametrize(("gpu", "narrow"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("family", "gpu", "narrow"),
+    [
+        ("qwen2_5_vl", False, False),
+        ("qwen2_5_vl", True, False),
+        ("qwen2_5_vl", False, True),
+        ("qwen3_5", False, False),
+        ("qwen3_5", False, True),
+    ],
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_activations_are_what_autograd_keeps(dropout: float, gpu: bool, narrow: bool) -> None:
+def test_activations_are_what_autograd_keeps(dropout: float, family: str, gpu: bool, narrow: bool) -> None:
     """On a CPU with the fused modules that run there, in both formats; what runs on a GPU is the model without them."""
-    model, encoder = adapted("qwen2_5_vl", dropout)
+    model, encoder = adapted(family, dropout)
     assert not narrow or narrow_products(model.get_base_model().to(torch.bfloat16)) > 0
     assert trim_last_layer(model.get_base_model())
     assert gpu or fuse_gated(model) > 0
     batch, mode, work = pack_of(model.train(), encoder)
-    shape = model_shape(model.get_base_model().config.to_dict())
-    assert shape is not None
+    config = tiny_models.build(family)[0].config
+    shape = model_shape(config.to_dict()) or _counted_shape(config)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -115,7 +130,9 @@ def test_activations_are_what_autograd_keeps(dropout: float, gpu: bool, narrow: 
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), packed_forward.packed(batch, mode, 0):
         packed_forward.token_losses(model, batch, mode).sum()
-    setting = Setting(shape, Adapter(4, TARGETS, dropout > 0), 2 if narrow else 4, False, replace(RATES, gpu=gpu))
+    setting = Setting(
+        shape, Adapter(4, targets_of(family), dropout > 0), 2 if narrow else 4, False, replace(RATES, gpu=gpu)
+    )
     assert memory.weight_bytes(setting) == (2 if narrow else 4) * shape.parameters
     assert (setting.scored, setting.blockwise_mlp) == (gpu, not gpu)
     said = memory.activation_bytes(setting, work) + memory.logit_bytes(setting, work.supervised)

@@ -26,18 +26,22 @@ STEPS, LOSSES, ANSWERS = "training steps", "evaluation losses", "answers during 
 SAVES, FINAL = "checkpoints", "final evaluation"
 TRACKERS = "starting trackers"
 CACHED_IMAGES = "prepared images"  # on disk, in the cache, where vision features are too
-LOAD_SECONDS = 1.3  # of building a model and a trainer, whatever its size
+LOAD_SECONDS = 0.3  # of building a model and a trainer, whatever its size
 LOAD_RATE = 8e8  # bytes of weights per second from a disk
 ENGINE_SECONDS = 3.5  # of importing and building DeepSpeed's engine
 ENGINE_SAVE_SECONDS = 0.3  # of what the engine does for a checkpoint, whatever its size
 TRACKER_SECONDS = 1.5  # of importing one tracker and opening its run; what it does over the network comes on top
 STEP_SECONDS = 0.004  # of callbacks and logging, per optimizer step
 SAVE_SECONDS = 0.06  # of a checkpoint, whatever its size
-ADAPTER_SECONDS = 0.4  # of the adapter and the records at the end of the training
+ADAPTER_SECONDS = 0.1  # of the adapter and the records at the end of the training
 SAVE_RATE = 2.5e8  # bytes per second, with checksums
 EVALUATION_SECONDS = 1.0  # of building the model again, and the tables
 PASS_SECONDS = 0.06  # of one evaluation or benchmark, whatever its size
-CPU_SLACK = 1.08  # of memory that the C allocator keeps
+CPU_SLACK = 1.1  # of memory that the C allocator keeps between what is used
+SETTLED_BYTES = (
+    96e6  # code of libraries that a training touches first, and holes that the C allocator keeps of earlier stages
+)
+MAPPED = "prepared data"  # files in memory as long as there is room
 MEMORY_SPREAD = {TABLE: 1.3, calibrated.PAST: 1.12, PROBE: 1.07}
 DISK_SPREAD = 1.02
 
@@ -163,7 +167,22 @@ def memory_items(inputs: ForecastInputs) -> dict[str, float]:
     answered = max((one.largest_tokens for one in inputs.passes.answering), default=0.0)
     features, process = inputs.images.keep_features, inputs.process_bytes
     items = memory.peak_items(inputs.setting, epoch.largest, answered, features, process, epoch.rounds)
+    if not inputs.setting.rates.gpu:
+        items["libraries and allocator"] = SETTLED_BYTES
+        room = inputs.setting.rates.memory / inputs.setting.ranks.count - sum(items.values())
+        items[MAPPED] = min(_mapped_bytes(inputs), max(0.0, room))
     return {name: value for name, value in items.items() if value}
+
+
+def _mapped_bytes(inputs: ForecastInputs) -> float:
+    """Bytes of prepared images and vision features that one process reads; their files are mapped."""
+    setting, images = inputs.setting, inputs.images
+    seen = images.to_encode if images.keep_features else images.training
+    read = seen + images.benchmarks if images.keep_processed else ImageLoad()
+    kept = images.training if images.keep_features else ImageLoad()
+    kept += images.benchmarks if images.keep_benchmark_features else ImageLoad()
+    pixels = disk.pixel_bytes(setting.model, read.visual, read.count)
+    return (pixels + memory.feature_bytes(setting, kept.visual)) / setting.ranks.count
 
 
 def disk_items(inputs: ForecastInputs) -> dict[str, float]:
@@ -223,12 +242,15 @@ def _corrected_memory(inputs: ForecastInputs, calibration: Calibration) -> dict[
     if calibration.peak_bytes is not None:
         alone = memory_items(inputs.with_setting(ranks=RankLayout()))  # as the probe computed
         shared = sum(items.values()) - sum(alone.values())
-        measured = {"measured by the probe": calibration.peak_bytes}
-        return measured | ({"several ranks": shared} if shared else {})
-    process = {name: value for name, value in items.items() if name == "process"}
+        mapped = {name: value for name, value in items.items() if name == MAPPED}
+        shared -= sum(mapped.values()) - alone.get(MAPPED, 0.0)
+        return (
+            {"measured by the probe": calibration.peak_bytes} | mapped | ({"several ranks": shared} if shared else {})
+        )
     slack = 1.0 if inputs.setting.rates.gpu else CPU_SLACK
-    factor = calibration.factors.get(MEMORY, slack)
-    return process | {name: value * factor for name, value in items.items() if name != "process"}
+    factor = calibration.factors.get(MEMORY)
+    exact = ("process", MAPPED) if factor is None else ("process",)
+    return {name: value * (1.0 if name in exact else factor or slack) for name, value in items.items()}
 
 
 def assumptions(inputs: ForecastInputs, calibration: Calibration) -> tuple[str, ...]:

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from vlm_sft.data.packing import Bundle, EpochPlanner, GroupLengths, bundle_tokens, row_tokens
-from vlm_sft.forecast.shapes import Linears, ModelShape
+from vlm_sft.forecast.shapes import Linear, Linears, ModelShape, StateShape
 from vlm_sft.recipe.schema import Recipe
 
 # Products in scaled dot-product attention: two forward; backward four, and a kernel that keeps no scores computes
 # those of the forward pass again.
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 2, 5
+STATE_CHUNK = 48  # tokens that layers with a state compute at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ class Adapter:
         """Trained parameters: r (inputs + outputs) per adapted module and layer, and the parts trained in full."""
         if self.everything:
             return model.parameters
-        lora = model.text.layers * sum(self.r * (inputs + outputs) for inputs, outputs in self.modules(model))
+        lora = round(model.text.layers * self.layer_parameters(model))
         projector = model.vision.token_weights
         whole = (model.vision.parameters - projector) * self.vision + projector * self.projector
         seeing = sum(rank * (inputs + outputs) for rank, linears in self.seeing(model) for inputs, outputs in linears)
@@ -182,11 +183,19 @@ class Adapter:
         """Number of trained tensors, about: two per adapted module, a dozen per layer that is trained in full."""
         whole = 12 * model.vision.layers * (self.vision or self.everything) + 12 * model.text.layers * self.everything
         seeing = sum(len(linears) for rank, linears in self.seeing(model) if rank)
-        return 2 * model.text.layers * len(self.modules(model)) + whole + 2 * seeing
+        return round(2 * model.text.layers * self.count(model)) + whole + 2 * seeing
 
-    def modules(self, model: ModelShape) -> list[tuple[int, int]]:
-        """(inputs, outputs) of the adapted modules of one layer."""
-        return [size for name, size in model.text.linears.items() if name in self.targets]
+    def modules(self, model: ModelShape) -> list[Linear]:
+        """The adapted modules of one layer."""
+        return [one for name, one in model.text.linears.items() if name in self.targets]
+
+    def count(self, model: ModelShape) -> float:
+        """The number of adapted modules of one layer; the mean where layers differ."""
+        return sum(one.share for one in self.modules(model))
+
+    def layer_parameters(self, model: ModelShape) -> float:
+        """Numbers of the LoRA matrices of one layer; the mean where layers differ."""
+        return self.r * sum(one.share * (one.inputs + one.outputs) for one in self.modules(model))
 
 
 def adapter_of(recipe: Recipe, model: ModelShape) -> Adapter:
@@ -217,7 +226,7 @@ def adapter_of(recipe: Recipe, model: ModelShape) -> Adapter:
 def forward_flops(model: ModelShape, work: Work, adapter: Adapter | None = None) -> float:
     """Operations of the language model forward, head included."""
     text = model.text
-    lora = sum(adapter.r * (a + b) for a, b in adapter.modules(model)) if adapter else 0
+    lora = adapter.layer_parameters(model) if adapter else 0
     layers = text.layers * 2 * (text.layer_weights + lora) * work.tokens
     return layers + ATTENTION_FORWARD * _attention_product(model, work) + 2 * text.embedding * work.supervised
 
@@ -238,8 +247,8 @@ def training_flops(model: ModelShape, work: Work, adapter: Adapter, checkpointin
     first = ("q_proj", "k_proj", "v_proj")
     if not checkpointing:
         # Nothing below the first adapted module has a gradient: the inputs of the first layer's attention.
-        inputs -= 2 * sum(a * b for name, (a, b) in text.linears.items() if name in first) * work.tokens
-    lora = text.layers * 4 * sum(adapter.r * (a + b) for a, b in adapter.modules(model)) * work.tokens
+        inputs -= 2 * sum(a * b for name, (a, b, _) in text.linears.items() if name in first) * work.tokens
+    lora = text.layers * 4 * adapter.layer_parameters(model) * work.tokens
     if not checkpointing:
         lora -= 2 * sum(adapter.r * text.hidden for name in adapter.targets if name in first) * work.tokens
     if adapter.everything:  # the gradients of the weights themselves
@@ -253,7 +262,34 @@ def training_flops(model: ModelShape, work: Work, adapter: Adapter, checkpointin
 def _attention_product(model: ModelShape, work: Work) -> float:
     """Operations of one product of attention: queries with keys, or scores with values."""
     text = model.text
-    return text.layers * 2 * text.heads * text.head_dim * work.squares
+    return text.layers * text.attending * 2 * text.heads * text.head_dim * work.squares
+
+
+def exact_flops(model: ModelShape, work: Work, adapter: Adapter, passes: int = 1) -> float:
+    """Operations of adapters and attention among those of the language model: on CPUs in float32 in any case.
+
+    Args:
+        model, work, adapter: as for `training_flops`.
+        passes: how often as many are computed as forward; a backward pass of LoRA is twice one forward.
+    """
+    lora = 2 * model.text.layers * adapter.layer_parameters(model) * work.tokens
+    return passes * (lora + ATTENTION_FORWARD * _attention_product(model, work))
+
+
+def state_values(states: StateShape, chunk: float = STATE_CHUNK) -> float:
+    """Values that the delta rule makes of a token (`model/cpu/delta_rule.py`).
+
+    Of each head queries, keys, values, changes, outputs and gate, four rows of a chunk's matrices, and the token's
+    share in the state behind the chunk.
+    """
+    head = 2 * states.keys + 5 * states.values + 4 * chunk + states.keys * states.values / chunk
+    return states.heads * head
+
+
+def state_flops(states: StateShape) -> float:
+    """Operations of the delta rule on a token, forward: the products of `model/cpu/delta_rule.py`."""
+    matrices = STATE_CHUNK * (4 * states.keys + 4 * states.values + STATE_CHUNK)
+    return states.heads * (matrices + 6 * states.keys * states.values)
 
 
 def tower_flops(model: ModelShape, visual: float, visual_squares: float) -> float:

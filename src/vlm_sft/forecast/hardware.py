@@ -102,6 +102,7 @@ class Rates:
         spread: how much slower or faster a run may be (a factor above 1).
         unrest: how much slower the same work was on average while this was measured, because other programs held the
             machine; 1 on a free one.
+        float32_flops: of products in float32, where others are in bfloat16; None where all are in one format.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Rates:
     source: str
     spread: float
     unrest: float = 1.0
+    float32_flops: float | None = None
 
 
 # Shares of the peaks that kernels reach, before anything was measured. Products: 202 TFLOP in 0.269 s on an H100 of 989

@@ -105,6 +105,7 @@ class ImagePlan:
     """How the images of a run are prepared, and what of them is kept on disk.
 
     Attributes:
+        training: images of the training, of its evaluations, too.
         to_process: images of training and evaluation loss that no processor has seen yet.
         to_encode: images of the training whose vision features are not kept yet.
         benchmarks: images of the final evaluation alone.
@@ -114,6 +115,7 @@ class ImagePlan:
         keep_benchmark_features: the same in the final evaluation.
     """
 
+    training: ImageLoad = ImageLoad()
     to_process: ImageLoad = ImageLoad()
     to_encode: ImageLoad = ImageLoad()
     benchmarks: ImageLoad = ImageLoad()

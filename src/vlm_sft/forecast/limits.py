@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm_sft.common.formats import size
 from vlm_sft.forecast.calibration import PROBE, Calibration
-from vlm_sft.forecast.estimate import CACHED_IMAGES, FEATURES, RunForecast, forecast_run
+from vlm_sft.forecast.estimate import CACHED_IMAGES, FEATURES, MAPPED, RunForecast, forecast_run
 from vlm_sft.forecast.inputs import ForecastInputs
 from vlm_sft.forecast.memory import CONTEXT_BYTES
 from vlm_sft.forecast.setting import RankLayout
@@ -51,11 +51,11 @@ def shortages(
         What does not fit by the expected numbers, of memory, disk and the cache's disk.
     """
     problems = []
-    room, peak = _memory_room(inputs), forecast.peak_bytes
-    if peak.value > room:
+    room, peak, mapped = _memory_room(inputs), forecast.peak_bytes, _mapped_bytes(forecast)
+    if peak.value - mapped > room:
         device = inputs.setting.rates.name
         what = f"memory: {size(peak.value)} per process are forecast, {device} has {size(room)}"
-        problems.append(Shortage(what, _memory_fix(inputs, calibration, room), peak.low > room))
+        problems.append(Shortage(what, _memory_fix(inputs, calibration, room), peak.low - mapped > room))
     apart = cache_free is not None
     if disk_free is not None and (added := _added_bytes(inputs, forecast, apart)) > disk_free:
         what = f"disk: {size(added)} are forecast at the peak, {size(disk_free)} are free"
@@ -65,6 +65,11 @@ def shortages(
         what = f"disk of the cache: {size(cached)} are forecast, {size(cache_free)} are free: not all will be kept"
         problems.append(Shortage(what, "free some space, or pass --cache_dir on a larger disk", False))
     return problems
+
+
+def _mapped_bytes(forecast: RunForecast) -> float:
+    """Bytes of files that are in memory as long as there is room, and need none."""
+    return forecast.items["peak_bytes"].get(MAPPED, 0.0)
 
 
 def _cached_bytes(forecast: RunForecast) -> float:
@@ -122,7 +127,8 @@ def _memory_fix(inputs: ForecastInputs, calibration: Calibration, room: float) -
     """The first change after which the forecast fits."""
     plain = Calibration(calibration.basis, calibration.factors) if calibration.basis != PROBE else Calibration()
     for flags, changed in _memory_changes(inputs):
-        if forecast_run(changed, plain).peak_bytes.value <= room:
+        fitting = forecast_run(changed, plain)
+        if fitting.peak_bytes.value - _mapped_bytes(fitting) <= room:
             return f"it would fit with {flags}"
     return "use a device with more memory, more devices with --deepspeed zero3, or a smaller --base_model"
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlm_sft.forecast.flops import Work
+from vlm_sft.forecast.flops import STATE_CHUNK, Work, state_values
 from vlm_sft.forecast.optimizer_state import is_paged, state_bytes
 from vlm_sft.forecast.setting import Setting
+from vlm_sft.forecast.shapes import StateShape
 
 NORM_VALUES = 4  # hidden vectors per token and layer: the input of two norms, and their normalised values
 NORM_VALUES_HALF = 4  # in half precision the two inputs as float32 copies
@@ -23,6 +24,7 @@ GATE_VALUES_TWO = 2  # gate and up, where MLPs are computed block by block or by
 BACKWARD_VALUES = 3  # vectors of the MLP's width per token that the backward pass of one layer holds at once
 # Modules that read the same vectors; without dropout these are kept once. The output projection's stay with attention.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
+CONVOLUTION_VALUES = 3  # of layers with a state: its inputs, its outputs, their activation
 LOGIT_VALUES = 3  # float32 scores, their probabilities and the gradient
 # QLoRA (Dettmers et al. 2023): half a byte a weight, a byte for the scale of 64, 4 bytes for the scale of 256 scales.
 FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
@@ -65,9 +67,10 @@ def _layer_bytes(setting: Setting, work: Work) -> float:
     """Bytes that one layer keeps for one token."""
     text, adapter = setting.model.text, setting.adapter
     gate = GATE_VALUES_TWO if setting.blockwise_mlp or setting.fused else GATE_VALUES
-    kept = _norm_values(setting) * text.hidden + _attention_values(setting, work) + gate * text.intermediate
+    kept: float = _norm_values(setting) * text.hidden + gate * text.intermediate
+    kept += text.attending * _attention_values(setting, work) + _state_values(text.states, work)
     kept += _input_values(setting, tuple(text.linears) if adapter.everything else adapter.targets)
-    return (kept + adapter.r * len(adapter.modules(setting.model))) * setting.stream_bytes
+    return (kept + adapter.r * adapter.count(setting.model)) * setting.stream_bytes
 
 
 def _norm_values(setting: Setting) -> int:
@@ -86,15 +89,25 @@ def _attention_values(setting: Setting, work: Work) -> float:
     return (2 * text.heads + 2 * gathered * setting.flash_heads) * text.head_dim
 
 
-def _input_values(setting: Setting, names: Sequence[str]) -> int:
+def _state_values(states: StateShape | None, work: Work) -> float:
+    """Values that layers with a state keep for one token, on average over all layers."""
+    if states is None:
+        return 0.0
+    sequence = work.tokens / max(1.0, work.images + work.questions)
+    return states.share * (
+        CONVOLUTION_VALUES * states.inputs + state_values(states, max(1.0, min(STATE_CHUNK, sequence)))
+    )
+
+
+def _input_values(setting: Setting, names: Sequence[str]) -> float:
     """Values that the inputs of some trained modules of one layer take for one token."""
     linears, adapter = setting.model.text.linears, setting.adapter
-    inputs = [linears[name][0] for name in names if name in linears]
+    inputs = [linears[name].inputs * linears[name].share for name in names if name in linears]
     if not setting.rates.gpu and not adapter.everything:
         return sum(inputs) * (2 if adapter.dropout else 1)  # dropout makes a copy, and a mask on a CPU
     if adapter.dropout and not adapter.everything:
         return sum(inputs)
-    return sum(linears[group[0]][0] for group in SHARED_INPUTS if set(group) & set(names))
+    return sum(linears[group[0]].inputs for group in SHARED_INPUTS if set(group) & set(names) and group[0] in linears)
 
 
 def _keys_bytes(setting: Setting, work: Work) -> float:

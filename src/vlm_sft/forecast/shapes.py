@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm_sft.common.artifacts import read_json
 from vlm_sft.common.errors import ModelError
@@ -18,6 +18,31 @@ from vlm_sft.common.errors import ModelError
 PUBLISHED = Path(__file__).parent / "published" / "models.json"
 Config = Mapping[str, Any]
 Linears = tuple[tuple[int, int], ...]  # (inputs, outputs) of linear modules
+
+
+class Linear(NamedTuple):
+    """A linear module: its inputs and outputs, and the share of the layers that have it."""
+
+    inputs: int
+    outputs: int
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """Layers that carry a state from token to token, where others attend (`model/mixers.py`).
+
+    Attributes:
+        share: of the layers.
+        inputs: channels of the short convolution.
+        heads, keys, values: heads of the recurrent state, and the channels of their keys and values; 0 without one.
+    """
+
+    share: float
+    inputs: int
+    heads: int = 0
+    keys: int = 0
+    values: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +53,8 @@ class TextShape:
         layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary: as in the configuration.
         parameters: of all layers and the last norm; embeddings and head not counted.
         tied: the head is the embedding matrix.
+        counted: names and linear modules where they were counted on the model; () for the usual ones of its sizes.
+        states: layers that carry a state; None without them.
     """
 
     layers: int
@@ -39,25 +66,34 @@ class TextShape:
     vocabulary: int
     parameters: int
     tied: bool
+    counted: tuple[tuple[str, Linear], ...] = ()
+    states: StateShape | None = None
 
     @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear modules of one layer: name to (inputs, outputs)."""
+    def linears(self) -> dict[str, Linear]:
+        """The linear modules of a layer, by name."""
+        if self.counted:
+            return dict(self.counted)
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
-            "q_proj": (self.hidden, queries),
-            "k_proj": (self.hidden, keys),
-            "v_proj": (self.hidden, keys),
-            "o_proj": (queries, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
+            "q_proj": Linear(self.hidden, queries),
+            "k_proj": Linear(self.hidden, keys),
+            "v_proj": Linear(self.hidden, keys),
+            "o_proj": Linear(queries, self.hidden),
+            "gate_proj": Linear(self.hidden, self.intermediate),
+            "up_proj": Linear(self.hidden, self.intermediate),
+            "down_proj": Linear(self.intermediate, self.hidden),
         }
 
     @property
     def layer_weights(self) -> int:
-        """Weights of the linear modules of one layer."""
-        return sum(inputs * outputs for inputs, outputs in self.linears.values())
+        """Weights of the linear modules of one layer; the mean where layers differ."""
+        return round(sum(one.inputs * one.outputs * one.share for one in self.linears.values()))
+
+    @property
+    def attending(self) -> float:
+        """The share of the layers that attend."""
+        return 1.0 - self.states.share if self.states else 1.0
 
     @property
     def embedding(self) -> int:

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from vlm_sft.forecast.flops import (
     Work,
+    exact_flops,
     forward_flops,
+    state_flops,
+    state_values,
     tower_attention_flops,
     tower_backward_flops,
     tower_flops,
@@ -21,6 +24,9 @@ from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.setting import Setting
 
 PRODUCT_OVERHEAD = 1.25  # on a CPU, of products smaller than the one that is measured: adapters, heads of attention
+PRODUCT_OVERHEAD_NARROW = 1.25  # the same of products in bfloat16
+# Of layers with a state, values per channel of the convolution, and per value that the delta rule makes of a token.
+CONVOLUTION_PASSES, STATE_PASSES = 33, 13
 ATTENTION_OVERHEAD = 2.0  # of scores and their softmax, over all patches of an image
 # Reads and writes of simple operations (norms, rotary positions, activation, residuals), in values per token and layer:
 # counted in the code of a Qwen2.5-VL layer.
@@ -45,12 +51,13 @@ def _simple_bytes(setting: Setting, work: Work, dropout: bool) -> float:
     text, adapter = setting.model.text, setting.adapter
     modules = adapter.modules(setting.model)
     inner = INNER_PASSES_BLOCKWISE if setting.blockwise_mlp else INNER_PASSES
-    values: float = HIDDEN_PASSES * text.hidden + HEAD_PASSES * text.heads * text.head_dim + inner * text.intermediate
-    values += LORA_PASSES * sum(outputs for _, outputs in modules)
+    heads = HEAD_PASSES * text.heads * text.head_dim * text.attending
+    values: float = HIDDEN_PASSES * text.hidden + heads + inner * text.intermediate
+    values += LORA_PASSES * sum(one.outputs * one.share for one in modules)
     if setting.rates.gpu and not setting.fused:
         values *= UNFUSED_PASSES
     passes = DROPOUT_PASSES_FUSED * setting.value_bytes if setting.rates.gpu else DROPOUT_PASSES * 4
-    masks = passes * sum(inputs for inputs, _ in modules) if dropout and adapter.dropout else 0
+    masks = passes * sum(one.inputs * one.share for one in modules) if dropout and adapter.dropout else 0
     passes = LOGIT_PASSES if setting.scored else LOGIT_PASSES_BLOCKWISE
     logits = passes * 4 * text.vocabulary * work.supervised
     return text.layers * work.tokens * (values * setting.stream_bytes + masks) + logits
@@ -58,14 +65,28 @@ def _simple_bytes(setting: Setting, work: Work, dropout: bool) -> float:
 
 def _launches(setting: Setting, work: Work) -> float:
     """Launches of a forward pass."""
-    layers, modules = setting.model.text.layers, len(setting.adapter.modules(setting.model))
+    layers, modules = setting.model.text.layers, setting.adapter.count(setting.model)
     per_pack = layers * (LAYER_LAUNCHES_FORWARD + LAYER_LAUNCHES_LORA * modules)
     return per_pack * work.packs + (0 if setting.flash_heads else layers * IMAGE_LAUNCHES * work.images)
 
 
-def _products(rates: Rates, flops: float) -> float:
-    """Seconds of products of matrices."""
+def _products(rates: Rates, flops: float, exact: float = 0.0) -> float:
+    """Seconds of products of matrices; `exact` of the operations are in float32 in any case."""
+    if rates.float32_flops is not None:
+        narrow = PRODUCT_OVERHEAD_NARROW * (flops - exact) / rates.flops
+        return narrow + PRODUCT_OVERHEAD * exact / rates.float32_flops
     return (1.0 if rates.gpu else PRODUCT_OVERHEAD) * flops / rates.flops
+
+
+def _state_seconds(setting: Setting, work: Work) -> float:
+    """Seconds of what goes from token to token in layers with a state, forward: convolution and delta rule."""
+    text, rates = setting.model.text, setting.rates
+    if text.states is None:
+        return 0.0
+    passes = CONVOLUTION_PASSES * text.states.inputs + STATE_PASSES * state_values(text.states)
+    tokens = text.layers * text.states.share * work.tokens
+    simple = 4 * passes * tokens / rates.bandwidth
+    return simple + PRODUCT_OVERHEAD * state_flops(text.states) * tokens / (rates.float32_flops or rates.flops)
 
 
 def _pass_seconds(rates: Rates, computing: float, launches: float) -> float:
@@ -77,7 +98,9 @@ def _pass_seconds(rates: Rates, computing: float, launches: float) -> float:
 def forward_seconds(setting: Setting, work: Work) -> float:
     """Seconds of forward passes without gradients: the evaluation loss, and the prompt of a generation."""
     rates = setting.rates
-    products = _products(rates, forward_flops(setting.model, work, setting.adapter))
+    exact = exact_flops(setting.model, work, setting.adapter)
+    products = _products(rates, forward_flops(setting.model, work, setting.adapter), exact)
+    products += _state_seconds(setting, work)
     simple = _simple_bytes(setting, work, False) / rates.bandwidth
     return _pass_seconds(rates, products + simple, _launches(setting, work))
 
@@ -85,8 +108,11 @@ def forward_seconds(setting: Setting, work: Work) -> float:
 def training_seconds(setting: Setting, work: Work) -> float:
     """Seconds of forward and backward passes."""
     rates = setting.rates
-    products = _products(rates, training_flops(setting.model, work, setting.adapter, setting.checkpointing))
     again = 2 if setting.checkpointing else 1
+    exact = exact_flops(setting.model, work, setting.adapter, again + 2)
+    products = _products(
+        rates, training_flops(setting.model, work, setting.adapter, setting.checkpointing), exact
+    ) + _state_seconds(setting, work) * (again + BACKWARD_PASSES)
     simple = _simple_bytes(setting, work, True) * (again + BACKWARD_PASSES) / rates.bandwidth
     launches = _launches(setting, work) * (again + LAYER_LAUNCHES_BACKWARD)
     return _pass_seconds(rates, products + simple, launches)

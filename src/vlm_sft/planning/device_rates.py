@@ -5,21 +5,23 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from vlm_sft.common.record import device_name, memory_bytes
 from vlm_sft.forecast.hardware import Rates, find_device, table_rates
 from vlm_sft.forecast.shapes import ModelShape
-from vlm_sft.model.cpu.matmul import multiply, stream_dtype
+from vlm_sft.model.cpu.matmul import multiply, narrows, stream_dtype
 
-ROUND_SECONDS = 0.24  # of one round of measurements
+PIECE_SECONDS = 0.03  # of each piece of work in a round of measurements
 ROUNDS = (2, 6)  # at least, and at most on a busy machine
-PAUSE_SECONDS = 0.3  # between rounds on a busy machine: another program may end meanwhile
+PAUSE_SECONDS = 0.1  # between rounds on a busy machine: another program may end meanwhile
 AGREE = 1.15  # two rounds agree that differ by less
 BUSY_SHARE = 0.85  # of the elapsed time: a process that computes for less competes with others, or with a CPU quota
 TOKENS = 1024  # rows of the products that are measured
+WIDEST = 2048  # channels of their sides: wider ones have the same rate and take longer
 FRESH_MEMORY = 4.0  # on a CPU: how much slower an operation is that writes to newly allocated memory
 MEASURED_SPREAD = 1.35
 MOST_UNREST = 8.0
@@ -32,58 +34,72 @@ def rates_here(model: ModelShape, dtype: torch.dtype) -> Rates:
 
     Args:
         model: its layer gives the sizes of the products.
-        dtype: of the computation.
+        dtype: of the computation. On a CPU bfloat16 is measured beside float32, in turn, so that both meet the same
+            disturbances: adapters and attention are computed in float32 there.
     """
     if torch.cuda.is_available():
         known = find_device(torch.cuda.get_device_name())
         if known is not None:
             return table_rates(known)
     measured, rates = _known.get((model, dtype), (-FRESH_SECONDS, None))
-    if rates is None or time.monotonic() - measured > FRESH_SECONDS:
-        rates = measured_rates(model, dtype)
-        _known[model, dtype] = time.monotonic(), rates
+    if rates is not None and time.monotonic() - measured <= FRESH_SECONDS:
+        return rates
+    formats = (torch.float32, dtype) if dtype == torch.bfloat16 and narrows("cpu") else (dtype,)
+    for one, found in zip(formats, measured_rates(model, *formats), strict=True):
+        exact = _known[model, torch.float32][1].flops if one != formats[0] else None
+        rates = replace(found, float32_flops=exact)
+        _known[model, one] = time.monotonic(), rates
+    assert rates is not None
     return rates
 
 
 @torch.no_grad()
-def measured_rates(model: ModelShape, dtype: torch.dtype) -> Rates:
+def measured_rates(model: ModelShape, *dtypes: torch.dtype) -> list[Rates]:
     """Measure matrix products at the sizes of a layer, a large simple operation, and a small one.
 
     One round is not enough: threads that were just started may share a core until the system moves one of them, and
     another program may hold the cores. Rounds are repeated until two agree on a free machine, up to a limit.
+
+    Args:
+        model: its layer gives the sizes.
+        *dtypes: number formats of the products; between these all compute in the first one's.
+
+    Returns:
+        The rates in each of the formats.
     """
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    text = model.text
-    weight = torch.randn(text.intermediate, text.hidden, dtype=dtype, device=device)
-    rest = stream_dtype(weight)
-    rows = torch.randn(TOKENS, text.hidden, dtype=rest, device=device)
-    large = torch.randn(TOKENS, max(text.intermediate, 1024), dtype=rest, device=device)
+    hidden, inner = min(model.text.hidden, WIDEST), min(model.text.intermediate, WIDEST)
+    weights = [torch.randn(inner, hidden, dtype=dtype, device=device) for dtype in dtypes]
+    rest = stream_dtype(weights[0])
+    rows = torch.randn(TOKENS, hidden, dtype=rest, device=device)
+    large = torch.randn(TOKENS, max(inner, 1024), dtype=rest, device=device)
     small = torch.randn(16, dtype=rest, device=device)
     result = torch.empty_like(large)
     works: tuple[Callable[[], object], ...] = (
-        lambda: multiply(rows, weight, few_shapes=False),
+        lambda: small + small,  # before threads are started for the others, which then wait for work and take time
+        *(partial(multiply, rows, weight, few_shapes=False) for weight in weights),
         lambda: torch.mul(large, 1.5, out=result),
-        lambda: small + small,
     )
     rounds: list[tuple[TimedCalls, ...]] = []
-    while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and not settled([one[0] for one in rounds])):
+    while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and not settled([one[1] for one in rounds])):
         if len(rounds) >= ROUNDS[0]:
             time.sleep(PAUSE_SECONDS)
-        rounds.append(tuple(_timed(work, ROUND_SECONDS / len(works), device) for work in works))
-    product, copy, launch = (call_seconds(timed) for timed in zip(*rounds, strict=True))
+        rounds.append(tuple(_timed(work, PIECE_SECONDS, device) for work in works))
+    launch, *products, copy = (call_seconds(timed) for timed in zip(*rounds, strict=True))
     moved = 2 * large.numel() * large.element_size() / (1.0 if gpu else FRESH_MEMORY)
-    return Rates(
+    measured = partial(
+        Rates,
         device_name(),
-        2 * TOKENS * text.hidden * text.intermediate / product,
-        moved / copy,
-        launch,
-        memory_bytes(),
-        gpu,
-        f"measured here {len(rounds)} times on products of {TOKENS} x {text.hidden} x {text.intermediate}",
-        MEASURED_SPREAD,
-        unrest([one[0] for one in rounds]),
+        bandwidth=moved / copy,
+        launch=launch,
+        memory=memory_bytes(),
+        gpu=gpu,
+        source=f"measured here {len(rounds)} times on products of {TOKENS} x {hidden} x {inner}",
+        spread=MEASURED_SPREAD,
+        unrest=unrest([one[1] for one in rounds]),
     )
+    return [measured(flops=2 * TOKENS * hidden * inner / product) for product in products]
 
 
 @dataclass(frozen=True, slots=True)

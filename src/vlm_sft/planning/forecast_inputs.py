@@ -209,6 +209,7 @@ def _image_plan(
     later = [sample for sample in later if record_key(sample.image_key) not in first]
     engine, made_up = run.options.engine, data.hypothetical
     plan = ImagePlan(
+        _load(training, data.count) + made_up,
         _load(to_process, data.count) + made_up,
         _load(to_encode, data.count) + made_up,
         _load(later, data.count),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from vlm_sft.common.console import detail
 from vlm_sft.common.manifest import read_manifest
@@ -17,18 +16,19 @@ from vlm_sft.common.record import bfloat16_flags
 from vlm_sft.distributed.collectives import agree
 from vlm_sft.forecast.shapes import ModelShape
 from vlm_sft.model.cpu.fuse import gated_rows
-from vlm_sft.model.cpu.matmul import multiply, narrows
+from vlm_sft.model.cpu.matmul import narrows
 from vlm_sft.model.families import FAMILIES
 from vlm_sft.model.load import Base
+from vlm_sft.planning.device_rates import rates_here
 from vlm_sft.planning.run_setting import shape_of
 from vlm_sft.recipe.schema import Recipe
 
 PRODUCTS_PAY = 1.5  # products in bfloat16 must be this many times faster
 LAYERS_PAY = 1.2  # and a gated MLP, forward and backward, with what is rounded and activated in between
 NARROWEST = 256  # channels; in narrower models (pocket: 192) the work between the products hides what they gain
-SECONDS = 0.35  # of all measurements together
+SECONDS = 0.12  # of comparing the MLP, about
 _ROWS = 512
-_WIDEST = 1024  # wider products have the same rate and take longer
+_WIDEST = 1024  # wider MLPs compare alike and take longer
 _FEWEST_ROUNDS = 3
 
 
@@ -112,23 +112,20 @@ def decide_format(model: ModelShape, recipe: Recipe, engine: bool) -> FormatRate
 def measure_formats(model: ModelShape) -> FormatRates:
     """Time products and a gated MLP at the sizes of a model in both number formats, in turn.
 
-    The quickest call of each counts: another program slows some down, and none of it is the processor's.
+    The products are those that a forecast counts with, which finds them measured then. Of the MLP the quickest call
+    counts: another program slows some down, and none of it is the processor's.
     """
+    rounded, exact = (rates_here(model, dtype).flops for dtype in (torch.bfloat16, torch.float32))
     hidden, inner = min(model.text.hidden, _WIDEST), min(model.text.intermediate, _WIDEST)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(_ROWS, hidden, generator=generator)
     wide = [torch.randn(inner, hidden, generator=generator) / hidden**0.5 for _ in range(2)]
     back = torch.randn(hidden, inner, generator=generator) / inner**0.5
     narrow = [one.bfloat16() for one in (*wide, back)]
-    rounded = rows.bfloat16()
-    seconds = quickest(
-        lambda: multiply(rows, wide[0]),
-        lambda: F.linear(rounded, narrow[0]),
-        lambda: _layer(rows, wide[0], wide[1], back),
-        lambda: _layer(rows, narrow[0], narrow[1], narrow[2]),
+    wide_seconds, narrow_seconds = quickest(
+        lambda: _layer(rows, wide[0], wide[1], back), lambda: _layer(rows, narrow[0], narrow[1], narrow[2])
     )
-    work = 2.0 * _ROWS * hidden * inner
-    return FormatRates(work / seconds[0], work / seconds[1], seconds[2] / seconds[3], bfloat16_flags())
+    return FormatRates(exact, rounded, wide_seconds / narrow_seconds, bfloat16_flags())
 
 
 def _layer(rows: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from vlm_sft.forecast.calibration import history_key
 from vlm_sft.forecast.flops import adapter_of
 from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.setting import RankLayout, Setting
-from vlm_sft.forecast.shapes import Linears, ModelShape, TextShape, VisionShape, model_shape
+from vlm_sft.forecast.shapes import Linear, Linears, ModelShape, StateShape, TextShape, VisionShape, model_shape
 from vlm_sft.model.families import layer_values
 from vlm_sft.model.forward_patch import reason_of
 from vlm_sft.model.gpu import liger
@@ -20,6 +21,7 @@ from vlm_sft.model.gpu.flash import gathered_heads
 from vlm_sft.model.hub import model_config
 from vlm_sft.model.layout import without_weights
 from vlm_sft.model.load import Base
+from vlm_sft.model.mixers import MIXERS
 from vlm_sft.model.parts import PROJECTOR_LORA, VISION_LORA, part_linears
 from vlm_sft.model.vision_features import decoder_of, head_of
 from vlm_sft.planning.training_run import TrainingRun
@@ -69,7 +71,7 @@ def _counted_shape(config: Any) -> ModelShape:
         linears=_counted_linears(model, VISION_LORA),
         projector_linears=_counted_linears(model, PROJECTOR_LORA),
     )
-    return ModelShape(config.model_type, _counted_text(text, language, tied), tower)
+    return ModelShape(config.model_type, _counted_text(text, decoder, language, tied), tower)
 
 
 def _counted_linears(model: Any, part: str) -> Linears:
@@ -81,11 +83,18 @@ def _counted_linears(model: Any, part: str) -> Linears:
     return tuple((module.in_features, module.out_features) for module in modules)
 
 
-def _counted_text(text: Any, parameters: int, tied: bool) -> TextShape:
-    """The sizes of a language model of an unknown family; a size that differs between its layers is their mean."""
+def _counted_text(text: Any, decoder: Any, parameters: int, tied: bool) -> TextShape:
+    """The sizes of a language model of an unknown family; a size that differs between its layers is their mean.
+
+    Args:
+        text: its configuration.
+        decoder: its modules, without weights.
+        parameters, tied: as in `TextShape`.
+    """
+    layers = _typical(text, "num_hidden_layers") or 1
     hidden, heads = _typical(text, "hidden_size") or 1, _typical(text, "num_attention_heads") or 1
     return TextShape(
-        _typical(text, "num_hidden_layers") or 1,
+        layers,
         hidden,
         # Experts alone, or nothing but what mixes tokens: a width that most families have.
         _typical(text, "intermediate_size") or _typical(text, "moe_intermediate_size") or 4 * hidden,
@@ -95,6 +104,42 @@ def _counted_text(text: Any, parameters: int, tied: bool) -> TextShape:
         _typical(text, "vocab_size") or 1,
         parameters,
         tied,
+        _counted_modules(decoder, layers, hidden, _typical(text, "num_experts_per_tok")),
+        _counted_states(decoder, layers),
+    )
+
+
+def _counted_modules(
+    decoder: Any, layers: int, hidden: int, active_experts: int | None
+) -> tuple[tuple[str, Linear], ...]:
+    """The linear modules of a decoder by the last part of their names; of experts what one token goes through."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for path, module in decoder.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            found.setdefault(path.rpartition(".")[2], []).append((module.in_features, module.out_features))
+    for path, weight in decoder.named_parameters():
+        if weight.dim() == 3 and min(weight.shape) > 1:  # of all experts of a layer
+            through = weight[0].numel() * (active_experts or len(weight))
+            found.setdefault(path.rpartition(".")[2], []).append((hidden, through // hidden))
+    sizes = (
+        (name, [round(fmean(side)) for side in zip(*all_, strict=True)], len(all_)) for name, all_ in found.items()
+    )
+    return tuple((name, Linear(inputs, outputs, count / layers)) for name, (inputs, outputs), count in sizes)
+
+
+def _counted_states(decoder: Any, layers: int) -> StateShape | None:
+    """The layers of a decoder that carry a state; None where it has none of a known kind."""
+    found = [(mixer, module) for module in decoder.modules() for mixer in MIXERS if mixer.fits(module)]
+    if not found:
+        return None
+    mixer, module = found[0]
+    state = getattr(module, "A_log", None)
+    return StateShape(
+        len(found) / layers,
+        mixer.convolution(module).out_channels,
+        0 if state is None else state.numel(),
+        getattr(module, "head_k_dim", getattr(module, "ssm_state_size", 0)),
+        getattr(module, "head_v_dim", getattr(module, "head_dim", 0)),
     )
 
 
