@@ -24,7 +24,8 @@ from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.model.cpu.matmul import EXACT, is_frozen, multiply, stream_dtype
 from vlm_sft.model.forward_patch import is_plain
 
-_BLOCK = 2048  # rows of the projection at a time: with their scores they stay in the processor's cache
+_BLOCK = 2048  # rows of the projection at a time, at least: with their scores they stay in the processor's cache
+_BLOCK_WEIGHTS = 2**20  # narrow rows are taken until they have so many weights: larger products are faster
 _GPU_BLOCK = 8192  # the same on a GPU, which wants large products
 _PART = 2**26  # scores that are held in float32 at a time
 _ROUNDED_ROWS = 16  # supervised tokens are filled up to a multiple, so that few shapes occur
@@ -110,7 +111,7 @@ def _sweep(
     total = torch.zeros_like(largest)
     score = torch.zeros_like(largest[:count])
     mean = torch.zeros_like(_wide(rows))  # of the projection's rows, weighted by exp(score - largest)
-    size = _BLOCK if weight.device.type == "cpu" else _GPU_BLOCK
+    size = max(_BLOCK, _BLOCK_WEIGHTS // weight.shape[1]) if weight.device.type == "cpu" else _GPU_BLOCK
     for index, block in enumerate(weight.split(size)):
         scores = _wide(multiply(rows, block))
         if rounded:
