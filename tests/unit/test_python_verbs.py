@@ -47,6 +47,16 @@ def test_an_option_without_effect_is_refused_in_python_too(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("keywords, told", [({"limit": "many"}, "--limit 'many'"), ({"split": "all"}, "--split 'all'")])
+def test_options_of_an_evaluation_are_checked_in_python_too(
+    keywords: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError) as refusal:
+        vs.evaluate_model("pocket", benchmark="demo", **keywords)
+    assert told in str(refusal.value) and not list(tmp_path.iterdir())
+
+
 def test_data_is_checked_as_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for number in range(4):

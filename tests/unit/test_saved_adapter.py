@@ -19,7 +19,8 @@ from vlm_sft.cli.main import main
 from vlm_sft.common.errors import ModelError
 from vlm_sft.common.manifest import write_manifest
 from vlm_sft.common.weights import weights_fingerprint
-from vlm_sft.evaluate.run import EvalOptions, _find_base
+from vlm_sft.evaluate.options import EvalOptions
+from vlm_sft.evaluate.run import _find_base
 from vlm_sft.model.saved_adapter import BASE_WEIGHTS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -233,6 +234,7 @@ def test_a_base_that_is_gone_is_asked_for(place: Path, tmp_path: Path, capsys: p
 
 def test_what_vllm_would_pass_over_is_refused_for_its_backend(place: Path, tmp_path: Path) -> None:
     dora = save_adapter(place / "base", tmp_path / "dora", use_dora=True)
-    options = EvalOptions(str(place / "base"), "demo_charts", tmp_path / "out", adapter=dora, backend="vllm")
+    given: dict[str, Any] = {"benchmark": "demo_charts", "output_dir": tmp_path / "out"}
+    options = EvalOptions(base_model=str(place / "base"), adapter=dora, backend="vllm", **given)
     with pytest.raises(ModelError, match="no DoRA"):
         _find_base(options)

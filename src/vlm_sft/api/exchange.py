@@ -20,8 +20,9 @@ from vlm_sft.data.exchange.importer import import_data as carry_out
 from vlm_sft.data.exchange.layouts import FORMATS, layout_of
 from vlm_sft.data.exchange.report import ExchangeReport
 from vlm_sft.data.exchange.tables import parse_layout_columns
-from vlm_sft.planning.data_check import CheckRequest, DataCheck
+from vlm_sft.planning.data_check import DataCheck
 from vlm_sft.planning.data_check import check_data as carry_out_check
+from vlm_sft.planning.options import CheckRequest
 
 STYLES = ("sharegpt", "alpaca")
 
@@ -144,7 +145,7 @@ def check_data(
     folder = None if output_dir is None else Path(output_dir)
     with restored(), tempfile.TemporaryDirectory(prefix="vlm_sft_rows") as rows:
         text = dataset_argument(data, Path(rows) / "rows")
-        return carry_out_check(CheckRequest(text, chosen, named, folder, base_model, max_length, limit, max_left_out))
+        return carry_out_check(CheckRequest(text, named, chosen, folder, base_model, max_length, limit, max_left_out))
 
 
 def _known(name: str, value: Any, choices: tuple[str, ...]) -> str:

@@ -18,7 +18,8 @@ from vlm_sft.common.errors import RunError
 from vlm_sft.common.idle import given_names, refuse_idle
 from vlm_sft.evaluate.compare import compare_runs
 from vlm_sft.evaluate.interactive import Asker, open_asker
-from vlm_sft.export.run import IDLE, ExportOptions, export
+from vlm_sft.export.request import IDLE, ExportOptions
+from vlm_sft.export.run import export
 from vlm_sft.report.collect import collect_runs
 from vlm_sft.report.html import write_report
 from vlm_sft.report.markdown import results_table

@@ -21,8 +21,9 @@ from vlm_sft.data.engine_options import CacheOptions
 from vlm_sft.evaluate.compare import compare_runs
 from vlm_sft.evaluate.judge import parse_judge
 from vlm_sft.evaluate.metrics import Metric, get_benchmark
+from vlm_sft.evaluate.options import EvalOptions
 from vlm_sft.evaluate.own_metrics import judged_by, metric_text, named, rule_of, with_secondary
-from vlm_sft.evaluate.run import IDLE, EvalOptions, evaluate
+from vlm_sft.evaluate.run import IDLE, evaluate
 from vlm_sft.evaluate.scoring import score_file, summarise
 from vlm_sft.model.saved_adapter import base_of_adapter
 
@@ -82,7 +83,8 @@ def evaluate_model(
         asked = dataset_argument(benchmark, folder / artifacts.ROWS_FOLDER)
         rule = None if metric is None else metric_text(metric)
         keywords |= columns_text(keywords)
-        options = EvalOptions(str(base), asked, folder, place, metric=rule, caches=caches, **keywords)
+        given = {"base_model": str(base), "benchmark": asked, "output_dir": folder, "caches": caches}
+        options = checked_options(EvalOptions, keywords, **given, adapter=place, metric=rule)
         return Scores(evaluate(options, named(metrics)))
 
 

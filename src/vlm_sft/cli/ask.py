@@ -6,7 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-from vlm_sft.cli.eval import add_length_arguments, add_other_base_argument
+from vlm_sft.common.options import add_options
+from vlm_sft.evaluate.options import EvalOptions, oversized_help
 
 MODEL_FLAGS = ("base_model", "adapter", "flash_attn", "max_new_tokens", "allow_other_base", "max_length", "oversized")
 
@@ -37,15 +38,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="Hub id, folder, or 'pocket' (default: the one that the adapter names; 'pocket' without an adapter)",
     )
-    add_other_base_argument(parser)
-    add_length_arguments(parser, ("keep", "scale"))
+    add_options(parser, EvalOptions, only=("allow_other_base", "max_length", "flash_attn"))
+    policies = ("keep", "scale")
+    parser.add_argument("--oversized", choices=policies, help=oversized_help(policies))
     parser.add_argument(
         "--max_new_tokens",
         type=int,
         metavar="N",
         help="limit of an answer in tokens (default: that of the adapter's training, or of the base)",
     )
-    parser.add_argument("--flash_attn", action="store_true", help="FlashAttention (bfloat16, GPUs from Ampere on)")
 
 
 def _is_file(text: str) -> bool:

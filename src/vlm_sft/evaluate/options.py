@@ -1,10 +1,18 @@
-"""Options of everything that answers questions: how they are put to the model, and how long an answer may be."""
+"""Options of everything that answers questions, and those of an evaluation; without torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from vlm_sft.common.options import option
+from vlm_sft.data.engine_options import CacheOptions
+from vlm_sft.data.prompt import OVERSIZED
+from vlm_sft.data.sources.spec import COLUMNS_HELP
+
+ALLOW_OTHER_BASE = "the base may be another one than the adapter was trained on"  # of every verb with --adapter
 
 
 def unescaped(text: str) -> str:
@@ -50,3 +58,63 @@ class AnswerOptions:
 
 
 PROMPT = ("prompt_template", "system")  # options whose help needs to say what they replace
+
+
+def oversized_help(policies: Sequence[str]) -> str:
+    """What `--oversized` says where only some policies can be chosen; recipes have a key of the same name."""
+    said = {
+        "keep": "asked as they are",
+        "leave_out": "left out",
+        "scale": "asked with their images scaled down until they fit",
+    }
+    return (
+        f"what is done with longer questions: {', or '.join(said[name] for name in policies)} (default: as in the "
+        "adapter's training, else keep)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(AnswerOptions):
+    """The command line of one evaluation.
+
+    Attributes:
+        base_model: "pocket", a folder or a Hub id.
+        benchmark: data sets in the grammar of `--dataset`.
+        output_dir: folder of the results: <benchmark>/predictions.jsonl and <benchmark>/results.json.
+        caches: what is kept on disk; it changes no answer.
+    """
+
+    base_model: str
+    benchmark: str
+    output_dir: Path
+    caches: CacheOptions = field(default_factory=CacheOptions)
+    adapter: Path | None = option(None, "folder of a LoRA adapter (a run or a checkpoint)", "DIR")
+    columns: str | None = option(None, COLUMNS_HELP, "NAME=COLUMN,…")
+    limit: int | None = option(None, "at most N questions a benchmark: a seeded sample", "N")
+    split: str | None = option(None, "instead of the benchmark's own split", choices=("train", "validation", "test"))
+    min_pixels: int | None = option(None, "instead of the adapter's own", "N")
+    max_pixels: int | None = option(None, "instead of the adapter's own", "N")
+    max_length: int | None = option(
+        None,
+        "tokens of a question with its images and expected answer (default: as in the adapter's training, else "
+        "what the model's positions reach)",
+        "N",
+    )
+    oversized: str | None = option(None, oversized_help(OVERSIZED), choices=OVERSIZED)
+    allow_prompt_mismatch: bool = option(
+        False, "prompt and image settings may differ from those of the adapter's training"
+    )
+    allow_other_base: bool = option(False, ALLOW_OTHER_BASE)
+    tokens_per_pack: int | None = option(None, "token budget of one forward pass", "N")
+    flash_attn: bool = option(False, "FlashAttention (bfloat16, GPUs from Ampere on)")
+    load_in_4bit: bool = option(
+        False, "hold the language model in 4 bits, as a training with load_in_4bit does (extra vlm-sft[qlora])"
+    )
+    backend: str = option(
+        "transformers",
+        "what generates; vllm needs a GPU and the optional extra vlm-sft[vllm] (default: %(default)s)",
+        choices=("transformers", "vllm"),
+    )
+    tensor_parallel_size: int = option(1, "GPUs over which vLLM splits the model (default: %(default)s)", "N")
+    max_left_out: float = option(0.01, "share of unusable questions", "SHARE")
+    local_rank: int | None = option(None, argparse.SUPPRESS, names=("--local_rank", "--local-rank"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from vlm_sft.common.console import is_main_process, say, warn
 from vlm_sft.common.errors import EvaluationError, ModelError
 from vlm_sft.common.idle import Idle
 from vlm_sft.common.record import RunRecord, device_name
-from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, enforce, left_out_line, note_lines, notes_of
-from vlm_sft.data.engine_options import CacheOptions
+from vlm_sft.data.audit import enforce, left_out_line, note_lines, notes_of
 from vlm_sft.data.oversized import LengthRule, lines, to_json
 from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.data.sample import counted
@@ -28,6 +27,7 @@ from vlm_sft.evaluate.backends import Backend, VllmBackend, require_vllm
 from vlm_sft.evaluate.evaluator import Evaluator
 from vlm_sft.evaluate.loading import open_backend
 from vlm_sft.evaluate.metrics import Benchmark, Metric
+from vlm_sft.evaluate.options import EvalOptions
 from vlm_sft.evaluate.own_metrics import chosen_rules, with_metrics
 from vlm_sft.evaluate.pictures import save_pictures
 from vlm_sft.evaluate.provenance import PART, identity_of
@@ -49,69 +49,6 @@ from vlm_sft.model.load import Base, find_base
 from vlm_sft.model.saved_adapter import check_adapter_folder, recorded_bf16, require_fit
 from vlm_sft.model.sharing_check import computation_of
 from vlm_sft.model.vllm_rules import not_for_vllm, splitting_problem
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """The command line of one evaluation.
-
-    Attributes:
-        base_model: "pocket", a folder or a Hub id.
-        benchmark: data sets in the grammar of `--dataset`.
-        output_dir: folder of the results: <benchmark>/predictions.jsonl and <benchmark>/results.json.
-        adapter: folder of an adapter; None evaluates the base.
-        columns: what the columns of own data are called, NAME=COLUMN, comma separated.
-        limit: questions a benchmark, a seeded stratified sample; None for all.
-        split: instead of the benchmark's own split.
-        max_new_tokens: limit of an answer in tokens, a number or `BENCHMARK=NUMBER,…`; None for the benchmarks' own,
-            and for own data for that of the adapter, or what its longest answer needs.
-        metric: the rule of own data, as of `parse_metrics`; None for exact match.
-        judge, judge_model: who grades the answers where the rule says so, as of `parse_judge`.
-        prompt_template, system, min_pixels, max_pixels: instead of what travels with the adapter or the base.
-        max_length, oversized: how long a question may be, and what is done with longer ones, as in a recipe; None for
-            what travels with the adapter or the base.
-        allow_prompt_mismatch: these may differ from what the adapter was trained with.
-        allow_other_base: the base may be another one than the adapter was trained on.
-        tokens_per_pack: token budget of one forward pass; None for the device's.
-        flash_attn: use FlashAttention where it can run.
-        load_in_4bit: hold the weights of the language model in 4 bits, as a QLoRA training does.
-        backend: "transformers" (shared prefixes) or "vllm".
-        tensor_parallel_size: GPUs over which vLLM splits the model.
-        max_left_out: share of questions that may be left out, 0 to 1.
-        shard_weights: "true", "false" or "auto": the ranks share out the weights.
-        caches: what is kept on disk; it changes no answer.
-        local_rank: from the deepspeed launcher.
-    """
-
-    base_model: str
-    benchmark: str
-    output_dir: Path
-    adapter: Path | None = None
-    columns: str | None = None
-    limit: int | None = None
-    split: str | None = None
-    max_new_tokens: str | None = None
-    metric: str | None = None
-    judge: str | None = None
-    judge_model: str | None = None
-    prompt_template: str | None = None
-    system: str | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    max_length: int | None = None
-    oversized: str | None = None
-    allow_prompt_mismatch: bool = False
-    allow_other_base: bool = False
-    tokens_per_pack: int | None = None
-    flash_attn: bool = False
-    load_in_4bit: bool = False
-    backend: str = "transformers"
-    tensor_parallel_size: int = 1
-    max_left_out: float = MAX_LEFT_OUT_FRACTION
-    shard_weights: str = "auto"
-    caches: CacheOptions = field(default_factory=CacheOptions)
-    local_rank: int | None = None
-
 
 IDLE = (
     Idle(("allow_prompt_mismatch",), lambda o: o.adapter is None, "without --adapter", "leave it out"),

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from vlm_sft.common import artifacts
+from vlm_sft.export.request import AUTO
 from vlm_sft.export.source import Source
 from vlm_sft.model.hub import model_config
 from vlm_sft.model.load import Base
 
-AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

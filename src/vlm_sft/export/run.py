@@ -20,7 +20,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
 from vlm_sft.common.errors import ModelError, RunError
-from vlm_sft.common.idle import Idle
 from vlm_sft.common.record import now, versions
 from vlm_sft.common.weights import weights_fingerprint
 from vlm_sft.data.encode import Encoder
@@ -28,7 +27,8 @@ from vlm_sft.data.oversized import LengthRule, fit
 from vlm_sft.data.sample import Sample
 from vlm_sft.distributed.launch import quiet_libraries
 from vlm_sft.export.hub import push
-from vlm_sft.export.merge import AUTO, export_dtype, write_adapter
+from vlm_sft.export.merge import export_dtype, write_adapter
+from vlm_sft.export.request import AUTO, ExportOptions
 from vlm_sft.export.source import Source, find_source
 from vlm_sft.export.verify import (
     GreedyAnswer,
@@ -50,37 +50,7 @@ from vlm_sft.model.saved_adapter import BASE_WEIGHTS, Contents, require_fit
 from vlm_sft.model.vllm_rules import TOWER, TOWER_NOTE, lora_settings, not_for_vllm
 from vlm_sft.report.card import ADAPTER, MERGED, About, card
 
-QUESTIONS = 8
 PARTIAL = ".partial"
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """The command line of one export.
-
-    Attributes:
-        adapter: folder of the adapter: a run or a checkpoint.
-        output_dir: the new folder.
-        merge: put the adapter into the weights; otherwise the adapter itself is exported.
-        base_model: instead of the one that the adapter names.
-        allow_other_base: it may be another one than the adapter was trained on.
-        dtype: "auto", "float32" or "bfloat16", of merged weights.
-        questions: how many questions the export is compared on.
-        peft_only: export an adapter that vLLM would not load.
-        repository: upload to this repository of the Hub; None for nowhere.
-        public: make a new repository public.
-    """
-
-    adapter: Path
-    output_dir: Path
-    merge: bool = False
-    base_model: str | None = None
-    allow_other_base: bool = False
-    dtype: str = AUTO
-    questions: int = QUESTIONS
-    peft_only: bool = False
-    repository: str | None = None
-    public: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +62,6 @@ class _Reference:
     encoder: Encoder
     tuned: list[GreedyAnswer]
     effect: float
-
-
-IDLE = (
-    Idle(
-        ("dtype",),
-        lambda o: not o.merge,
-        "without --merge: an adapter keeps its numbers",
-        "add --merge, or leave it out",
-    ),
-    Idle(("peft_only",), lambda o: o.merge, "on a merged model, which vLLM loads", "leave it out"),
-    Idle(("public",), lambda o: o.repository is None, "without --push_to_hub", "add --push_to_hub, or leave it out"),
-)
 
 
 def export(options: ExportOptions) -> Path:

@@ -27,6 +27,8 @@ SAVES, FINAL = "checkpoints", "final evaluation"
 TRACKERS = "starting trackers"
 CACHED_IMAGES = "prepared images"  # on disk, in the cache, where vision features are too
 LOAD_SECONDS = 0.3  # of building a model and a trainer, whatever its size
+FEATURES_SECONDS = 0.15  # of trying the vision tower, however many images follow
+FEATURE_SECONDS = 0.0015  # of reading an image, and of writing its vision features
 LOAD_RATE = 8e8  # bytes of weights per second from a disk
 ENGINE_SECONDS = 3.5  # of importing and building DeepSpeed's engine
 ENGINE_SAVE_SECONDS = 0.3  # of what the engine does for a checkpoint, whatever its size
@@ -41,6 +43,7 @@ CPU_SLACK = 1.1  # of memory that the C allocator keeps between what is used
 SETTLED_BYTES = (
     96e6  # code of libraries that a training touches first, and holes that the C allocator keeps of earlier stages
 )
+KERNELS_BYTES = 40e6  # that oneDNN builds and keeps for products in bfloat16
 MAPPED = "prepared data"  # files in memory as long as there is room
 MEMORY_SPREAD = {TABLE: 1.3, calibrated.PAST: 1.12, PROBE: 1.07}
 DISK_SPREAD = 1.02
@@ -113,7 +116,9 @@ def time_items(inputs: ForecastInputs) -> dict[str, float]:
     if images.to_process.count:
         items[DATA] = images.processing_seconds * images.to_process.count / ranks.count
     if images.keep_features:
-        items[FEATURES] = tower_seconds(setting, images.to_encode.work) / ranks.count
+        count = images.to_encode.count
+        kept = FEATURE_SECONDS * count + (FEATURES_SECONDS if count else 0.0)
+        items[FEATURES] = (tower_seconds(setting, images.to_encode.work) + kept) / ranks.count
     items[STEPS] += image_seconds(setting, training, images.keep_features, training=True)
     if passes.evaluation is not None:
         losses = passes.evaluation.slowest.times(passes.evaluations)
@@ -168,7 +173,7 @@ def memory_items(inputs: ForecastInputs) -> dict[str, float]:
     features, process = inputs.images.keep_features, inputs.process_bytes
     items = memory.peak_items(inputs.setting, epoch.largest, answered, features, process, epoch.rounds)
     if not inputs.setting.rates.gpu:
-        items["libraries and allocator"] = SETTLED_BYTES
+        items["libraries and allocator"] = SETTLED_BYTES + KERNELS_BYTES * (inputs.setting.value_bytes == 2)
         room = inputs.setting.rates.memory / inputs.setting.ranks.count - sum(items.values())
         items[MAPPED] = min(_mapped_bytes(inputs), max(0.0, room))
     return {name: value for name, value in items.items() if value}

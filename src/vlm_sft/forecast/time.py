@@ -24,7 +24,7 @@ from vlm_sft.forecast.hardware import Rates
 from vlm_sft.forecast.setting import Setting
 
 PRODUCT_OVERHEAD = 1.25  # on a CPU, of products smaller than the one that is measured: adapters, heads of attention
-PRODUCT_OVERHEAD_NARROW = 1.25  # the same of products in bfloat16
+PRODUCT_OVERHEAD_NARROW = 1.8  # the same in bfloat16, where rounding its input delays a narrow product more
 # Of layers with a state, values per channel of the convolution, and per value that the delta rule makes of a token.
 CONVOLUTION_PASSES, STATE_PASSES = 33, 13
 ATTENTION_OVERHEAD = 2.0  # of scores and their softmax, over all patches of an image

@@ -10,7 +10,7 @@ from pathlib import Path
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say, warn
 from vlm_sft.common.errors import DataError, bounded
-from vlm_sft.data.audit import MAX_LEFT_OUT_FRACTION, AuditReport, audit, check_images, enforce
+from vlm_sft.data.audit import AuditReport, audit, check_images, enforce
 from vlm_sft.data.dataset import usable_samples
 from vlm_sft.data.duplicates import CONTRADICTION, DUPLICATE, Repeat, find_repeats
 from vlm_sft.data.mixture import mix
@@ -21,36 +21,12 @@ from vlm_sft.data.sample import OUTSIDE, LeftOut, Sample
 from vlm_sft.data.sources.registry import SPLITS, load_split
 from vlm_sft.data.sources.spec import DatasetSpec, parse_datasets
 from vlm_sft.data.sources.splits import MissingSplitError
+from vlm_sft.planning.options import CheckRequest
 
 PREVIEW = "preview.html"
 DRAW_SEED = 0
 STRIP_RATIO = 200  # of the sides of an image, above which the processors of the Qwen families raise
 EXAMPLES = 3  # repeated questions of each kind that are printed
-
-
-@dataclass(frozen=True, slots=True)
-class CheckRequest:
-    """What to check.
-
-    Attributes:
-        dataset: names and paths, as of `--dataset`.
-        split: "train", "validation", "test" or "all".
-        columns: what the columns of own data are called, "image=picture,…".
-        output_dir: where to; None for outputs/data_check/NAME-SPLIT.
-        base_model: whose processor to ask, too; None for none.
-        max_length: with a base model, the longest sample in tokens; None for what its positions reach.
-        limit: a seeded sample of at most so many questions.
-        max_left_out: share of samples that may be unusable, 0 to 1.
-    """
-
-    dataset: str
-    split: str = "train"
-    columns: str | None = None
-    output_dir: Path | None = None
-    base_model: str | None = None
-    max_length: int | None = None
-    limit: int | None = None
-    max_left_out: float = MAX_LEFT_OUT_FRACTION
 
 
 @dataclass(frozen=True, slots=True)

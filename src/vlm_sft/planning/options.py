@@ -245,3 +245,33 @@ PLAN_IDLE = (
         "leave it out",
     ),
 )
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """What `vlm-sft data check` looks at.
+
+    Attributes:
+        dataset: names and paths, as of `--dataset`.
+    """
+
+    dataset: str
+    columns: str | None = option(None, COLUMNS_HELP, "NAME=COLUMN,…")
+    split: str = option(
+        "train", "which split to check (default: %(default)s)", choices=("train", "validation", "test", "all")
+    )
+    output_dir: Path | None = option(None, "folder to write to (default: outputs/data_check/NAME-SPLIT)", "DIR")
+    base_model: str | None = option(
+        None,
+        "Hub id, folder, or 'pocket': also look for images and texts that this model's processor cannot take",
+        "MODEL",
+    )
+    max_length: int | None = option(
+        None,
+        "with --base_model: name the samples of more than N tokens (default: what the model's positions reach)",
+        "N",
+    )
+    limit: int | None = option(None, "check a seeded sample of at most N questions", "N")
+    max_left_out: float = option(
+        0.01, "share of samples that may be unusable, 0 to 1 (default: %(default)s)", "FRACTION"
+    )
