@@ -208,8 +208,6 @@ def test_tiles_are_padded_only_where_the_model_is_told_how_many_there_are() -> N
 @pytest.mark.parametrize("family", ["minicpmv4_6", "granite4_vision"])
 def test_the_head_scores_the_needed_rows_only(family: str) -> None:
     """One class of the two has no argument for it, the other divides its scores behind the head."""
-    if family not in tiny_models.FAMILIES:
-        pytest.skip(tiny_models.LACKING[family])
     model, encoder = tiny(family, torch.float32, SHARED_SDPA)
     group = encoder.encode(questions(0, 2))
     batch = pack([Bundle(0, (1,))], [group])

@@ -85,8 +85,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def test_a_frozen_tower_drops_nothing_in_training() -> None:
     """Granite 4 Vision's projector has dropout: each look at an image would get other features than the kept ones."""
-    if "granite4_vision" not in FAMILIES:
-        pytest.skip(tiny_models.LACKING["granite4_vision"])
     model, encoder = tiny("granite4_vision", torch.float32, SHARED_SDPA)
     inner = model.get_base_model().model
     tensors = encoder.process_images(questions(0, 1)[0])
@@ -216,8 +214,6 @@ def test_a_trained_projector_is_fed_from_the_cache(family: str, train: str, thre
     ("family", "reason"), [("llava_next", "no rows of what the projector"), ("mistral3", "takes more than the output")]
 )
 def test_a_projector_that_cannot_be_run_apart(family: str, reason: str, tmp_path: Path) -> None:
-    if family not in FAMILIES:
-        pytest.skip(tiny_models.LACKING[family])
     model, processor, _ = tuned(family, train="projector")
     encoder = Encoder(processor, PROMPT)
     cache = DataCache(encoder, tmp_path, family)

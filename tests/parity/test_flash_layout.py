@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import varlen
 
 from tests.questions import pack, questions, tiny
 from vlm_sft.data.packing import Bundle
@@ -22,6 +21,7 @@ from vlm_sft.model.load import choose_attention, set_attention
 from vlm_sft.model.pack_context import PackContext, PackLayout, computing
 from vlm_sft.model.vision_features import encode_images
 
+varlen = pytest.importorskip("torch.nn.attention.varlen")
 PATTERNS = [[[0, 7, 12, 15, 23]], [[0, 5, 6], [6, 16, 20, 29, 30], [30, 31, 40]], [[0, 12, 13, 14, 15, 16, 17, 18]]]
 
 

@@ -135,7 +135,6 @@ def test_layers_of_an_unknown_kind_are_named(monkeypatch: pytest.MonkeyPatch) ->
     assert mode is not None and "layers of hybrid, indexed_attention" in mode.note
 
 
-@pytest.mark.skipif("gemma3n" not in tiny_models.FAMILIES, reason=tiny_models.LACKING.get("gemma3n", ""))
 def test_a_trained_tower_is_the_one_that_sees() -> None:
     model, _ = tiny_models.build("gemma3n")
     assert any(name.startswith("model.vision_tower") for name in saved_modules(model, [VISION]))

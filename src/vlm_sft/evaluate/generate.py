@@ -61,6 +61,17 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
 
+class SharedCache(Cache):
+    """Keys and values of attention behind a shared prefix; layers with a state keep theirs beside it."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=RoomyLayer)
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether a layer of this cache has a state: none has, and the library would raise."""
+        return False
+
+
 def _enlarged(room: torch.Tensor, used: int, needed: int) -> torch.Tensor:
     """A copy of the used part of a buffer, (B, K, room, D), with space for `needed` tokens and an eighth more."""
     larger = room.new_empty(*room.shape[:2], needed + needed // 8 + 64, room.shape[3])
@@ -99,7 +110,7 @@ def generate(
     device = batch.group.device
     config = packed_forward.unwrap(model).config.get_text_config(decoder=True)
     # A cache that knows of sliding windows forgets old tokens; behind a shared prefix the masks see to that.
-    cache = Cache(layer_class_to_replicate=RoomyLayer) if mode.shares else DynamicCache(config=config)
+    cache = SharedCache() if mode.shares else DynamicCache(config=config)
     cached = cache_argument(packed_forward.unwrap(model))
     kept: dict[torch.nn.Module, State] = {}
     with packed_forward.packed(batch, mode, 0, kept):
