@@ -197,7 +197,6 @@ class Warm:
         errors: Path | None = None,
         folder: Path | None = None,
         without: Iterable[str] = (),
-        umask: int = 0o022,
     ) -> Started:
         """Fork a run.
 
@@ -210,7 +209,6 @@ class Warm:
             errors: takes standard error.
             folder: it runs there.
             without: variables that its environment lacks.
-            umask: what new files may not be.
         """
         pid = self._fork(
             {
@@ -222,7 +220,6 @@ class Warm:
                 "without": list(without),
                 "settings": dict(settings or {}),
                 "folder": str(folder or ROOT),
-                "umask": umask,
             }
         )
         exited = Path(f"{log}.{pid}.exit")

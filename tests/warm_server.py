@@ -23,7 +23,6 @@ def child(order: dict[str, Any]) -> None:
     """Become the launch line's script; does not return."""
     os.setsid()
     os.chdir(order["folder"])
-    os.umask(order["umask"])
     for number, path in ((1, order["log"]), (2, order["errors"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     for name in order["without"]:

@@ -213,7 +213,7 @@ def test_a_signal_during_the_evaluation_loses_no_answer(warm: Warm, line: list[s
         word if word != "none" or line[place - 1] != "--eval_benchmarks" else "demo_text"
         for place, word in enumerate(line)
     ]
-    more = ("--max_steps", "2", "--max_eval", "120")
+    more = ("--max_steps", "2", "--max_eval", "120", "--tokens_per_pack", "1024")
     code, said = end(begin(warm, tmp_path / "whole", wanted, *more), 250)
     assert code == 0, said[-3000:]
     run = begin(warm, tmp_path / "run", wanted, *more)

@@ -73,16 +73,16 @@ class Place:
         self.cache = shared / "cache"
         folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, *words: object, umask: int = 0o022, **more: str) -> Started:
+    def start(self, *words: object, **more: str) -> Started:
         """Start a command of ours."""
         log = self.folder / "log"
         log.unlink(missing_ok=True)
         more = {"VLM_SFT_CACHE": str(self.cache), **more}
-        return self.warm.start(list(map(str, words)), log, more, script=MAIN, umask=umask)
+        return self.warm.start(list(map(str, words)), log, more, script=MAIN)
 
-    def run(self, *words: object, code: int = 0, umask: int = 0o022, **more: str) -> str:
+    def run(self, *words: object, code: int = 0, **more: str) -> str:
         """Run a command of ours to its end; returns what it printed, which is no traceback."""
-        ended = self.start(*words, umask=umask, **more).wait(SECONDS)
+        ended = self.start(*words, **more).wait(SECONDS)
         return self._checked((self.folder / "log").read_bytes(), ended, code)
 
     def cold(self, *words: object, code: int = 0, before: str = "", env: Iterable[str] = (), **more: str) -> str:
