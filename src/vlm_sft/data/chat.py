@@ -77,19 +77,19 @@ class Chat:
     def _asked_places(self, messages: list[Message]) -> bool:
         """Render with numbered texts, and again without one image after the other, the last one first."""
         turns = [turn | {"content": list(turn["content"])} for turn in messages]
-        images: list[tuple[list[Any], int, int]] = []  # of each: its turn, its part, how many texts stand before it
+        images: list[tuple[Message, int, int]] = []  # of each: its turn, its part, how many texts stand before it
         texts = 0
         for turn in turns:
             for place, part in enumerate(turn["content"]):
                 if part["type"] == "image":
-                    images.append((turn["content"], place, texts))
+                    images.append((turn, place, texts))
                 else:
                     turn["content"][place] = {"type": "text", "text": f"{self.plain.mark}{texts};"}
                     texts += 1
         marks = [f"{number};" for number in range(texts)]
         before = self._between(turns, marks)
-        for content, place, gap in reversed(images):
-            del content[place]
+        for turn, place, gap in reversed(images):
+            del turn["content"][place]  # not of a list that was kept: transformers 5.10 puts a copy in its place
             after = self._between(turns, marks)
             if before is None or after is None or before[gap] == after[gap]:
                 return False
