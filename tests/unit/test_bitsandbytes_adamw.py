@@ -113,8 +113,8 @@ def test_the_forecast_counts_the_bytes_of_the_state(optim: str, r: int, tmp_path
     shape, adapter = lora(r)
     matrices = [
         torch.nn.Parameter(torch.randn(*size))
-        for inputs, outputs in adapter.modules(shape) * shape.text.layers
-        for size in ((r, inputs), (outputs, r))
+        for linear in adapter.modules(shape) * shape.text.layers
+        for size in ((r, linear.inputs), (linear.outputs, r))
     ]
     holder = torch.nn.ParameterList(matrices)
     assert (len(matrices), sum(one.numel() for one in matrices)) == (adapter.tensors(shape), adapter.parameters(shape))
