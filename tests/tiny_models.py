@@ -309,8 +309,8 @@ FAMILIES = {
     **LATER,
 }
 # Families whose code in older libraries fails, or computes otherwise than that of these versions.
-_NEWER = {
-    torch: ("2.9", ("deepseek_ocr2", "ernie4_5_vl_moe", "glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")),
+NEWER = {
+    torch: ("2.15", ("deepseek_ocr2", "ernie4_5_vl_moe", "glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")),
     transformers: (
         "5.23",
         (
@@ -335,7 +335,7 @@ LACKING = {
     **tiny_models_types.LACKING,
     **{
         name: f"tried with {library.__name__} {since} and newer"
-        for library, (since, names) in _NEWER.items()
+        for library, (since, names) in NEWER.items()
         if Version(library.__version__) < Version(since)
         for name in names
     },

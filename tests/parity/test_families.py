@@ -86,6 +86,12 @@ def test_every_stage(family: str, tmp_path: Path) -> None:
     assert merge["largest_difference"] <= merge["tolerance"]
 
 
+def test_the_page_names_the_families_that_older_versions_lack() -> None:
+    said = bench.PAGE.read_text(encoding="utf-8").partition("Older versions:")[2].partition("##")[0]
+    named = {name for name in FAMILIES if f"`{name}`" in said}
+    assert named == {name for _, names in tiny_models.NEWER.values() for name in names}
+
+
 def test_the_page_is_made_from_the_artifact() -> None:
     result = artifacts.read_json(bench.RESULT)
     page = bench.PAGE.read_text(encoding="utf-8")
