@@ -61,9 +61,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that repeat for one more family what others have shown."""
+    """Mark the tests that repeat for one more family what others have shown, and those that need newer libraries."""
+    from tests.older_versions import lacking  # loads families, which the process that starts the workers need not
+
     measure_briefly()
     for item in items:
+        if reason := lacking(item.nodeid):
+            item.add_marker(pytest.mark.skip(reason=reason))
         family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
         if family in REPEATING and item.name != f"test_packs_of_one_to_ten_questions[{family}-blockwise-float32]":
             item.add_marker("slow")

@@ -18,7 +18,7 @@ import torch
 from tests import tiny_models
 from tests.parity.test_part_lora import tuned
 from tests.questions import PROMPT, picture, questions, tiny
-from tests.tiny_models import FAMILIES, TAKES_FEATURES
+from tests.tiny_models import FAMILIES
 from vlm_sft.common.errors import RunError
 from vlm_sft.data.cache.encoded import DataCache
 from vlm_sft.data.cache.image_tensors import FEATURE_PREFIX, is_pixels
@@ -33,8 +33,6 @@ from vlm_sft.model.feature_precompute import Decision, _measure, features_proble
 from vlm_sft.model.load import SHARED_SDPA, set_attention
 from vlm_sft.model.sharing_check import choose_mode
 from vlm_sft.model.vision_features import TowerCounter, start_training
-
-pytestmark = pytest.mark.skipif(not TAKES_FEATURES, reason="this transformers takes no kept features")
 
 # Not (28, 28): transformers' Mistral 3 cannot compute a single picture of one visual token.
 SIZES = [(72, 56), (140, 90), (30, 28), (56, 300)]

@@ -152,7 +152,6 @@ def test_features_of_coded_pixels(tmp_path: Path) -> None:
         assert exact.keys() == ours.keys() and all(torch.equal(exact[name], ours[name]) for name in exact)
 
 
-@pytest.mark.skipif(not tiny_models.TAKES_FEATURES, reason="this transformers takes no kept features")
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
 def test_features_are_kept_of_coded_pixels(tmp_path: Path, family: str) -> None:
     """The whole pass, as a GPU has it: measured, computed in batches, stored, and read by the packs."""

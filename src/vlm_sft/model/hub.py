@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig
 
 from vlm_sft.common.errors import ModelError
@@ -30,6 +31,16 @@ def model_config(path: str, name: str = "") -> Any:
     return copy.deepcopy(ANSWERS[path])  # who has it may change it
 
 
+def _is_offline(error: BaseException) -> bool:
+    """Whether a loader failed because the Hub could not be reached; transformers 5.10 says so in no text of its own."""
+    reason: BaseException | None = error
+    while reason is not None:
+        if isinstance(reason, LocalEntryNotFoundError):
+            return True
+        reason = reason.__cause__ or reason.__context__
+    return any(word in str(error) for word in ("connect", "offline", "resolve", "internet", "Connection"))
+
+
 def opened(load: Callable[[], Any], name: str) -> Any:
     """Run a loader of transformers and turn its failures into one message.
 
@@ -47,8 +58,7 @@ def opened(load: Callable[[], Any], name: str) -> Any:
         return load()
     except Exception as error:  # what a broken folder raises in transformers and tokenizers can be anything
         text = str(error)
-        offline = any(word in text for word in ("connect", "offline", "resolve", "internet", "Connection"))
-        if offline and not Path(name).exists():
+        if _is_offline(error) and not Path(name).exists():
             ANSWERS[unreachable] = error
             raise ModelError(
                 f"--base_model {name}: the Hugging Face Hub cannot be reached and the model is not in the local cache",
