@@ -32,10 +32,13 @@ def model_config(path: str, name: str = "") -> Any:
 
 
 def _is_offline(error: BaseException) -> bool:
-    """Whether a loader failed because the Hub could not be reached; transformers 5.10 says so in no text of its own."""
+    """Whether a loader failed because the Hub could not be reached; older libraries say so only in the reasons of it.
+
+    huggingface_hub 1.5 closes its client before it repeats a request that got no connection.
+    """
     reason: BaseException | None = error
     while reason is not None:
-        if isinstance(reason, LocalEntryNotFoundError):
+        if isinstance(reason, LocalEntryNotFoundError) or "client has been closed" in str(reason):
             return True
         reason = reason.__cause__ or reason.__context__
     return any(word in str(error) for word in ("connect", "offline", "resolve", "internet", "Connection"))
