@@ -31,7 +31,17 @@ ALLOWED = {
     ("distributed/heartbeat.py", "_exit"): "os._exit is documented",
     ("distributed/signals.py", "_exit"): "os._exit is documented",
 }
-PYTHON = {"__name__", "__doc__", "__file__", "__version__", "__class__", "__cause__", "__new__", "__dataclass_fields__"}
+PYTHON = {
+    "__name__",
+    "__doc__",
+    "__file__",
+    "__version__",
+    "__class__",
+    "__cause__",
+    "__context__",
+    "__new__",
+    "__dataclass_fields__",
+}
 
 
 def own_names(trees: dict[str, ast.Module]) -> set[str]:
