@@ -5,11 +5,32 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
+import torch
 import transformers
 from packaging.version import Version
+from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tests.tiny_models import TAKES_FEATURES
-
+# Frozen vision features can be handed to a model from transformers 5.18 on.
+TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
+TRIED_WITH = {torch: "2.15", transformers: "5.23"}
+# Families whose code in older libraries fails, or computes otherwise than that of these versions.
+FAMILIES = {
+    torch: ("deepseek_ocr2", "ernie4_5_vl_moe", "glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe"),
+    transformers: (
+        "exaone4_5",
+        "gemma3n",
+        "granite4_vision",
+        "janus",
+        "kimi_k25",
+        "lfm2_vl",
+        "qwen2_5_omni_thinker",
+        "qwen3_omni_moe_thinker",
+        "vipllava",
+    ),
+}
 # By the beginning of a test's name.
 KEPT_FEATURES = (
     "tests/faults/test_disk_errors.py::test_what_cannot_be_read_is_passed_over",
@@ -43,7 +64,6 @@ OTHER_MODELS = (
     "tests/unit/test_forecast_counts.py::test_parameters_and_operations[paligemma",
     "tests/unit/test_layout.py::test_every_family_is_refused_in_one_line_or_can_be_made_ready",
 )
-TRIED_WITH = "5.23"  # of transformers, whose models the second list is about
 
 
 def lacking(test: str) -> str | None:
@@ -54,6 +74,21 @@ def lacking(test: str) -> str | None:
     """
     if not TAKES_FEATURES and test.startswith(KEPT_FEATURES):
         return "this transformers takes no kept features"
-    if Version(transformers.__version__) < Version(TRIED_WITH) and test.startswith(OTHER_MODELS):
-        return f"transformers {transformers.__version__} has other models or computes them otherwise than {TRIED_WITH}"
+    if _is_older(transformers) and test.startswith(OTHER_MODELS):
+        tried = TRIED_WITH[transformers]
+        return f"transformers {transformers.__version__} has other models or computes them otherwise than {tried}"
     return None
+
+
+def lacking_families() -> dict[str, str]:
+    """Why families cannot be tried with the installed versions, by family."""
+    return {
+        name: f"tried with {library.__name__} {TRIED_WITH[library]} and newer"
+        for library, names in FAMILIES.items()
+        if _is_older(library)
+        for name in names
+    }
+
+
+def _is_older(library: Any) -> bool:
+    return Version(library.__version__) < Version(TRIED_WITH[library])

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from transformers import (
     AutoProcessor,
     Gemma3Config,
@@ -54,6 +51,7 @@ from tests import (
     tiny_models_types,
     tiny_models_windows,
 )
+from tests.older_versions import lacking_families
 from tests.tiny_models_parts import (
     LLAVA_TOWER,
     QWEN_TEMPLATE,
@@ -71,9 +69,6 @@ from tests.tiny_models_parts import (
     token_ids,
 )
 from vlm_sft.model.default_targets import mixer_projections
-
-# Frozen vision features can be handed to a model from transformers 5.18 on.
-TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 
 SMOL_TOKENS = [
     "<|im_start|>",
@@ -308,24 +303,6 @@ FAMILIES = {
     "paligemma": paligemma,
     **LATER,
 }
-# Families whose code in older libraries fails, or computes otherwise than that of these versions.
-NEWER = {
-    torch: ("2.15", ("deepseek_ocr2", "ernie4_5_vl_moe", "glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe")),
-    transformers: (
-        "5.23",
-        (
-            "exaone4_5",
-            "gemma3n",
-            "granite4_vision",
-            "janus",
-            "kimi_k25",
-            "lfm2_vl",
-            "qwen2_5_omni_thinker",
-            "qwen3_omni_moe_thinker",
-            "vipllava",
-        ),
-    ),
-}
 # Why a family cannot be tried here.
 LACKING = {
     **tiny_models_more.LACKING,
@@ -333,12 +310,7 @@ LACKING = {
     **tiny_models_ocr.LACKING,
     **tiny_models_ocr2.LACKING,
     **tiny_models_types.LACKING,
-    **{
-        name: f"tried with {library.__name__} {since} and newer"
-        for library, (since, names) in NEWER.items()
-        if Version(library.__version__) < Version(since)
-        for name in names
-    },
+    **lacking_families(),
 }
 LATER = {name: builder for name, builder in LATER.items() if name not in LACKING}
 FAMILIES = {name: builder for name, builder in FAMILIES.items() if name not in LACKING}

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.older_versions import TAKES_FEATURES
 from tests.questions import ask, asked_types, pack, picture, questions, tiny
-from tests.tiny_models import FAMILIES, TAKES_FEATURES, build
+from tests.tiny_models import FAMILIES, build
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.data.encode import EncodedGroup, Encoder
 from vlm_sft.data.images import decode_rgb

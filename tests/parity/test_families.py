@@ -13,9 +13,9 @@ import torch
 
 import families as bench
 from common import with_block
-from tests import tiny_models
+from tests import older_versions, tiny_models
+from tests.older_versions import TAKES_FEATURES
 from tests.questions import PROMPT, pack, picture, questions, tiny
-from tests.tiny_models import TAKES_FEATURES
 from vlm_sft.common import artifacts
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.images import decode_rgb
@@ -89,7 +89,7 @@ def test_every_stage(family: str, tmp_path: Path) -> None:
 def test_the_page_names_the_families_that_older_versions_lack() -> None:
     said = bench.PAGE.read_text(encoding="utf-8").partition("Older versions:")[2].partition("##")[0]
     named = {name for name in FAMILIES if f"`{name}`" in said}
-    assert named == {name for _, names in tiny_models.NEWER.values() for name in names}
+    assert named == {name for names in older_versions.FAMILIES.values() for name in names}
 
 
 def test_the_page_is_made_from_the_artifact() -> None:
