@@ -21,8 +21,8 @@ from vlm_sft.model.gpu.flash import gathered_heads
 from vlm_sft.model.hub import model_config
 from vlm_sft.model.layout import without_weights
 from vlm_sft.model.load import Base
-from vlm_sft.model.mixers import MIXERS
 from vlm_sft.model.parts import PROJECTOR_LORA, VISION_LORA, part_linears
+from vlm_sft.model.recurrent import mixer_of
 from vlm_sft.model.vision_features import decoder_of, head_of
 from vlm_sft.planning.training_run import TrainingRun
 
@@ -129,7 +129,7 @@ def _counted_modules(
 
 def _counted_states(decoder: Any, layers: int) -> StateShape | None:
     """The layers of a decoder that carry a state; None where it has none of a known kind."""
-    found = [(mixer, module) for module in decoder.modules() for mixer in MIXERS if mixer.fits(module)]
+    found = [(mixer, module) for module in decoder.modules() if (mixer := mixer_of(module)) is not None]
     if not found:
         return None
     mixer, module = found[0]
