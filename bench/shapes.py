@@ -166,7 +166,7 @@ def _paligemma_processor(tokenizer: Path) -> Any:
     words = Qwen2TokenizerFast.from_pretrained(
         str(tokenizer.parent), bos_token="<bos>", eos_token="<eos>", pad_token="<|endoftext|>", unk_token=None
     )
-    images = SiglipImageProcessor(size={"height": PALIGEMMA_SIDE, "width": PALIGEMMA_SIDE})
+    images: Any = SiglipImageProcessor(size={"height": PALIGEMMA_SIDE, "width": PALIGEMMA_SIDE})
     images.image_seq_length = (PALIGEMMA_SIDE // PATCH) ** 2
     return PaliGemmaProcessor(images, words, chat_template=PALIGEMMA_TEMPLATE)
 
