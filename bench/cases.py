@@ -193,8 +193,13 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
-def expected_work(rows: list[Row], processor: Any) -> dict[str, int]:
+def expected_work(rows: list[Row], processor: Any, shared: bool = True) -> dict[str, int]:
     """What one epoch over the rows is when every question is a sequence of its own, told by the processor itself.
+
+    Args:
+        rows: the questions.
+        processor: the family's.
+        shared: whether the questions of an image can share it.
 
     Returns:
         `questions`, `images` (distinct), `tokens`, `image_tokens`, `supervised` (answer and end tokens), `patches`, and
@@ -208,21 +213,16 @@ def expected_work(rows: list[Row], processor: Any) -> dict[str, int]:
         0,
     )
     seen: set[str] = set()
-    image_id = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     end_id = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
     for row in rows:
-        asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]}]
-        answer = [{"role": "assistant", "content": [{"type": "text", "text": row.answer}]}]
-        prompt = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        whole = processor.apply_chat_template([*asked, *answer], tokenize=False)
         with Image.open(row.image) as picture:
-            inputs = processor(text=[whole], images=[picture.convert("RGB")], return_tensors="pt")
+            inputs, answer = _encoded(row, picture.convert("RGB"), processor)
         ids = inputs["input_ids"][0].tolist()
-        prefix = ids.index(end_id) + 1
-        patches = inputs["pixel_values"].shape[0]
+        prefix = ids.index(end_id) + 1 if shared else 0
+        patches = _patches(inputs["pixel_values"], inputs["input_ids"] == processor.image_token_id)
         found["tokens"] += len(ids)
-        found["image_tokens"] += ids.count(image_id)
-        found["supervised"] += len(processor.tokenizer(whole[len(prompt) :])["input_ids"])
+        found["image_tokens"] += ids.count(processor.image_token_id)
+        found["supervised"] += len(processor.tokenizer(answer)["input_ids"])
         found["patches"] += patches
         found["own_tokens"] += len(ids) - prefix
         if row.image not in seen:
@@ -230,3 +230,20 @@ def expected_work(rows: list[Row], processor: Any) -> dict[str, int]:
             found["distinct_patches"] += patches
             found["distinct_prefix_tokens"] += prefix
     return {"questions": len(rows), "images": len(seen), **found}
+
+
+def _encoded(row: Row, picture: Any, processor: Any) -> tuple[Any, str]:
+    """The model's inputs for a question with its answer, and the text that is supervised."""
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]}]
+    prompt = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    if type(processor).__name__ == "PaliGemmaProcessor":  # it puts the answer behind the question itself
+        inputs = processor(text=[prompt], images=[picture], suffix=[row.answer], return_tensors="pt")
+        return inputs, row.answer + processor.tokenizer.eos_token
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": row.answer}]}]
+    whole = processor.apply_chat_template([*asked, *answer], tokenize=False)
+    return processor(text=[whole], images=[picture], return_tensors="pt"), whole[len(prompt) :]
+
+
+def _patches(pixels: Any, image_tokens: Any) -> int:
+    """Patches of an image: rows of the pixels, or of a picture as a whole (B, C, H, W) one for each image token."""
+    return int(pixels.shape[0] if pixels.ndim == 2 else image_tokens.sum())

@@ -1,4 +1,4 @@
-"""Random Qwen2.5-VL and Qwen3.5 models of bench sizes in folders, with the real Qwen tokenizer and image settings."""
+"""Random Qwen2.5-VL, Qwen3.5 and PaliGemma models of bench sizes in folders, with the real Qwen tokenizer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,14 @@ TEMPLATE = (
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
 )
-
+# PaliGemma has no chat: its processor puts a start token behind the image and a line feed behind the question.
+PALIGEMMA_TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}<image>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% if message.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+)
+PALIGEMMA_SIDE = 224  # pixels of its square images: 256 image tokens
+PALIGEMMA_VOCABULARY = 152_832  # Qwen's, its own words for places and segments, and a few unused ones
+PALIGEMMA_START, PALIGEMMA_END, PALIGEMMA_IMAGE = 151_669, 151_670, 151_671  # the first ids behind Qwen's
 
 ATTENTION = ("q_proj", "v_proj", "o_proj")
 DELTA_NET = ("in_proj_qkv", "in_proj_z", "out_proj")
@@ -48,7 +55,8 @@ class Shape:
 
     Attributes:
         full_attention: layers of the tower without windows, where it has windows.
-        family: "qwen2_5_vl", or "qwen3_5", whose heads are `head` channels wide in both kinds of layers.
+        family: "qwen2_5_vl"; "qwen3_5", whose heads are `head` channels wide in both kinds of layers; or "paligemma",
+            whose heads are so wide, and whose image tokens read the question, so that nothing is shared.
     """
 
     hidden: int
@@ -88,6 +96,8 @@ SHAPES = {
     # Three of four layers are Gated DeltaNet, with the ratios of the published Qwen3.5-0.8B.
     "qwen3_5": Shape(256, 8, 4, 2, 896, 128, 4, 4, 512, (), family="qwen3_5", head=64),
     "qwen3_5_tiny": Shape(64, 4, 2, 1, 96, 32, 2, 2, 48, (), family="qwen3_5", head=32),
+    "paligemma": Shape(256, 8, 4, 1, 1024, 128, 4, 4, 512, (), PALIGEMMA_VOCABULARY, family="paligemma", head=64),
+    "paligemma_tiny": Shape(64, 2, 2, 1, 96, 32, 2, 2, 48, (), PALIGEMMA_VOCABULARY, family="paligemma", head=32),
 }
 
 
@@ -124,6 +134,8 @@ def processor(tokenizer: Path, max_pixels: int, family: str = "qwen2_5_vl") -> A
         Qwen3VLVideoProcessor,
     )
 
+    if family == "paligemma":
+        return _paligemma_processor(tokenizer)
     newer = family == "qwen3_5"
     patch = PATCH_3_5 if newer else PATCH
     common: dict[str, Any] = {
@@ -147,10 +159,58 @@ def processor(tokenizer: Path, max_pixels: int, family: str = "qwen2_5_vl") -> A
     )
 
 
+def _paligemma_processor(tokenizer: Path) -> Any:
+    """PaliGemma's processor over Qwen's words; it adds the words for images, places and segments itself."""
+    from transformers import PaliGemmaProcessor, Qwen2TokenizerFast, SiglipImageProcessor  # type: ignore[attr-defined]
+
+    words = Qwen2TokenizerFast.from_pretrained(
+        str(tokenizer.parent), bos_token="<bos>", eos_token="<eos>", pad_token="<|endoftext|>", unk_token=None
+    )
+    images: Any = SiglipImageProcessor(size={"height": PALIGEMMA_SIDE, "width": PALIGEMMA_SIDE})
+    images.image_seq_length = (PALIGEMMA_SIDE // PATCH) ** 2
+    return PaliGemmaProcessor(images, words, chat_template=PALIGEMMA_TEMPLATE)
+
+
+def _paligemma_config(shape: Shape) -> Any:
+    """The configuration of a PaliGemma."""
+    from transformers import PaliGemmaConfig
+
+    text = {
+        "model_type": "gemma",
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head,
+        "max_position_embeddings": 8192,
+        "bos_token_id": PALIGEMMA_START,
+        "eos_token_id": PALIGEMMA_END,
+        "pad_token_id": PAD,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": shape.vision_hidden,
+        "intermediate_size": shape.vision_intermediate,
+        "num_hidden_layers": shape.vision_layers,
+        "num_attention_heads": shape.vision_heads,
+        "image_size": PALIGEMMA_SIDE,
+        "patch_size": shape.patch,
+        "projection_dim": shape.hidden,
+        "vision_use_head": False,
+    }
+    return PaliGemmaConfig(
+        text_config=text, vision_config=vision, projection_dim=shape.hidden, image_token_index=PALIGEMMA_IMAGE
+    )
+
+
 def config(shape: Shape) -> Any:
     """The configuration of a shape."""
     from transformers import CONFIG_MAPPING
 
+    if shape.family == "paligemma":
+        return _paligemma_config(shape)
     newer = shape.family == "qwen3_5"
     quarter = (shape.head or shape.hidden // shape.heads) // 8
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e7 if newer else 1e6}
@@ -226,7 +286,10 @@ def build(name: str, folder: Path, tokenizer: Path, max_pixels: int, device: str
         model = AutoModelForImageTextToText.from_config(
             config(shape), dtype=torch.bfloat16 if device == "cuda" else torch.float32
         )
-    model.generation_config = GenerationConfig(eos_token_id=[END, PAD], pad_token_id=PAD, bos_token_id=PAD)
+    if shape.family == "paligemma":
+        model.generation_config = GenerationConfig(eos_token_id=PALIGEMMA_END, pad_token_id=PAD)
+    else:
+        model.generation_config = GenerationConfig(eos_token_id=[END, PAD], pad_token_id=PAD, bos_token_id=PAD)
     model.save_pretrained(folder)
     processor(tokenizer, max_pixels, shape.family).save_pretrained(folder)
     sizes = parameter_counts(model)
@@ -244,5 +307,6 @@ def parameter_counts(model: Any) -> dict[str, int]:
     embedding = looked_up.numel()
     head = 0 if projection is looked_up else projection.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
-    vision = sum(parameter.numel() for parameter in model.model.visual.parameters())
+    parts = [getattr(model.model, name, None) for name in ("visual", "vision_tower", "multi_modal_projector")]
+    vision = sum(parameter.numel() for part in parts if part is not None for parameter in part.parameters())
     return {"language": total - vision - embedding - head, "vision": vision, "embedding": embedding, "total": total}

@@ -46,9 +46,10 @@ from vlm_sft.common.console import say, warn
 
 SIDES = (OURS, *REQUIREMENTS)
 FORMATS = ("float32", "bfloat16")
-QUESTIONS = {"tiny": 16, "small": 128, "medium": 48, "7b": 512, "qwen3_5": 128, "qwen3_5_tiny": 16}
+QUESTIONS = {"small": 128, "medium": 48, "7b": 512, "qwen3_5": 128, "paligemma": 128}
 # They tell whether everything works; their numbers say nothing and stay in the work folder.
-TRIALS = ("tiny", "qwen3_5_tiny")
+TRIALS = ("tiny", "qwen3_5_tiny", "paligemma_tiny")
+QUESTIONS |= dict.fromkeys(TRIALS, 16)
 WARM_UP_QUESTIONS = 4
 # So small that the loss of an epoch does not depend on the order of its rows: all sides must agree.
 LEARNING_RATE = 1e-6
@@ -144,7 +145,7 @@ def rows_of(
     rows = benchcases.write(benchcases.CASES[name], questions, folder, args.data)
     path = folder / f"expected-{family}.json"
     if not path.is_file():
-        artifacts.write_json(path, benchcases.expected_work(rows, processor))
+        artifacts.write_json(path, benchcases.expected_work(rows, processor, family != "paligemma"))
     return folder, artifacts.read_json(path)
 
 

@@ -99,7 +99,7 @@ def summary(result: dict[str, Any], expected: dict[str, int], sizes: dict[str, i
     if warm_up["flops"]:
         counted_share = (warm_up["flops"][1] - warm_up["flops"][0]) / arithmetic_flops(warm_up["epochs"][0], sizes)
     flops = [arithmetic_flops(counts, sizes) * counted_share for counts in result["epochs"]]
-    padding = max(first.get("padding", 0), first.get("seen_padding", 0))
+    padding = _padding(first)
     return {
         "cold": questions / (result["preparation_seconds"] + seconds[0]),
         "warm": questions / usual,
@@ -162,12 +162,17 @@ def check(sides: dict[str, dict[str, Any]], expected: dict[str, int]) -> dict[st
     return refused
 
 
+def _padding(counts: dict[str, int]) -> int:
+    """Padding of an epoch, by the mask or, where that has more than rows and columns, by the tokens."""
+    return max(counts.get("padding", 0), counts.get("seen_padding", 0))
+
+
 def _separate_work(row: dict[str, Any], expected: dict[str, int]) -> list[str]:
     """What is wrong with the counts of a side that gives every question a sequence of its own."""
     reasons = []
     for number, counts in enumerate(row["epochs"], start=1):
         found = {name: counts.get(name, 0) for name in ("image_tokens", "supervised", "patches")}
-        found["tokens"] = counts["language_tokens"] - counts["padding"]
+        found["tokens"] = counts["language_tokens"] - _padding(counts)
         reasons += [
             f"{value:,} {name} in epoch {number}, not {expected[name]:,}"
             for name, value in found.items()
@@ -185,7 +190,7 @@ def _shared_work(row: dict[str, Any], expected: dict[str, int]) -> list[str]:
         supervised = counts.get("head_rows", 0)
         if supervised != expected["supervised"]:
             reasons.append(f"{supervised:,} supervised in epoch {number}, not {expected['supervised']:,}")
-        tokens = counts["language_tokens"] - max(counts.get("padding", 0), counts.get("seen_padding", 0))
+        tokens = counts["language_tokens"] - _padding(counts)
         if not least <= tokens <= expected["tokens"]:
             reasons.append(f"{tokens:,} tokens in epoch {number}, not {least:,} to {expected['tokens']:,}")
     patches = row["preparation"].get("patches", 0) + row["epochs"][0].get("patches", 0)
@@ -227,7 +232,12 @@ ROWS = {
     "chartqa": "ChartQA, {k:.1f} questions an image",
     "k1": "ChartQA, one question an image",
 }
-MODELS = {"small": "Qwen2.5-VL of {:.0f} M", "medium": "Qwen2.5-VL of {:.0f} M", "qwen3_5": "Qwen3.5 of {:.0f} M"}
+MODELS = {
+    "small": "Qwen2.5-VL of {:.0f} M",
+    "medium": "Qwen2.5-VL of {:.0f} M",
+    "qwen3_5": "Qwen3.5 of {:.0f} M",
+    "paligemma": "PaliGemma of {:.0f} M, which cannot share",
+}
 
 
 def readme_table(folder: Path) -> str:

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-IMAGE_TOKEN, PAD_TOKEN = 151_655, 151_643
+PAD_TOKEN = 151_643
 IGNORED = -100
 PEAK_SIZE, GPU_PEAK_SIZE, PEAK_REPEATS = 2048, 8192, 7
 
@@ -159,7 +159,11 @@ def counted_classes() -> list[tuple[Any, ...]]:
         from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 
         found.append((qwen3_5.Qwen3_5VisionModel, qwen3_5.Qwen3_5TextModel, qwen3_5.Qwen3_5Model))
-    return found
+    from transformers.models.gemma.modeling_gemma import GemmaModel
+    from transformers.models.paligemma.modeling_paligemma import PaliGemmaModel
+    from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+
+    return [*found, (SiglipVisionModel, GemmaModel, PaliGemmaModel)]
 
 
 def _around(owner: Any, name: str, attach: Callable[[Any, Meter], None]) -> None:
@@ -190,26 +194,33 @@ def _wrap_loading(owner: type) -> None:
 
 
 def _before(owner: Any, count: Callable[..., None], name: str = "forward") -> None:
-    """Call `count` with the meter and the arguments before every forward pass of a class, or another function."""
+    """Call `count` with the meter, the module and the arguments before every forward pass of a class.
+
+    Of another function there is no module.
+    """
     original = getattr(owner, name)
-    own = int(isinstance(owner, type))  # the module itself comes before the arguments
+    own = int(isinstance(owner, type))
 
     @functools.wraps(original)
     def counted(*args: Any, **kwargs: Any) -> Any:
         for meter in _active:
-            count(meter, args[own:], kwargs)
+            count(meter, args[0] if own else None, args[own:], kwargs)
         return original(*args, **kwargs)
 
     setattr(owner, name, counted)
 
 
-def _count_vision(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    pixels: Any = kwargs.get("hidden_states", args[0] if args else None)
+def _count_vision(meter: Meter, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    pixels: Any = kwargs.get("hidden_states", kwargs.get("pixel_values", args[0] if args else None))
     grid: Any = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
-    meter.add(tower_calls=1, tower_images=len(grid), patches=int(pixels.shape[0]))
+    if grid is None:  # whole pictures: B, C, H, W
+        images, patches = len(pixels), pixels[:, 0].numel() // module.config.patch_size**2
+    else:
+        images, patches = len(grid), int(pixels.shape[0])
+    meter.add(tower_calls=1, tower_images=images, patches=patches)
 
 
-def _count_language(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _count_language(meter: Meter, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     tokens: Any = kwargs.get("inputs_embeds")
     if tokens is None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
@@ -219,13 +230,16 @@ def _count_language(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any])
     meter.add(language_calls=1, language_tokens=processed, padding=processed - int(mask.sum()) if flat else 0)
 
 
-def _count_tokens(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _count_tokens(meter: Meter, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is not None:
-        meter.add(seen_image_tokens=int((ids == IMAGE_TOKEN).sum()), seen_padding=int((ids == PAD_TOKEN).sum()))
+        mask: Any = kwargs.get("attention_mask")
+        flat = mask is not None and getattr(mask, "ndim", 0) == 2
+        padding = ids.numel() - int(mask.sum()) if flat else int((ids == PAD_TOKEN).sum())
+        meter.add(seen_image_tokens=int((ids == module.config.image_token_id).sum()), seen_padding=padding)
 
 
-def _count_rows(meter: Meter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _count_rows(meter: Meter, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Count the rows that go through the vocabulary projection."""
     meter.add(head_rows=args[0].shape[:-1].numel())
 
@@ -315,7 +329,7 @@ def _watch_loss(trainer: Any, meter: Meter) -> None:
         supervised = int((labels[..., 1:] != IGNORED).sum()) if labels is not None else 0
         meter.add(supervised=supervised, micro_batches=1)
         if ids is not None:
-            meter.add(image_tokens=int((ids == IMAGE_TOKEN).sum()))
+            meter.add(image_tokens=int((ids == trainer.model.config.image_token_id).sum()))
         found = compute(model, inputs, *args, **kwargs)
         loss = found[0] if isinstance(found, tuple) else found
         divided_by: Any = kwargs.get("num_items_in_batch")
@@ -331,7 +345,7 @@ def _count_model(model: Any, meter: Meter) -> None:
     meter.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     head = model.get_output_embeddings()
     if head is not None:
-        head.register_forward_pre_hook(lambda _, args: _count_rows(meter, args, {}))
+        head.register_forward_hook(lambda module, _, scores: _count_rows(meter, module, (scores,), {}))
 
 
 def _onednn_product() -> Any:

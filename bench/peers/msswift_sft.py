@@ -19,14 +19,15 @@ def train(job: Job) -> None:
 
     # Qwen3.5's own template thinks before it answers and has other numbers of tokens than the benchmark's tokenizer.
     template = "qwen3_vl" if job.family == "qwen3_5" else job.family
-    # The line feed behind the last answer, which no other side trains on.
-    TEMPLATE_MAPPING[template].suffix = ["<|im_end|>"]
+    if job.family != "paligemma":
+        # The line feed behind the last answer, which no other side trains on.
+        TEMPLATE_MAPPING[template].suffix = ["<|im_end|>"]
     sft_main(
         SftArguments(
             model=job.model,
             model_type=job.family,
             template=template,
-            system="You are a helpful assistant.",
+            system=None if job.family == "paligemma" else "You are a helpful assistant.",
             torch_dtype=job.dtype,
             attn_impl="flash_attn" if job.has_flash else "sdpa",
             padding_free=job.has_flash,
@@ -40,7 +41,8 @@ def train(job: Job) -> None:
             lora_rank=job.rank,
             lora_alpha=job.alpha,
             lora_dropout=0.0,
-            target_modules=list(job.targets),
+            # Its list of PaliGemma's parts has none for the tower, which would get LoRA, too.
+            target_regex=rf".*language_model.*\.({'|'.join(job.targets)})",
             freeze_vit=True,
             check_model=False,
             use_logits_to_keep=True,

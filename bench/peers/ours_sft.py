@@ -30,8 +30,9 @@ def train(job: Job) -> None:
         "logging_steps": 1,
         "report_to": ["none"],
         "bf16": job.bf16,
-        "max_pixels": job.max_pixels,
     }
+    if job.family != "paligemma":  # its images have one size
+        overrides["max_pixels"] = job.max_pixels
     train_run(
         TrainOptions(
             output_dir=Path(job.output) / "run",
