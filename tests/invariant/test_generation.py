@@ -12,6 +12,7 @@ import torch
 
 from tests.pictures import png
 from tests.processes import MAIN, Warm
+from tests.text_rows import text_row
 from tests.tiny_models import build, save
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import Encoder
@@ -139,6 +140,24 @@ def test_separate_questions_are_answered_together_where_that_is_exact(
     calls.clear()
     assert backend._tokens(groups, torch.device("cpu"), TOKENS)[0] == together
     assert calls == [1, 1, 1]
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_text_row_is_answered_the_same_after_an_image(before: int) -> None:
+    base, model = tiny_base("qwen2_5_vl")
+    encoder = Encoder(base.processor, base.prompt, base.stop_ids)
+    images = encoder.encode(samples()[3:], with_answers=False)
+    text = encoder.encode([text_row("how many red bars?", "12")], with_answers=False)
+    settings: dict[str, Any] = {"max_new_tokens": TOKENS, "stop_ids": ()}
+
+    def answer() -> list[int]:
+        return generate(model, collate([Bundle(0, (0,))], [text]), mode=PackMode("separate"), **settings).tokens[0]
+
+    expected = answer()
+    earlier = collate([Bundle(0, tuple(range(before + 1)))], [images])
+    generate_rows.generate_rows(model, earlier, **settings)
+    assert packed_forward.unwrap(model).model.rope_deltas.abs().min() > 0
+    assert answer() == expected
 
 
 def test_near_ties_and_limits_of_a_batch() -> None:

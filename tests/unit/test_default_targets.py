@@ -85,6 +85,28 @@ def test_every_kind_of_layer_gets_lora_by_default(family: str) -> None:
     wrapped(model, found)
 
 
+@pytest.mark.parametrize(
+    ("family", "names", "values"),
+    [
+        ("qwen3_5", USUAL, {"layer_types": ["full_attention"] * 2}),
+        ("qwen3_5", DELTA[3:], {"layer_types": ["linear_attention"] * 2}),
+        ("kimi_k25", ("kv_a_proj_with_mqa", "kv_b_proj", "q_proj", "o_proj"), {"q_lora_rank": None}),
+    ],
+)
+def test_targets_that_a_configuration_leaves_out_are_not_asked_for(
+    family: str, names: tuple[str, ...], values: dict[str, Any]
+) -> None:
+    if family not in tiny_models.FAMILIES:
+        pytest.skip(f"transformers {transformers.__version__} lacks it")
+    config = tiny_models.build(family)[0].config.to_dict()
+    text = config["text_config"] | values
+    text["num_hidden_layers"] = len(values.get("layer_types", "11"))
+    changed = CONFIG_MAPPING[family].from_dict(config | {"text_config": text})
+    found = default_targets(changed)
+    assert set(found) == set(names)
+    assert all(resolve_targets(without_weights(changed), found).by_name.values())
+
+
 def test_a_language_model_with_other_names_gets_lora_on_its_attention() -> None:
     layer = nn.ModuleDict(
         {

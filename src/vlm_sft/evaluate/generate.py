@@ -112,6 +112,8 @@ def generate(
     # A cache that knows of sliding windows forgets old tokens; behind a shared prefix the masks see to that.
     cache = SharedCache() if mode.shares else DynamicCache(config=config)
     cached = cache_argument(packed_forward.unwrap(model))
+    if not mode.shares:
+        packed_forward.forget_positions(model)
     kept: dict[torch.nn.Module, State] = {}
     with packed_forward.packed(batch, mode, 0, kept):
         output = packed_forward.forward(model, batch, mode, use_cache=True, **{cached: cache})

@@ -35,7 +35,9 @@ def default_targets(config: Any) -> tuple[str, ...]:
         The family's own declared names, where they are there; else those of the projections in all kinds of its layers.
     """
     declared, usual = family_of(config).targets, Family().targets
-    if config.get_text_config().model_type in PLAIN_LAYERS and {FULL, SLIDING}.issuperset(layer_kinds(config)):
+    text = config.get_text_config()
+    plain = text.model_type in PLAIN_LAYERS and {FULL, SLIDING}.issuperset(layer_kinds(config))
+    if plain and declared == usual and not getattr(text, "kv_lora_rank", None):
         return declared
     try:
         decoder = without_weights(config).get_decoder()

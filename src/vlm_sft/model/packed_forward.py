@@ -253,6 +253,16 @@ def separate_inputs(model: AnyModel, batch: PackedBatch, rows: PaddedRows | None
     return {"input_ids": ids, "attention_mask": mask, **named, **row_images(model, batch, rows.images)}
 
 
+def forget_positions(model: AnyModel) -> None:
+    """Make a model with M-RoPE forget how far the images of an earlier call moved the positions behind them.
+
+    transformers keeps that distance in the model, and would add it to the generated tokens of a text row.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True)
 class Objective:
     """The training objective, a variant of the cross entropy; evaluations use the plain one.
