@@ -2,13 +2,12 @@
 
 A pack holds images with all their questions; it is computed once, and every question then continues from its own place
 in the one key/value cache: a step feeds one token a question, each of which sees its image's prefix, its own question
-and its own answer so far. Nothing is padded and no prefix is copied.
+and its own answer so far. Nothing is padded and no prefix is copied. A mask says so, or on CPUs a `DecodingStep`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import Cache, DynamicCache, DynamicLayer
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import masks_for
+from vlm_sft.model.decoding import DecodingStep, OwnTokens, computes_by_image
 from vlm_sft.model.families import PackMode, Reach, cache_argument, switched_off
 from vlm_sft.model.mixers import State
 from vlm_sft.model.pack_context import within
@@ -136,10 +136,12 @@ def generate(
             break
         # A rank that is done feeds an end token behind its first question, to keep in step; nobody looks at it.
         fed, tokens = (alive, tokens) if len(alive) else (alive.new_zeros(1), stops[:1])
-        # Alone, a question needs nothing: positions and mask follow from the cache.
-        places = quiet | shared.inputs(fed, count) if shared else quiet
-        with packed_forward.continued(fed, shared.last[fed] + count, kept) if shared else nullcontext():
-            output = model(input_ids=tokens[None], use_cache=True, **{cached: cache}, **places)
+        if shared is None:  # alone, a question needs nothing: positions and mask follow from the cache
+            output = model(input_ids=tokens[None], use_cache=True, **{cached: cache}, **quiet)
+            continue
+        decoding, places = shared.inputs(fed, count)
+        with packed_forward.continued(fed, shared.last[fed] + count, kept, decoding):
+            output = model(input_ids=tokens[None], use_cache=True, **{cached: cache}, **quiet, **places)
     return Generated(answers, sorted(near), alive.tolist())
 
 
@@ -174,16 +176,23 @@ class _SharedSteps:
         self.keys = batch.index  # of every token in the cache
         self.last = self.keys[batch.predict]
         self.columns = batch.group.new_empty(0)  # questions that the generated tokens in the cache belong to
+        self.own = OwnTokens(batch) if mode.kind == "blockwise" and computes_by_image(self.base) else None
 
-    def inputs(self, fed: torch.Tensor, count: int) -> dict[str, Any]:
-        """Mask and positions for the `count`-th token of the questions `fed`, (1, 1, F, L + generated) bool."""
+    def inputs(self, fed: torch.Tensor, count: int) -> tuple[DecodingStep | None, dict[str, Any]]:
+        """What attention follows, and masks and positions, for the `count`-th token of the questions `fed`.
+
+        A mask is (1, 1, F, L + generated) bool.
+        """
         now = self.last[fed] + count
         self.columns = torch.cat([self.columns, fed])
         self.keys = torch.cat([self.keys, now])
-        visible = torch.cat([self.rows[fed], self.columns[None, :] == fed[:, None]], dim=1)
+        step = self.own.step(fed) if self.own else None
 
         def mask(reach: Reach) -> torch.Tensor:
+            if self.own and step and reach.is_plain(self.own.longest):
+                return step.marker()
+            visible = torch.cat([self.rows[fed], self.columns[None, :] == fed[:, None]], dim=1)
             return within(visible, reach, now, self.keys)[None, None]
 
         masks = masks_for(self.base, self.mode, mask)
-        return {"attention_mask": masks, "position_ids": self.positions[..., fed] + count}
+        return step, {"attention_mask": masks, "position_ids": self.positions[..., fed] + count}

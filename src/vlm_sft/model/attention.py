@@ -44,7 +44,8 @@ def shared_sdpa(
     Args:
         module: the attention layer.
         query: (B, H, L, D); key, value: (B, K, L, D).
-        attention_mask: inside a pack its layout's `marker`; a mask elsewhere.
+        attention_mask: inside a pack its layout's `marker`, in a generation step that of `DecodingStep`; elsewhere
+            a mask.
         dropout: attention dropout probability.
         scaling: factor on the products; 1 / sqrt(D) when None.
         attended_rows: (S,) int64, the tokens of a pack whose output is needed; None for all.
@@ -57,6 +58,9 @@ def shared_sdpa(
     if layout is not None and getattr(module, "is_causal", True):
         reach = layout.reach_of(attention_mask)
         return pack_sdpa(layout, query, key, value, dropout, scaling, reach, attended_rows), None
+    decoding = current_pack().decoding
+    if decoding is not None and decoding.computes(key, attention_mask):
+        return decoding.attend(query, key, value, scaling), None
     grouped = query.shape[2] < key.shape[2] and query.shape[1] > key.shape[1]
     if attention_mask is not None and grouped and not is_plain():
         return _continued(query, key, value, attention_mask, dropout, scaling), None

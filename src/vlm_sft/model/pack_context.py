@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 
 from vlm_sft.data.collate import moved_to
+from vlm_sft.model.decoding import DecodingStep
 from vlm_sft.model.families import FULL_REACH, Reach
 from vlm_sft.model.padded_rows import PaddedRows
 from vlm_sft.model.state_batches import Recurrence
@@ -185,6 +186,7 @@ class PackContext:
         padded: the questions as a batch of separate sequences, which plain transformers computes; `rows` and `keys` are
             those of the flattened batch then. None where they share their image.
         ends: as of `PackedBatch`; empty where no pack is computed.
+        decoding: what the tokens of a generation step see, where attention follows that and no mask; else None.
     """
 
     tokens: int = 0
@@ -196,6 +198,7 @@ class PackContext:
     index: torch.Tensor | None = None
     padded: PaddedRows | None = None
     ends: Sequence[Sequence[int]] = ()
+    decoding: DecodingStep | None = None
 
     def lengths(self, device: torch.device) -> torch.Tensor:
         """For each token the tokens up to the end of its own part: of its prefix, or of prefix and question.

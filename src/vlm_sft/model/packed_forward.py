@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model.attention import masks_for
 from vlm_sft.model.cpu import cross_entropy
+from vlm_sft.model.decoding import DecodingStep
 from vlm_sft.model.families import PackMode, Reach, family_of, router_coefficient, switched_off
 from vlm_sft.model.forward_patch import bare_copy
 from vlm_sft.model.last_layer import is_trimmed
@@ -147,15 +148,19 @@ def packed(
 
 
 @contextmanager
-def continued(fed: torch.Tensor, index: torch.Tensor, kept: dict[torch.nn.Module, State]) -> Iterator[None]:
+def continued(
+    fed: torch.Tensor, index: torch.Tensor, kept: dict[torch.nn.Module, State], decoding: DecodingStep | None = None
+) -> Iterator[None]:
     """The context of one generation step after a pack.
 
     Args:
         fed: (F,) int64, the questions that the step's tokens belong to.
         index: (F,) int64, index of each of these tokens in its question's own sequence.
         kept: the states of the questions; the step updates them.
+        decoding: what attention follows; None where there are masks for all layers.
     """
-    with computing(PackContext(len(fed), recurrence=Recurrence([], kept, fed), index=index)):
+    recurrence = Recurrence([], kept, fed)
+    with computing(PackContext(len(fed), recurrence=recurrence, index=index, decoding=decoding)):
         yield
 
 
