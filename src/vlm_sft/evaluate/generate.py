@@ -99,7 +99,7 @@ def require_countable_cache(config: Any) -> None:
         raise ModelError(
             f"a model of the family '{config.model_type}' without attention layers cannot answer separate sequences: "
             f"transformers counts no tokens in its cache ({error})",
-            f"unset {PLAIN} if it is set, so that questions share their image; otherwise the model needs an attention layer",
+            f"unset {PLAIN} if it is set, so that questions share their image; else the model needs an attention layer",
         ) from error
 
 
