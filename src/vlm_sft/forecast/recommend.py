@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlm_sft.common.formats import size
+from vlm_sft.common.formats import duration, size
 from vlm_sft.forecast.pareto import cheapest_not_worse, pareto_front
 from vlm_sft.forecast.recipe_quality import Quality
 
@@ -183,8 +183,8 @@ def plot(candidates: Sequence[RecipeCandidate], recommendation: Recommendation) 
         rows[row][column] = min(sign, rows[row][column].strip() or "o")  # of points in one place the better sign
     unnamed = [one.name for one, place in zip(shown, places, strict=True) if not _named(rows, *place, one.name)]
     label = "measured quality" if recommendation.measured else "epochs (quality is not measured)"
-    bottom = f"  {min(one.seconds for one in shown) / 3600:.2g} h"
-    top = f"{max(one.seconds for one in shown) / 3600:.2g} h"
+    bottom = f"  {duration(min(one.seconds for one in shown))}"
+    top = duration(max(one.seconds for one in shown))
     return [
         f"  {label}",
         *("  |" + "".join(row).rstrip() for row in rows),
