@@ -9,6 +9,7 @@ import transformers
 from tests import tiny_models_gemma as gemma
 from tests.tiny_models_experts import OCR2_TEMPLATE
 from tests.tiny_models_more import mistral3
+from tests.tiny_models_newest import BUILDERS, EXPERTS, MUSE_TOKENS
 from tests.tiny_models_ocr import PERCEPTION_TEMPLATE
 from tests.tiny_models_parts import (
     CHATML,
@@ -26,18 +27,8 @@ from tests.tiny_models_parts import (
 )
 from tests.tiny_models_recurrent import QWEN3_5_TOWER, qwen3_5_processor, qwen3_5_text
 
-MUSE_TOKENS = [
-    "<|patch|>",
-    "<|image_start|>",
-    "<|image_end|>",
-    "<|video|>",
-    "<|vid_frame_separator|>",
-    "<|vid_start|>",
-    "<|vid_end|>",
-]
 M3_TOKENS = ["]<]image[>[", "]<]video[>[", "]<]start of image[>[", "]<]end of image[>["]
 LLAMA_TURNS = ["<|begin_of_text|>", "<|eot_id|>", "<|pad|>", "<|start_header_id|>", "<|end_header_id|>"]
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CODES = {"latent_channels": 32, "base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1}
 
 
@@ -321,6 +312,7 @@ def mllama() -> Built:
 
 # Type to the class that a transformers which has it exports, and its builder.
 _BUILDERS: Builders = {
+    **BUILDERS,
     "muse_glimmer": ("MuseGlimmerForConditionalGeneration", muse_glimmer),
     "gemma4_unified": ("Gemma4UnifiedForConditionalGeneration", gemma4_unified),
     "minimax_m3_vl": ("MiniMaxM3SparseForConditionalGeneration", minimax_m3_vl),

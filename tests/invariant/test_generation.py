@@ -14,6 +14,7 @@ from tests.pictures import png
 from tests.processes import MAIN, Warm
 from tests.text_rows import text_row
 from tests.tiny_models import build, save
+from vlm_sft.common.errors import ModelError
 from vlm_sft.data.collate import collate
 from vlm_sft.data.encode import Encoder
 from vlm_sft.data.images import decode_rgb
@@ -158,6 +159,15 @@ def test_a_text_row_is_answered_the_same_after_an_image(before: int) -> None:
     generate_rows.generate_rows(model, earlier, **settings)
     assert packed_forward.unwrap(model).model.rope_deltas.abs().min() > 0
     assert answer() == expected
+
+
+def test_separate_answers_of_a_model_without_attention_end_in_one_error() -> None:
+    base, model = tiny_base("qwen3_5")
+    text = model.config.get_text_config()
+    text.layer_types = ["linear_attention"] * text.num_hidden_layers
+    with pytest.raises(ModelError, match="without attention layers"):
+        SharedPrefixBackend(base, model, PackMode("separate"))
+    assert not SharedPrefixBackend(base, model, PackMode()).separate
 
 
 def test_near_ties_and_limits_of_a_batch() -> None:

@@ -24,7 +24,7 @@ from vlm_sft.data.threads import ordered_map
 from vlm_sft.distributed.collectives import largest_count
 from vlm_sft.distributed.zero import is_partitioned
 from vlm_sft.evaluate.batching import Pack
-from vlm_sft.evaluate.generate import Generated, alone, generate
+from vlm_sft.evaluate.generate import Generated, alone, generate, require_countable_cache
 from vlm_sft.evaluate.generate_rows import generate_rows, rows_agree
 from vlm_sft.model.cpu.matmul import mixed_precision
 from vlm_sft.model.encoding import encoder_of
@@ -100,6 +100,8 @@ class SharedPrefixBackend:
         self.mode = mode or choose_mode(model, self.encoder)
         self.in_step = is_partitioned(*model.parameters())
         self.separate = not self.mode.shares
+        if self.separate:
+            require_countable_cache(unwrap(model).config)
         self.blockwise = self.mode.kind == "blockwise"
         # Decoding and encoding happen at the same time, and a tokenizer is not made for two threads.
         self._tokenizer = copy.deepcopy(self.encoder.tokenizer)

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, DynamicLayer
 
+from vlm_sft.common.errors import ModelError
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import masks_for
 from vlm_sft.model.best_tokens import best_two
 from vlm_sft.model.decoding import DecodingStep, OwnTokens, computes_by_image
 from vlm_sft.model.families import PackMode, Reach, cache_argument, switched_off
+from vlm_sft.model.forward_patch import PLAIN
 from vlm_sft.model.mixers import State
 from vlm_sft.model.pack_context import within
 from vlm_sft.model.protocols import AnyModel
@@ -83,6 +85,23 @@ def _enlarged(room: torch.Tensor, used: int, needed: int) -> torch.Tensor:
 def alone(busy: bool) -> bool:
     """Whether to take another step, where no other rank has to keep up."""
     return busy
+
+
+def require_countable_cache(config: Any) -> None:
+    """Make sure that transformers can count the tokens in the cache of a model that answers separate sequences.
+
+    Raises:
+        ModelError: it cannot: every layer that mixes tokens has a state instead of keys and values.
+    """
+    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    try:
+        cache.get_seq_length()
+    except ValueError as error:
+        raise ModelError(
+            f"a model of the family '{config.model_type}' without attention layers cannot answer separate sequences: "
+            f"transformers counts no tokens in its cache ({error})",
+            f"unset {PLAIN} if it is set, so that questions share their image; else the model needs an attention layer",
+        ) from error
 
 
 @torch.no_grad()
