@@ -1,4 +1,4 @@
-"""Tiny random models, with real processors, of types that share images only by the check of unknown families, or never."""
+"""Tiny random models, with real processors, of types that share images by the check of unknown families, or never."""
 
 from __future__ import annotations
 
