@@ -1,4 +1,4 @@
-"""Tiny random models, with real processors, of newer types that no declared family covers."""
+"""Tiny random models, with real processors, of types that share images by the check of unknown families, or never."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from vlm_sft.common.errors import ModelError
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model import packed_forward
 from vlm_sft.model.attention import masks_for
+from vlm_sft.model.best_tokens import best_two
 from vlm_sft.model.decoding import DecodingStep, OwnTokens, computes_by_image
 from vlm_sft.model.families import PackMode, Reach, cache_argument, switched_off
 from vlm_sft.model.forward_patch import PLAIN
@@ -144,7 +145,8 @@ def generate(
     alive = fed = torch.arange(questions, device=device)
     stops = torch.tensor(list(stop_ids), device=device)
     for count in range(1, max_new_tokens + 1):
-        tokens, close = _choose(output.logits[0], near_tie)
+        tokens, best, second = best_two(output.logits[0])
+        close = second > best - near_tie
         if len(alive):
             near.update(alive[close].tolist())
             going = ~torch.isin(tokens, stops)
@@ -162,18 +164,6 @@ def generate(
         with packed_forward.continued(fed, shared.last[fed] + count, kept, decoding):
             output = model(input_ids=tokens[None], use_cache=True, **{cached: cache}, **quiet, **places)
     return Generated(answers, sorted(near), alive.tolist())
-
-
-def _choose(logits: torch.Tensor, near_tie: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best token of each row of (Q, V) logits, and whether the second best was closer than `near_tie`.
-
-    The logits are used up.
-    """
-    if not near_tie:
-        return logits.argmax(-1), torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    best = logits.max(dim=-1)
-    others = logits.scatter_(-1, best.indices[:, None], float("-inf"))
-    return best.indices, others.amax(dim=-1) > best.values - near_tie
 
 
 class _SharedSteps:

@@ -18,6 +18,7 @@ from vlm_sft.data.encode import Encoder
 from vlm_sft.data.packing import Bundle
 from vlm_sft.evaluate.generate import Generated
 from vlm_sft.model import packed_forward
+from vlm_sft.model.best_tokens import best_two
 from vlm_sft.model.families import switched_off
 from vlm_sft.model.padded_rows import padded_rows
 from vlm_sft.model.protocols import AnyModel
@@ -33,8 +34,8 @@ class _Ties(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Look at scores (B, V) and leave them as they are."""
-        best = scores.amax(dim=-1, keepdim=True)
-        self.steps.append((scores > best - self.near_tie).sum(dim=-1) > 1)
+        _, best, second = best_two(scores)
+        self.steps.append(second > best - self.near_tie)
         return scores
 
 

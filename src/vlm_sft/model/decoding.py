@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 
 from vlm_sft.data.collate import PackedBatch
 from vlm_sft.model.cpu.matmul import EXACT, stream_dtype
@@ -68,14 +69,13 @@ class DecodingStep:
         own_scores = (queries @ own_keys.mT).masked_fill_(self.filler[:, None], float("-inf"))
 
         # A row of scores: a question's own tokens, then its image's prefix, then nothing.
-        width = tokens + max(end - start for start, end, _ in self.prefixes)
-        scores = query.new_full((kinds, questions * repeats, width), float("-inf"))
-        scores[..., :tokens] = own_scores.flatten(1, 2)
+        longest = max(end - start for start, end, _ in self.prefixes)
+        scores = F.pad(own_scores.flatten(1, 2), (0, longest), value=float("-inf"))
         rows = [count * repeats for _, _, count in self.prefixes]
         for (start, end, _), some, part in zip(
             self.prefixes, queries.flatten(1, 2).split(rows, 1), scores.split(rows, 1), strict=True
         ):
-            torch.bmm(some, key[0, :, start:end].mT, out=part[..., tokens : tokens + end - start])
+            part[..., tokens : tokens + end - start] = some @ key[0, :, start:end].mT
 
         weights = scores.softmax(-1)
         looked_at = [

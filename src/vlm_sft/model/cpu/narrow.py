@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from vlm_sft.distributed.zero import is_partitioned
+from vlm_sft.model.best_tokens import best_two
 from vlm_sft.model.cpu.matmul import multiply, narrows
 from vlm_sft.model.forward_patch import exchange_forward
 
@@ -101,9 +102,7 @@ def _settle_ties(scores: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor)
         rows: (R, C), in float32.
         weight: (V, C), in bfloat16.
     """
-    best = scores.max(1, keepdim=True)
-    second = scores.scatter_(1, best.indices, float("-inf")).amax(1, keepdim=True)
-    scores.scatter_(1, best.indices, best.values)
-    for row in (second == best.values)[:, 0].nonzero()[:, 0].tolist():
-        tied = (scores[row] == best.values[row]).nonzero()[:, 0]
+    _, best, second = best_two(scores)
+    for row in (second == best).nonzero()[:, 0].tolist():
+        tied = (scores[row] == best[row]).nonzero()[:, 0]
         scores[row, tied] = weight[tied].float() @ rows[row].to(weight.dtype).float()
