@@ -14,6 +14,7 @@ from tests.parity.exact_packs import LIMIT, assert_exact
 from tests.parity.test_exactness import SEPARATE, Gradients, alone, gradients, undiminished
 from tests.questions import pack, picture, questions, tiny
 from tests.text_rows import text_row
+from vlm_sft.common.errors import ModelError
 from vlm_sft.data.collate import PackedBatch, split_pack
 from vlm_sft.data.dataset import PreparedData, followed_turns, group_lengths
 from vlm_sft.data.encode import EncodedGroup, Encoder
@@ -91,6 +92,12 @@ def test_a_pack_of_images_and_text_rows_is_exact(family: str) -> None:
         check(family, [Bundle(1, (0,)), Bundle(2, (0,)), Bundle(3, (0,))], mode)
     check(family, mixed, SEPARATE)
     check(family, [Bundle(2, (0,)), Bundle(1, (0,))], SEPARATE)
+
+
+def test_a_processor_that_wants_an_image_refuses_text_rows_by_name() -> None:
+    _, encoder = tiny("paligemma", torch.float32, "sdpa")
+    with pytest.raises(ModelError, match="^PaliGemmaProcessor cannot process a question without an image"):
+        encoder.encode(TEXTS[:1])
 
 
 def test_text_rows_run_no_tower() -> None:

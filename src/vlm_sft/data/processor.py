@@ -19,21 +19,24 @@ def blamed_on(source: str, processor: Any) -> Iterator[None]:
     """Whatever a processor raises for the pictures of one sample is that sample's fault.
 
     Args:
-        source: where the pictures are.
+        source: where the pictures are; "" for a text row.
         processor: what runs inside; nothing else should.
 
     Raises:
         SampleError: it raised something.
+        ModelError: it raised something for a text row: every one would fail.
     """
     try:
         yield
     except Exception as error:  # ValueError for a shape, RuntimeError from torch, ZeroDivisionError, …
         line = (str(error).strip().splitlines() or [""])[0][:MESSAGE_CHARACTERS]
-        raise SampleError(
-            UNPROCESSABLE,
-            f"{source}: {type(processor).__name__} cannot process the image: {type(error).__name__}: {line}",
-            FIX,
-        ) from error
+        name, told = type(processor).__name__, f"{type(error).__name__}: {line}"
+        if not source:
+            raise ModelError(
+                f"{name} cannot process a question without an image: {told}",
+                "leave text rows out for this base model",
+            ) from error
+        raise SampleError(UNPROCESSABLE, f"{source}: {name} cannot process the image: {told}", FIX) from error
 
 
 def visual_tokens(processor: Any, width: int, height: int, source: str = "") -> int | None:
