@@ -33,8 +33,7 @@ def blamed_on(source: str, processor: Any) -> Iterator[None]:
         name, told = type(processor).__name__, f"{type(error).__name__}: {line}"
         if not source:
             raise ModelError(
-                f"{name} cannot process a question without an image: {told}",
-                "leave text rows out for this base model",
+                f"{name} cannot process a question without an image: {told}", "leave text rows out for this base model"
             ) from error
         raise SampleError(UNPROCESSABLE, f"{source}: {name} cannot process the image: {told}", FIX) from error
 
