@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,16 @@ def test_targets_that_a_configuration_leaves_out_are_not_asked_for(
     found = default_targets(changed)
     assert set(found) == set(names)
     assert all(resolve_targets(without_weights(changed), found).by_name.values())
+
+
+def test_a_language_model_without_attention_is_sized_and_gets_lora(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "vocab_size": 300}
+    config = transformers.LlavaConfig(text_config={"model_type": "mamba2", "num_hidden_layers": 2, **sizes})
+    assert default_targets(config) == ("in_proj",)
+    config.save_pretrained(tmp_path)
+    base: Any = SimpleNamespace(path=str(tmp_path))
+    text = shape_of(base).text
+    assert (text.layers, text.hidden) == (2, 64) and text.parameters > 0
 
 
 def test_a_language_model_with_other_names_gets_lora_on_its_attention() -> None:

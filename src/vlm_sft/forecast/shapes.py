@@ -330,14 +330,17 @@ def model_shape(config: Config) -> ModelShape | None:
         config: the content of config.json, with `text_config` and `vision_config`.
 
     Returns:
-        The shape; None for a family that is not in the table.
+        The shape; None for a family that is not in the table, or whose parts lack one of its sizes: LLaVA takes any.
     """
     kind = config["model_type"]
     if kind not in _VISION:
         return None
     tied = bool(config.get("tie_word_embeddings", config["text_config"].get("tie_word_embeddings", False)))
-    text = _text(config["text_config"], _TEXT_STYLES.get(kind, _LLAMA), tied)
-    return ModelShape(kind, text, _VISION[kind](config, text))
+    try:
+        text = _text(config["text_config"], _TEXT_STYLES.get(kind, _LLAMA), tied)
+        return ModelShape(kind, text, _VISION[kind](config, text))
+    except KeyError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
