@@ -78,6 +78,20 @@ def weights(change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | Non
     return rewrite
 
 
+def to_tokenizer(folder: Path) -> None:
+    """Put the chat template where older models have it."""
+    template = folder / "chat_template.jinja"
+    edit("tokenizer_config.json", chat_template=template.read_text(encoding="utf-8"))(folder)
+    template.unlink()
+
+
+def other_sections(folder: Path) -> None:
+    """Let the axes of the rotary positions have other channels than a head has."""
+    values = json.loads((folder / "config.json").read_text())
+    values["text_config"]["rope_parameters"]["mrope_section"] = [1, 1, 1]
+    (folder / "config.json").write_text(json.dumps(values))
+
+
 REMOTE = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "modeling_x.XModel"}
 REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "contains Python code": (
@@ -98,6 +112,10 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
         weights(lambda name, value: (name, value) if "visual" not in name else None),
         ("tensors of the model are not in its weights", "visual"),
     ),
+    "a configuration that contradicts itself": (
+        other_sections,
+        ("cannot compute a question about an image", "of one model"),
+    ),
     "the processor of another model": (
         lambda folder: (
             [
@@ -114,6 +132,7 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
 EARLIER = ("the weights of the language model alone", "the processor of another model")
 WORKS: dict[str, Change] = {
     "no end token in the generation settings": drop("generation_config.json"),
+    "the chat template in the tokenizer's settings alone": to_tokenizer,
     "weights in float16": both(weights(lambda name, value: (name, value.half())), edit("config.json", dtype="float16")),
     "weights in bfloat16": both(
         weights(lambda name, value: (name, value.bfloat16())), edit("config.json", dtype="bfloat16")

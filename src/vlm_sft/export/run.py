@@ -47,6 +47,7 @@ from vlm_sft.model.load import load_model
 from vlm_sft.model.merged import write_merged
 from vlm_sft.model.model_folder import require_utf8
 from vlm_sft.model.saved_adapter import BASE_WEIGHTS, Contents, require_fit
+from vlm_sft.model.sharing_check import require_computable
 from vlm_sft.model.vllm_rules import TOWER, TOWER_NOTE, lora_settings, not_for_vllm
 from vlm_sft.report.card import ADAPTER, MERGED, About, card
 
@@ -192,6 +193,7 @@ def _placed(model: Any) -> Any:
 def _reference(model: Any, source: Source, questions: int) -> _Reference:
     """Ask the adapter, and its base."""
     encoder = encoder_of(source.base)
+    require_computable(model, encoder, whole=False)
     samples, origin = find_questions(source.run, questions, encoder)
     rule = LengthRule.recorded(source.base.prompt, source.base.context)
     if rule.text:

@@ -180,7 +180,7 @@ def choose_attention(flash_attn: bool, dtype: torch.dtype, width: int | None = N
 
 
 def load_processor(path: str, name: str) -> Any:
-    """Load the processor of a model.
+    """Load the processor of a model, with its tokenizer's chat template where it has none of its own.
 
     Raises:
         ModelError: it cannot be opened or takes no images.
@@ -188,6 +188,9 @@ def load_processor(path: str, name: str) -> Any:
     processor = opened(lambda: AutoProcessor.from_pretrained(path, trust_remote_code=False), name)
     if getattr(processor, "image_processor", None) is None:
         raise ModelError(f"--base_model {name}: its processor takes no images", "use an image-text-to-text model")
+    template = getattr(getattr(processor, "tokenizer", None), "chat_template", None)
+    if getattr(processor, "chat_template", None) is None and isinstance(template, str):
+        processor.chat_template = template
     return processor
 
 

@@ -82,7 +82,7 @@ def _sharing_mode(model: AnyModel, encoder: Encoder) -> PackMode:
     kind: Kind = "blockwise" if is_blockwise(base) else "dense"
     declared = declared_mode(base.config, kind, unshared_states(base))
     if declared is not None:
-        _require_computable(model, encoder, whole=not is_proven(base.config))
+        require_computable(model, encoder, whole=not is_proven(base.config))
         return declared
     if is_partitioned(*base.parameters()):
         return separate_mode(
@@ -91,7 +91,7 @@ def _sharing_mode(model: AnyModel, encoder: Encoder) -> PackMode:
     try:
         error = sharing_error(model, encoder, kind)
     except Exception as failure:  # an unknown architecture may raise anything
-        _require_computable(model, encoder, whole=True)
+        require_computable(model, encoder, whole=True)
         return separate_mode(base.config, f"shared questions cannot be computed ({reason_of(failure)})")
     if error <= TOLERANCE[dtype]:
         return sharing_mode(base.config, kind)
@@ -219,7 +219,7 @@ class _ReachedError(Exception):
     """The language model is called."""
 
 
-def _require_computable(model: AnyModel, encoder: Encoder, whole: bool) -> None:
+def require_computable(model: AnyModel, encoder: Encoder, whole: bool) -> None:
     """Make sure that plain transformers computes a question about a small image.
 
     A processor that belongs to another model makes pictures or placeholders that the model does not take, and what it
@@ -228,7 +228,7 @@ def _require_computable(model: AnyModel, encoder: Encoder, whole: bool) -> None:
     Args:
         model: the model.
         encoder: encodes questions for it.
-        whole: compute the language model, too; False for a family that is known: its images alone are tried.
+        whole: compute all layers; False for a family that is known: its images and its first layer are tried.
 
     Raises:
         ModelError: it does not.
@@ -240,7 +240,8 @@ def _require_computable(model: AnyModel, encoder: Encoder, whole: bool) -> None:
     def stop(*_: object) -> None:
         raise _ReachedError
 
-    hook = None if whole else base.get_decoder().register_forward_pre_hook(stop)
+    layers: Any = getattr(base.get_decoder(), "layers", ())
+    hook = None if whole or len(layers) < 2 else layers[1].register_forward_pre_hook(stop)
     try:
         _compute_probe(model, encoder)
     except _ReachedError:
