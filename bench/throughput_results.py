@@ -246,7 +246,7 @@ def readme_table(folder: Path) -> str:
         f"| rows | model | vlm-sft, questions/s | {' | '.join(PEERS.values())} | beside the fastest |",
         "|---|---|---:" + "|---:" * (len(PEERS) + 1) + "|",
     ]
-    devices, narrow = set(), False
+    devices = set()
     for case, shape in ((case, shape) for case in ROWS for shape in MODELS):
         path = folder / f"throughput_{case}_{shape}.json"
         if not path.is_file():
@@ -255,12 +255,13 @@ def readme_table(folder: Path) -> str:
         sides, expected = fastest(result["sides"]), result["expected"]
         rows = ROWS[case].format(k=expected["questions"] / expected["images"])
         model = MODELS[shape].format(result["sizes"]["total"] / 1e6)
+        if not any(map(is_narrow, result["sides"])):
+            model += ", float32"
         theirs = " | ".join(f"{sides[name]['long']:.2f}" if name in sides else "not run" for name in PEERS)
         times = min(ratios(sides, "long").values())
         lines.append(f"| {rows} | {model} | {sides[OURS]['long']:.2f} | {theirs} | **{times:.1f}x** |")
         devices.add(result["device"])
-        narrow |= any(map(is_narrow, result["sides"]))
-    formats = "float32" if not narrow else "each side's fastest of float32 and bfloat16"
+    formats = "each side's fastest of float32 and bfloat16, where a row does not name one"
     same = f"LoRA in {formats}, the same rows, batches and loss on every side, preparation counted."
     told = f"{', '.join(sorted(devices))}; {same}"
     return "\n".join([*lines, "", told])

@@ -264,7 +264,7 @@ def test_tables_name_the_best_peer_the_origin_and_who_was_refused(tmp_path: Path
     assert "| msswift | 1 | 1.33 | 2.00 | 1.85 (extrapolated) |" in text and "commit 0123456 (dirty)" in text
     assert "llamafactory is not reported: a loss of 13.0." in text and "| ours | 1 | 2.00 | 8.00 | 4.00 |" in text
     told = readme_table(tmp_path)
-    assert "| ChartQA, 2.0 questions an image | Qwen2.5-VL of 48 M | 4.00 | 1.85 | not run | 1.33 |" in told
+    assert "| ChartQA, 2.0 questions an image | Qwen2.5-VL of 48 M, float32 | 4.00 | 1.85 | not run | 1.33 |" in told
     assert told.splitlines()[2].endswith("| **2.2x** |")
 
 
