@@ -341,8 +341,8 @@ def _parts(output: Any) -> dict[str, Sequence[torch.Tensor]]:
 
 def projector_modules(model: AnyModel) -> list[torch.nn.Module]:
     """The modules of a family's projector that are called; [] where it is not known."""
-    modules = inner_model(model).named_modules()
-    return list(called_modules(part for path, part in modules if path in family_of(unwrap(model).config).projector))
+    names = family_of(unwrap(model).config).projector
+    return list(called_modules(part for path, part in inner_model(model).named_modules() if path in names))
 
 
 def trained_projector(model: AnyModel) -> list[torch.nn.Module]:
