@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from common import README, RESULTS, commit, origin, write_block
-from peers.measure import now
+from peers.machine import now
 from vlm_sft.common import artifacts
 from vlm_sft.common.console import say
 from vlm_sft.model.attention import shared_sdpa

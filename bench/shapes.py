@@ -171,18 +171,25 @@ def _paligemma_processor(tokenizer: Path) -> Any:
     return PaliGemmaProcessor(images, words, chat_template=PALIGEMMA_TEMPLATE)
 
 
-def _paligemma_config(shape: Shape) -> Any:
-    """The configuration of a PaliGemma."""
-    from transformers import PaliGemmaConfig
-
-    text = {
-        "model_type": "gemma",
+def _text_sizes(shape: Shape) -> dict[str, Any]:
+    """Sizes of a language model, as all configurations name them."""
+    return {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
+    }
+
+
+def _paligemma_config(shape: Shape) -> Any:
+    """The configuration of a PaliGemma."""
+    from transformers import PaliGemmaConfig
+
+    text = {
+        "model_type": "gemma",
+        **_text_sizes(shape),
         "head_dim": shape.head,
         "max_position_embeddings": 8192,
         "bos_token_id": PALIGEMMA_START,
@@ -218,12 +225,7 @@ def config(shape: Shape) -> Any:
     if newer:  # a quarter of the channels is turned
         rope |= {"mrope_section": sections(quarter), "mrope_interleaved": True, "partial_rotary_factor": 0.25}
     text = {
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
+        **_text_sizes(shape),
         "max_position_embeddings": 32_768,
         "tie_word_embeddings": shape.tied,
         "bos_token_id": PAD,

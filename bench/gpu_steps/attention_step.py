@@ -9,7 +9,7 @@ import torch
 
 import attention
 from gpu_steps.context import Context, median_seconds, relative
-from peers.measure import now
+from peers.machine import now
 from vlm_sft.common.record import versions
 from vlm_sft.model.attention import PackLayout, shared_sdpa, shared_windows
 from vlm_sft.model.gpu.flash import flash_problem, flash_windows, shared_flash

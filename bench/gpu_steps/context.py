@@ -16,7 +16,7 @@ import torch
 
 import cases
 import shapes
-from peers.measure import matrix_peak, now
+from peers.machine import matrix_peak, now
 from throughput_results import arithmetic_flops
 from vlm_sft.common import artifacts
 from vlm_sft.data.collate import PackedBatch, collate

@@ -19,8 +19,7 @@ def train(job: Job) -> None:
 
     # Qwen3.5's own template thinks before it answers and has other numbers of tokens than the benchmark's tokenizer.
     template = "qwen3_vl" if job.family == "qwen3_5" else job.family
-    if job.family != "paligemma":
-        # The line feed behind the last answer, which no other side trains on.
+    if job.family != "paligemma":  # the line feed behind the last answer, which no other side trains on
         TEMPLATE_MAPPING[template].suffix = ["<|im_end|>"]
     sft_main(
         SftArguments(

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peers import measure  # noqa: E402
+from peers import machine, measure  # noqa: E402
 
 PACKAGES = (
     "torch",
@@ -116,13 +116,13 @@ def main() -> int:
     program: Any = importlib.import_module(f"peers.{side}_sft")
     measure.install()
     on_gpu, bf16 = Job(**timed).on_gpu, Job(**timed).bf16
-    counter = FlopCounterMode(display=False, custom_mapping=measure.product_flops())
+    counter = FlopCounterMode(display=False, custom_mapping=machine.product_flops())
     # Kernels of a GPU's libraries are not all known to the counter: there the arithmetic stands for itself.
     first = measure.Meter(total_flops=None if on_gpu else counter.get_total_flops)
     with nullcontext() if on_gpu else counter, measure.measuring(first):
         program.train(Job(**warm))
-    peak = measure.matrix_peak(on_gpu, bf16)
-    measure.forget_peak_memory(on_gpu)
+    peak = machine.matrix_peak(on_gpu, bf16)
+    machine.forget_peak_memory(on_gpu)
     meter = measure.Meter()
     with measure.measuring(meter):
         program.train(Job(**timed))
@@ -131,8 +131,8 @@ def main() -> int:
         "versions": versions(),
         "warm_up": first.result(),
         **meter.result(),
-        "peak_memory_bytes": measure.peak_memory_bytes(on_gpu),
-        "matrix_peak": max(peak, measure.matrix_peak(on_gpu, bf16)),
+        "peak_memory_bytes": machine.peak_memory_bytes(on_gpu),
+        "matrix_peak": max(peak, machine.matrix_peak(on_gpu, bf16)),
     }
     Path(sys.argv[2]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

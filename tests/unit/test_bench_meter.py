@@ -23,7 +23,7 @@ from transformers.processing_utils import ProcessorMixin
 
 import cases
 from cases import Row, expected_work
-from peers import measure, ours_sft
+from peers import machine, measure, ours_sft
 from peers.worker import Job
 from shapes import TEMPLATE, parameter_counts
 from tests import tiny_models
@@ -113,7 +113,7 @@ def test_our_side_is_followed_through_its_own_loop(counting: None, tmp_path: Pat
         processor.chat_template = TEMPLATE
         processor.save_pretrained(model)
         processor.image_processor.size = {"shortest_edge": 784, "longest_edge": side * side}
-    counted = FlopCounterMode(display=False, custom_mapping=measure.product_flops())
+    counted = FlopCounterMode(display=False, custom_mapping=machine.product_flops())
     meter = measure.Meter(total_flops=counted.get_total_flops)
     job = Job(
         model=str(model),
