@@ -16,6 +16,7 @@ NATIVE_PIXELS = 12_845_056  # the published bound: 16,384 image tokens
 EASY_SIDE = 224  # pixels: 64 image tokens
 DRAWN_SIZES, DRAWN_COLOURS = ((850, 600), (800, 557), (640, 480)), ("navy", "teal", "orange")
 SYSTEM = "You are a helpful assistant."
+TAKE_ANSWERS = ("PaliGemmaProcessor",)  # processors that put the answer behind the question themselves
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _encoded(row: Row, picture: Any, processor: Any) -> tuple[Any, str]:
     """The model's inputs for a question with its answer, and the text that is supervised."""
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row.question}]}]
     prompt = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    if type(processor).__name__ == "PaliGemmaProcessor":  # it puts the answer behind the question itself
+    if type(processor).__name__ in TAKE_ANSWERS:
         inputs = processor(text=[prompt], images=[picture], suffix=[row.answer], return_tensors="pt")
         return inputs, row.answer + processor.tokenizer.eos_token
     answer = [{"role": "assistant", "content": [{"type": "text", "text": row.answer}]}]

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
+from cases import TAKE_ANSWERS
 from common import RESULTS, ROOT, commit, made_at, origin, write_block
 from tests import tiny_models
 from tests.questions import PROMPT, questions
@@ -43,7 +44,6 @@ from vlm_sft.model.sharing_check import choose_mode, sharing_error
 RESULT = RESULTS / "families.json"
 PAGE = ROOT / "docs" / "FAMILIES.md"
 SIZES = ((72, 56), (56, 56), (150, 60))  # width and height in pixels of the pictures whose tokens are compared
-TAKE_ANSWERS = ("PaliGemmaProcessor",)  # processors that put the answer behind the question themselves
 TRAINED, HELD_OUT = 16, 4  # questions
 
 

@@ -213,18 +213,21 @@ def _count_language(meter: Meter, _: Any, args: tuple[Any, ...], kwargs: dict[st
     tokens: Any = kwargs.get("inputs_embeds")
     if tokens is None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
-    mask: Any = kwargs.get("attention_mask")
     processed = int(tokens.shape[0] * tokens.shape[1])
-    flat = mask is not None and getattr(mask, "ndim", 0) == 2
-    meter.add(language_calls=1, language_tokens=processed, padding=processed - int(mask.sum()) if flat else 0)
+    meter.add(language_calls=1, language_tokens=processed, padding=_hidden(kwargs) or 0)
+
+
+def _hidden(kwargs: dict[str, Any]) -> int | None:
+    """Tokens that a mask (B, T) hides; None where a call has none of that form."""
+    mask: Any = kwargs.get("attention_mask")
+    return mask.numel() - int(mask.sum()) if getattr(mask, "ndim", 0) == 2 else None
 
 
 def _count_tokens(meter: Meter, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is not None:
-        mask: Any = kwargs.get("attention_mask")
-        flat = mask is not None and getattr(mask, "ndim", 0) == 2
-        padding = ids.numel() - int(mask.sum()) if flat else int((ids == PAD_TOKEN).sum())
+        hidden = _hidden(kwargs)
+        padding = int((ids == PAD_TOKEN).sum()) if hidden is None else hidden
         meter.add(seen_image_tokens=int((ids == module.config.image_token_id).sum()), seen_padding=padding)
 
 

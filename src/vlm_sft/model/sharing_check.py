@@ -216,7 +216,7 @@ def _compute_probe(model: AnyModel, encoder: Encoder) -> None:
 
 
 class _ReachedError(Exception):
-    """The language model is called."""
+    """The layer behind those that are tried is called."""
 
 
 def require_computable(model: AnyModel, encoder: Encoder, whole: bool) -> None:
