@@ -109,7 +109,8 @@ def pack_sdpa(
         (1, L, H, D).
     """
     repeats = query.shape[1] // key.shape[1]
-    masks = layout.masks(query.device, reach)
+    # On a GPU the masks of a pack, four times as large, may not find room.
+    masks = layout.masks(query.device, reach, query.dtype if query.device.type == "cpu" else torch.bool)
     # split, not slices: the gradients of slices would each be a tensor of the whole pack, and their sum quadratic.
     sizes = [end - start for start, end in layout.spans]
     keys, values = (repeat_kv(tensor, repeats).split(sizes, dim=2) for tensor in (key, value))
@@ -154,7 +155,7 @@ def _continued(
 
 
 def _mask_rows(mask: torch.Tensor | None, rows: torch.Tensor, size: int) -> torch.Tensor:
-    """Some rows of the mask of an image of `size` tokens, (1, 1, rows, size) bool; None stands for plain causal."""
+    """Some rows of the mask of an image of `size` tokens, (1, 1, rows, size); None stands for plain causal."""
     if mask is None:
         return (torch.arange(size, device=rows.device)[None, :] <= rows[:, None])[None, None]
     return mask.index_select(2, rows)

@@ -1,6 +1,6 @@
-"""Modules whose forward is exchanged for a faster one that gives the same values.
+"""Modules and functions of libraries that are exchanged for faster ones that give the same values.
 
-A module is exchanged only where a numeric probe has shown that it computes the formula; one that differs, or whose
+One is exchanged only where a numeric probe has shown that it computes the formula; one that differs, or whose
 probe raises anything, is left as it is. With VLM_SFT_PLAIN=1 in the environment nothing is exchanged: every module
 computes as its library wrote it.
 """
@@ -57,6 +57,31 @@ def replace_forward(module: Any, forward: Callable[..., torch.Tensor]) -> None:
     """Give a module another forward; the earlier one stays as `module.forward_stepwise` to fall back on."""
     module.forward_stepwise = module.forward
     module.forward = MethodType(forward, module)
+
+
+def exchange_function(file: Any, name: str, form: str, fast: Callable[..., Any]) -> None:
+    """Exchange a function of a library's file, for this process; it is to be looked up there at each call.
+
+    Args:
+        file: a module of Python.
+        name: of the function.
+        form: name of the faster form, as `forms_of` tells it.
+        fast: computes the arguments of a call, or returns None where it does not cover them. Those go to the earlier
+            function, which stays as `stepwise` of the new one.
+    """
+    stepwise = getattr(file, name)
+
+    def exchanged(*args: Any, **kwargs: Any) -> Any:
+        output = None if is_plain() else fast(*args, **kwargs)
+        return stepwise(*args, **kwargs) if output is None else output
+
+    exchanged.stepwise, exchanged.forms = stepwise, {form, *forms_of(stepwise)}  # type: ignore[attr-defined]
+    setattr(file, name, exchanged)
+
+
+def forms_of(function: Any) -> set[str]:
+    """The faster forms that `exchange_function` has given to a function."""
+    return getattr(function, "forms", set())
 
 
 def is_exchanged(module: torch.nn.Module) -> bool:

@@ -27,6 +27,7 @@ from vlm_sft.data.prompt import PromptSettings
 from vlm_sft.model.attention import SHARED_SDPA, SHARED_WINDOWS, assign_attention, assign_windows, attention_name
 from vlm_sft.model.cpu.fuse import fuse_modules
 from vlm_sft.model.cpu.narrow import narrow_products
+from vlm_sft.model.cpu.rotary import fuse_rotary
 from vlm_sft.model.families import DEFAULT_BASE, declared_mode, layer_values, other_layers
 from vlm_sft.model.forward_patch import holds, is_plain
 from vlm_sft.model.gpu.aligned_mlp import align_gated
@@ -312,6 +313,7 @@ def ready(model: Any, function: str) -> Any:
     narrow_products(model)
     trim_last_layer(model)
     fuse_modules(model)
+    fuse_rotary(model)
     align_gated(model)
     return model
 

@@ -57,7 +57,7 @@ class PackLayout:
     blocks: torch.Tensor | None = None
     rows: list[int] | None = None
     reaches: tuple[Reach, ...] = (FULL_REACH,)
-    _masks: dict[Reach, list[torch.Tensor | None]] = field(default_factory=dict)
+    _masks: dict[tuple[Reach, torch.dtype], list[torch.Tensor | None]] = field(default_factory=dict)
     _parts: list[torch.Tensor] | None = None
     _varlen: VarlenIndex | None = None
 
@@ -77,16 +77,21 @@ class PackLayout:
         """How far tokens look in a layer that was given this `marker`; None stands for full attention."""
         return FULL_REACH if marker is None else self.reaches[marker.shape[-1] - 1]
 
-    def masks(self, device: torch.device, reach: Reach = FULL_REACH) -> list[torch.Tensor | None]:
-        """For each image (1, 1, N, N) bool, True where a token may look; None means plain causal (one question).
+    def masks(
+        self, device: torch.device, reach: Reach = FULL_REACH, dtype: torch.dtype = torch.bool
+    ) -> list[torch.Tensor | None]:
+        """For each image (1, 1, N, N), which token may look where; None means plain causal (one question).
 
         Args:
             device: where the masks are needed.
             reach: how far tokens look.
+            dtype: bool, True where a token may look; or a number format for what is added to the scores: 0 there, -inf
+                elsewhere. SDPA makes these from bool in every layer, and keeps them for the backward pass.
         """
-        if reach not in self._masks:
-            self._masks[reach] = [self._mask(ends, device, reach) for ends in self.branches]
-        return self._masks[reach]
+        if (reach, dtype) not in self._masks:
+            masks = [self._mask(ends, device, reach) for ends in self.branches]
+            self._masks[reach, dtype] = masks if dtype == torch.bool else [_added(mask, dtype) for mask in masks]
+        return self._masks[reach, dtype]
 
     def parts(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Split ascending positions by image: for each one its rows, counted from the start of the image, int64."""
@@ -129,6 +134,11 @@ class PackLayout:
                 max(b - a for a, b in zip(lengths, lengths[1:], strict=False)),
             )
         return self._varlen
+
+
+def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """What a mask adds to scores in a number format."""
+    return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
 def branch_mask(

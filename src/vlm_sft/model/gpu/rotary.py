@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from vlm_sft.model.forward_patch import agrees, reason_of, values_and_gradients
+from vlm_sft.model.forward_patch import agrees, exchange_function, forms_of, reason_of, values_and_gradients
 from vlm_sft.model.gpu import liger
 
 FUNCTION = "apply_rotary_pos_emb"  # of transformers' modeling files; attention looks it up there at each call
 _TOKENS, _HEADS = 7, (4, 2)  # of queries and keys that are compared
 _STEP = 37  # positions between them, so that the slow channels turn, too
+_FORM = "liger"
 Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -65,11 +66,11 @@ def _found(model: Any) -> tuple[ModuleType, Any, int] | None:
 def _exchange(file: Any, embedding: Any, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Exchange the function of a file, once; returns why not."""
     stepwise: Rotation = getattr(file, FUNCTION)
-    if hasattr(stepwise, "stepwise"):
+    if _FORM in forms_of(stepwise):
         return None
     problem = _problem(stepwise, embedding, width, dtype, device)
     if problem is None:
-        setattr(file, FUNCTION, _with_fallback(stepwise))
+        exchange_function(file, FUNCTION, _FORM, _fast)
     return problem
 
 
@@ -130,13 +131,6 @@ def _takes(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor) -> bool:
     return alike and cos.dim() == 3 and query.is_cuda and torch.is_grad_enabled()
 
 
-def _with_fallback(stepwise: Rotation) -> Any:
-    def rotation(
-        query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any, **named: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if others or named or not _takes(query, key, cos):
-            return stepwise(query, key, cos, sin, *others, **named)
-        return _kernel(query, key, cos, sin)
-
-    rotation.stepwise = stepwise  # type: ignore[attr-defined]
-    return rotation
+def _fast(*values: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Turn queries and keys; None for calls with other arguments than these and the angles, or none of `_takes`."""
+    return _kernel(*values) if len(values) == 4 and not named and _takes(*values[:3]) else None
