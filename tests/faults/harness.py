@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load
+
 from tests.pictures import COLOURS, png
 from tests.processes import Started
 from tests.tiny_models import save
@@ -139,6 +141,14 @@ class Reference:
             "best": (self.best, other.best),
         }
         return [name for name, (left, right) in pairs.items() if left != right]
+
+    def distance(self, output: Path) -> float:
+        """The largest difference between trained weights, or between losses, of this run and another finished one."""
+        other = Reference.of(output)
+        ours, theirs = load(self.adapter), load(other.adapter)
+        losses = [[row["loss"] for row in rows if "loss" in row] for rows in (self.rows, other.rows)]
+        weights = max(float((ours[name] - theirs[name]).abs().max()) for name in ours | theirs)
+        return max(weights, *(abs(left - right) for left, right in zip(*losses, strict=True)))
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

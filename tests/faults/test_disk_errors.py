@@ -163,10 +163,11 @@ def test_names_are_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (target / "name").read_text() == partial.name
 
 
+@pytest.mark.parametrize("features", [False, True])
 def test_what_cannot_be_read_is_passed_over(
-    injected_warm: Warm, injected_place: Path, reference: Reference, tmp_path: Path
+    features: bool, injected_warm: Warm, injected_place: Path, reference: Reference, tmp_path: Path
 ) -> None:
-    """The newest checkpoint, and one shard and one index of the cache."""
+    """The newest checkpoint, and an index of the cache, of tokens or with a shard of vision features."""
     output, cache = tmp_path / "run", tmp_path / "cache"
     shutil.copytree(injected_place / "reference" / "run", output)
     shutil.copytree(injected_place / "cache", cache)
@@ -174,15 +175,19 @@ def test_what_cannot_be_read_is_passed_over(
     faults = Injected(
         tmp_path / "faults",
         Fault("read", "*/run/checkpoint-8/optimizer.safetensors"),
-        Fault("read", "*/features/*/*.safetensors", count=1),
         Fault("read", f"*/{index.name}", count=1),
+        *([Fault("read", "*/features/*/*.safetensors", count=1)] if features else []),
     )
     code, told = launched(injected_warm, injected_place, output, faults, "--cache_dir", str(cache))
     assert code == 0, told[-2000:]
     assert line_with(told, output / "checkpoint-8", "cannot be resumed", "optimizer.safetensors", EIO)
     assert line_with(told, "resuming from", output / "checkpoint-7")
-    assert line_with(told, "cache: ", index.with_suffix(".safetensors"), EIO) and told.count("it is rebuilt") == 2
-    assert reference.differences(output) == []
+    assert line_with(told, "cache: ", index.with_suffix(".safetensors"), EIO)
+    assert told.count("it is rebuilt") == 1 + features
+    if features:  # what is computed in another batch of images may round differently
+        assert reference.distance(output) < 1e-5
+    else:
+        assert reference.differences(output) == []
 
 
 def test_data_that_cannot_be_read_at_the_start(injected_warm: Warm, injected_place: Path, tmp_path: Path) -> None:

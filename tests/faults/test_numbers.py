@@ -269,8 +269,8 @@ def test_a_pack_that_does_not_fit_is_cut_in_two(
     assert [event["step"] for event in found] == [1, 2, 3]
     assert {(event["kind"], event["action"], event["samples"]) for event in found} == {("out_of_memory", "split", 6)}
     expected, got = training.weights(whole), training.weights(cut)
-    # In steps of 1e-3; 2.57e-6 on an AMD Zen 4.
-    assert max(float((got[name] - expected[name]).abs().max()) for name in expected) < 3e-6
+    # In steps of 1e-3, in float32: 2.6e-6 on an AMD Zen 4, 3.1e-6 on an Intel Cascade Lake.
+    assert max(float((got[name] - expected[name]).abs().max()) for name in expected) < 1e-5
     losses = [[row["loss"] for row in made.state.log_history if "loss" in row] for made in (whole, cut)]
     assert losses[1] == pytest.approx(losses[0], abs=2e-6)
 

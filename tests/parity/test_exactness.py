@@ -31,7 +31,8 @@ from vlm_sft.model.trainable import checkpoint_layers
 from vlm_sft.model.vision_features import TowerCounter, start_training
 
 SHARING = [family for family in FAMILIES if not families.FAMILIES[family].reason]
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+# How float32 rounds depends on the processor: below 1e-5 on an AMD Zen 4, 1.2e-5 on an Intel Cascade Lake.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5}
 # A recurrence amplifies rounding: plain transformers with its two attention functions differs by 1.3e-4 in float32.
 RECURRENT = {torch.float64: 1e-10, torch.float32: 1e-3}
 SINGLE = {"ernie4_5_vl_moe"}  # their routers compute in float32 whatever they are given

@@ -89,6 +89,14 @@ def test_reaches_are_counted_in_the_separate_sequence() -> None:
     assert plain == [None, None]
 
 
+def test_what_masks_add_to_scores_is_made_once_a_pack() -> None:
+    layout = PackLayout(13, [[0, 5, 9, 13]])
+    (seen,), (added,) = (layout.masks(torch.device("cpu"), dtype=dtype) for dtype in (torch.bool, torch.float64))
+    assert seen is not None and added is not None
+    assert torch.equal(added, torch.where(seen, 0.0, -torch.inf).double())
+    assert layout.masks(torch.device("cpu"), dtype=torch.float64)[0] is added
+
+
 @pytest.mark.parametrize("family", ["cohere2_vision", "gemma4"])
 def test_an_unknown_family_with_windows_is_tried(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, encoder = unknown(family, monkeypatch)

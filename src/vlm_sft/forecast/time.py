@@ -30,7 +30,8 @@ CONVOLUTION_PASSES, STATE_PASSES = 33, 13
 ATTENTION_OVERHEAD = 2.0  # of scores and their softmax, over all patches of an image
 # Reads and writes of simple operations (norms, rotary positions, activation, residuals), in values per token and layer:
 # counted in the code of a Qwen2.5-VL layer.
-HIDDEN_PASSES, HEAD_PASSES, INNER_PASSES = 22, 12, 5
+HIDDEN_PASSES, INNER_PASSES = 22, 5
+HEAD_PASSES, HEAD_PASSES_GPU = 7, 12  # five of rotary positions on a CPU (`model/cpu/rotary.py`), else ten
 UNFUSED_PASSES = 1.85  # on a GPU without liger-kernel: so many times the passes
 DROPOUT_PASSES = 34  # of the hash that makes a mask, 4-byte numbers
 DROPOUT_PASSES_FUSED = 3  # of the kernel that does so on a GPU (`model/gpu/dropout_kernel.py`)
@@ -40,7 +41,7 @@ BACKWARD_PASSES = 1.6  # of those forward
 LAYER_LAUNCHES_FORWARD, LAYER_LAUNCHES_LORA, LAYER_LAUNCHES_BACKWARD = 135, 42, 1.5
 IMAGE_LAUNCHES = 24  # of attention, per image and layer
 TOWER_LAUNCHES = 200  # per layer and call
-TOWER_PASSES, TOWER_PASSES_GPU = 60, 80  # values per patch and layer; on a GPU rotary positions are float32 copies
+TOWER_PASSES, TOWER_PASSES_GPU = 50, 80  # values per patch and layer; on a GPU rotary positions are float32 copies
 LOGIT_PASSES = 12  # of the loss, per vocabulary entry and position, 4-byte numbers
 # The same where blocks of the MLP and of the vocabulary stay in the processor's cache.
 INNER_PASSES_BLOCKWISE, LOGIT_PASSES_BLOCKWISE = 2, 4
@@ -51,7 +52,7 @@ def _simple_bytes(setting: Setting, work: Work, dropout: bool) -> float:
     text, adapter = setting.model.text, setting.adapter
     modules = adapter.modules(setting.model)
     inner = INNER_PASSES_BLOCKWISE if setting.blockwise_mlp else INNER_PASSES
-    heads = HEAD_PASSES * text.heads * text.head_dim * text.attending
+    heads = (HEAD_PASSES_GPU if setting.rates.gpu else HEAD_PASSES) * text.heads * text.head_dim * text.attending
     values: float = HIDDEN_PASSES * text.hidden + heads + inner * text.intermediate
     values += LORA_PASSES * sum(one.outputs * one.share for one in modules)
     if setting.rates.gpu and not setting.fused:
