@@ -1,4 +1,4 @@
-"""Rotary positions of queries, keys and image patches in three passes instead of five, as one node of autograd, on CPUs.
+"""Rotary positions of queries, keys and patches in three passes instead of five, as one node of autograd, on CPUs.
 
 transformers turns states as x · cos + rotate_half(x) · sin (Su et al. 2021, arXiv:2104.09864): it negates and joins the
 halves anew, and the backward pass takes each of these steps once more, with two matrices of zeros for the halves. Here
