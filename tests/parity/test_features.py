@@ -171,7 +171,10 @@ def gradients(model: torch.nn.Module, batch: PackedBatch, mode: PackMode) -> dic
 @pytest.mark.parametrize("train", ["language,projector_lora", "projector"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "smolvlm", "llava", "ovis2", "llama4"])
 def test_a_trained_projector_is_fed_from_the_cache(family: str, train: str, threads: int, tmp_path: Path) -> None:
-    """Several mergers, a projector that is called twice, one that the model calls itself: bit for bit."""
+    """Several mergers, a projector that is called twice, one that the model calls itself.
+
+    Images are alone when they are kept, and together in a pack: some processors round differently then.
+    """
     if family not in FAMILIES or (family, train) == ("ovis2", "language,projector_lora"):  # an embedding takes no LoRA
         pytest.skip("nothing to compare")
     model, processor, _ = tuned(family, train=train, lora_dropout=0)
@@ -201,7 +204,8 @@ def test_a_trained_projector_is_fed_from_the_cache(family: str, train: str, thre
         assert not any(name.startswith("pixel_") for image in batch.tensors for name in image)
         found = gradients(model, batch, mode)
         assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in found)
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5 * float(expected[name].abs().max()))
         assert any("projector" in name or "merger" in name or "connector" in name or "table" in name for name in found)
     assert use.calls == 0
     (entry,) = (tmp_path / "features").iterdir()
@@ -310,6 +314,19 @@ def test_all_ranks_measure_at_the_same_time_and_the_slowest_counts(
         first, second = ranks.map(on_rank, range(2))
     assert first == second and together == [2, 2], "each on its own half of the four images"
     assert first.read_seconds == 1.0 and first.tower_seconds > 0
+
+
+def test_small_images_are_measured_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, cache = prepared("qwen2_5_vl", tmp_path)
+    samples = [one for seed in range(40) for one in questions(seed, 1, (56, 56))]
+    use = TowerCounter(model)
+    assert _measure(model, cache, samples, "cpu") is not None
+    assert (use.calls, use.images) == (2, 1 + 32), "once before the clock runs"
+    monkeypatch.setattr(feature_precompute, "PROBE_PATCHES", 1)
+    chosen = feature_precompute._probes(cache, samples)
+    expected = [cache.pixel_tensors(samples[index]) for index in (0, 8, 16, 24)]
+    for image, sample in zip(chosen.values(), expected, strict=True):
+        assert all(torch.equal(image[name], sample[name]) for name in sample)
 
 
 def test_what_one_rank_cannot_write_stops_all(tmp_path: Path) -> None:

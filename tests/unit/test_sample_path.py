@@ -16,7 +16,7 @@ from vlm_sft.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "vlm_sft"
-FILES = 30  # that the loop enters up to the first backward pass; it may only shrink
+FILES = 30  # that the loop enters up to the first backward pass; it grew once, by model/cpu/rotary.py
 
 
 class Reached(BaseException):

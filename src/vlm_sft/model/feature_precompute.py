@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +45,8 @@ from vlm_sft.model.vision_features import (
 )
 
 BATCH_PATCHES = 8192  # patches of one tower call in the preparation pass
-PROBES = 4  # images that each rank measures on
+PROBES, MOST_PROBES = 4, 32  # images that each rank measures on: more than these few while they are small together
+PROBE_PATCHES = 1024
 Result = TypeVar("Result")
 _LOOK = "look at the image; its questions are named if their loss is not finite"
 
@@ -234,10 +235,10 @@ def _measure(model: AnyModel, cache: DataCache, missing: Sequence[Sample], devic
     if not any(team.gather(len(missing))):
         return None
     own = missing[team.index :: team.size]
-    probes = own[:: max(1, len(own) // PROBES)][:PROBES]
+    probes = _everywhere(team, lambda: _probes(cache, own))
     with _everywhere(team, lambda: tempfile.TemporaryDirectory(dir=cache.root, prefix=".probe")) as name:
         folder = Path(name)
-        bytes_, tower, write = _everywhere(team, lambda: _write_probes(model, cache, probes, folder))
+        bytes_, tower, write = _everywhere(team, lambda: _write_probes(model, probes, folder))
         _forget_pages(folder)  # before it is mapped: mapped pages stay
         team.wait("write vision features")
         read = _read_seconds(folder, len(probes), device)
@@ -247,26 +248,39 @@ def _measure(model: AnyModel, cache: DataCache, missing: Sequence[Sample], devic
     return FeatureCost(sum(one[0] for one in found) / sum(one[1] for one in found), *slowest)
 
 
-def _write_probes(
-    model: AnyModel, cache: DataCache, probes: Sequence[Sample], folder: Path
-) -> tuple[float, float, float]:
+def _probes(cache: DataCache, samples: Sequence[Sample]) -> dict[str, Record]:
+    """A few images from all over the samples by number; many small ones, as the pass has them in one call."""
+    chosen: dict[str, Record] = {}
+    patches = 0
+    spread = samples[:: max(1, len(samples) // MOST_PROBES)][:MOST_PROBES]
+    stride = MOST_PROBES // PROBES  # the first few come from all over, too
+    for sample in (one for first in range(stride) for one in spread[first::stride]):
+        chosen[str(len(chosen))] = image = cache.pixel_tensors(sample)
+        patches += _patches(image)
+        if patches >= PROBE_PATCHES and len(chosen) >= PROBES:
+            break
+    return chosen
+
+
+def _write_probes(model: AnyModel, probes: Mapping[str, Record], folder: Path) -> tuple[float, float, float]:
     """Bytes of the features of some images, and the seconds of computing and of writing them."""
     if not probes:
         return 0.0, 0.0, 0.0
-    images = [cache.pixel_tensors(sample) for sample in probes]
     try:
-        encode_images(model, images[:1])
+        encode_images(model, list(probes.values())[:1])
     except VlmSftError:
         raise
     except Exception as error:  # an unknown tower may raise anything, and none of it may end a run
         why = f"the vision tower cannot be called alone ({reason_of(error)})"
         raise RunError(why, "pass --feature_cache off") from error
     began = time.perf_counter()
-    records = [record for image in images for record in encode_images(model, [image])]
+    records: dict[str, Record] = {}
+    for keys, images in _batches(probes.items()):
+        records.update(zip(keys, encode_images(model, images), strict=True))
     tower = time.perf_counter() - began
     began = time.perf_counter()
-    Store(folder).publish({str(index): record for index, record in enumerate(records)})
-    return float(sum(map(record_bytes, records))), tower, time.perf_counter() - began
+    Store(folder).publish(records)
+    return float(sum(map(record_bytes, records.values()))), tower, time.perf_counter() - began
 
 
 def _read_seconds(folder: Path, count: int, device: str) -> float:
@@ -325,7 +339,7 @@ def _compute(model: AnyModel, cache: DataCache, store: Store, samples: Mapping[s
         return
     writer = store.writer(limit)
     with progress(len(samples), "vision features", "images") as bar:
-        for keys, images in _batches(cache, samples):
+        for keys, images in _batches((key, cache.pixel_tensors(sample)) for key, sample in samples.items()):
             for key, image, features in zip(keys, images, encode_images(model, images), strict=True):
                 if not all(value.isfinite().all() for value in features.values()):
                     raise DataError(f"{samples[key].images[0].source}: its vision features are not finite", _LOOK)
@@ -334,15 +348,19 @@ def _compute(model: AnyModel, cache: DataCache, store: Store, samples: Mapping[s
     writer.close()
 
 
-def _batches(cache: DataCache, samples: Mapping[str, Sample]) -> Iterator[tuple[list[str], list[Record]]]:
-    """Images in batches of at most `BATCH_PATCHES`; one by one where patches of images are not simply in a row."""
+def _patches(image: Record) -> int:
+    """Patches of an image; as many as a call takes where patches of images are not simply in a row."""
+    grid = image.get("image_grid_thw")
+    return BATCH_PATCHES if grid is None else int(grid.prod(-1).sum())
+
+
+def _batches(found: Iterable[tuple[str, Record]]) -> Iterator[tuple[list[str], list[Record]]]:
+    """Images by their keys, in batches of at most `BATCH_PATCHES`."""
     keys: list[str] = []
     images: list[Record] = []
     patches = 0
-    for key, sample in samples.items():
-        image = cache.pixel_tensors(sample)
-        grid = image.get("image_grid_thw")
-        added = BATCH_PATCHES if grid is None else int(grid.prod(-1).sum())
+    for key, image in found:
+        added = _patches(image)
         if keys and patches + added > BATCH_PATCHES:
             yield keys, images
             keys, images, patches = [], [], 0
