@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "vlm_sft"
 BUILD = "import sys; from setuptools import build_meta as b; getattr(b, sys.argv[1])(sys.argv[2])"
 SKIPPED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "outputs", "build", "dist", "*.egg-info", ".*_cache")
-HELP_CPU_SECONDS = 0.5
 
 
 def built(kind: str, source: Path, target: Path) -> Path:
@@ -124,12 +122,9 @@ def test_recipes_go_by_name_unless_a_file_is_called_so(tmp_path: Path, monkeypat
     assert locate_recipe("best") == Path("best")
 
 
-def test_help_is_fast_and_python_m_is_the_command(tmp_path: Path) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_python_m_is_the_command(tmp_path: Path) -> None:
     help_text = run(PACKAGE.parent, tmp_path, "-m", "vlm_sft", "--help").stdout
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert all(f"\n    {verb}" in help_text for verb in VERBS)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < HELP_CPU_SECONDS
 
 
 def test_no_help_loads_a_heavy_library(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import typing
 import warnings
 from pathlib import Path
@@ -339,14 +338,12 @@ def test_progress_in_a_notebook_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_the_import_loads_no_library() -> None:
     code = (
-        "import sys, time; began = time.perf_counter(); import vlm_sft; seconds = time.perf_counter() - began\n"
+        "import sys, vlm_sft\n"
         "loaded = {name.split('.')[0] for name in sys.modules}\n"
         "heavy = {'torch', 'transformers', 'numpy', 'PIL', 'datasets', 'peft'} & loaded\n"
-        "assert not heavy, heavy\nassert set(vlm_sft.__all__) <= set(dir(vlm_sft))\nprint(seconds)"
+        "assert not heavy, heavy\nassert set(vlm_sft.__all__) <= set(dir(vlm_sft))"
     )
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 0.25 and time.perf_counter() - began < 20
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_page_holds_the_whole_api() -> None:

@@ -217,7 +217,7 @@ def test_intervals_of_ten_thousand_questions_take_no_time():
     a = rng.random(10_000)
     began = time.process_time()
     paired_test(a, np.clip(a + rng.normal(0, 0.1, 10_000), 0, 1))  # the slowest case: every difference is another
-    assert time.process_time() - began < 2.0
+    assert time.process_time() - began < 20.0  # a slip to quadratic work takes longer
 
 
 @given(st.lists(st.floats(min_value=0, max_value=1), max_size=8))
