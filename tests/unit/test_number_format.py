@@ -67,19 +67,36 @@ def test_auto_takes_what_pays(
     assert "100 in float32" in line and "avx512_bf16, amx_bf16" in line
 
 
-def test_what_is_not_measured(base: Base, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_measured_says_why(
+    base: Base, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls = measured(monkeypatch, PAYS)
-    for recipe in (Recipe(bf16=True), Recipe(bf16=False), Recipe(train=("all",)), Recipe(load_in_4bit=True)):
-        assert settle_format(base, recipe, engine=False, checkpoint=None) == (base, {})
-    assert settle_format(base, Recipe(), engine=True, checkpoint=None) == (base, {})
-    assert decide_format(replace(shape_of(base), kind="later"), Recipe(), engine=False) is None
+
+    def settled(recipe: Recipe, reason: str, engine: bool = False) -> None:
+        found, facts = settle_format(base, recipe, engine=engine, checkpoint=None)
+        assert found == base and reason in facts["reason"]
+        assert capsys.readouterr().out == f"computing in float32: {facts['reason']}\n"
+
+    for recipe in (Recipe(train=("all",)), Recipe(load_in_4bit=True)):
+        settled(recipe, "only frozen weights")
+    settled(Recipe(), "DeepSpeed and FSDP", engine=True)
+    assert "family 'later'" in str(decide_format(replace(shape_of(base), kind="later"), Recipe(), engine=False))
+    capsys.readouterr()
     with monkeypatch.context() as narrow:
         narrow.setattr(number_format, "NARROWEST", 256)
-        assert settle_format(base, Recipe(), engine=False, checkpoint=None) == (base, {})
+        settled(Recipe(), "less than 256 channels")
     monkeypatch.setattr(number_format, "bfloat16_flags", lambda: ())
-    assert settle_format(base, Recipe(), engine=False, checkpoint=None) == (base, {})
+    settled(Recipe(), "this processor has no instructions for bfloat16")
+    assert not calls
+
+
+def test_where_there_is_nothing_to_choose(
+    base: Base, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = measured(monkeypatch, PAYS)
+    for recipe in (Recipe(bf16=True), Recipe(bf16=False)):
+        assert settle_format(base, recipe, engine=False, checkpoint=None) == (base, {})
     monkeypatch.setenv("VLM_SFT_PLAIN", "1")
-    monkeypatch.setattr(number_format, "bfloat16_flags", lambda: FLAGS)
     assert settle_format(base, Recipe(), engine=False, checkpoint=None) == (base, {})
     assert not calls and capsys.readouterr().out == ""
     assert find_base("pocket", bf16=True).dtype == torch.bfloat16

@@ -31,6 +31,7 @@ from vlm_sft.forecast.inputs import ForecastInputs
 from vlm_sft.forecast.limits import shortages
 from vlm_sft.forecast.shapes import ModelShape, find_published
 from vlm_sft.model.caches import Engine
+from vlm_sft.model.cpu.matmul import narrows
 from vlm_sft.model.encoding import encoder_of
 from vlm_sft.model.gpu.flash import SHARED_FLASH, takes_width
 from vlm_sft.model.load import Base, choose_attention, default_dtype
@@ -38,7 +39,7 @@ from vlm_sft.planning.answer_limits import with_token_limits
 from vlm_sft.planning.device_rates import rates_here
 from vlm_sft.planning.forecast_inputs import RunData, forecast_inputs, free_space
 from vlm_sft.planning.hypothetical_data import facts_from_numbers, facts_from_table
-from vlm_sft.planning.number_format import decide_format
+from vlm_sft.planning.number_format import FormatRates, decide_format
 from vlm_sft.planning.options import PlanOptions, TrainOptions
 from vlm_sft.planning.pack_choice import decide_passes
 from vlm_sft.planning.plan_report import PlannedRun, schedule_lines
@@ -145,12 +146,11 @@ def _value_bytes(run: TrainingRun, shape: ModelShape, device: Device | None) -> 
         return 2 if device.bf16 else 4
     if device is not None and recipe.bf16 and not device.bf16:
         warn(f"--bf16 true: {device.name} does not support bfloat16; emulated, it is slower than forecast")
-    formats = (
-        decide_format(shape, recipe, run.launch.deepspeed is not None or run.launch.fsdp)
-        if recipe.bf16 == "auto"
-        else None
-    )
-    return 2 if formats is not None and formats.pays else default_dtype(recipe.bf16).itemsize
+    if recipe.bf16 == "auto" and narrows("cpu"):
+        found = decide_format(shape, recipe, run.launch.deepspeed is not None or run.launch.fsdp)
+        if isinstance(found, FormatRates) and found.pays:
+            return 2
+    return default_dtype(recipe.bf16).itemsize
 
 
 def _calibrated(

@@ -75,37 +75,49 @@ def settle_format(base: Base, recipe: Recipe, engine: bool, checkpoint: Path | N
         checkpoint: what the run resumes from: its number format is gone on with.
 
     Returns:
-        The base; and for run.json what was measured, {} where nothing was.
+        The base; and for run.json what was measured, or why nothing was; {} where there was nothing to choose.
     """
     if recipe.bf16 != "auto" or not narrows("cpu"):
         return base, {}
     saved = read_manifest(checkpoint).get("identity", {}).get("dtype") if checkpoint else None
     if saved is not None:
         return replace(base, dtype=torch.bfloat16 if saved == "bfloat16" else torch.float32), {}
-    rates = decide_format(shape_of(base), recipe, engine)
-    if rates is None:
-        return base, {}
-    return replace(base, dtype=torch.bfloat16) if rates.pays else base, asdict(rates)
+    found = decide_format(shape_of(base), recipe, engine)
+    if isinstance(found, str):
+        return base, {"reason": found}
+    return replace(base, dtype=torch.bfloat16) if found.pays else base, asdict(found)
 
 
-def decide_format(model: ModelShape, recipe: Recipe, engine: bool) -> FormatRates | None:
-    """Measure on rank 0 and say what is chosen; None where float32 is computed without a measurement.
-
-    That is so where the processor has no bfloat16, in narrow models, in families whose products were not compared in
-    it, and where no weight is frozen. DeepSpeed's engine would compute all in bfloat16, norms and activations too,
-    which are slower.
+def decide_format(model: ModelShape, recipe: Recipe, engine: bool) -> FormatRates | str:
+    """Measure on rank 0 and say what is chosen, on a CPU that `narrows`.
 
     Args:
         model: its sizes.
         recipe: of the run, with `bf16` at "auto".
-        engine: whether DeepSpeed computes.
+        engine: whether DeepSpeed or FSDP computes.
+
+    Returns:
+        What was measured, or why float32 is computed without a measurement.
     """
-    held = "all" in recipe.train or engine or recipe.load_in_4bit or model.text.hidden < NARROWEST
-    if held or not bfloat16_flags() or model.kind not in FAMILIES or not narrows("cpu"):
-        return None
+    if reason := _unmeasured(model, recipe, engine):
+        detail(f"computing in float32: {reason}")
+        return reason
     rates = agree(lambda: measure_formats(model))
     detail(rates.line())
     return rates
+
+
+def _unmeasured(model: ModelShape, recipe: Recipe, engine: bool) -> str:
+    """Why float32 is computed without a measurement; "" where both formats are measured."""
+    if not bfloat16_flags():
+        return "this processor has no instructions for bfloat16"
+    if engine:  # which would compute norms and activations in bfloat16, too, and they are slower
+        return "DeepSpeed and FSDP take no products in bfloat16 alone"
+    if "all" in recipe.train or recipe.load_in_4bit:
+        return "only frozen weights of 16 bits and more are multiplied in bfloat16"
+    if model.text.hidden < NARROWEST:
+        return f"in models of less than {NARROWEST} channels bfloat16 gains nothing"
+    return "" if model.kind in FAMILIES else f"products of the family '{model.kind}' were not compared in bfloat16"
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ def trial_flags(run: Path, steps: int) -> list[str]:
         flag = name.replace("-", "_").replace("__", "--", 1)
         if flag not in _OWN:
             kept += [name, *values]
-    if recorded.get("number_format"):  # two measurements might choose differently
+    if "flags" in recorded.get("number_format", {}):  # two measurements might choose differently
         kept += ["--bf16", str(loaded_in_bfloat16(recorded)).lower()]
     return [
         *kept,
