@@ -33,7 +33,7 @@ FAMILIES = {
 }
 # By the beginning of a test's name.
 KEPT_FEATURES = (
-    "tests/faults/test_disk_errors.py::test_what_cannot_be_read_is_passed_over",
+    "tests/faults/test_disk_errors.py::test_what_cannot_be_read_is_passed_over[True]",
     "tests/faults/test_waiting.py::test_machines_without_a_shared_disk_have_all_features_each",
     "tests/invariant/test_cache.py::test_every_escape_hatch_gives_the_same_losses",
     "tests/invariant/test_evaluation_cache.py::test_cached_answers_are_the_same_and_images_are_looked_at_once",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +18,8 @@ from vlm_sft.model.vision_features import decoder_of
 
 TEXT, VISION = FUNCTIONS
 TURNED = {
-    ("qwen2_5_vl", TEXT): Rotation(2, 1),
     ("qwen2_5_vl", VISION): Rotation(2, -2),
+    ("qwen3_vl", TEXT): Rotation(2, 1),
     ("qwen3_vl", VISION): Rotation(2, -2),
     ("qwen3_5", TEXT): Rotation(2, 1, narrower=True),
     ("gemma4", TEXT): Rotation(1, 1),
@@ -55,6 +56,8 @@ def test_functions_of_the_formula_are_recognized(family: str, name: str) -> None
 
 @pytest.mark.parametrize(("family", "name"), OTHERS)
 def test_other_functions_are_left_alone(family: str, name: str) -> None:
+    if find_spec(f"transformers.models.{family}") is None:
+        pytest.skip("this version of transformers has no such family")
     assert rotation_of(plain(family, name)) is None
 
 
@@ -84,22 +87,23 @@ def test_a_model_keeps_its_values_and_gradients(family: str, files: None) -> Non
     expected = outcome(family, fused=False)
     found = outcome(family, fused=True)
     assert all(forms_of(getattr(modeling(one), name)) for one, name in TURNED if one == family)
-    for ours, exact in zip(found, expected, strict=True):
+    for index, (ours, exact) in enumerate(zip(found, expected, strict=True)):
+        tower = family.startswith("qwen") and index == len(found) - 1  # transformers 5.10 turns patches in float32
         assert exact.abs().max() > 0
-        assert (ours - exact).abs().max() <= 1e-12 * exact.abs().max()
+        assert (ours - exact).abs().max() <= (1e-6 if tower else 1e-12) * exact.abs().max()
 
 
 def test_an_exchanged_function_is_found_again_and_not_wrapped_twice(files: None) -> None:
-    model = build("qwen2_5_vl")[0]
+    model = build("qwen3_vl")[0]
     assert fuse_rotary(model) == fuse_rotary(model) == 2
-    exchange_function(modeling("qwen2_5_vl"), TEXT, "another", lambda *_: None)  # as liger-kernel on a GPU
+    exchange_function(modeling("qwen3_vl"), TEXT, "another", lambda *_: None)  # as liger-kernel on a GPU
     assert fuse_rotary(model) == 2
-    assert getattr(modeling("qwen2_5_vl"), TEXT).stepwise.stepwise is plain("qwen2_5_vl")
+    assert getattr(modeling("qwen3_vl"), TEXT).stepwise.stepwise is plain("qwen3_vl")
 
 
 def test_calls_of_another_kind_go_to_the_function_of_the_library(files: None) -> None:
-    fuse_rotary(build("qwen2_5_vl")[0])
-    ours, theirs = getattr(modeling("qwen2_5_vl"), TEXT), plain("qwen2_5_vl")
+    fuse_rotary(build("qwen3_vl")[0])
+    ours, theirs = getattr(modeling("qwen3_vl"), TEXT), plain("qwen3_vl")
     query, key, (cos, sin) = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(2, 1, 3, 8)
 
     def same(*values: Any, exactly: bool, **named: Any) -> None:
@@ -119,13 +123,13 @@ def test_calls_of_another_kind_go_to_the_function_of_the_library(files: None) ->
 
 
 def test_the_switch_gives_the_function_of_the_library_back(files: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("qwen2_5_vl")[0]
+    model = build("qwen3_vl")[0]
     fuse_rotary(model)
     values = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8), *torch.randn(2, 1, 3, 8)
     monkeypatch.setenv(PLAIN, "1")
     assert fuse_rotary(model) == 0
-    found = getattr(modeling("qwen2_5_vl"), TEXT)(*values)
-    assert all(torch.equal(one, two) for one, two in zip(found, plain("qwen2_5_vl")(*values), strict=True))
+    found = getattr(modeling("qwen3_vl"), TEXT)(*values)
+    assert all(torch.equal(one, two) for one, two in zip(found, plain("qwen3_vl")(*values), strict=True))
 
 
 def test_what_is_no_rotation_at_all_is_left_alone() -> None:
