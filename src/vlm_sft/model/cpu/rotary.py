@@ -55,30 +55,34 @@ class _Turn(torch.autograd.Function):
     def forward(ctx: Any, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Turn states, (…, D)."""
         ctx.save_for_backward(cos, sin)
-        return _turned(states, cos, *_signed(sin))
+        before, behind = sin.chunk(2, -1)
+        return _turned(states, cos, before, behind, -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Gradient of the states."""
         cos, sin = ctx.saved_tensors
-        before, behind = _signed(sin)
-        return _turned(gradients[0], cos, behind, before), None, None
+        before, behind = sin.chunk(2, -1)
+        return _turned(gradients[0], cos, behind, before, 1), None, None
 
 
-def _signed(sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the second half is multiplied with for the first, and the first half for the second, each (…, R / 2)."""
-    half = sin.shape[-1] // 2
-    return -sin[..., :half], sin[..., half:]
+def _turned(
+    states: torch.Tensor, cos: torch.Tensor, before: torch.Tensor, behind: torch.Tensor, sign: int
+) -> torch.Tensor:
+    """Turn the first R channels of states.
 
-
-def _turned(states: torch.Tensor, cos: torch.Tensor, before: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
-    """Turn the first R channels of (…, D) states by cosines, (…, R), and what their halves add to each other."""
+    Args:
+        states: (…, D).
+        cos: (…, R).
+        before, behind: (…, R / 2), what the first half gets of the second one, and the second half of the first one.
+        sign: 1 or -1, of what the first half gets; the second half gets the opposite.
+    """
     width = cos.shape[-1]
     half = width // 2
     output = torch.empty_like(states)
     torch.mul(states[..., :width], cos, out=output[..., :width])
-    output[..., :half].addcmul_(states[..., half:width], before)
-    output[..., half:width].addcmul_(states[..., :half], behind)
+    output[..., :half].addcmul_(states[..., half:width], before, value=sign)
+    output[..., half:width].addcmul_(states[..., :half], behind, value=-sign)
     if width < states.shape[-1]:
         output[..., width:] = states[..., width:]
     return output
